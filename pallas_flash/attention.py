@@ -1,0 +1,221 @@
+"""The public functions: arrays -> `AttentionSpec` -> `dispatch` -> the implementation, differentiable."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import autodiff, device, dispatch, errors, masks
+from pallas_flash.spec import AttentionSpec, Layout, Operands
+
+__all__ = ["dot_product_attention", "explain", "flash_attention"]
+
+
+def flash_attention(
+    query: Any, key: Any, value: Any, *, mask: masks.Mask | None = None, bias: Any = None, segment_ids: Any = None,
+    q_lengths: Any = None, kv_lengths: Any = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Any = None, return_lse: bool = False, deterministic: bool = False,
+    layout: Layout = "BLHD", implementation: str | None = None,
+) -> Any:
+    """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
+
+    Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect to query,
+    key, value and bias, `lse` included. A query that attends to nothing gives output 0, lse -inf and zero gradients.
+
+    Args:
+      query: (batch, q_len, q_heads, d) with layout "BLHD", (batch, q_heads, q_len, d) with "BHLD"; bfloat16, float16, float32
+        or float64. Without the batch axis: all three arrays, and the result, are without it.
+      key: (batch, kv_len, kv_heads, d), the dtype of query; kv_heads divides q_heads (grouped queries), nothing is repeated.
+      value: (batch, kv_len, kv_heads, d_v).
+      mask: which pairs attend, e.g. `Causal()`, `Window(left=1023, right=0)`, `PrefixLM(100)`, `Dense(array)`, or several joined
+        with `&`. None: all.
+      bias: added to the scores, broadcastable to (batch, q_heads, q_len, kv_len); -inf masks. It has a gradient.
+      segment_ids: integers (batch, length), or a pair of them for queries and keys: tokens attend within their segment; ids
+        below 0 are padding.
+      q_lengths, kv_lengths: integers (batch,): positions from there on are padding, whatever they hold.
+      scale: multiplies the scores; None means 1 / sqrt(d).
+      softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
+      dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is not 0.
+        Which weights drop depends on the key, batch, head and positions only, not on the implementation.
+      return_lse: also return lse.
+      deterministic: gradients are bit-equal on every run.
+      layout: the order of the axes of query, key, value and out.
+      implementation: None for the first that can run this here, or "xla" or "reference"; see `explain`.
+
+    Returns:
+      out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads, q_len)
+      being the natural logarithm of each row's sum of exponentials, float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: wrong shapes, dtypes or numbers; the message names the array.
+      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative it does not have.
+
+    The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
+    """
+    problem = _problem(query, key, value, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+                       kv_lengths=kv_lengths, layout=layout)
+    spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
+                        deterministic=deterministic)
+    decision = dispatch.decide(spec, device.current(), implementation)
+    operands = problem.operands._replace(dropout_seed=_dropout_seed(spec, dropout_rng))
+    operands = jax.tree.map(jnp.asarray, operands)
+    out, lse = autodiff.attend(spec, decision.implementation.name, operands)
+    if problem.unbatched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    query: Any, key: Any, value: Any, *, mask: masks.Mask | None = None, bias: Any = None, segment_ids: Any = None,
+    q_lengths: Any = None, kv_lengths: Any = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Any = None, return_lse: bool = False, deterministic: bool = False,
+    layout: Layout = "BLHD", implementation: str | None = None,
+) -> str:
+    """What `flash_attention` would run for these arguments on this device, and why not the others.
+
+    Only shapes and dtypes count: arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
+    """
+    del dropout_rng
+    problem = _problem(query, key, value, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+                       kv_lengths=kv_lengths, layout=layout)
+    spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
+                        deterministic=deterministic)
+    return dispatch.explain(spec, device.current(), implementation)
+
+
+def dot_product_attention(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: float | None = None,
+    is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None, implementation: str | None = None,
+    return_residual: bool = False, softcap: float | None = None, dropout_rate: float = 0.0, dropout_rng: Any = None,
+    segment_ids: Any = None,
+) -> Any:
+    """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and segments.
+
+    Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and values does
+    not reach the output; `implementation` names ours; a bias of -inf masks; memory stays O(length).
+
+    Args:
+      query: (batch, q_len, q_heads, d) or (q_len, q_heads, d).
+      key, value: (batch, kv_len, kv_heads, d) or (kv_len, kv_heads, d).
+      bias: added to the scaled scores, broadcastable to (batch, q_heads, q_len, kv_len).
+      mask: boolean, True attends, broadcastable to (batch, q_heads, q_len, kv_len). For rules, not arrays, use `flash_attention`.
+      is_causal: the query at q attends to the keys up to q, whatever the lengths.
+      query_seq_lengths, key_value_seq_lengths: integers (batch,): positions from there on are padding.
+      local_window_size: keys visible on the left and right of a query; one number for both.
+      return_residual: also return lse, (batch, q_len, q_heads) as in jax.nn.
+      scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids: see `flash_attention`.
+
+    Raises:
+      ValueError, UnsupportedError: see `flash_attention`.
+    """
+    rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
+    if local_window_size is not None:
+        rule = rule & masks.Window(*_window_sides(local_window_size))
+    if mask is not None:
+        rule = rule & masks.Dense(_checked_boolean_mask(mask))
+    out, lse = flash_attention(
+        query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=query_seq_lengths,
+        kv_lengths=key_value_seq_lengths, scale=scale, softcap=softcap, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
+        return_lse=True, implementation=implementation)
+    return (out, lse.swapaxes(-1, -2)) if return_residual else out
+
+
+class _Problem(NamedTuple):
+    """Checked, canonical arguments: operands with four axes, and what was given without a batch axis."""
+
+    operands: Operands
+    layout: Layout
+    unbatched: bool
+
+    def spec(self, **numbers: Any) -> AttentionSpec:
+        q, k, v, bias, mask, _ = self.operands
+        return AttentionSpec.of(q, k, v, layout=self.layout, mask=mask, bias=bias, **numbers)
+
+
+def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any,
+             layout: Layout) -> _Problem:
+    arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+    unbatched = len(arrays["query"].shape) == 3
+    for name, x in arrays.items():
+        if len(x.shape) not in (3, 4) or (len(x.shape) == 3) != unbatched:
+            raise errors.invalid(f"query, key and value must all have 4 axes ({layout}), or all 3 (no batch)",
+                                 f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
+                                 "add or merge batch axes")
+    q, k, v = (_add_batch(x) if unbatched else x for x in arrays.values())
+    if mask is not None and not isinstance(mask, masks.Mask):
+        raise errors.invalid("mask must be a pallas_flash mask", f"type(mask)={type(mask).__name__}",
+                             "wrap a boolean array as masks.Dense(array), or name the rule: Causal(), Window(left, right)")
+    rule = mask if mask is not None else masks.Full()
+    if segment_ids is not None:
+        rule = rule & _segments(segment_ids)
+    if q_lengths is not None or kv_lengths is not None:
+        rule = rule & masks.InBounds(*(masks.UNBOUNDED if x is None else _array(name, x) for name, x in
+                                       (("q_lengths", q_lengths), ("kv_lengths", kv_lengths))))
+    if bias is not None:
+        bias = _array("bias", bias)
+        bias = _reshape(bias, (1,) * (4 - len(bias.shape)) + tuple(bias.shape))
+    return _Problem(Operands(q, k, v, bias, rule.canonical()), layout, unbatched)
+
+
+def _array(name: str, x: Any) -> Any:
+    """`x` unchanged if it has a shape and a dtype: converting to JAX would round float64 before it is checked."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return x
+    if isinstance(x, int | list | tuple) and name not in ("query", "key", "value"):
+        return np.asarray(x)
+    raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", "pass a JAX or NumPy array")
+
+
+def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
+
+
+def _add_batch(x: Any) -> Any:
+    return _reshape(x, (1, *x.shape))
+
+
+def _segments(segment_ids: Any) -> masks.SegmentIds:
+    if isinstance(segment_ids, tuple | list) and len(segment_ids) == 2:
+        return masks.SegmentIds(*(_array("segment_ids", ids) for ids in segment_ids))
+    if isinstance(segment_ids, tuple | list):
+        raise errors.invalid("segment_ids must be an array or a pair (q_ids, kv_ids)", f"{len(segment_ids)} elements",
+                             "pass integers of shape (batch, length)")
+    ids = _array("segment_ids", segment_ids)
+    return masks.SegmentIds(ids, ids)
+
+
+def _window_sides(size: Any) -> tuple[int, int]:
+    left, right = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
+    for side in (left, right):
+        if not isinstance(side, int | np.integer) or isinstance(side, bool) or side < 0:
+            raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
+                                 f"local_window_size={size!r}", "count the keys visible on each side")
+    return int(left), int(right)
+
+
+def _checked_boolean_mask(mask: Any) -> Any:
+    mask = _array("mask", mask)
+    if mask.dtype != jnp.bool_:
+        raise errors.invalid("mask must be boolean", f"mask.dtype={mask.dtype}", "pass an additive mask as `bias`")
+    if not 2 <= len(mask.shape) <= 4:
+        raise errors.invalid("mask must have 2 to 4 axes that broadcast to (batch, q_heads, q_len, kv_len)",
+                             f"mask.shape={tuple(mask.shape)}", "reshape it")
+    return _reshape(mask, (1,) * (4 - len(mask.shape)) + tuple(mask.shape))
+
+
+def _dropout_seed(spec: AttentionSpec, rng: Any) -> Any:
+    """(2,) uint32 from a PRNG key, or None where nothing is random."""
+    if not spec.dropout_rate:
+        return None
+    if rng is None:
+        raise errors.invalid("dropout_rng must be given when dropout_rate > 0", f"dropout_rate={spec.dropout_rate}, "
+                             "dropout_rng=None", "pass a JAX PRNG key, a new one for every call")
+    if hasattr(rng, "dtype") and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.shape == ():
+        return jax.random.bits(rng, (2,), "uint32")
+    if hasattr(rng, "dtype") and rng.dtype == jnp.uint32 and rng.shape == (2,):
+        return jnp.asarray(rng)
+    raise errors.invalid("dropout_rng must be one JAX PRNG key, or uint32 of shape (2,)",
+                         f"dropout_rng with dtype={getattr(rng, 'dtype', type(rng).__name__)}, "
+                         f"shape={getattr(rng, 'shape', None)}", "make one with jax.random.key(seed)")

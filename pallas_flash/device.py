@@ -1,0 +1,68 @@
+"""What the device can do: the only hardware query of the project."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+
+__all__ = ["A100", "CPU", "H100", "Device", "assume", "current", "of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device as dispatch sees it.
+
+    Attributes:
+      platform: "cpu", "gpu" or another of JAX's platform names.
+      name: what the vendor calls it.
+      capability: CUDA compute capability (major, minor); None where there is none.
+      num_sms: streaming multiprocessors.
+      smem_bytes: the most shared memory that one block can ask for.
+    """
+
+    platform: str
+    name: str
+    capability: tuple[int, int] | None = None
+    num_sms: int = 0
+    smem_bytes: int = 0
+
+
+CPU = Device("cpu", "CPU")
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
+A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
+
+_SMEM_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
+"""Opt-in shared memory of a block by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
+
+_assumed: list[Device] = []
+
+
+@functools.cache
+def of(device: jax.Device) -> Device:
+    """A JAX device as dispatch sees it."""
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        return Device(device.platform, device.device_kind)
+    major, minor = (int(x) for x in str(device.compute_capability).split("."))
+    return Device("gpu", device.device_kind, (major, minor), device.core_count, _SMEM_BYTES.get((major, minor), 101_376))
+
+
+def current() -> Device:
+    """The device that computations run on here and now: the one `assume` names, jax.default_device, or JAX's first."""
+    if _assumed:
+        return _assumed[-1]
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        return of(jax.devices(default)[0])
+    return of(default if default is not None else jax.devices()[0])
+
+
+@contextlib.contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """Makes dispatch choose for `device`: to lower or export for a GPU on a machine that has none, and in tests."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.pop()

@@ -1,0 +1,115 @@
+"""The table of implementations, the choice among them, and why: pure data, so that a laptop can ask what a GPU would run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from pallas_flash import errors
+from pallas_flash.device import Device
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "decide", "explain", "get"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      summary: what it is, one line.
+      why_not: (spec, device) -> the reasons why it cannot run the spec there, each what is needed and what there is; empty: it can.
+      automatic: whether it is chosen without being named.
+      differentiates_itself: JAX differentiates its forward, to any order and in forward mode; the others have a backward.
+      modules: the modules that define `forward` and `backward`, imported when first used.
+    """
+
+    name: str
+    summary: str
+    why_not: Callable[[AttentionSpec, Device], list[str]]
+    automatic: bool
+    differentiates_itself: bool
+    modules: tuple[str, str]
+
+    def forward(self, *args: Any) -> Any:
+        """(spec, operands) -> (out, lse)."""
+        return import_module(self.modules[0]).forward(*args)
+
+    def backward(self, *args: Any) -> Any:
+        """(spec, operands, out, lse, dout, dlse) -> Gradients."""
+        return import_module(self.modules[1]).backward(*args)
+
+
+def _anything(spec: AttentionSpec, device: Device) -> list[str]:
+    del spec, device
+    return []
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
+                   ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward")),
+    Implementation("reference", "the O(q_len * kv_len) oracle, differentiable to any order", _anything, False, True,
+                   ("pallas_flash.reference", "pallas_flash.reference")),
+)
+"""In order of preference. A new GPU generation is one row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What runs a spec on a device, and the reasons against each implementation that could not."""
+
+    spec: AttentionSpec
+    device: Device
+    implementation: Implementation
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [str(self.spec), f"on {self.device.name}: implementation={self.implementation.name!r}, "
+                 f"{self.implementation.summary}"]
+        for row in IMPLEMENTATIONS:
+            if row is not self.implementation:
+                lines.append(f"  not {row.name!r}: {self._why_not(row)}")
+        return "\n".join(lines)
+
+    def _why_not(self, row: Implementation) -> str:
+        if self.reasons[row.name]:
+            return "; ".join(self.reasons[row.name])
+        return "it could run, but another comes first" if row.automatic else "it runs only when it is named"
+
+
+def get(name: str) -> Implementation:
+    """The implementation of that name."""
+    for row in IMPLEMENTATIONS:
+        if row.name == name:
+            return row
+    raise errors.invalid(f"implementation must be None or one of {', '.join(repr(row.name) for row in IMPLEMENTATIONS)}",
+                         f"implementation={name!r}", "pass None to take the first that can run")
+
+
+@functools.lru_cache(maxsize=4096)
+def decide(spec: AttentionSpec, device: Device, requested: str | None = None) -> Decision:
+    """What runs `spec` on `device`: the implementation requested, or the first that can.
+
+    Raises:
+      ValueError: `requested` names no implementation.
+      UnsupportedError: the implementation requested cannot, with every reason.
+    """
+    reasons = {row.name: row.why_not(spec, device) for row in IMPLEMENTATIONS}
+    able = [row for row in IMPLEMENTATIONS if row.automatic and not reasons[row.name]]
+    if requested is None:
+        return Decision(spec, device, able[0], reasons)
+    chosen = get(requested)
+    if reasons[chosen.name]:
+        raise errors.unsupported(f"implementation={requested!r} cannot run {spec} on {device.name}", reasons[chosen.name],
+                                 f'use implementation=None to take the first that can ("{able[0].name}" here)')
+    return Decision(spec, device, chosen, reasons)
+
+
+def explain(spec: AttentionSpec, device: Device, requested: str | None = None) -> str:
+    """What `decide` chooses and why, or why it refuses, as text."""
+    try:
+        return str(decide(spec, device, requested))
+    except errors.UnsupportedError as error:
+        return f"UnsupportedError: {error}"

@@ -1,0 +1,204 @@
+"""Attention functions for Flax: `attention_fn=` of `MultiHeadAttention`, in nnx and in linen.
+
+    from flax import linen, nnx
+    from pallas_flash.flax import attention_fn, dot_product_attention
+    from pallas_flash.masks import Causal, Window
+
+    nnx.MultiHeadAttention(..., attention_fn=dot_product_attention)(x, is_causal=True)
+    linen.MultiHeadAttention(..., attention_fn=attention_fn(mask=Causal()))(x)
+    nnx.MultiHeadAttention(..., attention_fn=attention_fn(mask=Causal() & Window(left=1023), softcap=30.0))(x)
+
+nnx says per call whether attention is causal. Linen never does: without `mask=Causal()` at construction, causality
+reaches the function as a dense (length, length) mask, which is right but costs that memory and skips no tile.
+
+Where this differs from Flax's own function, on purpose:
+
+- A query that may attend to nothing gives 0 with zero gradients; Flax's gives the mean of all values.
+- Dropout is drawn for every entry of (batch, head, query, key). `broadcast_dropout=True`, Flax's default, asks for one
+  pattern shared by batch entries and heads: with an active dropout it raises, so say `broadcast_dropout=False`.
+- The weights are never formed, so `sow_weights=True` raises; so do the replaced einsums of linen.
+- The softmax is in float32 whatever the inputs are, and `precision` has nothing to raise: float32 inputs are computed
+  in float32, 16-bit inputs are accumulated in float32.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.attention import flash_attention
+from pallas_flash.errors import invalid, unsupported
+from pallas_flash.masks import Causal, Dense, Mask
+
+__all__ = ["attention_fn", "dot_product_attention"]
+
+
+def attention_fn(
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    deterministic_backward: bool = False,
+    implementation: str | None = None,
+) -> Callable[..., jax.Array]:
+    """An attention function for `MultiHeadAttention` of `flax.nnx` and of `flax.linen`.
+
+    Args:
+      mask: which positions attend, in addition to the masks given in each call. Query i and key j have the positions i
+        and j. At a decode step with a cache (one query, more keys, and the mask of the filled slots that Flax adds) the
+        query has the position of the last key that this mask shows. It holds no arrays: those belong to a call.
+      scale: factor of the scores, 1 / sqrt(head_dim) if None.
+      softcap: scores become `softcap * tanh(scores / softcap)`.
+      deterministic_backward: gradients equal to the last bit on every run.
+      implementation: as in `pallas_flash.flash_attention`.
+
+    Returns:
+      A function of query (batch..., q_len, q_heads, head_dim), key (batch..., kv_len, kv_heads, head_dim) and value
+      (batch..., kv_len, kv_heads, v_dim), any number of batch dimensions, `q_heads` a multiple of `kv_heads`, and of
+      the keywords that Flax passes. It returns (batch..., q_len, q_heads, v_dim) in the type that Flax's promotion
+      gives. Functions made from equal arguments are equal, so that they share compiled code.
+
+    Raises:
+      ValueError: if `mask` holds arrays.
+      ModuleNotFoundError: in a call, if Flax is not installed.
+      UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums.
+    """
+    if mask is not None and mask.has_arrays:
+        raise invalid(
+            "mask of attention_fn must be the same in every call",
+            f"a {type(mask).__name__} that holds arrays",
+            "give those as the boolean `mask` of the layer's call",
+        )
+    return _AttentionFn(mask, scale, softcap, deterministic_backward, implementation)
+
+
+@dataclass(frozen=True)
+class _AttentionFn:
+    """What `attention_fn` returns: a value, so that Flax can hold it as a static attribute."""
+
+    mask: Mask | None
+    scale: float | None
+    softcap: float | None
+    deterministic_backward: bool
+    implementation: str | None
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,  # nothing to raise, see the module's docstring
+        module: Any = None,
+        is_causal: bool = False,
+        qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
+        attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
+        """Attention as Flax calls it; `bias` and `mask` broadcast to (batch..., q_heads, q_len, kv_len)."""
+        dropout_rate = 0.0 if deterministic else dropout_rate
+        _refuse_what_needs_weights(module, qk_attn_weights_einsum, attn_weights_value_einsum)
+        _refuse_shared_dropout(dropout_rate, broadcast_dropout)
+        query, key, value = _promote(query, key, value, dtype=dtype)
+        batch = query.shape[:-3]
+        out = flash_attention(
+            _merge_batch(query),
+            _merge_batch(key),
+            _merge_batch(value),
+            mask=_join_masks(self.mask, mask, is_causal, batch, (query.shape[-3], key.shape[-3])),
+            bias=None if bias is None else _merge_batch_of_scores(bias, batch),
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng if dropout_rate > 0 else None,
+            deterministic=self.deterministic_backward,
+            implementation=self.implementation,
+        )
+        return out.reshape(batch + out.shape[1:])
+
+
+dot_product_attention = attention_fn()
+"""Stands in for `nnx.dot_product_attention` and `linen.dot_product_attention`."""
+
+
+def _promote(*arrays: jax.Array, dtype: Any) -> Sequence[jax.Array]:
+    """Casts all to `dtype`, or to the type that Flax infers."""
+    try:
+        from flax.linen.dtypes import promote_dtype
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('pallas_flash.flax needs Flax: pip install "pallas_flash[flax]"') from error
+    return promote_dtype(*arrays, dtype=dtype)
+
+
+def _refuse_what_needs_weights(module: Any, *einsums: Any) -> None:
+    if module is not None:
+        raise unsupported(
+            "sow_weights=True",
+            ["flash attention never forms the attention weights"],
+            "use sow_weights=False, or Flax's dot_product_attention for this layer",
+        )
+    if any(einsum is not None for einsum in einsums):
+        raise unsupported(
+            "an einsum given through qk_attn_weights_einsum_cls or attn_weights_value_einsum_cls",
+            ["a fused kernel has no einsum to replace"],
+            "drop both, or use Flax's dot_product_attention for this layer",
+        )
+
+
+def _refuse_shared_dropout(dropout_rate: float, broadcast_dropout: bool) -> None:
+    if dropout_rate > 0 and broadcast_dropout:
+        raise unsupported(
+            f"{broadcast_dropout=} with {dropout_rate=}",
+            ["one dropout pattern shared by batch entries and heads was asked for, here every entry has its own"],
+            "give MultiHeadAttention broadcast_dropout=False",
+        )
+
+
+def _merge_batch(x: jax.Array) -> jax.Array:
+    """(batch..., length, heads, dim) -> (prod(batch), length, heads, dim)."""
+    return x.reshape((math.prod(x.shape[:-3]), *x.shape[-3:]))
+
+
+def _merge_batch_of_scores(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """(batch..., heads, q_len, kv_len), or what broadcasts to it -> (prod(batch) or 1, ...) with four axes."""
+    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    if math.prod(x.shape[:-3]) != 1:
+        x = jnp.broadcast_to(x, batch + x.shape[-3:])
+    return _merge_batch(x)
+
+
+def _join_masks(
+    fixed: Mask | None, dense: jax.Array | None, is_causal: bool, batch: tuple[int, ...], lengths: tuple[int, int]
+) -> Mask | None:
+    """The mask given at construction, the array and the flag given in the call, as one mask (None if there is none)."""
+    q_len, kv_len = lengths
+    allowed = None if dense is None else _merge_batch_of_scores(dense.astype(bool), batch)
+    if fixed is not None and q_len == 1 < kv_len:
+        allowed = _see_from_last_slot(fixed, allowed, kv_len)
+        fixed = None
+    masks = [fixed, Causal() if is_causal else None, None if allowed is None else Dense(allowed)]
+    given = [mask for mask in masks if mask is not None]
+    return functools.reduce(operator.and_, given) if given else None
+
+
+def _see_from_last_slot(mask: Mask, filled: jax.Array | None, kv_len: int) -> jax.Array:
+    """`filled` (batch, heads, 1, kv_len) restricted to what `mask` shows to a query at the last filled slot."""
+    if filled is None or filled.shape[-1] != kv_len:
+        raise invalid(
+            f"one query under attention_fn(mask={mask}) must come with a mask of the keys, which tells its position",
+            f"{kv_len=} and no mask of them",
+            "pass a mask of the filled slots, as decode=True does",
+        )
+    kv_pos = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, 1, 1, kv_len)
+    q_pos = jnp.max(jnp.where(filled, kv_pos, 0), axis=-1, keepdims=True)
+    return filled & mask.keep(q_pos, kv_pos)

@@ -1,0 +1,1 @@
+"""Blockwise attention in plain JAX: O(length) memory, every platform, every field of the spec."""

@@ -1,0 +1,109 @@
+"""Backward: for each key tile, over the query tiles that its mask needs, five products (FlashAttention-2, Dao, 2023).
+
+With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS K; dK = dS^T Q. Tiles run one after the other, so
+the sums have one order and the gradients are the same bits on every run.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import compat, softmax, tiles
+from pallas_flash.kernels.xla import blocks, schedule
+from pallas_flash.spec import AttentionSpec, Gradients, Operands
+
+__all__ = ["backward"]
+
+
+def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
+    """Cotangents of q, k, v and bias.
+
+    Args:
+      out, dout: the forward's result and its cotangent, in the spec's layout.
+      lse, dlse: (batch, q_heads, q_len).
+    """
+    problem = blocks.prepare(spec, operands, schedule.default(spec))
+    saved = _saved(problem, out, lse, dout, dlse)
+    acc = spec.acc_dtype
+
+    def kv_step(kv_tile: Any, carry: Any) -> Any:
+        dq, dk, dv, dbias = carry
+        dk_tile, dv_tile, dq, dbias = _key_tile(problem, saved, kv_tile, dq, dbias)
+        update = lambda whole, tile: blocks.update_tile(  # noqa: E731
+            whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
+        return dq, update(dk, dk_tile), update(dv, dv_tile), dbias
+
+    dbias = None if spec.bias is None else jnp.zeros(problem.bias.shape, acc)
+    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype), jnp.zeros(problem.v.shape, spec.dtype),
+             dbias)
+    dq, dk, dv, dbias = jax.lax.fori_loop(0, problem.num_kv_tiles, kv_step, compat.vary_like(start, operands, dout, dlse))
+    cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))  # noqa: E731
+    dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
+    if spec.bias is not None:
+        dbias = dbias[tuple(slice(size) for size in spec.bias.shape)].astype(operands.bias.dtype)
+    return Gradients(dq, cut(dk, spec.kv_len), cut(dv, spec.kv_len), dbias)
+
+
+def _saved(problem: blocks.Problem, out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
+    """dout with split heads, lse and delta as (b, k, g, q), all padded to whole tiles."""
+    spec, padded = problem.spec, problem.num_q_tiles * problem.schedule.block_q
+    axis = spec.layout.index("L")
+    delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
+    delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
+    rows = lambda x: problem.split_heads(blocks.pad(x, padded, 2))  # noqa: E731
+    return blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(delta)
+
+
+def _key_tile(problem: blocks.Problem, saved: tuple[Any, Any, Any], kv_tile: Any, dq: Any, dbias: Any) -> tuple[Any, ...]:
+    """One key tile's dk and dv, and what it adds to dq and dbias."""
+    block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
+    k, v = problem.kv_tile(problem.k, kv_tile), problem.kv_tile(problem.v, kv_tile)
+
+    def q_step(q_tile: Any, carry: Any, masked: bool) -> Any:
+        dk, dv, dq, dbias = carry
+        dk_part, dv_part, dq_part, ds = _tile_gradients(problem, saved, k, v, q_tile, kv_tile, masked)
+        dq = blocks.update_tile(dq, problem.q_tile(dq, q_tile) + dq_part, q_tile, block_q, problem.q_axis)
+        if dbias is not None:
+            dbias = _add_dbias(problem, dbias, ds, q_tile, kv_tile)
+        return dk + dk_part, dv + dv_part, dq, dbias
+
+    acc = problem.spec.acc_dtype
+    start = compat.vary_like((jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc), dq, dbias), dq)
+    # Not clamped to the real length: the last key tile's padding must be masked, its products would not be finite.
+    interval = (kv_tile * block_kv, (kv_tile + 1) * block_kv)
+    q_tiles = tiles.q_tiles(problem.mask, interval, block_q, problem.spec.q_len)
+    return tiles.sweep(q_tiles, q_step, start)
+
+
+def _tile_gradients(problem: blocks.Problem, saved: tuple[Any, Any, Any], k: Any, v: Any, q_tile: Any, kv_tile: Any,
+                    masked: bool) -> tuple[Any, Any, Any, Any]:
+    """dk, dv, dq of one tile in the subscripts of k, v and q, and dS before scale and soft cap, (b, k, g, q, s)."""
+    spec = problem.spec
+    dout_all, lse_all, delta_all = saved
+    q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(dout_all, q_tile)
+    lse, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3) for x in (lse_all, delta_all))
+    q_sub, k_sub = problem.q_subscripts, problem.k_subscripts
+    o_sub, v_sub = q_sub.replace("d", "v"), k_sub.replace("d", "v")
+    tile = problem.scores(q, k, q_tile, kv_tile, masked)
+    p = softmax.probabilities(tile.s_log2, lse)
+    dp = problem.einsum(f"{o_sub},{v_sub}->bkgqs", dout, v)
+    weights = p if tile.dropped is None else p * tile.dropped
+    ds = p * ((dp if tile.dropped is None else dp * tile.dropped) - delta[..., None])
+    if tile.keep is not None:  # lse, delta and dp may be anything, NaN too, on rows and keys that do not attend
+        weights = jnp.where(tile.keep, weights, jnp.zeros_like(weights))
+        ds = jnp.where(tile.keep, ds, jnp.zeros_like(ds))
+    ds_qk = (ds * tile.slope * spec.scale).astype(spec.dtype)
+    product = lambda subscripts, w, x: blocks.masked_product(problem, subscripts, w, tile.keep, x)  # noqa: E731
+    return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q), product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
+            product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds)
+
+
+def _add_dbias(problem: blocks.Problem, dbias: Any, ds: Any, q_tile: Any, kv_tile: Any) -> Any:
+    """Adds dS, summed over the axes along which the bias is broadcast."""
+    spec = problem.spec
+    ds = ds.reshape(spec.batch, spec.q_heads, *ds.shape[3:])
+    axes = tuple(axis for axis, size in enumerate(spec.bias.shape) if size == 1)
+    part = ds.sum(axis=axes, keepdims=True)
+    start = (0, 0, 0 if 2 in axes else q_tile * problem.schedule.block_q, 0 if 3 in axes else kv_tile * problem.schedule.block_kv)
+    return jax.lax.dynamic_update_slice(dbias, jax.lax.dynamic_slice(dbias, start, part.shape) + part, start)

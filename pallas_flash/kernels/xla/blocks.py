@@ -1,0 +1,190 @@
+"""What the XLA forward and backward share: operands cut into tiles, the scores of a tile, products that nothing leaks through.
+
+Heads are split into (kv_heads, group), so that GQA needs no repeated keys. Subscripts: b batch, k key head, g query head of
+the group, q and s positions of query and key, d and v dims. Statistics and scores are always "bkgq" and "bkgqs".
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import dropout, masks, softmax, tiles
+from pallas_flash.kernels.xla.schedule import Schedule
+from pallas_flash.spec import AttentionSpec, Operands
+
+__all__ = ["Problem", "Tile", "masked_product", "prepare"]
+
+
+class Tile(NamedTuple):
+    """Scores of one tile and what its gradient needs."""
+
+    s_log2: Any  # (b, k, g, q, s): scores times log2(e), -inf where a pair does not attend
+    keep: Any  # (b or 1, k or 1, g or 1, q, s) booleans, or None: every pair of the tile attends
+    dropped: Any  # factor of each weight: 0 or 1 / (1 - rate); None without dropout
+    slope: Any  # derivative of the soft cap
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A spec and its operands, padded to whole tiles, heads split, with the mask that also cuts off the padding."""
+
+    spec: AttentionSpec
+    schedule: Schedule
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+    mask: masks.Mask
+    seed: Any
+
+    @property
+    def q_subscripts(self) -> str:
+        return "bqkgd" if self.spec.layout == "BLHD" else "bkgqd"
+
+    @property
+    def k_subscripts(self) -> str:
+        return "bskd" if self.spec.layout == "BLHD" else "bksd"
+
+    @property
+    def q_axis(self) -> int:
+        """The length axis of q, dout and out once their heads are split."""
+        return self.q_subscripts.index("q")
+
+    @property
+    def kv_axis(self) -> int:
+        return self.k_subscripts.index("s")
+
+    @property
+    def num_q_tiles(self) -> int:
+        return tiles.cdiv(self.spec.q_len, self.schedule.block_q)
+
+    @property
+    def num_kv_tiles(self) -> int:
+        return tiles.cdiv(self.spec.kv_len, self.schedule.block_kv)
+
+    def q_tile(self, array: Any, tile: Any) -> Any:
+        """One tile of q, out or dout."""
+        return slice_tile(array, tile, self.schedule.block_q, self.q_axis)
+
+    def kv_tile(self, array: Any, tile: Any) -> Any:
+        """One tile of k or v."""
+        return slice_tile(array, tile, self.schedule.block_kv, self.kv_axis)
+
+    def einsum(self, subscripts: str, a: Any, b: Any) -> Any:
+        """A product accumulated in the spec's accumulation type; fp32 is never rounded to tf32 or bf16."""
+        precision = jax.lax.Precision.HIGHEST if self.spec.dtype.itemsize > 2 else None
+        return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=self.spec.acc_dtype)
+
+    def split_heads(self, x: Any) -> Any:
+        """(b or 1, h or 1, ...) -> (b or 1, k or 1, g or 1, ...)."""
+        heads = (1, 1) if x.shape[1] == 1 else (self.spec.kv_heads, self.spec.group)
+        return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+    def positions(self, q_tile: Any, kv_tile: Any) -> tuple[Any, Any]:
+        """Positions of a tile's queries (q, 1) and keys (1, s)."""
+        rows = q_tile * self.schedule.block_q + jnp.arange(self.schedule.block_q, dtype=jnp.int32)
+        columns = kv_tile * self.schedule.block_kv + jnp.arange(self.schedule.block_kv, dtype=jnp.int32)
+        return rows[:, None], columns[None, :]
+
+    def scores(self, q: Any, k: Any, q_tile: Any, kv_tile: Any, masked: bool) -> Tile:
+        """The scores of tile (q_tile, kv_tile), from one tile of q and one of k."""
+        s = self.einsum(f"{self.q_subscripts},{self.k_subscripts}->bkgqs", q, k) * self.spec.scale
+        s, slope = softmax.softcapped(s, self.spec.softcap)
+        q_pos, kv_pos = self.positions(q_tile, kv_tile)
+        keep = None
+        if masked:
+            keep = self.split_heads(masks.over_batch(self.mask, lambda part: part.keep(q_pos, kv_pos)))
+        if self.bias is not None:
+            bias = self.split_heads(self.bias_tile(q_tile, kv_tile)).astype(s.dtype)
+            s, attends = s + bias, bias > -jnp.inf
+            keep = attends if keep is None else keep & attends
+        if keep is not None:
+            s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
+        return Tile(s * softmax.LOG2E, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
+
+    def bias_tile(self, q_tile: Any, kv_tile: Any) -> Any:
+        """The bias of a tile: (b or 1, h or 1, q or 1, s or 1)."""
+        bias = self.bias
+        for axis, tile, block in ((2, q_tile, self.schedule.block_q), (3, kv_tile, self.schedule.block_kv)):
+            if self.spec.bias.shape[axis] != 1:
+                bias = slice_tile(bias, tile, block, axis)
+        return bias
+
+    def _dropped(self, q_pos: Any, kv_pos: Any, dtype: Any) -> Any:
+        rate = self.spec.dropout_rate
+        if not rate:
+            return None
+        batch = jnp.arange(self.spec.batch)[:, None, None, None]
+        head = jnp.arange(self.spec.q_heads)[:, None, None]
+        kept = self.split_heads(dropout.keep(self.seed, batch, head, q_pos, kv_pos, rate))
+        return jnp.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0).astype(dtype)
+
+
+def slice_tile(array: Any, tile: Any, block: int, axis: int) -> Any:
+    """Positions [tile * block, (tile + 1) * block) of an axis."""
+    return jax.lax.dynamic_slice_in_dim(array, tile * block, block, axis)
+
+
+def update_tile(array: Any, values: Any, tile: Any, block: int, axis: int) -> Any:
+    """`array` with one tile of an axis replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), tile * block, axis)
+
+
+def pad(array: Any, length: int, axis: int, value: float = 0.0) -> Any:
+    """`array` with an axis padded to `length`."""
+    missing = length - array.shape[axis]
+    if not missing:
+        return array
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)], constant_values=value)
+
+
+def _pad_bias(bias: Any, q_len: int, kv_len: int) -> Any:
+    for axis, length in ((2, q_len), (3, kv_len)):
+        if bias.shape[axis] != 1:
+            bias = pad(bias, length, axis)
+    return bias
+
+
+def split_q_heads(x: Any, spec: AttentionSpec) -> Any:
+    """q, out or dout with its heads split into (kv_heads, group)."""
+    axis = spec.layout.index("H")
+    return x.reshape(*x.shape[:axis], spec.kv_heads, spec.group, *x.shape[axis + 1:])
+
+
+def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Problem:
+    """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads."""
+    axis = spec.layout.index("L")
+    q_len = tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q
+    kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
+    ragged = q_len != spec.q_len or kv_len != spec.kv_len
+    return Problem(
+        spec=spec, schedule=schedule,
+        q=split_q_heads(pad(operands.q, q_len, axis), spec), k=pad(operands.k, kv_len, axis),
+        v=pad(operands.v, kv_len, axis), bias=None if spec.bias is None else _pad_bias(operands.bias, q_len, kv_len),
+        mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
+        seed=operands.dropout_seed)
+
+
+_MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
+
+
+def masked_product(problem: Problem, subscripts: str, weights: Any, keep: Any, values: Any) -> Any:
+    """A product in which NaN and infinity of `values` reach only the pairs of `keep`.
+
+    `weights` are 0 where not kept, but 0 * inf is NaN: the finite part is multiplied, and what is not finite is counted for
+    each result over the kept pairs only. Costs a second product, on tiles that need a mask.
+    """
+    if keep is None:
+        return problem.einsum(subscripts, weights, values)
+    finite = jnp.isfinite(values)
+    product = problem.einsum(subscripts, weights, jnp.where(finite, values, jnp.zeros_like(values)))
+    infinite = jnp.where(values > 0, 1.0, jnp.where(values < 0, _MINUS, 1.0 + _MINUS))  # NaN counts as both
+    code = jnp.where(finite, 0.0, infinite)
+    pairs = jnp.broadcast_to(keep, weights.shape).astype(jnp.float32)
+    count = jnp.einsum(subscripts, pairs, code.astype(jnp.float32),
+                       precision=jax.lax.Precision.HIGHEST)
+    minus = jnp.floor(count / _MINUS)
+    extra = jnp.where(count - minus * _MINUS > 0, jnp.inf, 0.0) + jnp.where(minus > 0, -jnp.inf, 0.0)
+    return product + extra.astype(product.dtype)

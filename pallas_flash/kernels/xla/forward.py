@@ -1,0 +1,55 @@
+"""Forward: for each query tile, the online softmax over the key tiles that its mask needs (FlashAttention-2, Dao, 2023)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import compat, softmax, tiles
+from pallas_flash.kernels.xla import blocks, schedule
+from pallas_flash.spec import AttentionSpec, Operands
+
+__all__ = ["forward"]
+
+
+def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+    """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32 (fp64 for fp64 input)."""
+    problem = blocks.prepare(spec, operands, schedule.default(spec))
+    block_q = problem.schedule.block_q
+
+    def q_step(q_tile: Any, carry: Any) -> Any:
+        out, lse = carry
+        out_tile, lse_tile = _attend(problem, q_tile)
+        return (blocks.update_tile(out, out_tile, q_tile, block_q, problem.q_axis),
+                blocks.update_tile(lse, lse_tile, q_tile, block_q, 3))
+
+    padded = problem.num_q_tiles * block_q
+    out = jnp.zeros((*problem.q.shape[:-1], spec.d_v), spec.dtype)
+    lse = jnp.zeros((spec.batch, spec.kv_heads, spec.group, padded), spec.acc_dtype)
+    out, lse = jax.lax.fori_loop(0, problem.num_q_tiles, q_step, compat.vary_like((out, lse), operands))
+    out = jax.lax.slice_in_dim(out, 0, spec.q_len, axis=problem.q_axis)
+    return out.reshape(spec.out_shape), lse.reshape(*spec.lse_shape[:2], padded)[..., :spec.q_len]
+
+
+def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
+    """One query tile's out (in the subscripts of q) and lse (b, k, g, q)."""
+    spec, v_subscripts = problem.spec, problem.k_subscripts.replace("d", "v")
+    q = problem.q_tile(problem.q, q_tile)
+
+    def kv_step(kv_tile: Any, carry: Any, masked: bool) -> Any:
+        m_i, l_i, acc = carry
+        tile = problem.scores(q, problem.kv_tile(problem.k, kv_tile), q_tile, kv_tile, masked)
+        m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s_log2)
+        weights = (p if tile.dropped is None else p * tile.dropped).astype(spec.dtype)
+        pv = blocks.masked_product(problem, f"bkgqs,{v_subscripts}->bkgqv", weights, tile.keep,
+                                   problem.kv_tile(problem.v, kv_tile))
+        return m_i, l_i, acc * alpha[..., None] + pv
+
+    rows = (spec.batch, spec.kv_heads, spec.group, problem.schedule.block_q)
+    start = (jnp.full(rows, -jnp.inf, spec.acc_dtype), jnp.zeros(rows, spec.acc_dtype),
+             jnp.zeros((*rows, spec.d_v), spec.acc_dtype))
+    kv_tiles = tiles.kv_tiles(problem.mask, tiles.interval(q_tile, problem.schedule.block_q, spec.q_len),
+                              problem.schedule.block_kv, spec.kv_len)
+    m_i, l_i, acc = tiles.sweep(kv_tiles, kv_step, compat.vary_like(start, q, problem.k, problem.v, problem.mask))
+    out = acc * softmax.rescale(l_i)[..., None]
+    return jnp.einsum(f"bkgqd->{problem.q_subscripts}", out), softmax.finish(m_i, l_i)

@@ -1,0 +1,395 @@
+"""Attention masks: which (query, key) pairs attend, described once.
+
+A mask answers questions about *positions*, and every consumer (oracle, forward, dq, dk/dv, tile skipping, FLOP counting)
+asks only these:
+
+    keep(q_pos, kv_pos)       True where the query at `q_pos` attends to the key at `kv_pos` (any broadcastable shapes);
+    kv_bounds(q_lo, q_hi)     for the queries [q_lo, q_hi): which keys attend to none, some, all of them;
+    q_bounds(kv_lo, kv_hi)    the same with queries and keys exchanged.
+
+Positions are Python ints, numpy arrays or traced values, so a mask uses arithmetic, comparisons, `&`, `|` and the functions
+`maximum`, `minimum`, `where` of this module; never a Python `if` on a position. Positions are never negative.
+
+To write a new mask, subclass `Mask` as a frozen dataclass and define the three methods. Integer fields are static.
+A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so they are always written for
+one sequence. `position_axes` names the axes such a field has beyond (batch, head): "q" or "kv" each.
+"""
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import errors
+
+__all__ = [
+    "And", "ArrayField", "Bounds", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds", "UNBOUNDED",
+    "Window", "maximum", "minimum", "over_batch", "where",
+]
+
+UNBOUNDED = 1 << 30
+"""A distance beyond any sequence length, small enough to add to an int32 position."""
+
+
+def _numpy_for(*values: Any) -> Any:
+    """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is JAX's."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """Elementwise maximum of positions, plain or traced."""
+    return _numpy_for(a, b).maximum(a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """Elementwise minimum of positions, plain or traced."""
+    return _numpy_for(a, b).minimum(a, b)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """Elementwise choice between positions, plain or traced."""
+    return _numpy_for(condition, a, b).where(condition, a, b)
+
+
+class Bounds(NamedTuple):
+    """Half-open intervals of positions: outside [lo, hi) nothing attends, inside [full_lo, full_hi) everything does."""
+
+    lo: Any
+    full_lo: Any
+    full_hi: Any
+    hi: Any
+
+    def __and__(self, other: "Bounds") -> "Bounds":
+        return Bounds(maximum(self.lo, other.lo), maximum(self.full_lo, other.full_lo),
+                      minimum(self.full_hi, other.full_hi), minimum(self.hi, other.hi))
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayField:
+    """Stands for an array where only its shape and dtype count: in an `AttentionSpec`, which is hashable."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @classmethod
+    def of(cls, array: Any) -> "ArrayField":
+        return cls(tuple(array.shape), np.dtype(array.dtype))
+
+
+class Mask:
+    """Base class; see the module's docstring for what a mask must define."""
+
+    position_axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """For each array field, what its axes after (batch, head) run over: "q" or "kv"; none where it is not named."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_with_keys(cls, _flatten, functools.partial(_unflatten, cls))
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        """True where the query at `q_pos` attends to the key at `kv_pos`; the shapes broadcast."""
+        raise NotImplementedError
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        """Bounds on the keys, seen from the queries [q_lo, q_hi), an interval that is not empty."""
+        raise NotImplementedError
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        """Bounds on the queries, seen from the keys [kv_lo, kv_hi), an interval that is not empty."""
+        raise NotImplementedError
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if isinstance(other, Full):
+            return self
+        return other if isinstance(self, Full) else And(self, other)
+
+    @property
+    def parts(self) -> "tuple[Mask, ...]":
+        """The masks whose intersection this is."""
+        return (self,)
+
+    @property
+    def has_arrays(self) -> bool:
+        """True if some field is data rather than a static number."""
+        return bool(jax.tree.leaves(self))
+
+    def array_fields(self) -> dict[str, Any]:
+        """The fields that hold data, by name."""
+        return {name: value for name, value in _fields(self).items()
+                if not _is_static(value) and not isinstance(value, Mask)}
+
+    def canonical(self) -> "Mask":
+        """This mask with its arrays shaped (batch or 1, heads or 1, *positions), as kernels expect them.
+
+        A field with `position_axes` n may be given with n axes (shared by all), n + 1 (batch first) or n + 2 (batch, heads).
+        """
+        return dataclasses.replace(self, **{  # type: ignore[type-var]
+            name: _with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
+            for name, value in self.array_fields().items()})
+
+    def with_placeholders(self) -> "Mask":
+        """This mask with each array replaced by its `ArrayField`: hashable, what an `AttentionSpec` holds."""
+        return jax.tree.map(ArrayField.of, self)
+
+
+def _is_static(value: Any) -> bool:
+    return isinstance(value, numbers.Integral | bool | str | None)
+
+
+def _fields(mask: Mask) -> dict[str, Any]:
+    return {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}  # type: ignore[arg-type]
+
+
+def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
+    fields = _fields(mask)
+    data = {name: value for name, value in fields.items() if not _is_static(value)}
+    static = tuple((name, value) for name, value in fields.items() if name not in data)
+    return [(jax.tree_util.GetAttrKey(name), value) for name, value in data.items()], (tuple(data), static)
+
+
+def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
+    names, static = aux
+    mask = object.__new__(cls)  # __post_init__ checks arrays; a tree may hold anything in their place
+    for name, value in (*zip(names, children, strict=True), *static):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+def _check_integers(mask: Mask) -> None:
+    """Raises unless every field is an integer or an array of integers: a position is nothing else."""
+    for name, value in _fields(mask).items():
+        dtype = np.dtype(bool) if isinstance(value, bool) else np.asarray(value).dtype if _is_static(value) else (
+            value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
+                                 f"{name}={value!r}" if _is_static(value) else f"{name}.dtype={dtype}",
+                                 "pass positions as integers")
+
+
+def _with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> Any:
+    array = array if hasattr(array, "ndim") else np.asarray(array)
+    lead = array.ndim - position_axes
+    if not 0 <= lead <= 2:
+        raise errors.invalid(
+            f"{owner}.{name} must have {position_axes} to {position_axes + 2} axes ([batch, [heads,]] then positions)",
+            f"shape={tuple(array.shape)}", "reshape it")
+    if lead == 2:
+        return array
+    head = (1, 1) if lead == 0 else (array.shape[0], 1)
+    return array.reshape(*head, *array.shape[lead:])
+
+
+def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
+    """Asks `question` of the mask for every (batch, head) that its arrays tell apart.
+
+    Returns what `question` returns (a pytree of arrays), each leaf with two leading axes (batch or 1, heads or 1); the parts
+    of an intersection are asked apart and their answers joined with `&`. The mask must be `canonical()`.
+    """
+    answers = []
+    for part in mask.parts:
+        if part.has_arrays:
+            answers.append(jax.vmap(jax.vmap(question))(part))
+        else:
+            answers.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], question(part)))
+    return functools.reduce(lambda a, b: a & b, answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Mask):
+    """Every query attends to every key."""
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        return (q_pos >= 0) & (kv_pos >= 0)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return Bounds(0, 0, UNBOUNDED, UNBOUNDED)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        return Bounds(0, 0, UNBOUNDED, UNBOUNDED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+    """q_pos + offset - left <= kv_pos <= q_pos + offset + right.
+
+    `left` and `right` count keys besides the aligned one; `offset` is the key position aligned with query 0 (0: the first
+    query with the first key; kv_len - q_len: the last with the last). Each may be a per-batch integer array.
+    """
+
+    left: Any = UNBOUNDED
+    right: Any = UNBOUNDED
+    offset: Any = 0
+
+    def __post_init__(self) -> None:
+        _check_integers(self)
+        if _is_static(self.left) and _is_static(self.right) and self.right < -self.left:
+            raise errors.invalid("Window needs -left <= right", f"left={self.left}, right={self.right}",
+                                 "give the number of keys on each side of the aligned one")
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        distance = kv_pos - (q_pos + self.offset)
+        return (-self.left <= distance) & (distance <= self.right)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        first, last = q_lo + self.offset, q_hi - 1 + self.offset
+        return Bounds(first - self.left, last - self.left, first + self.right + 1, last + self.right + 1)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        first, last = kv_lo - self.offset, kv_hi - 1 - self.offset
+        return Bounds(first - self.right, last - self.right, first + self.left + 1, last + self.left + 1)
+
+
+def Causal(offset: Any = 0) -> Window:  # noqa: N802  (reads as a mask's name where masks are composed)
+    """The query at q attends to the keys up to q + offset. `offset = kv_len - q_len` aligns the last query with the last key."""
+    return Window(right=0, offset=offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class InBounds(Mask):
+    """Both positions lie inside the real (unpadded) sequences: q_pos < q_len and kv_pos < kv_len.
+
+    The lengths are numbers, or integer arrays (batch,) for sequences of different lengths in one padded batch.
+    """
+
+    q_len: Any = UNBOUNDED
+    kv_len: Any = UNBOUNDED
+
+    def __post_init__(self) -> None:
+        _check_integers(self)
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        return (q_pos < self.q_len) & (kv_pos < self.kv_len)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return _inside(q_lo, q_hi, self.q_len, self.kv_len)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        return _inside(kv_lo, kv_hi, self.kv_len, self.q_len)
+
+
+def _inside(lo: Any, hi: Any, length: Any, other_length: Any) -> Bounds:
+    return Bounds(0, 0, where(hi <= length, other_length, 0), where(lo < length, other_length, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(Mask):
+    """Bidirectional over the first `prefix` keys, causal after them. `prefix` may be an integer array (batch,)."""
+
+    prefix: Any
+
+    def __post_init__(self) -> None:
+        _check_integers(self)
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        return (kv_pos < self.prefix) | (kv_pos <= q_pos)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return Bounds(0, 0, maximum(self.prefix, q_lo + 1), maximum(self.prefix, q_hi))
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        lo = where(kv_lo < self.prefix, 0, kv_lo)
+        full_lo = where(kv_hi <= self.prefix, 0, kv_hi - 1)
+        return Bounds(lo, full_lo, UNBOUNDED, UNBOUNDED)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentIds(Mask):
+    """Packed sequences: a query attends to the keys of its own segment; an id below 0 is padding and attends to nothing.
+
+    q_ids (batch, q_len) and kv_ids (batch, kv_len) are integers, in any order; where each segment is contiguous and the ids
+    do not decrease (how packing lays them out) the bounds are tight, otherwise they are only sound.
+    """
+
+    q_ids: Any
+    kv_ids: Any
+    position_axes: ClassVar[dict[str, tuple[str, ...]]] = {"q_ids": ("q",), "kv_ids": ("kv",)}
+
+    def __post_init__(self) -> None:
+        _check_integers(self)
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        q_id, kv_id = _at(self.q_ids, q_pos), _at(self.kv_ids, kv_pos)
+        return (q_id == kv_id) & (q_id >= 0)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return _segment_bounds(self.q_ids, q_lo, q_hi, self.kv_ids)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        return _segment_bounds(self.kv_ids, kv_lo, kv_hi, self.q_ids)
+
+
+def _at(ids: Any, pos: Any) -> Any:
+    """ids[pos] with positions past the end read as the last one: kernels ask about padded tiles too."""
+    return jnp.asarray(ids)[jnp.minimum(pos, ids.shape[-1] - 1)]
+
+
+def _segment_bounds(ids: Any, lo: Any, hi: Any, other_ids: Any) -> Bounds:
+    """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among them."""
+    ids, other_ids = jnp.asarray(ids), jnp.asarray(other_ids)
+    pos, largest = jnp.arange(ids.shape[0]), jnp.iinfo(ids.dtype).max
+    inside = (pos >= lo) & (pos < hi)
+    first_id = jnp.min(jnp.where(inside & (ids >= 0), ids, largest))
+    last_id = jnp.max(jnp.where(inside, ids, -1))
+    shared = (other_ids >= first_id) & (other_ids <= last_id) & (other_ids >= 0)
+    other_pos = jnp.arange(other_ids.shape[0])
+    some_lo = jnp.min(jnp.where(shared, other_pos, other_ids.shape[0]))
+    some_hi = jnp.max(jnp.where(shared, other_pos + 1, 0))
+    one_segment = jnp.all(jnp.where(inside, (ids == last_id) & (ids >= 0), True)) & (hi <= ids.shape[0])
+    contiguous = jnp.sum(shared) == some_hi - some_lo
+    return Bounds(some_lo, some_lo, jnp.where(one_segment & contiguous, some_hi, 0), some_hi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Mask):
+    """A boolean array of shape (batch or 1, heads or 1, q_len or 1, kv_len or 1): True attends.
+
+    The array itself is O(q_len * kv_len); nothing is known about its tiles without reading it, so none is skipped.
+    """
+
+    attend: Any
+    position_axes: ClassVar[dict[str, tuple[str, ...]]] = {"attend": ("q", "kv")}
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        rows, columns = self.attend.shape
+        return jnp.asarray(self.attend)[jnp.minimum(q_pos, rows - 1), jnp.minimum(kv_pos, columns - 1)]
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Mask):
+    """The intersection of two masks, also written `a & b`."""
+
+    a: Mask
+    b: Mask
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return (*self.a.parts, *self.b.parts)
+
+    def canonical(self) -> Self:
+        return dataclasses.replace(self, a=self.a.canonical(), b=self.b.canonical())
+
+    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+        return self.a.keep(q_pos, kv_pos) & self.b.keep(q_pos, kv_pos)
+
+    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+        return self.a.kv_bounds(q_lo, q_hi) & self.b.kv_bounds(q_lo, q_hi)
+
+    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+        return self.a.q_bounds(kv_lo, kv_hi) & self.b.q_bounds(kv_lo, kv_hi)

@@ -1,0 +1,72 @@
+"""Attention with an O(q_len * kv_len) score matrix, straight from the spec and `mask.keep`: the oracle.
+
+It is plain JAX and differentiated by JAX itself, so forward mode and derivatives of any order work. float64 in, float64 throughout.
+Keys that no query attends to and queries that attend to nothing are zeroed first, so NaN in padding stays there; NaN in a key
+that some queries attend to and others do not reaches them all (0 * NaN), unlike in the kernels.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import dropout, masks
+from pallas_flash.spec import AttentionSpec, Gradients, Operands
+
+__all__ = ["backward", "forward"]
+
+
+def _bhld(x: Any, spec: AttentionSpec) -> Any:
+    return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
+
+
+def _keep(spec: AttentionSpec, operands: Operands) -> Any:
+    """(batch, q_heads, q_len, kv_len) booleans; a bias of -inf masks too."""
+    q_pos, kv_pos = jnp.arange(spec.q_len, dtype=jnp.int32)[:, None], jnp.arange(spec.kv_len, dtype=jnp.int32)[None, :]
+    keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos, kv_pos))
+    if operands.bias is not None:
+        keep = keep & (operands.bias > -jnp.inf)
+    return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
+
+
+def _scores(spec: AttentionSpec, q: Any, k: Any, bias: Any) -> Any:
+    s = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST) * spec.scale
+    if spec.softcap is not None:
+        s = spec.softcap * jnp.tanh(s / spec.softcap)
+    return s if bias is None else s + bias.astype(s.dtype)
+
+
+def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
+    if not spec.dropout_rate:
+        return p
+    batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
+    kept = dropout.keep(seed, batch, head, q_pos, kv_pos, spec.dropout_rate)
+    return jnp.where(kept, p / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else jnp.zeros_like(p), jnp.zeros_like(p))
+
+
+def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+    """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32 (fp64 for fp64 input)."""
+    keep = _keep(spec, operands)
+    zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))  # noqa: E731
+    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
+    k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
+    q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
+    bias = None if operands.bias is None else jnp.where(keep, operands.bias, jnp.zeros_like(operands.bias))
+    s = jnp.where(keep, _scores(spec, q, k, bias), -jnp.inf)
+    row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))
+    p = jnp.exp(s - jnp.where(row_max == -jnp.inf, 0.0, row_max))
+    row_sum = p.sum(axis=-1, keepdims=True)
+    nothing = row_sum == 0
+    row_sum = jnp.where(nothing, 1.0, row_sum)
+    out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
+                     precision=jax.lax.Precision.HIGHEST)
+    lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) + jnp.log(row_sum))[..., 0]
+    return _bhld(out, spec).astype(spec.dtype), lse
+
+
+def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
+    """Cotangents of q, k, v and bias, by JAX's own differentiation of `forward`; out and lse are not needed."""
+    del out, lse
+    differentiable = operands[:3] if spec.bias is None else operands[:4]
+    _, vjp = jax.vjp(lambda *xs: forward(spec, Operands(*xs, *operands[len(xs):])), *differentiable)
+    return Gradients(*vjp((dout, dlse)))

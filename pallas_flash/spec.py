@@ -1,0 +1,230 @@
+"""`AttentionSpec`: an attention problem, validated and hashable; `Operands`: the arrays of one call.
+
+A spec says everything about *what* is computed and nothing about how fast. It is valid by construction: `AttentionSpec.of` is
+the only way to make one, so nothing below this file checks shapes again.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import errors, masks
+from pallas_flash.masks import ArrayField
+
+__all__ = ["AttentionSpec", "Gradients", "Layout", "Operands"]
+
+Layout = Literal["BLHD", "BHLD"]
+"""Order of the axes (batch, length, heads, dim) of query, key, value and out."""
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+MAX_LEN = masks.UNBOUNDED // 2
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, in the layout of the spec; what a spec holds placeholders for."""
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None  # (batch or 1, q_heads or 1, q_len or 1, kv_len or 1), or None
+    mask: Any = masks.Full()  # canonical: array fields have leading axes (batch or 1, q_heads or 1)
+    dropout_seed: Any = None  # (2,) uint32, or None
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the differentiable operands, each in the shape and dtype of its operand."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """out = dropout(softmax(softcap(scale * q k^T) + bias, where mask keeps)) v, for arrays of given shapes.
+
+    softcap(s) = softcap * tanh(s / softcap). Make one with `AttentionSpec.of`.
+    """
+
+    layout: Layout
+    dtype: np.dtype
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    d: int
+    d_v: int
+    mask: masks.Mask
+    bias: ArrayField | None
+    softcap: float | None
+    scale: float
+    dropout_rate: float
+    return_lse: bool
+    deterministic: bool
+
+    @classmethod
+    def of(cls, q: Any, k: Any, v: Any, *, layout: Layout = "BLHD", mask: masks.Mask | None = None, bias: Any = None,
+           softcap: float | None = None, scale: float | None = None, dropout_rate: float = 0.0, return_lse: bool = False,
+           deterministic: bool = False) -> "AttentionSpec":
+        """The spec of a call, from arrays or anything with a shape and a dtype.
+
+        Args:
+          q: (batch, q_len, q_heads, d) if layout is "BLHD", (batch, q_heads, q_len, d) if "BHLD".
+          k: (batch, kv_len, kv_heads, d), or heads before length; kv_heads divides q_heads.
+          v: (batch, kv_len, kv_heads, d_v), or heads before length.
+          mask: which pairs attend; None for all.
+          bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
+          softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
+
+        Raises:
+          ValueError: naming the array, what must hold, what was given and what to do.
+        """
+        _check_arrays(q, k, v, layout)
+        (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
+        _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
+        _check_numbers(softcap, scale, dropout_rate)
+        mask = (masks.Full() if mask is None else _checked_mask(mask)).canonical()
+        lengths = {"q": q_len, "kv": kv_len}
+        _check_mask_arrays(mask, batch, q_heads, lengths)
+        if bias is not None:
+            _check_bias(bias, (batch, q_heads, q_len, kv_len))
+        return cls(
+            layout=layout, dtype=np.dtype(q.dtype), batch=batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len,
+            kv_len=kv_len, d=d, d_v=d_v, mask=mask.with_placeholders(),
+            bias=None if bias is None else ArrayField.of(bias), softcap=None if softcap is None else float(softcap),
+            scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
+            dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic))
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.q_heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def acc_dtype(self) -> np.dtype:
+        """What scores, softmax and sums are computed in."""
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there is no output element or no key: the result is known without a kernel."""
+        return 0 in (self.batch, self.q_heads, self.q_len, self.d_v, self.kv_heads, self.kv_len)
+
+    def shape(self, length: int, heads: int, dim: int) -> tuple[int, int, int, int]:
+        """The shape of an array of this problem, in its layout."""
+        return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """The shape of `out`: like q, with d_v in place of d."""
+        return self.shape(self.q_len, self.q_heads, self.d_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        """The shape of `lse`, whatever the layout."""
+        return self.batch, self.q_heads, self.q_len
+
+    def __str__(self) -> str:
+        shape = f"batch={self.batch}, heads={self.q_heads}:{self.kv_heads}, len={self.q_len}x{self.kv_len}"
+        dim = f"d={self.d}" if self.d == self.d_v else f"d={self.d}, d_v={self.d_v}"
+        extras = [f"bias={'x'.join(map(str, self.bias.shape))}" if self.bias else "",
+                  f"softcap={self.softcap:g}" if self.softcap is not None else "",
+                  f"dropout_rate={self.dropout_rate:g}" if self.dropout_rate else "",
+                  "deterministic" if self.deterministic else ""]
+        return ", ".join([f"AttentionSpec({self.layout} {self.dtype.name}", shape, dim, f"mask={self.mask}",
+                          *filter(None, extras)]) + ")"
+
+
+def _blhd(array: Any, layout: Layout) -> tuple[int, int, int, int]:
+    batch, a, b, dim = array.shape
+    return (batch, a, b, dim) if layout == "BLHD" else (batch, b, a, dim)
+
+
+def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
+    if layout not in get_args(Layout):
+        raise errors.invalid(f"layout must be one of {get_args(Layout)}", f"{layout=}", "name the order of the axes")
+    for name, array in (("query", q), ("key", k), ("value", v)):
+        if len(array.shape) != 4:
+            raise errors.invalid(f"{name} must have 4 axes ({layout})", f"{name}.shape={tuple(array.shape)}",
+                                 "add or merge axes; leading batch axes are merged into one")
+        if array.dtype.name not in DTYPES:
+            advice = "cast to bfloat16 and fold the scales into `scale`" if "float8" in array.dtype.name else "cast it"
+            raise errors.invalid(f"{name} must be one of {', '.join(DTYPES)}", f"{name}.dtype={array.dtype.name}", advice)
+        if array.dtype.name == "float64" and not jax.config.jax_enable_x64:
+            raise errors.invalid("float64 needs JAX's 64-bit mode", f"{name}.dtype=float64 with jax_enable_x64=False",
+                                 'call jax.config.update("jax_enable_x64", True) first, or cast to float32')
+        if array.dtype != q.dtype:
+            raise errors.invalid(f"query and {name} must have the same dtype",
+                                 f"query.dtype={q.dtype.name}, {name}.dtype={array.dtype.name}", "cast one of them")
+
+
+def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
+    """Shapes as (batch, length, heads, dim)."""
+    def show(**shapes: tuple) -> str:
+        order = (0, 1, 2, 3) if layout == "BLHD" else (0, 2, 1, 3)
+        return ", ".join(f"{name}.shape={tuple(shape[i] for i in order)}" for name, shape in shapes.items()) + f" ({layout})"
+    rules = (
+        (q[0] == k[0], "query and key must have the same batch size", dict(query=q, key=k), "broadcast the smaller one"),
+        (q[0] == v[0], "query and value must have the same batch size", dict(query=q, value=v), "broadcast the smaller one"),
+        (k[1] == v[1], "key and value must have the same length", dict(key=k, value=v), "pad or cut one of them"),
+        (k[2] == v[2], "key and value must have the same number of heads", dict(key=k, value=v), "repeat the smaller one"),
+        (q[3] == k[3], "query and key must have the same head dimension", dict(query=q, key=k), "project both to one size"),
+        (q[2] == 0 == k[2] or (k[2] and q[2] % k[2] == 0), "the heads of key must divide the heads of query",
+         dict(query=q, key=k), "repeat or drop key heads"),
+        (max(q[1], k[1]) <= MAX_LEN, f"lengths must be at most {MAX_LEN}", dict(query=q, key=k), "split the sequence"),
+    )
+    for holds, must, shapes, do in rules:
+        if not holds:
+            raise errors.invalid(must, show(**shapes), do)
+
+
+def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
+    def is_number(x: Any) -> bool:
+        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+    rules = (
+        (scale is None or is_number(scale), "scale must be a finite Python number or None", f"{scale=}",
+         "for a traced scale, multiply the query with it and pass scale=1.0"),
+        (softcap is None or (is_number(softcap) and softcap > 0), "softcap must be a positive Python number or None",
+         f"{softcap=}", "pass None for no cap"),
+        (is_number(dropout_rate) and 0 <= dropout_rate <= 1, "dropout_rate must be a Python number in [0, 1]",
+         f"{dropout_rate=}", "pass the probability of dropping an entry"),
+    )
+    for holds, must, given, do in rules:
+        if not holds:
+            raise errors.invalid(must, given, do)
+
+
+def _checked_mask(mask: Any) -> masks.Mask:
+    if not isinstance(mask, masks.Mask):
+        raise errors.invalid("mask must be a pallas_flash Mask", f"type(mask)={type(mask).__name__}",
+                             "wrap a boolean array as masks.Dense(array), or name the rule: Causal(), Window(left, right)")
+    return mask
+
+
+def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[str, int]) -> None:
+    for part in mask.parts:
+        for name, array in part.array_fields().items():
+            label = f"{type(part).__name__}.{name}"
+            wanted = (batch, heads, *(lengths[axis] for axis in part.position_axes.get(name, ())))
+            if any(size not in (1, full) for size, full in zip(array.shape, wanted, strict=True)):
+                raise errors.invalid(f"{label} must have shape {wanted} (batch, heads, positions; each may be 1)",
+                                     f"shape={tuple(array.shape)}", "make it match query and key")
+            if np.dtype(array.dtype).kind not in "iub":
+                raise errors.invalid(f"{label} must be boolean or integer", f"dtype={array.dtype}",
+                                     "pass an additive float mask as `bias`")
+
+
+def _check_bias(bias: Any, wanted: tuple[int, ...]) -> None:
+    if len(bias.shape) != 4 or any(size not in (1, full) for size, full in zip(bias.shape, wanted, strict=True)):
+        raise errors.invalid(f"bias must have shape {wanted} (batch, q_heads, q_len, kv_len; each may be 1)",
+                             f"bias.shape={tuple(bias.shape)}", "reshape it so that it broadcasts")
+    if bias.dtype.name not in DTYPES:
+        raise errors.invalid(f"bias must be one of {', '.join(DTYPES)}", f"bias.dtype={bias.dtype.name}",
+                             "pass a boolean mask as `mask`" if bias.dtype == jnp.bool_ else "cast it")

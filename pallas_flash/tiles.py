@@ -1,0 +1,109 @@
+"""From positions to tiles: the only block arithmetic of the project, and the only shape of a loop over tiles.
+
+The tiles of one axis that a tile of the other axis needs form one interval, split into three: partial, full, partial
+(`TileRange`). Full tiles need no mask. Everything works on plain and on traced numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import masks
+
+__all__ = [
+    "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "sweep", "tile_range", "union",
+]
+
+Carry = TypeVar("Carry")
+
+
+def cdiv(a: Any, b: int) -> Any:
+    """Ceiling of a / b for a >= 0."""
+    return (a + b - 1) // b
+
+
+class TileRange(NamedTuple):
+    """Tile indices: [start, full_start) partial, [full_start, full_stop) full, [full_stop, stop) partial."""
+
+    start: Any
+    full_start: Any
+    full_stop: Any
+    stop: Any
+
+
+def interval(tile: Any, block: int, length: int) -> tuple[Any, Any]:
+    """The positions [lo, hi) of a tile, clamped to the real length: what a mask is asked about."""
+    return tile * block, masks.minimum((tile + 1) * block, length)
+
+
+def _clip(x: Any, lo: Any, hi: Any) -> Any:
+    return masks.minimum(masks.maximum(x, lo), hi)
+
+
+def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange:
+    """The tiles of `block` positions that `bounds` calls partial and full; the one place where positions become tiles."""
+    end = num_tiles * block
+    lo, hi = _clip(bounds.lo, 0, end), _clip(bounds.hi, 0, end)
+    start = lo // block
+    stop = masks.where(hi > lo, cdiv(hi, block), start)
+    full_start = _clip(cdiv(_clip(bounds.full_lo, 0, end), block), start, stop)
+    full_stop = _clip(_clip(bounds.full_hi, 0, end) // block, full_start, stop)
+    return TileRange(start, full_start, full_stop, stop)
+
+
+def union(bounds: masks.Bounds) -> masks.Bounds:
+    """Bounds that hold for every element of batched bounds: what a loop shared by a batch must cover."""
+    if isinstance(bounds.lo, int | np.integer):
+        return bounds
+    return masks.Bounds(bounds.lo.min(), bounds.full_lo.max(), bounds.full_hi.min(), bounds.hi.max())
+
+
+def _shared_bounds(mask: masks.Mask, question: Callable[[masks.Mask], masks.Bounds]) -> masks.Bounds:
+    return union(masks.over_batch(mask, question)) if mask.has_arrays else question(mask)
+
+
+def kv_tiles(mask: masks.Mask, q_interval: tuple[Any, Any], block_kv: int, kv_len: int) -> TileRange:
+    """The key tiles that the queries of `q_interval` need, for all (batch, head) at once."""
+    bounds = _shared_bounds(mask, lambda part: part.kv_bounds(*q_interval))
+    return tile_range(bounds, block_kv, cdiv(kv_len, block_kv))
+
+
+def q_tiles(mask: masks.Mask, kv_interval: tuple[Any, Any], block_q: int, q_len: int) -> TileRange:
+    """The query tiles that the keys of `kv_interval` need, for all (batch, head) at once."""
+    bounds = _shared_bounds(mask, lambda part: part.q_bounds(*kv_interval))
+    return tile_range(bounds, block_q, cdiv(q_len, block_q))
+
+
+def sweep(tiles: TileRange, step: Callable[[Any, Carry, bool], Carry], carry: Carry) -> Carry:
+    """Runs `step(tile, carry, masked)` over a range, with masked=False over its full tiles."""
+    segments = ((tiles.start, tiles.full_start, True), (tiles.full_start, tiles.full_stop, False),
+                (tiles.full_stop, tiles.stop, True))
+    for lo, hi, masked in segments:
+        if isinstance(lo, int | np.integer) and isinstance(hi, int | np.integer) and lo >= hi:
+            continue
+        carry = jax.lax.fori_loop(
+            jnp.int32(lo), jnp.int32(hi), lambda tile, carry, masked=masked: step(tile, carry, masked), carry)
+    return carry
+
+
+def _row_chunks(q_len: int, kv_len: int) -> Iterator[np.ndarray]:
+    rows = max(1, (1 << 24) // max(kv_len, 1))
+    for lo in range(0, q_len, rows):
+        yield np.arange(lo, min(lo + rows, q_len))
+
+
+def attended_pairs(mask: masks.Mask, q_len: int, kv_len: int) -> int:
+    """The number of (query, key) pairs that a mask without arrays keeps: the work that an attention cannot avoid.
+
+    Rows whose bounds say everything are counted from the bounds, the others by asking `keep`.
+    """
+    pos = np.arange(q_len)
+    lo, full_lo, full_hi, hi = (np.clip(np.broadcast_to(x, pos.shape), 0, kv_len) for x in mask.kv_bounds(pos, pos + 1))
+    exact = (lo >= hi) | ((full_lo <= lo) & (full_hi >= hi))
+    counted = int(np.sum(np.maximum(hi - lo, 0)[exact], dtype=np.int64))
+    kv_pos = np.arange(kv_len)[None, :]
+    return counted + sum(int(np.sum(mask.keep(pos[rows][:, None], kv_pos)[~exact[rows]], dtype=np.int64))
+                         for rows in _row_chunks(q_len, kv_len) if not exact[rows].all())
