@@ -20,36 +20,39 @@ def flash_attention(
 ) -> Any:
     """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
 
-    Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect to query,
-    key, value and bias, `lse` included. A query that attends to nothing gives output 0, lse -inf and zero gradients.
+    Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect
+    to query, key, value and bias, `lse` included. A query that attends to nothing gives output 0, lse -inf and zero
+    gradients.
 
     Args:
-      query: (batch, q_len, q_heads, d) with layout "BLHD", (batch, q_heads, q_len, d) with "BHLD"; bfloat16, float16, float32
-        or float64. Without the batch axis: all three arrays, and the result, are without it.
-      key: (batch, kv_len, kv_heads, d), the dtype of query; kv_heads divides q_heads (grouped queries), nothing is repeated.
+      query: (batch, q_len, q_heads, d) with layout "BLHD", (batch, q_heads, q_len, d) with "BHLD"; bfloat16, float16,
+        float32 or float64. Without the batch axis: all three arrays, and the result, are without it.
+      key: (batch, kv_len, kv_heads, d), the dtype of query; kv_heads divides q_heads (grouped queries), nothing is
+        repeated.
       value: (batch, kv_len, kv_heads, d_v).
-      mask: which pairs attend, e.g. `Causal()`, `Window(left=1023, right=0)`, `PrefixLM(100)`, `Dense(array)`, or several joined
-        with `&`. None: all.
+      mask: which pairs attend, e.g. `Causal()`, `Window(left=1023, right=0)`, `PrefixLM(100)`, `Dense(array)`, or
+        several joined with `&`. None: all.
       bias: added to the scores, broadcastable to (batch, q_heads, q_len, kv_len); -inf masks. It has a gradient.
-      segment_ids: integers (batch, length), or a pair of them for queries and keys: tokens attend within their segment; ids
-        below 0 are padding.
+      segment_ids: integers (batch, length), or a pair of them for queries and keys: tokens attend within their
+        segment; ids below 0 are padding.
       q_lengths, kv_lengths: integers (batch,): positions from there on are padding, whatever they hold.
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
-      dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is not 0.
-        Which weights drop depends on the key, batch, head and positions only, not on the implementation.
+      dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
+        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation.
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
       implementation: None for the first that can run this here, or "xla" or "reference"; see `explain`.
 
     Returns:
-      out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads, q_len)
-      being the natural logarithm of each row's sum of exponentials, float32 (float64 for float64 input).
+      out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
+      q_len) being the natural logarithm of each row's sum of exponentials, float32 (float64 for float64 input).
 
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
-      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative it does not have.
+      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative it does not
+        have.
 
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
@@ -91,16 +94,18 @@ def dot_product_attention(
     return_residual: bool = False, softcap: float | None = None, dropout_rate: float = 0.0, dropout_rng: Any = None,
     segment_ids: Any = None,
 ) -> Any:
-    """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and segments.
+    """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and
+    segments.
 
-    Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and values does
-    not reach the output; `implementation` names ours; a bias of -inf masks; memory stays O(length).
+    Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and
+    values does not reach the output; `implementation` names ours; a bias of -inf masks; memory stays O(length).
 
     Args:
       query: (batch, q_len, q_heads, d) or (q_len, q_heads, d).
       key, value: (batch, kv_len, kv_heads, d) or (kv_len, kv_heads, d).
       bias: added to the scaled scores, broadcastable to (batch, q_heads, q_len, kv_len).
-      mask: boolean, True attends, broadcastable to (batch, q_heads, q_len, kv_len). For rules, not arrays, use `flash_attention`.
+      mask: boolean, True attends, broadcastable to (batch, q_heads, q_len, kv_len). For rules, not arrays, use
+        `flash_attention`.
       is_causal: the query at q attends to the keys up to q, whatever the lengths.
       query_seq_lengths, key_value_seq_lengths: integers (batch,): positions from there on are padding.
       local_window_size: keys visible on the left and right of a query; one number for both.
@@ -117,8 +122,8 @@ def dot_product_attention(
         rule = rule & masks.Dense(_checked_boolean_mask(mask))
     out, lse = flash_attention(
         query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=query_seq_lengths,
-        kv_lengths=key_value_seq_lengths, scale=scale, softcap=softcap, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
-        return_lse=True, implementation=implementation)
+        kv_lengths=key_value_seq_lengths, scale=scale, softcap=softcap, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, return_lse=True, implementation=implementation)
     return (out, lse.swapaxes(-1, -2)) if return_residual else out
 
 
@@ -134,8 +139,8 @@ class _Problem(NamedTuple):
         return AttentionSpec.of(q, k, v, layout=self.layout, mask=mask, bias=bias, **numbers)
 
 
-def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any,
-             layout: Layout) -> _Problem:
+def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any,
+             kv_lengths: Any, layout: Layout) -> _Problem:
     arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
     unbatched = len(arrays["query"].shape) == 3
     for name, x in arrays.items():
@@ -144,10 +149,7 @@ def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_
                                  f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
                                  "add or merge batch axes")
     q, k, v = (_add_batch(x) if unbatched else x for x in arrays.values())
-    if mask is not None and not isinstance(mask, masks.Mask):
-        raise errors.invalid("mask must be a pallas_flash mask", f"type(mask)={type(mask).__name__}",
-                             "wrap a boolean array as masks.Dense(array), or name the rule: Causal(), Window(left, right)")
-    rule = mask if mask is not None else masks.Full()
+    rule = masks.checked(mask)
     if segment_ids is not None:
         rule = rule & _segments(segment_ids)
     if q_lengths is not None or kv_lengths is not None:

@@ -1,7 +1,9 @@
-"""Differentiation: the custom_vjp around an implementation, its residuals and cotangents. The only file that knows about it.
+"""Differentiation: the custom_vjp around an implementation, its residuals and cotangents. The only file that knows
+about it.
 
-The backward recomputes probabilities from q, k and lse (FlashAttention, Dao et al., 2022), so the residuals are the operands, out and
-lse; out and lse carry `checkpoint_name`s, so that a remat policy can keep them and the forward runs once.
+The backward recomputes probabilities from q, k and lse (FlashAttention, Dao et al., 2022), so the residuals are the
+operands, out and lse; out and lse carry `checkpoint_name`s, so that a remat policy can keep them and the forward runs
+once.
 """
 
 import functools
@@ -17,7 +19,8 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 __all__ = ["RESIDUAL_NAMES", "attend", "backward", "forward"]
 
 RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_lse")
-"""What a remat policy keeps to avoid a second forward: jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
+"""What a remat policy keeps to avoid a second forward:
+jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 
 
 def forward(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any]:

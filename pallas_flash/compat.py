@@ -1,4 +1,5 @@
-"""What differs between the supported JAX releases, and the only file that may touch `jax._src`; each use with its reason."""
+"""What differs between the supported JAX releases, and the only file that may touch `jax._src`; each use with its
+reason."""
 
 from typing import Any
 

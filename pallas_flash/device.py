@@ -34,7 +34,8 @@ H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
 
 _SMEM_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
-"""Opt-in shared memory of a block by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
+"""Opt-in shared memory of a block by compute capability (CUDA C++ Programming Guide, table of technical
+specifications)."""
 
 _assumed: list[Device] = []
 
@@ -45,7 +46,8 @@ def of(device: jax.Device) -> Device:
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return Device(device.platform, device.device_kind)
     major, minor = (int(x) for x in str(device.compute_capability).split("."))
-    return Device("gpu", device.device_kind, (major, minor), device.core_count, _SMEM_BYTES.get((major, minor), 101_376))
+    smem_bytes = _SMEM_BYTES.get((major, minor), 101_376)
+    return Device("gpu", device.device_kind, (major, minor), device.core_count, smem_bytes)
 
 
 def current() -> Device:

@@ -1,4 +1,5 @@
-"""The table of implementations, the choice among them, and why: pure data, so that a laptop can ask what a GPU would run."""
+"""The table of implementations, the choice among them, and why: pure data, so that a laptop can ask what a GPU would
+run."""
 
 import dataclasses
 import functools
@@ -20,9 +21,11 @@ class Implementation:
     Attributes:
       name: what `implementation=` calls it.
       summary: what it is, one line.
-      why_not: (spec, device) -> the reasons why it cannot run the spec there, each what is needed and what there is; empty: it can.
+      why_not: (spec, device) -> the reasons why it cannot run the spec there, each what is needed and what there is;
+        empty: it can.
       automatic: whether it is chosen without being named.
-      differentiates_itself: JAX differentiates its forward, to any order and in forward mode; the others have a backward.
+      differentiates_itself: JAX differentiates its forward, to any order and in forward mode; the others have a
+        backward.
       modules: the modules that define `forward` and `backward`, imported when first used.
     """
 
@@ -84,8 +87,9 @@ def get(name: str) -> Implementation:
     for row in IMPLEMENTATIONS:
         if row.name == name:
             return row
-    raise errors.invalid(f"implementation must be None or one of {', '.join(repr(row.name) for row in IMPLEMENTATIONS)}",
-                         f"implementation={name!r}", "pass None to take the first that can run")
+    names = ", ".join(repr(row.name) for row in IMPLEMENTATIONS)
+    raise errors.invalid(f"implementation must be None or one of {names}", f"implementation={name!r}",
+                         "pass None to take the first that can run")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +106,8 @@ def decide(spec: AttentionSpec, device: Device, requested: str | None = None) ->
         return Decision(spec, device, able[0], reasons)
     chosen = get(requested)
     if reasons[chosen.name]:
-        raise errors.unsupported(f"implementation={requested!r} cannot run {spec} on {device.name}", reasons[chosen.name],
+        raise errors.unsupported(f"implementation={requested!r} cannot run {spec} on {device.name}",
+                                 reasons[chosen.name],
                                  f'use implementation=None to take the first that can ("{able[0].name}" here)')
     return Decision(spec, device, chosen, reasons)
 

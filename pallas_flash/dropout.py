@@ -1,8 +1,8 @@
 """Dropout's random bits: a function of (seed, batch, head, query position, key position) and of nothing else.
 
-So every implementation and every schedule drops the same entries, and the backward draws the forward's again. The generator is
-Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): additions, rotations and xors of 32-bit
-words only. 13 rounds pass BigCrush there; the key of a (batch, head) gets all 20.
+So every implementation and every schedule drops the same entries, and the backward draws the forward's again. The
+generator is Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): additions, rotations
+and xors of 32-bit words only. 13 rounds pass BigCrush there; the key of a (batch, head) gets all 20.
 """
 
 from typing import Any

@@ -1,18 +1,18 @@
 """Attention masks: which (query, key) pairs attend, described once.
 
-A mask answers questions about *positions*, and every consumer (oracle, forward, dq, dk/dv, tile skipping, FLOP counting)
-asks only these:
+A mask answers questions about *positions*, and every consumer (oracle, forward, dq, dk/dv, tile skipping, FLOP
+counting) asks only these:
 
     keep(q_pos, kv_pos)       True where the query at `q_pos` attends to the key at `kv_pos` (any broadcastable shapes);
     kv_bounds(q_lo, q_hi)     for the queries [q_lo, q_hi): which keys attend to none, some, all of them;
     q_bounds(kv_lo, kv_hi)    the same with queries and keys exchanged.
 
-Positions are Python ints, numpy arrays or traced values, so a mask uses arithmetic, comparisons, `&`, `|` and the functions
-`maximum`, `minimum`, `where` of this module; never a Python `if` on a position. Positions are never negative.
+Positions are Python ints, numpy arrays or traced values, so a mask uses arithmetic, comparisons, `&`, `|` and the
+functions `maximum`, `minimum`, `where` of this module; never a Python `if` on a position. Positions are never negative.
 
 To write a new mask, subclass `Mask` as a frozen dataclass and define the three methods. Integer fields are static.
-A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so they are always written for
-one sequence. `position_axes` names the axes such a field has beyond (batch, head): "q" or "kv" each.
+A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so they are always
+written for one sequence. `position_axes` names the axes such a field has beyond (batch, head): "q" or "kv" each.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from pallas_flash import errors
 
 __all__ = [
     "And", "ArrayField", "Bounds", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds", "UNBOUNDED",
-    "Window", "maximum", "minimum", "over_batch", "where",
+    "Window", "checked", "maximum", "minimum", "over_batch", "where",
 ]
 
 UNBOUNDED = 1 << 30
@@ -37,7 +37,8 @@ UNBOUNDED = 1 << 30
 
 
 def _numpy_for(*values: Any) -> Any:
-    """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is JAX's."""
+    """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is
+    JAX's."""
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
@@ -132,7 +133,8 @@ class Mask:
     def canonical(self) -> "Mask":
         """This mask with its arrays shaped (batch or 1, heads or 1, *positions), as kernels expect them.
 
-        A field with `position_axes` n may be given with n axes (shared by all), n + 1 (batch first) or n + 2 (batch, heads).
+        A field with `position_axes` n may be given with n axes (shared by all), n + 1 (batch first) or n + 2 (batch,
+        heads).
         """
         return dataclasses.replace(self, **{  # type: ignore[type-var]
             name: _with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
@@ -190,11 +192,21 @@ def _with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> An
     return array.reshape(*head, *array.shape[lead:])
 
 
+def checked(mask: Any) -> Mask:
+    """`mask` itself, `Full()` for None; raises ValueError for anything that is not a mask."""
+    if mask is None:
+        return Full()
+    if not isinstance(mask, Mask):
+        raise errors.invalid("mask must be a pallas_flash Mask", f"type(mask)={type(mask).__name__}",
+                             "wrap a boolean array as Dense(array), or name the rule: Causal(), Window(left, right)")
+    return mask
+
+
 def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
     """Asks `question` of the mask for every (batch, head) that its arrays tell apart.
 
-    Returns what `question` returns (a pytree of arrays), each leaf with two leading axes (batch or 1, heads or 1); the parts
-    of an intersection are asked apart and their answers joined with `&`. The mask must be `canonical()`.
+    Returns what `question` returns (a pytree of arrays), each leaf with two leading axes (batch or 1, heads or 1); the
+    parts of an intersection are asked apart and their answers joined with `&`. The mask must be `canonical()`.
     """
     answers = []
     for part in mask.parts:
@@ -223,8 +235,8 @@ class Full(Mask):
 class Window(Mask):
     """q_pos + offset - left <= kv_pos <= q_pos + offset + right.
 
-    `left` and `right` count keys besides the aligned one; `offset` is the key position aligned with query 0 (0: the first
-    query with the first key; kv_len - q_len: the last with the last). Each may be a per-batch integer array.
+    `left` and `right` count keys besides the aligned one; `offset` is the key position aligned with query 0 (0: the
+    first query with the first key; kv_len - q_len: the last with the last). Each may be a per-batch integer array.
     """
 
     left: Any = UNBOUNDED
@@ -250,8 +262,9 @@ class Window(Mask):
         return Bounds(first - self.right, last - self.right, first + self.left + 1, last + self.left + 1)
 
 
-def Causal(offset: Any = 0) -> Window:  # noqa: N802  (reads as a mask's name where masks are composed)
-    """The query at q attends to the keys up to q + offset. `offset = kv_len - q_len` aligns the last query with the last key."""
+def Causal(offset: Any = 0) -> Window:
+    """The query at q attends to the keys up to q + offset. `offset = kv_len - q_len` aligns the last query with the
+    last key."""
     return Window(right=0, offset=offset)
 
 
@@ -305,10 +318,11 @@ class PrefixLM(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class SegmentIds(Mask):
-    """Packed sequences: a query attends to the keys of its own segment; an id below 0 is padding and attends to nothing.
+    """Packed sequences: a query attends to the keys of its own segment; an id below 0 is padding and attends to
+    nothing.
 
-    q_ids (batch, q_len) and kv_ids (batch, kv_len) are integers, in any order; where each segment is contiguous and the ids
-    do not decrease (how packing lays them out) the bounds are tight, otherwise they are only sound.
+    q_ids (batch, q_len) and kv_ids (batch, kv_len) are integers, in any order; where each segment is contiguous and
+    the ids do not decrease (how packing lays them out) the bounds are tight, otherwise they are only sound.
     """
 
     q_ids: Any
@@ -335,7 +349,8 @@ def _at(ids: Any, pos: Any) -> Any:
 
 
 def _segment_bounds(ids: Any, lo: Any, hi: Any, other_ids: Any) -> Bounds:
-    """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among them."""
+    """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among
+    them."""
     ids, other_ids = jnp.asarray(ids), jnp.asarray(other_ids)
     pos, largest = jnp.arange(ids.shape[0]), jnp.iinfo(ids.dtype).max
     inside = (pos >= lo) & (pos < hi)

@@ -1,8 +1,9 @@
 """Attention with an O(q_len * kv_len) score matrix, straight from the spec and `mask.keep`: the oracle.
 
-It is plain JAX and differentiated by JAX itself, so forward mode and derivatives of any order work. float64 in, float64 throughout.
-Keys that no query attends to and queries that attend to nothing are zeroed first, so NaN in padding stays there; NaN in a key
-that some queries attend to and others do not reaches them all (0 * NaN), unlike in the kernels.
+It is plain JAX and differentiated by JAX itself, so forward mode and derivatives of any order work. float64 in,
+float64 throughout. Keys that no query attends to and queries that attend to nothing are zeroed first, so NaN in
+padding stays there; NaN in a key that some queries attend to and others do not reaches them all (0 * NaN), unlike in
+the kernels.
 """
 
 from typing import Any
@@ -41,13 +42,14 @@ def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
         return p
     batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
     kept = dropout.keep(seed, batch, head, q_pos, kv_pos, spec.dropout_rate)
-    return jnp.where(kept, p / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else jnp.zeros_like(p), jnp.zeros_like(p))
+    nothing = jnp.zeros_like(p)
+    return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32 (fp64 for fp64 input)."""
     keep = _keep(spec, operands)
-    zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))  # noqa: E731
+    zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))
     q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))

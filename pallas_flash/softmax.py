@@ -1,8 +1,8 @@
 """The online softmax (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022). Base 2 lives here only.
 
-Scores are multiplied by log2(e) once, so that exponentials are exp2, which GPUs have as an instruction; such values carry
-`_log2` in their names. What leaves a kernel (`lse`) is a natural logarithm again. A row that attends to nothing has
-lse = -inf, weights 0 and output 0.
+Scores are multiplied by log2(e) once, so that exponentials are exp2, which GPUs have as an instruction; such values
+carry `_log2` in their names. What leaves a kernel (`lse`) is a natural logarithm again. A row that attends to nothing
+has lse = -inf, weights 0 and output 0.
 """
 
 import math

@@ -1,7 +1,7 @@
 """`AttentionSpec`: an attention problem, validated and hashable; `Operands`: the arrays of one call.
 
-A spec says everything about *what* is computed and nothing about how fast. It is valid by construction: `AttentionSpec.of` is
-the only way to make one, so nothing below this file checks shapes again.
+A spec says everything about *what* is computed and nothing about how fast. It is valid by construction:
+`AttentionSpec.of` is the only way to make one, so nothing below this file checks shapes again.
 """
 
 import dataclasses
@@ -71,8 +71,8 @@ class AttentionSpec:
 
     @classmethod
     def of(cls, q: Any, k: Any, v: Any, *, layout: Layout = "BLHD", mask: masks.Mask | None = None, bias: Any = None,
-           softcap: float | None = None, scale: float | None = None, dropout_rate: float = 0.0, return_lse: bool = False,
-           deterministic: bool = False) -> "AttentionSpec":
+           softcap: float | None = None, scale: float | None = None, dropout_rate: float = 0.0,
+           return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -90,7 +90,7 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
-        mask = (masks.Full() if mask is None else _checked_mask(mask)).canonical()
+        mask = masks.checked(mask).canonical()
         lengths = {"q": q_len, "kv": kv_len}
         _check_mask_arrays(mask, batch, q_heads, lengths)
         if bias is not None:
@@ -156,7 +156,8 @@ def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
                                  "add or merge axes; leading batch axes are merged into one")
         if array.dtype.name not in DTYPES:
             advice = "cast to bfloat16 and fold the scales into `scale`" if "float8" in array.dtype.name else "cast it"
-            raise errors.invalid(f"{name} must be one of {', '.join(DTYPES)}", f"{name}.dtype={array.dtype.name}", advice)
+            raise errors.invalid(f"{name} must be one of {', '.join(DTYPES)}", f"{name}.dtype={array.dtype.name}",
+                                 advice)
         if array.dtype.name == "float64" and not jax.config.jax_enable_x64:
             raise errors.invalid("float64 needs JAX's 64-bit mode", f"{name}.dtype=float64 with jax_enable_x64=False",
                                  'call jax.config.update("jax_enable_x64", True) first, or cast to float32')
@@ -169,13 +170,14 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
     """Shapes as (batch, length, heads, dim)."""
     def show(**shapes: tuple) -> str:
         order = (0, 1, 2, 3) if layout == "BLHD" else (0, 2, 1, 3)
-        return ", ".join(f"{name}.shape={tuple(shape[i] for i in order)}" for name, shape in shapes.items()) + f" ({layout})"
+        given = (f"{name}.shape={tuple(shape[i] for i in order)}" for name, shape in shapes.items())
+        return f"{', '.join(given)} ({layout})"
     rules = (
-        (q[0] == k[0], "query and key must have the same batch size", dict(query=q, key=k), "broadcast the smaller one"),
-        (q[0] == v[0], "query and value must have the same batch size", dict(query=q, value=v), "broadcast the smaller one"),
+        (q[0] == k[0], "query and key must have the same batch size", dict(query=q, key=k), "broadcast one"),
+        (q[0] == v[0], "query and value must have the same batch size", dict(query=q, value=v), "broadcast one"),
         (k[1] == v[1], "key and value must have the same length", dict(key=k, value=v), "pad or cut one of them"),
-        (k[2] == v[2], "key and value must have the same number of heads", dict(key=k, value=v), "repeat the smaller one"),
-        (q[3] == k[3], "query and key must have the same head dimension", dict(query=q, key=k), "project both to one size"),
+        (k[2] == v[2], "key and value must have the same number of heads", dict(key=k, value=v), "repeat one"),
+        (q[3] == k[3], "query and key must have the same head dimension", dict(query=q, key=k), "project one"),
         (q[2] == 0 == k[2] or (k[2] and q[2] % k[2] == 0), "the heads of key must divide the heads of query",
          dict(query=q, key=k), "repeat or drop key heads"),
         (max(q[1], k[1]) <= MAX_LEN, f"lengths must be at most {MAX_LEN}", dict(query=q, key=k), "split the sequence"),
@@ -199,13 +201,6 @@ def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
     for holds, must, given, do in rules:
         if not holds:
             raise errors.invalid(must, given, do)
-
-
-def _checked_mask(mask: Any) -> masks.Mask:
-    if not isinstance(mask, masks.Mask):
-        raise errors.invalid("mask must be a pallas_flash Mask", f"type(mask)={type(mask).__name__}",
-                             "wrap a boolean array as masks.Dense(array), or name the rule: Causal(), Window(left, right)")
-    return mask
 
 
 def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[str, int]) -> None:

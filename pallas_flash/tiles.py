@@ -44,7 +44,8 @@ def _clip(x: Any, lo: Any, hi: Any) -> Any:
 
 
 def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange:
-    """The tiles of `block` positions that `bounds` calls partial and full; the one place where positions become tiles."""
+    """The tiles of `block` positions that `bounds` calls partial and full; the one place where positions become
+    tiles."""
     end = num_tiles * block
     lo, hi = _clip(bounds.lo, 0, end), _clip(bounds.hi, 0, end)
     start = lo // block

@@ -1,7 +1,7 @@
 """Backward: for each key tile, over the query tiles that its mask needs, five products (FlashAttention-2, Dao, 2023).
 
-With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS K; dK = dS^T Q. Tiles run one after the other, so
-the sums have one order and the gradients are the same bits on every run.
+With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS K; dK = dS^T Q. Tiles run one after the
+other, so the sums have one order and the gradients are the same bits on every run.
 """
 
 from typing import Any
@@ -30,15 +30,16 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     def kv_step(kv_tile: Any, carry: Any) -> Any:
         dq, dk, dv, dbias = carry
         dk_tile, dv_tile, dq, dbias = _key_tile(problem, saved, kv_tile, dq, dbias)
-        update = lambda whole, tile: blocks.update_tile(  # noqa: E731
+        update = lambda whole, tile: blocks.update_tile(
             whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
         return dq, update(dk, dk_tile), update(dv, dv_tile), dbias
 
     dbias = None if spec.bias is None else jnp.zeros(problem.bias.shape, acc)
-    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype), jnp.zeros(problem.v.shape, spec.dtype),
-             dbias)
-    dq, dk, dv, dbias = jax.lax.fori_loop(0, problem.num_kv_tiles, kv_step, compat.vary_like(start, operands, dout, dlse))
-    cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))  # noqa: E731
+    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
+             jnp.zeros(problem.v.shape, spec.dtype), dbias)
+    start = compat.vary_like(start, operands, dout, dlse)
+    dq, dk, dv, dbias = jax.lax.fori_loop(0, problem.num_kv_tiles, kv_step, start)
+    cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
     if spec.bias is not None:
         dbias = dbias[tuple(slice(size) for size in spec.bias.shape)].astype(operands.bias.dtype)
@@ -51,11 +52,12 @@ def _saved(problem: blocks.Problem, out: Any, lse: Any, dout: Any, dlse: Any) ->
     axis = spec.layout.index("L")
     delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
     delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
-    rows = lambda x: problem.split_heads(blocks.pad(x, padded, 2))  # noqa: E731
+    rows = lambda x: problem.split_heads(blocks.pad(x, padded, 2))
     return blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(delta)
 
 
-def _key_tile(problem: blocks.Problem, saved: tuple[Any, Any, Any], kv_tile: Any, dq: Any, dbias: Any) -> tuple[Any, ...]:
+def _key_tile(problem: blocks.Problem, saved: tuple[Any, Any, Any], kv_tile: Any, dq: Any,
+              dbias: Any) -> tuple[Any, ...]:
     """One key tile's dk and dv, and what it adds to dq and dbias."""
     block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
     k, v = problem.kv_tile(problem.k, kv_tile), problem.kv_tile(problem.v, kv_tile)
@@ -94,8 +96,9 @@ def _tile_gradients(problem: blocks.Problem, saved: tuple[Any, Any, Any], k: Any
         weights = jnp.where(tile.keep, weights, jnp.zeros_like(weights))
         ds = jnp.where(tile.keep, ds, jnp.zeros_like(ds))
     ds_qk = (ds * tile.slope * spec.scale).astype(spec.dtype)
-    product = lambda subscripts, w, x: blocks.masked_product(problem, subscripts, w, tile.keep, x)  # noqa: E731
-    return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q), product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
+    product = lambda subscripts, w, x: blocks.masked_product(problem, subscripts, w, tile.keep, x)
+    return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q),
+            product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
             product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds)
 
 
@@ -103,7 +106,8 @@ def _add_dbias(problem: blocks.Problem, dbias: Any, ds: Any, q_tile: Any, kv_til
     """Adds dS, summed over the axes along which the bias is broadcast."""
     spec = problem.spec
     ds = ds.reshape(spec.batch, spec.q_heads, *ds.shape[3:])
-    axes = tuple(axis for axis, size in enumerate(spec.bias.shape) if size == 1)
+    axes = tuple(axis for axis, size in enumerate(dbias.shape) if size == 1)
     part = ds.sum(axis=axes, keepdims=True)
-    start = (0, 0, 0 if 2 in axes else q_tile * problem.schedule.block_q, 0 if 3 in axes else kv_tile * problem.schedule.block_kv)
+    start = (0, 0, 0 if 2 in axes else q_tile * problem.schedule.block_q,
+             0 if 3 in axes else kv_tile * problem.schedule.block_kv)
     return jax.lax.dynamic_update_slice(dbias, jax.lax.dynamic_slice(dbias, start, part.shape) + part, start)

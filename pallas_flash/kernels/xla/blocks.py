@@ -1,7 +1,9 @@
-"""What the XLA forward and backward share: operands cut into tiles, the scores of a tile, products that nothing leaks through.
+"""What the XLA forward and backward share: operands cut into tiles, the scores of a tile, products that nothing leaks
+through.
 
-Heads are split into (kv_heads, group), so that GQA needs no repeated keys. Subscripts: b batch, k key head, g query head of
-the group, q and s positions of query and key, d and v dims. Statistics and scores are always "bkgq" and "bkgqs".
+Heads are split into (kv_heads, group), so that GQA needs no repeated keys. Subscripts: b batch, k key head, g query
+head of the group, q and s positions of query and key, d and v dims. Statistics and scores are always "bkgq" and
+"bkgqs".
 """
 
 import dataclasses
@@ -108,7 +110,7 @@ class Problem:
         """The bias of a tile: (b or 1, h or 1, q or 1, s or 1)."""
         bias = self.bias
         for axis, tile, block in ((2, q_tile, self.schedule.block_q), (3, kv_tile, self.schedule.block_kv)):
-            if self.spec.bias.shape[axis] != 1:
+            if bias.shape[axis] != 1:
                 bias = slice_tile(bias, tile, block, axis)
         return bias
 
@@ -173,8 +175,8 @@ _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf
 def masked_product(problem: Problem, subscripts: str, weights: Any, keep: Any, values: Any) -> Any:
     """A product in which NaN and infinity of `values` reach only the pairs of `keep`.
 
-    `weights` are 0 where not kept, but 0 * inf is NaN: the finite part is multiplied, and what is not finite is counted for
-    each result over the kept pairs only. Costs a second product, on tiles that need a mask.
+    `weights` are 0 where not kept, but 0 * inf is NaN: the finite part is multiplied, and what is not finite is
+    counted for each result over the kept pairs only. Costs a second product, on tiles that need a mask.
     """
     if keep is None:
         return problem.einsum(subscripts, weights, values)

@@ -1,4 +1,5 @@
-"""Forward: for each query tile, the online softmax over the key tiles that its mask needs (FlashAttention-2, Dao, 2023)."""
+"""Forward: for each query tile, the online softmax over the key tiles that its mask needs (FlashAttention-2, Dao,
+2023)."""
 
 from typing import Any
 

@@ -8,7 +8,8 @@ from pallas_flash.spec import AttentionSpec
 __all__ = ["Schedule", "default"]
 
 TARGET_BLOCK = 512
-"""Positions in a tile: large enough for the CPU's matrix products, small enough that a causal mask skips nearly half."""
+"""Positions in a tile: large enough for the CPU's matrix products, small enough that a causal mask skips nearly
+half."""
 
 
 @dataclasses.dataclass(frozen=True)
