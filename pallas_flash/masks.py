@@ -155,9 +155,10 @@ def _fields(mask: Mask) -> dict[str, Any]:
 
 def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
     fields = _fields(mask)
-    data = {name: value for name, value in fields.items() if not _is_static(value)}
-    static = tuple((name, value) for name, value in fields.items() if name not in data)
-    return [(jax.tree_util.GetAttrKey(name), value) for name, value in data.items()], (tuple(data), static)
+    # What JAX unflattened keeps its structure: in place of an array there may be an axis number or a flag.
+    names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not _is_static(value))
+    static = tuple((name, value) for name, value in fields.items() if name not in names)
+    return [(jax.tree_util.GetAttrKey(name), fields[name]) for name in names], (names, static)
 
 
 def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
@@ -165,6 +166,7 @@ def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
     mask = object.__new__(cls)  # __post_init__ checks arrays; a tree may hold anything in their place
     for name, value in (*zip(names, children, strict=True), *static):
         object.__setattr__(mask, name, value)
+    object.__setattr__(mask, "_data_names", names)
     return mask
 
 

@@ -1,0 +1,46 @@
+"""vmap for functions that contain a kernel call: the mapped axis joins the batch axis, so one launch serves it all.
+
+Operands that are not mapped are repeated (keys shared by `in_axes=None` are copied for each element); masks and biases that are
+the same for every batch element stay as they are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.spec import AttentionSpec, Operands
+
+__all__ = ["vmappable"]
+
+
+def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(spec, operands, *arrays)`, where every array has the batch as its leading axis, made mappable by vmap."""
+    @functools.lru_cache(maxsize=1024)
+    def for_spec(spec: AttentionSpec) -> Callable[..., Any]:
+        call = jax.custom_batching.custom_vmap(functools.partial(function, spec))
+
+        @call.def_vmap
+        def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
+            operands, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), args, tuple(in_batched))
+            folded = for_spec(_folded_spec(spec, axis_size, operands))(operands, *arrays)
+            results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), folded)
+            return results, jax.tree.map(lambda _: True, results)
+        return call
+    return lambda spec, *args: for_spec(spec)(*args)
+
+
+def _fold(axis_size: int, batch: int, x: Any, mapped: bool) -> Any:
+    """(axis_size, b, ...) or (b, ...) -> (axis_size * batch, ...); (1, ...) stays where nothing tells elements apart."""
+    if not mapped:
+        if x.shape[0] != batch:
+            return x
+        x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
+    return jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])).reshape(axis_size * batch, *x.shape[2:])
+
+
+def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
+    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders())
