@@ -1,0 +1,312 @@
+"""pallas_flash.flax in the attention layers of nnx and linen, against the function those layers have by default."""
+
+import contextlib
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_flash.errors import UnsupportedError
+from pallas_flash.flax import attention_fn, dot_product_attention
+from pallas_flash.masks import Causal, Dense, Window
+
+linen = pytest.importorskip("flax.linen")
+nnx = pytest.importorskip("flax.nnx")
+
+HEADS, FEATURES, LENGTH = 4, 32, 24
+
+
+class Nnx:
+    """Self-attention layer of nnx, causal by the flag of the call, as a function of (params, x, mask)."""
+
+    def __init__(self, flash=True, **options):
+        self.flash = flash
+        options = {"attention_fn": dot_product_attention, **options} if flash else options
+        layer = nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, keep_rngs=False, rngs=nnx.Rngs(0), **options)
+        self.graph, self.params = nnx.split(layer)
+
+    def __call__(self, params, x, mask=None, dropout_rng=None, deterministic=True, **options):
+        rngs = None if dropout_rng is None else nnx.Rngs(dropout=dropout_rng)
+        layer = nnx.merge(self.graph, params)
+        return layer(x, mask=mask, is_causal=True, deterministic=deterministic, rngs=rngs, **options)
+
+    def with_cache(self, params, x):
+        """The outputs (batch, length, features) of feeding x one position at a time to a layer with a cache."""
+        layer = nnx.merge(self.graph, params)
+        layer.init_cache(x.shape, dtype=x.dtype)
+        step = nnx.jit(lambda layer, x: layer(x, decode=True, is_causal=True))
+        return jnp.concatenate([step(layer, x[:, i : i + 1]) for i in range(x.shape[1])], axis=1)
+
+
+class Linen:
+    """The same of linen: ours is causal by construction, the default function by its mask."""
+
+    def __init__(self, flash=True, **options):
+        self.flash = flash
+        options = {"attention_fn": attention_fn(mask=Causal()), **options} if flash else options
+        self.layer = linen.MultiHeadAttention(HEADS, **options)
+        self.plain = self.layer.clone(attention_fn=linen.dot_product_attention)  # makes the same variables, faster
+        self.params = self.plain.init(jax.random.key(0), jnp.zeros((LENGTH, FEATURES)), deterministic=True)
+
+    def __call__(self, params, x, mask=None, dropout_rng=None, deterministic=True, **options):
+        if not self.flash:
+            mask = linen.combine_masks(mask, linen.make_causal_mask(x[..., 0]))
+        return self.layer.apply(params, x, mask=mask, dropout_rng=dropout_rng, deterministic=deterministic, **options)
+
+    def with_cache(self, params, x):
+        layer, outs = self.layer.clone(decode=True), []
+        step = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
+        cache = self.plain.clone(decode=True).init(jax.random.key(0), x)["cache"]
+        for i in range(x.shape[1]):
+            out, changed = step({**params, "cache": cache}, x[:, i : i + 1])
+            cache = changed["cache"]
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1)
+
+
+both_modules = pytest.mark.parametrize("module", [Nnx, Linen])
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+def padding_mask(batch):
+    """(batch..., 1, LENGTH, LENGTH), in floats as Flax makes them: the last keys of each entry are padding."""
+    lengths = LENGTH - 1 - np.arange(np.prod(batch, dtype=int)).reshape(batch)
+    real = jnp.asarray(np.arange(LENGTH) < lengths[..., None], jnp.float32)
+    return linen.make_attention_mask(jnp.ones_like(real), real)
+
+
+def in_float64(function, *args):
+    """The function's result with all inputs and arithmetic in float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, function(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)))
+
+
+def assert_no_worse(ours, default, exact):
+    """Each leaf of ours is within twice (the default's own error + a rounding of the largest) of the exact one."""
+    for got, baseline, want in zip(*map(jax.tree.leaves, (ours, default, exact)), strict=True):
+        assert got.dtype == baseline.dtype and got.shape == want.shape
+        error, allowed = (np.max(np.abs(np.asarray(x, np.float64) - want)) for x in (got, baseline))
+        rounding = float(jnp.finfo(got.dtype).eps) * np.max(np.abs(want))
+        assert error <= 2 * (allowed + rounding)
+
+
+def value_and_gradients(layer, mask, wrap=lambda f: f):
+    """A function (params, x) -> (out, gradients of both under a random cotangent), jitted."""
+
+    @jax.jit
+    def jitted(params, x):
+        out, pullback = jax.vjp(wrap(lambda params, x: layer(params, x, mask=mask)), params, x)
+        return out, pullback(normal(1, out.shape).astype(out.dtype))
+
+    def run(params, x):
+        # nnx's default calls jax.nn's function, which is not written for strict promotion.
+        with contextlib.nullcontext() if layer.flash else jax.numpy_dtype_promotion("standard"):
+            return jitted(params, x)
+
+    return run
+
+
+@functools.cache
+def default_layer(module, padded):
+    """What it is given, (params, x), and what it returns in float32 and in float64."""
+    layer = module(flash=False)
+    args = layer.params, normal(0, (2, LENGTH, FEATURES))
+    run = value_and_gradients(layer, padding_mask((2,)) if padded else None)
+    return args, run(*args), in_float64(run, *args)
+
+
+@both_modules
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_layer_agrees_with_the_default_in_value_and_gradients(module, padded, wrap):
+    args, default, exact = default_layer(module, padded)
+    mask = padding_mask((2,)) if padded else None
+    assert_no_worse(value_and_gradients(module(), mask, wrap)(*args), default, exact)
+
+
+@both_modules
+@pytest.mark.parametrize("batch", [(), (2, 3), (2, 0)])
+def test_any_number_of_batch_dimensions(module, batch):
+    layer, x, mask = module(), normal(0, (*batch, LENGTH, FEATURES)), padding_mask(batch)
+    run, merge = jax.jit(layer), lambda array: array.reshape(-1, *array.shape[len(batch) :])
+    np.testing.assert_array_equal(merge(run(layer.params, x, mask)), run(layer.params, merge(x), merge(mask)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, LENGTH), (HEADS, LENGTH, 1), (3, 1, 1, LENGTH), (2, 1, HEADS, 1, LENGTH), (2, 3, 1, 1, 1)]
+)
+def test_masks_and_biases_broadcast_as_in_flax(shape):
+    q, k, v = (normal(i, (2, 3, LENGTH, HEADS, 8)) for i in range(3))
+    bias, mask = normal(3, shape), normal(4, shape) > -1
+    full_bias, full_mask = (np.broadcast_to(x, (2, 3, HEADS, LENGTH, LENGTH)) for x in (bias, mask))
+    seen = np.moveaxis(full_mask.any(axis=-1), -1, -2)[..., None]  # a query that sees nothing: our 0, their mean
+
+    def default(q, k, v, bias):
+        return jnp.where(seen, linen.dot_product_attention(q, k, v, bias, full_mask, deterministic=True), 0)
+
+    exact = in_float64(default, q, k, v, full_bias)
+    assert_no_worse(dot_product_attention(q, k, v, bias, mask), default(q, k, v, full_bias), exact)
+
+
+def test_a_query_that_may_attend_to_nothing_gives_zero():
+    q, k, v = (normal(i, (1, LENGTH, HEADS, 8)) for i in range(3))
+    out = dot_product_attention(q, k, v, mask=jnp.zeros((1, 1, LENGTH, LENGTH)))
+    assert not np.any(out)
+
+
+def test_grouped_query_attention_of_nnx():
+    default = Nnx(flash=False, num_kv_heads=2)
+    args = default.params, normal(0, (2, LENGTH, FEATURES))
+    baseline = value_and_gradients(default, None)
+    ours = value_and_gradients(Nnx(num_kv_heads=2), None)(*args)
+    assert_no_worse(ours, baseline(*args), in_float64(baseline, *args))
+
+
+@both_modules
+def test_bfloat16_parameters_and_activations(module):
+    options = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}
+    default = module(flash=False, **options)
+    args = default.params, normal(0, (2, LENGTH, FEATURES), jnp.bfloat16)
+    ours = value_and_gradients(module(**options), None)(*args)
+    assert ours[0].dtype == jnp.bfloat16
+    exact = in_float64(value_and_gradients(module(flash=False), None), *args)
+    assert_no_worse(ours, value_and_gradients(default, None)(*args), exact)
+
+
+def test_operands_are_promoted_as_flax_does():
+    dtypes = jnp.float32, jnp.bfloat16, jnp.bfloat16
+    q, k, v = (normal(i, (1, LENGTH, HEADS, 8), dtype) for i, dtype in enumerate(dtypes))
+    with jax.numpy_dtype_promotion("standard"):
+        assert dot_product_attention(q, k, v).dtype == jnp.float32
+    out = dot_product_attention(q, k, v, dtype=jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, dot_product_attention(q.astype(jnp.bfloat16), k, v))
+
+
+@both_modules
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(left=3)], ids=["causal", "window"])
+def test_decoding_with_a_cache_equals_the_whole_sequence_at_once(module, mask):
+    layer, x = module(attention_fn=attention_fn(mask=mask)), normal(0, (2, LENGTH, FEATURES))
+    at_once = jax.jit(layer)(layer.params, x)
+    np.testing.assert_allclose(layer.with_cache(layer.params, x), at_once, rtol=0, atol=1e-6)
+
+
+def test_one_query_whose_position_is_unknown_is_refused():
+    q, k = normal(0, (1, 1, HEADS, 8)), normal(1, (1, LENGTH, HEADS, 8))
+    with pytest.raises(ValueError, match="mask of the filled slots"):
+        attention_fn(mask=Causal())(q, k, k)
+
+
+def dropped_weights(rng, rate, batch=8):
+    """The attention weights (batch, HEADS, LENGTH, LENGTH) after dropout where all were 1 / LENGTH."""
+    q = jnp.zeros((batch, LENGTH, HEADS, 8))
+    v = jnp.broadcast_to(jnp.eye(LENGTH).reshape(1, LENGTH, 1, LENGTH), (batch, LENGTH, HEADS, LENGTH))
+    out = dot_product_attention(q, q, v, dropout_rate=rate, dropout_rng=rng, broadcast_dropout=False)
+    return np.moveaxis(np.asarray(out), 2, 1)
+
+
+def test_dropout_keeps_each_weight_with_the_asked_probability():
+    rate = 0.25
+    weights = dropped_weights(jax.random.key(0), rate)
+    kept = weights > 0
+    np.testing.assert_allclose(weights[kept], 1 / LENGTH / (1 - rate), rtol=1e-6)
+    standard_error = np.sqrt(rate * (1 - rate) / kept.size)
+    assert abs(np.mean(kept) - (1 - rate)) < 5 * standard_error
+    patterns = kept.reshape(-1, LENGTH * LENGTH)
+    assert len(np.unique(patterns, axis=0)) == len(patterns)  # no two of (batch, head) share one
+
+
+@both_modules
+def test_dropout_follows_the_rngs_and_the_deterministic_flag(module):
+    layer = module(dropout_rate=0.5, broadcast_dropout=False)
+    x, a, b = normal(0, (2, LENGTH, FEATURES)), jax.random.key(1), jax.random.key(2)
+    train = jax.jit(functools.partial(layer, deterministic=False))
+    np.testing.assert_array_equal(train(layer.params, x, dropout_rng=a), train(layer.params, x, dropout_rng=a))
+    assert np.any(train(layer.params, x, dropout_rng=a) != train(layer.params, x, dropout_rng=b))
+    off = jax.jit(layer)(layer.params, x, dropout_rng=a)
+    np.testing.assert_array_equal(off, jax.jit(module())(layer.params, x))
+
+
+@both_modules
+def test_dropout_gradients_are_those_of_the_same_entries(module):
+    layer = module(dropout_rate=0.5, broadcast_dropout=False)
+    x, direction = normal(0, (1, LENGTH, FEATURES)), normal(1, (1, LENGTH, FEATURES))
+
+    def loss(x):
+        return jnp.sum(jnp.sin(layer(layer.params, x, dropout_rng=jax.random.key(1), deterministic=False)))
+
+    step, loss_and_gradient = 1e-2, jax.jit(jax.value_and_grad(loss))
+    (above, _), (below, _) = (loss_and_gradient(x + sign * step * direction) for sign in (1, -1))
+    slope = jnp.sum(loss_and_gradient(x)[1] * direction)
+    np.testing.assert_allclose(slope, (above - below) / (2 * step), rtol=1e-2)
+
+
+@both_modules
+def test_shared_dropout_is_refused_only_where_it_would_act(module):
+    layer, x = module(dropout_rate=0.5), normal(0, (1, LENGTH, FEATURES))  # broadcast_dropout=True is Flax's default
+    with pytest.raises(UnsupportedError, match="broadcast_dropout=False"):
+        layer(layer.params, x, dropout_rng=jax.random.key(0), deterministic=False)
+    assert layer(layer.params, x, deterministic=True).shape == x.shape
+
+
+def test_dropout_needs_a_key():
+    q = normal(0, (1, LENGTH, HEADS, 8))
+    with pytest.raises(ValueError, match="dropout_rng"):
+        dot_product_attention(q, q, q, dropout_rate=0.5, broadcast_dropout=False)
+
+
+@both_modules
+def test_sown_weights_are_refused(module):
+    layer = module()
+    with pytest.raises(UnsupportedError, match="sow_weights=False"):
+        layer(layer.params, normal(0, (1, LENGTH, FEATURES)), sow_weights=True)
+
+
+def test_replaced_einsums_are_refused():
+    einsum = lambda: jnp.einsum
+    layer = Linen(flash=False, qk_attn_weights_einsum_cls=einsum, attn_weights_value_einsum_cls=einsum)
+    ours = layer.layer.clone(attention_fn=dot_product_attention)
+    with pytest.raises(UnsupportedError, match="qk_attn_weights_einsum_cls"):
+        ours.apply(layer.params, normal(0, (1, LENGTH, FEATURES)))
+
+
+def test_a_constructed_mask_with_arrays_is_refused():
+    with pytest.raises(ValueError, match="holds arrays"):
+        attention_fn(mask=Causal() & Dense(jnp.ones((LENGTH, LENGTH), bool)))
+
+
+def test_functions_of_equal_arguments_are_equal():
+    assert attention_fn(mask=Causal(), softcap=30.0) == attention_fn(mask=Causal(), softcap=30.0) != attention_fn()
+    assert hash(attention_fn(mask=Causal())) == hash(attention_fn(mask=Causal()))
+
+
+def test_scale_and_softcap_given_at_construction():
+    q, k, v = (normal(i, (1, LENGTH, HEADS, 8)) for i in range(3))
+    scores = 2.0 * np.tanh(0.5 * np.einsum("bqhd,bkhd->bhqk", q, k) / 2.0)
+    weights = np.exp(scores) / np.sum(np.exp(scores), axis=-1, keepdims=True)
+    out = attention_fn(scale=0.5, softcap=2.0)(q, k, v)
+    np.testing.assert_allclose(out, np.einsum("bhqk,bkhd->bqhd", weights, v), rtol=0, atol=1e-6)
+
+
+def test_importing_needs_no_flax_and_calling_names_the_extra():
+    script = """
+import sys
+import jax.numpy as jnp
+import pallas_flash, pallas_flash.flax
+assert "flax" not in sys.modules
+sys.modules["flax"] = None
+try:
+    pallas_flash.flax.dot_product_attention(*[jnp.ones((1, 8, 1, 8))] * 3)
+except ModuleNotFoundError as error:
+    assert "pallas_flash[flax]" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
