@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_flash import dispatch, errors
+from pallas_flash import dispatch, errors, sharding
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["RESIDUAL_NAMES", "attend", "backward", "forward"]
@@ -23,18 +23,24 @@ RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_lse")
 jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that calls outside of jit are compiled once
 def forward(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any]:
     """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel."""
-    if spec.is_empty:
-        return jnp.zeros(spec.out_shape, spec.dtype), jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-    return dispatch.get(name).forward(spec, operands)
+    def run(operands: Operands) -> tuple[Any, Any]:
+        if spec.is_empty:
+            return jnp.zeros(spec.out_shape, spec.dtype), jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
+        return dispatch.get(name).forward(spec, operands)
+    return sharding.automatic(run, sharding.result_places(spec, operands), operands)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def backward(spec: AttentionSpec, name: str, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
     """Cotangents of q, k, v and bias by the named implementation, from the forward's results and their cotangents."""
-    if spec.is_empty:
-        return Gradients(*(None if x is None else jnp.zeros_like(x) for x in operands[:4]))
-    return dispatch.get(name).backward(spec, operands, out, lse, dout, dlse)
+    def run(operands: Operands, *saved: Any) -> Gradients:
+        if spec.is_empty:
+            return Gradients(*(None if x is None else jnp.zeros_like(x) for x in operands[:4]))
+        return dispatch.get(name).backward(spec, operands, *saved)
+    return sharding.automatic(run, sharding.gradient_places(operands), operands, out, lse, dout, dlse)
 
 
 def attend(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any]:
@@ -43,6 +49,7 @@ def attend(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
+    operands = sharding.vary_together(operands)
     if dispatch.get(name).differentiates_itself:
         return forward(spec, name, operands)
     try:

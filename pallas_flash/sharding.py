@@ -1,0 +1,64 @@
+"""What callers on several devices need: operands of one kind under `shard_map`, results placed like them in explicit
+mode.
+
+Under `jit` with automatic axes nothing is needed: batch and heads are batch dimensions of every product, and XLA keeps
+their sharding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_flash import compat
+from pallas_flash.spec import AttentionSpec, Gradients, Operands
+
+__all__ = ["automatic", "gradient_places", "result_places", "vary_together"]
+
+
+def vary_together(operands: Operands) -> Operands:
+    """Operands that all vary over the `shard_map` axes over which any of them varies.
+
+    The cotangent of one that was shared by devices (a bias, a key head of several query heads) is then summed over
+    them, by the transpose of this.
+    """
+    return compat.vary_like(operands, operands)
+
+
+def automatic(function: Callable[..., Any], places: Any, *args: Any) -> Any:
+    """function(*args), with the mesh axes that args are explicitly sharded over made automatic inside.
+
+    In explicit mode every operation of a kernel's loops would need a sharding; so only the results do.
+
+    Args:
+      function: of arrays, to a pytree of arrays.
+      places: the PartitionSpecs of the results, the same pytree.
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return function(*args)
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(
+        function, axes=axes, out_sharding=jax.tree.map(lambda place: NamedSharding(mesh, place), places))(*args)
+
+
+def result_places(spec: AttentionSpec, operands: Operands) -> tuple[PartitionSpec, PartitionSpec]:
+    """Of out and lse: they lie where the query does."""
+    q = _place(operands.q)
+    batch, length, heads = (q[spec.layout.index(axis)] for axis in "BLH")
+    return PartitionSpec(*q[:3], None), PartitionSpec(batch, heads, length)
+
+
+def gradient_places(operands: Operands) -> Gradients:
+    """Of the gradients: each lies where its operand does."""
+    return Gradients(*(None if x is None else _place(x) for x in operands[:4]))
+
+
+def _place(array: Any) -> PartitionSpec:
+    return jax.typeof(array).sharding.spec
+
+
+def _explicit_mesh(args: Any) -> Any:
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
