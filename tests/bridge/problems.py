@@ -1,0 +1,53 @@
+"""What the torch tests compare: our function against torch's, forward and gradients, with random cotangents."""
+
+import torch
+import torch.nn.functional as F
+
+import torch_bridge
+
+TORCH, OURS = F.scaled_dot_product_attention, torch_bridge.scaled_dot_product_attention
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def qkv(*shapes, dtype=torch.float32, requires_grad=True):
+    return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def heads_inside(x):
+    """The same values as a (batch, heads, length, dim) view of (batch, length, heads, dim) storage."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
+
+
+def results(function, tensors, dout, *args, **kwargs):
+    """The output of function(*tensors[:3], ...) and its gradients for all tensors that require one."""
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    for leaf, x in zip(leaves, tensors, strict=True):
+        assert leaf.stride() == x.stride()
+    out = function(*leaves[:3], *leaves[3:], *args, **kwargs)
+    differentiable = [x for x in leaves if x.requires_grad]
+    if not differentiable:
+        return [out]
+    grads = torch.autograd.grad(out, differentiable, dout.to(out.dtype), allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(differentiable, grads, strict=True))]
+
+
+def check(tensors, *args, exact_strides=False, **kwargs):
+    """Ours against torch in float64: at most twice the error that torch has in this precision, plus rounding of the result.
+
+    tensors: query, key, value and, if there is one, attn_mask; args and kwargs are the other arguments of SDPA.
+    """
+    shape = TORCH(*(x.detach() for x in tensors[:3]), *tensors[3:], *args, **kwargs).shape
+    dout = torch.randn(shape, dtype=torch.float64).to(tensors[0].dtype)
+    doubled = [x if x.dtype == torch.bool else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+    truth = results(TORCH, doubled, dout, *args, **kwargs)
+    theirs = results(TORCH, tensors, dout, *args, **kwargs)
+    ours = results(OURS, tensors, dout, *args, **kwargs)
+    for name, t, a, b in zip(("out", "dq", "dk", "dv", "dmask"), truth, theirs, ours, strict=False):
+        assert b.dtype == a.dtype and b.shape == a.shape, name
+        if exact_strides:
+            assert b.stride() == a.stride(), name
+        if b.numel():
+            error, baseline = ((x.double() - t).abs().max().item() for x in (b, a))
+            band = 8 * UNIT[b.dtype] * max(t.abs().max().item(), 1e-3)
+            assert error <= 2 * baseline + band, f"{name}: error {error:.2e}, torch's {baseline:.2e}, band {band:.2e}"
+    return ours

@@ -1,0 +1,83 @@
+"""pallas_flash behind an unchanged `torch.nn.functional.scaled_dot_product_attention`, as its CUDA flash backend.
+
+PyTorch's registry of flash attention implementations lets a library replace the kernels of the flash backend, whose
+calls have no mask: dense or causal, float16 or bfloat16, with dropout. Anything else goes where it went before.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+from torch_bridge import ops
+
+__all__ = ["activate"]
+
+NAME = "pallas_flash"
+
+
+class _Handle:
+    """Keeps the registrations alive; PyTorch calls `remove` to restore its own kernels."""
+
+    def __init__(self, library: torch.library.Library | None) -> None:
+        self.library = library
+
+    def remove(self) -> None:
+        self.library = None
+
+
+def activate() -> None:
+    """Makes the CUDA flash backend of torch's own scaled_dot_product_attention run pallas_flash.
+
+    `torch.nn.attention.restore_flash_attention_impl()` undoes it.
+
+    Raises:
+      RuntimeError: this PyTorch has no registry of flash attention implementations, or no CUDA device.
+    """
+    attention = importlib.import_module("torch.nn.attention")
+    if not hasattr(attention, "register_flash_attention_impl"):
+        raise RuntimeError(f"PyTorch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl. Call "
+                           "torch_bridge.scaled_dot_product_attention instead, or update PyTorch.")
+    if not torch.cuda.is_available():
+        raise RuntimeError("activate() replaces kernels of PyTorch's CUDA flash backend, and PyTorch sees no CUDA "
+                           "device. torch_bridge.scaled_dot_product_attention also runs on CPU tensors.")
+    attention.register_flash_attention_impl(NAME, register_fn=_register)
+    attention.activate_flash_attention_impl(NAME)
+
+
+def _register() -> _Handle:
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    library.impl("_scaled_dot_product_flash_attention", _forward, "CUDA")
+    library.impl("_scaled_dot_product_flash_attention_backward", _backward, "CUDA")
+    return _Handle(library)
+
+
+def _causal_offset(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int | None:
+    """Causal means aligned at the end for this operator; its callers make the lengths equal for any other meaning."""
+    return key.shape[2] - query.shape[2] if is_causal else None
+
+
+def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
+             is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:
+    """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state."""
+    if return_debug_mask:
+        raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
+    out, lse = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
+                             dropout_p, torch.are_deterministic_algorithms_enabled(), True)
+    empty = query.new_empty((0,))
+    state = query.new_empty((2,), dtype=torch.int32) if seed is None else seed
+    return out, lse, None, None, query.shape[2], key.shape[2], state, query.new_empty((), dtype=torch.int32), empty
+
+
+def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+              logsumexp: torch.Tensor, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float,
+              is_causal: bool, philox_seed: torch.Tensor, philox_offset: torch.Tensor, *,
+              scale: float | None = None) -> tuple[torch.Tensor, ...]:
+    """aten::_scaled_dot_product_flash_attention_backward."""
+    seed = philox_seed if dropout_p > 0 else None
+    return ops.attention_backward(
+        query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale, dropout_p,
+        torch.are_deterministic_algorithms_enabled(), out, logsumexp, grad_out, None, [True, True, True, False])[:3]

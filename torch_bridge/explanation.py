@@ -1,0 +1,37 @@
+"""What a call would run, and which of its tensors are copied on the way, as text."""
+
+import torch
+
+from torch_bridge import sdpa
+
+__all__ = ["explain"]
+
+
+def explain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> str:
+    """What `scaled_dot_product_attention` would do with these arguments: implementation and why, layout, copies.
+
+    Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
+    """
+    call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if 0 in call.query.shape[:3] or 0 in call.value.shape:
+        return "no output element or no key: the result is empty or zero, and nothing is run"
+    from torch_bridge import exchange
+
+    problem = (call.query, call.key, call.value, call.mask, call.bias, None)
+    plan = exchange.plan_for(problem, (call.causal_offset, call.scale, call.dropout_p,
+                                       torch.are_deterministic_algorithms_enabled()))
+    order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
+    lines = [str(plan.decision), f"layout {plan.layout}: read and written as {order} storage"]
+    named = {"query": (call.query, plan.layout), "key": (call.key, plan.layout), "value": (call.value, plan.layout),
+             "attn_mask": (call.mask if call.bias is None else call.bias, "BHLD")}
+    for name, (tensor, layout) in named.items():
+        if tensor is not None:
+            reason = exchange.copy_reason(tensor, layout)
+            lines.append(f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}")
+    out = torch.empty_strided(call.query.shape[:3] + call.value.shape[3:], plan.out_strides, device="meta")
+    same = (out if plan.layout == "BHLD" else out.transpose(1, 2)).is_contiguous()
+    lines.append(f"out: {'JAX memory, not copied' if same else 'copied into the storage order of query'}")
+    return "\n".join(lines)

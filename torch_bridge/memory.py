@@ -1,0 +1,35 @@
+"""One GPU, two allocators: JAX takes three quarters of its memory at the start unless it is told not to."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+__all__ = ["share_with_torch"]
+
+CHOICES = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION",
+           "XLA_PYTHON_CLIENT_ALLOCATOR")
+"""Variables with which a user decides about JAX's memory; if one is set, nothing is changed."""
+
+
+def share_with_torch() -> None:
+    """Switches off JAX's preallocation unless the user chose; if it is too late for that, warns with the numbers."""
+    if any(name in os.environ for name in CHOICES):
+        return
+    os.environ[CHOICES[0]] = "false"
+    if "jax" in sys.modules and (taken := _preallocated()):
+        amounts = ", ".join(f"{gib:.1f} GiB on {name}" for name, gib in taken)
+        warnings.warn(f"JAX was started before torch_bridge was imported and has reserved {amounts}, which PyTorch "
+                      f"cannot use. Import torch_bridge before the first JAX computation, or set {CHOICES[0]}=false.",
+                      stacklevel=3)
+
+
+def _preallocated() -> list[tuple[str, float]]:
+    """(device, GiB that JAX's pool holds), for the GPUs of a JAX that is running."""
+    from pallas_flash import compat
+
+    jax: Any = sys.modules["jax"]
+    if not compat.backends_are_initialized():
+        return []
+    stats = [(str(device), device.memory_stats() or {}) for device in jax.local_devices() if device.platform == "gpu"]
+    return [(name, numbers.get("bytes_limit", 0) / 2**30) for name, numbers in stats]

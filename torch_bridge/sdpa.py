@@ -1,0 +1,235 @@
+"""The arguments of `torch.nn.functional.scaled_dot_product_attention`: checked, broadcast, and made into a `Call`.
+
+Only torch is used here and everything is traceable, so `torch.compile`, `torch.export`, FakeTensor, autocast and
+functorch see ordinary tensor operations around one operator. Errors have the type that torch raises on the same
+condition.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from torch_bridge import ops
+
+__all__ = ["Call", "prepare", "scaled_dot_product_attention"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Call(NamedTuple):
+    """One call with its axes merged to four, as the operator takes it."""
+
+    query: torch.Tensor  # (batch, q_heads, q_len, d)
+    key: torch.Tensor  # (batch, kv_heads, kv_len, d)
+    value: torch.Tensor  # (batch, kv_heads, kv_len, d_v)
+    mask: torch.Tensor | None  # booleans, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1)
+    bias: torch.Tensor | None  # floats, added to the scores; shaped like a mask
+    causal_offset: int | None  # a query at i attends to the keys up to i + offset; None: to all
+    scale: float | None
+    dropout_p: float
+    out_shape: tuple[int, ...] | None  # None: four axes, as the operator returns them
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:
+    """out = dropout(softmax(scale * query key^T + attn_mask)) value, exact, without O(L * S) memory.
+
+    A stand-in for `torch.nn.functional.scaled_dot_product_attention`, computed by pallas_flash: same arguments, results
+    and errors, on CPU and CUDA tensors, with autograd, autocast, torch.func, torch.compile and torch.export. The
+    deliberate differences are listed in docs/torch_bridge.md.
+
+    Args:
+      query: (..., Hq, L, E), 2 to any number of axes; bfloat16, float16, float32 or float64.
+      key: (..., H, S, E).
+      value: (..., H, S, Ev). Leading axes broadcast.
+      attn_mask: boolean (True attends) or float (added to the scores; it may require grad), broadcastable to
+        (..., Hq, L, S); or a `torch.nn.attention.bias.CausalBias`, which is never materialised.
+      dropout_p: the probability of dropping an attention weight, drawn from torch's generator (`torch.manual_seed`).
+      is_causal: the query at i attends to the keys at 0..i (aligned top left).
+      scale: multiplies the scores; None means 1 / sqrt(E).
+      enable_gqa: Hq may be a multiple of H.
+
+    Returns:
+      (..., Hq, L, Ev) in the dtype of query, stored in the order of query. A query that attends to nothing gives 0.
+
+    Raises:
+      RuntimeError, IndexError, TypeError, ValueError: where torch raises them; and RuntimeError if the lengths of key
+      and
+        value differ, and inside CUDA graph capture.
+    """
+    call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape = call
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
+    needs_lse = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
+                                             or (bias is not None and bias.requires_grad))
+    out, _ = ops.attention(query, key, value, mask, bias, seed, causal_offset, scale, dropout_p,
+                           torch.are_deterministic_algorithms_enabled(), needs_lse)
+    return out if out_shape is None else out.reshape(out_shape)
+
+
+def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
+            dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Call:
+    """The checked and broadcast call; raises what torch raises."""
+    _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
+    causal_offset = 0 if is_causal else None
+    if isinstance(attn_mask, CausalBias):
+        causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
+    _check_tensors(query, key, value, attn_mask)
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True. "
+                           "Combine the two into one mask.")
+    rank, lead = max(query.dim(), key.dim(), value.dim()), query.shape[:-3]
+    if rank != 4 or not (query.shape[:2] == key.shape[:2] == value.shape[:2]):
+        query, key, value, lead = _broadcast(query, key, value, rank, enable_gqa)
+    if query.shape[3] != key.shape[3]:
+        raise RuntimeError("query and key must have the same last size, "
+                           f"got query {tuple(query.shape)}, key {tuple(key.shape)}")
+    if key.shape[2] != value.shape[2]:
+        raise RuntimeError("key and value must have the same length, "
+                           f"got key {tuple(key.shape)}, value {tuple(value.shape)}")
+    mask = bias = out_shape = None
+    if attn_mask is not None:
+        attn_mask = _merged_mask(attn_mask, lead, (query.shape[1], query.shape[2], key.shape[2]), rank)
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    if rank != 4:
+        out_shape = (*lead, *query.shape[1:3], value.shape[3])[-rank:]
+    if query.shape[3] == 0:  # no products at all: one of zeros has the same scores
+        query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
+    scale = None if scale is None else float(scale)
+    return Call(query, key, value, mask, bias, causal_offset, scale, float(dropout_p), out_shape)
+
+
+def _check_types(query: object, key: object, value: object, attn_mask: object, is_causal: object,
+                 enable_gqa: object) -> None:
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        given = ", ".join(type(x).__name__ for x in (query, key, value))
+        raise TypeError(f"scaled_dot_product_attention(): query, key and value must be Tensors, not ({given})")
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"scaled_dot_product_attention(): attn_mask must be a Tensor, not {type(attn_mask).__name__}")
+    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
+        raise TypeError("scaled_dot_product_attention(): is_causal and enable_gqa must be bool, "
+                        f"got {is_causal=}, {enable_gqa=}")
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> None:
+    if not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got query.dtype: {query.dtype} "
+                           f"key.dtype: {key.dtype} and value.dtype: {value.dtype} instead.")
+    if not query.device == key.device == value.device:
+        raise RuntimeError("Expected query, key, and value to have the same device, but got query.device: "
+                           f"{query.device} key.device: {key.device} and value.device: {value.device} instead.")
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise RuntimeError("Expected query, key, and value to all be at least 2 dimensional, but got query.dim: "
+                           f"{query.dim()} key.dim: {key.dim()} and value.dim: {value.dim()} instead.")
+    if query.dtype not in DTYPES:
+        kind = RuntimeError if query.dtype in (torch.bool, *_INTEGERS) else NotImplementedError
+        raise kind(f"scaled_dot_product_attention is not implemented for {query.dtype}: cast to one of {DTYPES}")
+    for tensor in (query, key, value):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise RuntimeError(f"scaled_dot_product_attention needs strided tensors, got layout {tensor.layout}, "
+                               f"is_nested={tensor.is_nested}. Pad it, or use torch's own function.")
+    if attn_mask is None:
+        return
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError("Expected attn_mask dtype to be bool or float or to match query dtype, but got "
+                           f"attn_mask.dtype: {attn_mask.dtype} and query.dtype: {query.dtype} instead.")
+    if attn_mask.device != query.device:
+        raise RuntimeError("Expected attn_mask to be on the device of query, but got attn_mask.device: "
+                           f"{attn_mask.device} and query.device: {query.device} instead.")
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple:
+    """Casts as autocast does for this function: every floating tensor except float64 to the autocast dtype."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+                 else tensor for tensor in tensors)
+
+
+def _causal_offset(bias: CausalBias, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
+    if is_causal:
+        raise ValueError("CausalBias should not be used with is_causal=True")
+    q_len, kv_len = bias.seq_len_q, bias.seq_len_kv
+    if bias.variant == CausalVariant.UPPER_LEFT or q_len == kv_len:
+        return 0
+    if query.shape[-2] != q_len or key.shape[-2] != kv_len:
+        raise RuntimeError(f"causal_lower_right({q_len}, {kv_len}) does not match query of length {query.shape[-2]} "
+                           f"and key of length {key.shape[-2]}")
+    return kv_len - q_len
+
+
+def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank: int, enable_gqa: bool) -> tuple:
+    """Four axes each, batch sizes equal, heads of key and value equal and dividing those of query; and the lead."""
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise IndexError("enable_gqa needs query, key and value of at least 3 dimensions, "
+                         f"got {query.dim()}, {key.dim()}, {value.dim()}")
+    tensors = [tensor.unsqueeze(0) if tensor.dim() == 2 else tensor for tensor in (query, key, value)]
+    given = [tensor.shape[-3] for tensor in tensors]
+    heads = _grouped_heads(*given) if enable_gqa else _broadcast_heads(*given)
+    lead = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    merged = (_merge(_with_heads(tensor, count, enable_gqa), lead)
+              for tensor, count in zip(tensors, heads, strict=True))
+    return *merged, lead
+
+
+def _broadcast_heads(q_heads: int, k_heads: int, v_heads: int) -> tuple[int, int, int]:
+    (heads,) = torch.broadcast_shapes((q_heads,), (k_heads,), (v_heads,))
+    return (heads, 1, 1) if k_heads == v_heads == 1 else (heads, heads, heads)
+
+
+def _grouped_heads(q_heads: int, k_heads: int, v_heads: int) -> tuple[int, int, int]:
+    for count in (k_heads, v_heads):
+        if count != q_heads and (count == 0 or q_heads % count != 0):
+            raise RuntimeError("Number of heads in key and value must divide the number of heads in query, "
+                               f"got {q_heads} for query, {k_heads} for key, {v_heads} for value")
+    return (q_heads, k_heads, v_heads) if k_heads == v_heads else (q_heads, q_heads, q_heads)
+
+
+def _with_heads(tensor: torch.Tensor, heads: int, enable_gqa: bool) -> torch.Tensor:
+    count = tensor.shape[-3]
+    if count == heads:
+        return tensor
+    if enable_gqa:
+        return tensor.repeat_interleave(heads // count, dim=-3)
+    return tensor.expand(*tensor.shape[:-3], heads, *tensor.shape[-2:])
+
+
+def _merge(tensor: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
+    """(*lead, ...) with the lead axes broadcast and merged into one; a view wherever torch can make one."""
+    if tuple(tensor.shape[:-3]) != tuple(lead):
+        tensor = tensor.expand(*lead, *tensor.shape[-3:])
+    if len(lead) == 1:
+        return tensor
+    return tensor.unsqueeze(0) if len(lead) == 0 else tensor.flatten(0, len(lead) - 1)
+
+
+def _merged_mask(attn_mask: torch.Tensor, lead: Sequence[int], sizes: tuple[int, int, int], rank: int) -> torch.Tensor:
+    """(batch or 1, heads or 1, q_len or 1, kv_len or 1), not materialised; sizes are (heads, q_len, kv_len)."""
+    if attn_mask.dim() < 2:
+        raise IndexError(f"attn_mask must have at least 2 dimensions, got {attn_mask.dim()}")
+    full = (*lead, *sizes)[-rank:] if rank != 3 else (1, *sizes)
+    shape = (1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(shape) != len(full) or any(size not in (1, wanted) for size, wanted in zip(shape, full, strict=True)):
+        raise RuntimeError(f"attn_mask of shape {tuple(attn_mask.shape)} does not broadcast to {tuple(full)}")
+    if not attn_mask.requires_grad:
+        for axis in range(attn_mask.dim()):  # an expanded axis holds one element: its copies need not be read
+            if attn_mask.stride(axis) == 0 and attn_mask.shape[axis] > 1:
+                attn_mask = attn_mask.narrow(axis, 0, 1)
+    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+    if attn_mask.dim() == 4:
+        return attn_mask
+    outer = attn_mask.shape[:-3]
+    return attn_mask.reshape(1, *attn_mask.shape[-3:]) if all(size == 1 for size in outer) else _merge(
+        attn_mask.reshape((1,) * (len(lead) - len(outer)) + tuple(attn_mask.shape)), lead)

@@ -1,0 +1,46 @@
+"""Strides and dtypes of results: pure arithmetic on shapes and strides, shared by the operators and by their fake
+versions.
+
+A result keeps the storage order of the tensor that it belongs to, as PyTorch's fused backends do: `out` that of the
+query, a gradient that of its input. Axes of size 1 and broadcast axes (stride 0) say nothing about order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["dense", "is_heads_inside", "like_query", "lse_dtype", "same_memory"]
+
+
+def is_heads_inside(tensor: torch.Tensor) -> bool:
+    """True if a (batch, heads, length, dim) tensor is stored as (batch, length, heads, dim)."""
+    heads, length = tensor.shape[1:3]
+    inner, outer = tensor.stride(1), tensor.stride(2)
+    return bool(heads > 1 and length > 1 and inner > 0 and outer > inner)
+
+
+def dense(shape: Sequence[int], heads_inside: bool) -> tuple[int, int, int, int]:
+    """Strides of (batch, heads, length, dim) without gaps, stored in that order or with the heads inside the length."""
+    _, heads, length, dim = (_at_least_one(size) for size in shape)
+    plane = heads * length * dim
+    return (plane, dim, heads * dim, 1) if heads_inside else (plane, length * dim, dim, 1)
+
+
+def _at_least_one(size: Any) -> Any:
+    return torch.sym_max(size, 1)
+
+
+def like_query(query: torch.Tensor, d_v: int) -> tuple[int, int, int, int]:
+    """The strides of `out` (batch, heads, q_len, d_v): the storage order of the query."""
+    return dense((*query.shape[:3], d_v), is_heads_inside(query))
+
+
+def lse_dtype(query: torch.Tensor) -> torch.dtype:
+    """The dtype in which the logarithms of the row sums are kept."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def same_memory(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """True if two strides address the same elements: they may differ on axes of one element, or if there is none."""
+    return 0 in shape or all(x == y for size, x, y in zip(shape, a, b, strict=True) if size != 1)
