@@ -1,0 +1,286 @@
+"""The catalogue: named attention problems, each with the reason why it is there. Tests and benchmarks iterate over it.
+
+    conformance   small; every implementation must get them right, forward and backward, in every dtype they list;
+    defects       conformance problems on which another library was wrong, with the report;
+    benchmarks    what speed is measured on.
+
+Lengths of conformance problems are a few tiles of every kernel (`LEN` = 150 and the like); masks with arrays hold them.
+"""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
+from pallas_flash.spec import AttentionSpec, Layout, Operands
+from pallas_flash.testing import inputs
+
+__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "Problem", "find", "select"]
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+HALF = ("bfloat16", "float16")
+LEN = 150
+FULL = Full()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A named problem. The fields up to `deterministic` are those of `AttentionSpec`; bias is its shape.
+
+    Attributes:
+      source: why it is in the catalogue.
+      dtypes: what it is run in.
+      bias_dtype: None for that of query.
+      bias_size, bias_masks, row_lse: see `inputs.operands`.
+      tags: words to select by.
+    """
+
+    name: str
+    source: str
+    batch: int = 2
+    q_heads: int = 2
+    kv_heads: int = 2
+    q_len: int = LEN
+    kv_len: int = LEN
+    d: int = 16
+    d_v: int = 16
+    layout: Layout = "BLHD"
+    mask: Mask = FULL
+    bias: tuple[int, int, int, int] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool = False
+    dtypes: tuple[str, ...] = DTYPES
+    bias_dtype: str | None = None
+    bias_size: float = 1.0
+    bias_masks: bool = False
+    row_lse: float | None = None
+    tags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def spec(self, dtype: str | None = None) -> AttentionSpec:
+        """Its spec in a dtype, the first of `dtypes` if None. float64 needs JAX's 64-bit mode."""
+        dtype = dtype or self.dtypes[0]
+        shape = lambda length, heads, dim: jax.ShapeDtypeStruct(
+            (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim), dtype)
+        return AttentionSpec.of(
+            shape(self.q_len, self.q_heads, self.d), shape(self.kv_len, self.kv_heads, self.d),
+            shape(self.kv_len, self.kv_heads, self.d_v), return_lse=True, **self._options,
+            bias=None if self.bias is None else jax.ShapeDtypeStruct(self.bias, self.bias_dtype or dtype))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(layout=self.layout, mask=self.mask, softcap=self.softcap, scale=self.scale,
+                    dropout_rate=self.dropout_rate, deterministic=self.deterministic)
+
+    def operands(self, dtype: str | None = None, *, seed: int = 0,
+                 normal: inputs.Normal = inputs.host_normal) -> Operands:
+        """Random operands of `spec(dtype)`."""
+        return inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse, bias_size=self.bias_size,
+                               bias_masks=self.bias_masks, normal=normal)
+
+    def keywords(self, operands: Operands) -> dict[str, Any]:
+        """The keywords of `flash_attention(q, k, v, bias=..., **keywords)` for operands of this problem."""
+        return self._options | dict(mask=operands.mask, dropout_rng=operands.dropout_seed, return_lse=True)
+
+
+def _packed(*lengths: int) -> np.ndarray:
+    """Segment ids 0, 1, ... of the given lengths; a negative length is padding."""
+    return np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
+
+
+def _coin(*shape: int, chance: float = 0.6) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).random(shape) < chance
+
+
+_IDS = np.stack([_packed(40, 70, 40), _packed(90, 10, 30, -20)])
+_PADDED = np.stack([_packed(60, 50, -40), _packed(-30, 120)])
+_LENGTHS = np.array([150, 61], np.int32)
+
+_MASKS = {
+    "full": Full(),
+    "causal": Causal(),
+    "causal-empty-rows": Causal(offset=-40),
+    "causal-per-batch-offset": Causal(offset=np.array([-3, 20], np.int32)),
+    "window": Window(left=30, right=20),
+    "window-causal": Window(left=25, right=0),
+    "window-diagonal": Window(left=0, right=0),
+    "window-beside": Window(left=-3, right=9),
+    "window-per-batch": Window(left=np.array([0, 70], np.int32), right=np.array([5, 0], np.int32)),
+    "prefix": PrefixLM(65),
+    "prefix-per-batch": PrefixLM(np.array([0, 100], np.int32)),
+    "lengths": InBounds(_LENGTHS[::-1], _LENGTHS),
+    "length-zero": InBounds(kv_len=np.array([0, 33], np.int32)),
+    "segments": SegmentIds(_IDS, _IDS),
+    "segments-unordered": SegmentIds(np.roll(_IDS, 17, axis=1), _IDS[:, ::-1].copy()),
+    "dense": Dense(_coin(2, 2, LEN, LEN)),
+    "dense-keys": Dense(_coin(2, 1, 1, LEN)),
+    "dense-rows": Dense(_coin(2, LEN, 1)),
+    "causal-segments": Causal() & SegmentIds(_IDS, _IDS),
+    "causal-lengths": Causal() & InBounds(kv_len=_LENGTHS),
+    "causal-dense": Causal() & Dense(_coin(2, 1, LEN, LEN, chance=0.1)),
+    "window-prefix": Window(left=60) & PrefixLM(40) & InBounds(140, 130),
+    "everywhere-masked": Window(left=5, right=5) & Window(left=-20, right=40),
+}
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "heads-first": dict(layout="BHLD"),
+    "heads-first-gqa": dict(layout="BHLD", q_heads=4, kv_heads=2, d_v=24),
+    "gqa": dict(q_heads=6, kv_heads=2),
+    "mqa": dict(q_heads=4, kv_heads=1, batch=1),
+    "d-above-d_v": dict(d=24, d_v=8),
+    "d-below-d_v": dict(d=8, d_v=24),
+    "odd-d": dict(d=13, d_v=7),
+    "d-1": dict(d=1, d_v=1),
+    "wide": dict(d=96, d_v=128, batch=1),
+    "more-queries": dict(q_len=170, kv_len=83),
+    "more-keys": dict(q_len=83, kv_len=170),
+    "more-keys-bottom-right": dict(q_len=83, kv_len=170, mask=Causal(offset=87)),
+    "more-queries-bottom-right": dict(q_len=170, kv_len=83, mask=Causal(offset=-87)),
+    "one-query": dict(q_len=1, mask=Causal(offset=LEN - 1)),
+    "one-query-first": dict(q_len=1, mask=Causal()),
+    "one-key": dict(kv_len=1, mask=Full()),
+    "one-pair": dict(q_len=1, kv_len=1),
+    "ragged": dict(q_len=67, kv_len=129),
+    "aligned": dict(q_len=128, kv_len=128),
+    "three-tiles": dict(q_len=1100, kv_len=1100, batch=1, q_heads=1, kv_heads=1, d=8, d_v=8,
+                        mask=Window(left=600, right=0)),
+}
+
+_EMPTY: dict[str, dict[str, Any]] = {
+    "no-queries": dict(q_len=0), "no-keys": dict(kv_len=0), "no-batch": dict(batch=0), "no-value-dim": dict(d_v=0),
+    "no-dim": dict(d=0),
+}
+
+_BIASES = [(b, h, q, kv) for b in (1, 2) for h in (1, 2) for q in (1, LEN) for kv in (1, LEN)]
+
+_FEATURES: dict[str, dict[str, Any]] = {
+    "bias": dict(bias=(2, 2, LEN, LEN), mask=Causal()),
+    "bias-gqa": dict(bias=(1, 4, LEN, LEN), q_heads=4, layout="BHLD", mask=Causal()),
+    "bias-masks": dict(bias=(2, 1, LEN, LEN), bias_masks=True),
+    "bias-masks-keys": dict(bias=(2, 1, 1, LEN), bias_masks=True, mask=Causal()),
+    "softcap": dict(softcap=1.5, mask=Causal()),
+    "softcap-saturated": dict(softcap=0.5, scale=2.0),
+    "softcap-bias": dict(softcap=2.0, bias=(1, 2, LEN, LEN)),
+    "dropout": dict(dropout_rate=0.1, mask=Causal()),
+    "dropout-half-gqa": dict(dropout_rate=0.5, q_heads=4, layout="BHLD"),
+    "dropout-all": dict(dropout_rate=1.0),
+    "everything": dict(bias=(2, 4, LEN, LEN), softcap=3.0, dropout_rate=0.2, q_heads=4, d=24, scale=0.3,
+                       deterministic=True,
+                       mask=Causal(offset=5) & SegmentIds(_IDS, _IDS) & InBounds(kv_len=_LENGTHS)),
+    "deterministic": dict(mask=Causal(), q_heads=4, deterministic=True),
+    "scale-zero": dict(scale=0.0, mask=Causal()),
+    "scale-negative": dict(scale=-0.7, mask=Causal()),
+    "scale-large": dict(scale=3.0),
+    "large-rows": dict(row_lse=200.0, mask=Causal()),
+    "large-rows-full": dict(row_lse=200.0, d=64, d_v=64, batch=1),
+}
+
+
+def _conformance() -> list[Problem]:
+    found = [Problem(f"mask-{name}", "every kind of mask, and intersections", mask=mask)
+             for name, mask in _MASKS.items()]
+    found += [Problem(f"shape-{name}", "shapes that loops and tiles get wrong", **({"mask": Causal()} | options))
+              for name, options in _SHAPES.items()]
+    found += [Problem(f"empty-{name}", "SEMANTICS: empty axes give empty or zero results", **options)
+              for name, options in _EMPTY.items()]
+    found += [Problem(f"bias-{b}x{h}x{q}x{kv}", "the gradient of a bias is summed over each set of broadcast axes",
+                      bias=(b, h, q, kv), dtypes=("float32",)) for b, h, q, kv in _BIASES]
+    return found + [Problem(name, "every other field of the spec", **options) for name, options in _FEATURES.items()]
+
+
+_DEFECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cudnn-nan-dq": (
+        "pytorch #196678: NaN dq with a mask when S % 128 == 64 and a row's lse < -88.7",
+        dict(batch=1, q_len=192, kv_len=192, d=64, d_v=64, bias=(1, 1, 192, 192), bias_masks=True, row_lse=120.0)),
+    "bias-precision": (
+        "pytorch #191612: an fp32 mask read as bf16",
+        dict(bias=(1, 2, LEN, LEN), bias_size=100.0, bias_dtype="float32")),
+    "few-kv-heads": (
+        "pytorch #193893: corruption with fewer than 8 key heads",
+        dict(q_heads=16, kv_heads=4, q_len=70, kv_len=70, d=32, d_v=32, layout="BHLD", mask=Causal())),
+    "one-query-gradient": (
+        "cudnn-frontend #1072: all dk and dv NaN at q_len = 1 with a negative lse",
+        dict(q_len=1, row_lse=50.0, d=64, d_v=64)),
+    "ragged-first-run": (
+        "jax #23819: NaN on first runs when S % block != 0",
+        dict(q_len=200, kv_len=200, d=32, d_v=32, mask=Causal())),
+    "grid-limit": (
+        "pytorch #142228: more than 65,535 batch x heads",
+        dict(batch=32_769, q_len=3, kv_len=3, d=2, d_v=2, mask=Causal())),
+    "deterministic": (
+        "flash-attention #2244: deterministic gradients that differ from run to run",
+        dict(q_heads=4, q_len=260, kv_len=260, d=64, d_v=64, mask=Causal(), deterministic=True)),
+    "packed-padding": (
+        "maxtext #4476: padding ignored by packed inputs",
+        dict(mask=Causal() & SegmentIds(_PADDED, _PADDED))),
+}
+DEFECTS: tuple[Problem, ...] = tuple(
+    Problem(f"defect-{name}", source, dtypes=HALF, **options) for name, (source, options) in _DEFECTS.items())
+"""Problems on which another library was wrong, with the report."""
+
+CONFORMANCE: tuple[Problem, ...] = (*_conformance(), *DEFECTS)
+
+
+TOKENS, HIDDEN = 16_384, 2_048
+
+
+def _benchmark(name: str, source: str, length: int, d: int, **options: Any) -> Problem:
+    heads = HIDDEN // d
+    shape = dict(batch=max(1, TOKENS // length), q_heads=heads, kv_heads=heads, q_len=length, kv_len=length, d=d, d_v=d)
+    return Problem(name, source, **(shape | dict(mask=Causal(), dtypes=("bfloat16",), tags=("gpu",)) | options))
+
+
+_MATRIX_SOURCE = "16,384 tokens, hidden size 2,048: what FlashAttention-2 and -3 are measured on"
+_VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "full-d64": ("no mask", 64, dict(mask=Full())),
+    "full-d128": ("no mask", 128, dict(mask=Full())),
+    "full-d256": ("no mask", 256, dict(mask=Full())),
+    "gqa-d128": ("16 query and 4 key heads", 128, dict(kv_heads=4)),
+    "window-d128": ("cost must follow the window, not the length", 128, dict(mask=Window(left=1023, right=0))),
+    "heads-first-d128": ("no layout costs a copy", 128, dict(layout="BHLD")),
+    "fp16-d128": ("the other half precision", 128, dict(dtypes=("float16",))),
+    "causal-d96": ("a head size between two tile sizes", 96, {}),
+    "causal-d192-v128": ("the head sizes of DeepSeek-V3", 192, dict(d_v=128, q_heads=16, kv_heads=16)),
+}
+
+
+def _benchmarks() -> list[Problem]:
+    found = [_benchmark(f"causal-d{d}-s{s}", _MATRIX_SOURCE, s, d, tags=("gpu", "matrix"))
+             for d in (64, 128, 256) for s in (512, 1024, 2048, 4096, 8192, 16_384)]
+    found += [_benchmark(f"{name}-s{s}", source, s, d, **options)
+              for name, (source, d, options) in _VARIANTS.items() for s in (2048, 16_384)]
+    for ragged, whole, batch in ((1000, 1024, 16), (4097, 4224, 3)):
+        source = f"a ragged tail, S {ragged:,}, may cost 5 % over S {whole:,}"
+        found += [_benchmark(f"tail-d128-s{s}", source, s, 128, batch=batch) for s in (ragged, whole)]
+    found += [
+        _benchmark("long-d128-s131072", "one long sequence", 131_072, 128, tags=("gpu", "long")),
+        _benchmark("long-d128-s524288", "one very long sequence", 524_288, 128, q_heads=1, kv_heads=1,
+                   tags=("gpu", "long")),
+        _benchmark("huge-d128", "TabPFN #1184: more than 2^31 elements", 131_072, 128, batch=9, tags=("gpu", "huge"),
+                   mask=Window(left=127, right=0))]
+    cpu = dict(batch=1, q_heads=4, kv_heads=4, dtypes=("float32",), tags=("cpu",))
+    return found + [_benchmark(f"cpu-d64-s{s}", "what runs without a GPU", s, 64, **cpu)
+                    for s in (1024, 2048, 4096, 8192, 16_384)]
+
+
+BENCHMARKS: tuple[Problem, ...] = tuple(_benchmarks())
+
+
+def find(name: str) -> Problem:
+    """The problem of that name."""
+    for problem in (*CONFORMANCE, *BENCHMARKS):
+        if problem.name == name:
+            return problem
+    raise KeyError(name)
+
+
+def select(patterns: list[str], problems: tuple[Problem, ...] = BENCHMARKS) -> list[Problem]:
+    """The problems whose name matches one of the shell patterns, or which carry it as a tag."""
+    return [p for p in problems if any(fnmatch.fnmatch(p.name, pattern) or pattern in p.tags for pattern in patterns)]

@@ -1,0 +1,126 @@
+"""Attention and its gradients from the formulas, in plain NumPy: what an error budget measures its baseline with.
+
+    S = softcap(scale Q K^T) + bias      P = exp(S - lse)      O = drop(P) V
+    dV = drop(P)^T dO     dP = drop(dO V^T)     dS = P (dP - sum(O dO) + dlse)     dQ = scale dS K     dK = scale dS^T Q
+
+It shares no code with the kernels or with `reference` but the mask's `keep` and the dropout bits. In a spec's own
+precision it rounds where the kernels do: P, dS and O to the input's dtype, everything else in the accumulation dtype.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pallas_flash import dropout
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.testing import inputs
+
+__all__ = ["Results", "attention"]
+
+
+class Results(NamedTuple):
+    """Everything that a call computes, forward and backward."""
+
+    out: Any
+    lse: Any
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any = None
+
+
+def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> tuple[Results, Results]:
+    """The results in the precision of `spec`, and the magnitude of each.
+
+    A magnitude is the result's formula with the absolute value of every term and P multiplied by the condition of exp,
+    1 + max|S| over its row: times the unit roundoff, it bounds what one rounding of S, P and each product changes.
+    Where it is 0 the result is exactly 0.
+    """
+    acc = spec.acc_dtype
+    rounded = lambda x: x.astype(spec.dtype).astype(acc)
+    keep = inputs.attends(spec, operands)
+    q, k, v, dout = (_bhld(x, spec).astype(acc) for x in (*operands[:3], dout))
+    k, v = (np.repeat(x, spec.group, axis=1) for x in (k, v))
+    q, k, v = (np.where(keep.any(axis=axis)[..., None], x, 0) for x, axis in ((q, 3), (k, 2), (v, 2)))
+
+    s, slope = _scores(spec, q, k, operands.bias, keep)
+    p, lse, nothing = _softmax(s)
+    s_size = 1 + np.where(keep, abs(s), 0).max(-1, initial=0)
+    factor = _dropout_factor(spec, operands.dropout_seed, acc)
+    w, p_size = p * factor, p * s_size[..., None]
+    w_size = p_size * factor
+    out = rounded(rounded(w) @ v)
+    out_size = w_size @ abs(v)
+
+    dp = (dout @ v.swapaxes(-1, -2)) * factor
+    delta = (out * dout).sum(-1) - dlse
+    ds = p * (dp - delta[..., None])
+    delta_size = ((w @ abs(v)) * abs(dout)).sum(-1) + abs(dlse)
+    ds_size = p_size * ((abs(dout) @ abs(v).swapaxes(-1, -2)) * factor + delta_size[..., None])
+    ds_qk, ds_qk_size = rounded(ds * slope * acc.type(spec.scale)), ds_size * slope * abs(acc.type(spec.scale))
+
+    results = Results(out, np.where(nothing, -np.inf, lse), ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
+                      _group_sum(rounded(w).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
+    sizes = Results(out_size, np.where(nothing, 0, s_size), ds_qk_size @ abs(k),
+                    _group_sum(ds_qk_size.swapaxes(-1, -2) @ abs(q), spec),
+                    _group_sum(w_size.swapaxes(-1, -2) @ abs(dout), spec), _bias_sum(ds_size, spec))
+    return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
+
+
+def _bhld(x: Any, spec: AttentionSpec) -> Any:
+    return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
+
+
+def _scores(spec: AttentionSpec, q: Any, k: Any, bias: Any, keep: Any) -> tuple[Any, Any]:
+    """S, -inf where a pair does not attend, and the derivative of the soft cap."""
+    s, slope = q @ k.swapaxes(-1, -2) * q.dtype.type(spec.scale), np.ones((), q.dtype)
+    if spec.softcap is not None:
+        t = np.tanh(s / q.dtype.type(spec.softcap))
+        s, slope = q.dtype.type(spec.softcap) * t, 1 - t * t
+    if bias is not None:
+        s = s + np.where(keep, bias, 0).astype(q.dtype)
+    return np.where(keep, s, -np.inf), slope
+
+
+def _softmax(s: Any) -> tuple[Any, Any, Any]:
+    """P, lse (0 on rows that attend to nothing), and which rows those are."""
+    row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    nothing = row_max == -np.inf
+    row_max = np.where(nothing, 0, row_max)
+    p = np.exp(s - row_max)
+    row_sum = np.where(nothing, 1, p.sum(-1, keepdims=True))
+    return p / row_sum, (row_max + np.log(row_sum))[..., 0], nothing[..., 0]
+
+
+def _dropout_factor(spec: AttentionSpec, seed: Any, acc: np.dtype) -> Any:
+    """0 or 1 / (1 - rate) for each weight; 1 without dropout."""
+    if not spec.dropout_rate:
+        return np.ones((), acc)
+    grid = np.ogrid[: spec.batch, : spec.q_heads, : spec.q_len, : spec.kv_len]
+    kept = jax.jit(dropout.keep, static_argnums=5)(seed, *grid, spec.dropout_rate)
+    return np.where(kept, 1 / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else 0, 0).astype(acc)
+
+
+def _group_sum(x: Any, spec: AttentionSpec) -> Any:
+    """Sums over the query heads that share a key head."""
+    return x.reshape(spec.batch, spec.kv_heads, spec.group, *x.shape[2:]).sum(axis=2)
+
+
+def _bias_sum(ds: Any, spec: AttentionSpec) -> Any:
+    """Sums over the axes along which the bias is broadcast; None without a bias."""
+    if spec.bias is None:
+        return None
+    return ds.sum(axis=tuple(axis for axis, size in enumerate(spec.bias.shape) if size == 1), keepdims=True)
+
+
+def _rounded(results: Results, spec: AttentionSpec) -> Results:
+    """What leaves a kernel in the dtype of its operand, rounded to it."""
+    out, lse, dq, dk, dv, dbias = results
+    dbias = dbias if dbias is None else dbias.astype(spec.bias.dtype)
+    return Results(out.astype(spec.dtype), lse, *(x.astype(spec.dtype) for x in (dq, dk, dv)), dbias)
+
+
+def _in_layout(results: Results, spec: AttentionSpec) -> Results:
+    out, lse, dq, dk, dv, dbias = results
+    return Results(_bhld(out, spec), lse, *(_bhld(x, spec) for x in (dq, dk, dv)), dbias)
