@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_flash import dispatch, errors, sharding
+from pallas_flash import dispatch, errors, sharding, softmax
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["RESIDUAL_NAMES", "attend", "backward", "forward"]
@@ -25,7 +25,10 @@ jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # so that calls outside of jit are compiled once
 def forward(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any]:
-    """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel."""
+    """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel.
+
+    lse is that of the anchored scores (`softmax.anchor`): what `backward` takes, and `attend` turns into the caller's.
+    """
     def run(operands: Operands) -> tuple[Any, Any]:
         if spec.is_empty:
             return jnp.zeros(spec.out_shape, spec.dtype), jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
@@ -50,10 +53,12 @@ def attend(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
     operands = sharding.vary_together(operands)
-    if dispatch.get(name).differentiates_itself:
-        return forward(spec, name, operands)
     try:
-        return _attend(spec, name, operands[:4], operands[4:])
+        if dispatch.get(name).differentiates_itself:
+            out, lse = forward(spec, name, operands)
+        else:
+            out, lse = _attend(spec, name, operands[:4], operands[4:])
+        return out, lse if operands.bias is None else lse + softmax.anchor(operands.bias)[..., 0].astype(lse.dtype)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise _no_derivative(name, "forward-mode derivatives (jvp)") from error

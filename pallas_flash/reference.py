@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks
+from pallas_flash import dropout, masks, softmax
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward", "forward"]
@@ -30,11 +30,11 @@ def _keep(spec: AttentionSpec, operands: Operands) -> Any:
     return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 
-def _scores(spec: AttentionSpec, q: Any, k: Any, bias: Any) -> Any:
+def _scores(spec: AttentionSpec, q: Any, k: Any) -> Any:
     s = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST) * spec.scale
     if spec.softcap is not None:
         s = spec.softcap * jnp.tanh(s / spec.softcap)
-    return s if bias is None else s + bias.astype(s.dtype)
+    return s
 
 
 def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
@@ -53,8 +53,11 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
-    bias = None if operands.bias is None else jnp.where(keep, operands.bias, jnp.zeros_like(operands.bias))
-    s = jnp.where(keep, _scores(spec, q, k, bias), -jnp.inf)
+    s = _scores(spec, q, k)
+    if operands.bias is not None:
+        bias, anchor = (x.astype(s.dtype) for x in (operands.bias, softmax.anchor(operands.bias)))
+        s = s + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor
+    s = jnp.where(keep, s, -jnp.inf)
     row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))
     p = jnp.exp(s - jnp.where(row_max == -jnp.inf, 0.0, row_max))
     row_sum = p.sum(axis=-1, keepdims=True)

@@ -8,9 +8,10 @@ has lse = -inf, weights 0 and output 0.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-__all__ = ["LOG2E", "delta", "finish", "probabilities", "rescale", "softcapped", "update"]
+__all__ = ["LOG2E", "anchor", "delta", "finish", "probabilities", "rescale", "softcapped", "update"]
 
 LOG2E = math.log2(math.e)
 
@@ -21,6 +22,26 @@ def softcapped(s: Any, softcap: float | None) -> tuple[Any, Any]:
         return s, 1.0
     t = jnp.tanh(s * (1 / softcap))
     return softcap * t, 1 - t * t
+
+
+_FAR_BELOW = -1e3
+
+
+def anchor(bias: Any) -> Any:
+    """What to subtract from scores after the bias is added: the row's largest bias where that is far below 0, else 0.
+
+    softmax does not change. It serves rows of finfo.min, some libraries' way to mask: score and bias round to the bias,
+    so every key weighs the same, but the row's lse would be so large that the number of keys is lost in its rounding,
+    and with it the gradient. Kernels return lse without the anchor.
+
+    Args:
+      bias: (..., kv).
+
+    Returns:
+      (..., 1), in the dtype of bias, without a gradient.
+    """
+    row_max = jax.lax.stop_gradient(bias).max(axis=-1, keepdims=True)
+    return jnp.where((row_max < _FAR_BELOW) & (row_max > -jnp.inf), row_max, jnp.zeros_like(row_max))
 
 
 def _finite_or_zero(m_log2: Any) -> Any:
@@ -59,13 +80,15 @@ def finish(m_i: Any, l_i: Any) -> Any:
 
 
 def probabilities(s_log2: Any, lse: Any) -> Any:
-    """softmax(s) from saved statistics: exp2(s_log2 - lse * log2(e)); 0 on rows that attend to nothing.
+    """softmax(s) from saved statistics: exp2(s_log2 - lse * log2(e)), at most 1; 0 on rows that attend to nothing.
+
+    The minimum matters where |lse| is so large that its rounding shows: an exponential must not overflow then.
 
     Args:
       s_log2: scores times log2(e), (..., q, kv); -inf where a pair does not attend.
       lse: natural logarithm, (..., q).
     """
-    return jnp.exp2(s_log2 - _finite_or_zero(lse * LOG2E)[..., None])
+    return jnp.minimum(jnp.exp2(s_log2 - _finite_or_zero(lse * LOG2E)[..., None]), 1)
 
 
 def delta(out: Any, dout: Any, dlse: Any, acc_dtype: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash import compat, softmax, tiles
 from pallas_flash.kernels.xla import blocks, schedule
@@ -38,7 +39,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
              jnp.zeros(problem.v.shape, spec.dtype), dbias)
     start = compat.vary_like(start, operands, dout, dlse)
-    dq, dk, dv, dbias = jax.lax.fori_loop(0, problem.num_kv_tiles, kv_step, start)
+    dq, dk, dv, dbias = jax.lax.fori_loop(np.int32(0), np.int32(problem.num_kv_tiles), kv_step, start)
     cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
     if spec.bias is not None:
@@ -108,6 +109,7 @@ def _add_dbias(problem: blocks.Problem, dbias: Any, ds: Any, q_tile: Any, kv_til
     ds = ds.reshape(spec.batch, spec.q_heads, *ds.shape[3:])
     axes = tuple(axis for axis, size in enumerate(dbias.shape) if size == 1)
     part = ds.sum(axis=axes, keepdims=True)
-    start = (0, 0, 0 if 2 in axes else q_tile * problem.schedule.block_q,
-             0 if 3 in axes else kv_tile * problem.schedule.block_kv)
+    zero = np.int32(0)
+    start = (zero, zero, zero if 2 in axes else q_tile * problem.schedule.block_q,
+             zero if 3 in axes else kv_tile * problem.schedule.block_kv)
     return jax.lax.dynamic_update_slice(dbias, jax.lax.dynamic_slice(dbias, start, part.shape) + part, start)

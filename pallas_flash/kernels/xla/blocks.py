@@ -38,6 +38,7 @@ class Problem:
     k: Any
     v: Any
     bias: Any
+    anchor: Any
     mask: masks.Mask
     seed: Any
 
@@ -99,16 +100,19 @@ class Problem:
         if masked:
             keep = self.split_heads(masks.over_batch(self.mask, lambda part: part.keep(q_pos, kv_pos)))
         if self.bias is not None:
-            bias = self.split_heads(self.bias_tile(q_tile, kv_tile)).astype(s.dtype)
-            s, attends = s + bias, bias > -jnp.inf
+            bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
+                            for x in (self.bias, self.anchor))
+            s, attends = s + bias - anchor, bias > -jnp.inf
             keep = attends if keep is None else keep & attends
+        s_log2 = s * softmax.LOG2E
+        if self.bias is not None:  # masks of finfo.min stay finite: a row of them is a row of equal scores
+            s_log2 = jnp.maximum(s_log2, jnp.finfo(s.dtype).min)
         if keep is not None:
-            s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
-        return Tile(s * softmax.LOG2E, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
+            s_log2 = jnp.where(keep, s_log2, jnp.full_like(s, -jnp.inf))
+        return Tile(s_log2, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
 
-    def bias_tile(self, q_tile: Any, kv_tile: Any) -> Any:
-        """The bias of a tile: (b or 1, h or 1, q or 1, s or 1)."""
-        bias = self.bias
+    def bias_tile(self, bias: Any, q_tile: Any, kv_tile: Any) -> Any:
+        """The part of a bias that a tile needs: (b or 1, h or 1, q or 1, s or 1)."""
         for axis, tile, block in ((2, q_tile, self.schedule.block_q), (3, kv_tile, self.schedule.block_kv)):
             if bias.shape[axis] != 1:
                 bias = slice_tile(bias, tile, block, axis)
@@ -160,11 +164,14 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     axis = spec.layout.index("L")
     q_len = tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q
     kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
+    bias, anchor = None, None
+    if spec.bias is not None:
+        bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, softmax.anchor(operands.bias)))
     ragged = q_len != spec.q_len or kv_len != spec.kv_len
     return Problem(
         spec=spec, schedule=schedule,
         q=split_q_heads(pad(operands.q, q_len, axis), spec), k=pad(operands.k, kv_len, axis),
-        v=pad(operands.v, kv_len, axis), bias=None if spec.bias is None else _pad_bias(operands.bias, q_len, kv_len),
+        v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor,
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
         seed=operands.dropout_seed)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash import compat, softmax, tiles
 from pallas_flash.kernels.xla import blocks, schedule
@@ -27,7 +28,8 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     padded = problem.num_q_tiles * block_q
     out = jnp.zeros((*problem.q.shape[:-1], spec.d_v), spec.dtype)
     lse = jnp.zeros((spec.batch, spec.kv_heads, spec.group, padded), spec.acc_dtype)
-    out, lse = jax.lax.fori_loop(0, problem.num_q_tiles, q_step, compat.vary_like((out, lse), operands))
+    start = compat.vary_like((out, lse), operands)
+    out, lse = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
     out = jax.lax.slice_in_dim(out, 0, spec.q_len, axis=problem.q_axis)
     return out.reshape(spec.out_shape), lse.reshape(*spec.lse_shape[:2], padded)[..., :spec.q_len]
 
