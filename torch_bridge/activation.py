@@ -58,7 +58,8 @@ def _causal_offset(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> i
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
-             is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:
+             is_causal: bool = False, return_debug_mask: bool = False, *,
+             scale: float | None = None) -> tuple[Any, ...]:
     """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state."""
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")

@@ -15,7 +15,7 @@ import torch
 
 from torch_bridge import strides
 
-__all__ = ["attention", "attention_backward", "attention_double_backward"]
+__all__ = ["attention", "attention_backward", "attention_double_backward", "functional_attention"]
 
 NAMESPACE = "pallas_flash"
 PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? seed"
@@ -123,12 +123,13 @@ def _save_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.numbers = inputs[6:10]
 
 
-def _differentiate_forward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
+def _differentiate_forward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None,
+                           operator: Any = attention_backward) -> tuple:
     *problem, out, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     if lse.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
         out, lse = attention(*problem, *ctx.numbers, True)
-    grads = attention_backward(*problem, *ctx.numbers, out, lse, dout, dlse, needs)
+    grads = operator(*problem, *ctx.numbers, out, lse, dout, dlse, needs)
     dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dq, dk, dv, None, dbias, *[None] * 6
 
@@ -215,3 +216,42 @@ def _vmap_attention_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
 
 torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=_library)
 torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=_library)
+
+
+# --- torch.func ------------------------------------------------------------------------------------------------------
+
+
+class _Functional(torch.autograd.Function):
+    """`attention` for torch.func's grad, vjp and jacrev, which refuse the formulas of `register_autograd`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention(*args[:10], True)
+
+    setup_context = staticmethod(_save_forward)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple:
+        return _differentiate_forward(ctx, *cotangents, operator=_FunctionalBackward.apply)
+
+
+class _FunctionalBackward(torch.autograd.Function):
+    """`attention_backward` for torch.func, which always records the graph of a backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+        return attention_backward(*args)
+
+    setup_context = staticmethod(_save_backward)
+    backward = staticmethod(_differentiate_backward)
+
+
+def functional_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention`, also inside torch.func's transforms."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Functional.apply(*args)
+    return attention(*args)

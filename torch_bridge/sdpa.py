@@ -68,8 +68,8 @@ def scaled_dot_product_attention(
         seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
     needs_lse = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
                                              or (bias is not None and bias.requires_grad))
-    out, _ = ops.attention(query, key, value, mask, bias, seed, causal_offset, scale, dropout_p,
-                           torch.are_deterministic_algorithms_enabled(), needs_lse)
+    out, _ = ops.functional_attention(query, key, value, mask, bias, seed, causal_offset, scale, dropout_p,
+                                      torch.are_deterministic_algorithms_enabled(), needs_lse)
     return out if out_shape is None else out.reshape(out_shape)
 
 
@@ -80,7 +80,7 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     causal_offset = 0 if is_causal else None
     if isinstance(attn_mask, CausalBias):
         causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
     _check_tensors(query, key, value, attn_mask)
     if not 0 <= dropout_p <= 1:
@@ -227,9 +227,8 @@ def _merged_mask(attn_mask: torch.Tensor, lead: Sequence[int], sizes: tuple[int,
         for axis in range(attn_mask.dim()):  # an expanded axis holds one element: its copies need not be read
             if attn_mask.stride(axis) == 0 and attn_mask.shape[axis] > 1:
                 attn_mask = attn_mask.narrow(axis, 0, 1)
-    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-    if attn_mask.dim() == 4:
-        return attn_mask
-    outer = attn_mask.shape[:-3]
-    return attn_mask.reshape(1, *attn_mask.shape[-3:]) if all(size == 1 for size in outer) else _merge(
-        attn_mask.reshape((1,) * (len(lead) - len(outer)) + tuple(attn_mask.shape)), lead)
+    inner = (1,) * max(3 - attn_mask.dim(), 0) + tuple(attn_mask.shape[-3:])
+    outer = tuple(attn_mask.shape[:-3])
+    if all(size == 1 for size in outer):
+        return attn_mask.reshape(1, *inner)
+    return _merge(attn_mask.reshape((1,) * (len(lead) - len(outer)) + outer + inner), lead)

@@ -28,13 +28,15 @@ def results(function, tensors, dout, *args, **kwargs):
     if not differentiable:
         return [out]
     grads = torch.autograd.grad(out, differentiable, dout.to(out.dtype), allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(differentiable, grads, strict=True))]
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(differentiable, grads, strict=True)]
+    return [out.detach(), *grads]
 
 
-def check(tensors, *args, exact_strides=False, **kwargs):
-    """Ours against torch in float64: at most twice the error that torch has in this precision, plus rounding of the result.
+def check(tensors, *args, **kwargs):
+    """Ours against torch in float64: at most twice the error that torch has in this precision, plus a rounding band.
 
-    tensors: query, key, value and, if there is one, attn_mask; args and kwargs are the other arguments of SDPA.
+    tensors: query, key, value and, if there is one, attn_mask; args and kwargs are the other arguments of SDPA. The
+    band is a few units in the last place of the larger of the result and 1, the size of a cotangent.
     """
     shape = TORCH(*(x.detach() for x in tensors[:3]), *tensors[3:], *args, **kwargs).shape
     dout = torch.randn(shape, dtype=torch.float64).to(tensors[0].dtype)
@@ -44,10 +46,8 @@ def check(tensors, *args, exact_strides=False, **kwargs):
     ours = results(OURS, tensors, dout, *args, **kwargs)
     for name, t, a, b in zip(("out", "dq", "dk", "dv", "dmask"), truth, theirs, ours, strict=False):
         assert b.dtype == a.dtype and b.shape == a.shape, name
-        if exact_strides:
-            assert b.stride() == a.stride(), name
         if b.numel():
             error, baseline = ((x.double() - t).abs().max().item() for x in (b, a))
-            band = 8 * UNIT[b.dtype] * max(t.abs().max().item(), 1e-3)
+            band = 16 * UNIT[tensors[0].dtype] * max(t.abs().max().item(), 1.0)
             assert error <= 2 * baseline + band, f"{name}: error {error:.2e}, torch's {baseline:.2e}, band {band:.2e}"
     return ours
