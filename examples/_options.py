@@ -1,0 +1,22 @@
+"""The command line that the training examples share."""
+
+import argparse
+
+
+def training_parser(description: str | None, attention: list[str], plot: str) -> argparse.ArgumentParser:
+    """Options of a training run whose attention is "both" or one of `attention`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attention", choices=["both", *attention], default="both", help="both: flash and default")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--context", type=int, default=128, help="characters a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-plot", metavar="FILE", default=plot, help="default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="append settings, speed and losses, one JSON line a run")
+    return parser

@@ -1,0 +1,169 @@
+"""Trains a small GPT (rotary, grouped-query, causal) in Flax with pallas_flash, beside Flax's default attention.
+
+    python examples/train_gpt.py                                      two runs on the same text, compared
+    python examples/train_gpt.py --attention flash --context 16384    more context than the default can hold
+    python examples/train_gpt.py --context 4096 --dim 1024 --heads 8 --layers 8 --dtype bfloat16 --remat    a benchmark
+
+It learns the sources of Python's standard library, one character a token, on the GPU if there is one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import _options
+import _report
+import _text
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import pallas_flash
+import pallas_flash.flax
+
+THETA = 10_000.0  # longest wavelength of the rotary embedding, in units of 2 pi tokens
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of (batch, length, heads, dim): pairs of features turned by position * frequency."""
+    half = x.shape[-1] // 2
+    frequency = THETA ** -(jnp.arange(half) / half)
+    angle = jnp.arange(x.shape[1])[:, None, None] * frequency  # (length, 1, dim / 2)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, is_causal: bool, **_: object) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
+
+
+ATTENTION = {
+    "flash": pallas_flash.flax.dot_product_attention,
+    "default": nnx.dot_product_attention,
+    "cudnn": cudnn,
+}
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, args: argparse.Namespace, attention_fn: Callable[..., jax.Array], rngs: nnx.Rngs):
+        def rotary_attention(query, key, value, **options):
+            return attention_fn(rotate(query), rotate(key), value, **options)
+
+        shared = dict(dtype=args.dtype, rngs=rngs)
+        heads = dict(num_heads=args.heads, num_kv_heads=args.kv_heads, use_bias=False, decode=False)
+        self.attention = nnx.MultiHeadAttention(in_features=args.dim, attention_fn=rotary_attention, **heads, **shared)
+        self.attention_norm = nnx.RMSNorm(args.dim, **shared)
+        self.mlp_norm = nnx.RMSNorm(args.dim, **shared)
+        self.up = nnx.Linear(args.dim, 4 * args.dim, **shared)
+        self.down = nnx.Linear(4 * args.dim, args.dim, **shared)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), is_causal=True)
+        return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nnx.Module):
+    """Tokens (batch, length) -> float32 logits (batch, length, vocabulary)."""
+
+    def __init__(self, args: argparse.Namespace, attention_fn: Callable[..., jax.Array]):
+        rngs = nnx.Rngs(args.seed)
+        self.embedding = nnx.Embed(_text.VOCABULARY, args.dim, dtype=args.dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(args, attention_fn, rngs) for _ in range(args.layers)])
+        self.norm = nnx.RMSNorm(args.dim, dtype=args.dtype, rngs=rngs)
+        self.head = nnx.Linear(args.dim, _text.VOCABULARY, dtype=args.dtype, rngs=rngs)
+        keep_attention = jax.checkpoint_policies.save_only_these_names(*pallas_flash.RESIDUAL_NAMES)
+        self.run_block = nnx.remat(Block.__call__, policy=keep_attention) if args.remat else Block.__call__
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def loss_of(model: GPT, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy, in nats, of each token of (batch, length + 1) given those before it."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+
+@nnx.jit
+def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+    loss, gradients = nnx.value_and_grad(loss_of)(model, tokens)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def train(name: str, args: argparse.Namespace, text: np.ndarray, held_out: np.ndarray) -> tuple[GPT, _report.Run]:
+    """Trains a new model with the attention called `name`; equal arguments give equal weights and batches."""
+    model, run = GPT(args, ATTENTION[name]), _report.Run(name)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, args.steps // 10, args.steps)
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+    optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
+
+    losses: list[jax.Array] = []
+    start = 0.0
+    with tqdm(total=args.steps, desc=name, unit="step") as progress:
+        for tokens in _text.batches(text, args.steps, args.batch, args.context, args.seed):
+            losses.append(train_step(model, optimizer, jnp.asarray(tokens)))
+            if len(losses) % 10 == 1:  # waiting for the device at every step would leave it idle in between
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            start = start or time.perf_counter()  # the first step compiles, and its loss was waited for
+            progress.update()
+        run.losses = np.asarray(jax.block_until_ready(jnp.stack(losses))).tolist()
+    run.measure(args, start)
+
+    evaluate = nnx.jit(loss_of)
+    excerpts = _text.batches(held_out, 8, args.batch, args.context, args.seed)
+    run.held_out_loss = float(np.mean([evaluate(model, jnp.asarray(tokens)) for tokens in excerpts]))
+    return model, run
+
+
+def generate(model: GPT, prompt: str, length: int, seed: int, window: int = 128, temperature: float = 0.7) -> str:
+    """Continues the prompt by `length` characters, each seeing at most `window` before it."""
+
+    @nnx.jit
+    def next_token(model: GPT, tokens: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, model(tokens[None])[0, last] / temperature)
+
+    tokens = _text.encode(prompt).tolist()
+    for key in jax.random.split(jax.random.key(seed), length):
+        seen = tokens[-window:]
+        padded = np.pad(seen, (0, window - len(seen)))  # what comes later is not attended to
+        tokens.append(int(next_token(model, jnp.asarray(padded), jnp.asarray(len(seen) - 1), key)))
+    return _text.decode(np.array(tokens))
+
+
+def which_implementation(args: argparse.Namespace) -> str:
+    """What pallas_flash says about the attention of this model."""
+    shape = lambda heads: jax.ShapeDtypeStruct((args.batch, args.context, heads, args.dim // args.heads), args.dtype)
+    kv = shape(args.kv_heads)
+    return pallas_flash.explain(shape(args.heads), kv, kv, mask=pallas_flash.Causal())
+
+
+def main() -> None:
+    parser = _options.training_parser(__doc__, list(ATTENTION), "outputs/train_gpt_loss.png")
+    parser.add_argument(
+        "--remat", action="store_true", help="recompute blocks in the backward pass, not their attention"
+    )
+    args = parser.parse_args()
+    text, held_out = _text.standard_library()
+    device = jax.devices()[0].device_kind
+    print(f"{len(text):,} characters to learn, {len(held_out):,} held out; on {device}")
+    print(which_implementation(args))
+
+    runs = []
+    for name in ["flash", "default"] if args.attention == "both" else [args.attention]:
+        model, run = train(name, args, text, held_out)
+        runs.append(run)
+    print(f"a sample of {runs[-1].attention}:\n{generate(model, 'def ', 200, args.seed)}\n")
+    _report.finish(runs, args, f"JAX on {device}")
+
+
+if __name__ == "__main__":
+    main()
