@@ -39,7 +39,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
              jnp.zeros(problem.v.shape, spec.dtype), dbias)
     start = compat.vary_like(start, operands, dout, dlse)
-    dq, dk, dv, dbias = jax.lax.fori_loop(np.int32(0), np.int32(problem.num_kv_tiles), kv_step, start)
+    dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
     if spec.bias is not None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_flash import compat, softmax, tiles
 from pallas_flash.kernels.xla import blocks, schedule
