@@ -115,16 +115,39 @@ def dot_product_attention(
     Raises:
       ValueError, UnsupportedError: see `flash_attention`.
     """
+    shapes = _Inputs.of(query, key, value, "BLHD").spec
     rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
     if local_window_size is not None:
         rule = rule & masks.Window(*_window_sides(local_window_size))
     if mask is not None:
-        rule = rule & masks.Dense(_checked_boolean_mask(mask))
+        rule = rule & masks.Dense(_boolean("mask", _fitted("mask", mask, _score_axes(shapes))))
+    rule = rule & _in_bounds(shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
     out, lse = flash_attention(
-        query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=query_seq_lengths,
-        kv_lengths=key_value_seq_lengths, scale=scale, softcap=softcap, dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng, return_lse=True, implementation=implementation)
+        query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, scale=scale, softcap=softcap,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=True, implementation=implementation)
     return (out, lse.swapaxes(-1, -2)) if return_residual else out
+
+
+class _Inputs(NamedTuple):
+    """query, key and value with four axes, the spec that they alone make, and whether a batch axis was added."""
+
+    q: Any
+    k: Any
+    v: Any
+    spec: AttentionSpec
+    unbatched: bool
+
+    @classmethod
+    def of(cls, query: Any, key: Any, value: Any, layout: Layout) -> "_Inputs":
+        arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+        unbatched = len(arrays["query"].shape) == 3
+        for name, x in arrays.items():
+            if len(x.shape) not in (3, 4) or (len(x.shape) == 3) != unbatched:
+                raise errors.invalid(f"query, key and value must all have 4 axes ({layout}), or all 3 (no batch)",
+                                     f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
+                                     "add or merge batch axes")
+        q, k, v = (_reshape(x, (1, *x.shape)) if unbatched else x for x in arrays.values())
+        return cls(q, k, v, AttentionSpec.of(q, k, v, layout=layout), unbatched)
 
 
 class _Problem(NamedTuple):
@@ -141,32 +164,19 @@ class _Problem(NamedTuple):
 
 def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any,
              kv_lengths: Any, layout: Layout) -> _Problem:
-    arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
-    unbatched = len(arrays["query"].shape) == 3
-    for name, x in arrays.items():
-        if len(x.shape) not in (3, 4) or (len(x.shape) == 3) != unbatched:
-            raise errors.invalid(f"query, key and value must all have 4 axes ({layout}), or all 3 (no batch)",
-                                 f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
-                                 "add or merge batch axes")
-    q, k, v = (_add_batch(x) if unbatched else x for x in arrays.values())
-    rule = masks.checked(mask)
+    inputs = _Inputs.of(query, key, value, layout)
+    rule = masks.checked(mask) & _in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if segment_ids is not None:
-        rule = rule & _segments(segment_ids)
-    if q_lengths is not None or kv_lengths is not None:
-        rule = rule & masks.InBounds(*(masks.UNBOUNDED if x is None else _array(name, x) for name, x in
-                                       (("q_lengths", q_lengths), ("kv_lengths", kv_lengths))))
+        rule = rule & _segments(inputs.spec, segment_ids)
     if bias is not None:
-        bias = _array("bias", bias)
-        bias = _reshape(bias, (1,) * (4 - len(bias.shape)) + tuple(bias.shape))
-    return _Problem(Operands(q, k, v, bias, rule.canonical()), layout, unbatched)
+        bias = _fitted("bias", bias, _score_axes(inputs.spec))
+    return _Problem(Operands(*inputs[:3], bias, rule.canonical()), layout, inputs.unbatched)
 
 
 def _array(name: str, x: Any) -> Any:
-    """`x` unchanged if it has a shape and a dtype: converting to JAX would round float64 before it is checked."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    """`x` unchanged if it is an array: converting to JAX would round float64 before it is checked."""
+    if hasattr(x, "shape") and hasattr(getattr(x, "dtype", None), "name"):
         return x
-    if isinstance(x, int | list | tuple) and name not in ("query", "key", "value"):
-        return np.asarray(x)
     raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", "pass a JAX or NumPy array")
 
 
@@ -174,18 +184,63 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
 
-def _add_batch(x: Any) -> Any:
-    return _reshape(x, (1, *x.shape))
+def _score_axes(spec: AttentionSpec) -> dict[str, int]:
+    return dict(batch=spec.batch, q_heads=spec.q_heads, q_len=spec.q_len, kv_len=spec.kv_len)
 
 
-def _segments(segment_ids: Any) -> masks.SegmentIds:
-    if isinstance(segment_ids, tuple | list) and len(segment_ids) == 2:
-        return masks.SegmentIds(*(_array("segment_ids", ids) for ids in segment_ids))
-    if isinstance(segment_ids, tuple | list):
-        raise errors.invalid("segment_ids must be an array or a pair (q_ids, kv_ids)", f"{len(segment_ids)} elements",
-                             "pass integers of shape (batch, length)")
-    ids = _array("segment_ids", segment_ids)
-    return masks.SegmentIds(ids, ids)
+def _fitted(name: str, x: Any, axes: dict[str, int], exact: str = "") -> Any:
+    """`x` with all of `axes`, missing ones in front added with size 1; each may be 1 but `exact`."""
+    x = _array(name, x)
+    shape = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)
+    if len(shape) != len(axes) or any(
+            size != full and (size != 1 or axis == exact) for size, (axis, full) in zip(shape, axes.items())):
+        wanted = ", ".join(f"{axis}={size}" for axis, size in axes.items())
+        raise errors.invalid(f"{name} must broadcast to ({wanted})", f"{name}.shape={tuple(x.shape)}",
+                             "reshape it: missing axes are added in front")
+    return _reshape(x, shape)
+
+
+def _boolean(name: str, x: Any) -> Any:
+    if x.dtype != jnp.bool_:
+        raise errors.invalid(f"{name} must be boolean", f"{name}.dtype={x.dtype}", "pass an additive mask as `bias`")
+    return x
+
+
+def _integers(name: str, x: Any) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise errors.invalid(f"{name} must hold integers", f"{name}.dtype={x.dtype}", "cast it to int32")
+    return x
+
+
+def _in_bounds(spec: AttentionSpec, **lengths: Any) -> masks.Mask:
+    """What the lengths of queries and keys, in this order, leave; named as the caller's arguments."""
+    if all(x is None for x in lengths.values()):
+        return masks.Full()
+    arrays = []
+    for name, x in lengths.items():
+        if isinstance(x, int | list | tuple):
+            x = np.asarray(x)
+        arrays.append(masks.UNBOUNDED if x is None else _integers(name, _fitted(name, x, {"batch": spec.batch})))
+    return masks.InBounds(*arrays)
+
+
+def _segments(spec: AttentionSpec, segment_ids: Any) -> masks.SegmentIds:
+    lengths = (spec.q_len, spec.kv_len)
+    if not isinstance(segment_ids, tuple):
+        if spec.q_len != spec.kv_len:
+            raise errors.invalid("segment_ids must be a tuple (q_ids, kv_ids) where query and key differ in length",
+                                 f"q_len={spec.q_len}, kv_len={spec.kv_len}", "pass the ids of both")
+        ids = _segment_axis("segment_ids", segment_ids, spec.batch, spec.q_len)
+        return masks.SegmentIds(ids, ids)
+    if len(segment_ids) != 2:
+        raise errors.invalid("segment_ids must be an array, or a tuple (q_ids, kv_ids)",
+                             f"len(segment_ids)={len(segment_ids)}", "pass integers of shape (batch, length)")
+    return masks.SegmentIds(*(_segment_axis(f"segment_ids[{i}]", ids, spec.batch, length)
+                              for i, (ids, length) in enumerate(zip(segment_ids, lengths))))
+
+
+def _segment_axis(name: str, ids: Any, batch: int, length: int) -> Any:
+    return _integers(name, _fitted(name, ids, dict(batch=batch, length=length), exact="length"))
 
 
 def _window_sides(size: Any) -> tuple[int, int]:
@@ -195,16 +250,6 @@ def _window_sides(size: Any) -> tuple[int, int]:
             raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
                                  f"local_window_size={size!r}", "count the keys visible on each side")
     return int(left), int(right)
-
-
-def _checked_boolean_mask(mask: Any) -> Any:
-    mask = _array("mask", mask)
-    if mask.dtype != jnp.bool_:
-        raise errors.invalid("mask must be boolean", f"mask.dtype={mask.dtype}", "pass an additive mask as `bias`")
-    if not 2 <= len(mask.shape) <= 4:
-        raise errors.invalid("mask must have 2 to 4 axes that broadcast to (batch, q_heads, q_len, kv_len)",
-                             f"mask.shape={tuple(mask.shape)}", "reshape it")
-    return _reshape(mask, (1,) * (4 - len(mask.shape)) + tuple(mask.shape))
 
 
 def _dropout_seed(spec: AttentionSpec, rng: Any) -> Any:

@@ -92,7 +92,6 @@ def get(name: str) -> Implementation:
                          "pass None to take the first that can run")
 
 
-@functools.lru_cache(maxsize=4096)
 def decide(spec: AttentionSpec, device: Device, requested: str | None = None) -> Decision:
     """What runs `spec` on `device`: the implementation requested, or the first that can.
 
@@ -100,13 +99,17 @@ def decide(spec: AttentionSpec, device: Device, requested: str | None = None) ->
       ValueError: `requested` names no implementation.
       UnsupportedError: the implementation requested cannot, with every reason.
     """
+    return _decide(spec, device, None if requested is None else get(requested))
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide(spec: AttentionSpec, device: Device, chosen: Implementation | None) -> Decision:
     reasons = {row.name: row.why_not(spec, device) for row in IMPLEMENTATIONS}
     able = [row for row in IMPLEMENTATIONS if row.automatic and not reasons[row.name]]
-    if requested is None:
+    if chosen is None:
         return Decision(spec, device, able[0], reasons)
-    chosen = get(requested)
     if reasons[chosen.name]:
-        raise errors.unsupported(f"implementation={requested!r} cannot run {spec} on {device.name}",
+        raise errors.unsupported(f"implementation={chosen.name!r} cannot run {spec} on {device.name}",
                                  reasons[chosen.name],
                                  f'use implementation=None to take the first that can ("{able[0].name}" here)')
     return Decision(spec, device, chosen, reasons)

@@ -85,12 +85,17 @@ class ArrayField:
     def of(cls, array: Any) -> "ArrayField":
         return cls(tuple(array.shape), np.dtype(array.dtype))
 
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{'x'.join(map(str, self.shape))}]"
+
 
 class Mask:
     """Base class; see the module's docstring for what a mask must define."""
 
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {}
     """For each array field, what its axes after (batch, head) run over: "q" or "kv"; none where it is not named."""
+    broadcasts: ClassVar[bool] = False
+    """Whether those axes may also have size 1, which then stands for all positions."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -115,6 +120,12 @@ class Mask:
             return self
         return other if isinstance(self, Full) else And(self, other)
 
+    def __str__(self) -> str:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        shown = [f"{name}={value if _is_static(value) else ArrayField.of(_as_array(value))}"
+                 for name, value in _fields(self).items() if not _is_static(value) or value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def parts(self) -> "tuple[Mask, ...]":
         """The masks whose intersection this is."""
@@ -131,7 +142,7 @@ class Mask:
                 if not _is_static(value) and not isinstance(value, Mask)}
 
     def canonical(self) -> "Mask":
-        """This mask with its arrays shaped (batch or 1, heads or 1, *positions), as kernels expect them.
+        """This mask as kernels expect it: arrays shaped (batch or 1, heads or 1, *positions), integers as int32.
 
         A field with `position_axes` n may be given with n axes (shared by all), n + 1 (batch first) or n + 2 (batch,
         heads).
@@ -173,25 +184,30 @@ def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
 def _check_integers(mask: Mask) -> None:
     """Raises unless every field is an integer or an array of integers: a position is nothing else."""
     for name, value in _fields(mask).items():
-        dtype = np.dtype(bool) if isinstance(value, bool) else np.asarray(value).dtype if _is_static(value) else (
-            value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype)
+        dtype = _as_array(value).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
             raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
                                  f"{name}={value!r}" if _is_static(value) else f"{name}.dtype={dtype}",
                                  "pass positions as integers")
 
 
+def _as_array(value: Any) -> Any:
+    """`value`, which may stand for an array, or a list of numbers as an array."""
+    return value if hasattr(value, "dtype") else np.asarray(value)
+
+
 def _with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> Any:
-    array = array if hasattr(array, "ndim") else np.asarray(array)
+    array = _as_array(array)
     lead = array.ndim - position_axes
     if not 0 <= lead <= 2:
         raise errors.invalid(
             f"{owner}.{name} must have {position_axes} to {position_axes + 2} axes ([batch, [heads,]] then positions)",
-            f"shape={tuple(array.shape)}", "reshape it")
-    if lead == 2:
-        return array
-    head = (1, 1) if lead == 0 else (array.shape[0], 1)
-    return array.reshape(*head, *array.shape[lead:])
+            f"{name}.shape={tuple(array.shape)}", "reshape it")
+    shape = (*array.shape[:lead], *(1,) * (2 - lead), *array.shape[lead:])
+    dtype = np.dtype(np.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array.dtype
+    if isinstance(array, ArrayField | jax.ShapeDtypeStruct):
+        return type(array)(shape, dtype)
+    return array.reshape(shape) if array.dtype == dtype else array.reshape(shape).astype(dtype)
 
 
 def checked(mask: Any) -> Mask:
@@ -204,18 +220,22 @@ def checked(mask: Any) -> Mask:
     return mask
 
 
+def _int32(x: Any) -> jax.Array:
+    """As an array; positions as int32, also where JAX's own integers are 64 bits wide."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
 def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
     """Asks `question` of the mask for every (batch, head) that its arrays tell apart.
 
     Returns what `question` returns (a pytree of arrays), each leaf with two leading axes (batch or 1, heads or 1); the
     parts of an intersection are asked apart and their answers joined with `&`. The mask must be `canonical()`.
     """
-    answers = []
-    for part in mask.parts:
-        if part.has_arrays:
-            answers.append(jax.vmap(jax.vmap(question))(part))
-        else:
-            answers.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], question(part)))
+    def answer(part: Mask) -> Any:
+        return jax.tree.map(_int32, question(part))
+    answers = [jax.vmap(jax.vmap(answer))(part) if part.has_arrays else
+               jax.tree.map(lambda leaf: leaf[None, None], answer(part)) for part in mask.parts]
     return functools.reduce(lambda a, b: a & b, answers)
 
 
@@ -354,16 +374,16 @@ def _segment_bounds(ids: Any, lo: Any, hi: Any, other_ids: Any) -> Bounds:
     """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among
     them."""
     ids, other_ids = jnp.asarray(ids), jnp.asarray(other_ids)
-    pos, largest = jnp.arange(ids.shape[0]), jnp.iinfo(ids.dtype).max
+    pos, largest = jnp.arange(ids.shape[0], dtype=jnp.int32), jnp.iinfo(ids.dtype).max
     inside = (pos >= lo) & (pos < hi)
     first_id = jnp.min(jnp.where(inside & (ids >= 0), ids, largest))
     last_id = jnp.max(jnp.where(inside, ids, -1))
     shared = (other_ids >= first_id) & (other_ids <= last_id) & (other_ids >= 0)
-    other_pos = jnp.arange(other_ids.shape[0])
+    other_pos = jnp.arange(other_ids.shape[0], dtype=jnp.int32)
     some_lo = jnp.min(jnp.where(shared, other_pos, other_ids.shape[0]))
     some_hi = jnp.max(jnp.where(shared, other_pos + 1, 0))
     one_segment = jnp.all(jnp.where(inside, (ids == last_id) & (ids >= 0), True)) & (hi <= ids.shape[0])
-    contiguous = jnp.sum(shared) == some_hi - some_lo
+    contiguous = jnp.sum(shared, dtype=jnp.int32) == some_hi - some_lo
     return Bounds(some_lo, some_lo, jnp.where(one_segment & contiguous, some_hi, 0), some_hi)
 
 
@@ -376,6 +396,13 @@ class Dense(Mask):
 
     attend: Any
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {"attend": ("q", "kv")}
+    broadcasts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        dtype = _as_array(self.attend).dtype
+        if dtype != np.bool_:
+            raise errors.invalid("Dense.attend must be boolean", f"attend.dtype={dtype}",
+                                 "compare integers with 0; pass an additive float mask as `bias`")
 
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         rows, columns = self.attend.shape
@@ -394,6 +421,9 @@ class And(Mask):
 
     a: Mask
     b: Mask
+
+    def __str__(self) -> str:
+        return f"{self.a} & {self.b}"
 
     @property
     def parts(self) -> tuple[Mask, ...]:

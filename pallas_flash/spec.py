@@ -10,7 +10,6 @@ import numbers
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, masks
@@ -154,16 +153,28 @@ def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
         if len(array.shape) != 4:
             raise errors.invalid(f"{name} must have 4 axes ({layout})", f"{name}.shape={tuple(array.shape)}",
                                  "add or merge axes; leading batch axes are merged into one")
-        if array.dtype.name not in DTYPES:
-            advice = "cast to bfloat16 and fold the scales into `scale`" if "float8" in array.dtype.name else "cast it"
-            raise errors.invalid(f"{name} must be one of {', '.join(DTYPES)}", f"{name}.dtype={array.dtype.name}",
-                                 advice)
-        if array.dtype.name == "float64" and not jax.config.jax_enable_x64:
-            raise errors.invalid("float64 needs JAX's 64-bit mode", f"{name}.dtype=float64 with jax_enable_x64=False",
-                                 'call jax.config.update("jax_enable_x64", True) first, or cast to float32')
+        if not all(isinstance(size, int) for size in array.shape[1:]):
+            raise errors.invalid(f"{name} must have numbers for all axes but the batch",
+                                 f"{name}.shape={tuple(array.shape)}", "export one program for each length")
+        _check_dtype(name, array)
         if array.dtype != q.dtype:
             raise errors.invalid(f"query and {name} must have the same dtype",
                                  f"query.dtype={q.dtype.name}, {name}.dtype={array.dtype.name}", "cast one of them")
+
+
+def _check_dtype(name: str, array: Any) -> None:
+    dtype = array.dtype.name
+    if dtype not in DTYPES:
+        advice = "cast it"
+        if "float8" in dtype:
+            advice = "cast it to bfloat16 and multiply its scale into `scale`"
+        elif dtype == "bool" and name == "bias":
+            advice = "pass a boolean array as a mask: Dense(array)"
+        raise errors.invalid(f"{name} must have one of the dtypes {', '.join(DTYPES)}", f"{name}.dtype={dtype}", advice)
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise errors.invalid(f"{name} can be float64 only in JAX's 64-bit mode",
+                             f"{name}.dtype=float64 with jax_enable_x64=False",
+                             'call jax.config.update("jax_enable_x64", True) first, or cast to float32')
 
 
 def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
@@ -207,12 +218,16 @@ def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[s
     for part in mask.parts:
         for name, array in part.array_fields().items():
             label = f"{type(part).__name__}.{name}"
-            wanted = (batch, heads, *(lengths[axis] for axis in part.position_axes.get(name, ())))
-            if any(size not in (1, full) for size, full in zip(array.shape, wanted, strict=True)):
-                raise errors.invalid(f"{label} must have shape {wanted} (batch, heads, positions; each may be 1)",
-                                     f"shape={tuple(array.shape)}", "make it match query and key")
+            positions = tuple(lengths[axis] for axis in part.position_axes.get(name, ()))
+            smallest = (1, 1, *(1 if part.broadcasts else length for length in positions))
+            wanted = (batch, heads, *positions)
+            if any(size not in sizes for size, *sizes in zip(array.shape, smallest, wanted, strict=True)):
+                may_be_1 = "each" if part.broadcasts or not positions else "batch and heads"
+                raise errors.invalid(f"{label} must have shape {wanted} (batch, heads, positions; {may_be_1} may be 1)",
+                                     f"{label}.shape={tuple(array.shape)}",
+                                     "make it match query and key; if one of batch and heads is left out, it is heads")
             if np.dtype(array.dtype).kind not in "iub":
-                raise errors.invalid(f"{label} must be boolean or integer", f"dtype={array.dtype}",
+                raise errors.invalid(f"{label} must be boolean or integer", f"{label}.dtype={array.dtype}",
                                      "pass an additive float mask as `bias`")
 
 
@@ -220,6 +235,4 @@ def _check_bias(bias: Any, wanted: tuple[int, ...]) -> None:
     if len(bias.shape) != 4 or any(size not in (1, full) for size, full in zip(bias.shape, wanted, strict=True)):
         raise errors.invalid(f"bias must have shape {wanted} (batch, q_heads, q_len, kv_len; each may be 1)",
                              f"bias.shape={tuple(bias.shape)}", "reshape it so that it broadcasts")
-    if bias.dtype.name not in DTYPES:
-        raise errors.invalid(f"bias must be one of {', '.join(DTYPES)}", f"bias.dtype={bias.dtype.name}",
-                             "pass a boolean mask as `mask`" if bias.dtype == jnp.bool_ else "cast it")
+    _check_dtype("bias", bias)
