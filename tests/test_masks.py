@@ -319,7 +319,7 @@ def test_sweep_visits_every_tile_once_in_order(traced):
     def visit(ranges):
         def step(tile, carry, masked):
             log, count = carry
-            return log.at[count].set(jnp.array([tile, masked])), count + 1
+            return log.at[count].set(jnp.array([tile, int(masked)])), count + 1
         return tiles.sweep(tiles.TileRange(*ranges), step, (jnp.full((8, 2), -1), jnp.int32(0)))
 
     run = jax.jit(visit) if traced else visit
