@@ -26,7 +26,7 @@ def _keep(spec: AttentionSpec, operands: Operands) -> Any:
     q_pos, kv_pos = jnp.arange(spec.q_len, dtype=jnp.int32)[:, None], jnp.arange(spec.kv_len, dtype=jnp.int32)[None, :]
     keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos, kv_pos))
     if operands.bias is not None:
-        keep = keep & (operands.bias > -jnp.inf)
+        keep = keep & (operands.bias != -jnp.inf)
     return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 

@@ -64,7 +64,7 @@ def attends(spec: AttentionSpec, operands: Operands) -> np.ndarray:
     """Which pairs attend, (batch, q_heads, q_len, kv_len) booleans, by mask and by a bias of -inf."""
     keep = np.asarray(_mask_keeps(operands.mask, spec.q_len, spec.kv_len))
     if operands.bias is not None:
-        keep = keep & (operands.bias > -np.inf)
+        keep = keep & (operands.bias != -np.inf)
     return np.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 
@@ -88,7 +88,7 @@ def poisoned(spec: AttentionSpec, operands: Operands, value: float = np.nan) -> 
     bias = operands.bias
     if bias is not None:
         axes = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
-        unused = np.broadcast_to(~keep.any(axis=axes, keepdims=True), bias.shape) & (bias > -np.inf)
+        unused = np.broadcast_to(~keep.any(axis=axes, keepdims=True), bias.shape) & (bias != -np.inf)
         bias = np.where(unused, np.asarray(value, bias.dtype), bias)
     return operands._replace(q=q, k=k, v=v, bias=bias)
 

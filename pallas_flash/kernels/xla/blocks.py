@@ -102,7 +102,7 @@ class Problem:
         if self.bias is not None:
             bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
                             for x in (self.bias, self.anchor))
-            s, attends = s + bias - anchor, bias > -jnp.inf
+            s, attends = s + bias - anchor, bias != -jnp.inf
             keep = attends if keep is None else keep & attends
         s_log2 = s * softmax.LOG2E
         if self.bias is not None:  # masks of finfo.min stay finite: a row of them is a row of equal scores
