@@ -1,0 +1,177 @@
+"""What Pallas has no word for on Hopper: named barriers, votes, opaque scalars and pins, as inline PTX.
+
+Each function is also given a meaning under Pallas' GPU interpret mode (`interpreted()`), where a kernel runs on a CPU:
+barriers that only order work for speed do nothing, votes and opaque values are their plain meaning.
+
+Named barriers count threads. Ids 0 to the number of warpgroups belong to Mosaic; `FIRST_FREE` says where ours start.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+__all__ = [
+    "WARPGROUP", "any_in_warp", "any_in_warpgroup", "first_free", "i32", "interpreted", "is_interpreted", "moved",
+    "named_arrive", "named_sync", "opaque", "pin", "scalar",
+]
+
+WARPGROUP = 128
+"""Threads of a warpgroup."""
+
+SCALAR = plgpu.Layout.WG_SPLAT(())
+_FLAG = plgpu.ShapeDtypeStruct((), jnp.bool_, SCALAR)
+_WHOLE_WARP = 0xFFFFFFFF
+
+_interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run under `plgpu.force_gpu_interpret_mode`: no inline PTX."""
+    token = _interpreting.set(True)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def is_interpreted() -> bool:
+    """True while a kernel is traced for interpret mode."""
+    return _interpreting.get()
+
+
+def i32() -> ir.Type:
+    """MLIR's 32-bit integer type; needs a context, so it is not a constant."""
+    return ir.IntegerType.get_signless(32)
+
+
+def first_free(warpgroups: int) -> int:
+    """The first named barrier that Mosaic leaves alone: it uses 0 and one for each warpgroup."""
+    return warpgroups + 1
+
+
+def _named_barrier(kind: str, number: Any, threads: int) -> None:
+    if is_interpreted():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR,))
+    def emit(_: Any, number: Any) -> None:
+        mgpu.utils.inline_ptx(f"bar.{kind} $0, {threads};", number.registers.item(), has_side_effects=True,
+                              convergent=True)
+
+    emit(jnp.asarray(number, jnp.int32))
+
+
+def named_sync(number: Any, threads: int) -> None:
+    """Waits until `threads` threads, these included, have come to the named barrier. Warps of a warpgroup come
+    together.
+    """
+    _named_barrier("sync", number, threads)
+
+
+def named_arrive(number: Any, threads: int) -> None:
+    """Counts this warpgroup's threads at the named barrier without waiting."""
+    _named_barrier("arrive", number, threads)
+
+
+def opaque(x: Any) -> Any:
+    """The scalar x, as a value that the compiler knows nothing about.
+
+    LLVM moves descriptors that do not change out of a loop and spills them; indexed by an opaque scalar, they are made
+    where they are used, in uniform registers.
+    """
+    if is_interpreted():
+        return x
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def move(_: Any, x: Any) -> Any:
+        return mgpu.FragmentedArray.splat(moved(x.registers.item()), (), is_signed=True)
+
+    return move(jnp.asarray(x, jnp.int32))
+
+
+def moved(x: ir.Value) -> ir.Value:
+    """A 32-bit integer as a value that LLVM neither knows nor moves."""
+    return llvm.inline_asm(i32(), [x], "mov.u32 $0, $1;", "=r,r", has_side_effects=True)
+
+
+def _lane_flag(flags: Any) -> ir.Value:
+    """True if any of the flags that this thread holds is set."""
+    bits = [vector.extract(register, [], [0]) for register in flags.registers.flat]
+    return functools.reduce(arith.ori, bits)
+
+
+def any_in_warp(flags: Any, layout: Any) -> Any:
+    """True in every thread of a warp where some flag is set: uniform over the warp, not over the warpgroup.
+
+    A branch on it must not hold a collective of the warpgroup (wgmma and its fence, a barrier): the other warps may not
+    come.
+    """
+    if is_interpreted():
+        return jnp.any(flags)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
+    def vote(_: Any, flags: Any) -> Any:
+        vote = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _lane_flag(flags), "any")
+        return mgpu.FragmentedArray.splat(vote, (), is_signed=False)
+
+    return vote(flags)
+
+
+def any_in_warpgroup(flags: Any, layout: Any) -> Any:
+    """True in every thread of a warpgroup where some flag is set. A barrier of the warpgroup."""
+    if is_interpreted():
+        return jnp.any(flags)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
+    def vote(_: Any, flags: Any) -> Any:
+        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+        result = mgpu.utils.inline_ptx(
+            f"bar.red.or.pred $0, $1, {WARPGROUP}, $2;", barrier, _lane_flag(flags),
+            result_types=ir.IntegerType.get_signless(1), has_side_effects=True, convergent=True)
+        return mgpu.FragmentedArray.splat(result, (), is_signed=False)
+
+    return vote(flags)
+
+
+def pin(x: Any, layout: Any) -> None:
+    """Keeps what computes x (finite numbers below 1e38) above the next wgmma wait.
+
+    ptxas may otherwise move the wait above it, and the overlap of softmax and product is gone. A branch that is never
+    taken and depends on every element ends the basic block; it is uniform over the warp, or every wgmma would be
+    serialised (C7520). Should a score be so large that rounding makes an exponential overflow, the branch does no harm.
+    """
+    if is_interpreted():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
+    def impossible(_: Any, x: Any) -> Any:
+        values = [vector.extract(register, [], [i]) for register in x.registers.flat
+                  for i in range(ir.VectorType(register.type).shape[0])]
+        huge = mgpu.utils.c(1e38, ir.F32Type.get())
+        flag = arith.cmpf(arith.CmpFPredicate.OGT, functools.reduce(arith.addf, values), huge)
+        return mgpu.FragmentedArray.splat(
+            nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), flag, "any"), (), is_signed=False)
+
+    @pl.when(impossible(x))
+    def _() -> None:
+        @plgpu.inline_mgpu()
+        def linger(_: Any) -> None:
+            mgpu.utils.inline_ptx("nanosleep.u32 1;", has_side_effects=True)
+
+        linger()
+
+
+def scalar(x: Any) -> jax.Array:
+    """x as a traced int32 scalar, also where x is a plain number."""
+    return jnp.asarray(x, jnp.int32)

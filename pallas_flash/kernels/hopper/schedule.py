@@ -1,0 +1,244 @@
+"""How fast, never what: the tile sizes and pipeline depths of the Hopper kernels, which of them are legal, and the
+defaults.
+
+No Mosaic in here: dispatch reads this file on any machine. Shared memory is described once, by `forward_buffers`; the
+kernel allocates exactly that, and `smem_bytes` adds it up.
+"""
+
+import dataclasses
+import functools
+import heapq
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pallas_flash import masks, tiles
+from pallas_flash.spec import AttentionSpec
+
+__all__ = [
+    "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "forward_buffers", "forward_mask",
+    "forward_problems", "forward_table", "kv_range", "row_tiles", "smem_bytes", "steps",
+]
+
+CHUNK = 64
+ROWS = 64
+_ALIGNMENT = 1024
+_BARRIER_BYTES = 8
+_LARGEST_GREEDY_TABLE = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardSchedule:
+    """The forward kernel's shape.
+
+    Attributes:
+      block_kv: keys of a tile; a multiple of 16.
+      warpgroups: compute warpgroups, of 64 query rows each.
+      num_stages: slots of the ring of key tiles, and of that of value tiles.
+      query_buffers: query tiles in shared memory; with 2, the next one is loaded while this one is used.
+      out_chunks: 64-column chunks of the output buffer of a warpgroup; fewer than the output has: written in turns; 0:
+        the output is written over the query, which then cannot be replaced before it has left.
+      pingpong: the warpgroups take turns at the tensor cores.
+      persistent: one block for each SM takes tile after tile; else a block a tile.
+      rescale: when the accumulator is multiplied as a row's maximum grows: "always", or only by more than 2^8, decided
+        by each "warp" or by the "warpgroup".
+      pinned: keep the exponentials above the wait for the product they overlap (`barriers.pin`).
+      opaque: index the query through an opaque scalar (`barriers.opaque`).
+      num_blocks: blocks of a persistent grid: the SMs of the device.
+      section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
+    worked on.
+    """
+
+    block_kv: int
+    warpgroups: int = 2
+    num_stages: int = 2
+    query_buffers: int = 2
+    out_chunks: int = 4
+    pingpong: bool = True
+    persistent: bool = True
+    rescale: Literal["always", "warp", "warpgroup"] = "always"
+    pinned: bool = True
+    opaque: bool = True
+    num_blocks: int = 132
+    section_bytes: int = 32 << 20
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the compute warpgroups and of the loading one; 65,536 in all."""
+        return (160, 32) if self.warpgroups == 3 else (240, 24)
+
+
+class Buffer(NamedTuple):
+    """A buffer of shared memory, in elements of the spec's type."""
+
+    shape: tuple[int, ...]
+
+
+def chunks(dim: int) -> int:
+    """Chunks of 64 columns that hold `dim` columns."""
+    return tiles.cdiv(dim, CHUNK)
+
+
+def forward_buffers(spec: AttentionSpec, schedule: ForwardSchedule) -> dict[str, Buffer]:
+    """Every buffer of the forward kernel, by name: (slots, chunks, rows, 64); out: (warpgroups, chunks, 64, 64)."""
+    s = schedule
+    out = {"out": Buffer((s.warpgroups, min(s.out_chunks, chunks(spec.d_v)), ROWS, CHUNK))} if s.out_chunks else {}
+    return {"q": Buffer((s.query_buffers, chunks(spec.d), s.block_q, CHUNK)),
+            "k": Buffer((s.num_stages, chunks(spec.d), s.block_kv, CHUNK)),
+            "v": Buffer((s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK)), **out}
+
+
+def smem_bytes(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """Shared memory of a block, its barriers included."""
+    data = sum(_ALIGNMENT * tiles.cdiv(2 * math.prod(buffer.shape), _ALIGNMENT)
+               for buffer in forward_buffers(spec, schedule).values())
+    barriers = 2 * schedule.query_buffers + 4 * schedule.num_stages
+    return data + _ALIGNMENT * tiles.cdiv(_BARRIER_BYTES * barriers, _ALIGNMENT)
+
+
+def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit: int) -> list[str]:
+    """Why a schedule cannot run a spec; empty if it can."""
+    s, needed = schedule, smem_bytes(spec, schedule)
+    registers = (s.block_kv * 3 // 2 + spec.d_v) // 2
+    rules = (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.num_stages >= 1 and s.query_buffers >= 1, f"{s.num_stages=} and {s.query_buffers=} must be positive"),
+        (s.out_chunks > 0 or chunks(spec.d_v) <= chunks(spec.d), f"{s.out_chunks=} needs d_v no wider than d"),
+        (registers + 32 <= s.registers[0],
+         f"scores, weights and accumulator need about {registers + 32} registers a thread, there are {s.registers[0]}"),
+        (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
+    )
+    return [problem for holds, problem in rules if not holds]
+
+
+def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
+    """The schedule of a spec: a table by head size."""
+    widest = max(spec.d, spec.d_v)
+    rows = (
+        (64, ForwardSchedule(block_kv=128, warpgroups=3, pingpong=False)),
+        (128, ForwardSchedule(block_kv=128)),
+        (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if spec.d_v > 128 else 2)),
+        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, pingpong=False)),
+    )
+    schedule = next(schedule for limit, schedule in rows if widest <= limit)
+    return dataclasses.replace(schedule, num_blocks=num_sms)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_mask(spec: AttentionSpec, schedule: ForwardSchedule) -> masks.Mask:
+    """The spec's mask, and the keys' end where the last key tile is ragged and the mask lets some query reach past it.
+
+    Rows past the last query need no mask: they are never stored.
+    """
+    first = np.arange(0, spec.q_len, ROWS)
+    reach = np.max(spec.mask.kv_bounds(first, np.minimum(first + ROWS, spec.q_len)).hi)
+    if spec.kv_len % schedule.block_kv == 0 or reach <= spec.kv_len:
+        return spec.mask
+    return spec.mask & masks.InBounds(kv_len=spec.kv_len)
+
+
+def kv_range(spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any) -> tuple[Any, Any]:
+    """The key tiles [lo, hi) that a query tile loads: at least one, so that rows without keys are written too."""
+    needed = tiles.kv_tiles(forward_mask(spec, schedule), tiles.interval(q_tile, schedule.block_q, spec.q_len),
+                            schedule.block_kv, spec.kv_len)
+    lo = masks.minimum(needed.start, tiles.cdiv(spec.kv_len, schedule.block_kv) - 1)
+    return lo, masks.maximum(needed.stop, lo + 1)
+
+
+def row_tiles(spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any, warpgroup: Any) -> tiles.TileRange:
+    """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, inside the query tile's
+    `kv_range`.
+    """
+    block = q_tile * schedule.warpgroups + warpgroup
+    needed = tiles.kv_tiles(forward_mask(spec, schedule), tiles.interval(block, ROWS, spec.q_len), schedule.block_kv,
+                            spec.kv_len)
+    lo, hi = kv_range(spec, schedule, q_tile)
+    stop = masks.minimum(masks.maximum(needed.stop, lo + 1), hi)
+    start = masks.maximum(masks.minimum(needed.start, stop - 1), lo)
+    return tiles.TileRange(start, needed.full_start, needed.full_stop, stop)
+
+
+class Steps(NamedTuple):
+    """What some row block of a problem meets, so that the kernel leaves out what none does.
+
+    Key tiles are walked from the last to the first. `first_masked`: the tile walked first may be partial;
+    `later_masked`: one of the others; `skips_above`, `skips_below`: a warpgroup does not need the query tile's last,
+    first key tiles.
+    """
+
+    first_masked: bool
+    later_masked: bool
+    skips_above: bool
+    skips_below: bool
+
+
+@functools.lru_cache(maxsize=256)
+def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
+    """Asks the mask about every block of rows."""
+    q_tile = np.repeat(np.arange(tiles.cdiv(spec.q_len, schedule.block_q)), schedule.warpgroups)
+    warpgroup = np.arange(q_tile.size) % schedule.warpgroups
+    lo, hi = (np.broadcast_to(x, q_tile.shape) for x in kv_range(spec, schedule, q_tile))
+    start, full_start, full_stop, stop = (
+        np.broadcast_to(x, q_tile.shape) for x in row_tiles(spec, schedule, q_tile, warpgroup))
+    first, others = stop - 1, stop - 1 > start
+    return Steps(
+        first_masked=bool(np.any((first >= full_stop) | (first < full_start))),
+        later_masked=bool(np.any(others & ((start < full_start) | (first - 1 >= full_stop)))),
+        skips_above=bool(np.any(stop < hi)), skips_below=bool(np.any(start > lo)))
+
+
+@functools.lru_cache(maxsize=64)
+def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
+    """Which tiles each block works on: (blocks, slots) int32 of flat tile numbers (batch, head, query tile), -1 after
+    the last.
+
+    Longest first, in sections of heads whose keys and values stay in L2 together; each tile goes to the block that is
+    free first. The last column is -1.
+    """
+    q_tiles = tiles.cdiv(spec.q_len, schedule.block_q)
+    lo, hi = (np.broadcast_to(x, (q_tiles,)) for x in kv_range(spec, schedule, np.arange(q_tiles)))
+    cost = hi - lo + 1.5  # a tile's start and end cost about that many steps
+    order = _section_order(spec, schedule, np.argsort(-cost, kind="stable"))
+    if not schedule.persistent:
+        return np.stack([order, np.full_like(order, -1)], axis=1).astype(np.int32)
+    blocks = min(schedule.num_blocks, order.size)
+    few = order.size <= _LARGEST_GREEDY_TABLE
+    owner = _greedy(cost[order % q_tiles], blocks) if few else _snake(order.size, blocks)
+    counts = np.bincount(owner, minlength=blocks)
+    table = np.full((blocks, counts.max() + 1), -1, np.int32)
+    by_owner = np.argsort(owner, kind="stable")
+    slot = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    table[owner[by_owner], slot] = order[by_owner]
+    return table
+
+
+def _section_order(spec: AttentionSpec, schedule: ForwardSchedule, q_order: np.ndarray) -> np.ndarray:
+    """Flat tile numbers, section by section, the query tiles of a section in `q_order`."""
+    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v)
+    section = max(1, schedule.section_bytes // max(head_bytes, 1)) * spec.group
+    heads = np.arange(spec.batch * spec.q_heads, dtype=np.int64)
+    return np.concatenate([(heads[None, i:i + section] * q_order.size + q_order[:, None]).ravel()
+                           for i in range(0, heads.size, section)])
+
+
+def _greedy(costs: np.ndarray, blocks: int) -> np.ndarray:
+    """Each tile in turn to the block with the least work so far."""
+    loads = [(0.0, block) for block in range(blocks)]
+    owner = np.empty(costs.size, np.int64)
+    for i, cost in enumerate(costs.tolist()):
+        load, block = loads[0]
+        owner[i] = block
+        heapq.heapreplace(loads, (load + cost, block))
+    return owner
+
+
+def _snake(count: int, blocks: int) -> np.ndarray:
+    """Tiles dealt to the blocks forwards and backwards in turn."""
+    turn, place = np.divmod(np.arange(count), blocks)
+    return np.where(turn % 2, blocks - 1 - place, place)
