@@ -7,7 +7,7 @@ def training_parser(description: str | None, attention: list[str], plot: str) ->
     """Options of a training run whose attention is "both" or one of `attention`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", choices=["both", *attention], default="both", help="both: flash and default")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--context", type=int, default=128, help="characters a sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--dim", type=int, default=128)
