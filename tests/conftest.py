@@ -6,8 +6,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402  (the flags must be set before JAX starts)
-import pytest  # noqa: E402
+import jax  # after the flags, which are read when JAX starts
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,3 +31,19 @@ def x64():
     """float64 arrays for the time of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def small_tiles():
+    """The XLA kernels' tiles are larger than most problems here; with 8 positions they loop."""
+    from pallas_flash import autodiff
+    from pallas_flash.kernels.xla import schedule
+
+    def forget():  # programs are kept by spec, and the size of a tile is not in it
+        autodiff.forward.clear_cache()
+        autodiff.backward.clear_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "TARGET_BLOCK", 8)
+        forget()
+        yield
+        forget()

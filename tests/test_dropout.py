@@ -1,0 +1,161 @@
+"""Dropout: Threefry itself, the statistics of its bits, and that every implementation drops the same weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agree, normal
+from jax.extend.random import threefry_2x32 as jax_threefry
+
+from pallas_flash import Causal, dropout, flash_attention
+from pallas_flash.kernels.xla import schedule
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+# Random123's known answers for threefry2x32, 20 and 13 rounds (kat_vectors): counter, key, result.
+KNOWN_ANSWERS = [
+    (20, (0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    (20, (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    (20, (0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    (13, (0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x9D1C5EC6, 0x8BD50731)),
+    (13, (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0xFD36D048, 0x2D17272C)),
+    (13, (0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xBA3E4725, 0xF27D669E)),
+]
+
+
+@pytest.mark.parametrize(("rounds", "counter", "key", "wanted"), KNOWN_ANSWERS)
+def test_known_answers(rounds, counter, key, wanted):
+    words = [tuple(np.array(word, np.uint32) for word in pair) for pair in (key, counter)]
+    with np.errstate(over="ignore"):
+        found = dropout.threefry_2x32(*words, rounds=rounds)
+    assert tuple(int(x) for x in found) == wanted
+
+
+def test_20_rounds_are_those_of_jax():
+    bits = np.random.default_rng(0).integers(0, 2**32, (4, 64), dtype=np.uint32)
+    key, counter = (bits[0, 0], bits[1, 0]), (bits[2], bits[3])
+    found = jnp.concatenate(dropout.threefry_2x32(key, counter))
+    assert np.array_equal(found, jax_threefry(jnp.array(key), jnp.concatenate(counter)))
+
+
+@functools.cache
+def keep(seed, batch, heads, q_len, kv_len, rate):
+    grid = np.ogrid[:batch, :heads, :q_len, :kv_len]
+    return np.asarray(compiled_keep(np.array(seed, np.uint32), *grid, rate))
+
+
+compiled_keep = jax.jit(dropout.keep, static_argnums=5)
+
+
+def is_fair(kept, rate):
+    """Whether the number of weights kept is within 5 standard deviations of what independent draws would keep."""
+    deviation = np.sqrt(kept.size * rate * (1 - rate))
+    return abs(kept.sum() - kept.size * (1 - rate)) <= 5 * deviation
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+def test_rate(rate):
+    kept = keep((1, 2), 4, 4, 128, 128, rate)
+    assert is_fair(kept, rate)
+    for axis in range(4):  # no batch, head, row or column is treated apart
+        others = tuple(i for i in range(4) if i != axis)
+        counts = kept.sum(others)
+        size = kept.size // kept.shape[axis]
+        assert np.abs(counts - size * (1 - rate)).max() <= 6 * np.sqrt(size * rate * (1 - rate)) + 1
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_neighbours_are_independent(axis):
+    """Two weights one step apart along any axis agree half of the time at rate 1/2."""
+    kept = keep((3, 4), 4, 4, 128, 128, 0.5)
+    before, after = (np.take(kept, range(i, kept.shape[axis] - 1 + i), axis) for i in (0, 1))
+    assert is_fair(before == after, 0.5)
+
+
+def test_no_symmetry_of_positions():
+    kept = keep((3, 4), 4, 4, 128, 128, 0.5)
+    assert is_fair(kept[0, 0] == kept[0, 0].T, 0.5)
+    assert is_fair(kept[0, 0] == kept[0, 1].T, 0.5)
+
+
+@pytest.mark.parametrize("other", [(7, 9), (8, 8), (8, 7)])
+def test_seeds_are_independent(other):
+    assert is_fair(keep((7, 8), 4, 4, 128, 128, 0.5) == keep(other, 4, 4, 128, 128, 0.5), 0.5)
+
+
+def test_a_higher_rate_drops_more_of_the_same():
+    low, high = (keep((1, 2), 4, 4, 128, 128, rate) for rate in (0.1, 0.5))
+    assert not (high & ~low).any()
+
+
+def test_rates_0_and_1():
+    assert keep((1, 2), 1, 2, 8, 8, 0.0).all()
+    assert not keep((1, 2), 1, 2, 8, 8, 1.0).any()
+    assert keep((1, 2), 3, 2, 5, 4, 1.0).shape == (3, 2, 5, 4)
+
+
+# In attention ---------------------------------------------------------------------------------------------------------
+
+Q, K, V = normal(0, 2, 15, 4, 4), normal(1, 2, 15, 2, 4), normal(2, 2, 15, 2, 3)
+
+
+def results(implementation, *, rate=0.4, layout="BLHD"):
+    """out, lse and the gradients of a random function of both."""
+    def call(q, k, v):
+        return flash_attention(q, k, v, mask=Causal(), dropout_rate=rate, dropout_rng=jax.random.key(0),
+                               return_lse=True, layout=layout, implementation=implementation)
+    order = (0, 1, 2, 3) if layout == "BLHD" else (0, 2, 1, 3)
+    out, vjp = jax.vjp(call, *(jnp.asarray(x.transpose(order)) for x in (Q, K, V)))
+    return out, vjp((jnp.asarray(normal(3, *out[0].shape)), jnp.asarray(normal(4, *out[1].shape))))
+
+
+@pytest.mark.parametrize(("layout", "block"), [("BLHD", 8), ("BHLD", 4)])
+def test_xla_drops_what_the_reference_drops(layout, block, monkeypatch):
+    """In any layout and whatever the size of its tiles; forward and backward."""
+    monkeypatch.setattr(schedule, "TARGET_BLOCK", block)
+    assert_agree(results("xla", layout=layout), results("reference", layout=layout))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rate_1_gives_zeros_and_the_lse_of_all_weights(implementation):
+    (out, lse), _ = results(implementation, rate=1.0)
+    assert not out.any()
+    assert_agree(lse, results("reference", rate=0.0)[0][1])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rate_1_gradients_come_from_lse_alone(implementation):
+    def lse_alone(q, k, v):
+        out, lse = flash_attention(q, k, v, mask=Causal(), return_lse=True, implementation="reference")
+        return jnp.zeros_like(out), lse
+    out, vjp = jax.vjp(lse_alone, *map(jnp.asarray, (Q, K, V)))
+    wanted = vjp((jnp.zeros_like(out[0]), jnp.asarray(normal(4, *out[1].shape))))
+    assert_agree(results(implementation, rate=1.0)[1], wanted)
+
+
+def test_rate_0_needs_no_key_and_changes_nothing():
+    plain = flash_attention(Q, K, V, mask=Causal())
+    assert np.array_equal(plain, flash_attention(Q, K, V, mask=Causal(), dropout_rate=0.0))
+    assert np.array_equal(plain, flash_attention(Q, K, V, mask=Causal(), dropout_rate=0, dropout_rng=jax.random.key(1)))
+
+
+def test_keys():
+    """One key gives one result, typed or not; another key another; so does a seed that is given directly."""
+    call = jax.jit(lambda rng: flash_attention(Q, K, V, dropout_rate=0.5, dropout_rng=rng, implementation="reference"))
+    first = call(jax.random.key(0))
+    assert np.array_equal(first, call(jax.random.key(0)))
+    assert not np.array_equal(first, call(jax.random.key(1)))
+    seeds = [jnp.array(words, jnp.uint32) for words in ((0, 0), (0, 1))]
+    assert not np.array_equal(call(seeds[0]), call(seeds[1]))
+
+
+def test_the_mean_over_keys_is_attention_without_dropout():
+    """E[drop(P)] = P: over 400 keys the mean is within 6 of its standard errors of the plain output."""
+    q, k, v = (jnp.asarray(x) for x in (Q, K, V))
+    plain = flash_attention(q, k, v, implementation="reference")
+    call = lambda rng: flash_attention(q, k, v, dropout_rate=0.5, dropout_rng=rng, implementation="reference")
+    draws = np.asarray(jax.jit(jax.vmap(call))(jax.random.split(jax.random.key(0), 400)))
+    errors = (draws.mean(0) - plain) / (draws.std(0) / np.sqrt(400))
+    assert np.abs(errors).max() <= 6
