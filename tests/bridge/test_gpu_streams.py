@@ -1,0 +1,367 @@
+"""Streams and lifetimes under stress on a GPU: each danger 1,000 times, with torch's stream busy and JAX allocating
+beside it.
+
+The obvious bridge (`jax.dlpack.from_dlpack`, jit, `torch.from_dlpack`) runs through the same rounds as a control: where
+it is known to fail, the test asserts that it does, so that a test that sees nothing cannot pass.
+"""
+
+import functools
+import re
+import threading
+import time
+
+import pytest
+import torch
+
+from bridge.problems import OURS, heads_inside
+from torch_bridge import lifetime
+
+pytestmark = pytest.mark.gpu
+
+ROUNDS = 1000
+SHAPE = (2, 8, 512, 64)
+
+
+@pytest.fixture(scope="module")
+def jax():
+    return pytest.importorskip("jax")
+
+
+@functools.cache
+def _matrix():
+    return torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+
+def busy(products=12):
+    """Keeps torch's current stream busy for some hundred microseconds, while the host goes on."""
+    x = _matrix()
+    for _ in range(products):
+        x = x @ _matrix()
+        x = x / x.abs().amax()
+
+
+class Beside:
+    """JAX computations that take any memory of the shape of an output that JAX believes to be free, and write it."""
+
+    def __init__(self, jax):
+        self.base = jax.device_put(jax.numpy.ones(SHAPE, "bfloat16"), jax.devices()[0])
+        self.write = jax.jit(lambda x: x * 0 + 9)
+        self.jax, self.kept = jax, []
+
+    def run(self, times=6):
+        self.kept = [self.write(self.base) for _ in range(times)]
+
+
+@functools.cache
+def _obvious_function():
+    import jax
+
+    import pallas_flash
+    return jax.jit(lambda q, k, v: pallas_flash.flash_attention(q, k, v, mask=pallas_flash.Causal(), layout="BHLD"))
+
+
+def obvious(q, k, v):
+    """The bridge that anyone would write first."""
+    import jax
+    return torch.from_dlpack(_obvious_function()(*(jax.dlpack.from_dlpack(x.detach()) for x in (q, k, v))))
+
+
+def ours(q, k, v):
+    return OURS(q, k, v, is_causal=True)
+
+
+def fresh(count=3):
+    return [torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+
+
+def wrong_rounds(one_round, rounds):
+    """How many rounds gave another result than expected; `one_round` returns (result, expected), compared on the GPU."""
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+    for i in range(rounds):
+        result, expected = one_round()
+        wrong += (result != expected).any()
+        if i % 50 == 49:
+            torch.cuda.synchronize()  # the host must not run arbitrarily far ahead
+    return int(wrong)
+
+
+# --- lifetimes -------------------------------------------------------------------------------------------------------
+
+
+def dropped_output(jax, bridge):
+    """A round in which the output is dropped while torch's stream has still to read it."""
+    beside, tensors = Beside(jax), fresh()
+    expected = bridge(*tensors).clone()
+    torch.cuda.synchronize()
+
+    def one_round():
+        out = bridge(*tensors)
+        busy()
+        result = out.clone()
+        del out
+        beside.run()
+        return result, expected
+    return one_round
+
+
+def test_an_output_may_be_dropped_before_torch_has_read_it(jax):
+    assert wrong_rounds(dropped_output(jax, obvious), 200) > 0, "the control saw nothing: this test proves nothing"
+    assert wrong_rounds(dropped_output(jax, ours), ROUNDS) == 0
+    torch.cuda.synchronize()
+    lifetime.collect(torch.cuda.current_device())
+    assert lifetime.held_exports() <= 1
+
+
+def dropped_on_another_stream(jax, bridge):
+    """A round in which a second stream reads the output, which is dropped while the first is current again."""
+    beside, tensors, side = Beside(jax), fresh(), torch.cuda.Stream()
+    expected = bridge(*tensors).clone()
+    with torch.cuda.stream(side):
+        bridge(*tensors)
+    torch.cuda.synchronize()
+
+    def one_round():
+        out = bridge(*tensors)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            busy()
+            result = out.clone()
+        del out
+        beside.run()
+        torch.cuda.current_stream().wait_stream(side)
+        result.record_stream(torch.cuda.current_stream())
+        return result, expected
+    return one_round
+
+
+def test_an_output_may_be_read_by_another_stream(jax):
+    assert wrong_rounds(dropped_on_another_stream(jax, obvious), 200) > 0, "the control saw nothing"
+    assert wrong_rounds(dropped_on_another_stream(jax, ours), ROUNDS) == 0
+
+
+def refilled_inputs(jax, bridge):
+    """A round in which the inputs are made by a busy stream, dropped right after the call, and their memory refilled."""
+    beside, tensors = Beside(jax), fresh()
+    expected = bridge(*tensors).clone()
+    torch.cuda.synchronize()
+
+    def one_round():
+        busy()
+        q, k, v = (x.clone() for x in tensors)
+        out = bridge(q, k, v)
+        del q, k, v
+        noise = [torch.full(SHAPE, torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        beside.run()
+        del noise
+        return out, expected
+    return one_round
+
+
+def test_inputs_may_be_dropped_and_refilled_right_after_the_call(jax):
+    assert wrong_rounds(refilled_inputs(jax, ours), ROUNDS) == 0
+
+
+def test_a_control_without_order_is_seen(jax):
+    """What the test above would see if JAX did not wait for torch's stream."""
+    def unordered(q, k, v):
+        jax_arrays = []
+        for x in (q, k, v):
+            capsule = torch.utils.dlpack.to_dlpack(x)
+            producer = type("P", (), {"__dlpack__": lambda self, stream=None, c=capsule: c,
+                                      "__dlpack_device__": lambda self: (2, torch.cuda.current_device())})()
+            jax_arrays.append(jax.dlpack.from_dlpack(producer))
+        return torch.from_dlpack(_obvious_function()(*jax_arrays))
+    assert wrong_rounds(refilled_inputs(jax, unordered), 200) > 0
+
+
+def test_side_streams(jax):
+    tensors = fresh()
+    expected = ours(*tensors).clone()
+    streams, beside = [torch.cuda.Stream() for _ in range(3)], Beside(jax)
+    torch.cuda.synchronize()
+    turn = iter(range(10**9))
+
+    def one_round():
+        stream = streams[next(turn) % 3]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            busy(4)
+            q, k, v = (x.clone() for x in tensors)
+            result = ours(q, k, v).clone()
+            del q, k, v
+        beside.run(2)
+        torch.cuda.current_stream().wait_stream(stream)
+        result.record_stream(torch.cuda.current_stream())
+        return result, expected
+    assert wrong_rounds(one_round, ROUNDS) == 0
+
+
+def test_training_steps(jax):
+    """Forward and backward; the saved tensors go, and the gradients are read late."""
+    beside, tensors, dout = Beside(jax), fresh(), fresh(1)[0]
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        return torch.autograd.grad(OURS(*leaves, is_causal=True), leaves, dout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = [grad.clone() for grad in gradients()]
+        torch.cuda.synchronize()
+
+        def one_round():
+            busy(6)
+            grads = gradients()
+            busy(6)
+            result = torch.stack([(a != b).any() for a, b in zip(grads, expected, strict=True)])
+            del grads
+            beside.run()
+            return result, torch.zeros_like(result)
+        assert wrong_rounds(one_round, ROUNDS) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_threads_with_streams_of_their_own(jax):
+    tensors = fresh()
+    expected = ours(*tensors).clone()
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            def one_round():
+                busy(2)
+                return ours(*(x.clone() for x in tensors)), expected
+            wrong.append(wrong_rounds(one_round, ROUNDS // 4))
+            torch.cuda.current_stream().synchronize()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [0] * 4
+
+
+# --- order, copies, capture ------------------------------------------------------------------------------------------
+
+
+def test_the_host_does_not_wait(jax):
+    q, k, v = (x.requires_grad_() for x in fresh())
+    torch.autograd.grad(ours(q, k, v).sum(), (q, k, v))
+    torch.cuda.synchronize()
+    busy(4000)
+    start = time.perf_counter()
+    out = ours(q, k, v)
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    took = time.perf_counter() - start
+    assert not torch.cuda.current_stream().query(), "the stream was not busy for long enough to see anything"
+    assert took < 0.05
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["BHLE", "BLHE"])
+def test_a_training_step_has_no_copy_kernel(jax, inside):
+    import torch_bridge
+    tensors = [(heads_inside(x) if inside else x).requires_grad_() for x in fresh()]
+    if "implementation='hopper'" not in torch_bridge.explain(*tensors, is_causal=True):
+        pytest.skip("plain XLA fuses as it likes; this is about the Hopper kernels")
+    dout = torch.randn_like(ours(*tensors))
+
+    def step():
+        return torch.autograd.grad(ours(*tensors), tensors, dout)
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert names, "the profiler saw no kernel"
+    copies = [name for name in names if re.search(r"transpose|copy|memcpy", name, re.IGNORECASE)]
+    assert not copies, names
+
+
+def test_a_capture_is_refused_with_a_sentence(jax):
+    tensors = fresh()
+    ours(*tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(graph):
+        ours(*tensors)
+    torch.cuda.synchronize()
+    assert ours(*tensors).isfinite().all()
+
+
+def test_an_output_dropped_during_a_capture_is_kept(jax):
+    out = ours(*fresh())
+    x = torch.ones(8, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2
+        del out
+    graph.replay()
+    torch.cuda.synchronize()
+    assert y.sum().item() == 16 and ours(*fresh()).isfinite().all()
+
+
+def test_tensors_on_the_second_device_while_the_first_is_current(jax):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = fresh()
+    expected = ours(q, k, v)
+    q, k, v = (x.to("cuda:1").requires_grad_() for x in (q, k, v))
+    out = ours(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.device == q.device and all(grad.device == q.device for grad in grads)
+    torch.testing.assert_close(out.to("cuda:0"), expected)
+    with pytest.raises(RuntimeError, match="same device"):
+        ours(q, k.to("cuda:0"), v)
+
+
+# --- compile, autocast -----------------------------------------------------------------------------------------------
+
+
+def test_compile_trains_on_the_gpu(jax):
+    def step(q, k, v):
+        return ours(q * 2, k, v).float().square().mean()
+    tensors = [x.requires_grad_() for x in fresh()]
+    expected = torch.autograd.grad(step(*tensors), tensors)
+    compiled = torch.compile(step, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_autocast_on_the_gpu(jax):
+    q, k, v = (torch.randn(SHAPE, device="cuda", requires_grad=True) for _ in range(3))
+    with torch.autocast("cuda", torch.bfloat16):
+        out = ours(q, k, v.half())
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_activate_replaces_the_flash_backend(jax):
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import torch_bridge
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        pytest.skip("this PyTorch has no registry of flash attention implementations")
+    leaves = [x.requires_grad_() for x in fresh()]
+    dout = fresh(1)[0]
+
+    def step():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+    expected = step()
+    held = lifetime.held_exports()
+    torch_bridge.activate()
+    try:
+        ours_now = step()
+        assert lifetime.held_exports() > held
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    for a, b in zip(ours_now, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)

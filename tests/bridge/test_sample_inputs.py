@@ -1,0 +1,60 @@
+"""PyTorch's own sample inputs for SDPA give the results, or the errors, that PyTorch gives."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from bridge.problems import OURS, TORCH
+
+
+@pytest.fixture(scope="module")
+def op_info():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    return next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+
+
+def outcome(function, query, key, value, kwargs):
+    """[out, gradients...], or the type of the error."""
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    torch.manual_seed(0)
+    try:
+        out = function(*leaves, **kwargs)
+    except Exception as error:
+        return type(error)
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def formula_with_our_dropout(query, key, value, dropout_p, is_causal, enable_gqa=False, **_):
+    """SDPA's formula with the weights that ours drops, seen by giving it the identity as value."""
+    length = key.shape[-2]
+    identity = torch.eye(length, dtype=value.dtype).expand(*value.shape[:-1], length)
+    kept = OURS(query.detach(), key.detach(), identity, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa) != 0
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return torch.where(kept, scores.softmax(-1) / (1 - dropout_p), torch.zeros_like(scores)) @ value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sample_inputs(op_info, dtype):
+    samples = list(op_info.sample_inputs("cpu", dtype))
+    assert len(samples) > 20
+    for sample in samples:
+        args = (sample.input, *sample.args)
+        theirs, ours = (outcome(function, *args, sample.kwargs) for function in (TORCH, OURS))
+        if isinstance(theirs, list) and sample.kwargs.get("dropout_p"):
+            theirs = outcome(formula_with_our_dropout, *args, sample.kwargs)
+        if isinstance(theirs, type):
+            assert ours is theirs, sample
+            continue
+        for a, b in zip(ours, theirs, strict=True):
+            tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{sample}: {text}")
