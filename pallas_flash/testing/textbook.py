@@ -1,6 +1,6 @@
 """Attention and its gradients from the formulas, in plain NumPy: what an error budget measures its baseline with.
 
-    S = softcap(scale Q K^T) + bias      P = exp(S - lse)      O = drop(P) V
+    S = softcap(scale Q K^T) + bias     P = exp(S - lse)     O = drop(P) V
     dV = drop(P)^T dO     dP = drop(dO V^T)     dS = P (dP - sum(O dO) + dlse)     dQ = scale dS K     dK = scale dS^T Q
 
 It shares no code with the kernels or with `reference` but the mask's `keep` and the dropout bits. In a spec's own
@@ -10,6 +10,7 @@ precision it rounds where the kernels do: P, dS and O to the input's dtype, ever
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import dropout
@@ -30,12 +31,24 @@ class Results(NamedTuple):
     dbias: Any = None
 
 
-def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> tuple[Results, Results]:
-    """The results in the precision of `spec`, and the magnitude of each.
+class _Terms(NamedTuple):
+    """Arrays of the problem, heads before length and key heads repeated; P and what its gradient needs."""
 
-    A magnitude is the result's formula with the absolute value of every term and P multiplied by the condition of exp,
-    1 + max|S| over its row: times the unit roundoff, it bounds what one rounding of S, P and each product changes.
-    Where it is 0 the result is exactly 0.
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    p: Any
+    factor: Any  # dropout: 0 or 1 / (1 - rate)
+    slope: Any  # the soft cap's derivative
+    out: Any
+
+
+def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> tuple[Results, Results]:
+    """The results in the precision of `spec`, and a magnitude for each element of each.
+
+    The magnitude of a sum is the root of the sum of its squared terms: relative errors of one roundoff in every term,
+    independent of each other, change the sum by about one roundoff of that. Where it is 0 the result is exactly 0.
     """
     acc = spec.acc_dtype
     rounded = lambda x: x.astype(spec.dtype).astype(acc)
@@ -46,26 +59,32 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
 
     s, slope = _scores(spec, q, k, operands.bias, keep)
     p, lse, nothing = _softmax(s)
-    s_size = 1 + np.where(keep, abs(s), 0).max(-1, initial=0)
     factor = _dropout_factor(spec, operands.dropout_seed, acc)
-    w, p_size = p * factor, p * s_size[..., None]
-    w_size = p_size * factor
-    out = rounded(rounded(w) @ v)
-    out_size = w_size @ abs(v)
+    out = rounded(rounded(p * factor) @ v)
 
+    p = np.exp(s - lse[..., None])  # as a backward has it, which keeps lse alone
     dp = (dout @ v.swapaxes(-1, -2)) * factor
-    delta = (out * dout).sum(-1) - dlse
-    ds = p * (dp - delta[..., None])
-    delta_size = ((w @ abs(v)) * abs(dout)).sum(-1) + abs(dlse)
-    ds_size = p_size * ((abs(dout) @ abs(v).swapaxes(-1, -2)) * factor + delta_size[..., None])
-    ds_qk, ds_qk_size = rounded(ds * slope * acc.type(spec.scale)), ds_size * slope * abs(acc.type(spec.scale))
-
+    ds = p * (dp - (out * dout).sum(-1)[..., None] + dlse[..., None])
+    ds_qk = rounded(ds * slope * acc.type(spec.scale))
     results = Results(out, np.where(nothing, -np.inf, lse), ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
-                      _group_sum(rounded(w).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
-    sizes = Results(out_size, np.where(nothing, 0, s_size), ds_qk_size @ abs(k),
-                    _group_sum(ds_qk_size.swapaxes(-1, -2) @ abs(q), spec),
-                    _group_sum(w_size.swapaxes(-1, -2) @ abs(dout), spec), _bias_sum(ds_size, spec))
+                      _group_sum(rounded(p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
+    row_size = 1 + np.maximum(np.where(keep, abs(s), 0).max(-1, initial=0), abs(lse))
+    sizes = _magnitudes(spec, _Terms(q, k, v, dout, p, factor, slope, out), dlse, np.where(nothing, 0, row_size))
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
+
+
+def _magnitudes(spec: AttentionSpec, terms: _Terms, dlse: Any, row_size: Any) -> Results:
+    """The magnitude of each result, in float64. `row_size` is 1 + max(|S|, |lse|), the condition of exp; 0 if empty."""
+    # Squares of everything: products then add up squared terms.
+    q, k, v, dout, p, factor, slope, out = (np.square(x, dtype=np.float64) for x in terms)
+    exponent = float(jnp.finfo(spec.acc_dtype).eps / jnp.finfo(spec.dtype).eps) * row_size  # roundings of S and lse
+    p = p * np.square(1 + exponent)[..., None]
+    ds = p * ((dout @ v.swapaxes(-1, -2)) * factor + (out * dout).sum(-1)[..., None] + np.square(dlse)[..., None])
+    ds_qk = ds * slope * spec.scale**2
+    squares = (p * factor @ v, ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
+               _group_sum((p * factor).swapaxes(-1, -2) @ dout, spec))
+    out_size, dq, dk, dv = map(np.sqrt, squares)
+    return Results(out_size, row_size, dq, dk, dv, None if spec.bias is None else np.sqrt(_bias_sum(ds, spec)))
 
 
 def _bhld(x: Any, spec: AttentionSpec) -> Any:

@@ -1,0 +1,58 @@
+"""One problem, one implementation: everything it computes, compared with the float64 oracle within the error budget."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_flash import device, dispatch, flash_attention
+from pallas_flash.spec import Operands
+from pallas_flash.testing import inputs
+from pallas_flash.testing.budget import Budget
+from pallas_flash.testing.problems import Problem
+from pallas_flash.testing.textbook import Results
+
+__all__ = ["budget", "compiled", "oracle", "random_case", "supports"]
+
+
+def _fast_to_compile() -> dict[str, Any] | None:
+    """On a CPU nearly all the time of a small problem goes into compiling it, and its machine code need not be fast."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def compiled(problem: Problem, implementation: str | None) -> Callable[[Operands, tuple[Any, Any]], Results]:
+    """A jitted function of operands and the cotangents of (out, lse) that computes everything; one for each problem."""
+    def run(operands: Operands, cotangents: tuple[Any, Any]) -> Results:
+        def call(q: Any, k: Any, v: Any, bias: Any) -> Any:
+            return flash_attention(q, k, v, bias=bias, implementation=implementation, **problem.keywords(operands))
+        (out, lse), vjp = jax.vjp(call, *operands[:4])
+        return Results(out, lse, *vjp(cotangents))
+    return jax.jit(run, compiler_options=_fast_to_compile())
+
+
+def oracle(problem: Problem, operands: Operands, cotangents: tuple[Any, Any]) -> Results:
+    """What `reference` computes in float64 from the same numbers, as numpy arrays."""
+    in_float64 = lambda x: x if x.dtype.kind in "iub" else np.asarray(x, np.float64)
+    with jax.enable_x64(True):
+        exact = compiled(problem, "reference")(*jax.tree.map(in_float64, (operands, cotangents)))
+        return jax.tree.map(np.asarray, exact)
+
+
+def budget(problem: Problem, dtype: str, operands: Operands, cotangents: tuple[Any, Any]) -> Budget:
+    """The error budget of a problem in a dtype. float64 needs JAX's 64-bit mode."""
+    return Budget.of(problem.spec(dtype), operands, cotangents, oracle(problem, operands, cotangents))
+
+
+def supports(problem: Problem, dtype: str, implementation: str) -> bool:
+    """Whether an implementation takes a problem on this device."""
+    return not dispatch.get(implementation).why_not(problem.spec(dtype), device.current())
+
+
+def random_case(problem: Problem, dtype: str, seed: int = 0) -> tuple[Operands, tuple[Any, Any]]:
+    """Operands and cotangents of a problem in a dtype."""
+    return problem.operands(dtype, seed=seed), inputs.cotangents(problem.spec(dtype), seed=seed)
