@@ -343,8 +343,8 @@ class SegmentIds(Mask):
     """Packed sequences: a query attends to the keys of its own segment; an id below 0 is padding and attends to
     nothing.
 
-    q_ids (batch, q_len) and kv_ids (batch, kv_len) are integers, in any order; where each segment is contiguous and
-    the ids do not decrease (how packing lays them out) the bounds are tight, otherwise they are only sound.
+    q_ids (batch, q_len) and kv_ids (batch, kv_len) are integers, in any order. The bounds are tight where ids do not
+    decrease, padding comes last and both sides hold the same segments (how packing lays them out), else only sound.
     """
 
     q_ids: Any
