@@ -56,8 +56,8 @@ def flash_attention(
 
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
-    problem = _problem(query, key, value, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths, layout=layout)
+    problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
+                       q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
     decision = dispatch.decide(spec, device.current(), implementation)
@@ -80,8 +80,8 @@ def explain(
     Only shapes and dtypes count: arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
     """
     del dropout_rng
-    problem = _problem(query, key, value, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths, layout=layout)
+    problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
+                       q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
     return dispatch.explain(spec, device.current(), implementation)
@@ -162,15 +162,14 @@ class _Problem(NamedTuple):
         return AttentionSpec.of(q, k, v, layout=self.layout, mask=mask, bias=bias, **numbers)
 
 
-def _problem(query: Any, key: Any, value: Any, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any,
-             kv_lengths: Any, layout: Layout) -> _Problem:
-    inputs = _Inputs.of(query, key, value, layout)
+def _problem(inputs: _Inputs, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any) -> _Problem:
     rule = masks.checked(mask) & _in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if segment_ids is not None:
         rule = rule & _segments(inputs.spec, segment_ids)
     if bias is not None:
         bias = _fitted("bias", bias, _score_axes(inputs.spec))
-    return _Problem(Operands(*inputs[:3], bias, rule.canonical()), layout, inputs.unbatched)
+    operands = Operands(inputs.q, inputs.k, inputs.v, bias, rule.canonical())
+    return _Problem(operands, inputs.spec.layout, inputs.unbatched)
 
 
 def _array(name: str, x: Any) -> Any:
