@@ -1,0 +1,171 @@
+"""Who may import whom, and how large things may grow: read from the source, so that nothing has to run."""
+
+import ast
+import functools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = {path.stem for path in ROOT.glob("pallas_flash/*") if path.stem != "__init__"}
+SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
+
+FOUNDATIONS = {"errors", "masks", "spec"}
+ARROWS = {
+    "": {"attention", "autodiff", "errors", "masks", "spec"},
+    "attention": {"autodiff", "device", "dispatch", *FOUNDATIONS},
+    "autodiff": {"dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
+    "sharding": {"compat", "spec"},
+    "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
+    "spec": {"errors", "masks"},
+    "masks": {"errors"},
+    "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
+    "reference": {"dropout", "softmax", *FOUNDATIONS},
+    "flax": {"attention", *FOUNDATIONS},
+    "softmax": set(), "dropout": set(), "device": set(), "errors": set(), "compat": set(),
+}
+"""Which modules of pallas_flash each may import; those of a package may import each other."""
+FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
+
+MOSAIC = "jax.experimental.pallas.mosaic_gpu"
+PRIVATE = "jax._" + "src"
+MAX_LINES = 480  # a file has about 400
+MAX_PARAMETERS = 7
+MANY_PARAMETERS = {
+    # public signatures, which name every argument of the problem, and what mirrors them
+    "pallas_flash/attention.py": {"flash_attention", "explain", "dot_product_attention"},
+    "pallas_flash/spec.py": {"of"},
+    "pallas_flash/flax.py": {"__call__"},
+    "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
+    "torch_bridge/explanation.py": {"explain"},
+    "torch_bridge/activation.py": {"_backward"},
+    # bodies of kernels: a parameter is an array
+    "pallas_flash/kernels/hopper/forward.py": {"attention_forward"},
+    "pallas_flash/kernels/hopper/backward_dq.py": {"attention_backward_dq"},
+    "pallas_flash/kernels/hopper/backward_split.py": {"attention_backward_split"},
+}
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(source):
+    """The modules that a syntax tree imports anywhere, also inside functions; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(source):
+    """What it imports of pallas_flash, as ("masks",) or ("kernels", "xla", "forward"); ("",) for public names."""
+    for name in imports(source):
+        package, *parts = name.split(".")
+        if package == "pallas_flash":
+            yield tuple(parts) if parts and parts[0] in MODULES else ("",)
+
+
+def allowed(module, target):
+    """Whether a module of pallas_flash, named by its path in the package, may import another."""
+    if module[0] == "testing":
+        return target[0] != "kernels"
+    if module[0] == "kernels":
+        own_package = target[:2] == module[:2]
+        return own_package or target[0] in FOR_KERNELS
+    if module[0] == "dispatch" and target[0] == "kernels":
+        return len(target) > 2 and target[2] == "support"
+    return target[0] in ARROWS[module[0]]
+
+
+def wrong_arrows(module, source):
+    return [f"{'.'.join(module)} imports {'.'.join(target)}" for target in ours(source) if not allowed(module, target)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("pallas_flash/**/*.py")), ids=module_name)
+def test_arrows(path):
+    module = tuple(module_name(path).split(".")[1:]) or ("",)
+    assert wrong_arrows(module, tree(path)) == []
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("kernels.xla.forward", "from pallas_flash import autodiff"),
+    ("kernels.xla.forward", "from pallas_flash.kernels.hopper import schedule"),
+    ("kernels.xla.forward", "def f():\n    import pallas_flash.dispatch"),
+    ("masks", "from pallas_flash.tiles import cdiv"),
+    ("softmax", "import pallas_flash"),
+    ("dispatch", "from pallas_flash.kernels.xla import forward"),
+])
+def test_wrong_arrows_are_seen(module, source):
+    assert wrong_arrows(tuple(module.split(".")), ast.parse(source))
+
+
+def importers(*names):
+    """The files that import one of the packages."""
+    return {path.relative_to(ROOT).as_posix() for path in SOURCES
+            if any(name == found or found.startswith(name + ".") for found in imports(tree(path)) for name in names)}
+
+
+def test_only_compat_touches_what_is_private_in_jax():
+    assert {path.relative_to(ROOT).as_posix() for path in SOURCES if PRIVATE in path.read_text()} <= {
+        "pallas_flash/compat.py"}
+
+
+def test_flax_and_torch_have_their_places():
+    assert importers("flax") == {"pallas_flash/flax.py"}
+    assert all(path.startswith("torch_bridge/") for path in importers("torch"))
+
+
+def test_jax_meets_torch_in_two_files():
+    assert importers("jax") & importers("torch") <= {"torch_bridge/exchange.py", "torch_bridge/direct.py"}
+
+
+def test_the_bridge_imports_no_kernel():
+    in_bridge = {path for path in importers("pallas_flash.kernels") if path.startswith("torch_bridge/")}
+    assert not in_bridge, "a kernel is launched through one public function of pallas_flash"
+
+
+def test_dispatch_reads_no_mosaic():
+    """What dispatch imports of a kernels package, and what that imports of its own, are read on any machine."""
+    for path in ROOT.glob("pallas_flash/kernels/*/support.py"):
+        files = [path] + [path.with_name(f"{target[2]}.py") for target in ours(tree(path)) if target[0] == "kernels"]
+        assert not any("pallas" in name.split(".") or "mlir" in name for file in files for name in imports(tree(file)))
+
+
+def test_importing_pulls_in_neither_frameworks_nor_mosaic():
+    program = f"import sys, pallas_flash; print(*sorted({{'flax', 'torch', {MOSAIC!r}}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_sizes(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: split it"
+    exempt = MANY_PARAMETERS.get(path.relative_to(ROOT).as_posix(), set())
+    counts = parameter_counts(path)
+    assert {name: count for name, count in counts.items() if count > MAX_PARAMETERS and name not in exempt} == {}
+
+
+def parameter_counts(path):
+    """The parameters of every function of a file."""
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    arguments = [[*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs] for f in functions]
+    return {f.name: sum(a.arg not in ("self", "cls") for a in names) for f, names in zip(functions, arguments)}
+
+
+def test_exemptions_are_needed():
+    for file, names in MANY_PARAMETERS.items():
+        assert names <= {name for name, count in parameter_counts(ROOT / file).items() if count > MAX_PARAMETERS}, file
