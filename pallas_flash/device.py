@@ -1,6 +1,7 @@
 """What the device can do: the only hardware query of the project."""
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ _SMEM_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376
 """Opt-in shared memory of a block by compute capability (CUDA C++ Programming Guide, table of technical
 specifications)."""
 
-_assumed: list[Device] = []
+_assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar("assumed", default=None)
 
 
 @functools.cache
@@ -52,8 +53,8 @@ def of(device: jax.Device) -> Device:
 
 def current() -> Device:
     """The device that computations run on here and now: the one `assume` names, jax.default_device, or JAX's first."""
-    if _assumed:
-        return _assumed[-1]
+    if (assumed := _assumed.get()) is not None:
+        return assumed
     default = jax.config.jax_default_device
     if isinstance(default, str):
         return of(jax.devices(default)[0])
@@ -62,9 +63,9 @@ def current() -> Device:
 
 @contextlib.contextmanager
 def assume(device: Device) -> Iterator[None]:
-    """Makes dispatch choose for `device`: to lower or export for a GPU on a machine that has none, and in tests."""
-    _assumed.append(device)
+    """Makes dispatch choose for `device` in this thread: to lower for a GPU where there is none, and in tests."""
+    token = _assumed.set(device)
     try:
         yield
     finally:
-        _assumed.pop()
+        _assumed.reset(token)
