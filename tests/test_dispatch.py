@@ -1,0 +1,193 @@
+"""What runs where, and why not the others: decided from data, so a laptop can ask for any device."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_flash import (
+    AttentionSpec,
+    Causal,
+    Dense,
+    UnsupportedError,
+    device,
+    dispatch,
+    dot_product_attention,
+    explain,
+    flash_attention,
+)
+
+Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
+K = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+DEVICES = [device.CPU, device.A100, device.H100]
+
+
+def spec(**keywords):
+    return AttentionSpec.of(Q, K, K, mask=Causal(), **keywords)
+
+
+def names():
+    return [row.name for row in dispatch.IMPLEMENTATIONS]
+
+
+def picky(spec, where):
+    """A made-up implementation's reasons: two needs, either of which may fail."""
+    reasons = []
+    if where.capability != (9, 0):
+        reasons.append(f"needs compute capability 9.0, device has {where.capability}")
+    if spec.softcap is not None:
+        reasons.append(f"takes no soft cap, softcap={spec.softcap:g}")
+    return reasons
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The real table with a made-up implementation in front."""
+    row = dispatch.Implementation("picky", "made up", picky, True, False, ("nowhere", "nowhere"))
+    others = tuple(row for row in dispatch.IMPLEMENTATIONS if row.name in ("xla", "reference"))
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (row, *others))
+    dispatch._decide.cache_clear()
+    yield dispatch.IMPLEMENTATIONS
+    dispatch._decide.cache_clear()
+
+
+# The real table -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("where", DEVICES, ids=lambda where: where.name)
+def test_something_runs_everywhere(where):
+    decision = dispatch.decide(spec(softcap=3.0, dropout_rate=0.5), where)
+    assert not decision.reasons[decision.implementation.name]
+    assert decision.implementation.automatic
+
+
+@pytest.mark.parametrize("where", [device.CPU, device.A100], ids=lambda where: where.name)
+def test_without_a_hopper_gpu_xla_runs(where):
+    assert dispatch.decide(spec(), where).implementation.name == "xla"
+
+
+@pytest.mark.parametrize("where", DEVICES, ids=lambda where: where.name)
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_these_run_everywhere_when_named(name, where):
+    assert dispatch.decide(spec(softcap=3.0, deterministic=True), where, name).implementation.name == name
+
+
+def test_the_reference_is_never_automatic():
+    assert not dispatch.get("reference").automatic
+    assert "it runs only when it is named" in dispatch.explain(spec(), device.CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ("xla", "reference")])
+def test_a_gpu_generation_refuses_the_others(name):
+    assert dispatch.decide(spec(), device.CPU).reasons[name]
+    for where, given in ((device.CPU, "'cpu'"), (device.A100, "8.0")):
+        with pytest.raises(UnsupportedError, match=rf"implementation='{name}' cannot run .* device (is|has) {given}"):
+            dispatch.decide(spec(), where, name)
+
+
+@pytest.mark.parametrize("where", DEVICES, ids=lambda where: where.name)
+def test_reasons_name_what_is_needed_and_what_there_is(where):
+    """Each a clause without a capital or a full stop: they are joined to one sentence."""
+    rich = AttentionSpec.of(Q, K, K, mask=Dense(jax.ShapeDtypeStruct((64, 64), bool)).canonical(), dropout_rate=0.5,
+                            bias=jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float32))
+    for row in dispatch.IMPLEMENTATIONS:
+        for reason in row.why_not(rich, where):
+            assert reason[0].islower() and not reason.endswith("."), reason
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"]])
+def test_unknown_names(name):
+    options = ", ".join(map(repr, names()))
+    for call in (flash_attention, dot_product_attention, explain):
+        with pytest.raises(ValueError) as raised:
+            call(Q, K, K, implementation=name)
+        assert str(raised.value) == (f"implementation must be None or one of {options}, got implementation={name!r}. "
+                                     "Pass None to take the first that can run.")
+
+
+def test_decisions_compare_and_repeat():
+    assert dispatch.decide(spec(), device.H100) is dispatch.decide(spec(), device.H100)
+    assert hash(spec()) == hash(spec()) and spec() == spec() != spec(softcap=1.0)
+
+
+# A table with an implementation that needs a device and refuses a feature --------------------------------------------
+
+def test_the_first_that_can(table):
+    assert dispatch.decide(spec(), device.H100).implementation.name == "picky"
+    assert dispatch.decide(spec(softcap=3.0), device.H100).implementation.name == "xla"
+    assert dispatch.decide(spec(), device.A100).implementation.name == "xla"
+
+
+def test_every_reason_is_given(table):
+    with pytest.raises(UnsupportedError) as raised:
+        dispatch.decide(spec(softcap=3.0), device.A100, "picky")
+    assert str(raised.value) == (
+        f"implementation='picky' cannot run {spec(softcap=3.0)} on NVIDIA A100-SXM4-80GB: "
+        "needs compute capability 9.0, device has (8, 0); takes no soft cap, softcap=3. "
+        'Use implementation=None to take the first that can ("xla" here).')
+
+
+def test_nothing_falls_back_in_silence(table):
+    with device.assume(device.CPU), pytest.raises(UnsupportedError, match="needs compute capability"):
+        jax.eval_shape(lambda q, k: flash_attention(q, k, k, implementation="picky"), Q, K)
+
+
+def test_explain_says_what_runs_and_why_not_the_others(table):
+    assert dispatch.explain(spec(softcap=3.0), device.A100).splitlines() == [
+        str(spec(softcap=3.0)),
+        "on NVIDIA A100-SXM4-80GB: implementation='xla', " + dispatch.get("xla").summary,
+        "  not 'picky': needs compute capability 9.0, device has (8, 0); takes no soft cap, softcap=3",
+        "  not 'reference': it runs only when it is named",
+    ]
+    assert "not 'xla': it could run, but another comes first" in dispatch.explain(spec(), device.H100)
+    assert dispatch.explain(spec(), device.H100, "xla").count("not 'picky': it could run") == 1
+
+
+def test_explain_of_a_refusal(table):
+    assert dispatch.explain(spec(), device.CPU, "picky").startswith("UnsupportedError: implementation='picky' cannot")
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+def test_assume(table):
+    assert "implementation='picky'" not in explain(Q, K, K)
+    with device.assume(device.H100):
+        assert "on NVIDIA H100 80GB HBM3: implementation='picky'" in explain(Q, K, K)
+        with device.assume(device.A100):
+            assert "on NVIDIA A100-SXM4-80GB: implementation='xla'" in explain(Q, K, K)
+        assert device.current() is device.H100
+    assert device.current() == device.of(jax.devices()[0])
+
+
+def test_assume_ends_with_an_error():
+    with pytest.raises(ZeroDivisionError), device.assume(device.H100):
+        raise ZeroDivisionError
+    assert device.current() == device.of(jax.devices()[0])
+
+
+def test_assume_is_for_this_thread():
+    seen = []
+    with device.assume(device.H100):
+        thread = threading.Thread(target=lambda: seen.append(device.current()))
+        thread.start()
+        thread.join()
+    assert seen == [device.of(jax.devices()[0])]
+
+
+def test_the_default_device_counts():
+    cpu = jax.devices("cpu")[-1]
+    for default in (cpu, "cpu"):
+        with jax.default_device(default):
+            assert device.current() == device.of(cpu) == dataclasses.replace(device.CPU, name=cpu.device_kind)
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def test_gpus_are_read_from_jax(capability):
+    class Gpu:
+        platform, device_kind, core_count, compute_capability = "gpu", "NVIDIA something", 100, capability
+
+    found = device.of(Gpu())
+    assert found.capability == tuple(map(int, capability.split(".")))
+    assert (found.num_sms, found.name) == (100, "NVIDIA something")
+    assert found.smem_bytes >= 64 * 1024
