@@ -9,6 +9,7 @@ from typing import Any
 
 from pallas_flash import errors
 from pallas_flash.device import Device
+from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "decide", "explain", "get"]
@@ -51,6 +52,9 @@ def _anything(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("hopper", "Mosaic GPU forward for sm_90a; its gradients are the xla implementation's",
+                   hopper.why_not, True, False,
+                   ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.xla.backward")),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward")),
     Implementation("reference", "the O(q_len * kv_len) oracle, differentiable to any order", _anything, False, True,

@@ -1,0 +1,40 @@
+"""What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
+
+from pallas_flash.device import Device
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["why_not"]
+
+CAPABILITY = (9, 0)
+MAX_DIM = 256
+TMA_ELEMENTS = 8
+"""TMA strides are multiples of 16 bytes: 8 elements of a 16-bit type."""
+
+
+def why_not(spec: AttentionSpec, device: Device) -> list[str]:
+    """The reasons why the Hopper kernels cannot run `spec` on `device`, each what is needed and what there is."""
+    return _device_reasons(device) + _spec_reasons(spec)
+
+
+def _device_reasons(device: Device) -> list[str]:
+    if device.platform != "gpu" or device.capability is None:
+        return [f"needs an NVIDIA GPU of compute capability 9.0, device is {device.platform!r}"]
+    if device.capability != CAPABILITY:
+        return [f"needs compute capability 9.0, device has {'.'.join(map(str, device.capability))}"]
+    return []
+
+
+def _spec_reasons(spec: AttentionSpec) -> list[str]:
+    dims = f"d={spec.d}, d_v={spec.d_v}"
+    rules = (
+        (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),
+        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
+         f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
+        (spec.d % TMA_ELEMENTS == 0 and spec.d_v % TMA_ELEMENTS == 0,
+         f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims}"),
+        (spec.bias is None, "takes no bias yet"),
+        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g}"),
+        (not spec.mask.has_arrays, "takes masks of static numbers only yet, mask has array fields: "
+         + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())),
+    )
+    return [reason for holds, reason in rules if not holds]

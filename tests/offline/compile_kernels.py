@@ -1,0 +1,102 @@
+"""Compiles the Mosaic GPU kernels of catalogue problems to sm_90a machine code; run by `test_offline_compile`, in its
+own process.
+
+    python -m tests.offline.compile_kernels PROBLEM...
+
+The environment must have the stand-in driver first on LD_LIBRARY_PATH and the compiler's reports switched on, as
+`environment` sets them. Prints one JSON object for each kernel: registers, spills, shared memory, ptxas advice, and
+whether it compiled.
+"""
+
+import ctypes
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def cuda_root() -> Path:
+    """Where jax[cuda13] brings ptxas and nvdisasm."""
+    return Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13")
+
+
+def environment(work: Path) -> dict[str, str]:
+    """The environment to run this file in; builds the stand-in driver in `work`."""
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", work / "libcuda.so.1", HERE / "driver.c", "-ldl"], check=True)
+    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "RESOURCES")}
+    return {**os.environ, **dumps, "MOSAIC_GPU_DUMP_TO": str(work), "MOSAIC_GPU_CUDA_ROOT": str(cuda_root()),
+            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
+            "LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+
+
+def mosaic_modules(lowered) -> list[bytes]:
+    """The Mosaic GPU module of each kernel call in a lowered function."""
+    found = []
+
+    def walk(operation):
+        if operation.name == "stablehlo.custom_call" and "mosaic_gpu" in str(operation.attributes["call_target_name"]):
+            found.append(operation.attributes["mhlo.backend_config"]["module"].value_bytes)
+        for region in operation.regions:
+            for block in region:
+                for inner in block:
+                    walk(inner.operation)
+
+    walk(lowered.compiler_ir().operation)
+    return found
+
+
+def compile_module(module: bytes, work: Path) -> dict:
+    """Compiles one module and reads what ptxas said of it."""
+    import jax_plugins.xla_cuda13 as plugin
+    compiler = ctypes.CDLL(str(plugin._get_library_path())).MosaicGpuCompile
+    compiler.argtypes, compiler.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    before = set(glob.glob(f"{work}/*.ptxas"))
+    compiled = bool(compiler(module, len(module)))
+    text = "".join(Path(f).read_text() for f in set(glob.glob(f"{work}/*.ptxas")) - before)
+    number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
+    return dict(compiled=compiled, registers=number(r"Used (\d+) registers"),
+                spill_bytes=number(r"(\d+) bytes spill stores"), advice=sorted(set(re.findall(r"C75\d\d", text))))
+
+
+def lower(name: str, gradients: bool):
+    """A catalogue problem, lowered for an H100 with implementation="hopper"."""
+    import jax
+
+    from pallas_flash import device, flash_attention
+    from pallas_flash.testing import problems
+    problem = problems.find(name)
+    spec = problem.spec()
+    shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
+              (spec.kv_len, spec.kv_heads, spec.d_v))
+    q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
+    keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
+                    deterministic=problem.deterministic, return_lse=True, implementation="hopper")
+
+    def call(q, k, v):
+        return flash_attention(q, k, v, **keywords)
+
+    def call_with_gradients(q, k, v):
+        results, vjp = jax.vjp(call, q, k, v)
+        return vjp(results)
+
+    with device.assume(device.H100):
+        return jax.jit(call_with_gradients if gradients else call).trace(q, k, v).lower(lowering_platforms=("cuda",))
+
+
+def main(names: list[str]) -> None:
+    """Each name may end in "+gradients"."""
+    work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    for name in names:
+        problem, _, gradients = name.partition("+")
+        for module in mosaic_modules(lower(problem, bool(gradients))):
+            print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

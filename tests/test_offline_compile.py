@@ -1,0 +1,53 @@
+"""Every shipped schedule of the Hopper kernels compiles for sm_90a, without a GPU: no spills, nothing serialised.
+
+ptxas says so itself: C7504, C7507 (register reallocation ignored), C7510 to C7515 and C7520 (wgmma serialised). Such a
+kernel would still be right, at half the speed.
+"""
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from pallas_flash.testing import problems
+from tests.offline import compile_kernels
+
+ROOT = Path(__file__).parent.parent
+REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
+HAS_COMPILER = bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"))
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64",
+                       reason="jax[cuda13] is for Linux on x86-64"),
+    pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="JAX 0.12 ignores setmaxnreg (C7504)"),
+    pytest.mark.skipif(not HAS_COMPILER, reason="needs the compiler of jax[cuda13]"),
+]
+
+NAMES = [problem.name for problem in problems.BENCHMARKS
+         if "gpu" in problem.tags and (problem.q_len == 2048 or problem.name.startswith("ragged"))]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    work = tmp_path_factory.mktemp("driver")
+    done = subprocess.run([sys.executable, "-m", "tests.offline.compile_kernels", *NAMES], cwd=ROOT, text=True,
+                          env=compile_kernels.environment(work), capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.timeout(900)
+def test_shipped_schedule_compiles_clean(reports, name):
+    mine = [report for report in reports if report["problem"] == name]
+    assert mine, "no kernel was lowered"
+    for report in mine:
+        assert report["compiled"], report
+        assert report["registers"], "ptxas' report is missing"
+        assert report["spill_bytes"] == 0, report
+        assert not REJECTED & set(report["advice"]), report
