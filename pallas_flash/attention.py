@@ -140,12 +140,16 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, query: Any, key: Any, value: Any, layout: Layout) -> "_Inputs":
         arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
-        unbatched = len(arrays["query"].shape) == 3
+        rank = len(arrays["query"].shape)
+        unbatched = rank == 3
+        if rank not in (3, 4):
+            raise errors.invalid(f"query must have 4 axes ({layout}), or 3 without the batch",
+                                 f"query.shape={tuple(arrays['query'].shape)}", "add or merge batch axes")
         for name, x in arrays.items():
-            if len(x.shape) not in (3, 4) or (len(x.shape) == 3) != unbatched:
-                raise errors.invalid(f"query, key and value must all have 4 axes ({layout}), or all 3 (no batch)",
+            if len(x.shape) != rank:
+                raise errors.invalid(f"{name} must have as many axes as query",
                                      f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
-                                     "add or merge batch axes")
+                                     "give all of query, key and value a batch axis, or none")
         q, k, v = (_reshape(x, (1, *x.shape)) if unbatched else x for x in arrays.values())
         return cls(q, k, v, AttentionSpec.of(q, k, v, layout=layout), unbatched)
 

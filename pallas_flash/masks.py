@@ -187,7 +187,7 @@ def _check_integers(mask: Mask) -> None:
         dtype = _as_array(value).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
             raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
-                                 f"{name}={value!r}" if _is_static(value) else f"{name}.dtype={dtype}",
+                                 f"{name}.dtype={dtype}" if hasattr(value, "dtype") else f"{name}={value!r}",
                                  "pass positions as integers")
 
 

@@ -166,7 +166,7 @@ def _check_dtype(name: str, array: Any) -> None:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         advice = "cast it"
-        if "float8" in dtype:
+        if "float8" in dtype and name != "bias":
             advice = "cast it to bfloat16 and multiply its scale into `scale`"
         elif dtype == "bool" and name == "bias":
             advice = "pass a boolean array as a mask: Dense(array)"
@@ -218,13 +218,14 @@ def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[s
     for part in mask.parts:
         for name, array in part.array_fields().items():
             label = f"{type(part).__name__}.{name}"
-            positions = tuple(lengths[axis] for axis in part.position_axes.get(name, ()))
-            smallest = (1, 1, *(1 if part.broadcasts else length for length in positions))
-            wanted = (batch, heads, *positions)
-            if any(size not in sizes for size, *sizes in zip(array.shape, smallest, wanted, strict=True)):
-                may_be_1 = "each" if part.broadcasts or not positions else "batch and heads"
-                raise errors.invalid(f"{label} must have shape {wanted} (batch, heads, positions; {may_be_1} may be 1)",
-                                     f"{label}.shape={tuple(array.shape)}",
+            axes = part.position_axes.get(name, ())
+            wanted = dict(batch=batch, q_heads=heads) | {f"{axis}_len": lengths[axis] for axis in axes}
+            allowed = [{size} if axis in ("q_len", "kv_len") and not part.broadcasts else {1, size}
+                       for axis, size in wanted.items()]
+            if any(size not in sizes for size, sizes in zip(array.shape, allowed, strict=True)):
+                shape = ", ".join(f"{axis}={' or '.join(map(str, sorted(sizes, reverse=True)))}"
+                                  for axis, sizes in zip(wanted, allowed))
+                raise errors.invalid(f"{label} must have shape ({shape})", f"{label}.shape={tuple(array.shape)}",
                                      "make it match query and key; if one of batch and heads is left out, it is heads")
             if np.dtype(array.dtype).kind not in "iub":
                 raise errors.invalid(f"{label} must be boolean or integer", f"{label}.dtype={array.dtype}",
