@@ -1,7 +1,7 @@
 """vmap for functions that contain a kernel call: the mapped axis joins the batch axis, so one launch serves it all.
 
-Operands that are not mapped are repeated (keys shared by `in_axes=None` are copied for each element); masks and biases that are
-the same for every batch element stay as they are.
+Operands that are not mapped are repeated (keys shared by `in_axes=None` are copied for each element); masks and biases
+that are the same for every batch element stay as they are.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ __all__ = ["vmappable"]
 
 
 def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(spec, operands, *arrays)`, where every array has the batch as its leading axis, made mappable by vmap."""
+    """`function(spec, operands, *arrays)`, where every array has the batch as its leading axis, made mappable by
+    vmap."""
     @functools.lru_cache(maxsize=1024)
     def for_spec(spec: AttentionSpec) -> Callable[..., Any]:
         call = jax.custom_batching.custom_vmap(functools.partial(function, spec))
@@ -34,7 +35,8 @@ def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fold(axis_size: int, batch: int, x: Any, mapped: bool) -> Any:
-    """(axis_size, b, ...) or (b, ...) -> (axis_size * batch, ...); (1, ...) stays where nothing tells elements apart."""
+    """(axis_size, b, ...) or (b, ...) -> (axis_size * batch, ...); (1, ...) stays where nothing tells elements
+    apart."""
     if not mapped:
         if x.shape[0] != batch:
             return x
