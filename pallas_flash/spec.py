@@ -114,7 +114,7 @@ class AttentionSpec:
     @property
     def is_empty(self) -> bool:
         """True if there is no output element or no key: the result is known without a kernel."""
-        return 0 in (self.batch, self.q_heads, self.q_len, self.d_v, self.kv_heads, self.kv_len)
+        return 0 in (self.batch, self.q_heads, self.q_len, self.kv_heads, self.kv_len)
 
     def shape(self, length: int, heads: int, dim: int) -> tuple[int, int, int, int]:
         """The shape of an array of this problem, in its layout."""
