@@ -42,18 +42,24 @@ def _numpy_for(*values: Any) -> Any:
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
+def _are_plain(*values: Any) -> bool:
+    return all(isinstance(value, int | np.bool_) for value in values)
+
+
 def maximum(a: Any, b: Any) -> Any:
-    """Elementwise maximum of positions, plain or traced."""
-    return _numpy_for(a, b).maximum(a, b)
+    """Elementwise maximum of positions, plain or traced; plain numbers stay plain, without a type of their own."""
+    return max(a, b) if _are_plain(a, b) else _numpy_for(a, b).maximum(a, b)
 
 
 def minimum(a: Any, b: Any) -> Any:
     """Elementwise minimum of positions, plain or traced."""
-    return _numpy_for(a, b).minimum(a, b)
+    return min(a, b) if _are_plain(a, b) else _numpy_for(a, b).minimum(a, b)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """Elementwise choice between positions, plain or traced."""
+    if _are_plain(condition, a, b):
+        return a if condition else b
     return _numpy_for(condition, a, b).where(condition, a, b)
 
 

@@ -93,10 +93,10 @@ def _tile_gradients(problem: blocks.Problem, saved: tuple[Any, Any, Any], k: Any
     dp = problem.einsum(f"{o_sub},{v_sub}->bkgqs", dout, v)
     weights = p if tile.dropped is None else p * tile.dropped
     ds = p * ((dp if tile.dropped is None else dp * tile.dropped) - delta[..., None])
-    if tile.keep is not None:  # lse, delta and dp may be anything, NaN too, on rows and keys that do not attend
-        weights = jnp.where(tile.keep, weights, jnp.zeros_like(weights))
-        ds = jnp.where(tile.keep, ds, jnp.zeros_like(ds))
-    ds_qk = (ds * tile.slope * spec.scale).astype(spec.dtype)
+    ds_qk = ds * tile.slope * spec.scale
+    if tile.keep is not None:  # lse, delta, dp and slope may be anything, NaN too, where a pair does not attend
+        weights, ds, ds_qk = (jnp.where(tile.keep, x, jnp.zeros_like(x)) for x in (weights, ds, ds_qk))
+    ds_qk = ds_qk.astype(spec.dtype)
     product = lambda subscripts, w, x: blocks.masked_product(problem, subscripts, w, tile.keep, x)
     return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q),
             product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
