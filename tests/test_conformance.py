@@ -114,7 +114,7 @@ def test_float32_is_not_rounded_to_tf32():
 # Poison --------------------------------------------------------------------------------------------------------------
 
 POISONED = ["mask-causal-empty-rows", "mask-lengths", "mask-length-zero", "mask-window-beside", "mask-dense-keys",
-            "shape-more-keys", "bias-masks", "bias-masks-keys", "everything", "defect-packed-padding"]
+            "shape-more-keys", "bias", "bias-masks-keys", "everything", "defect-packed-padding"]
 
 
 @pytest.mark.parametrize("name", POISONED)

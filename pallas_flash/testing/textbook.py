@@ -48,7 +48,8 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
     """The results in the precision of `spec`, and a magnitude for each element of each.
 
     The magnitude of a sum is the root of the sum of its squared terms: relative errors of one roundoff in every term,
-    independent of each other, change the sum by about one roundoff of that. Where it is 0 the result is exactly 0.
+    independent of each other, change the sum by about one roundoff of that. No term counts as less than what underflow
+    may take from it, in roundoffs. Where the magnitude is 0 the result is exactly 0.
     """
     acc = spec.acc_dtype
     rounded = lambda x: x.astype(spec.dtype).astype(acc)
@@ -69,22 +70,33 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
     results = Results(out, np.where(nothing, -np.inf, lse), ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
                       _group_sum(rounded(p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
     row_size = 1 + np.maximum(np.where(keep, abs(s), 0).max(-1, initial=0), abs(lse))
-    sizes = _magnitudes(spec, _Terms(q, k, v, dout, p, factor, slope, out), dlse, np.where(nothing, 0, row_size))
+    terms = _Terms(q, k, v, dout, p, factor, slope, out)
+    sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size))
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
 
 
-def _magnitudes(spec: AttentionSpec, terms: _Terms, dlse: Any, row_size: Any) -> Results:
+def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: Any, dlse: Any, row_size: Any) -> Results:
     """The magnitude of each result, in float64. `row_size` is 1 + max(|S|, |lse|), the condition of exp; 0 if empty."""
     # Squares of everything: products then add up squared terms.
     q, k, v, dout, p, factor, slope, out = (np.square(x, dtype=np.float64) for x in terms)
-    exponent = float(jnp.finfo(spec.acc_dtype).eps / jnp.finfo(spec.dtype).eps) * row_size  # roundings of S and lse
-    p = p * np.square(1 + exponent)[..., None]
+    # S, lse and the slope are rounded in the accumulation dtype: one of its roundoffs in units of the spec's.
+    fine = float(jnp.finfo(spec.acc_dtype).eps) / float(jnp.finfo(spec.dtype).eps)
+    least = np.square(_underflow(spec))
+    p = p * np.square(1 + fine * row_size)[..., None] + keep * least
+    slope = np.square(terms.slope + fine * (2 - terms.slope))  # 1 - t^2 with terms 1 and t^2
     ds = p * ((dout @ v.swapaxes(-1, -2)) * factor + (out * dout).sum(-1)[..., None] + np.square(dlse)[..., None])
     ds_qk = ds * slope * spec.scale**2
+    ds_qk = ds_qk + (ds_qk > 0) * least
     squares = (p * factor @ v, ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
                _group_sum((p * factor).swapaxes(-1, -2) @ dout, spec))
     out_size, dq, dk, dv = map(np.sqrt, squares)
     return Results(out_size, row_size, dq, dk, dv, None if spec.bias is None else np.sqrt(_bias_sum(ds, spec)))
+
+
+def _underflow(spec: AttentionSpec) -> float:
+    """The least number that keeps its precision in the spec's dtype, and in sums that flush subnormals to zero."""
+    dtype, acc = jnp.finfo(spec.dtype), jnp.finfo(spec.acc_dtype)
+    return max(float(dtype.smallest_normal), float(acc.smallest_normal) / float(acc.eps), 1e-150)
 
 
 def _bhld(x: Any, spec: AttentionSpec) -> Any:
