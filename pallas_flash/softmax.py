@@ -40,7 +40,7 @@ def anchor(bias: Any) -> Any:
     Returns:
       (..., 1), in the dtype of bias, without a gradient.
     """
-    row_max = jax.lax.stop_gradient(bias).max(axis=-1, keepdims=True)
+    row_max = jax.lax.stop_gradient(bias).max(axis=-1, keepdims=True, initial=-jnp.inf)
     return jnp.where((row_max < _FAR_BELOW) & (row_max > -jnp.inf), row_max, jnp.zeros_like(row_max))
 
 
