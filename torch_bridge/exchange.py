@@ -49,8 +49,8 @@ class Plan(NamedTuple):
     device: jax.Device
     out_strides: tuple[int, int, int, int]  # of (batch, heads, length, dim)
     grad_strides: tuple[tuple[int, ...] | None, ...]  # of dq, dk, dv, dbias
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    forward: "_Variants"  # of arrays, by whether lse is needed
+    backward: "_Variants"  # of arrays, by which gradients are needed and which cotangents given
 
     @property
     def layout(self) -> Layout:
@@ -160,29 +160,36 @@ def _operands(spec: AttentionSpec, arrays: Sequence[Any]) -> tuple[Operands, Seq
     return Operands(q, k, v, bias, rule, seed), rest
 
 
-def _jit(function: Callable[..., Any], where: jax.Device) -> Callable[..., Any]:
-    def on_device(*arrays: Any, **static: Any) -> Any:
-        with jax.default_device(where):  # while tracing: what kernels ask about "the" device
-            return function(*arrays, **static)
-    return jax.jit(on_device, keep_unused=True, static_argnames=("needs",))
+class _Variants(dict[Any, Callable[..., Any]]):
+    """Jitted functions by what is needed of them, each made when it is first asked for."""
+
+    def __init__(self, function: Callable[..., Any], where: jax.Device) -> None:
+        self._function, self._where = function, where
+
+    def __missing__(self, needs: Any) -> Callable[..., Any]:
+        def on_device(*arrays: Any) -> Any:
+            with jax.default_device(self._where):  # while tracing: what kernels ask about "the" device
+                return self._function(needs, *arrays)
+        self[needs] = jax.jit(on_device, keep_unused=True)
+        return self[needs]
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> Callable[..., Any]:
-    def attention(*arrays: Any, needs: bool) -> Any:
+def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
+    def attention(needs_lse: bool, *arrays: Any) -> Any:
         out, lse = autodiff.forward(spec, name, _operands(spec, arrays)[0])
-        return (out, lse) if needs else (out,)
-    return _jit(attention, where)
+        return (out, lse) if needs_lse else (out,)
+    return _Variants(attention, where)
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> Callable[..., Any]:
-    def gradients(*arrays: Any, needs: tuple[bool, ...]) -> Any:
+def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
+    def gradients(needs: tuple[bool, ...], *arrays: Any) -> Any:
         operands, (out, lse, *cotangents) = _operands(spec, arrays)
         dout, dlse = _cotangents(cotangents, needs[4:], out, lse)
         grads = autodiff.backward(spec, name, operands, out, lse, dout, dlse)
         return tuple(grad for grad, needed in zip(grads, needs[:4], strict=True) if needed)
-    return _jit(gradients, where)
+    return _Variants(gradients, where)
 
 
 def _cotangents(given: Sequence[Any], present: Sequence[bool], out: Any, lse: Any) -> list[Any]:
@@ -280,7 +287,7 @@ def forward(problem: Problem, numbers: Numbers, needs_lse: bool) -> tuple[torch.
     _check_no_capture(query)
     plan = plan_for(problem, numbers)
     with _precision(query):
-        results = plan.forward(*_flat(plan, problem[:3], problem[3:]), needs=needs_lse)
+        results = plan.forward[needs_lse](*_flat(plan, problem[:3], problem[3:]))
     out, *lse = _tensors(results, query.device)
     out = _with_strides(_in_layout(out, plan.layout), plan.out_strides)
     return out, lse[0] if lse else query.new_empty((0,), dtype=strides.lse_dtype(query))
@@ -304,7 +311,7 @@ def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor]
     arrays = _flat(plan, problem[:3], (*others, bias, seed, out, lse, dout, dlse))
     needs = (*needs[:3], needs[3] and bias is not None)
     with _precision(query):
-        grads = plan.backward(*arrays, needs=(*needs, dout is not None, dlse is not None))
+        grads = plan.backward[*needs, dout is not None, dlse is not None](*arrays)
     rest = iter(_tensors(grads, query.device))
     return tuple(_gradient(next(rest), i, plan) if needed else query.new_empty((0,)) for i, needed in enumerate(needs))
 
@@ -334,7 +341,7 @@ def double_backward(problem: Problem, numbers: Numbers, tangents: Sequence[torch
     *first, dout = (x if x is None else _in_layout(x, plan.layout) for x in (*tangents[:3], cotangents[0]))
     arrays = _flat(plan, problem[:3], (*problem[3:], *first, tangents[3], dout, cotangents[1]))
     with _precision(query):
-        results = _jitted_double_backward(plan.spec, plan.device)(*arrays, needs=present)
+        results = _jitted_double_backward(plan.spec, plan.device)[present](*arrays)
     rest = iter(_tensors(results, query.device))
     targets = (*problem[:3], bias, *cotangents)
     return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, "BHLD" if i in (3, 5) else plan.layout)
@@ -346,8 +353,8 @@ def _like(result: torch.Tensor, target: torch.Tensor, layout: Layout) -> torch.T
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> Callable[..., Any]:
-    def derivative(*arrays: Any, needs: tuple[bool, ...]) -> Any:
+def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants:
+    def derivative(needs: tuple[bool, ...], *arrays: Any) -> Any:
         operands, rest = _operands(spec, arrays)
         given = iter(rest)
         tangents, cotangents = ([next(given) if there else None for there in part] for part in (needs[:4], needs[4:]))
@@ -365,4 +372,4 @@ def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> Callable[
         grads, vjp = jax.vjp(first, *(inputs[i] for i in places))
         wanted = [x for x, operand in zip(tangents, operands[:4], strict=True) if operand is not None]
         return vjp([jnp.zeros_like(g) if x is None else x for x, g in zip(wanted, grads, strict=True)])
-    return _jit(derivative, where)
+    return _Variants(derivative, where)

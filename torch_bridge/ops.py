@@ -233,8 +233,8 @@ class _Functional(torch.autograd.Function):
     setup_context = staticmethod(_save_forward)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple:
-        return _differentiate_forward(ctx, *cotangents, operator=_FunctionalBackward.apply)
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
+        return _differentiate_forward(ctx, dout, dlse, operator=_FunctionalBackward.apply)
 
 
 class _FunctionalBackward(torch.autograd.Function):

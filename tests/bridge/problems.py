@@ -32,22 +32,28 @@ def results(function, tensors, dout, *args, **kwargs):
     return [out.detach(), *grads]
 
 
-def check(tensors, *args, **kwargs):
-    """Ours against torch in float64: at most twice the error that torch has in this precision, plus a rounding band.
+def assert_within_budget(ours, theirs, truth, unit, size=1.0):
+    """Results are as near to the truth in float64 as torch's in the same precision: twice its error, plus a band.
 
-    tensors: query, key, value and, if there is one, attn_mask; args and kwargs are the other arguments of SDPA. The
-    band is a few units in the last place of the larger of the result and 1, the size of a cotangent.
+    The band is a few units in the last place (`unit`) of the largest result or of `size`, what is summed on the way.
+    """
+    for name, t, a, b in zip(("out", "dq", "dk", "dv", "dmask"), truth, theirs, ours, strict=False):
+        assert b.dtype == a.dtype and b.shape == a.shape, name
+        if b.numel():
+            error, baseline = ((x.double() - t).abs().max().item() for x in (b, a))
+            band = 16 * unit * max(t.abs().max().item(), size)
+            assert error <= 2 * baseline + band, f"{name}: error {error:.2e}, torch's {baseline:.2e}, band {band:.2e}"
+
+
+def check(tensors, *args, **kwargs):
+    """Ours against torch: the output and every gradient, within the budget of `assert_within_budget`; returns ours.
+
+    tensors: query, key, value and, if there is one, attn_mask; args and kwargs are the other arguments of SDPA.
     """
     shape = TORCH(*(x.detach() for x in tensors[:3]), *tensors[3:], *args, **kwargs).shape
     dout = torch.randn(shape, dtype=torch.float64).to(tensors[0].dtype)
     doubled = [x if x.dtype == torch.bool else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
     truth = results(TORCH, doubled, dout, *args, **kwargs)
-    theirs = results(TORCH, tensors, dout, *args, **kwargs)
     ours = results(OURS, tensors, dout, *args, **kwargs)
-    for name, t, a, b in zip(("out", "dq", "dk", "dv", "dmask"), truth, theirs, ours, strict=False):
-        assert b.dtype == a.dtype and b.shape == a.shape, name
-        if b.numel():
-            error, baseline = ((x.double() - t).abs().max().item() for x in (b, a))
-            band = 16 * UNIT[tensors[0].dtype] * max(t.abs().max().item(), 1.0)
-            assert error <= 2 * baseline + band, f"{name}: error {error:.2e}, torch's {baseline:.2e}, band {band:.2e}"
+    assert_within_budget(ours, results(TORCH, tensors, dout, *args, **kwargs), truth, UNIT[tensors[0].dtype])
     return ours

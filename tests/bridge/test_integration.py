@@ -98,7 +98,8 @@ def problem(kind, dtype=torch.float32):
     mask = bias = seed = None
     offset, dropout = 0, 0.0
     if kind == "masked":
-        mask, bias, offset = torch.rand(2, 1, 5, 7) > 0.3, torch.randn(1, 4, 1, 7, dtype=dtype, requires_grad=True), None
+        mask, offset = torch.rand(2, 1, 5, 7) > 0.3, None
+        bias = torch.randn(1, 4, 1, 7, dtype=dtype, requires_grad=True)
     if kind == "dropout":
         q, seed, dropout = heads_inside(q), torch.tensor([3, -4], dtype=torch.int32), 0.4
     return [q, k, v, mask, bias, seed, offset, None, dropout, False]
