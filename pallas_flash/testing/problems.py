@@ -265,8 +265,9 @@ def _benchmarks() -> list[Problem]:
                    tags=("gpu", "long")),
         _benchmark("huge-d128", "TabPFN #1184: more than 2^31 elements", 131_072, 128, batch=9, tags=("gpu", "huge"),
                    mask=Window(left=127, right=0))]
-    cpu = dict(batch=1, q_heads=4, kv_heads=4, dtypes=("float32",), tags=("cpu",))
-    return found + [_benchmark(f"cpu-d64-s{s}", "what runs without a GPU", s, 64, **cpu)
+    cpu = dict(batch=1, q_heads=4, kv_heads=4, dtypes=("float32",))
+    return found + [_benchmark(f"cpu-d64-s{s}", "what runs without a GPU", s, 64, **cpu,
+                               tags=("cpu", "speed") if s in (1024, 8192) else ("cpu",))
                     for s in (1024, 2048, 4096, 8192, 16_384)]
 
 

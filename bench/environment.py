@@ -1,0 +1,73 @@
+"""What a measurement ran on: commit, device, driver, and the versions of everything that compiles or computes."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+from typing import Any
+
+__all__ = ["describe", "version"]
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-runtime", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13",
+            "torch", "numpy", "dew-flash-attn-cu13", "tokamax")
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _commit() -> tuple[str, bool]:
+    """The commit of the working tree (BENCH_COMMIT where there is no .git), and whether the code differs from it."""
+    commit = os.environ.get("BENCH_COMMIT") or _output("git", "rev-parse", "HEAD") or "unknown"
+    return commit, bool(_output("git", "status", "--porcelain", "--", "pallas_flash", "torch_bridge", "bench/*.py"))
+
+
+def _ptxas() -> str | None:
+    """The version of the ptxas that compiles the kernels: the wheel's, which JAX prefers, else the one on PATH."""
+    wheel = [str(file.locate()) for file in _files("nvidia-cuda-nvcc") if file.name == "ptxas"]
+    path = next(iter(wheel), None) or shutil.which("ptxas")
+    found = re.search(r"V(\d[\d.]*)", _output(path, "--version")) if path else None
+    return found[1] if found else None
+
+
+def _files(package: str) -> Any:
+    try:
+        return importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _cpu() -> str:
+    text = _output("lscpu")
+    name = re.search(r"Model name:\s*(.+)", text)
+    return f"{name[1].strip() if name else platform.machine()}, {os.cpu_count()} cores"
+
+
+def describe() -> dict[str, Any]:
+    """The environment of this process, as every record carries it."""
+    import jax
+
+    device, (commit, dirty) = jax.devices()[0], _commit()
+    on_gpu = device.platform == "gpu"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader").splitlines()
+    return dict(
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), commit=commit, dirty=dirty,
+        platform=device.platform, device=device.device_kind if on_gpu else _cpu(),
+        driver=driver[0] if on_gpu and driver else None, ptxas=_ptxas() if on_gpu else None,
+        python=platform.python_version(), versions={name: version(name) for name in PACKAGES if version(name)})

@@ -1,0 +1,109 @@
+"""Measures a problem: checks every contestant, times those that are right side by side, and makes the records."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bench import records, timing
+from bench.check import Check
+from bench.contestants import Contestant, Prepared, inputs_of
+from pallas_flash import tiles
+from pallas_flash.testing.problems import Problem
+
+__all__ = ["LeftOut", "Options", "flops", "matmul_peak", "measure"]
+
+Record = dict[str, Any]
+LeftOut = Callable[[Problem, str, Contestant, str], Any]
+"""Called with (problem, direction, contestant, reason) for each contestant that is not timed."""
+
+
+class Options(NamedTuple):
+    """How to measure."""
+
+    rounds: int = 9
+    burst_seconds: float = 0.01
+    timed: bool = True
+
+
+def flops(problem: Problem, direction: str) -> float:
+    """Floating-point operations of the pairs that attend: 2 products forward, 5 backward (the scores once more)."""
+    pairs = tiles.attended_pairs(problem.mask, problem.q_len, problem.kv_len) * problem.batch * problem.q_heads
+    forward = 2 * pairs * (problem.d + problem.d_v)
+    backward = 2 * pairs * (3 * problem.d + 2 * problem.d_v)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def matmul_peak(rounds: int = 9) -> float:
+    """FLOP/s of a square matrix product: bfloat16 8192^3 on a GPU, float32 2048^3 on a CPU."""
+    size, dtype = (8192, jnp.bfloat16) if jax.default_backend() == "gpu" else (2048, jnp.float32)
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in (0, 1))
+    product = jax.jit(jnp.matmul)
+    call = timing.Call(lambda: product(a, b), jax.block_until_ready)
+    return 2 * size**3 / statistics.median(timing.burst(call, 0.02) for _ in range(rounds))
+
+
+class _Entrant(NamedTuple):
+    contestant: Contestant
+    prepared: Prepared
+    errors: dict[str, float]
+
+
+def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed: bool,
+           left_out: LeftOut) -> Iterator[_Entrant]:
+    """Compiles and checks each contestant; one that cannot run the problem, or is wrong, is left out."""
+    for contestant in contestants:
+        reason = contestant.why_not(case.problem)
+        if not reason:
+            try:
+                prepared = contestant.prepare(case.problem, case.arrays, direction)
+                errors = case.errors(contestant, prepared.results(prepared.call.finish())) if timed else {}
+            except Exception as error:  # whatever a peer raises: the others are still to be measured
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+            else:
+                if max(errors.values(), default=0) <= case.limit:
+                    yield _Entrant(contestant, prepared, errors)
+                    continue
+                reason = f"wrong: relative errors {errors}, more than {case.limit:.1e}"
+        left_out(case.problem, direction, contestant, reason)
+
+
+def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], directions: list[str], options: Options,
+            common: Record, left_out: LeftOut, after_round: Callable[[], Any] = lambda: None) -> Iterator[list[Record]]:
+    """For each direction of a problem, one record a contestant.
+
+    Args:
+      common: fields that every record gets: the environment, the matmul peak.
+    """
+    case = Check(problem, inputs_of(problem), gradients=directions != ["forward"])
+    names = [contestant.name for contestant in ours]
+    for direction in directions:
+        entrants = {entrant.contestant.name: entrant for entrant in _enter(
+            case, [*ours, *peers], direction, options.timed, left_out)}
+        times: dict[str, list[float]] = {}
+        if options.timed and entrants:
+            calls = {name: entrant.prepared.call for name, entrant in entrants.items()}
+            times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=after_round)
+        yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants.values()]
+
+
+def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str, list[float]], ours: list[str],
+            common: Record) -> Record:
+    name = entrant.contestant.name
+    record = common | dict(
+        kind="speed" if times else "memory", problem=problem.name, direction=direction, contestant=name,
+        label=entrant.contestant.label, spec=records.spec_fields(problem.spec()),
+        schedule=entrant.contestant.schedule(problem, direction), errors=entrant.errors,
+        extra_bytes=entrant.prepared.extra_bytes)
+    if not times:
+        return record
+    seconds = timing.spread(times[name])
+    rate = flops(problem, direction) / seconds.median
+    against = {mine: timing.ratios(times[mine], times[name])._asdict()
+               for mine in ours if mine in times and mine != name}
+    return record | dict(
+        median_us=seconds.median * 1e6, low_us=seconds.low * 1e6, high_us=seconds.high * 1e6,
+        rounds_us=[round(t * 1e6, 3) for t in times[name]], tflops=rate / 1e12,
+        matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against)
