@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_flash import dispatch, errors, sharding, softmax
+from pallas_flash import dispatch, errors, sharding
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["RESIDUAL_NAMES", "attend", "backward", "forward"]
@@ -27,7 +27,8 @@ jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 def forward(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any]:
     """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel.
 
-    lse is that of the anchored scores (`softmax.anchor`): what `backward` takes, and `attend` turns into the caller's.
+    lse is that of the anchored scores (`AttentionSpec.anchor`): what `backward` takes, and `attend` turns into the
+    caller's.
     """
     def run(operands: Operands) -> tuple[Any, Any]:
         if spec.is_empty:
@@ -58,7 +59,7 @@ def attend(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any
             out, lse = forward(spec, name, operands)
         else:
             out, lse = _attend(spec, name, operands[:4], operands[4:])
-        return out, lse if operands.bias is None else lse + softmax.anchor(operands.bias)[..., 0].astype(lse.dtype)
+        return out, lse if operands.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise _no_derivative(name, "forward-mode derivatives (jvp)") from error

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, softmax
+from pallas_flash import dropout, masks
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward", "forward"]
@@ -55,7 +55,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
     s = _scores(spec, q, k)
     if operands.bias is not None:
-        bias, anchor = (x.astype(s.dtype) for x in (operands.bias, softmax.anchor(operands.bias)))
+        bias, anchor = (x.astype(s.dtype) for x in (operands.bias, spec.anchor(operands)))
         s = s + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor
     s = jnp.where(keep, s, -jnp.inf)
     row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))

@@ -10,9 +10,10 @@ import numbers
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import errors, masks
+from pallas_flash import errors, masks, softmax
 from pallas_flash.masks import ArrayField
 
 __all__ = ["AttentionSpec", "Gradients", "Layout", "Operands"]
@@ -21,6 +22,8 @@ Layout = Literal["BLHD", "BHLD"]
 """Order of the axes (batch, length, heads, dim) of query, key, value and out."""
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+ANCHOR_ROWS = 128
+"""Rows of a bias that are looked at together, so that memory stays O(length)."""
 MAX_LEN = masks.UNBOUNDED // 2
 
 
@@ -119,6 +122,22 @@ class AttentionSpec:
     def shape(self, length: int, heads: int, dim: int) -> tuple[int, int, int, int]:
         """The shape of an array of this problem, in its layout."""
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
+
+    def anchor(self, operands: Operands) -> Any:
+        """`softmax.anchor` of the bias where the mask keeps it: (batch or 1, q_heads or 1, q_len or 1, 1)."""
+        bias = jax.lax.stop_gradient(operands.bias)
+        if isinstance(self.mask, masks.Full):
+            return softmax.anchor(bias)
+        kv_pos = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :]
+
+        def rows(first: Any) -> Any:
+            q_pos = jnp.minimum(first + jnp.arange(ANCHOR_ROWS, dtype=jnp.int32), self.q_len - 1)
+            keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos))
+            part = bias if bias.shape[2] == 1 else jnp.take(bias, q_pos, axis=2)
+            return softmax.anchor(jnp.where(keep, part, jnp.full_like(part, -jnp.inf)))[..., 0]
+
+        found = jax.lax.map(rows, jnp.arange(0, self.q_len, ANCHOR_ROWS, dtype=jnp.int32))
+        return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1)[..., :self.q_len, None]
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

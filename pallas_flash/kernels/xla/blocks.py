@@ -166,7 +166,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
     bias, anchor = None, None
     if spec.bias is not None:
-        bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, softmax.anchor(operands.bias)))
+        bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
     ragged = q_len != spec.q_len or kv_len != spec.kv_len
     return Problem(
         spec=spec, schedule=schedule,
