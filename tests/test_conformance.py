@@ -1,10 +1,11 @@
 """Every problem of the catalogue, in every dtype, by every implementation that takes it, against the float64 oracle.
 
 Forward, lse and all gradients, with random cotangents of out and of lse. The allowed error comes from the data: see
-`pallas_flash.testing.budget`.
+`pallas_flash.testing.budget`. IMPLEMENTATIONS=hopper in the environment leaves out the others.
 """
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from pallas_flash import Causal, UnsupportedError, dispatch, flash_attention
 from pallas_flash.kernels.xla import schedule as xla_schedule
 from pallas_flash.testing import conformance, inputs, problems, textbook
 
-IMPLEMENTATIONS = [row.name for row in dispatch.IMPLEMENTATIONS]
+ALL = [row.name for row in dispatch.IMPLEMENTATIONS]
+IMPLEMENTATIONS = os.environ["IMPLEMENTATIONS"].split(",") if "IMPLEMENTATIONS" in os.environ else ALL
 KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
 CASES = [pytest.param(problem, dtype, id=f"{problem}-{dtype}")
          for problem in problems.CONFORMANCE for dtype in problem.dtypes]
@@ -173,6 +175,20 @@ def test_vmap_of_grad():
         alone = [np.stack(parts) for parts in zip(*(gradient(*case) for case in cases), strict=True)]
         for a, b in zip(together, alone, strict=True):
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    """TabPFN #1184: offsets beyond int32. The end of the last head, from a slice that its window does not leave."""
+    problem = problems.find("huge-d128")
+    q, k, v, *_ = problem.operands(normal=inputs.device_normal)
+    assert q.size > 2**31
+    attend = lambda *arrays, **options: jax.jit(lambda *xs: flash_attention(*xs, mask=problem.mask, **options))(*arrays)
+    found = attend(q, k, v)[-1, -512:, -1]
+    end = (x[-1:, -1024:, -1:].astype("float32") for x in (q, k, v))
+    wanted = np.asarray(attend(*end, implementation="reference")[0, -512:, 0])
+    found = np.asarray(found, np.float32)
+    assert np.linalg.norm(found - wanted) <= 2 * float(jax.numpy.finfo("bfloat16").eps) * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("target", [16, 75, 512])

@@ -35,10 +35,18 @@ def compiled(problem: Problem, implementation: str | None) -> Callable[[Operands
     return jax.jit(run, compiler_options=_fast_to_compile())
 
 
+def _cpu() -> jax.Device | None:
+    """Where the oracle runs: compiling for a GPU takes longer. None, JAX's default device, where there is no CPU."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def oracle(problem: Problem, operands: Operands, cotangents: tuple[Any, Any]) -> Results:
     """What `reference` computes in float64 from the same numbers, as numpy arrays."""
     in_float64 = lambda x: x if x.dtype.kind in "iub" else np.asarray(x, np.float64)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(_cpu()):
         exact = compiled(problem, "reference")(*jax.tree.map(in_float64, (operands, cotangents)))
         return jax.tree.map(np.asarray, exact)
 
