@@ -98,7 +98,8 @@ def dot_product_attention(
     segments.
 
     Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and
-    values does not reach the output; `implementation` names ours; a bias of -inf masks; memory stays O(length).
+    values does not reach the output; `implementation` names ours; a bias of -inf masks; lse is float32 and has a
+    gradient (there: the dtype of key, and none); memory stays O(length).
 
     Args:
       query: (batch, q_len, q_heads, d) or (q_len, q_heads, d).
@@ -122,10 +123,10 @@ def dot_product_attention(
     if mask is not None:
         rule = rule & masks.Dense(_boolean("mask", _fitted("mask", mask, _score_axes(shapes))))
     rule = rule & _in_bounds(shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
-    out, lse = flash_attention(
+    found = flash_attention(
         query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, scale=scale, softcap=softcap,
-        dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=True, implementation=implementation)
-    return (out, lse.swapaxes(-1, -2)) if return_residual else out
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=return_residual, implementation=implementation)
+    return (found[0], found[1].swapaxes(-1, -2)) if return_residual else found
 
 
 class _Inputs(NamedTuple):

@@ -59,11 +59,19 @@ def attend(spec: AttentionSpec, name: str, operands: Operands) -> tuple[Any, Any
             out, lse = forward(spec, name, operands)
         else:
             out, lse = _attend(spec, name, operands[:4], operands[4:])
-        return out, lse if operands.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
+        return out, _natural(spec, operands, lse) if spec.return_lse and spec.bias is not None else lse
     except TypeError as error:
         if "forward-mode" in str(error):
             raise _no_derivative(name, "forward-mode derivatives (jvp)") from error
         raise
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _natural(spec: AttentionSpec, operands: Operands, lse: Any) -> Any:
+    """The lse of the scores themselves from that of the anchored ones."""
+    def run(operands: Operands, lse: Any) -> Any:
+        return lse if spec.is_empty else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
+    return sharding.automatic(run, sharding.result_places(spec, operands)[1], operands, lse)
 
 
 def _no_derivative(name: str, what: str) -> errors.UnsupportedError:
