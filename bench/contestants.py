@@ -6,6 +6,7 @@ Peers that are not installed, or that cannot run a problem, say why in a sentenc
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,18 +151,19 @@ def _named(direction: str, results: Any) -> dict[str, Any]:
     return dict(zip(names, (results,) if direction == "forward" else results, strict=True))
 
 
-def _our_schedule(name: str, problem: Problem, direction: str) -> str | None:
-    spec = problem.spec()
-    if name == "xla":
-        from pallas_flash.kernels.xla import schedule
-        return str(schedule.default(spec))
-    if name == "hopper":
-        from pallas_flash.kernels.hopper import backward_schedule
-        from pallas_flash.kernels.hopper import schedule as forward_schedule
-        chosen = [] if direction == "backward" else [forward_schedule.default_forward(spec)]
-        chosen += [] if direction == "forward" else [backward_schedule.default_backward(spec)]
-        return "; ".join(map(str, chosen))
-    return None
+def _our_schedule(name: str, problem: Problem, direction: str) -> str:
+    """The schedules of the modules that run, forward first: an implementation may take another's backward."""
+    modules = dict(zip(("forward", "backward"), dispatch.get(name).modules, strict=True))
+    return "; ".join(_default_schedule(module, pass_, problem.spec()) for pass_, module in modules.items()
+                     if direction in (pass_, "both"))
+
+
+def _default_schedule(module: str, pass_: str, spec: Any) -> str:
+    package = importlib.import_module(module.rpartition(".")[0])
+    if package.__name__.endswith(".hopper"):
+        from pallas_flash.kernels.hopper import backward_schedule, schedule
+        return str(schedule.default_forward(spec) if pass_ == "forward" else backward_schedule.default_backward(spec))
+    return str(importlib.import_module(f"{package.__name__}.schedule").default(spec))
 
 
 def _ours(name: str) -> JaxContestant:

@@ -91,6 +91,14 @@ def test_masks_that_other_libraries_can_say(mask, expected):
     assert contestants.simple_mask(dataclasses.replace(SMALL, mask=mask)) == expected
 
 
+@pytest.mark.parametrize(("name", "direction"), [(c.name, d) for c in contestants.OURS for d in DIRECTIONS])
+def test_a_record_names_the_schedules_that_run(name, direction):
+    ours = next(c for c in contestants.OURS if c.name == name)
+    parts = ours.schedule(problems.find("causal-d128-s2048"), direction).split("; ")
+    assert len(parts) == (2 if direction == "both" else 1)
+    assert all("Schedule(" in part for part in parts)
+
+
 def test_flops_follow_the_mask():
     full, causal = (dataclasses.replace(SMALL, mask=mask) for mask in (Full(), Causal()))
     assert run.flops(full, "forward") == 4 * 2 * 4 * 96 * 96 * 32

@@ -233,8 +233,10 @@ TOKENS, HIDDEN = 16_384, 2_048
 
 def _benchmark(name: str, source: str, length: int, d: int, **options: Any) -> Problem:
     heads = HIDDEN // d
-    shape = dict(batch=max(1, TOKENS // length), q_heads=heads, kv_heads=heads, q_len=length, kv_len=length, d=d, d_v=d)
-    return Problem(name, source, **(shape | dict(mask=Causal(), dtypes=("bfloat16",), tags=("gpu",)) | options))
+    fields: dict[str, Any] = dict(
+        batch=max(1, TOKENS // length), q_heads=heads, kv_heads=heads, q_len=length, kv_len=length, d=d, d_v=d,
+        mask=Causal(), dtypes=("bfloat16",), tags=("gpu",))
+    return Problem(name, source, **(fields | options))
 
 
 _MATRIX_SOURCE = "16,384 tokens, hidden size 2,048: what FlashAttention-2 and -3 are measured on"

@@ -147,11 +147,12 @@ def _bias_sum(ds: Any, spec: AttentionSpec) -> Any:
 
 def _rounded(results: Results, spec: AttentionSpec) -> Results:
     """What leaves a kernel in the dtype of its operand, rounded to it."""
-    out, lse, dq, dk, dv, dbias = results
-    dbias = dbias if dbias is None else dbias.astype(spec.bias.dtype)
-    return Results(out.astype(spec.dtype), lse, *(x.astype(spec.dtype) for x in (dq, dk, dv)), dbias)
+    round_to_input = lambda x: x.astype(spec.dtype)
+    dbias = None if spec.bias is None else results.dbias.astype(spec.bias.dtype)
+    return results._replace(out=round_to_input(results.out), dq=round_to_input(results.dq),
+                            dk=round_to_input(results.dk), dv=round_to_input(results.dv), dbias=dbias)
 
 
 def _in_layout(results: Results, spec: AttentionSpec) -> Results:
-    out, lse, dq, dk, dv, dbias = results
-    return Results(_bhld(out, spec), lse, *(_bhld(x, spec) for x in (dq, dk, dv)), dbias)
+    return results._replace(out=_bhld(results.out, spec), dq=_bhld(results.dq, spec), dk=_bhld(results.dk, spec),
+                            dv=_bhld(results.dv, spec))
