@@ -24,7 +24,7 @@ SHAPE = (1, 8, 128, 64)
 
 
 def _microseconds(call: Callable[[], Any], repeats: int, finish: Callable[[], Any]) -> float:
-    """The median over rounds of the mean host time of a call; the device is drained between rounds, outside the time."""
+    """The median over rounds of the mean host time of a call; the device is drained between rounds, not timed."""
     for _ in range(20):
         call()
     rounds = []

@@ -135,7 +135,6 @@ def _differentiate_forward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tens
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *inputs[12:14])
     ctx.numbers = inputs[6:10]
 
@@ -151,6 +150,9 @@ def _differentiate_backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple:
     *problem, dout, dlse = ctx.saved_tensors
     _require_float64(problem[0])
     # The derivative is total: it goes through out and lse too, which are functions of query, key, value and bias.
+    needed = (problem[0], problem[1], problem[2], problem[4])
+    tangents = tuple(None if x is None or t is None or t.shape != x.shape else t
+                     for x, t in zip(needed, tangents, strict=True))  # (0,) stands for a gradient that was not needed
     grads = attention_double_backward(*problem, *ctx.numbers, *tangents, dout, dlse)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 12, 13)]
     gq, gk, gv, gbias, gdout, gdlse = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -36,18 +36,20 @@ def outcome(function, query, key, value, kwargs):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def formula_with_our_dropout(query, key, value, dropout_p, is_causal, enable_gqa=False, **_):
-    """SDPA's formula with the weights that ours drops, seen by giving it the identity as value."""
-    length = key.shape[-2]
-    identity = torch.eye(length, dtype=value.dtype).expand(*value.shape[:-1], length)
-    detached = (query.detach(), key.detach(), identity)
-    kept = OURS(*detached, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa) != 0
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    return torch.where(kept, scores.softmax(-1) / (1 - dropout_p), torch.zeros_like(scores)) @ value
+def formula_with_our_dropout(query, key, value, kwargs):
+    """SDPA's formula as a function that drops the weights that ours drops, seen by giving it the identity as value."""
+    length, is_causal, p = key.shape[-2], kwargs["is_causal"], kwargs["dropout_p"]
+    torch.manual_seed(0)
+    kept = OURS(query.detach(), key.detach(), torch.eye(length).expand(*value.shape[:-1], length), **kwargs) != 0
+
+    def formula(query, key, value, enable_gqa, **_):
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        if is_causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+        return torch.where(kept, scores.softmax(-1) / (1 - p), torch.zeros_like(scores)) @ value
+    return formula
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -55,9 +57,11 @@ def test_sample_inputs(op_info, dtype):
     samples = list(op_info.sample_inputs("cpu", dtype))
     assert len(samples) > 20
     for sample in samples:
+        if dtype == torch.float64 and sample.kwargs.get("dropout_p"):
+            continue  # slow to compile, and the dtype adds nothing
         args, theirs = (sample.input, *sample.args), TORCH
         if sample.kwargs.get("dropout_p") and isinstance(outcome(TORCH, *args, sample.kwargs), list):
-            theirs = formula_with_our_dropout
+            theirs = formula_with_our_dropout(*args, sample.kwargs)
         expected, ours = (outcome(function, *args, sample.kwargs) for function in (theirs, OURS))
         if isinstance(expected, type):
             assert ours is expected, sample
@@ -65,5 +69,5 @@ def test_sample_inputs(op_info, dtype):
         doubled, kwargs = [x.double() for x in args], dict(sample.kwargs)
         if "attn_mask" in kwargs:
             kwargs["attn_mask"] = kwargs["attn_mask"].double()
-        size = max(x.abs().max().item() for x in doubled) ** 2  # of the terms of dS = P (dP - delta), and of dS K
+        size = max(x.abs().max().item() for x in doubled) ** 3  # a score's error is that of |q| |k|, and meets |v|
         assert_within_budget(ours, expected, outcome(theirs, *doubled, kwargs), UNIT[dtype], size)
