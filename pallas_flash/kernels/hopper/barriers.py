@@ -18,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
 __all__ = [
-    "WARPGROUP", "any_in_warp", "any_in_warpgroup", "first_free", "i32", "interpreted", "is_interpreted", "moved",
-    "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "WARPGROUP", "any_in_warp", "any_in_warpgroup", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
+    "is_interpreted", "moved", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
 WARPGROUP = 128
@@ -111,6 +111,13 @@ def _lane_flag(flags: Any) -> ir.Value:
     return functools.reduce(arith.ori, bits)
 
 
+def _or_in_warpgroup(flag: ir.Value) -> ir.Value:
+    barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+    return mgpu.utils.inline_ptx(
+        f"bar.red.or.pred $0, $1, {WARPGROUP}, $2;", barrier, flag,
+        result_types=ir.IntegerType.get_signless(1), has_side_effects=True, convergent=True)
+
+
 def any_in_warp(flags: Any, layout: Any) -> Any:
     """True in every thread of a warp where some flag is set: uniform over the warp, not over the warpgroup.
 
@@ -135,13 +142,30 @@ def any_in_warpgroup(flags: Any, layout: Any) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
     def vote(_: Any, flags: Any) -> Any:
-        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
-        result = mgpu.utils.inline_ptx(
-            f"bar.red.or.pred $0, $1, {WARPGROUP}, $2;", barrier, _lane_flag(flags),
-            result_types=ir.IntegerType.get_signless(1), has_side_effects=True, convergent=True)
-        return mgpu.FragmentedArray.splat(result, (), is_signed=False)
+        return mgpu.FragmentedArray.splat(_or_in_warpgroup(_lane_flag(flags)), (), is_signed=False)
 
     return vote(flags)
+
+
+def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
+    """True in every thread of a warpgroup if some element of x is not finite (or their sums overflow). A barrier of the
+    warpgroup.
+    """
+    if is_interpreted():
+        return jnp.logical_not(jnp.all(jnp.isfinite(x)))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
+    def vote(_: Any, x: Any) -> Any:
+        values = [vector.extract(register, [], [i]) for register in x.registers.flat
+                  for i in range(ir.VectorType(register.type).shape[0])]
+        while len(values) > 1:  # a tree: short chains
+            pairs = zip(values[::2], values[1::2], strict=False)
+            values = [arith.addf(a, b) for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
+        largest = mgpu.utils.c(3.4e38, ir.F32Type.get())
+        flag = arith.cmpf(arith.CmpFPredicate.UGT, math.absf(values[0]), largest)
+        return mgpu.FragmentedArray.splat(_or_in_warpgroup(flag), (), is_signed=False)
+
+    return vote(x)
 
 
 def pin(x: Any, layout: Any) -> None:

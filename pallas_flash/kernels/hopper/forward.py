@@ -27,7 +27,7 @@ floating point.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,162 +38,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward_load import load
+from pallas_flash.kernels.hopper.forward_repair import repaired
+from pallas_flash.kernels.hopper.forward_softmax import (
+    Softmax,
+    across,
+    column_sums,
+    first_softmax,
+    grown,
+    masked,
+    rescaled,
+    scaled,
+)
+from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rem, rows_of
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
-
-LOWEST = -3e38
-"""Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
-
-SLACK = 8.0
-"""How far, in base 2, a row's maximum may grow before a lazy rescale follows it."""
-
-
-class Block(NamedTuple):
-    """What the roles of one block share: the problem, and references to global and shared memory."""
-
-    spec: AttentionSpec
-    schedule: ForwardSchedule
-    gmem: dict[str, Any]  # q, k, v, table, out, lse
-    smem: dict[str, Any]  # schedules.forward_buffers
-    bars: dict[str, Any]  # the barriers
-
-
-class Tile(NamedTuple):
-    """A query tile at work."""
-
-    batch: Any
-    head: Any
-    index: Any  # of the query tile
-    lo: Any  # key tiles [lo, hi)
-    hi: Any
-    turn: Any  # how many tiles came before it in this block
-    step: Any  # how many steps of the rings came before it
-
-    def slot(self, kv_tile: Any, num_stages: int) -> Any:
-        """The slot of the rings that holds a key tile."""
-        return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
-
-
-class Softmax(NamedTuple):
-    """The state of the online softmax of 64 rows."""
-
-    m_i: Any  # (64,), base 2
-    l_i: Any  # (64, 8), sums of every eighth column
-    p: Any  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
-
-
-def div(a: Any, b: int) -> Any:
-    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.div(barriers.scalar(a), jnp.int32(b))
-
-
-def rem(a: Any, b: int) -> Any:
-    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.rem(barriers.scalar(a), jnp.int32(b))
-
-
-# -- tiles -----------------------------------------------------------------------------------------------------------
-
-def for_each_tile(block: Block, work: Callable[[Tile], None]) -> tuple[Any, Any]:
-    """Runs `work` on every tile in this block's row of the table; returns how many tiles and steps there were."""
-    row, q_tiles = lax.axis_index("block"), -(-block.spec.q_len // block.schedule.block_q)
-
-    def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        number, turn, step = carry
-        following = block.gmem["table"][row, turn + 1]  # asked for early: it comes from global memory
-        head, index = div(number, q_tiles), rem(number, q_tiles)
-        lo, hi = schedules.kv_range(block.spec, block.schedule, index)
-        work(Tile(div(head, block.spec.q_heads), rem(head, block.spec.q_heads), index, lo, hi, turn, step))
-        return following, turn + 1, barriers.scalar(step + (hi - lo))
-
-    start = (block.gmem["table"][row, 0], jnp.int32(0), jnp.int32(0))
-    _, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, start)
-    return turns, steps
-
-
-def global_chunk(block: Block, name: str, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
-    """A (rows, 64) piece of q, k, v or out, from (batch, head, first row); TMA fills and clips what lies outside the
-    array.
-    """
-    batch, head, first = place
-    nothing = lax.axis_index("block") * 0  # traced: Pallas refuses plain indices that leave the array
-    columns = pl.ds(chunk * CHUNK + nothing, CHUNK)
-    if block.spec.layout == "BLHD":
-        return block.gmem[name].at[batch, pl.ds(first, rows), head, columns]
-    return block.gmem[name].at[batch, head, pl.ds(first, rows), columns]
-
-
-# -- loading ---------------------------------------------------------------------------------------------------------
-
-def load_chunks(block: Block, name: str, place: tuple[Any, Any, Any], slot: Any, full: Any) -> None:
-    """Starts to load one tile of q, k or v into a slot of its buffer."""
-    _, count, rows, _ = schedules.forward_buffers(block.spec, block.schedule)[name].shape
-    for chunk in range(count):
-        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), block.smem[name].at[slot, chunk], full)
-
-
-def load_query(block: Block, tile: Tile) -> None:
-    buffers = block.schedule.query_buffers
-    slot = rem(tile.turn, buffers)
-
-    @pl.when(tile.turn >= buffers)
-    def _() -> None:
-        plgpu.barrier_wait(block.bars["q_free"].at[slot])
-
-    place = (tile.batch, tile.head, tile.index * block.schedule.block_q)
-    load_chunks(block, "q", place, slot, block.bars["q_full"].at[slot])
-
-
-def load_ring(block: Block, tile: Tile, name: str) -> None:
-    """Loads the tile's key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
-    stages = block.schedule.num_stages
-    full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
-    kv_head = div(tile.head, block.spec.group)
-
-    @pl.loop(jnp.int32(0), barriers.scalar(tile.hi - tile.lo))
-    def _(i: Any) -> None:
-        kv_tile = tile.hi - 1 - i
-        slot = tile.slot(kv_tile, stages)
-
-        @pl.when(tile.step + i >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(free.at[slot])
-
-        load_chunks(block, name, (tile.batch, kv_head, kv_tile * block.schedule.block_kv), slot, full.at[slot])
-
-
-def drain(block: Block, name: str, used: Any) -> None:
-    """Waits until the slots of q, k or v that were loaded last are free too, `used` having been loaded in all."""
-    free = block.bars[f"{name}_free"]
-    slots = free.shape[0]
-
-    @pl.loop(jnp.maximum(used - slots, 0), used)
-    def _(i: Any) -> None:
-        plgpu.barrier_wait(free.at[rem(i, slots)])
-
-
-def load(block: Block) -> None:
-    """The loading warpgroup."""
-    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
-
-    def keys(tile: Tile) -> None:
-        load_query(block, tile)
-        load_ring(block, tile, "k")
-
-    @plgpu.warp_map
-    def _(warp: Any) -> None:
-        @pl.when(warp == 0)
-        def _() -> None:
-            turns, steps = for_each_tile(block, keys)
-            drain(block, "q", turns)
-            drain(block, "k", steps)
-
-        @pl.when(warp == 1)
-        def _() -> None:
-            _, steps = for_each_tile(block, lambda tile: load_ring(block, tile, "v"))
-            drain(block, "v", steps)
 
 
 # -- taking turns ----------------------------------------------------------------------------------------------------
@@ -203,15 +64,26 @@ def order(block: Block, warpgroup: Any) -> Any:
     return barriers.first_free(block.schedule.warpgroups + 1) + warpgroup
 
 
+def following(block: Block, warpgroup: Any) -> Any:
+    """The named barrier of the turn after a warpgroup's."""
+    return order(block, rem(warpgroup + 1, block.schedule.warpgroups))
+
+
+def takes_turns(block: Block) -> bool:
+    """Whether there are turns at all."""
+    return block.schedule.pingpong and block.schedule.warpgroups > 1
+
+
 def await_turn(block: Block, warpgroup: Any) -> None:
-    if block.schedule.pingpong and block.schedule.warpgroups > 1:
+    """Waits for the warpgroup's turn at the tensor cores."""
+    if takes_turns(block):
         barriers.named_sync(order(block, warpgroup), 2 * barriers.WARPGROUP)
 
 
 def pass_turn(block: Block, warpgroup: Any) -> None:
-    count = block.schedule.warpgroups
-    if block.schedule.pingpong and count > 1:
-        barriers.named_arrive(order(block, rem(warpgroup + 1, count)), 2 * barriers.WARPGROUP)
+    """Ends the warpgroup's turn."""
+    if takes_turns(block):
+        barriers.named_arrive(following(block, warpgroup), 2 * barriers.WARPGROUP)
 
 
 def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> None:
@@ -226,86 +98,7 @@ def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> Non
             plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
-# -- scores and softmax ----------------------------------------------------------------------------------------------
-
-def across(x: Any, columns: int) -> Any:
-    """(64,) -> (64, columns)."""
-    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
-
-
-def scaled(spec: AttentionSpec, s: Any) -> tuple[Any, float]:
-    """Scores in some unit, and the (positive) unit: their product is the score times log2(e)."""
-    if spec.softcap is not None:
-        # tanh from exp2: the hardware's tanh has 11 bits.  tanh x = 1 - 2 / (e^2x + 1)
-        t = 1 - 2 / (jnp.exp2(s * (2 * softmax.LOG2E * spec.scale / spec.softcap)) + 1)
-        return t, spec.softcap * softmax.LOG2E
-    if spec.scale <= 0:
-        return s * (spec.scale * softmax.LOG2E), 1.0
-    return s, spec.scale * softmax.LOG2E
-
-
-def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
-    """s with -inf where the mask does not keep a pair."""
-    q_pos = products.positions(s.shape[1], 0, first_row)
-    kv_pos = products.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return jnp.where(schedules.forward_mask(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
-
-
-def column_sums(p: Any) -> Any:
-    """(64, n) -> (64, 8): sums of every eighth column, without crossing threads."""
-    return functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, p.shape[1], 8)])
-
-
-def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
-    m_i = jnp.maximum(s.max(axis=1) * unit, LOWEST)
-    p = jnp.exp2(s * unit - across(m_i, s.shape[1]))
-    return Softmax(m_i, column_sums(p), p.astype(dtype))
-
-
-def grown(block: Block, m_i: Any, row_max: Any) -> tuple[Any, Any]:
-    """The new row maximum, and whether any row of this warp (or warpgroup) needs a rescale; None for always."""
-    if block.schedule.rescale == "always":
-        return jnp.maximum(m_i, row_max), None
-    grew = jnp.logical_not(row_max - m_i <= SLACK)  # so that NaN counts as growth
-    vote = barriers.any_in_warp if block.schedule.rescale == "warp" else barriers.any_in_warpgroup
-    return jnp.where(grew, row_max, m_i), vote(grew, products.ROWS)
-
-
-def rescaled(needed: Any, alpha: Any, acc: Any, l_i: Any) -> tuple[Any, Any]:
-    """acc and l_i times alpha. Only registers are touched: the fence that wgmma needs is issued with the next
-    product.
-    """
-    def multiply(acc: Any, l_i: Any) -> tuple[Any, Any]:
-        tile = plgpu.layout_cast(acc, products.TILE)
-        return plgpu.layout_cast(tile * across(alpha, acc.shape[1]), products.ACC), l_i * across(alpha, 8)
-
-    return multiply(acc, l_i) if needed is None else lax.cond(needed, multiply, lambda acc, l_i: (acc, l_i), acc, l_i)
-
-
 # -- the steps of a tile ---------------------------------------------------------------------------------------------
-
-class Rows(NamedTuple):
-    """The 64 rows of one warpgroup in a tile."""
-
-    warpgroup: Any
-    first: Any  # position of the first row
-    start: Any  # key tiles [start, stop), of which [full_start, full_stop) need no mask
-    full_start: Any
-    full_stop: Any
-    stop: Any
-    q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
-
-
-def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
-    buffer = rem(tile.turn, block.schedule.query_buffers)
-
-    def q() -> Any:
-        index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
-        return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
-
-    first = tile.index * block.schedule.block_q + warpgroup * ROWS
-    return Rows(warpgroup, first, *schedules.row_tiles(block.spec, block.schedule, tile.index, warpgroup), q)
-
 
 def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     """The last key tile of the rows: S and its softmax."""
@@ -313,7 +106,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q(), block.smem["k"].at[slot], block.spec.d)
+    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(products.ready(s, 0), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
@@ -323,11 +116,18 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     return first_softmax(s, unit, block.spec.dtype)
 
 
-def multiply_values(block: Block, tile: Tile, kv_tile: Any, p: Any, acc: Any) -> tuple[Any, Callable[[], None]]:
-    """Issues acc + P V of a key tile; also returns what to call when it is done."""
-    slot = tile.slot(kv_tile, block.schedule.num_stages)
+def multiply_values(block: Block, tile: Tile, kv_tile: Any, p: Any, acc: Any,
+                    then: Any = None) -> tuple[Any, Callable[[], None]]:
+    """Issues acc + P V of a key tile; also returns what to call when it is done. The turn of warpgroup `then` ends."""
+    slot, early = tile.slot(kv_tile, block.schedule.num_stages), block.schedule.early
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
-    acc = products.accumulate(acc, p, block.smem["v"].at[slot])
+    if then is not None and early and takes_turns(block):
+        signal = (following(block, then), 2 * barriers.WARPGROUP, early)
+        acc = products.accumulate(acc, p, block.smem["v"].at[slot], signal)
+    else:
+        acc = products.accumulate(acc, p, block.smem["v"].at[slot])
+        if then is not None:
+            pass_turn(block, then)
     return acc, lambda: plgpu.barrier_arrive(block.bars["v_free"].at[slot])
 
 
@@ -336,9 +136,8 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     bars, slot = block.bars, tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q(), block.smem["k"].at[slot], block.spec.d)
-    acc, free_values = multiply_values(block, tile, kv_tile + 1, state.p, acc)
-    pass_turn(block, rows.warpgroup)
+    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
+    acc, free_values = multiply_values(block, tile, kv_tile + 1, state.p, acc, then=rows.warpgroup)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s)
@@ -382,6 +181,9 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     rows = rows_of(block, tile, warpgroup)
     seen, buffer = schedules.steps(block.spec, block.schedule), rem(tile.turn, block.schedule.query_buffers)
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
+    if block.schedule.q_registers:
+        width = CHUNK * schedules.chunks(block.spec.d)
+        rows = rows._replace(held=products.load_chunks(rows.q(), 0, width, block.spec.dtype))
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
     state, acc = first_step(block, tile, rows), products.zeros(block.spec.d_v)
@@ -390,13 +192,14 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
 
     state, acc = lax.fori_loop(jnp.int32(1), barriers.scalar(rows.stop - rows.start), step, (state, acc))
-    if block.schedule.out_chunks:
-        plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     acc, free_values = multiply_values(block, tile, rows.start, state.p, acc)
     acc = products.ready(acc, 0)
     free_values()
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
+    acc = repaired(block, tile, rows, state.m_i, acc)
+    if block.schedule.out_chunks:
+        plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     finish(block, tile, rows, state, acc)
     if not block.schedule.out_chunks:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -428,11 +231,14 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
     """
     shapes = {name: buffer.shape for name, buffer in schedules.forward_buffers(spec, schedule).items()}
     smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
-    bars = {}
+    bars: dict[str, Any] = {}
     for name in ("q", "k", "v"):
         slots, count = shapes[name][:2]
         bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=schedule.warpgroups, num_barriers=slots)
+        arrivals: dict[str, Any] = {"num_arrivals": schedule.warpgroups, "num_barriers": slots}
+        shared = schedule.cluster and name != "q"  # freed by the warpgroups of both blocks, one thread each
+        bars[f"{name}_free"] = (plgpu.ClusterBarrier(collective_axes=("cluster",), **arrivals) if shared
+                                else plgpu.Barrier(**arrivals))
     return smem, bars
 
 
@@ -461,6 +267,8 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
         attention_forward,
         out_type=(jax.ShapeDtypeStruct(spec.out_shape, spec.dtype), jax.ShapeDtypeStruct(spec.lse_shape, jnp.float32)),
         scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
+        cluster=(schedule.cluster,) if schedule.cluster else (),
+        cluster_names=("cluster",) if schedule.cluster else (),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,

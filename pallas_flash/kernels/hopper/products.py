@@ -24,8 +24,8 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from pallas_flash.kernels.hopper import barriers
 
 __all__ = [
-    "ACC", "CHUNK", "CHUNKED", "ROWS", "TILE", "accumulate", "positions", "ready", "scores", "store_chunks",
-    "store_row_stats", "zeros",
+    "ACC", "CHUNK", "CHUNKED", "COLUMNS", "ROWS", "TILE", "accumulate", "load_chunks", "load_row", "positions", "ready",
+    "scores", "store_chunks", "store_row_stats", "zeros",
 ]
 
 CHUNK = 64
@@ -37,6 +37,7 @@ CHUNKED = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
 ACC = plgpu.Layout._WGMMA_ACC_32BIT  # (one 32-bit register an element, as wgmma wants accumulators)
 TILE = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 _K = 16
 _ROW_BYTES = 128
@@ -50,14 +51,21 @@ def scores(q_ref: Any, k_ref: Any, d: int) -> Any:
     """Issues q k^T: (64, keys) float32, in flight.
 
     Args:
-      q_ref: (chunks, 64, 64) in shared memory.
+      q_ref: (chunks, 64, 64) in shared memory; or (64, columns) in the layout TILE, of k's type.
       k_ref: (chunks, keys, 64) in shared memory.
       d: the columns that count, rounded up to a multiple of 16; the rest of them must be zero.
     """
     keys = k_ref.shape[1]
+    held = len(q_ref.shape) == 2
     if barriers.is_interpreted():
-        _in_flight.append((q_ref, k_ref))
+        _in_flight.append((k_ref,) if held else (q_ref, k_ref))
+        if held:
+            k = jnp.swapaxes(k_ref[...], 0, 1).reshape(keys, -1)
+            return jnp.dot(q_ref, k.T, preferred_element_type=jnp.float32)
         return jnp.einsum("crd,ckd->rk", q_ref[...], k_ref[...], preferred_element_type=jnp.float32)
+
+    if held:
+        return _scores_held(q_ref, k_ref, d)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),) * 2,
                        return_type=plgpu.ShapeDtypeStruct((64, keys), jnp.float32, ACC))
@@ -76,13 +84,34 @@ def scores(q_ref: Any, k_ref: Any, d: int) -> Any:
     return issue(q_ref, k_ref)
 
 
-def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
+def _scores_held(q: Any, k_ref: Any, d: int) -> Any:
+    keys = k_ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)),
+                       return_type=plgpu.ShapeDtypeStruct((64, keys), jnp.float32, ACC))
+    def issue(_: Any, q: Any, k: ir.Value) -> Any:
+        b, b_stride, q = _descriptor(k), _chunk_bytes(k), fa.optimization_barrier(q)
+        nvvm.wgmma_fence_aligned()
+        acc: list[ir.Value] = []
+        for step in range(-(-d // _K)):
+            chunk, column = divmod(step * _K, CHUNK)
+            a = [_word(r) for r in q[:, step * _K:(step + 1) * _K].registers.flat]
+            b_step = _advance(b, chunk * b_stride + 2 * column)
+            acc = _wgmma(acc, a, b_step, keys, _element(k), transpose_b=False)
+        _commit()
+        return _as_accumulator(acc, keys)
+
+    return issue(q, k_ref)
+
+
+def accumulate(acc: Any, p: Any, v_ref: Any, signal: Any = None) -> Any:
     """Issues acc + p v: (64, columns) float32, in flight.
 
     Args:
       acc: (64, columns) float32 in the layout ACC; columns a multiple of 8, at most 256.
       p: (64, keys) of v's type in the layout TILE; keys a multiple of 16.
       v_ref: (chunks, keys, 64) in shared memory.
+      signal: (number, threads, early): arrives at a named barrier, `early` instructions before the last.
     """
     columns, keys = acc.shape[1], p.shape[1]
     if barriers.is_interpreted():
@@ -90,9 +119,11 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
         v = jnp.swapaxes(v_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
         return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
-    @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED)),
+    number, threads, early = signal or (0, 0, 0)
+
+    @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED), barriers.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
-    def issue(_: Any, acc: Any, p: Any, v: ir.Value) -> Any:
+    def issue(_: Any, acc: Any, p: Any, v: ir.Value, number: Any) -> Any:
         acc, p = fa.optimization_barrier(acc, p)
         b = _descriptor(v, leading_bytes=_chunk_bytes(v))
         nvvm.wgmma_fence_aligned()
@@ -100,11 +131,14 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
         for step in range(keys // _K):
             a = [_word(r) for r in p[:, step * _K:(step + 1) * _K].registers.flat]
             rows = _advance(b, step * _K * _ROW_BYTES)
+            if early and step == max(keys // _K - early, 0):
+                mgpu.utils.inline_ptx(f"bar.arrive $0, {threads};", number.registers.item(), has_side_effects=True,
+                                      convergent=True)
             registers = _wgmma(registers, a, rows, columns, _element(v), transpose_b=True)
         _commit()
         return _as_accumulator(registers, columns)
 
-    return issue(acc, p, v_ref)
+    return issue(acc, p, v_ref, barriers.scalar(number))
 
 
 def ready(x: Any, pending: int) -> Any:
@@ -175,11 +209,67 @@ def store_chunks(x: Any, ref: Any) -> None:
     def store(_: Any, x: Any, ref: ir.Value) -> None:
         for chunk in range(-(-columns // CHUNK)):
             part = _padded(x[:, chunk * CHUNK:min((chunk + 1) * CHUNK, columns)])
-            target = mgpu.memref_unfold(mgpu.memref_slice(ref, chunk), 0, (None, 8))  # (rows / 8, 8, 64)
-            target = mgpu.memref_transpose(mgpu.memref_unfold(target, 2, (None, CHUNK)), (0, 2, 1, 3))
-            part.store_tiled(target, swizzle=_ROW_BYTES)
+            part.store_tiled(_core_matrices(ref, chunk), swizzle=_ROW_BYTES)
 
     store(x, ref)
+
+
+def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+    """Columns from `first` on of ref, (chunks, 64, 64) in shared memory, as (64, columns) in the layout TILE; both
+    multiples of 8.
+    """
+    if barriers.is_interpreted():
+        return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
+                       return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
+    def load(_: Any, ref: ir.Value) -> Any:
+        i32, pair = barriers.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        const = lambda value: mgpu.utils.c(value, i32)
+        warp, row, quarter = _place()
+        start = arith.addi(arith.muli(warp, const(16 * CHUNK)), arith.addi(
+            arith.muli(row, const(CHUNK)), arith.muli(quarter, const(2))))
+        layout = TILE.to_mgpu()
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 8, 2)
+        for j, i in np.ndindex(flat.shape):
+            chunk, column = divmod(first + 8 * j, CHUNK)
+            swizzled = arith.muli(arith.xori(row, const(column // 8)), const(8))
+            index = arith.addi(arith.addi(start, swizzled), const(chunk * _chunk_bytes(ref) // 2 + 8 * i * CHUNK))
+            flat[j, i] = llvm.load(pair, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index],
+                                                                 pair.element_type))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref)
+
+
+def load_row(ref: Any, place: tuple[Any, Any, Any], first: int, columns: int) -> Any:
+    """ref[place][first:first + columns] in the layout COLUMNS, from an array of four axes in global memory; both
+    multiples of 8.
+    """
+    if barriers.is_interpreted():
+        return ref[place][first:first + columns]
+    dtype, (_, second, third, width) = ref.dtype, ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 3),
+                       return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMNS))
+    def load(_: Any, ref: ir.Value, *place: Any) -> Any:
+        i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+        a, b, c = (arith.extui(i64, index.registers.item()) for index in place)
+        times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
+        row = times(arith.addi(times(arith.addi(times(a, second), b), third), c), width)
+        *_, quarter = _place()  # columns 8 j + 2 quarter + 0, 1
+        row = arith.addi(row, arith.extui(i64, arith.muli(quarter, mgpu.utils.c(2, i32))))
+        element = ir.MemRefType(ref.type).element_type
+        layout = COLUMNS.to_mgpu()
+        registers = np.empty(layout.registers_shape((columns,)), dtype=object)
+        for j in range(columns // 8):
+            index = arith.addi(row, mgpu.utils.c(first + 8 * j, i64))
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], element)
+            registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref, *map(barriers.scalar, place))
 
 
 def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
@@ -225,6 +315,22 @@ def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length:
             ref[lax.div(row, heads), lax.rem(row, heads), first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
 
     lax.fori_loop(0, x.shape[0], write, None)
+
+
+def _place() -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Warp, row and quarter of a row of this thread in an 8-row group of the layout TILE; made where they are used, or
+    LLVM would keep what follows from them through every loop.
+    """
+    const = lambda value: mgpu.utils.c(value, barriers.i32())
+    thread = arith.remui(barriers.moved(mgpu.utils.thread_idx()), const(barriers.WARPGROUP))
+    lane = arith.remui(thread, const(32))
+    return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
+
+
+def _core_matrices(ref: ir.Value, chunk: int) -> ir.Value:
+    """A chunk of a (chunks, rows, 64) buffer, as Mosaic's tiled loads and stores want it."""
+    rows = mgpu.memref_unfold(mgpu.memref_slice(ref, chunk), 0, (None, 8))  # (rows / 8, 8, 64)
+    return mgpu.memref_transpose(mgpu.memref_unfold(rows, 2, (None, CHUNK)), (0, 2, 1, 3))
 
 
 def _element(ref: ir.Value) -> str:

@@ -1,0 +1,85 @@
+"""The loading warpgroup of the forward kernel: one warp for queries and keys, one for values."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward_tiles import Block, Tile, div, for_each_tile, global_chunk, rem
+
+__all__ = ["load"]
+
+
+def load_chunks(block: Block, name: str, place: tuple[Any, Any, Any], slot: Any, full: Any) -> None:
+    """Starts to load one tile of q, k or v into a slot of its buffer."""
+    _, count, rows, _ = schedules.forward_buffers(block.spec, block.schedule)[name].shape
+    axes = "cluster" if block.schedule.pair > 1 and name != "q" else None
+    for chunk in range(count):
+        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), block.smem[name].at[slot, chunk], full,
+                                collective_axes=axes)
+
+
+def load_query(block: Block, tile: Tile) -> None:
+    """Loads the tile's queries, as soon as a buffer is free."""
+    buffers = block.schedule.query_buffers
+    slot = rem(tile.turn, buffers)
+
+    @pl.when(tile.turn >= buffers)
+    def _() -> None:
+        plgpu.barrier_wait(block.bars["q_free"].at[slot])
+
+    place = (tile.batch, tile.head, tile.index * block.schedule.block_q)
+    load_chunks(block, "q", place, slot, block.bars["q_full"].at[slot])
+
+
+def load_ring(block: Block, tile: Tile, name: str) -> None:
+    """Loads the tile's key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
+    stages = block.schedule.num_stages
+    full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
+    kv_head = div(tile.head, block.spec.group)
+
+    @pl.loop(jnp.int32(0), barriers.scalar(tile.hi - tile.lo))
+    def _(i: Any) -> None:
+        kv_tile = tile.hi - 1 - i
+        slot = tile.slot(kv_tile, stages)
+
+        @pl.when(tile.step + i >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(free.at[slot])
+
+        load_chunks(block, name, (tile.batch, kv_head, kv_tile * block.schedule.block_kv), slot, full.at[slot])
+
+
+def drain(block: Block, name: str, used: Any) -> None:
+    """Waits until the slots of q, k or v that were loaded last are free too, `used` having been loaded in all."""
+    free = block.bars[f"{name}_free"]
+    slots = free.shape[0]
+
+    @pl.loop(jnp.maximum(used - slots, 0), used)
+    def _(i: Any) -> None:
+        plgpu.barrier_wait(free.at[rem(i, slots)])
+
+
+def load(block: Block) -> None:
+    """The loading warpgroup."""
+    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
+
+    def keys(tile: Tile) -> None:
+        load_query(block, tile)
+        load_ring(block, tile, "k")
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        @pl.when(warp == 0)
+        def _() -> None:
+            turns, steps = for_each_tile(block, keys)
+            drain(block, "q", turns)
+            drain(block, "k", steps)
+
+        @pl.when(warp == 1)
+        def _() -> None:
+            _, steps = for_each_tile(block, lambda tile: load_ring(block, tile, "v"))
+            drain(block, "v", steps)

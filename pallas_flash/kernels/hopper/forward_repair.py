@@ -1,0 +1,64 @@
+"""Rows whose sum a masked-out value has spoiled, computed again: 0 * NaN is NaN, also in a tensor core.
+
+A tile that the mask splits is multiplied whole, with weight 0 where the mask does not keep a pair; NaN or Inf in such a
+value makes the product NaN. It is found at the end of a query tile, from the accumulator. Then one warpgroup adds up
+its 64 rows again, a key at a time and without tensor cores: slow, exact to rounding, and never run on finite values.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward_softmax import across, scaled
+from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, div
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+
+__all__ = ["repaired"]
+
+
+def repaired(block: Block, tile: Tile, rows: Rows, m_i: Any, acc: Any) -> Any:
+    """acc, (64, d_v) in the layout ACC, or the same sums without what the mask hides, if some element is not finite.
+
+    The query must still be in shared memory. A barrier of the warpgroup.
+    """
+    seen = schedules.steps(block.spec, block.schedule)
+    if not (seen.first_masked or seen.later_masked):
+        return acc
+    acc = plgpu.layout_cast(acc, products.TILE)
+    spoiled = barriers.any_nonfinite_in_warpgroup(acc, products.TILE)
+    acc = lax.cond(spoiled, lambda acc: again(block, tile, rows, m_i), lambda acc: acc, acc)
+    return plgpu.layout_cast(acc, products.ACC)
+
+
+def again(block: Block, tile: Tile, rows: Rows, m_i: Any) -> Any:
+    """The sum of exp2(s - m_i) v over the keys that each row attends to, (64, d_v)."""
+    spec, mask = block.spec, schedules.forward_mask(block.spec, block.schedule)
+    kv_head = div(tile.head, spec.group)
+
+    def row(name: str, position: Any, first: int, columns: int) -> Any:  # (columns,) -> (64, columns)
+        place = (tile.batch, position, kv_head) if spec.layout == "BLHD" else (tile.batch, kv_head, position)
+        x = products.load_row(block.gmem[name], place, first, columns).astype(jnp.float32)
+        return lax.broadcast_in_dim(x, (ROWS, columns), [1])
+
+    def score(position: Any) -> Any:  # (64,); a chunk at a time: the whole query would not fit the registers
+        s = 0.0
+        for first in range(0, spec.d, CHUNK):
+            columns = min(CHUNK, spec.d - first)
+            q = products.load_chunks(rows.q(), first, columns, spec.dtype).astype(jnp.float32)
+            s += (q * row("k", position, first, columns)).sum(axis=1)
+        return s
+
+    def add(position: Any, acc: Any) -> Any:
+        s, unit = scaled(spec, score(position))
+        p = jnp.exp2(s * unit - m_i).astype(spec.dtype).astype(jnp.float32)
+        keep = mask.keep(products.positions(spec.d_v, 0, rows.first), position)
+        return acc + jnp.where(keep, across(p, spec.d_v) * row("v", position, 0, spec.d_v), 0.0)
+
+    block_kv = block.schedule.block_kv
+    first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, spec.d_v), jnp.float32), products.TILE)
+    return lax.fori_loop(barriers.scalar(first), barriers.scalar(stop), add, zeros)

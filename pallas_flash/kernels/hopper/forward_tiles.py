@@ -1,0 +1,107 @@
+"""What the roles of the forward kernel share: a block's references, the tiles it works on, and their places in memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["Block", "Rows", "Tile", "div", "for_each_tile", "global_chunk", "rem", "rows_of"]
+
+
+class Block(NamedTuple):
+    """What the roles of one block share: the problem, and references to global and shared memory."""
+
+    spec: AttentionSpec
+    schedule: ForwardSchedule
+    gmem: dict[str, Any]  # q, k, v, table, out, lse
+    smem: dict[str, Any]  # schedules.forward_buffers
+    bars: dict[str, Any]  # the barriers
+
+
+class Tile(NamedTuple):
+    """A query tile at work."""
+
+    batch: Any
+    head: Any
+    index: Any  # of the query tile
+    lo: Any  # key tiles [lo, hi)
+    hi: Any
+    turn: Any  # how many tiles came before it in this block
+    step: Any  # how many steps of the rings came before it
+
+    def slot(self, kv_tile: Any, num_stages: int) -> Any:
+        """The slot of the rings that holds a key tile."""
+        return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
+
+
+def div(a: Any, b: int) -> Any:
+    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
+    return lax.div(barriers.scalar(a), jnp.int32(b))
+
+
+def rem(a: Any, b: int) -> Any:
+    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
+    return lax.rem(barriers.scalar(a), jnp.int32(b))
+
+
+def for_each_tile(block: Block, work: Callable[[Tile], None]) -> tuple[Any, Any]:
+    """Runs `work` on every tile in this block's row of the table; returns how many tiles and steps there were."""
+    pair, q_groups = block.schedule.pair, schedules.q_groups(block.spec, block.schedule)
+    row, rank = lax.axis_index("block"), lax.axis_index("cluster") if pair > 1 else 0
+
+    def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        number, turn, step = carry
+        following = block.gmem["table"][row, turn + 1]  # asked for early: it comes from global memory
+        head, index = div(number, q_groups), rem(number, q_groups) * pair + rank
+        lo, hi = schedules.kv_range(block.spec, block.schedule, index)
+        work(Tile(div(head, block.spec.q_heads), rem(head, block.spec.q_heads), index, lo, hi, turn, step))
+        return following, turn + 1, barriers.scalar(step + (hi - lo))
+
+    start = (block.gmem["table"][row, 0], jnp.int32(0), jnp.int32(0))
+    _, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, start)
+    return turns, steps
+
+
+def global_chunk(block: Block, name: str, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
+    """A (rows, 64) piece of q, k, v or out, from (batch, head, first row); TMA fills and clips what lies outside the
+    array.
+    """
+    batch, head, first = place
+    nothing = lax.axis_index("block") * 0  # traced: Pallas refuses plain indices that leave the array
+    columns = pl.ds(chunk * CHUNK + nothing, CHUNK)
+    if block.spec.layout == "BLHD":
+        return block.gmem[name].at[batch, pl.ds(first, rows), head, columns]
+    return block.gmem[name].at[batch, head, pl.ds(first, rows), columns]
+
+
+class Rows(NamedTuple):
+    """The 64 rows of one warpgroup in a tile."""
+
+    warpgroup: Any
+    first: Any  # position of the first row
+    start: Any  # key tiles [start, stop), of which [full_start, full_stop) need no mask
+    full_start: Any
+    full_stop: Any
+    stop: Any
+    q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
+    held: Any = None  # (64, d) of the input's type, where the query is kept in registers
+
+
+def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
+    """The rows of a warpgroup in a tile."""
+    buffer = rem(tile.turn, block.schedule.query_buffers)
+
+    def q() -> Any:
+        index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
+        return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
+
+    first = tile.index * block.schedule.block_q + warpgroup * ROWS
+    return Rows(warpgroup, first, *schedules.row_tiles(block.spec, block.schedule, tile.index, warpgroup), q)

@@ -1,0 +1,110 @@
+"""The Hopper forward kernel itself on a CPU: Pallas' GPU interpreter runs it, with its race detector, on small shapes.
+
+What the interpreter lacks (products with an operand in registers, named barriers, votes) has a plain meaning while
+`barriers.interpreted()` holds; roles, rings, barriers, masks, tails and indices are those of the real kernel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import masks, reference
+from pallas_flash.kernels.hopper import barriers, forward
+from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.spec import AttentionSpec, Operands
+
+CAUSAL = masks.Causal()
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem of one to three tiles a head, and how its schedule differs from the default."""
+
+    q_len: int
+    kv_len: int
+    schedule: dict
+    mask: masks.Mask = CAUSAL
+    heads: tuple[int, int] = (1, 1)
+    d: tuple[int, int] = (64, 64)
+    layout: str = "BLHD"
+    dtype: str = "bfloat16"
+    scale: float | None = None
+    softcap: float | None = None
+    bad_keys: tuple[int, ...] = ()
+
+
+CASES = {
+    "two-blocks": Case(200, 200, dict(warpgroups=2, block_kv=64), heads=(2, 2)),
+    "one-row": Case(1, 1, dict(warpgroups=1, block_kv=64)),
+    "ragged": Case(101, 77, dict(warpgroups=2, block_kv=32), masks.Full()),
+    "groups-bhld": Case(70, 130, dict(warpgroups=1, block_kv=64), masks.Causal(60), heads=(4, 2), layout="BHLD"),
+    "window": Case(300, 300, dict(warpgroups=2, block_kv=32), masks.Window(40, 5)),
+    "empty-rows": Case(150, 40, dict(warpgroups=2, block_kv=32), masks.Window(0, 3, -70)),
+    "d72-d40": Case(64, 64, dict(warpgroups=1, block_kv=32), d=(72, 40)),
+    "d192-in-turns": Case(100, 100, dict(warpgroups=1, block_kv=48, out_chunks=1), d=(192, 128)),
+    "over-the-query": Case(130, 130, dict(warpgroups=2, block_kv=64, out_chunks=0, query_buffers=1)),
+    "softcap": Case(100, 100, dict(warpgroups=1, block_kv=64), softcap=3.0),
+    "negative-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=-0.2),
+    "large-scores": Case(300, 300, dict(warpgroups=2, block_kv=32), scale=3.0),
+    "float16": Case(100, 100, dict(warpgroups=1, block_kv=64, rescale="always"), dtype="float16"),
+    "nan-key": Case(130, 130, dict(warpgroups=2, block_kv=64), bad_keys=(5, 100)),
+    "nan-key-window": Case(200, 200, dict(warpgroups=2, block_kv=32), masks.Window(30, 5), heads=(2, 1), layout="BHLD",
+                           bad_keys=(60,)),
+}
+
+
+def operands(case):
+    """q, k, v, of which no query that attends to none of `bad_keys` may see their values."""
+    rng = np.random.default_rng(0)
+    shape = (lambda n, h, d: (1, n, h, d)) if case.layout == "BLHD" else (lambda n, h, d: (1, h, n, d))
+    sizes = ((case.q_len, case.heads[0], case.d[0]), (case.kv_len, case.heads[1], case.d[0]),
+             (case.kv_len, case.heads[1], case.d[1]))
+    return [jnp.asarray(rng.standard_normal(shape(*size), np.float32)).astype(case.dtype) for size in sizes]
+
+
+def run(case, spec, q, k, v):
+    schedule = dataclasses.replace(schedules.default_forward(spec), num_blocks=2, **case.schedule)
+    assert schedules.forward_problems(spec, schedule, 232_448) == []
+    table = jnp.asarray(schedules.forward_table(spec, schedule))
+    with barriers.interpreted(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out, lse = forward.launch(spec, schedule)(q, k, v, table)
+        out.block_until_ready()
+    assert not gpu_callbacks.get_races().races_found
+    return out, lse
+
+
+def rows_last(case, x):
+    x = np.asarray(x, np.float64)
+    return x if case.layout == "BHLD" else np.swapaxes(x, 1, 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_the_oracle(name):
+    case = CASES[name]
+    q, k, v = operands(case)
+    spec = AttentionSpec.of(q, k, v, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap)
+    bad = list(case.bad_keys)
+    axis = 1 if case.layout == "BLHD" else 2
+    poisoned = v.at[(slice(None),) * axis + (jnp.asarray(bad, int),)].set(jnp.nan) if bad else v
+    out, lse = run(case, spec, q, k, poisoned)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
+        wide_spec = AttentionSpec.of(*wide, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap)
+        results = reference.forward(wide_spec, Operands(*wide, mask=case.mask))
+        expected, expected_lse = (np.asarray(x) for x in results)
+    keep = np.broadcast_to(case.mask.keep(np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]),
+                           (case.q_len, case.kv_len))
+    sees_bad = keep[:, bad].any(axis=1)
+    out, expected = rows_last(case, out), rows_last(case, expected)
+    largest = np.abs(np.asarray(v, np.float64)).max()
+    np.testing.assert_allclose(out[:, :, ~sees_bad], expected[:, :, ~sees_bad], rtol=0,
+                               atol=2 * ROUNDING[case.dtype] * largest)
+    assert np.isnan(out[:, :, sees_bad]).all()
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-4)
+    assert (out[:, :, ~keep.any(axis=1)] == 0).all()
