@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from bridge.problems import OURS, TORCH, UNIT, check, heads_inside, qkv, results
@@ -79,11 +80,15 @@ def test_a_fully_masked_row_gives_zero_and_zero_gradients(mask):
 
 
 def test_a_row_of_finfo_min_is_the_mean_of_value():
-    mask = torch.zeros(L, S)
+    """Against torch's math backend: its CPU flash backward loses log(S) in lse = finfo.min + log(S), and gives S times dq."""
+    tensors, mask, dout = qkv(Q, KV, KV), torch.zeros(L, S), torch.randn(Q)
     mask[1] = torch.finfo(torch.float32).min
-    tensors = qkv(Q, KV, KV)
-    out = check([*tensors, mask])[0]
-    torch.testing.assert_close(out[:, :, 1], tensors[2].detach().mean(2), rtol=1e-6, atol=1e-6)
+    ours = results(OURS, [*tensors, mask], dout)
+    torch.testing.assert_close(ours[0][:, :, 1], tensors[2].detach().mean(2), rtol=1e-6, atol=1e-6)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = results(TORCH, [*tensors, mask], dout)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_nan_and_inf_in_masked_keys_do_not_leak():
