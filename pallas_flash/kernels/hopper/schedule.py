@@ -140,7 +140,7 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     rows = (
         (64, ForwardSchedule(block_kv=128, warpgroups=3, rescale="warp")),
-        (128, ForwardSchedule(block_kv=128, rescale="warp")),
+        (128, ForwardSchedule(block_kv=128, rescale="warp", q_registers=True)),
         (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2, rescale="warp")),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, rescale="warp")),
     )
