@@ -1,0 +1,524 @@
+"""dk and dv on Hopper, a block for each key tile; and dq too in the fused form (FlashAttention-2, Dao, 2023).
+
+Roles. Each compute warpgroup keeps dk and dv of 64 keys in registers, and walks the query tiles that the mask needs
+(for each query head of the group): S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T * (dP^T - delta),
+dV += P^T dO, dK += dS^T Q. P^T and dS^T go from registers to the product. One more warpgroup loads; in the fused form
+its second warp adds dq to global memory.
+
+dq = dS K needs the dS of all the block's keys, so dS^T goes through shared memory. Its product is made by the compute
+warpgroups, a 64 x 64 piece each, which have to meet for it (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
+
+Barriers. A barrier is named for the state it announces: q_full, q_free, dout_full, dout_free for slots of the rings;
+kv_full for the block's keys and values; ds_full, ds_free for slots of dS, where somebody else multiplies it, or later;
+dq_full, dq_free for a warpgroup's piece of dq (`shared`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import backward_products as grad_products
+from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
+from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
+from pallas_flash.kernels.hopper.backward_tiles import Walk
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["launch"]
+
+
+class Block(NamedTuple):
+    """What the roles of one block share."""
+
+    spec: AttentionSpec
+    schedule: KvSchedule
+    gmem: dict[str, Any]  # q, k, v, dout, stats, dq, dk, dv
+    smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
+    bars: dict[str, Any]
+    batch: Any
+    kv_head: Any
+    kv_tile: Any
+    walk: Walk
+
+
+class Step(NamedTuple):
+    """One query tile, for one query head."""
+
+    index: Any  # how many steps came before it
+    tile: Any
+
+    def slot(self, slots: int) -> Any:
+        return lax.rem(self.index, slots)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+def load(block: Block) -> None:
+    """Keys and values once; then queries with their statistics, and douts, as slots become free."""
+    spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
+    keys = (block.batch, block.kv_head, block.kv_tile * s.block_kv)
+    grad_tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
+    grad_tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
+
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+        head, tile = at
+        slot, place = lax.rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
+
+        def load_next(name: str, stats: bool) -> None:
+            full, free = bars[f"{name}_full"].at[slot], bars[f"{name}_free"].at[slot]
+
+            @pl.when(i >= s.num_stages)
+            def _() -> None:
+                plgpu.barrier_wait(free)
+
+            grad_tiles.load_tile(spec, gmem[name], place, smem[name].at[slot], full)
+            if stats:
+                source = gmem["stats"].at[block.batch, head, :, pl.ds(tile * s.block_q, s.block_q)]
+                plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)
+
+        load_next("q", True)
+        load_next("dout", False)
+        return block.walk.next(head, tile)
+
+    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
+    for name in ("q_free", "dout_free"):
+        grad_tiles.drain(bars[name], s.num_stages, block.walk.steps)
+
+
+def add_dq(block: Block) -> None:
+    """Adds the compute warpgroups' pieces of dq to global memory, step by step."""
+    pieces, steps = block.schedule.warpgroups, block.walk.steps
+
+    def free(piece: int, following: Any) -> None:
+        @pl.when(following < steps)
+        def _() -> None:
+            plgpu.barrier_arrive(block.bars["dq_free"].at[piece])
+
+    for piece in range(pieces):
+        free(piece, 0)
+
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+        head, tile = at
+        for piece in range(pieces):
+            plgpu.barrier_wait(block.bars["dq_full"].at[piece])
+            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
+        for piece in range(pieces):
+            plgpu.wait_smem_to_gmem(pieces - 1 - piece, wait_read_only=True)
+            free(piece, i + 1)
+        return block.walk.next(head, tile)
+
+    lax.fori_loop(0, steps, step, block.walk.first)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def load_role(block: Block) -> None:
+    """The loading warpgroup."""
+    plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        @pl.when(warp == 0)
+        def _() -> None:
+            load(block)
+
+        if block.schedule.dq == "shared":
+            @pl.when(warp == 1)
+            def _() -> None:
+                add_dq(block)
+
+
+# -- the compute warpgroups --------------------------------------------------------------------------------------------
+
+def own_rows(block: Block, name: str, warpgroup: Any) -> Any:
+    """A compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
+    index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
+    return block.smem[name].at[:, pl.ds(index * ROWS, ROWS)]
+
+
+def starts(block: Block, slot: Any) -> tuple[Any, Any]:
+    """What S^T and dP^T of a slot start from. The slot's query, and its statistics, must have come."""
+    lse, delta = (plgpu.load(block.smem["stats"].at[slot, i], layout=products.COLUMNS) for i in range(2))
+    if grad_tiles.starts_at_lse(block.spec):
+        return grad_products.spread_columns(lse), grad_products.spread_columns(delta)
+    return products.zeros(block.schedule.block_q), grad_products.spread_columns(delta)
+
+
+def issue_scores(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
+    """S^T of a slot, in flight."""
+    return grad_products.scores(start, own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
+
+
+def issue_dp(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
+    """dP^T - delta of a slot, in flight."""
+    plgpu.barrier_wait(block.bars["dout_full"].at[slot])
+    return grad_products.scores(start, own_rows(block, "v", warpgroup), block.smem["dout"].at[slot], block.spec.d_v)
+
+
+def tile_weights(block: Block, warpgroup: Any, step: Step, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
+    """P^T and what dP^T is multiplied with, from S^T; times 2^shift."""
+    spec, schedule = block.spec, block.schedule
+    first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
+    mask = functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=0)
+
+    def hide(s: Any) -> Any:
+        if not schedules.kv_work(spec, schedule).partial:
+            return s
+        return lax.cond(block.walk.partial(step.tile), mask, lambda s: s, s)
+
+    def lse_log2() -> Any:
+        stats = plgpu.load(block.smem["stats"].at[step.slot(schedule.num_stages), 0], layout=products.COLUMNS)
+        return lax.broadcast_in_dim(stats, (ROWS, schedule.block_q), [1])
+
+    p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, hide, shift)
+    if schedule.pinned:
+        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
+    return p, slope
+
+
+def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
+    """Where a warpgroup's 64 rows of dS^T go: (chunks of queries, 64, 64)."""
+    return block.smem["ds"].at[step.slot(block.schedule.ds_slots), :, pl.ds(warpgroup * ROWS, ROWS)]
+
+
+def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
+    """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
+    row, column = lax.div(warpgroup, chunks(block.spec.d)), lax.rem(barriers.opaque(warpgroup), chunks(block.spec.d))
+    ds = block.smem["ds"].at[step.slot(block.schedule.ds_slots), row]
+    return grad_products.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
+
+
+def hand_dq_over(block: Block, warpgroup: Any, dq: Any) -> None:
+    plgpu.barrier_wait(block.bars["dq_free"].at[warpgroup])
+    grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[warpgroup])
+    grad_products.fence()
+    plgpu.barrier_arrive(block.bars["dq_full"].at[warpgroup])
+
+
+def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
+    """dS^T to the warpgroup that multiplies it with the keys."""
+    slots = block.schedule.ds_slots
+
+    @pl.when(step.index >= slots)
+    def _() -> None:
+        plgpu.barrier_wait(block.bars["ds_free"].at[step.slot(slots)])
+
+    products.store_chunks(ds, ds_rows(block, warpgroup, step))
+    grad_products.fence()
+    plgpu.barrier_arrive(block.bars["ds_full"].at[step.slot(slots)])
+
+
+def meet(block: Block) -> None:
+    """Waits until every compute warpgroup, and that of dq, has come here."""
+    if barriers.is_interpreted():
+        plgpu.barrier_arrive(block.bars["met"])
+        plgpu.barrier_wait(block.bars["met"])
+        return
+    roles = meeting_roles(block.schedule)
+    barriers.named_sync(barriers.first_free(roles + 1), roles * barriers.WARPGROUP)
+
+
+def meeting_roles(s: Any) -> int:
+    """The warpgroups that meet: all but the loading one."""
+    return s.warpgroups + len(s.registers) - 2
+
+
+def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """One step that leaves nothing in flight."""
+    spec, schedule, bars = block.spec, block.schedule, block.bars
+    slot = step.slot(schedule.num_stages)
+    plgpu.barrier_wait(bars["q_full"].at[slot])
+    from_lse, from_delta = starts(block, slot)
+    s = issue_scores(block, warpgroup, slot, from_lse)
+    dp = issue_dp(block, warpgroup, slot, from_delta)
+    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
+    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
+    if schedule.dq == "shared":
+        if schedule.ds_slots == 1:
+            meet(block)
+        products.store_chunks(ds, ds_rows(block, warpgroup, step))
+    elif schedule.dq == "own":
+        hand_ds_over(block, warpgroup, step, ds)
+    dv = products.accumulate(dv, p, block.smem["dout"].at[slot])
+    if schedule.dq == "shared":
+        grad_products.fence()
+        meet(block)
+        dq = issue_dq(block, warpgroup, step)
+    else:
+        dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+    dv = products.ready(dv, 1)
+    plgpu.barrier_arrive(bars["dout_free"].at[slot])
+    if schedule.dq == "shared":
+        dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+        hand_dq_over(block, warpgroup, products.ready(dq, 1))
+    dk = products.ready(dk, 0)
+    plgpu.barrier_arrive(bars["q_free"].at[slot])
+    return dk, dv
+
+
+def gradients_in_turn(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+    """dk and dv of a compute warpgroup."""
+    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, dk, dv = carry
+        dk, dv = step_in_turn(block, warpgroup, Step(i, at[1]), dk, dv)
+        return block.walk.next(*at), dk, dv
+
+    start = block.walk.first, products.zeros(block.spec.d), products.zeros(block.spec.d_v)
+    return lax.fori_loop(0, block.walk.steps, step, start)[1:]
+
+
+def issue_late_dq(block: Block, warpgroup: Any, step: Step) -> Any:
+    """The warpgroup's piece of dq of an earlier step, in flight."""
+    plgpu.barrier_wait(block.bars["ds_full"].at[step.slot(block.schedule.ds_slots)])
+    return issue_dq(block, warpgroup, step)
+
+
+def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
+    plgpu.barrier_arrive(block.bars["ds_free"].at[step.slot(block.schedule.ds_slots)])
+    hand_dq_over(block, warpgroup, dq)
+
+
+def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """One step, and dq of the step before (`late`), whose dS the other warpgroups wrote long ago: nobody waits."""
+    spec, schedule, bars = block.spec, block.schedule, block.bars
+    slot, before = step.slot(schedule.num_stages), Step(step.index - 1, None)
+    plgpu.barrier_wait(bars["q_full"].at[slot])
+    from_lse, from_delta = starts(block, slot)
+    s = issue_scores(block, warpgroup, slot, from_lse)
+    dp = issue_dp(block, warpgroup, slot, from_delta)
+    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
+    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
+    hand_ds_over(block, warpgroup, step, ds)
+    dv = products.accumulate(dv, p, block.smem["dout"].at[slot])
+    if late:
+        dq = issue_late_dq(block, warpgroup, before)
+    dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+    dv = products.ready(dv, 1 + late)
+    plgpu.barrier_arrive(bars["dout_free"].at[slot])
+    if late:
+        finish_late_dq(block, warpgroup, before, products.ready(dq, 1))
+    dk = products.ready(dk, 0)
+    plgpu.barrier_arrive(bars["q_free"].at[slot])
+    return dk, dv
+
+
+def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+    """dk and dv of a compute warpgroup; dq of each tile is multiplied one step later."""
+    spec, walk, first = block.spec, block.walk, block.walk.first
+
+    def run() -> tuple[Any, Any]:
+        sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
+        sums = step_with_late_dq(block, warpgroup, Step(jnp.int32(0), first[1]), False, *sums)
+
+        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            at, sums = carry
+            return walk.next(*at), step_with_late_dq(block, warpgroup, Step(i, at[1]), True, *sums)
+
+        _, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), sums))
+        last = Step(walk.steps - 1, None)
+        finish_late_dq(block, warpgroup, last, products.ready(issue_late_dq(block, warpgroup, last), 0))
+        return sums
+
+    return _where_work(block, run)
+
+
+def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What `run` returns, or zeros for key tiles that no query needs, if there are such."""
+    spec = block.spec
+    nothing = lambda: (products.zeros(spec.d), products.zeros(spec.d_v))
+    empty = schedules.kv_work(spec, block.schedule).empty
+    return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
+
+
+class Weights(NamedTuple):
+    """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
+
+    p: Any
+    ds: Any
+
+
+def multiply_weights(block: Block, w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """Issues dk + dS^T Q and dv + P^T dO of a slot."""
+    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
+    return products.accumulate(dk, w.ds, block.smem["q"].at[slot]), dv
+
+
+def free_slot(block: Block, slot: Any) -> None:
+    plgpu.barrier_arrive(block.bars["dout_free"].at[slot])
+    plgpu.barrier_arrive(block.bars["q_free"].at[slot])
+
+
+def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
+                sums: tuple[Any, Any]) -> tuple[Weights, tuple[Any, Any]]:
+    """One step: the weights of its tile, while dk and dv of the tile before are multiplied.
+
+    All products are issued at once and none is left in flight: over the loop's back edge ptxas loses count of them.
+    """
+    spec, slots = block.spec, block.schedule.num_stages
+    slot, before = step.slot(slots), lax.rem(step.index + slots - 1, slots)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])
+    from_lse, from_delta = starts(block, slot)
+    s = issue_scores(block, warpgroup, slot, from_lse)
+    if last is not None:
+        sums = multiply_weights(block, last, before, *sums)
+    dp = issue_dp(block, warpgroup, slot, from_delta)
+    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1 if last is None else 3))
+    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    if last is not None:
+        free_slot(block, before)
+    w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
+    if block.schedule.dq == "own":
+        hand_ds_over(block, warpgroup, step, w.ds)
+    return w, sums
+
+
+def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+    """dk and dv of a compute warpgroup, each tile's multiplied during the next tile's softmax."""
+    spec, walk, first = block.spec, block.walk, block.walk.first
+
+    def run() -> tuple[Any, Any]:
+        sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
+        w, sums = step_behind(block, warpgroup, Step(jnp.int32(0), first[1]), None, sums)
+
+        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            at, w, sums = carry
+            return walk.next(*at), *step_behind(block, warpgroup, Step(i, at[1]), w, sums)
+
+        _, w, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), w, sums))
+        slot = lax.rem(walk.steps - 1, block.schedule.num_stages)
+        dk, dv = multiply_weights(block, w, slot, *sums)
+        dk, dv = products.ready(dk, 0), products.ready(dv, 0)
+        free_slot(block, slot)
+        return dk, dv
+
+    return _where_work(block, run)
+
+
+def compute_role(block: Block, warpgroup: Any) -> None:
+    """A compute warpgroup."""
+    spec, s = block.spec, block.schedule
+    plgpu.set_max_registers(s.registers[0], action="increase")
+    plgpu.barrier_wait(block.bars["kv_full"])
+    gradients = {"in turn": gradients_in_turn, "late dq": gradients_with_late_dq, "behind": gradients_behind}[s.order]
+    dk, dv = gradients(block, warpgroup)
+    if s.dq == "own" or s.order == "late dq":
+        grad_tiles.drain(block.bars["ds_free"], s.ds_slots, block.walk.steps)
+    if s.dq != "none":
+        meet(block)  # the others' last dq has been multiplied: keys may be written over
+    place = (block.batch, block.kv_head, block.kv_tile * s.block_kv + warpgroup * ROWS)
+    rows = pl.ds(warpgroup * ROWS, ROWS)
+    dk, dv = (plgpu.layout_cast(x, products.TILE) for x in (dk, dv))
+    for name, x in (("k", dk * spec.scale), ("v", dv)):
+        grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], place)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def dq_role(block: Block) -> None:
+    """The warpgroup that makes dq of every step from the others' dS, and adds it to global memory."""
+    spec, s, bars = block.spec, block.schedule, block.bars
+    plgpu.set_max_registers(s.registers[1], action="decrease")
+    plgpu.barrier_wait(bars["kv_full"])
+    pieces = schedules.dq_pieces(spec, s)
+
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+        slot = lax.rem(i, s.ds_slots)
+        plgpu.barrier_wait(bars["ds_full"].at[slot])
+        for piece in range(pieces):
+            row, column = divmod(piece, chunks(spec.d))
+            keys = block.smem["k"].at[pl.ds(barriers.opaque(column), 1)]
+            dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
+            if piece == pieces - 1:
+                plgpu.barrier_arrive(bars["ds_free"].at[slot])
+            plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+            grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[piece])
+            plgpu.commit_smem()
+            head, tile = at
+            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
+        return block.walk.next(*at)
+
+    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
+    meet(block)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# -- launch ------------------------------------------------------------------------------------------------------------
+
+def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The buffers and barriers of a block. A full barrier counts chunks, a free one warpgroups."""
+    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
+            for name, shape in schedules.kv_buffers(spec, s).items()}
+    smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
+            "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
+            "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
+    for name in ("q_free", "dout_free"):
+        bars[name] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.num_stages)
+    if barriers.is_interpreted():  # where named barriers do nothing
+        bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
+    if s.dq != "none":
+        smem["dq"] = plgpu.SMEM((schedules.dq_pieces(spec, s), CHUNK * CHUNK // 256, 256), jnp.float32)
+    if s.dq == "own" or s.order == "late dq":
+        bars["ds_full"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.ds_slots)
+        bars["ds_free"] = plgpu.Barrier(num_arrivals=1 if s.dq == "own" else s.warpgroups, num_barriers=s.ds_slots)
+    if s.dq == "shared":
+        bars["dq_full"] = plgpu.Barrier(num_barriers=s.warpgroups)
+        bars["dq_free"] = plgpu.Barrier(num_barriers=s.warpgroups)
+    return smem, bars
+
+
+def block_of(spec: AttentionSpec, s: KvSchedule, refs: tuple[dict[str, Any], ...]) -> Block:
+    """This block's key tile."""
+    head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
+    batch, kv_head = lax.div(head, spec.kv_heads), lax.rem(head, spec.kv_heads)
+    q_tiles = schedules.q_range(spec, s, kv_tile)
+    return Block(spec, s, *refs, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
+
+
+def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
+    """The kernel of a spec: a function of q, k, v, dout, the padded statistics, and in the fused form of a reference to
+    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds. It returns dk and dv in the spec's layout.
+    """
+    smem, bars = scratch(spec, schedule)
+    fused = schedule.dq != "none"
+
+    def attention_backward_kv(*refs: Any) -> None:
+        *arrays, dk, dv, smem, bars = refs
+        names = ("q", "k", "v", "dout", "stats", "dq")[:len(arrays)]
+        block = block_of(spec, schedule, (dict(zip(names, arrays), dk=dk, dv=dv), smem, bars))
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < schedule.warpgroups)
+        def _() -> None:
+            compute_role(block, warpgroup)
+
+        if schedule.dq == "own":
+            @pl.when(warpgroup == schedule.warpgroups)
+            def _() -> None:
+                dq_role(block)
+
+        @pl.when(warpgroup == schedule.warpgroups + (schedule.dq == "own"))
+        def _() -> None:
+            load_role(block)
+
+    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
+    kernel = plgpu.kernel(
+        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
+        grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",),
+        num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
+        compiler_params=grad_tiles.COMPILER)
+
+    def run(q: Any, k: Any, v: Any, dout: Any, stats: Any, *dq: Any) -> tuple[jax.Array, ...]:
+        assert len(dq) == fused
+        return tuple(kernel(q, k, v, dout, stats, *dq))
+
+    return run

@@ -1,0 +1,325 @@
+"""How fast, never what, for the backward: forms, tile sizes, pipeline depths; which are legal, and the defaults.
+
+Two forms. Fused: one kernel walks the query tiles of each key tile, keeps dk and dv in registers and adds its part of
+dq to float32 memory; five products a tile, the order of those additions is the machine's. Two kernels: dk and dv from
+key tiles, dq from query tiles; seven products, no memory of its own, and the same bits on every run. No Mosaic in here.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jax import lax
+
+from pallas_flash import masks, tiles
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.spec import AttentionSpec
+
+__all__ = [
+    "BackwardSchedule", "DqSchedule", "KvSchedule", "SplitSchedule", "Work", "backward_problems", "default_backward",
+    "dq_work", "kv_work", "smem_bytes",
+]
+
+_ALIGNMENT = 1024
+_BARRIER_BYTES = 8
+_FILE_REGISTERS = 512  # of a thread of each warpgroup together: 65,536 / 128
+
+
+@dataclasses.dataclass(frozen=True)
+class KvSchedule:
+    """dk and dv, and dq in the fused form: each compute warpgroup keeps dk and dv of 64 keys in registers.
+
+    Attributes:
+      block_q: queries of a tile: 64 or 128.
+      warpgroups: compute warpgroups, of 64 keys each.
+      num_stages: slots of the ring of query and dout tiles.
+      dq: who multiplies dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute warpgroups, one
+        64 x 64 piece each), or "own" (one more warpgroup, so that the others need not meet).
+      ds_slots: slots of the buffer through which dS goes to that product.
+      order: "in turn": each step ends with its products; "late dq" (with dq="shared"): a tile's dq is multiplied one
+        step later, so that the warpgroups need not meet; "behind": a tile's dk and dv are multiplied during the next
+        tile's softmax.
+      pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
+      section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
+    """
+
+    block_q: int = 64
+    warpgroups: int = 2
+    num_stages: int = 2
+    dq: Literal["none", "shared", "own"] = "none"
+    ds_slots: int = 2
+    order: Literal["in turn", "late dq", "behind"] = "in turn"
+    pinned: bool = True
+    opaque: bool = True
+    section_bytes: int = 32 << 20
+
+    @property
+    def block_kv(self) -> int:
+        return ROWS * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Registers a thread of a compute warpgroup, of that of dq where there is one, and of the loading one."""
+        if self.dq == "own":
+            return (208, 72, 24) if self.warpgroups == 2 else (144, 56, 24)
+        return (160, 32) if self.warpgroups == 3 else (240, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSchedule:
+    """dk and dv of wide heads: one warpgroup keeps dv of 64 keys, another dk; the first hands P to the second.
+
+    Attributes:
+      num_stages: slots of the ring of query and dout tiles (64 queries each).
+      p_slots: slots of the buffer through which P goes.
+      section_bytes: see `KvSchedule`.
+    """
+
+    num_stages: int = 2
+    p_slots: int = 2
+    section_bytes: int = 32 << 20
+
+    block_q = 64
+    block_kv = ROWS
+    warpgroups = 2
+    dq = "none"
+    pinned = False
+    registers = (240, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class DqSchedule:
+    """dq in a kernel of its own: each compute warpgroup keeps dq of 64 queries in registers.
+
+    Attributes:
+      block_kv: keys of a tile; a multiple of 16.
+      warpgroups: compute warpgroups, of 64 queries each.
+      k_stages, v_stages: slots of the rings of key tiles and of value tiles.
+      behind: a tile's dq is multiplied during the next tile's softmax.
+      pinned, opaque: see `KvSchedule`; here the queries and douts are what does not change.
+      section_bytes: keys and values that the heads worked on at a time may have.
+    """
+
+    block_kv: int = 64
+    warpgroups: int = 2
+    k_stages: int = 2
+    v_stages: int = 2
+    behind: bool = False
+    pinned: bool = True
+    opaque: bool = True
+    section_bytes: int = 32 << 20
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        return (160, 32) if self.warpgroups == 3 else (240, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardSchedule:
+    """`dq` is None in the fused form, where `kv` writes dq too."""
+
+    kv: KvSchedule | SplitSchedule
+    dq: DqSchedule | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.kv.dq != "none"
+
+    @property
+    def padded_q_block(self) -> int:
+        """The row statistics are padded to a multiple of this."""
+        return math.lcm(self.kv.block_q, 1 if self.dq is None else self.dq.block_q)
+
+    def padded_q(self, spec: AttentionSpec) -> int:
+        return tiles.cdiv(spec.q_len, self.padded_q_block) * self.padded_q_block
+
+
+# -- shared memory -----------------------------------------------------------------------------------------------------
+
+def _tiles(spec: AttentionSpec, s: "KvSchedule | SplitSchedule") -> dict[str, tuple[int, ...]]:
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    return {"q": (s.num_stages, d, s.block_q, CHUNK), "dout": (s.num_stages, d_v, s.block_q, CHUNK),
+            "k": (d, s.block_kv, CHUNK), "v": (d_v, s.block_kv, CHUNK)}
+
+
+def kv_buffers(spec: AttentionSpec, s: KvSchedule) -> dict[str, tuple[int, ...]]:
+    """Shapes of the 16-bit buffers: tiles are (chunks, rows, 64)."""
+    buffers = _tiles(spec, s)
+    if s.dq != "none":
+        buffers["ds"] = (s.ds_slots, s.block_q // CHUNK, s.block_kv, CHUNK)
+    return buffers
+
+
+def split_buffers(spec: AttentionSpec, s: SplitSchedule) -> dict[str, tuple[int, ...]]:
+    return _tiles(spec, s) | {"p": (s.p_slots, s.block_q // CHUNK, s.block_kv, CHUNK)}
+
+
+def dq_buffers(spec: AttentionSpec, s: DqSchedule) -> dict[str, tuple[int, ...]]:
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    return {"q": (s.warpgroups, d, ROWS, CHUNK), "dout": (s.warpgroups, d_v, ROWS, CHUNK),
+            "k": (s.k_stages, d, s.block_kv, CHUNK), "v": (s.v_stages, d_v, s.block_kv, CHUNK)}
+
+
+def stats_shape(s: KvSchedule | SplitSchedule) -> tuple[int, ...]:
+    """float32: of each query, where the scores and where dP start."""
+    return s.num_stages, 2, s.block_q
+
+
+def dq_pieces(spec: AttentionSpec, s: KvSchedule) -> int:
+    """64 x 64 pieces of a tile of dq."""
+    return s.block_q // CHUNK * chunks(spec.d)
+
+
+def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
+    """The float32 sums of the fused form: pieces in the order in which threads hold them, (16, 256) each."""
+    q_tiles = tiles.cdiv(spec.q_len, s.block_q)
+    return spec.batch, spec.q_heads, q_tiles, dq_pieces(spec, s), 16, 256
+
+
+def smem_bytes(spec: AttentionSpec, s: KvSchedule | SplitSchedule | DqSchedule) -> int:
+    """Shared memory of a block, its barriers included."""
+    aligned = lambda size: _ALIGNMENT * tiles.cdiv(size, _ALIGNMENT)
+    if isinstance(s, DqSchedule):
+        sizes = [2 * math.prod(x) for x in dq_buffers(spec, s).values()]
+        barriers = s.warpgroups + 2 * (s.k_stages + s.v_stages)
+    elif isinstance(s, SplitSchedule):
+        sizes = [2 * math.prod(x) for x in split_buffers(spec, s).values()] + [4 * math.prod(stats_shape(s))]
+        barriers = 1 + 4 * s.num_stages + 2 * s.p_slots
+    else:
+        sizes = [2 * math.prod(x) for x in kv_buffers(spec, s).values()] + [4 * math.prod(stats_shape(s))]
+        sizes += [4 * CHUNK * CHUNK * dq_pieces(spec, s)] if s.dq != "none" else []
+        barriers = 1 + 4 * s.num_stages + 2 * max(s.ds_slots, s.warpgroups)
+    return sum(aligned(size) for size in sizes) + aligned(_BARRIER_BYTES * barriers)
+
+
+# -- legality and defaults ---------------------------------------------------------------------------------------------
+
+def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...]:
+    held = (spec.d + spec.d_v + 2 * s.block_q) // 2
+    whole = spec.d % CHUNK == 0
+    return (
+        (s.block_q in (64, 128), f"{s.block_q=} must be 64 or 128"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
+        (s.ds_slots in (1, 2, 4), f"{s.ds_slots=} must be 1, 2 or 4"),
+        (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
+        (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
+        (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
+        (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
+        (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
+    )
+
+
+def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> tuple[tuple[bool, str], ...]:
+    return ((s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
+            (s.p_slots in (1, 2, 4), f"{s.p_slots=} must be 1, 2 or 4"),
+            (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
+
+
+def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> tuple[tuple[bool, str], ...]:
+    held = (spec.d + 2 * s.block_kv) // 2
+    return (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (held + 16 <= s.registers[0], f"dq and scores need {held} registers a thread of {s.registers[0]}"),
+    )
+
+
+def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit: int) -> list[str]:
+    """Why a schedule cannot run a spec; empty if it can."""
+    kv, dq = schedule.kv, schedule.dq
+    rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
+             (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
+             (not (schedule.fused and spec.deterministic), "deterministic gradients need the form of two kernels")]
+    rules += [] if dq is None else _dq_rules(spec, dq)
+    for s in (kv, dq):
+        if s is not None:
+            rules.append(((needed := smem_bytes(spec, s)) <= smem_limit, f"{s} needs {needed} bytes of {smem_limit}"))
+    return [problem for holds, problem in rules if not holds]
+
+
+def default_backward(spec: AttentionSpec) -> BackwardSchedule:
+    """The schedule of a spec: a table by head size."""
+    widest = max(spec.d, spec.d_v)
+    if not spec.deterministic and spec.d == 64 and spec.d_v <= 64:
+        return BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
+    if not spec.deterministic and spec.d == 128 and spec.d_v <= 128:
+        return BackwardSchedule(KvSchedule(dq="shared"))
+    if widest <= 64:
+        return BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
+                                DqSchedule(block_kv=128, k_stages=4, behind=True))
+    if widest <= 128:
+        return BackwardSchedule(KvSchedule(), DqSchedule(k_stages=4, behind=True))
+    v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
+    return BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=v_stages))
+
+
+# -- which tiles -------------------------------------------------------------------------------------------------------
+
+def kv_mask(spec: AttentionSpec, s: Any) -> masks.Mask:
+    """The spec's mask, and where the last key tile is ragged, the keys' end. Queries past the end have weights of 0."""
+    return spec.mask & masks.InBounds(kv_len=spec.kv_len) if spec.kv_len % s.block_kv else spec.mask
+
+
+class Work(NamedTuple):
+    """A kernel's blocks: one for each tile of its axis and each head, in sections of heads, the longest tiles first."""
+
+    heads: int  # (batch, head) pairs
+    tiles: int  # of the axis that stays
+    section: int  # heads of a section; divides `heads`
+    ascending: bool  # the first tiles are the longest
+    empty: bool  # some tile needs no tile of the other axis
+    partial: bool  # some tile of the other axis needs the mask
+
+    @property
+    def blocks(self) -> int:
+        return self.heads * self.tiles
+
+    def place(self, block: Any) -> tuple[Any, Any]:
+        """(head, tile) of a block."""
+        size = self.section * self.tiles
+        rest = lax.rem(block, size)
+        tile, head = lax.div(rest, self.section), lax.div(block, size) * self.section + lax.rem(rest, self.section)
+        return head, tile if self.ascending else self.tiles - 1 - tile
+
+
+def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, section_bytes: int) -> Work:
+    start, full_start, full_stop, stop = (np.broadcast_to(np.asarray(x), (count,)) for x in ranges)
+    wanted = max(1, section_bytes // max(head_bytes, 1))
+    section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
+    length = stop - start
+    return Work(heads, count, section, ascending=bool(length[0] >= length[-1]), empty=bool(np.any(length <= 0)),
+                partial=bool(np.any((start < full_start) | (full_stop < stop))))
+
+
+def q_range(spec: AttentionSpec, s: Any, kv_tile: Any) -> tiles.TileRange:
+    """The query tiles that a key tile needs. Not clamped to the real length: the last tile's padding must be masked."""
+    return tiles.q_tiles(kv_mask(spec, s), (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv), s.block_q, spec.q_len)
+
+
+def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
+    """The key tiles that a query tile needs."""
+    return tiles.kv_tiles(kv_mask(spec, s), tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
+
+
+@functools.lru_cache(maxsize=256)
+def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
+    """The blocks of a kernel that keeps key tiles."""
+    count = tiles.cdiv(spec.kv_len, s.block_kv)
+    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
+    return _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
+    """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
+    count = tiles.cdiv(spec.q_len, s.block_q)
+    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
+    return _work(spec.batch * spec.q_heads, kv_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)

@@ -1,0 +1,206 @@
+"""dk and dv of wide heads on Hopper: a block for each tile of 64 keys, one warpgroup for dv, another for dk.
+
+The first makes S^T = K Q^T, P^T = exp(S^T - lse) and dV += P^T dO; the second dP^T = V dO^T,
+dS^T = P^T * (dP^T - delta) and dK += dS^T Q. P^T goes from the first to the second through shared memory, as
+float16(2^15 P): bfloat16's eight bits would add as much error to dK as the rounding of dS does. A third warpgroup
+loads.
+
+Barriers: kv_full; q_full, q_free, dout_full, dout_free for slots of the rings (each read by both warpgroups); p_full,
+p_free for slots of P.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import backward_kv as kv
+from pallas_flash.kernels.hopper import backward_products as grad_products
+from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
+from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward_kv import Block, Step
+from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
+from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["launch"]
+
+SHIFT = 15
+"""P is kept times 2^15: at most 2^15, so float16 holds it, and down to 2^-29 with all its bits."""
+
+
+def whole(block: Block, name: str) -> Any:
+    """The block's keys or values, (chunks, 64, 64), indexed so that their descriptors are made where they are used."""
+    return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
+
+
+def start_of(block: Block, row: int, slot: Any) -> Any:
+    """Where the scores (row 0) or dP (row 1) of a slot start."""
+    stats = plgpu.load(block.smem["stats"].at[slot, row], layout=products.COLUMNS)
+    return grad_products.spread_columns(stats)
+
+
+def scores(block: Block, slot: Any) -> Any:
+    """Issues S^T of a slot, whose query must have come."""
+    start = start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
+    return grad_products.scores(start, whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
+
+
+def hand_p_over(block: Block, step: Step, p: Any) -> None:
+    slot = step.slot(block.schedule.p_slots)
+
+    @pl.when(step.index >= block.schedule.p_slots)
+    def _() -> None:
+        plgpu.barrier_wait(block.bars["p_free"].at[slot])
+
+    products.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
+    plgpu.barrier_arrive(block.bars["p_full"].at[slot])
+
+
+def dout_free(block: Block, index: Any) -> None:
+    plgpu.barrier_arrive(block.bars["dout_free"].at[lax.rem(index, block.schedule.num_stages)])
+
+
+def add_dv(block: Block, index: Any, p: Any, dv: Any) -> Any:
+    """Issues dv + P^T dO of a step, whose dout must have come."""
+    return products.accumulate(dv, p, block.smem["dout"].at[lax.rem(index, block.schedule.num_stages)])
+
+
+def dv_step(block: Block, step: Step, last: Any, dv: Any) -> tuple[Any, Any]:
+    """P^T of a tile, while dv of the tile before (`last`: its P^T) is multiplied."""
+    bars, slot = block.bars, step.slot(block.schedule.num_stages)
+    plgpu.barrier_wait(bars["q_full"].at[slot])
+    if last is not None:
+        plgpu.barrier_wait(bars["dout_full"].at[lax.rem(step.index - 1, block.schedule.num_stages)])
+        dv = add_dv(block, step.index - 1, last, dv)
+    s = scores(block, slot)
+    if last is not None:
+        dv = products.ready(dv, 1)
+        dout_free(block, step.index - 1)
+    s = products.ready(s, 0)
+    plgpu.barrier_arrive(bars["q_free"].at[slot])
+    p, slope = kv.tile_weights(block, 0, step, s, SHIFT)
+    hand_p_over(block, step, slope)
+    return p.astype(block.spec.dtype), dv
+
+
+def dv_end(block: Block, index: Any, p: Any, dv: Any) -> Any:
+    plgpu.barrier_wait(block.bars["dout_full"].at[lax.rem(index, block.schedule.num_stages)])
+    dv = products.ready(add_dv(block, index, p, dv), 0)
+    dout_free(block, index)
+    return dv
+
+
+def add_dk(block: Block, index: Any, ds: Any, dk: Any) -> Any:
+    """Issues dk + dS^T Q of a step, whose query must have come."""
+    return products.accumulate(dk, ds, block.smem["q"].at[lax.rem(index, block.schedule.num_stages)])
+
+
+def dk_step(block: Block, step: Step, last: Any, dk: Any) -> tuple[Any, Any]:
+    """dS^T of a tile, while dk of the tile before (`last`: its dS^T) is multiplied."""
+    spec, bars = block.spec, block.bars
+    slot, p_slot = step.slot(block.schedule.num_stages), step.slot(block.schedule.p_slots)
+    plgpu.barrier_wait(bars["q_full"].at[slot])  # the statistics come with the query
+    start = start_of(block, 1, slot)
+    plgpu.barrier_wait(bars["dout_full"].at[slot])
+    if last is not None:
+        dk = add_dk(block, step.index - 1, last, dk)
+    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], spec.d_v)
+    if last is not None:
+        dk = products.ready(dk, 1)
+        plgpu.barrier_arrive(bars["q_free"].at[lax.rem(step.index - 1, block.schedule.num_stages)])
+    plgpu.barrier_wait(bars["p_full"].at[p_slot])
+    p = grad_products.load_chunk(block.smem["p"].at[p_slot, 0])
+    dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    plgpu.barrier_arrive(bars["p_free"].at[p_slot])
+    dout_free(block, step.index)
+    if spec.dtype == jnp.float16:
+        dp = dp * 2.0**-SHIFT
+    return (p.astype(jnp.float32) * dp).astype(spec.dtype), dk
+
+
+def dk_end(block: Block, index: Any, ds: Any, dk: Any) -> Any:
+    dk = products.ready(add_dk(block, index, ds, dk), 0)
+    plgpu.barrier_arrive(block.bars["q_free"].at[lax.rem(index, block.schedule.num_stages)])
+    return dk
+
+
+def gradient(block: Block, columns: int, one_step: Callable[..., Any], end: Callable[..., Any]) -> Any:
+    """dk or dv: a sum over the walk's steps, each product made during the step after."""
+    def run() -> Any:
+        at = block.walk.first
+        w, acc = one_step(block, Step(jnp.int32(0), at[1]), None, grad_products.zeros(columns))
+
+        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            at, w, acc = carry
+            return block.walk.next(*at), *one_step(block, Step(i, at[1]), w, acc)
+
+        _, w, acc = lax.fori_loop(1, block.walk.steps, step, (block.walk.next(*at), w, acc))
+        return plgpu.layout_cast(end(block, block.walk.steps - 1, w, acc), products.TILE)
+
+    nothing = lambda: plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), products.TILE)
+    empty = schedules.kv_work(block.spec, block.schedule).empty
+    return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
+
+
+def compute_role(block: Block, warpgroup: int) -> None:
+    """The warpgroup of dv (0) or of dk (1)."""
+    spec, s = block.spec, block.schedule
+    plgpu.set_max_registers(s.registers[0], action="increase")
+    plgpu.barrier_wait(block.bars["kv_full"])
+    unshift = 2.0**-SHIFT
+    if warpgroup == 0:
+        x = gradient(block, spec.d_v, dv_step, dv_end) * unshift
+    else:
+        x = gradient(block, spec.d, dk_step, dk_end) * (spec.scale * (1 if spec.dtype == jnp.float16 else unshift))
+    if warpgroup == 0:
+        grad_tiles.drain(block.bars["p_free"], s.p_slots, block.walk.steps)
+    kv.meet(block)  # keys and values may be written over
+    name, place = "vk"[warpgroup], (block.batch, block.kv_head, block.kv_tile * s.block_kv)
+    grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], place)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The buffers and barriers of a block."""
+    smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=products.CHUNKED)
+            for name, shape in schedules.split_buffers(spec, s).items()}
+    smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
+            "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
+            "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
+    for name in ("q_free", "dout_free"):
+        bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
+    for name in ("p_full", "p_free"):
+        bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
+    if barriers.is_interpreted():
+        bars["met"] = plgpu.Barrier(num_arrivals=2)
+    return smem, bars
+
+
+def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
+    """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dk and dv."""
+    smem, bars = scratch(spec, schedule)
+
+    def attention_backward_split(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays))
+        block = kv.block_of(spec, schedule, (gmem, smem, bars))
+        warpgroup = lax.axis_index("warpgroup")
+        for i in range(2):
+            pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
+        pl.when(warpgroup == 2)(functools.partial(kv.load_role, block))
+
+    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
+    kernel = plgpu.kernel(
+        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
+        grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
+        compiler_params=grad_tiles.COMPILER)
+    return lambda q, k, v, dout, stats: tuple(kernel(q, k, v, dout, stats))

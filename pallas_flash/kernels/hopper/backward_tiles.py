@@ -1,0 +1,132 @@
+"""What the backward kernels share: the walk over tiles, tiles in global memory, weights from scores.
+
+The statistics of a query are two numbers. With `starts_at_lse`, the scores' accumulator starts at -lse / scale, so that
+P = exp2(scale log2(e) S) needs no subtraction; otherwise (softcap, scale <= 0) it starts at 0 and lse log2(e) is
+subtracted.
+The accumulator of dP always starts at -delta, so that dS = P * dP.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import masks, softmax
+from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["COMPILER", "Walk", "chunk_of", "drain", "load_tile", "starts_at_lse", "store_tile", "weights"]
+
+COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
+                                lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+class Walk(NamedTuple):
+    """A block's steps: for each of `heads` query heads from `head` on, the tiles [start, stop)."""
+
+    head: Any
+    heads: int
+    start: Any
+    full_start: Any  # tiles [full_start, full_stop) need no mask
+    full_stop: Any
+    stop: Any
+
+    @property
+    def steps(self) -> Any:
+        return self.heads * (self.stop - self.start)
+
+    @property
+    def first(self) -> tuple[Any, Any]:
+        """(head, tile) of the first step."""
+        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.start, jnp.int32)
+
+    def next(self, head: Any, tile: Any) -> tuple[Any, Any]:
+        """(head, tile) of the step after this one."""
+        if self.heads == 1:
+            return head, tile + 1
+        last = tile + 1 == self.stop
+        return jnp.where(last, head + 1, head), jnp.where(last, self.start, tile + 1)
+
+    def partial(self, tile: Any) -> Any:
+        """True where a tile needs the mask."""
+        return (tile < self.full_start) | (tile >= self.full_stop)
+
+
+def chunk_of(spec: AttentionSpec, ref: Any, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
+    """A (rows, 64) piece of an array in the spec's layout, from (batch, head, first row); TMA fills and clips."""
+    batch, head, first = place
+    columns = pl.ds(chunk * CHUNK + batch * 0, CHUNK)  # traced: Pallas refuses plain indices that leave the array
+    if spec.layout == "BLHD":
+        return ref.at[batch, pl.ds(first, rows), head, columns]
+    return ref.at[batch, head, pl.ds(first, rows), columns]
+
+
+def load_tile(spec: AttentionSpec, source: Any, place: tuple[Any, Any, Any], target: Any, full: Any) -> None:
+    """Starts to load a tile into (chunks, rows, 64) of shared memory; each chunk arrives at `full`."""
+    count, rows, _ = target.shape
+    for chunk in range(count):
+        plgpu.copy_gmem_to_smem(chunk_of(spec, source, place, rows, chunk), target.at[chunk], full)
+
+
+def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, place: tuple[Any, Any, Any]) -> None:
+    """Writes x, (64, columns) in the layout TILE, to global memory through (chunks, 64, 64) of shared memory."""
+    products.store_chunks(x, buffer)
+    plgpu.commit_smem()
+    count = buffer.shape[0]
+    for chunk in range(count):
+        piece = chunk_of(spec, target, place, 64, chunk)
+        plgpu.copy_smem_to_gmem(buffer.at[chunk], piece, commit_group=chunk == count - 1)
+
+
+def drain(free: Any, slots: int, steps: Any) -> None:
+    """Waits for the last phase of each slot's barrier, which nobody needs: interpret mode wants every phase seen."""
+    if barriers.is_interpreted():
+        for slot in range(slots):
+            pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+
+
+def starts_at_lse(spec: AttentionSpec) -> bool:
+    """Whether the scores' accumulator starts at -lse / scale."""
+    return spec.softcap is None and spec.scale > 0
+
+
+def masked(s: Any, mask: masks.Mask, first: tuple[Any, Any], keys_dim: int) -> Any:
+    """s with -inf where the mask does not keep a pair.
+
+    Args:
+      s: scores whose product with a positive number is the exponent.
+      first: position of the first query and of the first key.
+      keys_dim: the axis of s that runs over keys.
+    """
+    q_pos = products.positions(s.shape[1], 1 - keys_dim, first[0])
+    kv_pos = products.positions(s.shape[1], keys_dim, first[1])
+    return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
+
+
+def weights(spec: AttentionSpec, s: Any, lse_log2: Callable[[], Any], hide: Callable[[Any], Any],
+            shift: float = 0.0) -> tuple[Any, Any]:
+    """P, and P times the slope of the soft cap, from a tile of scores (from their start, see above); times 2^shift.
+
+    Args:
+      s: in the layout TILE.
+      lse_log2: lse log2(e) in the shape of s, where the scores start at 0.
+      hide: puts -inf where no pair attends.
+    """
+    if starts_at_lse(spec):
+        exponent = hide(s) * (spec.scale * softmax.LOG2E)
+        p = jnp.exp2(exponent + shift if shift else exponent)
+        return p, p
+    if shift:
+        p, slope = weights(spec, s, lse_log2, hide)
+        return p * 2**shift, slope * 2**shift
+    if spec.softcap is None:
+        p = jnp.exp2(hide(s * (spec.scale * softmax.LOG2E)) - lse_log2())
+        return p, p
+    # tanh x = 1 - 2 / (e^2x + 1) from exp2: the hardware's tanh has 11 bits
+    t = 1 - 2 / (jnp.exp2(s * (2 * softmax.LOG2E * spec.scale / spec.softcap)) + 1)
+    p = jnp.exp2(hide(t * (spec.softcap * softmax.LOG2E)) - lse_log2())
+    return p, p * (1 - t * t)
