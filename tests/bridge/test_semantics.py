@@ -80,7 +80,7 @@ def test_a_fully_masked_row_gives_zero_and_zero_gradients(mask):
 
 
 def test_a_row_of_finfo_min_is_the_mean_of_value():
-    """Against torch's math backend: its CPU flash backward loses log(S) in lse = finfo.min + log(S), and gives S times dq."""
+    """Against torch's math backend: its CPU flash backward loses the log(S) in lse = finfo.min + log(S)."""
     tensors, mask, dout = qkv(Q, KV, KV), torch.zeros(L, S), torch.randn(Q)
     mask[1] = torch.finfo(torch.float32).min
     ours = results(OURS, [*tensors, mask], dout)
