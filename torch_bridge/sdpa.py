@@ -6,10 +6,9 @@ condition.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from torch_bridge import ops
 
@@ -78,7 +77,7 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     """The checked and broadcast call; raises what torch raises."""
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
     causal_offset = 0 if is_causal else None
-    if isinstance(attn_mask, CausalBias):
+    if type(attn_mask) is not torch.Tensor and hasattr(attn_mask, "seq_len_kv"):
         causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
@@ -158,11 +157,12 @@ def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple:
                  else tensor for tensor in tensors)
 
 
-def _causal_offset(bias: CausalBias, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
+def _causal_offset(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
+    """The offset of a CausalBias, known by its fields: importing its class would import the compiler, for seconds."""
     if is_causal:
         raise ValueError("CausalBias should not be used with is_causal=True")
     q_len, kv_len = bias.seq_len_q, bias.seq_len_kv
-    if bias.variant == CausalVariant.UPPER_LEFT or q_len == kv_len:
+    if bias.variant.name == "UPPER_LEFT" or q_len == kv_len:
         return 0
     if query.shape[-2] != q_len or key.shape[-2] != kv_len:
         raise RuntimeError(f"causal_lower_right({q_len}, {kv_len}) does not match query of length {query.shape[-2]} "
