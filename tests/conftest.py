@@ -38,7 +38,10 @@ def x64():
 
 @pytest.fixture(scope="module")
 def small_tiles():
-    """The XLA kernels' tiles are larger than most problems here; with 8 positions they loop."""
+    """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests.
+
+    On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are off.
+    """
     from pallas_flash import autodiff
     from pallas_flash.kernels.xla import schedule
 
@@ -48,5 +51,7 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "TARGET_BLOCK", 8)
         forget()
+        jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
         forget()

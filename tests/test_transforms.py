@@ -1,0 +1,335 @@
+"""JAX's transforms: each gives what the same function gives without it, and sharded inputs need no communication."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agree, normal
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_flash import RESIDUAL_NAMES, Causal, UnsupportedError, Window, autodiff, flash_attention
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+B, L, H, K, D = 4, 15, 4, 2, 4
+Q, KEY, V = (jnp.asarray(normal(i, B, L, n, D)) for i, n in enumerate((H, K, K)))
+DOUT = jnp.asarray(normal(3, B, L, H, D))
+
+
+def attention(q, k, v, **keywords):
+    return flash_attention(q, k, v, **dict(mask=Causal()) | keywords)
+
+
+def backward(call, *arrays, dout=DOUT):
+    """Gradients of a call with respect to all of its arrays."""
+    return jax.vjp(call, *arrays)[1](dout)
+
+
+reference = functools.partial(attention, implementation="reference")
+
+
+# One call, transformed ------------------------------------------------------------------------------------------------
+
+def results(q, k, v, dout, **keywords):
+    """out and gradients."""
+    out, vjp = jax.vjp(functools.partial(attention, **keywords), q, k, v)
+    return out, vjp(dout)
+
+
+def test_jit():
+    wanted = results(Q, KEY, V, DOUT, implementation="reference")
+    assert_agree(results(Q, KEY, V, DOUT), wanted)
+    assert_agree(jax.jit(results)(Q, KEY, V, DOUT), wanted)
+
+
+def test_calls_outside_of_jit_compile_once():
+    """Regression: every such call compiled its loops again."""
+    backward(attention, Q, KEY, V)
+    before = autodiff.forward._cache_size(), autodiff.backward._cache_size()
+    for _ in range(2):
+        backward(lambda *qkv: attention(*qkv), Q, KEY, V)
+    assert (autodiff.forward._cache_size(), autodiff.backward._cache_size()) == before
+
+
+def test_grad_of_every_argument_alone():
+    loss = lambda *qkv: (attention(*qkv) * DOUT).sum()
+    grads = backward(attention, Q, KEY, V)
+    assert_agree(tuple(jax.grad(loss, i)(Q, KEY, V) for i in range(3)), grads)
+    value, (dq,) = jax.value_and_grad(loss, (0,))(Q, KEY, V)
+    assert_agree((value, dq), ((attention(Q, KEY, V) * DOUT).sum(), grads[0]))
+
+
+def test_linearize_and_transpose():
+    out, linear = jax.linearize(attention, Q, KEY, V)
+    assert_agree(out, attention(Q, KEY, V))
+    assert_agree(jax.linear_transpose(linear, Q, KEY, V)(DOUT), backward(attention, Q, KEY, V))
+
+
+def test_donation():
+    wanted, donated = attention(Q, KEY, V), jnp.array(Q)
+    assert_agree(jax.jit(attention, donate_argnums=0)(donated, KEY, V), wanted)
+    assert donated.is_deleted()
+
+
+def test_export_with_its_gradient():
+    """To bytes and back, with a batch of any size."""
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (Q, KEY, V)]
+    saved = jax.export.export(jax.jit(attention), platforms=("cpu", "cuda"))(*shapes).serialize(vjp_order=1)
+    call = jax.export.deserialize(saved).call
+    assert_agree(call(Q, KEY, V), attention(Q, KEY, V))
+    assert_agree(backward(call, Q, KEY, V), backward(attention, Q, KEY, V))
+
+
+def test_dtypes_of_gradients():
+    arrays = (Q.astype(jnp.bfloat16), KEY.astype(jnp.bfloat16), V.astype(jnp.bfloat16), jnp.zeros((L, L)))
+    shapes = jax.eval_shape(lambda *x: backward(lambda q, k, v, bias: attention(q, k, v, bias=bias), *x,
+                                                dout=DOUT.astype(jnp.bfloat16)), *arrays)
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in arrays]
+
+
+# vmap -----------------------------------------------------------------------------------------------------------------
+
+N = 3
+QS, KEYS, VS, DOUTS = (jnp.asarray(normal(10 + i, N, *x.shape)) for i, x in enumerate((Q, KEY, V, DOUT)))
+
+
+def stacked(call, *in_axes):
+    """A call for each element of mapped arguments, one after the other."""
+    def run(*arrays):
+        results = [call(*(x if axis is None else x[i] for x, axis in zip(arrays, in_axes))) for i in range(N)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return run
+
+
+def compare_vmap(call, wanted, in_axes, arrays):
+    assert_agree(jax.vmap(call, in_axes)(*arrays), stacked(wanted, *in_axes)(*arrays))
+
+
+def test_vmap():
+    compare_vmap(attention, attention, (0, 0, 0), (QS, KEYS, VS))
+
+
+def test_vmap_with_shared_keys_and_values():
+    compare_vmap(attention, attention, (0, None, None), (QS, KEY, V))
+
+
+def test_vmap_of_vmap():
+    """Keys are mapped by the outer one alone, values by the inner one alone."""
+    found = jax.vmap(jax.vmap(attention, (0, None, 0)), (None, 0, None))(QS, KEYS, VS)
+    wanted = stacked(stacked(attention, 0, None, 0), None, 0, None)(QS, KEYS, VS)
+    assert_agree(found, wanted)
+
+
+def test_vmap_over_heads():
+    """Grouped queries written as a vmap: each key head with its query heads."""
+    split = lambda x: jnp.moveaxis(x.reshape(B, L, K, -1, D), 2, 0)
+    found = jax.vmap(attention)(*map(split, (Q, KEY, V)))
+    assert_agree(jnp.moveaxis(found, 0, 2).reshape(Q.shape), attention(Q, KEY, V))
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, None)])
+def test_vmap_of_grad(in_axes):
+    """Of shared keys too: a gradient for each. (jax #38495: vmap(grad) crashed.)"""
+    arrays = (QS, *((KEYS, VS) if in_axes[1] == 0 else (KEY, V)), DOUTS)
+    gradients = lambda call: lambda *x: backward(call, *x[:3], dout=x[3])
+    compare_vmap(gradients(attention), gradients(attention), (*in_axes, 0), arrays)
+
+
+def test_grad_of_vmap():
+    """With shared keys: their gradients are summed."""
+    found = backward(jax.vmap(attention, (0, None, None)), QS, KEY, V, dout=DOUTS)
+    each = [backward(attention, QS[i], KEY, V, dout=DOUTS[i]) for i in range(N)]
+    assert_agree(found, (jnp.stack([dq for dq, _, _ in each]), *(sum(x[i] for x in each) for i in (1, 2))))
+
+
+def test_vmap_over_masks_bias_and_keys_of_dropout():
+    """Everything that is data may differ from call to call."""
+    def call(implementation):
+        def run(q, bias, offset, lengths, ids, rng):
+            return flash_attention(q, KEY, V, bias=bias, mask=Window(9, 0, offset), kv_lengths=lengths, segment_ids=ids,
+                                   dropout_rate=0.3, dropout_rng=rng, implementation=implementation)
+        return run
+    arrays = (QS, jnp.asarray(normal(6, N, L, L)), jnp.arange(N), jnp.asarray([[9, 0, 15, 3], [15] * B, [1, 2, 3, 4]]),
+              jnp.sort(jax.random.randint(jax.random.key(0), (N, B, L), 0, 3)), jax.random.split(jax.random.key(1), N))
+    compare_vmap(call("xla"), call("reference"), (0,) * 6, arrays)
+
+
+def test_jacobian():
+    """jacrev is a vmap of the backward."""
+    small = lambda call: lambda q: call(q, KEY[:1], V[:1])[0, -1, :, 0]
+    assert_agree(jax.jacrev(small(attention))(Q[:1]), jax.jit(jax.jacrev(small(reference)))(Q[:1]))
+
+
+# Loops and rematerialisation ------------------------------------------------------------------------------------------
+
+SCALES = jnp.linspace(0.5, 1.5, 3)
+
+
+def layer(x, scale):
+    """Self-attention with a residual connection; its keys and values are the first heads."""
+    return x + scale * attention(x, x[:, :, :K], x[:, :, :K])
+
+
+def test_scan_over_layers():
+    def scanned(x):
+        return jax.lax.scan(lambda x, scale: (layer(x, scale), None), x, SCALES)[0]
+
+    def unrolled(x):
+        return functools.reduce(layer, SCALES, x)
+    assert_agree(backward(scanned, Q), backward(unrolled, Q))
+
+
+def compiled_remat(checkpoint):
+    """out and gradient of a layer that is a checkpoint in some way, and the loops of the program."""
+    @jax.jit
+    def run(x):
+        out, vjp = jax.vjp(lambda x: checkpoint(layer)(x, 0.5), x)
+        return out, vjp(DOUT)
+    compiled = run.lower(Q).compile()
+    return compiled(Q), len(re.findall(r" while\(", compiled.as_text()))
+
+
+def test_remat_that_keeps_the_residuals_runs_the_forward_once():
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+    wanted, loops = compiled_remat(lambda layer: layer)
+    keeping, loops_keeping = compiled_remat(functools.partial(jax.checkpoint, policy=policy))
+    forgetting, loops_forgetting = compiled_remat(jax.checkpoint)
+    assert_agree(keeping, wanted)
+    assert_agree(forgetting, wanted)
+    assert loops_keeping == loops < loops_forgetting
+
+
+# Derivatives that only the reference has ------------------------------------------------------------------------------
+
+def loss(call):
+    return lambda q: (call(q, KEY[:1], V[:1]) ** 2).sum()
+
+
+DERIVATIVES = {
+    "jvp": lambda f, q: jax.jvp(f, (q,), (q,)),
+    "jacfwd": lambda f, q: jax.jacfwd(f)(q),
+    "jvp of vmap": lambda f, q: jax.jvp(jax.vmap(f), (q[None],), (q[None],)),
+    "hessian": lambda f, q: jax.hessian(f)(q),
+    "hessian under jit": lambda f, q: jax.jit(jax.hessian(f))(q),
+    "grad of grad": lambda f, q: jax.grad(lambda q: jax.grad(f)(q).sum())(q),
+    "grad of a jitted grad": lambda f, q: jax.grad(lambda q: jax.jit(jax.grad(f))(q).sum())(q),
+    "hessian vector product": lambda f, q: jax.jvp(jax.grad(f), (q,), (q,)),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_other_derivatives_name_what_has_them(derivative):
+    with pytest.raises(UnsupportedError, match=r'reverse-mode derivative only.*Use implementation="reference"'):
+        derivative(loss(attention), Q[:1])
+
+
+def naive(q, k, v):
+    """Causal attention from jax.nn's softmax."""
+    k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+    s = jnp.einsum("bqhd,bshd->bhqs", q, k) / np.float32(np.sqrt(D))
+    p = jax.nn.softmax(jnp.where(np.tri(q.shape[1], dtype=bool), s, -jnp.inf))
+    return jnp.einsum("bhqs,bshd->bqhd", p, v)
+
+
+@pytest.mark.parametrize("name", ["jvp", "hessian under jit", "grad of a jitted grad"])
+def test_the_reference_has_all_derivatives(name):
+    call = DERIVATIVES[name]
+    assert_agree(call(loss(reference), Q[:1]), call(loss(naive), Q[:1]))
+
+
+# Several devices ------------------------------------------------------------------------------------------------------
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+PLACES = {
+    "batch": P("x"),
+    "heads": P(None, None, "y"),  # each device has whole groups: its query heads and their key heads
+    "batch and heads": P("x", None, "y"),
+}
+DROPOUT = dict(mask=Window(3, 2), softcap=2.0, dropout_rate=0.3)
+
+
+def mesh(kind=AxisType.Auto):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+
+
+def heads_first(place):
+    return P(*(place[i] if i < len(place) else None for i in (0, 2)))
+
+
+def collectives(compiled):
+    return [name for name in COLLECTIVES if name in compiled.as_text()]
+
+
+def placed(mesh, places, arrays):
+    return [jax.device_put(x, NamedSharding(mesh, place)) for x, place in zip(arrays, places)]
+
+
+def run_sharded(function, arrays):
+    """The results of a compiled function, which must hold no collective and keep the inputs' shardings."""
+    compiled = jax.jit(function).lower(*arrays).compile()
+    assert collectives(compiled) == []
+    found = compiled(*arrays)
+    for result, array in zip(jax.tree.leaves(found), (arrays[0], *arrays[:3])):
+        assert result.sharding.is_equivalent_to(array.sharding, result.ndim)
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_sharded_inputs_need_no_communication(place):
+    arrays = placed(mesh(), [place] * 4, (Q, KEY, V, DOUT))
+    assert_agree(run_sharded(results, arrays), results(Q, KEY, V, DOUT))
+
+
+def test_sharded_inputs_of_the_other_layout():
+    arrays = [x.swapaxes(1, 2) for x in (Q, KEY, V, DOUT)]
+    call = functools.partial(results, layout="BHLD", dropout_rng=jax.random.key(0), **DROPOUT)
+    found = run_sharded(call, placed(mesh(), [heads_first(PLACES["batch and heads"])] * 4, arrays))
+    assert_agree(found, call(*arrays))
+
+
+def test_a_sharded_length_communicates():
+    """The control: collectives are seen where there must be some."""
+    arrays = placed(mesh(), [P(None, "y")] * 3, (Q[:, :14], KEY[:, :14], V[:, :14]))
+    assert collectives(jax.jit(attention).lower(*arrays).compile())
+
+
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_explicit_shardings(with_mesh):
+    """Regression: in explicit mode, the default of jax.make_mesh, the loops' zeros had no sharding."""
+    where = mesh(AxisType.Explicit)
+    arrays = placed(where, [PLACES["batch and heads"]] * 4, (Q, KEY, V, DOUT))
+    with jax.set_mesh(where if with_mesh else None):
+        assert_agree(run_sharded(results, arrays), results(Q, KEY, V, DOUT))
+
+
+def test_shard_map():
+    """Also the check of what varies over which axis, which is on."""
+    place = PLACES["batch and heads"]
+    mapped = jax.shard_map(results, mesh=mesh(), in_specs=place, out_specs=place)
+    compiled = jax.jit(mapped).lower(Q, KEY, V, DOUT).compile()
+    assert collectives(compiled) == []
+    assert_agree(compiled(Q, KEY, V, DOUT), results(Q, KEY, V, DOUT))
+
+
+def test_shard_map_of_everything_sums_the_gradients_of_what_devices_share():
+    """Regression: one key head for query heads on two devices, and a bias for sequences on four, were type errors."""
+    def call(q, k, v, bias, data):
+        ids, lengths, dout, dlse = data
+        run = lambda q, k, v, bias: attention(q, k, v, bias=bias, segment_ids=ids, kv_lengths=lengths, return_lse=True)
+        found, vjp = jax.vjp(run, q, k, v, bias)
+        return found, vjp((dout, dlse))
+    ids, lengths = np.sort(np.random.default_rng(0).integers(0, 3, (B, L))), np.array([9, 0, 15, 3])
+    arrays = (Q, KEY[:, :, :1], V[:, :, :1], normal(5, 1, H, L, L), (ids, lengths, DOUT, normal(6, B, H, L)))
+    q, lse = P("x", None, "y"), P("x", "y")
+    inputs, data = (q, P("x"), P("x"), P(None, "y")), (P("x"), P("x"), q, lse)
+    mapped = jax.shard_map(call, mesh=mesh(), in_specs=(*inputs, data), out_specs=((q, lse), inputs))
+    compiled = jax.jit(mapped).lower(*arrays).compile()
+    assert collectives(compiled) == ["all-reduce"]
+    assert_agree(compiled(*arrays), call(*arrays))
