@@ -36,6 +36,13 @@ def x64():
         yield
 
 
+@pytest.fixture
+def full_precision():
+    """What is compared with ours multiplies float32 in float32, also on a GPU."""
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_tiles():
     """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests.

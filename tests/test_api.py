@@ -10,7 +10,7 @@ from agreement import assert_agree, normal
 
 from pallas_flash import Causal, Dense, SegmentIds, Window, dot_product_attention, explain, flash_attention
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = pytest.mark.usefixtures("small_tiles", "full_precision")
 
 B, L, H, K, D, DV = 2, 15, 4, 2, 4, 3
 Q, KEY, V = normal(0, B, L, H, D), normal(1, B, L, K, D), normal(2, B, L, K, DV)

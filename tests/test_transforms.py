@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_flash import RESIDUAL_NAMES, Causal, UnsupportedError, Window, autodiff, flash_attention
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = pytest.mark.usefixtures("small_tiles", "full_precision")
 
 B, L, H, K, D = 4, 15, 4, 2, 4
 Q, KEY, V = (jnp.asarray(normal(i, B, L, n, D)) for i, n in enumerate((H, K, K)))
