@@ -39,7 +39,7 @@ class Block(NamedTuple):
     """What the roles of one block share."""
 
     spec: AttentionSpec
-    schedule: KvSchedule
+    schedule: Any  # KvSchedule, or the SplitSchedule of backward_split
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq, dk, dv
     smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
     bars: dict[str, Any]
@@ -476,12 +476,13 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
     return smem, bars
 
 
-def block_of(spec: AttentionSpec, s: KvSchedule, refs: tuple[dict[str, Any], ...]) -> Block:
+def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> Block:
     """This block's key tile."""
     head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
     batch, kv_head = lax.div(head, spec.kv_heads), lax.rem(head, spec.kv_heads)
     q_tiles = schedules.q_range(spec, s, kv_tile)
-    return Block(spec, s, *refs, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
+    gmem, smem, bars = refs
+    return Block(spec, s, gmem, smem, bars, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
@@ -503,7 +504,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
 
         if schedule.dq == "own":
             @pl.when(warpgroup == schedule.warpgroups)
-            def _() -> None:
+            def _run_dq() -> None:
                 dq_role(block)
 
         @pl.when(warpgroup == schedule.warpgroups + (schedule.dq == "own"))

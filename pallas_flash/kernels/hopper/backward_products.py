@@ -109,7 +109,7 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
         a_base = _transposed_descriptor(a)
         b_base = products._descriptor(b, leading_bytes=products._chunk_bytes(b))
         nvvm.wgmma_fence_aligned()
-        acc = None
+        acc: Any = None
         for step in range(keys // _K):
             offset = step * _K * _ROW_BYTES
             acc = _wgmma_transposed(acc, products._advance(a_base, offset), products._advance(b_base, offset), columns,

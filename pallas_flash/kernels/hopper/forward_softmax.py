@@ -19,9 +19,6 @@ __all__ = ["Softmax", "across", "column_sums", "first_softmax", "grown", "masked
 LOWEST = -3e38
 """Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
 
-SLACK = 8.0
-"""How far, in base 2, a row's maximum may grow before a lazy rescale follows it."""
-
 
 class Softmax(NamedTuple):
     """The state of the online softmax of 64 rows."""
@@ -70,7 +67,7 @@ def grown(block: Block, m_i: Any, row_max: Any) -> tuple[Any, Any]:
     """The new row maximum, and whether any row of this warp (or warpgroup) needs a rescale; None for always."""
     if block.schedule.rescale == "always":
         return jnp.maximum(m_i, row_max), None
-    grew = jnp.logical_not(row_max - m_i <= SLACK)  # so that NaN counts as growth
+    grew = jnp.logical_not(row_max - m_i <= block.schedule.slack)  # so that NaN counts as growth
     vote = barriers.any_in_warp if block.schedule.rescale == "warp" else barriers.any_in_warpgroup
     return jnp.where(grew, row_max, m_i), vote(grew, products.ROWS)
 

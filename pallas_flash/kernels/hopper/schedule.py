@@ -41,8 +41,10 @@ class ForwardSchedule:
         the output is written over the query, which then cannot be replaced before it has left.
       pingpong: the warpgroups take turns at the tensor cores.
       persistent: one block for each SM takes tile after tile; else a block a tile.
-      rescale: when the accumulator is multiplied as a row's maximum grows: "always", or only by more than 2^8, decided
-        by each "warp" or by the "warpgroup".
+      rescale: when the accumulator is multiplied as a row's maximum grows: "always", or only by more than 2^slack,
+        decided by each "warp" or by the "warpgroup".
+      slack: 0 keeps the largest weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and
+        the largest weight is rounded like the others.
       pinned: keep the exponentials above the wait for the product they overlap (`barriers.pin`).
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of a persistent grid: the SMs of the device.
@@ -62,6 +64,7 @@ class ForwardSchedule:
     pingpong: bool = True
     persistent: bool = True
     rescale: Literal["always", "warp", "warpgroup"] = "always"
+    slack: float = 8.0
     pinned: bool = True
     opaque: bool = True
     num_blocks: int = 132
