@@ -45,10 +45,13 @@ def spread(values: list[float]) -> Spread:
 
 
 def burst(call: Call, seconds: float, clock: Clock = time.perf_counter) -> float:
-    """Seconds a call, over as many calls in a row as take about `seconds`."""
+    """Seconds a call, over as many calls in a row as take about `seconds`; one that takes longer is a burst alone."""
     begin = clock()
     call.finish()
-    count = max(1, int(seconds / max(clock() - begin, 1e-9)))
+    once = clock() - begin
+    if once >= seconds:
+        return once
+    count = int(seconds / max(once, 1e-9))
     begin, result = clock(), None
     for _ in range(count):
         result = call.start()

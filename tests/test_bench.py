@@ -42,12 +42,13 @@ def test_a_burst_fills_its_time_and_divides_it():
     assert timing.burst(machine.call("a", 0.002), 0.01, machine.clock) == pytest.approx(0.002)
     assert len(machine.log) == 1 + 5
     assert timing.burst(machine.call("slow", 1.0), 0.01, machine.clock) == pytest.approx(1.0)
+    assert machine.log.count("slow") == 1
 
 
 def test_contestants_take_turns_and_change_places():
     machine = Machine()
     calls = {name: machine.call(name, 0.01) for name in "abc"}
-    times = timing.interleaved(calls, rounds=6, seconds=0.01, clock=machine.clock)
+    times = timing.interleaved(calls, rounds=6, seconds=0.015, clock=machine.clock)
     assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6, "c": 6}
     bursts = [machine.log[i] for i in range(3, len(machine.log), 2)]  # after a first run of each, two calls a burst
     by_round = ["".join(bursts[i : i + 3]) for i in range(0, 18, 3)]
