@@ -43,7 +43,8 @@ def flash_attention(
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
-      implementation: None for the first that can run this here, or "xla" or "reference"; see `explain`.
+      implementation: None for the first that can run this here, or "hopper", "xla" or "reference"; see
+        `explain`.
 
     Returns:
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
@@ -52,7 +53,7 @@ def flash_attention(
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
       UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative it does not
-        have.
+        have (forward mode inside `jit`, `checkpoint` or `scan` raises JAX's own TypeError instead).
 
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
@@ -99,7 +100,8 @@ def dot_product_attention(
 
     Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and
     values does not reach the output; `implementation` names ours; a bias of -inf masks; lse is float32 and has a
-    gradient (there: the dtype of key, and none); memory stays O(length).
+    gradient (there: the dtype of key, and none); memory stays O(length). Refused here: a scale that is not a Python
+    number, an integer bias, lists in place of arrays, a negative `local_window_size`, `implementation="cudnn"`.
 
     Args:
       query: (batch, q_len, q_heads, d) or (q_len, q_heads, d).

@@ -188,13 +188,34 @@ def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
 
 
 def _check_integers(mask: Mask) -> None:
-    """Raises unless every field is an integer or an array of integers: a position is nothing else."""
+    """Raises unless every field is an integer or an array of integers: a position is nothing else.
+
+    Numbers beyond any sequence (some say "unlimited" with the largest integer) are cut, so that sums of them fit int32.
+    """
     for name, value in _fields(mask).items():
         dtype = _as_array(value).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
             raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
                                  f"{name}.dtype={dtype}" if hasattr(value, "dtype") else f"{name}={value!r}",
                                  "pass positions as integers")
+        if _is_static(value):
+            far = UNBOUNDED // 2 if name == "offset" else UNBOUNDED
+            object.__setattr__(mask, name, min(max(int(value), -far), far))
+
+
+def _cut(owner: str, name: str, array: Any, is_id: bool) -> Any:
+    """Integers as int32: positions beyond any sequence cut as `_check_integers` does; ids that do not fit refused."""
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.dtype.itemsize < 4:
+        return array
+    if not is_id:
+        far = UNBOUNDED // 2 if name == "offset" else UNBOUNDED
+        return array.clip(0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -far, far)
+    if array.dtype != np.int32 and array.size and not isinstance(array, jax.core.Tracer):
+        smallest, largest = int(array.min()), int(array.max())
+        if smallest < -2**31 or largest >= 2**31:
+            raise errors.invalid(f"{owner}.{name} must fit 32-bit integers", f"values from {smallest} to {largest}",
+                                 "number the segments from 0")
+    return array
 
 
 def _as_array(value: Any) -> Any:
@@ -213,7 +234,8 @@ def _with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> An
     dtype = np.dtype(np.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array.dtype
     if isinstance(array, ArrayField | jax.ShapeDtypeStruct):
         return type(array)(shape, dtype)
-    return array.reshape(shape) if array.dtype == dtype else array.reshape(shape).astype(dtype)
+    array = _cut(owner, name, array, position_axes > 0).reshape(shape)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def checked(mask: Any) -> Mask:

@@ -24,11 +24,11 @@ def softcapped(s: Any, softcap: float | None) -> tuple[Any, Any]:
     return softcap * t, 1 - t * t
 
 
-_FAR_BELOW = -1e3
+_FAR = 1e3
 
 
 def anchor(bias: Any) -> Any:
-    """What to subtract from scores after the bias is added: the row's largest bias where that is far below 0, else 0.
+    """What to subtract from scores after the bias is added: the row's largest bias where that is far from 0, else 0.
 
     softmax does not change. It serves rows of finfo.min, some libraries' way to mask: score and bias round to the bias,
     so every key weighs the same, but the row's lse would be so large that the number of keys is lost in its rounding,
@@ -41,7 +41,7 @@ def anchor(bias: Any) -> Any:
       (..., 1), in the dtype of bias, without a gradient.
     """
     row_max = jax.lax.stop_gradient(bias).max(axis=-1, keepdims=True, initial=-jnp.inf)
-    return jnp.where((row_max < _FAR_BELOW) & (row_max > -jnp.inf), row_max, jnp.zeros_like(row_max))
+    return jnp.where((jnp.abs(row_max) > _FAR) & jnp.isfinite(row_max), row_max, jnp.zeros_like(row_max))
 
 
 def _finite_or_zero(m_log2: Any) -> Any:

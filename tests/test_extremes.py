@@ -1,0 +1,43 @@
+"""Numbers at the edge of their types: found wrong by a review, each silently."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_flash import Causal, InBounds, PrefixLM, Window, flash_attention
+
+LARGEST = 2**31 - 1
+Q = np.random.default_rng(0).standard_normal((1, 9, 2, 8)).astype(np.float32)
+
+
+def agrees(**keywords):
+    def results(implementation):
+        def loss(q, k, v):
+            return (flash_attention(q, k, v, implementation=implementation, **keywords) ** 2).sum()
+        return jax.value_and_grad(loss, (0, 1, 2))(Q, Q * 0.5, Q * 2)
+    for ours, exact in zip(jax.tree.leaves(results("xla")), jax.tree.leaves(results("reference")), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [
+    Window(left=LARGEST), Window(right=LARGEST), Window(left=LARGEST, right=0), Window(left=2**40),
+    Window(left=np.array([LARGEST])), Causal(offset=LARGEST - 5), InBounds(2**40, 2**40), PrefixLM(2**33),
+    InBounds(kv_len=np.array([2**32])), InBounds(kv_len=np.array([5], np.uint32)),
+], ids=str)
+def test_unlimited_said_with_a_large_integer(mask):
+    """`first + left + 1` wrapped in int32, and tiles that attend were skipped."""
+    agrees(mask=mask)
+
+
+@pytest.mark.parametrize("value", [1e4, 1e6, 3e38, -1e6])
+def test_a_bias_far_from_zero_keeps_the_gradients_accurate(value):
+    """The row's lse rounds to steps larger than the scores; the anchor takes the bias out."""
+    agrees(bias=jnp.full((1, 1, 1, 9), value))
+
+
+@pytest.mark.parametrize("ids", [np.array([[2**32 + 1] * 4 + [1] * 5]), np.array([[2**31 + 1] * 9], np.uint32)])
+def test_segment_ids_that_do_not_fit_are_refused(ids):
+    """They wrapped: two segments became one, or all became padding."""
+    with pytest.raises(ValueError, match=r"q_ids must fit 32-bit integers, got values from .* Number the segments"):
+        flash_attention(Q, Q, Q, segment_ids=ids)
