@@ -250,7 +250,8 @@ def _flat(plan: Plan, q_like: Sequence[torch.Tensor], others: Sequence[torch.Ten
     layout, where = plan.spec.layout, plan.device
     tensors = [_in_layout(tensor, layout) for tensor in q_like]
     tensors.extend(tensor for tensor in others if tensor is not None)
-    return [compat.from_dlpack(_Producer(_sharable(tensor), i == 0), where) for i, tensor in enumerate(tensors)]
+    with _precision(q_like[0]):  # JAX 0.12's import would round float64
+        return [compat.from_dlpack(_Producer(_sharable(tensor), i == 0), where) for i, tensor in enumerate(tensors)]
 
 
 def _check_no_capture(query: torch.Tensor) -> None:
