@@ -104,12 +104,33 @@ def _cpu(found: list[Record]) -> str:
 
 
 def _memory(found: list[Record]) -> str:
-    chosen = [r for r in found if r["kind"] in ("memory", "speed") and r["extra_bytes"] is not None]
+    chosen = [r for r in found if r["kind"] in ("memory", "speed") and r["extra_bytes"]
+              and r["problem"].startswith("cpu-")]
     newest = records.latest(chosen, "problem", "direction", "contestant")
-    rows = [[f"`{problem}`", direction, record["label"], f"{record['extra_bytes'] / 2**20:.0f}"]
-            for (problem, direction, _), record in sorted(newest.items(), key=lambda item: (
-                item[0][1], item[0][2], item[1]["spec"]["kv_len"])) if problem.startswith("cpu-")]
-    return _table(["problem", "direction", "", "results and temporary memory, MiB"], rows) if rows else NOTHING
+    labels = {name: record["label"] for (_, _, name), record in newest.items()}
+    lengths = {(direction, record["spec"]["kv_len"], problem) for (problem, direction, _), record in newest.items()}
+    mib = lambda record: f"{record['extra_bytes'] / 2**20:,.0f}" if record else "–"
+    rows = [[f"`{problem}`", direction, *(mib(newest.get((problem, direction, name))) for name in labels)]
+            for direction, _, problem in sorted(lengths)]
+    return _table(["MiB", "direction", *labels.values()], rows) if rows else NOTHING
+
+
+def _accuracy(found: list[Record]) -> str:
+    """Relative errors of ours, and in brackets over FlashAttention-3's on the same inputs."""
+    errors: dict[tuple[str, str], dict[str, float]] = {}
+    chosen = [r for r in _on(found, "gpu", "speed") if r.get("errors")]
+    for record in chosen:
+        errors.setdefault((record["problem"], record["contestant"]), {}).update(record["errors"])
+    newest, ours = records.latest(chosen, "problem", "contestant"), _ours(chosen)
+
+    def cell(problem: str, name: str) -> str:
+        mine, theirs = (errors.get((problem, contestant), {}).get(name) for contestant in (ours, "fa3"))
+        return "–" if mine is None else f"{mine:.2e}" + (f" ({mine / theirs:.3f})" if theirs else "")
+
+    names = ("out", "dq", "dk", "dv")
+    problems = sorted({problem for problem, _ in newest}, key=lambda problem: _order(newest, problem))
+    rows = [[f"`{problem}`", *(cell(problem, name) for name in names)] for problem in problems]
+    return _table(["problem", *names], rows) if rows else NOTHING
 
 
 BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
@@ -117,6 +138,8 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
                 _speed("forward")),
     "backward": ("Backward alone, TFLOP/s", _speed("backward")),
     "both": ("Forward and backward, TFLOP/s", _speed("both")),
+    "accuracy": ("Relative error, |ours - truth| / |truth|; in brackets over FlashAttention-3's on the same inputs",
+                 _accuracy),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "cpu": ("Without a GPU", _cpu),
     "memory": ("Memory besides the inputs", _memory),

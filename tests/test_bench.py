@@ -243,6 +243,7 @@ def _gpu_records():
                 yield dict(environment=environment, kind="speed", problem=problem.name, direction=direction,
                            contestant=name, label=label, spec=records.spec_fields(problem.spec()), tflops=tflops,
                            matmul_share=0.9, matmul_flops=7.7e14, median_us=10.0, extra_bytes=1 << 20,
+                           errors={"out": 2.02e-3 if name == "hopper" else 2e-3},
                            ratio_to={} if name == "hopper" else {"hopper": dict(median=1.4, low=1.3, high=1.5)})
     for name, us in (("hopper", 50.0), ("torch-cudnn", 27.0)):
         yield dict(environment=environment, kind="host", problem="host-tiny", direction="forward", contestant=name,
@@ -259,6 +260,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     text = readme.read_text()
     assert "old" not in text and "kept" in text and "not ours" in text
     assert "| `causal-d64-s512` | **700** | 90% | 500 (1.40) |" in text
+    assert "| `causal-d64-s512` | 2.02e-03 (1.010) | – | – | – |" in text
     assert "### Without a GPU" in text and "`cpu-d64-small`" in text
     assert "NVIDIA H100; driver 580.1; ptxas 13.5; jax 0.11.2; matrix product 770.0 TFLOP/s; commit 0123456789" in text
     assert "![tflops-forward](docs/images/tflops-forward.png)" in text
