@@ -19,7 +19,7 @@ SHAPES = ((1, 1), (64, 64), (130, 130), (200, 70), (70, 200), (513, 300))
 MASKS = (masks.Full(), masks.Causal(), masks.Causal(17), masks.Causal(-40), masks.Window(50, 9),
          masks.Window(0, 3, -70), masks.PrefixLM(33))
 SCHEDULES = (SMALL, dataclasses.replace(SMALL, warpgroups=3, block_kv=48), dataclasses.replace(SMALL, warpgroups=1),
-             dataclasses.replace(SMALL, persistent=False), dataclasses.replace(SMALL, cluster=2))
+             dataclasses.replace(SMALL, num_blocks=1000))
 
 
 def make_spec(q_len, kv_len, mask=None, d=64, d_v=None, batch=2, heads=(4, 2)):
@@ -33,19 +33,18 @@ def make_spec(q_len, kv_len, mask=None, d=64, d_v=None, batch=2, heads=(4, 2)):
 def test_table_has_every_tile_once(schedule, shape):
     spec = make_spec(*shape)
     table = schedules.forward_table(spec, schedule)
-    tiles = spec.batch * spec.q_heads * schedules.q_groups(spec, schedule)
+    tiles = spec.batch * spec.q_heads * schedules.q_tiles(spec, schedule)
     assert (table[:, -1] == -1).all()
     assert sorted(table[table >= 0]) == list(range(tiles))
     assert ((table[:, 1:] < 0) | (table[:, :-1] >= 0)).all(), "a tile after the end of a row is never reached"
-    if schedule.persistent:
-        assert table.shape[0] <= schedule.num_blocks // schedule.pair
+    assert table.shape[0] <= schedule.num_blocks
 
 
 def test_blocks_share_the_work_evenly():
     spec = make_spec(16384, 16384, d=128, batch=1, heads=(16, 16))
     schedule = schedules.default_forward(spec)
     table = schedules.forward_table(spec, schedule)
-    index = np.where(table >= 0, table, 0) % schedules.q_groups(spec, schedule)
+    index = np.where(table >= 0, table, 0) % schedules.q_tiles(spec, schedule)
     lo, hi = schedules.kv_range(spec, schedule, index)
     work = np.where(table >= 0, hi - lo, 0).sum(axis=1)
     assert work.max() <= 1.01 * work.mean()
@@ -62,7 +61,7 @@ def kept(spec):
 def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
     spec, block = make_spec(*shape, mask), schedule.block_kv
     keep, seen = kept(spec), schedules.steps(spec, schedule)
-    for q_tile in range(schedules.q_groups(spec, schedule) * schedule.pair):
+    for q_tile in range(schedules.q_tiles(spec, schedule)):
         lo, hi = schedules.kv_range(spec, schedule, q_tile)
         assert 0 <= lo < hi <= math.ceil(spec.kv_len / block)
         for warpgroup in range(schedule.warpgroups):
@@ -91,8 +90,7 @@ def test_default_is_legal(d, d_v):
 
 @pytest.mark.parametrize(("change", "reason"), [
     (dict(block_kv=40), "multiple of 16"), (dict(warpgroups=4), "1, 2 or 3"), (dict(num_stages=0), "positive"),
-    (dict(num_stages=8), "bytes of shared memory"), (dict(block_kv=256), "registers"), (dict(early=9), "at most 8"),
-    (dict(cluster=2, pingpong=False), "pingpong"), (dict(cluster=2, num_blocks=131), "divisible")])
+    (dict(num_stages=8), "bytes of shared memory"), (dict(block_kv=256), "registers")])
 def test_illegal_schedules_say_why(change, reason):
     spec = make_spec(1000, 1000, d=128)
     schedule = dataclasses.replace(schedules.default_forward(spec), **change)

@@ -1,9 +1,8 @@
 """FlashAttention's forward pass for Hopper (sm_90a), in Pallas Mosaic GPU.
 
-Roles. A block has `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: its first warp brings
-queries and keys, its second brings values. In a persistent grid every block takes the query tiles that its row of the
-table names, longest first, and the roles walk them independently: loads run ahead of the products as far as the rings
-allow.
+Roles. There is a block for each SM, of `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: its
+first warp brings queries and keys, its second brings values. A block takes the query tiles that its row of the table
+names, longest first, and the roles walk them independently: loads run ahead of the products as far as the rings allow.
 
 Rings and barriers. A barrier is named for the state it announces.
 
@@ -20,9 +19,9 @@ runs while P V is still being multiplied, and while the other warpgroups' produc
 hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets the others' products.
 
 Numbers. m_i is the row maximum in base 2 (`scale * log2(e)` times the score), l_i (64, 8) a row sum that is still
-spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. With a lazy
-`rescale` m_i may stay up to 8 below the maximum, so that P reaches 2^8: it cancels in O / l_i, and costs no accuracy in
-floating point.
+spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i may
+stay up to `slack` below the maximum, so that P reaches 2^slack: that cancels in O / l_i, but the largest weight of a
+row is then rounded like the others.
 """
 
 import functools
@@ -116,18 +115,11 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     return first_softmax(s, unit, block.spec.dtype)
 
 
-def multiply_values(block: Block, tile: Tile, kv_tile: Any, p: Any, acc: Any,
-                    then: Any = None) -> tuple[Any, Callable[[], None]]:
-    """Issues acc + P V of a key tile; also returns what to call when it is done. The turn of warpgroup `then` ends."""
-    slot, early = tile.slot(kv_tile, block.schedule.num_stages), block.schedule.early
+def multiply_values(block: Block, tile: Tile, kv_tile: Any, p: Any, acc: Any) -> tuple[Any, Callable[[], None]]:
+    """Issues acc + P V of a key tile; also returns what to call when it is done."""
+    slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
-    if then is not None and early and takes_turns(block):
-        signal = (following(block, then), 2 * barriers.WARPGROUP, early)
-        acc = products.accumulate(acc, p, block.smem["v"].at[slot], signal)
-    else:
-        acc = products.accumulate(acc, p, block.smem["v"].at[slot])
-        if then is not None:
-            pass_turn(block, then)
+    acc = products.accumulate(acc, p, block.smem["v"].at[slot])
     return acc, lambda: plgpu.barrier_arrive(block.bars["v_free"].at[slot])
 
 
@@ -137,7 +129,8 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
     s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
-    acc, free_values = multiply_values(block, tile, kv_tile + 1, state.p, acc, then=rows.warpgroup)
+    acc, free_values = multiply_values(block, tile, kv_tile + 1, state.p, acc)
+    pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s)
@@ -231,14 +224,11 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
     """
     shapes = {name: buffer.shape for name, buffer in schedules.forward_buffers(spec, schedule).items()}
     smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
-    bars: dict[str, Any] = {}
+    bars = {}
     for name in ("q", "k", "v"):
         slots, count = shapes[name][:2]
         bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        arrivals: dict[str, Any] = {"num_arrivals": schedule.warpgroups, "num_barriers": slots}
-        shared = schedule.cluster and name != "q"  # freed by the warpgroups of both blocks, one thread each
-        bars[f"{name}_free"] = (plgpu.ClusterBarrier(collective_axes=("cluster",), **arrivals) if shared
-                                else plgpu.Barrier(**arrivals))
+        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=schedule.warpgroups, num_barriers=slots)
     return smem, bars
 
 
@@ -267,8 +257,6 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
         attention_forward,
         out_type=(jax.ShapeDtypeStruct(spec.out_shape, spec.dtype), jax.ShapeDtypeStruct(spec.lse_shape, jnp.float32)),
         scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
-        cluster=(schedule.cluster,) if schedule.cluster else (),
-        cluster_names=("cluster",) if schedule.cluster else (),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,

@@ -16,10 +16,8 @@ __all__ = ["load"]
 def load_chunks(block: Block, name: str, place: tuple[Any, Any, Any], slot: Any, full: Any) -> None:
     """Starts to load one tile of q, k or v into a slot of its buffer."""
     _, count, rows, _ = schedules.forward_buffers(block.spec, block.schedule)[name].shape
-    axes = "cluster" if block.schedule.pair > 1 and name != "q" else None
     for chunk in range(count):
-        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), block.smem[name].at[slot, chunk], full,
-                                collective_axes=axes)
+        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), block.smem[name].at[slot, chunk], full)
 
 
 def load_query(block: Block, tile: Tile) -> None:

@@ -64,20 +64,17 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
 
 
 def grown(block: Block, m_i: Any, row_max: Any) -> tuple[Any, Any]:
-    """The new row maximum, and whether any row of this warp (or warpgroup) needs a rescale; None for always."""
-    if block.schedule.rescale == "always":
-        return jnp.maximum(m_i, row_max), None
+    """The new row maximum, and whether any row of this warp needs a rescale."""
     grew = jnp.logical_not(row_max - m_i <= block.schedule.slack)  # so that NaN counts as growth
-    vote = barriers.any_in_warp if block.schedule.rescale == "warp" else barriers.any_in_warpgroup
-    return jnp.where(grew, row_max, m_i), vote(grew, products.ROWS)
+    return jnp.where(grew, row_max, m_i), barriers.any_in_warp(grew, products.ROWS)
 
 
 def rescaled(needed: Any, alpha: Any, acc: Any, l_i: Any) -> tuple[Any, Any]:
-    """acc and l_i times alpha. Only registers are touched: the fence that wgmma needs is issued with the next
-    product.
+    """acc and l_i times alpha, if `needed`. Only registers are touched: the fence that wgmma needs is issued with the
+    next product.
     """
     def multiply(acc: Any, l_i: Any) -> tuple[Any, Any]:
         tile = plgpu.layout_cast(acc, products.TILE)
         return plgpu.layout_cast(tile * across(alpha, acc.shape[1]), products.ACC), l_i * across(alpha, 8)
 
-    return multiply(acc, l_i) if needed is None else lax.cond(needed, multiply, lambda acc, l_i: (acc, l_i), acc, l_i)
+    return lax.cond(needed, multiply, lambda acc, l_i: (acc, l_i), acc, l_i)

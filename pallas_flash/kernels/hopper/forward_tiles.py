@@ -54,13 +54,12 @@ def rem(a: Any, b: int) -> Any:
 
 def for_each_tile(block: Block, work: Callable[[Tile], None]) -> tuple[Any, Any]:
     """Runs `work` on every tile in this block's row of the table; returns how many tiles and steps there were."""
-    pair, q_groups = block.schedule.pair, schedules.q_groups(block.spec, block.schedule)
-    row, rank = lax.axis_index("block"), lax.axis_index("cluster") if pair > 1 else 0
+    row, q_tiles = lax.axis_index("block"), schedules.q_tiles(block.spec, block.schedule)
 
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         number, turn, step = carry
         following = block.gmem["table"][row, turn + 1]  # asked for early: it comes from global memory
-        head, index = div(number, q_groups), rem(number, q_groups) * pair + rank
+        head, index = div(number, q_tiles), rem(number, q_tiles)
         lo, hi = schedules.kv_range(block.spec, block.schedule, index)
         work(Tile(div(head, block.spec.q_heads), rem(head, block.spec.q_heads), index, lo, hi, turn, step))
         return following, turn + 1, barriers.scalar(step + (hi - lo))

@@ -104,14 +104,13 @@ def _scores_held(q: Any, k_ref: Any, d: int) -> Any:
     return issue(q, k_ref)
 
 
-def accumulate(acc: Any, p: Any, v_ref: Any, signal: Any = None) -> Any:
+def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     """Issues acc + p v: (64, columns) float32, in flight.
 
     Args:
       acc: (64, columns) float32 in the layout ACC; columns a multiple of 8, at most 256.
       p: (64, keys) of v's type in the layout TILE; keys a multiple of 16.
       v_ref: (chunks, keys, 64) in shared memory.
-      signal: (number, threads, early): arrives at a named barrier, `early` instructions before the last.
     """
     columns, keys = acc.shape[1], p.shape[1]
     if barriers.is_interpreted():
@@ -119,11 +118,9 @@ def accumulate(acc: Any, p: Any, v_ref: Any, signal: Any = None) -> Any:
         v = jnp.swapaxes(v_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
         return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
-    number, threads, early = signal or (0, 0, 0)
-
-    @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED), barriers.SCALAR),
+    @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
-    def issue(_: Any, acc: Any, p: Any, v: ir.Value, number: Any) -> Any:
+    def issue(_: Any, acc: Any, p: Any, v: ir.Value) -> Any:
         acc, p = fa.optimization_barrier(acc, p)
         b = _descriptor(v, leading_bytes=_chunk_bytes(v))
         nvvm.wgmma_fence_aligned()
@@ -131,14 +128,11 @@ def accumulate(acc: Any, p: Any, v_ref: Any, signal: Any = None) -> Any:
         for step in range(keys // _K):
             a = [_word(r) for r in p[:, step * _K:(step + 1) * _K].registers.flat]
             rows = _advance(b, step * _K * _ROW_BYTES)
-            if early and step == max(keys // _K - early, 0):
-                mgpu.utils.inline_ptx(f"bar.arrive $0, {threads};", number.registers.item(), has_side_effects=True,
-                                      convergent=True)
             registers = _wgmma(registers, a, rows, columns, _element(v), transpose_b=True)
         _commit()
         return _as_accumulator(registers, columns)
 
-    return issue(acc, p, v_ref, barriers.scalar(number))
+    return issue(acc, p, v_ref)
 
 
 def ready(x: Any, pending: int) -> Any:

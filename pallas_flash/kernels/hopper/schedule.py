@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import heapq
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "forward_buffers", "forward_mask",
-    "forward_problems", "forward_table", "kv_range", "q_groups", "row_tiles", "smem_bytes", "steps",
+    "forward_problems", "forward_table", "kv_range", "q_tiles", "row_tiles", "smem_bytes", "steps",
 ]
 
 CHUNK = 64
@@ -30,7 +30,7 @@ _LARGEST_GREEDY_TABLE = 200_000
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSchedule:
-    """The forward kernel's shape.
+    """The forward kernel's shape: one block for each SM takes tile after tile.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
@@ -40,20 +40,15 @@ class ForwardSchedule:
       out_chunks: 64-column chunks of the output buffer of a warpgroup; fewer than the output has: written in turns; 0:
         the output is written over the query, which then cannot be replaced before it has left.
       pingpong: the warpgroups take turns at the tensor cores.
-      persistent: one block for each SM takes tile after tile; else a block a tile.
-      rescale: when the accumulator is multiplied as a row's maximum grows: "always", or only by more than 2^slack,
-        decided by each "warp" or by the "warpgroup".
-      slack: 0 keeps the largest weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and
-        the largest weight is rounded like the others.
+      slack: a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0 keeps the largest
+        weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the largest weight is
+        rounded like the others.
       pinned: keep the exponentials above the wait for the product they overlap (`barriers.pin`).
       opaque: index the query through an opaque scalar (`barriers.opaque`).
-      num_blocks: blocks of a persistent grid: the SMs of the device.
+      num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
         worked on.
-      cluster: 1: one thread of a warpgroup frees a key or value tile, instead of all; 2: also, pairs of blocks work on
-        neighbouring query tiles and share the loads of keys and values by multicast.
       q_registers: the query is held in registers.
-      early: how many instructions of P V are issued after the turn has been passed on.
     """
 
     block_kv: int
@@ -62,21 +57,12 @@ class ForwardSchedule:
     query_buffers: int = 2
     out_chunks: int = 4
     pingpong: bool = True
-    persistent: bool = True
-    rescale: Literal["always", "warp", "warpgroup"] = "always"
     slack: float = 8.0
     pinned: bool = True
     opaque: bool = True
     num_blocks: int = 132
     section_bytes: int = 32 << 20
-    cluster: Literal[0, 1, 2] = 0
     q_registers: bool = False
-    early: int = 0
-
-    @property
-    def pair(self) -> int:
-        """Blocks that share keys and values."""
-        return max(self.cluster, 1)
 
     @property
     def block_q(self) -> int:
@@ -125,9 +111,6 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
         (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
         (s.num_stages >= 1 and s.query_buffers >= 1, f"{s.num_stages=} and {s.query_buffers=} must be positive"),
         (s.out_chunks > 0 or chunks(spec.d_v) <= chunks(spec.d), f"{s.out_chunks=} needs d_v no wider than d"),
-        (0 <= s.early <= s.block_kv // 16, f"{s.early=} must be at most {s.block_kv // 16}, the instructions of P V"),
-        (not s.cluster or (s.pingpong and s.warpgroups > 1 and s.num_blocks % s.cluster == 0),
-         f"{s.cluster=} needs pingpong, several warpgroups and {s.num_blocks=} divisible by it"),
         (registers + 32 <= s.registers[0],
          f"scores, weights and accumulator need about {registers + 32} registers a thread, there are {s.registers[0]}"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
@@ -142,10 +125,10 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=3, rescale="warp")),
-        (128, ForwardSchedule(block_kv=128, rescale="warp", q_registers=True)),
-        (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2, rescale="warp")),
-        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, rescale="warp")),
+        (64, ForwardSchedule(block_kv=128, warpgroups=3)),
+        (128, ForwardSchedule(block_kv=128, q_registers=True)),
+        (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
+        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     return dataclasses.replace(schedule, num_blocks=num_sms)
@@ -164,17 +147,14 @@ def forward_mask(spec: AttentionSpec, schedule: ForwardSchedule) -> masks.Mask:
     return spec.mask & masks.InBounds(kv_len=spec.kv_len)
 
 
-def q_groups(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
-    """Query tiles of a sequence, counting those of a pair of blocks as one."""
-    return tiles.cdiv(spec.q_len, schedule.block_q * schedule.pair)
+def q_tiles(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """Query tiles of a sequence."""
+    return tiles.cdiv(spec.q_len, schedule.block_q)
 
 
 def kv_range(spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any) -> tuple[Any, Any]:
-    """The key tiles [lo, hi) that a query tile, or the pair it belongs to, loads: at least one, so that rows without
-    keys are written too.
-    """
-    pair = schedule.pair
-    rows = tiles.interval(q_tile // pair if pair > 1 else q_tile, schedule.block_q * pair, spec.q_len)
+    """The key tiles [lo, hi) that a query tile loads: at least one, so that rows without keys are written too."""
+    rows = tiles.interval(q_tile, schedule.block_q, spec.q_len)
     needed = tiles.kv_tiles(forward_mask(spec, schedule), rows, schedule.block_kv, spec.kv_len)
     lo = masks.minimum(needed.start, tiles.cdiv(spec.kv_len, schedule.block_kv) - 1)
     return lo, masks.maximum(needed.stop, lo + 1)
@@ -210,7 +190,7 @@ class Steps(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
     """Asks the mask about every block of rows."""
-    q_tile = np.repeat(np.arange(q_groups(spec, schedule) * schedule.pair), schedule.warpgroups)
+    q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
     warpgroup = np.arange(q_tile.size) % schedule.warpgroups
     lo, hi = (np.broadcast_to(x, q_tile.shape) for x in kv_range(spec, schedule, q_tile))
     start, full_start, full_stop, stop = (
@@ -225,20 +205,18 @@ def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
 @functools.lru_cache(maxsize=64)
 def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
     """Which tiles each block works on: (blocks, slots) int32 of flat tile numbers (batch, head, query tile), -1 after
-    the last. A pair of blocks that shares keys has one row, and numbers of pairs of query tiles.
+    the last.
 
     Longest first, in sections of heads whose keys and values stay in L2 together; each tile goes to the block that is
     free first. The last column is -1.
     """
-    q_tiles = q_groups(spec, schedule)
-    lo, hi = (np.broadcast_to(x, (q_tiles,)) for x in kv_range(spec, schedule, np.arange(q_tiles) * schedule.pair))
+    count = q_tiles(spec, schedule)
+    lo, hi = (np.broadcast_to(x, (count,)) for x in kv_range(spec, schedule, np.arange(count)))
     cost = hi - lo + 1.5  # a tile's start and end cost about that many steps
     order = _section_order(spec, schedule, np.argsort(-cost, kind="stable"))
-    if not schedule.persistent:
-        return np.stack([order, np.full_like(order, -1)], axis=1).astype(np.int32)
-    blocks = min(schedule.num_blocks // schedule.pair, order.size)
+    blocks = min(schedule.num_blocks, order.size)
     few = order.size <= _LARGEST_GREEDY_TABLE
-    owner = _greedy(cost[order % q_tiles], blocks) if few else _snake(order.size, blocks)
+    owner = _greedy(cost[order % count], blocks) if few else _snake(order.size, blocks)
     counts = np.bincount(owner, minlength=blocks)
     table = np.full((blocks, counts.max() + 1), -1, np.int32)
     by_owner = np.argsort(owner, kind="stable")
