@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import autodiff, device, dispatch, errors, masks
+from pallas_flash import autodiff, compat, device, dispatch, errors, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 
 __all__ = ["dot_product_attention", "explain", "flash_attention"]
@@ -39,12 +39,16 @@ def flash_attention(
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
-        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation.
+        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation. Inside
+        `shard_map` those are the shard's own, so each shard needs its own key, for instance
+        `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key shared by shards is refused (with
+        `check_vma=False` it cannot be seen, and they repeat each other's bits).
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
-      implementation: None for the first that can run this here, or "hopper", "xla" or "reference"; see
-        `explain`.
+      implementation: None for the first that can run this on the device, or "hopper", "xla" or "reference"; see
+        `explain`. The device is the one that the arrays are committed to (by `jax.device_put`, a sharding); otherwise,
+        and inside `jit`, where they have no place yet, it is `jax.default_device` or JAX's first.
 
     Returns:
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
@@ -61,10 +65,12 @@ def flash_attention(
                        q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
-    decision = dispatch.decide(spec, device.current(), implementation)
-    operands = problem.operands._replace(dropout_seed=_dropout_seed(spec, dropout_rng))
-    operands = jax.tree.map(jnp.asarray, operands)
-    out, lse = autodiff.attend(spec, decision.implementation.name, operands)
+    where = device.current(problem.operands)
+    decision = dispatch.decide(spec, where, implementation)
+    seed = _dropout_seed(spec, dropout_rng)
+    operands = _arrays(problem.operands)._replace(dropout_seed=seed)
+    _check_shards(operands)
+    out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
     if problem.unbatched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -76,16 +82,17 @@ def explain(
     dropout_rate: float = 0.0, dropout_rng: Any = None, return_lse: bool = False, deterministic: bool = False,
     layout: Layout = "BLHD", implementation: str | None = None,
 ) -> str:
-    """What `flash_attention` would run for these arguments on this device, and why not the others.
+    """What `flash_attention` would run for these arguments, and why not the others.
 
-    Only shapes and dtypes count: arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
+    Only shapes, dtypes and the device count, which is found as for `flash_attention`: arrays may be
+    `jax.ShapeDtypeStruct`s. Nothing is computed.
     """
     del dropout_rng
     problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
                        q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
-    return dispatch.explain(spec, device.current(), implementation)
+    return dispatch.explain(spec, device.current(problem.operands), implementation)
 
 
 def dot_product_attention(
@@ -186,6 +193,17 @@ def _array(name: str, x: Any) -> Any:
     raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", "pass a JAX or NumPy array")
 
 
+def _arrays(operands: Operands) -> Operands:
+    """Operands as JAX arrays; raises where one has a shape and no values."""
+    parts = {"query": operands.q, "key": operands.k, "value": operands.v, "bias": operands.bias} | {
+        f"{type(part).__name__}.{name}": x for part in operands.mask.parts for name, x in part.array_fields().items()}
+    for name, x in parts.items():
+        if isinstance(x, jax.ShapeDtypeStruct | masks.ArrayField):
+            raise errors.invalid(f"{name} must hold values to compute with", f"type({name})={type(x).__name__}",
+                                 "ask explain() about shapes alone, or trace with jax.eval_shape or jax.jit(...).lower")
+    return jax.tree.map(jnp.asarray, operands)
+
+
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
@@ -256,6 +274,19 @@ def _window_sides(size: Any) -> tuple[int, int]:
             raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
                                  f"local_window_size={size!r}", "count the keys visible on each side")
     return int(left), int(right)
+
+
+def _check_shards(operands: Operands) -> None:
+    """Raises where shards under `shard_map` share a seed: each counts batch and heads from 0 and would drop alike."""
+    if operands.dropout_seed is None:
+        return
+    sharded, seeds = (frozenset[str]().union(*map(compat.varying_axes, arrays))
+                      for arrays in (operands[:3], [operands.dropout_seed]))
+    if shared := tuple(sorted(sharded - seeds)):
+        raise errors.invalid(
+            "dropout_rng must vary over the shard_map axes that query, key and value vary over, or shards drop alike",
+            f"axes of query, key and value={sorted(sharded)}, axes of dropout_rng={sorted(seeds)}",
+            f"fold the shard in: jax.random.fold_in(dropout_rng, jax.lax.axis_index({shared}))")
 
 
 def _dropout_seed(spec: AttentionSpec, rng: Any) -> Any:

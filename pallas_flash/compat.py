@@ -5,10 +5,20 @@ from typing import Any
 
 import jax
 
-__all__ = ["backends_are_initialized", "from_dlpack", "vary_like"]
+__all__ = ["backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices", "vary_like", "varying_axes"]
 
 
-def _varying_axes(array: Any) -> frozenset[str]:
+def concrete(x: Any) -> jax.Array | None:
+    """The array whose values `x` is or, under `grad` and `vmap` outside of `jit`, stands for; None inside `jit`.
+
+    Tracers of derivatives keep it as `primal`, those of vmap as `val`: JAX documents neither.
+    """
+    while isinstance(x, jax.core.Tracer):
+        x = getattr(x, "primal", getattr(x, "val", None))
+    return x if isinstance(x, jax.Array) else None
+
+
+def varying_axes(array: Any) -> frozenset[str]:
     """The `shard_map` axes over which an array varies (`vma` until JAX 0.10, the manual axis type since)."""
     aval = jax.typeof(array)
     if hasattr(aval, "vma"):
@@ -21,14 +31,22 @@ def vary_like[T](tree: T, *like: Any) -> T:
 
     A loop's carry must vary over the same axes before and after a step; zeros made inside `shard_map` vary over none.
     """
-    axes = frozenset[str]().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(like)))
+    axes = frozenset[str]().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(like)))
     if not axes:
         return tree
 
     def mark(leaf: Any) -> Any:
-        missing = axes - _varying_axes(leaf)
+        missing = axes - varying_axes(leaf)
         return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
     return jax.tree.map(mark, tree)
+
+
+def lower_with_devices(primitive: Any) -> None:
+    """Tells JAX that the lowering of a primitive needs to know the devices and their mesh, as `custom_partitioning` in
+    it does; there is no public way.
+    """
+    from jax._src import dispatch
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 # --- DLPack (torch_bridge) -------------------------------------------------------------------------------------------

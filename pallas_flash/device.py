@@ -5,8 +5,11 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+
+from pallas_flash import compat
 
 __all__ = ["A100", "CPU", "H100", "Device", "assume", "current", "of"]
 
@@ -51,14 +54,30 @@ def of(device: jax.Device) -> Device:
     return Device("gpu", device.device_kind, (major, minor), device.core_count, smem_bytes)
 
 
-def current() -> Device:
-    """The device that computations run on here and now: the one `assume` names, jax.default_device, or JAX's first."""
+def current(arrays: Any = ()) -> Device:
+    """The device that a computation with `arrays` (a pytree) runs on here and now.
+
+    It is the one `assume` names; else the one that an array is committed to, unless some have no values (inside `jit`:
+    those decide, when it is called); else jax.default_device; else JAX's first.
+    """
     if (assumed := _assumed.get()) is not None:
         return assumed
+    if (committed := _committed(arrays)) is not None:
+        return of(committed)
     default = jax.config.jax_default_device
     if isinstance(default, str):
         return of(jax.devices(default)[0])
     return of(default if default is not None else jax.devices()[0])
+
+
+def _committed(arrays: Any) -> jax.Device | None:
+    """The first device of the first array that is committed to one; None if there is none, or inside `jit`."""
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
+    found = [compat.concrete(leaf) for leaf in leaves]
+    if any(array is None for array in found):
+        return None
+    places = [array.devices() for array in found if array.committed]  # type: ignore[union-attr]
+    return min(places[0], key=lambda device: device.id) if places else None
 
 
 @contextlib.contextmanager

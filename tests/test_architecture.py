@@ -15,8 +15,8 @@ SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/*
 FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
     "": {"attention", "autodiff", "errors", "masks", "spec"},
-    "attention": {"autodiff", "device", "dispatch", *FOUNDATIONS},
-    "autodiff": {"dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
+    "attention": {"autodiff", "compat", "device", "dispatch", *FOUNDATIONS},
+    "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
@@ -24,7 +24,8 @@ ARROWS = {
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
     "flax": {"attention", *FOUNDATIONS},
-    "softmax": set(), "dropout": set(), "device": set(), "errors": set(), "compat": set(),
+    "device": {"compat"},  # what an array is under a tracer
+    "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
 FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}

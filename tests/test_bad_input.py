@@ -328,6 +328,22 @@ def test_dropout_rng(call, rng, message):
     assert raised(call, dict(dropout_rate=0.5, dropout_rng=rng)) == message
 
 
+WITHOUT_VALUES = {
+    "query": SHAPES, "value": {name: np.zeros(x.shape, np.float32) for name, x in SHAPES.items() if name != "value"},
+    "bias": dict(bias=shape(16, 16)), "Dense.attend": dict(mask=lambda: Causal() & Dense(booleans(16, 16))),
+    "InBounds.kv_len": dict(kv_lengths=ids(2)), "SegmentIds.q_ids": dict(segment_ids=ids(2, 16)),
+}
+
+
+@pytest.mark.parametrize(("name", "keywords"), WITHOUT_VALUES.items(), ids=WITHOUT_VALUES)
+def test_shapes_without_values_are_for_explain(name, keywords):
+    """Regression: flash_attention of a ShapeDtypeStruct was a TypeError of JAX's."""
+    arrays = {} if name in SHAPES else {name: np.zeros(x.shape, np.float32) for name, x in SHAPES.items()}
+    assert raised(flash_attention, arrays | keywords) == (
+        f"{name} must hold values to compute with, got type({name})=ShapeDtypeStruct. "
+        "Ask explain() about shapes alone, or trace with jax.eval_shape or jax.jit(...).lower.")
+
+
 @pytest.mark.parametrize(("name", "must"), [
     ("scale", "scale must be a finite Python number or None"),
     ("softcap", "softcap must be a positive Python number or None"),

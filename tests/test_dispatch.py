@@ -182,6 +182,84 @@ def test_the_default_device_counts():
             assert device.current() == device.of(cpu) == dataclasses.replace(device.CPU, name=cpu.device_kind)
 
 
+@pytest.fixture
+def gpu_first(monkeypatch):
+    """JAX's first device taken for an H100, the others for what they are; and where calls were decided to run."""
+    if len(jax.devices()) < 3 or jax.default_backend() != "cpu":
+        pytest.skip("needs 3 CPU devices")
+    seen, real_of, real_decide = [], device.of, dispatch.decide
+    monkeypatch.setattr(device, "of", lambda d: device.H100 if d == jax.devices()[0] else real_of(d))
+
+    def decide(spec, where, requested):
+        seen.append(where.platform)
+        return real_decide(spec, where, requested or "xla")
+    monkeypatch.setattr(dispatch, "decide", decide)
+    return seen
+
+
+def scalar(q):
+    return flash_attention(q, q, q, mask=Causal()).sum()
+
+
+WHERE_ARRAYS_LIE = {
+    "call": (scalar, "cpu"), "grad": (jax.grad(scalar), "cpu"), "vmap": (jax.vmap(lambda q: scalar(q[None])), "cpu"),
+    "vmap of grad": (jax.vmap(jax.grad(lambda q: scalar(q[None]))), "cpu"), "jit": (jax.jit(scalar), "gpu"),
+}
+
+
+@pytest.mark.parametrize(("call", "where"), WHERE_ARRAYS_LIE.values(), ids=WHERE_ARRAYS_LIE)
+def test_the_device_of_committed_arrays_counts(gpu_first, call, where):
+    """Regression: arrays on a CPU were given to the kernels of the GPU that comes first. Inside jit they have no place
+    yet."""
+    call(jax.device_put(jnp.ones((2, 4, 2, 8)), jax.devices()[1]))
+    assert set(gpu_first) == {where}
+
+
+def test_arrays_that_may_move_run_on_the_default_device(gpu_first):
+    scalar(jnp.ones((2, 4, 2, 8)))
+    with jax.default_device(jax.devices()[2]):
+        scalar(jnp.ones((2, 4, 2, 8)))
+    assert gpu_first == ["gpu", "cpu"]
+
+
+def test_arrays_captured_by_jit_do_not_say_where_it_runs(gpu_first):
+    """JAX moves them to where the arguments are."""
+    there = jax.device_put(jnp.ones((2, 4, 2, 8)), jax.devices()[1])
+    jax.eval_shape(lambda q: flash_attention(q, there, there), there)
+    assert gpu_first == ["gpu"]
+
+
+def test_explain_looks_where_arrays_lie(gpu_first):
+    here, there = (jax.device_put(jnp.ones((2, 4, 2, 8)), d) for d in jax.devices()[:2])
+    assert "on NVIDIA H100" in explain(here, here, here)
+    assert "on cpu" in explain(there, there, there)
+
+
+def test_sharded_arrays_lie_on_their_first_device(gpu_first):
+    mesh = jax.sharding.Mesh(jax.devices()[1:3], "x")
+    sharded = jax.device_put(jnp.ones((2, 4, 2, 8)), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    assert "on cpu" in explain(sharded, sharded, sharded)
+
+
+def test_each_kind_of_device_has_its_own_program(gpu_first, monkeypatch):
+    """Regression: what a kernel asks about its device while it is traced was kept for the next kind of device."""
+    asked, row = [], dispatch.get("xla")
+
+    class Asking(dispatch.Implementation):
+        def forward(self, *args):
+            asked.append(device.current().platform)
+            return row.forward(*args)
+
+        def backward(self, *args):
+            asked.append(device.current().platform)
+            return row.backward(*args)
+    monkeypatch.setattr(dispatch, "get", lambda name: Asking(*(getattr(row, f.name) for f in dataclasses.fields(row))))
+    arrays = [jax.device_put(jnp.ones((1, 5, 1, 3)), d) for d in jax.devices()[:2]]
+    for q in arrays * 2:
+        jax.grad(scalar)(q)
+    assert asked == ["gpu", "gpu", "cpu", "cpu"]
+
+
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
 def test_gpus_are_read_from_jax(capability):
     class Gpu:

@@ -318,6 +318,39 @@ def test_shard_map():
     assert_agree(compiled(Q, KEY, V, DOUT), results(Q, KEY, V, DOUT))
 
 
+@pytest.mark.parametrize("folded", [(), ("x",)])
+def test_shards_that_would_drop_alike_are_refused(folded):
+    """Regression: with one key for all, each shard drew the bits of the first."""
+    def call(q, rng):
+        for axis in folded:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
+        return attention(q, q, q, dropout_rate=0.5, dropout_rng=rng)
+    place = PLACES["batch and heads"]
+    missing = tuple(sorted({"x", "y"} - set(folded)))
+    with pytest.raises(ValueError, match=re.escape(
+            f"got axes of query, key and value=['x', 'y'], axes of dropout_rng={list(folded)}. Fold the shard in: "
+            f"jax.random.fold_in(dropout_rng, jax.lax.axis_index({missing})).")):
+        jax.shard_map(call, mesh=mesh(), in_specs=(place, P()), out_specs=place)(Q, jax.random.key(0))
+
+
+def test_shards_drop_apart():
+    """With the shard folded into the key, as the error says; the gradients too."""
+    def call(q, k, v, dout, rng):
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(("x", "y")))
+        return results(q, k, v, dout, dropout_rate=0.5, dropout_rng=rng)
+    place, rng = PLACES["batch and heads"], jax.random.key(0)
+    arrays = [jnp.broadcast_to(x[:1, :, :1], x.shape) for x in (Q, KEY, V, DOUT)]
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh(), in_specs=(*[place] * 4, P()), out_specs=place))
+    out, (dq, _, _) = mapped(*arrays, rng)
+    shards = [(slice(b, b + 1), slice(None), slice(h, h + H // 2)) for b in range(B) for h in (0, H // 2)]
+    for i, a in enumerate(shards):
+        key = jax.random.fold_in(rng, i)
+        wanted = results(*(x[:1, :, :n] for x, n in zip(arrays, (H // 2, K // 2, K // 2, H // 2))), dropout_rate=0.5,
+                         dropout_rng=key, implementation="reference")
+        assert_agree((out[a], dq[a]), (wanted[0], wanted[1][0]))
+        assert all(not np.array_equal(out[a], out[b]) for b in shards[:i])
+
+
 def test_shard_map_of_everything_sums_the_gradients_of_what_devices_share():
     """Regression: one key head for query heads on two devices, and a bias for sequences on four, were type errors."""
     def call(q, k, v, bias, data):
