@@ -1,24 +1,41 @@
-"""A kernel call as one primitive, so that it runs inside `shard_map`.
+"""A kernel call as one primitive, so that it runs inside `shard_map`, and so that `jit` splits it over devices.
 
-Mosaic kernels refuse references that vary over manual mesh axes, and inside `shard_map` every operand does. A primitive
-of our own carries that through: outside it the results vary like the operands, inside it the kernel is lowered without
-the marks. It computes on each device's own shard, so nothing is lost.
+Inside `shard_map`. Mosaic kernels refuse references that vary over manual mesh axes, and inside `shard_map` every
+operand does. A primitive of our own carries that through: outside it the results vary like the operands, inside it the
+kernel is lowered without the marks. It computes on each device's own shard, so nothing is lost.
 
-Under `jit` with automatic axes XLA cannot look into it and would gather sharded operands: use `shard_map` there.
+Under `jit` with automatic axes. XLA cannot look into a kernel and would gather its operands on every device.
+`partitioned` says which axes of the operands and results are batch and heads; XLA splits those as it likes, and each
+device calls the kernel of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key
+head, each sums the gradients of its query heads, and then they sum theirs.
+
+What is not split, and so gathered: any call exported by `jax.export`, and any inside a `shard_map` that leaves some
+axes automatic. What JAX's `custom_partitioning` costs: a program with such a call is lowered for real devices (an
+abstract mesh is refused) and for one mesh; split programs are not found again in the persistent compilation cache.
 """
 
+import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["sealed"]
+from pallas_flash import compat
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["partitioned", "sealed"]
 
 _kernel_p = Primitive("pallas_flash_kernel")
 _kernel_p.multiple_results = True
+compat.lower_with_devices(_kernel_p)
 
 
 def sealed(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
@@ -26,24 +43,159 @@ def sealed(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any,
 
     `function` must be the same object for the same computation: it is part of what JAX caches by.
     """
-    return tuple(_kernel_p.bind(*arrays, function=function))
+    return tuple(_kernel_p.bind(*arrays, function=function, split=None))
 
+
+def partitioned(function: Callable[..., tuple[Any, ...]], roles: str, spec: AttentionSpec,
+                *arrays: Any) -> tuple[Any, ...]:
+    """function(spec, *arrays), as `sealed`; on several devices, each calls `function` with its shard's spec and arrays.
+
+    Args:
+      function: the same object for the same computation. What depends on the spec (a table of tiles) it makes itself.
+      roles: of the arrays and of the results, as in "query key key -> query row":
+        query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
+        key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
+        row: (batch, q_heads, q_len): lse, delta;
+        whole: anything of which every device takes all.
+    """
+    return tuple(_kernel_p.bind(*arrays, function=_for_spec(function, spec), split=Split(function, roles, spec)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _for_spec(function: Callable[..., Any], spec: AttentionSpec) -> Callable[..., Any]:
+    return functools.partial(function, spec)
+
+
+# -- the primitive ---------------------------------------------------------------------------------------------------
 
 def _without_axes(aval: Any) -> Any:
     return jax.core.ShapedArray(aval.shape, aval.dtype)
 
 
 @_kernel_p.def_abstract_eval
-def _abstract(*avals: Any, function: Callable[..., Any]) -> list[Any]:
+def _abstract(*avals: Any, function: Callable[..., Any], split: Any) -> list[Any]:
+    del split
     results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
     return [avals[0].update(shape=r.shape, dtype=r.dtype) for r in results]
 
 
-def _lower(ctx: Any, *args: Any, function: Callable[..., Any]) -> Any:
+def _lower(ctx: Any, *args: Any, function: Callable[..., Any], split: "Split | None") -> Any:
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
+    if split is not None and split.is_possible and _is_automatic(ctx.module_context):
+        function = _splitting(split)
     return mlir.lower_fun(function, multiple_results=True)(plain, *args)
+
+
+def _is_automatic(context: Any) -> bool:
+    """Whether XLA partitions the module for the devices of one mesh, in this process."""
+    axes = context.axis_context
+    return (getattr(axes, "abstract_mesh", None) is not None and len(axes.device_assignment or ()) > 1
+            and not context.lowering_parameters.for_export and jax.config.jax_use_shardy_partitioner)
 
 
 mlir.register_lowering(_kernel_p, _lower)
 _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.bind, **params))(*args))
+
+
+# -- splitting -------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A call of `partitioned`. An axis is "batch", "q_heads", "kv_heads", or "" for those that stay whole."""
+
+    function: Callable[..., Any]
+    roles: str
+    spec: AttentionSpec
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the shards of a problem are problems by themselves: those of arrays in a mask or of random bits are
+        not.
+        """
+        return not (self.spec.mask.has_arrays or self.spec.bias is not None or self.spec.dropout_rate)
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """The roles of the arrays and of the results."""
+        arrays, results = self.roles.split("->")
+        return arrays.split(), results.split()
+
+    def axes(self, role: str, rank: int) -> tuple[str, ...]:
+        """What each axis of an array is."""
+        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "whole": ""}[role]
+        if not heads:
+            return ("",) * rank
+        if role == "row" or self.spec.layout == "BHLD":
+            return ("batch", heads, *[""] * (rank - 2))
+        return "batch", "", heads, ""
+
+    def rule(self, _: Mesh, arrays: Any, results: Any) -> tuple[str, dict[str, Any]]:
+        """Shardy's einsum-like rule: a letter for each axis that may be split, one of its own for each that must
+        not be.
+        """
+        grouped = 1 < self.spec.group < self.spec.q_heads and "key" in self.roles.split()
+        q_heads, kv_heads = ("(g r)", "g") if grouped else ("h", "h" if self.spec.group == 1 else "")
+        letters, whole = {"batch": "b", "q_heads": q_heads, "kv_heads": kv_heads, "": ""}, itertools.count()
+
+        def side(roles: list[str], types: Any) -> str:
+            words = [[letters[axis] or f"w{next(whole)}" for axis in self.axes(role, len(kind.shape))]
+                     for role, kind in zip(roles, types, strict=True)]
+            return ", ".join(map(" ".join, words))
+
+        text = " -> ".join(map(side, self.names, (arrays, results)))
+        sizes = {"r": self.spec.group} if grouped else {}
+        return text, sizes | dict(need_replication_factors=tuple(f"w{i}" for i in range(next(whole))))
+
+    def places(self, mesh: Mesh, arrays: Any) -> dict[str, tuple[str, ...]]:
+        """The mesh axes that split batch, q_heads and kv_heads: those of the first array that is split there, as far
+        as they divide.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for role, array in arrays:
+            place = (*array.sharding.spec, *[None] * len(array.shape))
+            for axis, names in zip(self.axes(role, len(array.shape)), place):
+                if names:
+                    found.setdefault(axis, (names,) if isinstance(names, str) else tuple(names))
+        spec, heads = self.spec, found.get("q_heads", found.get("kv_heads", ()))
+        shared = _dividing(mesh, heads, spec.kv_heads)
+        one_left = spec.kv_heads == _size(mesh, shared)
+        return {"": (), "batch": _dividing(mesh, found.get("batch", ()), spec.batch), "kv_heads": shared,
+                "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
+
+    def partition(self, mesh: Mesh, arrays: Any, results: Any) -> tuple[Any, ...]:
+        """What `custom_partitioning` asks for: the mesh, a shard's computation, and where results and arrays lie."""
+        roles = self.names
+        places = self.places(mesh, [*zip(roles[0], arrays, strict=True), *zip(roles[1], results, strict=True)])
+        counts = {axis: getattr(self.spec, axis) // _size(mesh, names) for axis, names in places.items() if axis}
+        local = dataclasses.replace(self.spec, **counts)
+        sharers = places["q_heads"][len(places["kv_heads"]):]
+
+        def shard(*arrays: Any) -> tuple[Any, ...]:
+            found = sealed(_for_spec(self.function, local), *arrays)
+            return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
+
+        def lie(role: str, array: Any) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(places[axis] or None for axis in self.axes(role, array.ndim))))
+
+        return mesh, shard, tuple(map(lie, roles[1], results)), tuple(map(lie, roles[0], arrays))
+
+
+def _summed(x: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
+
+
+def _size(mesh: Mesh, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """The longest start of `names` whose devices divide `count`."""
+    return next(names[:n] for n in range(len(names), -1, -1) if count % _size(mesh, names[:n]) == 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _splitting(split: Split) -> Callable[..., Any]:
+    call = custom_partitioning(functools.partial(sealed, _for_spec(split.function, split.spec)))  # without constants
+    call.def_partition(split.partition, sharding_rule=split.rule)
+    return call

@@ -1,0 +1,187 @@
+"""Kernel calls under `jit` with automatically sharded inputs: split over batch and heads, without communication.
+
+The stand-in for a kernel is the same problem's forward and backward from the XLA kernels; which of the roles is which
+is all that the splitting knows.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_flash import masks
+from pallas_flash.kernels.hopper import forward as hopper_forward
+from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.kernels.xla import backward, forward
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.testing import inputs
+
+pytestmark = pytest.mark.usefixtures("eight_devices", "small_tiles")
+
+COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast")
+FORWARD, BACKWARD = "query key key -> query row", "query key key query row query row -> query key key"
+
+
+@pytest.fixture
+def eight_devices():
+    if len(jax.devices()) < 8 or jax.default_backend() != "cpu":
+        pytest.skip("needs eight virtual CPU devices: JAX_PLATFORMS=cpu")
+
+
+def forward_of(spec, q, k, v):
+    return tuple(forward.forward(spec, Operands(q, k, v, mask=spec.mask)))
+
+
+def backward_of(spec, q, k, v, *saved):
+    return tuple(backward.backward(spec, Operands(q, k, v, mask=spec.mask), *saved)[:3])
+
+
+def attention(spec, split):
+    """Everything about attention from q, k, v, dout and dlse."""
+    call = partitioned if split else lambda function, _, spec, *arrays: function(spec, *arrays)
+
+    def run(q, k, v, dout, dlse):
+        out, lse = call(forward_of, FORWARD, spec, q, k, v)
+        return out, lse, *call(backward_of, BACKWARD, spec, q, k, v, out, lse, dout, dlse)
+    return run
+
+
+def make(q_heads, kv_heads, layout="BLHD", batch=4):
+    shape = lambda length, heads: jax.ShapeDtypeStruct(
+        (batch, length, heads, 8) if layout == "BLHD" else (batch, heads, length, 8), jnp.float32)
+    q, kv = shape(24, q_heads), shape(16, kv_heads)
+    spec = AttentionSpec.of(q, kv, kv, layout=layout, mask=masks.Causal(), return_lse=True)
+    return spec, (*inputs.operands(spec, spec.mask)[:3], *inputs.cotangents(spec))
+
+
+def mesh_of(**sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def placed(spec, mesh, arrays, batch, heads, kv_heads):
+    """The arrays on a mesh, with these of its axes over batch and heads."""
+    four = lambda heads: P(batch, None, heads) if spec.layout == "BLHD" else P(batch, heads)
+    places = (four(heads), four(kv_heads), four(kv_heads), four(heads), P(batch, heads))
+    return [jax.device_put(x, NamedSharding(mesh, place)) for x, place in zip(arrays, places, strict=True)]
+
+
+CASES = {  # mesh, axes over (batch, query heads, key heads), heads, layout, collectives
+    "batch": (dict(x=4), ("x", None, None), (4, 2), "BLHD", set()),
+    "heads": (dict(x=4), (None, "x", "x"), (4, 4), "BLHD", set()),
+    "batch-and-heads": (dict(x=2, y=4), ("x", "y", "y"), (8, 4), "BLHD", set()),
+    "groups": (dict(x=2, y=2), ("x", "y", "y"), (8, 2), "BHLD", set()),
+    "two-axes-over-heads": (dict(x=2, y=2), (None, ("x", "y"), ("x", "y")), (4, 4), "BHLD", set()),
+    "shared-key-head": (dict(x=4), (None, "x", None), (4, 1), "BLHD", {"all-reduce"}),
+    "group-over-two-axes": (dict(x=2, y=2), (None, ("x", "y"), "x"), (8, 2), "BLHD", {"all-reduce"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_and_heads_are_split_without_communication(name):
+    sizes, axes, heads, layout, collectives = CASES[name]
+    spec, arrays = make(*heads, layout)
+    run = jax.jit(attention(spec, split=True))
+    there = placed(spec, mesh_of(**sizes), arrays, *axes)
+    found = run(*there)
+    assert_agree(found, jax.jit(attention(spec, split=False))(*arrays))
+    assert set(COLLECTIVE.findall(run.lower(*there).compile().as_text())) == collectives
+    assert found[0].sharding.is_equivalent_to(there[0].sharding, 4)
+    assert found[3].sharding.is_equivalent_to(there[1].sharding, 4)
+
+
+def test_a_shards_spec_is_that_of_its_arrays():
+    spec, arrays = make(8, 4)
+    seen = []
+
+    def record(spec, q, k, v):
+        seen.append((spec.batch, spec.q_heads, spec.kv_heads, q.shape, k.shape))
+        return forward_of(spec, q, k, v)
+    there = placed(spec, mesh_of(x=2, y=4), arrays, "x", "y", "y")[:3]
+    jax.jit(functools.partial(partitioned, record, FORWARD, spec)).lower(*there).compile()
+    assert seen[-1] == (2, 2, 1, (2, 24, 2, 8), (2, 16, 1, 8))
+
+
+def test_the_kernel_is_lowered_for_a_shard():
+    """The partitioner asks for a shard's kernel and gets it; a CPU has no use for it."""
+    def launch(spec, q, k, v):
+        schedule = schedules.default_forward(spec)
+        return hopper_forward.launch(spec, schedule)(q, k, v, jnp.asarray(schedules.forward_table(spec, schedule)))
+    place = NamedSharding(mesh_of(x=2, y=4), P("x", None, "y"))
+    q = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=place)
+    spec = AttentionSpec.of(q, q, q, mask=masks.Causal())
+    traced = jax.jit(functools.partial(partitioned, launch, FORWARD, spec)).trace(q, q, q)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"mosaic_gpu.* on a platform Host"):
+        lowered.compile()
+
+
+def test_a_functions_own_references_are_split_with_it():
+    """The backward adds up in a reference of its own."""
+    spec, (q, k, *_) = make(4, 4)
+
+    def accumulate(spec, q, k):
+        total = jax.new_ref(jnp.zeros_like(q))
+        total[...] += q
+        total[:, :16] += k
+        return (total[...],)
+    there = [jax.device_put(x, NamedSharding(mesh_of(x=4), P("x"))) for x in (q, k)]
+    run = functools.partial(partitioned, accumulate, "query key -> query", spec)
+    assert_agree(jax.jit(run)(*there), accumulate(spec, q, k))
+
+
+@pytest.mark.parametrize("place", [P(None, "x"), P(None, None, None, "x"), P(None, None, "x")])
+def test_what_cannot_be_split_is_gathered(place):
+    """Lengths, head dimensions, and heads that devices do not divide."""
+    spec, arrays = make(8, 2)
+    mesh = mesh_of(x=8)
+    there = [jax.device_put(arrays[0], NamedSharding(mesh, place)), *arrays[1:3]]
+    run = functools.partial(partitioned, forward_of, FORWARD, spec)
+    assert_agree(jax.jit(run)(*there), forward_of(spec, *arrays[:3]))
+
+
+def test_under_shard_map_and_under_a_constraint():
+    """A shard of `shard_map` is computed as it is; the sharding of an intermediate result counts like that of an
+    input.
+    """
+    spec, arrays = make(8, 4)
+    mesh, run = mesh_of(x=4), functools.partial(partitioned, forward_of, FORWARD)
+    wanted = forward_of(spec, *arrays[:3])
+    local = dataclasses.replace(spec, batch=1)
+    mapped = jax.shard_map(functools.partial(run, local), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    assert_agree(jax.jit(mapped)(*arrays[:3]), wanted)
+
+    def constrained(*arrays):
+        return run(spec, *(jax.lax.with_sharding_constraint(x * 1, NamedSharding(mesh, P("x"))) for x in arrays))
+    assert_agree(jax.jit(constrained)(*arrays[:3]), wanted)
+
+
+def test_on_one_device_and_exported_nothing_is_split():
+    spec, arrays = make(8, 4)
+    run = jax.jit(functools.partial(partitioned, forward_of, FORWARD, spec))
+    assert "CustomSPMDPartitioning" not in run.lower(*arrays[:3]).as_text()
+    wanted = forward_of(spec, *arrays[:3])
+    assert_agree(run(*arrays[:3]), wanted)
+    there = placed(spec, mesh_of(x=4), arrays, "x", None, None)[:3]
+    exported = jax.export.deserialize(jax.export.export(run)(*there).serialize())
+    assert_agree(tuple(exported.call(*there)), wanted)
+
+
+def test_problems_whose_shards_are_none_are_not_split():
+    """Random bits and arrays of a mask are those of the whole problem."""
+    spec, arrays = make(8, 4)
+    mask = masks.InBounds(kv_len=np.arange(4, 8)).canonical()
+    with_lengths = dataclasses.replace(spec, mask=mask.with_placeholders())
+
+    def lengths(spec, q, k, v):
+        return tuple(forward.forward(spec, Operands(q, k, v, mask=mask)))
+    there = placed(spec, mesh_of(x=4), arrays, "x", None, None)[:3]
+    found = jax.jit(functools.partial(partitioned, lengths, FORWARD, with_lengths))(*there)
+    assert_agree(found, lengths(with_lengths, *arrays[:3]))
