@@ -52,15 +52,17 @@ def lower_with_devices(primitive: Any) -> None:
 # --- DLPack (torch_bridge) -------------------------------------------------------------------------------------------
 
 
-def from_dlpack(producer: Any, device: jax.Device) -> jax.Array:
+def from_dlpack(producer: Any, device: jax.Device, *, is_ordered: bool = True) -> jax.Array:
     """A zero-copy JAX array on `device` from an object with `__dlpack__(stream=)` and `__dlpack_device__()`.
 
     The same as `jax.dlpack.from_dlpack(producer)` for a dense array, without its look-up of the device and without the
-    `jnp.asarray` at its end, which take 50 us of a call that has 200.
+    `jnp.asarray` at its end, which take 50 us of a call that has 200. If not `is_ordered`, the array counts as ready:
+    the producer gets no stream, and the runtime records no event, nor a callback after it, on one of its own.
     """
     if _import_capsule is None:
         return jax.dlpack.from_dlpack(producer)
-    stream = None if device.platform == "cpu" else device.get_stream_for_external_ready_events()
+    has_stream = is_ordered and device.platform != "cpu"
+    stream = device.get_stream_for_external_ready_events() if has_stream else None
     return _import_capsule(producer.__dlpack__(stream=stream), device, stream)
 
 

@@ -7,7 +7,8 @@ first.
 
 Order on a GPU, without waiting on the host: JAX's stream waits for torch's current stream before it reads the first
 operand, hence before the kernel; torch's current stream waits for the results. Whatever torch queues there later, such
-as the reuse of the memory of an operand that was dropped, comes after the kernel. How long results live: lifetime.py.
+as the reuse of the memory of an operand that was dropped, comes after the kernel. What JAX sees of operands: views.py.
+How long results live: lifetime.py.
 """
 
 import contextlib
@@ -23,14 +24,13 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_flash import autodiff, compat, device, dispatch, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
-from torch_bridge import lifetime, strides
+from torch_bridge import lifetime, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "backward", "copy_reason", "double_backward", "forward", "jax_device", "plan_for"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""
 
-_DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
 _DTYPES = {
     torch.bfloat16: jnp.dtype(jnp.bfloat16), torch.float16: np.dtype(np.float16), torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64), torch.bool: np.dtype(bool), torch.int32: np.dtype(np.int32),
@@ -147,7 +147,7 @@ def jax_device(device: torch.device) -> jax.Device:
 
 
 def _operands(spec: AttentionSpec, arrays: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
-    """The operands at the front of flat arrays (see `_flat`), and the arrays after them."""
+    """The operands at the front of flat arrays (see `_shared`), and the arrays after them."""
     (q, k, v), rest = arrays[:3], list(arrays[3:])
     rule, bias, seed = spec.mask, None, None
     if spec.mask.has_arrays:
@@ -200,27 +200,19 @@ def _cotangents(given: Sequence[Any], present: Sequence[bool], out: Any, lse: An
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
 
 
-class _Producer:
-    """A tensor as DLPack's protocol wants it; unlike `torch.Tensor.__dlpack__`: on any device, streams ordered once."""
+class _OnCpu:
+    """A CPU tensor as DLPack's protocol wants it; unlike `torch.Tensor.__dlpack__` also if it requires grad."""
 
-    __slots__ = ("is_first", "tensor")
+    __slots__ = ("tensor",)
 
-    def __init__(self, tensor: torch.Tensor, is_first: bool) -> None:
-        self.tensor, self.is_first = tensor, is_first
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _DLPACK_DEVICE[self.tensor.device.type], self.tensor.device.index or 0
+        return 1, 0
 
-    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        if stream is not None and self.is_first:
-            device = self.tensor.device
-            _external_stream(stream, device).wait_event(torch.cuda.current_stream(device).record_event())
+    def __dlpack__(self, **_: Any) -> Any:
         return to_dlpack(self.tensor)
-
-
-@functools.lru_cache(maxsize=64)
-def _external_stream(stream: int, device: torch.device) -> Any:
-    return torch.cuda.ExternalStream(stream, device)
 
 
 def _sharable(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,13 +237,35 @@ def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
     return None
 
 
-def _flat(plan: Plan, q_like: Sequence[torch.Tensor], others: Sequence[torch.Tensor | None]) -> list[jax.Array]:
-    """JAX arrays of tensors in the layout (`q_like`) and of others as they are; those that are None are left out."""
-    layout, where = plan.spec.layout, plan.device
-    tensors = [_in_layout(tensor, layout) for tensor in q_like]
-    tensors.extend(tensor for tensor in others if tensor is not None)
-    with _precision(q_like[0]):  # JAX 0.12's import would round float64
-        return [compat.from_dlpack(_Producer(_sharable(tensor), i == 0), where) for i, tensor in enumerate(tensors)]
+def _shared(layout: Layout, q_like: Sequence[torch.Tensor],
+            others: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Tensors in the layout (`q_like`) and others as they are, copied where necessary; those that are None left out."""
+    tensors = [_sharable(_in_layout(tensor, layout)) for tensor in q_like]
+    tensors.extend(_sharable(tensor) for tensor in others if tensor is not None)
+    return tensors
+
+
+def _arrays(tensors: Sequence[torch.Tensor], where: jax.Device) -> list[jax.Array]:
+    """JAX arrays of tensors from `_shared`. On a GPU they own nothing, and the first waits for torch's stream."""
+    if where.platform == "cpu":
+        return [compat.from_dlpack(_OnCpu(tensor), where) for tensor in tensors]
+    first, *rest = tensors
+    return [views.after(first, where), *(views.of(tensor, where) for tensor in rest)]
+
+
+def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor],
+         others: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The results of a jitted function of these tensors."""
+    query = q_like[0]
+    tensors = _shared(plan.layout, q_like, others)
+    try:
+        with _precision(query):  # also for the import: JAX 0.12's would round float64
+            results = function(*_arrays(tensors, plan.device))
+        return _tensors(results, query.device)  # `tensors`, copies among them, live until torch's stream waits
+    except BaseException:
+        if query.is_cuda:  # torch's stream does not wait then, and the computation may have begun
+            torch.cuda.synchronize(query.device)
+        raise
 
 
 def _check_no_capture(query: torch.Tensor) -> None:
@@ -287,9 +301,7 @@ def forward(problem: Problem, numbers: Numbers, needs_lse: bool) -> tuple[torch.
     query = problem[0]
     _check_no_capture(query)
     plan = plan_for(problem, numbers)
-    with _precision(query):
-        results = plan.forward[needs_lse](*_flat(plan, problem[:3], problem[3:]))
-    out, *lse = _tensors(results, query.device)
+    out, *lse = _run(plan, plan.forward[needs_lse], problem[:3], problem[3:])
     out = _with_strides(_in_layout(out, plan.layout), plan.out_strides)
     return out, lse[0] if lse else query.new_empty((0,), dtype=strides.lse_dtype(query))
 
@@ -309,11 +321,9 @@ def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor]
     _check_no_capture(query)
     plan = plan_for(problem, numbers)
     out, dout = _in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout)
-    arrays = _flat(plan, problem[:3], (*others, bias, seed, out, lse, dout, dlse))
     needs = (*needs[:3], needs[3] and bias is not None)
-    with _precision(query):
-        grads = plan.backward[*needs, dout is not None, dlse is not None](*arrays)
-    rest = iter(_tensors(grads, query.device))
+    gradients = plan.backward[*needs, dout is not None, dlse is not None]
+    rest = iter(_run(plan, gradients, problem[:3], (*others, bias, seed, out, lse, dout, dlse)))
     return tuple(_gradient(next(rest), i, plan) if needed else query.new_empty((0,)) for i, needed in enumerate(needs))
 
 
@@ -340,10 +350,8 @@ def double_backward(problem: Problem, numbers: Numbers, tangents: Sequence[torch
     plan = plan_for(problem, numbers)
     present = tuple(x is not None for x in (*tangents, *cotangents))
     *first, dout = (x if x is None else _in_layout(x, plan.layout) for x in (*tangents[:3], cotangents[0]))
-    arrays = _flat(plan, problem[:3], (*problem[3:], *first, tangents[3], dout, cotangents[1]))
-    with _precision(query):
-        results = _jitted_double_backward(plan.spec, plan.device)[present](*arrays)
-    rest = iter(_tensors(results, query.device))
+    derivative = _jitted_double_backward(plan.spec, plan.device)[present]
+    rest = iter(_run(plan, derivative, problem[:3], (*problem[3:], *first, tangents[3], dout, cotangents[1])))
     targets = (*problem[:3], bias, *cotangents)
     return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, "BHLD" if i in (3, 5) else plan.layout)
                  for i, x in enumerate(targets))

@@ -56,17 +56,17 @@ ROWS = {
 def crossings(monkeypatch):
     """The addresses at which JAX saw tensors, in order, and those of the arrays that came back."""
     seen, returned = [], []
-    importer, exporter = exchange.compat.from_dlpack, exchange._tensors
+    importer, exporter = exchange._arrays, exchange._tensors
 
-    def spy(producer, device):
-        array = importer(producer, device)
-        seen.append(array.unsafe_buffer_pointer())
-        return array
+    def spy(tensors, where):
+        arrays = importer(tensors, where)
+        seen.extend(array.unsafe_buffer_pointer() for array in arrays)
+        return arrays
 
     def spy_back(arrays, device):
         returned.extend(array.unsafe_buffer_pointer() for array in arrays)
         return exporter(arrays, device)
-    monkeypatch.setattr(exchange.compat, "from_dlpack", spy)
+    monkeypatch.setattr(exchange, "_arrays", spy)
     monkeypatch.setattr(exchange, "_tensors", spy_back)
     return seen, returned
 

@@ -1,0 +1,122 @@
+"""GPU memory of torch as JAX arrays that own nothing, kept for later calls on the same memory.
+
+To import an array, and to use one that it has not met before, costs the runtime several times what the use of a known
+one does (docs/notes/torch_bridge.md). A view is an address with a shape and a dtype, hence the same for every tensor
+that ever lies there, so it is made once and kept:
+
+    of      a kept view; its reader must be ordered after torch's stream by other means
+    after   a new view whose readers wait, on the GPU, for what torch's current stream holds now
+
+A view keeps no memory alive, so whoever passes one to a computation holds the tensor until torch's current stream waits
+for the computation (`exchange._run`); from then on a reuse of the memory comes after it. Nothing else reads a view.
+"""
+
+import collections
+import ctypes
+import functools
+import struct
+from typing import Any
+
+import torch
+
+from pallas_flash import compat
+
+__all__ = ["after", "kept_views", "of"]
+
+_MAX_VIEWS = 4096
+_IN_FLIGHT = 32  # computations that JAX lets the host run ahead of a GPU
+
+_CUDA = 2  # DLPack's number
+_DTYPES = {  # DLPack's (code, bits)
+    torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64),
+    torch.bool: (6, 8), torch.int32: (0, 32),
+}
+
+_kept: dict[tuple, Any] = {}
+_recent: dict[torch.device, collections.deque[Any]] = {}
+
+
+def of(tensor: torch.Tensor, where: Any) -> Any:
+    """The view of a dense GPU tensor on `where`, JAX's device for it; made at the first call and kept."""
+    name = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device)
+    view = _kept.get(name)
+    if view is None or view.is_deleted():  # a user can delete any array that `jax.live_arrays()` lists
+        if len(_kept) >= _MAX_VIEWS:
+            _kept.clear()
+        view = _kept[name] = compat.from_dlpack(_Producer(tensor, None), where, is_ordered=False)
+    return view
+
+
+def after(tensor: torch.Tensor, where: Any) -> Any:
+    """A new view of a dense GPU tensor; what reads it waits for torch's current stream on that device."""
+    view = compat.from_dlpack(_Producer(tensor, torch.cuda.current_stream(tensor.device)), where)
+    # Released only when the computation that reads it has long begun, so that the release has nothing to wait for.
+    _recent.setdefault(tensor.device, collections.deque(maxlen=_IN_FLIGHT)).append(view)
+    return view
+
+
+def kept_views() -> int:
+    """How many views are kept for later calls."""
+    return len(_kept)
+
+
+class _Producer:
+    """A dense GPU tensor as DLPack's protocol wants it, without ownership."""
+
+    __slots__ = ("stream", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, stream: Any) -> None:
+        self.tensor, self.stream = tensor, stream
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CUDA, self.tensor.device.index or 0
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        if self.stream is not None:
+            if stream is None:
+                self.stream.synchronize()
+            else:
+                _external_stream(stream, self.tensor.device).wait_event(self.stream.record_event())
+        return _capsule(self.tensor)
+
+
+@functools.lru_cache(maxsize=64)
+def _external_stream(stream: int, device: torch.device) -> Any:
+    return torch.cuda.ExternalStream(stream, device)
+
+
+# --- capsules --------------------------------------------------------------------------------------------------------
+# DLPack's DLManagedTensor, 64 bytes whose layout is frozen, and after it the shape: one block of C's allocator. Its
+# deleter is C's `free`, which needs no interpreter, whichever thread drops the view and whenever.
+
+_NAME = b"dltensor"
+_DATA, _SHAPE, _SIZE = 0, 24, 64
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+def _capsule(tensor: torch.Tensor) -> Any:
+    block = _block(tensor.shape, tensor.dtype, tensor.device)
+    address = _malloc()(len(block))
+    if address is None:
+        raise MemoryError
+    ctypes.memmove(address, block, len(block))
+    ctypes.c_uint64.from_address(address + _DATA).value = tensor.data_ptr()
+    ctypes.c_uint64.from_address(address + _SHAPE).value = address + _SIZE
+    return _new_capsule(address, _NAME, None)
+
+
+@functools.lru_cache(maxsize=_MAX_VIEWS)
+def _block(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bytes:
+    """The block without its addresses. No strides: dense."""
+    code, bits = _DTYPES[dtype]
+    deleter = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p).value
+    return struct.pack("=QiiiBBHQQQQQ", 0, _CUDA, device.index or 0, len(shape), code, bits, 1, 0, 0, 0, 0, deleter) + (
+        struct.pack(f"={len(shape)}q", *shape))
+
+
+@functools.cache
+def _malloc() -> Any:
+    malloc = ctypes.PyDLL(None).malloc
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    return malloc
