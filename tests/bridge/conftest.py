@@ -1,4 +1,6 @@
-"""Fixtures of the torch tests: a fixed seed, and quick compilation on a CPU."""
+"""Fixtures of the torch tests: a fixed seed, quick compilation on a CPU, and no warnings from torch's compiler."""
+
+import warnings
 
 import jax
 import pytest
@@ -16,3 +18,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quiet():
+    """For torch.compile and its like: warnings of torch's own machinery, such as deprecations, are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.compiler.reset()

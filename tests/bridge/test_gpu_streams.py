@@ -6,7 +6,9 @@ it is known to fail, the test asserts that it does, so that a test that sees not
 """
 
 import functools
+import importlib.util
 import re
+import shutil
 import threading
 import time
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from bridge.problems import OURS, heads_inside
-from torch_bridge import lifetime
+from torch_bridge import lifetime, views
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +40,11 @@ def busy(products=12):
     for _ in range(products):
         x = x @ _matrix()
         x = x / x.abs().amax()
+
+
+def sleep(milliseconds):
+    """Keeps torch's current stream busy for at least so long, with one kernel, while the host goes on."""
+    torch.cuda._sleep(int(milliseconds * 2e6))  # cycles; an H100 has at most 1.98e6 a millisecond
 
 
 class Beside:
@@ -140,13 +147,19 @@ def test_an_output_may_be_read_by_another_stream(jax):
 
 
 def refilled_inputs(jax, bridge):
-    """A round in which a busy stream makes the inputs, which are dropped and refilled right after the call."""
+    """A round in which a busy stream makes the inputs, which are dropped and refilled right after the call.
+
+    The memory holds NaN from the round before until the stream gets to the inputs: long after the host, which needs
+    less than a millisecond for a round, has returned from the call.
+    """
     beside, tensors = Beside(jax), fresh()
+    torch.cuda.synchronize()
     expected = bridge(*tensors).clone()
     torch.cuda.synchronize()
+    assert expected.isfinite().all()
 
     def one_round():
-        busy()
+        sleep(3)
         q, k, v = (x.clone() for x in tensors)
         out = bridge(q, k, v)
         del q, k, v
@@ -172,6 +185,28 @@ def test_a_control_without_order_is_seen(jax):
             jax_arrays.append(jax.dlpack.from_dlpack(producer))
         return torch.from_dlpack(_obvious_function()(*jax_arrays))
     assert wrong_rounds(refilled_inputs(jax, unordered), 200) > 0
+
+
+def test_views_of_reused_memory(jax):
+    """Kept views are used again by other tensors at the same addresses, in one order and in another."""
+    tensors = [fresh() for _ in range(4)]
+    expected = [ours(*x).clone() for x in tensors]
+    torch.cuda.synchronize()
+    before, turn = views.kept_views(), iter(range(10**9))
+
+    def one_round():
+        i = next(turn)
+        busy(2)
+        clones = [x.clone() for x in tensors[i % 4]]
+        clones = [clones[j] for j in ((0, 1, 2), (2, 0, 1), (1, 2, 0))[i % 3]]  # which address holds which operand
+        for x, source in zip(clones, tensors[i % 4], strict=True):
+            x.copy_(source)
+        out = ours(*clones)
+        for x in clones:
+            x.fill_(torch.nan)
+        return out, expected[i % 4]
+    assert wrong_rounds(one_round, ROUNDS) == 0
+    assert views.kept_views() - before < 100, "memory was not reused: this test proves nothing"
 
 
 def test_side_streams(jax):
@@ -259,38 +294,43 @@ def test_the_host_does_not_wait(jax):
     torch.cuda.synchronize()
 
 
-def kernels_of(step):
-    """The names of what a call runs on the GPU."""
+def kernels_of(step, times=3):
+    """The names of what some calls run on the GPU. A process' first profile may miss kernels: the second counts."""
     step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+    for _ in range(2):
         torch.cuda.synchronize()
-    return [event.name for event in profile.events()]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(times):
+                step()
+            torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "training step"])
 @pytest.mark.parametrize("inside", [False, True], ids=["BHLE", "BLHE"])
 def test_hopper_kernels_run_without_a_copy_kernel(jax, inside, direction):
     """Plain XLA fuses as it likes; this is about the hand-written kernels."""
     from pallas_flash import dispatch
-    if not any("hopper" in module for module in dispatch.get("hopper").modules[direction == "backward":][:1]):
-        pytest.skip(f"the {direction} is plain XLA")
+    if not all("hopper" in module for module in dispatch.get("hopper").modules[:1 if direction == "forward" else 2]):
+        pytest.skip("the backward is plain XLA")
     tensors = [(heads_inside(x) if inside else x).requires_grad_() for x in fresh()]
     out = ours(*tensors)
     dout = torch.randn_like(out)
-    names = kernels_of((lambda: ours(*tensors)) if direction == "forward" else
-                       (lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)))
-    assert names, "the profiler saw no kernel"
+    step = {"forward": lambda: ours(*tensors),
+            "backward": lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True),
+            "training step": lambda: torch.autograd.grad(ours(*tensors), tensors, dout)}[direction]
+    names = kernels_of(step)
+    assert sum("mosaic" in name for name in names) >= 3, f"the profiler missed kernels of three calls: {names}"
     assert not [name for name in names if re.search(r"transpose|copy|memcpy", name, re.IGNORECASE)], names
 
 
 def test_a_capture_is_refused_with_a_sentence(jax):
-    tensors = fresh()
+    tensors, x = fresh(), torch.ones(8, device="cuda")
     ours(*tensors)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(graph):
+        x.mul_(2)  # torch warns of an empty graph when the capture ends, and that warning would hide the error
         ours(*tensors)
     torch.cuda.synchronize()
     assert ours(*tensors).isfinite().all()
@@ -326,15 +366,19 @@ def test_tensors_on_the_second_device_while_the_first_is_current(jax):
 # --- compile, autocast -----------------------------------------------------------------------------------------------
 
 
-def test_compile_trains_on_the_gpu(jax):
+HAS_TRITON = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton and a C compiler"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+def test_compile_trains_on_the_gpu(jax, backend, quiet):
     def step(q, k, v):
-        return ours(q * 2, k, v).float().square().mean()
+        return ours(q * 2, k, v).float().square().sum()
     tensors = [x.requires_grad_() for x in fresh()]
     expected = torch.autograd.grad(step(*tensors), tensors)
-    compiled = torch.compile(step, fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-6)
-    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for name, a, b in zip("qkv", torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm(), f"d{name}"
 
 
 def test_autocast_on_the_gpu(jax):

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import warnings
 
 import pytest
 import torch
@@ -79,15 +78,6 @@ def test_the_diagnosis():
     text = diagnosis.report()
     for expected in ("torch 2.", "jax 0.", "JAX, for tensors on cpu", "XLA_FLAGS", "implementation="):
         assert expected in text
-
-
-@pytest.fixture
-def quiet():
-    """Warnings of torch's own machinery are not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.compiler.reset()
 
 
 # --- contracts -------------------------------------------------------------------------------------------------------
