@@ -262,9 +262,16 @@ def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
     """
     def answer(part: Mask) -> Any:
         return jax.tree.map(_int32, question(part))
-    answers = [jax.vmap(jax.vmap(answer))(part) if part.has_arrays else
+    answers = [jax.vmap(jax.vmap(answer))(_with_equal_lead_axes(part)) if part.has_arrays else
                jax.tree.map(lambda leaf: leaf[None, None], answer(part)) for part in mask.parts]
     return functools.reduce(lambda a, b: a & b, answers)
+
+
+def _with_equal_lead_axes(part: Mask) -> Mask:
+    """A canonical mask whose arrays have the same batch and heads: where one has 1 and another more, it is repeated."""
+    lead = np.broadcast_shapes(*(leaf.shape[:2] for leaf in jax.tree.leaves(part)))
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.shape[:2] == lead else jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 ANCHOR_ROWS = 128
 """Rows of a bias that are looked at together, so that memory stays O(length)."""
 MAX_LEN = masks.UNBOUNDED // 2
+LARGEST_NUMBER = 1e30
+"""Of scale and softcap: their products with scores, and the inverse of a soft cap, are then normal float32 numbers."""
 
 
 class Operands(NamedTuple):
@@ -218,12 +220,12 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
 
 
 def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
-    def is_number(x: Any) -> bool:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+    def is_number(x: Any, smallest: float = -math.inf) -> bool:
+        return isinstance(x, numbers.Real) and not isinstance(x, bool) and smallest <= x and abs(x) <= LARGEST_NUMBER
     rules = (
         (scale is None or is_number(scale), "scale must be a finite Python number or None", f"{scale=}",
          "for a traced scale, multiply the query with it and pass scale=1.0"),
-        (softcap is None or (is_number(softcap) and softcap > 0), "softcap must be a positive Python number or None",
+        (softcap is None or is_number(softcap, 1 / LARGEST_NUMBER), "softcap must be a positive Python number or None",
          f"{softcap=}", "pass None for no cap"),
         (is_number(dropout_rate) and 0 <= dropout_rate <= 1, "dropout_rate must be a Python number in [0, 1]",
          f"{dropout_rate=}", "pass the probability of dropping an entry"),

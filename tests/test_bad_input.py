@@ -249,11 +249,11 @@ NUMBERS = {
     **{f"scale={value!r}": (
         dict(scale=value), f"scale must be a finite Python number or None, got scale={value!r}. "
                            "For a traced scale, multiply the query with it and pass scale=1.0.")
-       for value in (float("nan"), float("inf"), "1", True, 1j, np.ones(2))},
+       for value in (float("nan"), float("inf"), 1e39, 10**400, "1", True, 1j, np.ones(2))},
     **{f"softcap={value!r}": (
         dict(softcap=value),
         f"softcap must be a positive Python number or None, got softcap={value!r}. Pass None for no cap.")
-       for value in (0, -1.0, float("nan"), float("inf"), "30")},
+       for value in (0, -1.0, 1e-39, 1e39, float("nan"), float("inf"), "30")},
     **{f"dropout_rate={value!r}": (
         dict(dropout_rate=value), f"dropout_rate must be a Python number in [0, 1], got dropout_rate={value!r}. "
                                   "Pass the probability of dropping an entry.")

@@ -1,4 +1,4 @@
-"""Numbers at the edge of their types: found wrong by a review, each silently."""
+"""Numbers at the edge of their types, and sizes of 1 that stand for all: what reviews found wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ LARGEST = 2**31 - 1
 Q = np.random.default_rng(0).standard_normal((1, 9, 2, 8)).astype(np.float32)
 
 
-def agrees(**keywords):
+def agrees(x=Q, **keywords):
     def results(implementation):
         def loss(q, k, v):
             return (flash_attention(q, k, v, implementation=implementation, **keywords) ** 2).sum()
-        return jax.value_and_grad(loss, (0, 1, 2))(Q, Q * 0.5, Q * 2)
+        return jax.value_and_grad(loss, (0, 1, 2))(x, x * 0.5, x * 2)
     for ours, exact in zip(jax.tree.leaves(results("xla")), jax.tree.leaves(results("reference")), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
@@ -41,3 +41,20 @@ def test_segment_ids_that_do_not_fit_are_refused(ids):
     """They wrapped: two segments became one, or all became padding."""
     with pytest.raises(ValueError, match=r"q_ids must fit 32-bit integers, got values from .* Number the segments"):
         flash_attention(Q, Q, Q, segment_ids=ids)
+
+
+@pytest.mark.parametrize("keywords", [
+    dict(mask=InBounds(np.array([[3, 9]]), np.array([[5], [9]]))),
+    dict(q_lengths=np.array([4]), kv_lengths=np.array([9, 2])), dict(mask=Window(np.array([1, 2]), np.array([[0, 1]]))),
+    dict(segment_ids=(np.array([[0] * 4 + [1] * 5]), np.array([[0] * 5 + [1] * 4, [1] * 9]))),
+], ids=["bounds", "lengths", "windows", "segments"])
+def test_one_array_of_a_mask_for_all_and_another_for_each(keywords):
+    """An error of vmap's about inconsistent sizes."""
+    two = np.concatenate([Q, 0.3 - Q])
+    agrees(two, **keywords)
+
+
+@pytest.mark.parametrize("numbers", [
+    dict(softcap=1e-29), dict(softcap=1e30), dict(scale=np.float32(0.3)), dict(scale=0, softcap=2)], ids=str)
+def test_numbers_that_float32_can_hold(numbers):
+    agrees(**numbers)
