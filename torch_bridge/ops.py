@@ -216,8 +216,14 @@ def _vmap_attention_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
     return tuple(_from_batch(grad, args[i], size, batch) for grad, i in zip(grads, (0, 1, 2, 4), strict=True)), (0,) * 4
 
 
+def _vmap_attention_double_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    args = tuple(_mapped_first(args, in_dims, info.batch_size))
+    return _one_by_one(attention_double_backward, info.batch_size, args), (0,) * 6
+
+
 torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=_library)
 torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=_library)
+torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=_library)
 
 
 # --- torch.func ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """How each kind of tensor crosses: shared (asserted by pointer), copied, or refused; and the docs' table of that."""
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,17 @@ def test_float64_does_not_switch_jax_to_64_bits():
     x = torch.randn(SHAPE, dtype=torch.float64)
     assert OURS(x, x, x).dtype == torch.float64 and jax.config.jax_enable_x64 == before
     assert jax.numpy.zeros(()).dtype == (torch.float64 if before else "float32")
+
+
+def test_the_jax_device_is_the_one_with_torchs_number(monkeypatch):
+    """Both runtimes number the devices that CUDA_VISIBLE_DEVICES leaves them; JAX's `id` counts those of all hosts."""
+    import jax
+    devices = [types.SimpleNamespace(id=8 + i, local_hardware_id=i) for i in (1, 0)]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+    of = exchange.jax_device.__wrapped__
+    assert [of(torch.device("cuda", i)).id for i in (0, 1)] == [8, 9] and of(torch.device("cuda")).id == 8
+    with pytest.raises(RuntimeError, match="CUDA_VISIBLE_DEVICES"):
+        of(torch.device("cuda", 2))
 
 
 def test_plans_are_bounded(monkeypatch):

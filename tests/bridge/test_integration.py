@@ -1,6 +1,7 @@
 """What PyTorch asks of an operator: opcheck, compile, export, fake and meta tensors, vmap, both import orders."""
 
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
 from bridge.problems import OURS, TORCH, heads_inside, qkv, results
-from torch_bridge import activation, diagnosis, memory, ops
+from torch_bridge import activation, memory, ops
 
 Q, KV = (2, 4, 5, 8), (2, 4, 7, 8)
 KERNELS = torch.ops.pallas_flash
@@ -74,8 +75,9 @@ def test_a_late_import_warns_with_numbers(nothing_chosen, monkeypatch):
         memory.share_with_torch()
 
 
-def test_the_diagnosis():
-    text = diagnosis.report()
+def test_the_diagnosis(capsys):
+    runpy.run_module("torch_bridge", run_name="__main__")
+    text = capsys.readouterr().out
     for expected in ("torch 2.", "jax 0.", "JAX, for tensors on cpu", "XLA_FLAGS", "implementation="):
         assert expected in text
 
@@ -241,6 +243,16 @@ def test_gradients_per_sample():
         leaves = [x[i].clone().requires_grad_() for x in (q, k, v, bias)]
         for a, b in zip(ours, torch.autograd.grad(TORCH(*leaves).square().sum(), leaves), strict=True):
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_by_torch_func():
+    q, k, v = qkv((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3), dtype=torch.float64, requires_grad=False)
+    bias = torch.randn(1, 3, 5, dtype=torch.float64)
+    loss = lambda q, bias: OURS(q, k, v, bias, enable_gqa=True).square().sum()
+    ours = torch.func.jacrev(torch.func.jacrev(loss, argnums=(0, 1)), argnums=(0, 1))(q, bias)
+    for row, expected in zip(ours, torch.autograd.functional.hessian(loss, (q, bias)), strict=True):
+        for a, b in zip(row, expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # --- activate --------------------------------------------------------------------------------------------------------
