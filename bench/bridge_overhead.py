@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import environment, records
 from torch_bridge import exchange, ops, sdpa
 from torch_bridge import scaled_dot_product_attention as OURS
 
@@ -91,11 +92,11 @@ def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 def measure(device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """A record for each whole call and each part."""
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    where = environment.describe()
     for kind, calls in (("call", _calls(device)), ("part", _parts(device))):
         for what, call in calls:
-            yield {"kind": f"bridge-{kind}", "what": what, "host_us": round(_microseconds(call, repeats, finish), 1),
-                   "device": name, "torch": torch.__version__, "shape": SHAPE}
+            yield {"environment": where, "kind": f"bridge-{kind}", "what": what, "shape": SHAPE,
+                   "host_us": round(_microseconds(call, repeats, finish), 1)}
 
 
 def main() -> None:
@@ -103,9 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=300, help="calls a round")
+    parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
     for record in measure(arguments.device, arguments.repeats):
-        print(json.dumps(record), flush=True)
+        print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
+        if arguments.save:
+            records.append(records.RESULTS / records.file_name(record["environment"]), record)
 
 
 if __name__ == "__main__":
