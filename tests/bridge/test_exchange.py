@@ -1,5 +1,6 @@
 """How each kind of tensor crosses: shared (asserted by pointer), copied, or refused; and the docs' table of that."""
 
+import importlib.util
 import re
 import types
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_a_training_step_shares_everything(device, inside, crossings):
     assert seen == [*pointers, *pointers, out.data_ptr(), lse, dout.data_ptr()]
     assert returned == [out.data_ptr(), lse, *(grad.data_ptr() for grad in grads)]
     assert f"layout {'BLHD' if inside else 'BHLD'}" in torch_bridge.explain(q, k, v)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="needs jax[cuda13]")
+@pytest.mark.parametrize("layout, shape", [("BHLD", (2, 8, 512, 64)), ("BLHD", (2, 512, 8, 64))])
+def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
+    """The programs of a training step in either storage order, as XLA gets them; their profile is a GPU test."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_flash import device, masks, spec
+    x, lse = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 512), jnp.float32)
+    problem = spec.AttentionSpec.of(x, x, x, layout=layout, mask=masks.Full() & masks.Causal(0))
+    where = jax.devices("cpu")[0]
+    programs = [(exchange._jitted_forward(problem, "hopper", where)[True], (x, x, x)),
+                (exchange._jitted_backward(problem, "hopper", where)[True, True, True, False, True, False],
+                 (x, x, x, x, lse, x))]
+    for function, arguments in programs:
+        with device.assume(device.H100):
+            text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        operations = set(re.findall(r"= \"?stablehlo\.(\w+)", text))
+        assert "custom_call" in operations
+        assert not operations & {"transpose", "copy", "concatenate", "pad", "slice", "gather", "reverse"}, operations
 
 
 def test_grouped_and_broadcast_heads_are_not_repeated(crossings):
