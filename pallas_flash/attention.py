@@ -39,10 +39,11 @@ def flash_attention(
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
-        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation. Inside
-        `shard_map` those are the shard's own, so each shard needs its own key, for instance
+        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation; under
+        `vmap` with one key for all, elements drop alike. Inside `shard_map` batch and head count from the shard's
+        first, so each shard needs its own key, for instance
         `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key shared by shards is refused (with
-        `check_vma=False` it cannot be seen, and they repeat each other's bits).
+        `check_vma=False` it cannot be seen, and they drop alike).
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.

@@ -219,7 +219,7 @@ def _cut(owner: str, name: str, array: Any, is_id: bool) -> Any:
 
 
 def _as_array(value: Any) -> Any:
-    """`value`, which may stand for an array, or a list of numbers as an array."""
+    """`value` itself if it is or stands for an array, else as one."""
     return value if hasattr(value, "dtype") else np.asarray(value)
 
 
@@ -245,6 +245,10 @@ def checked(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
         raise errors.invalid("mask must be a pallas_flash Mask", f"type(mask)={type(mask).__name__}",
                              "wrap a boolean array as Dense(array), or name the rule: Causal(), Window(left, right)")
+    for kind in map(type, mask.parts):
+        if not dataclasses.is_dataclass(kind) or kind.__hash__ is None:
+            raise errors.invalid("a class of masks must be a frozen dataclass", f"mask={kind.__name__}(), which is not",
+                                 f"write @dataclasses.dataclass(frozen=True) above class {kind.__name__}")
     return mask
 
 
@@ -270,8 +274,7 @@ def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
 def _with_equal_lead_axes(part: Mask) -> Mask:
     """A canonical mask whose arrays have the same batch and heads: where one has 1 and another more, it is repeated."""
     lead = np.broadcast_shapes(*(leaf.shape[:2] for leaf in jax.tree.leaves(part)))
-    return jax.tree.map(
-        lambda leaf: leaf if leaf.shape[:2] == lead else jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,6 +192,9 @@ def _check_dtype(name: str, array: Any) -> None:
         elif dtype == "bool" and name == "bias":
             advice = "pass a boolean array as a mask: Dense(array)"
         raise errors.invalid(f"{name} must have one of the dtypes {', '.join(DTYPES)}", f"{name}.dtype={dtype}", advice)
+    if not array.dtype.isnative:
+        raise errors.invalid(f"{name} must have the byte order of this machine", f"{name}.dtype={array.dtype.str}",
+                             f'convert it: {name}.astype({name}.dtype.newbyteorder("="))')
     if dtype == "float64" and not jax.config.jax_enable_x64:
         raise errors.invalid(f"{name} can be float64 only in JAX's 64-bit mode",
                              f"{name}.dtype=float64 with jax_enable_x64=False",
@@ -220,8 +223,9 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
 
 
 def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
-    def is_number(x: Any, smallest: float = -math.inf) -> bool:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and smallest <= x and abs(x) <= LARGEST_NUMBER
+    def is_number(x: Any, smallest: float = -LARGEST_NUMBER) -> bool:
+        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        return real and bool(x <= LARGEST_NUMBER and not x < smallest)
     rules = (
         (scale is None or is_number(scale), "scale must be a finite Python number or None", f"{scale=}",
          "for a traced scale, multiply the query with it and pass scale=1.0"),

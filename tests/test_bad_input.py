@@ -3,6 +3,7 @@
 Every case is called with shapes alone, so a check that needed values would fail.
 """
 
+import dataclasses
 import inspect
 
 import jax
@@ -14,7 +15,9 @@ from pallas_flash import (
     AttentionSpec,
     Causal,
     Dense,
+    Full,
     InBounds,
+    Mask,
     PrefixLM,
     SegmentIds,
     UnsupportedError,
@@ -142,6 +145,10 @@ ARRAYS = {
     "value of another dtype": (
         dict(value=shape(2, 16, 2, 8, dtype=jnp.float16)),
         "query and value must have the same dtype, got query.dtype=float32, value.dtype=float16. Cast one of them."),
+    "query in another byte order": (
+        dict(query=np.zeros((2, 16, 4, 8), np.dtype(np.float32).newbyteorder())),
+        f"query must have the byte order of this machine, got query.dtype={np.dtype(np.float32).newbyteorder().str}. "
+        'Convert it: query.astype(query.dtype.newbyteorder("=")).'),
     "key of integers": (
         dict(key=ids(2, 16, 2, 8)), f"key {TAKES}, got key.dtype=int32. Cast it."),
 }
@@ -320,6 +327,24 @@ DROPOUT_RNG = {
     "two keys": (jax.eval_shape(lambda: jax.random.split(jax.random.key(0))),
                  f"{KEY}, got dropout_rng with dtype=key<fry>, shape=(2,). {MAKE_ONE}"),
 }
+
+
+class NotADataclass(Mask):
+    pass
+
+
+@dataclasses.dataclass
+class NotFrozen(Mask):
+    pass
+
+
+@pytest.mark.parametrize("rule", [NotADataclass, NotFrozen])
+@pytest.mark.parametrize("others", [Full(), Window(3)], ids=str)
+def test_classes_of_masks_that_forget_the_dataclass(rule, others):
+    """Regression: a TypeError of dataclasses', or one about a hash."""
+    assert raised(flash_attention, dict(mask=lambda: others & rule())) == (
+        f"a class of masks must be a frozen dataclass, got mask={rule.__name__}(), which is not. "
+        f"Write @dataclasses.dataclass(frozen=True) above class {rule.__name__}.")
 
 
 @pytest.mark.parametrize(("rng", "message"), DROPOUT_RNG.values(), ids=DROPOUT_RNG)
