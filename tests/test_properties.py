@@ -50,15 +50,16 @@ def static_masks(draw):
 
 @st.composite
 def array_masks(draw, batch, heads, q_len, kv_len):
-    """A mask that holds arrays."""
+    """A mask that holds arrays, each one for all or one for each batch entry and head."""
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    numbers = lambda low, high: rng.integers(low, high, batch, dtype=np.int32)
-    ids = lambda length: np.sort(rng.integers(-1, 3, (batch, length), dtype=np.int32), axis=1)
+    lead = lambda: [int(rng.choice([1, size])) for size in (batch, heads)]
+    numbers = lambda low, high: rng.integers(low, high, lead(), dtype=np.int32)
+    ids = lambda length: np.sort(rng.integers(-1, 3, (*lead(), length), dtype=np.int32), axis=-1)
     broadcast = [draw(st.sampled_from([1, size])) for size in (batch, heads, q_len, kv_len)]
     return draw(st.sampled_from([
         Causal(numbers(-10, 10)), Window(numbers(0, 9), numbers(0, 9)), PrefixLM(numbers(0, kv_len + 2)),
         InBounds(numbers(0, q_len + 2), numbers(0, kv_len + 2)), SegmentIds(ids(q_len), ids(kv_len)),
-        SegmentIds(rng.permuted(ids(q_len), axis=1), rng.permuted(ids(kv_len), axis=1)),
+        SegmentIds(rng.permuted(ids(q_len), axis=-1), rng.permuted(ids(kv_len), axis=-1)),
         Dense(rng.random(broadcast) < 0.6)]))
 
 
