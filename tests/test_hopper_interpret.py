@@ -49,6 +49,7 @@ CASES = {
     "d72-d40": Case(64, 64, dict(warpgroups=1, block_kv=32), d=(72, 40)),
     "d192-in-turns": Case(100, 100, dict(warpgroups=1, block_kv=48, out_chunks=1), d=(192, 128)),
     "over-the-query": Case(130, 130, dict(warpgroups=2, block_kv=64, out_chunks=0, query_buffers=1)),
+    "one-stage": Case(300, 300, dict(warpgroups=2, block_kv=32, num_stages=1, query_buffers=1)),
     "softcap": Case(100, 100, dict(warpgroups=1, block_kv=64), softcap=3.0),
     "negative-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=-0.2),
     "large-scores": Case(300, 300, dict(warpgroups=2, block_kv=32), scale=3.0),

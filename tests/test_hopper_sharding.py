@@ -163,6 +163,23 @@ def test_under_shard_map_and_under_a_constraint():
     assert_agree(jax.jit(constrained)(*arrays[:3]), wanted)
 
 
+def test_in_a_loop_and_in_explicit_mode_nothing_is_communicated():
+    spec, arrays = make(8, 4)
+    run = functools.partial(partitioned, forward_of, FORWARD, spec)
+    wanted = jax.lax.scan(lambda q, _: (forward_of(spec, q, *arrays[1:3])[0], None), arrays[0], None, length=2)[0]
+
+    def scanned(*arrays):
+        return jax.lax.scan(lambda q, _: (run(q, *arrays[1:])[0], None), arrays[0], None, length=2)[0]
+    automatic = mesh_of(x=2, y=4)
+    explicit = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    there = lambda mesh: placed(spec, mesh, arrays, "x", "y", "y")[:3]
+    inside = jax.sharding.auto_axes(scanned, axes=("x", "y"), out_sharding=NamedSharding(explicit, P("x", None, "y")))
+    for call, mesh in ((scanned, automatic), (inside, explicit)):
+        compiled = jax.jit(call).lower(*there(mesh)).compile()
+        assert not COLLECTIVE.findall(compiled.as_text())
+        assert_agree(compiled(*there(mesh)), wanted)
+
+
 def test_on_one_device_and_exported_nothing_is_split():
     spec, arrays = make(8, 4)
     run = jax.jit(functools.partial(partitioned, forward_of, FORWARD, spec))
