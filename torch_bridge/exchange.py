@@ -169,7 +169,9 @@ class _Variants(dict[Any, Callable[..., Any]]):
     def __missing__(self, needs: Any) -> Callable[..., Any]:
         def on_device(*arrays: Any) -> Any:
             with jax.default_device(self._where):  # while tracing: what kernels ask about "the" device
-                return self._function(needs, *arrays)
+                results = self._function(needs, *arrays)
+            assert not {*map(id, results)} & {*map(id, arrays)}, "an operand as a result would be memory nobody holds"
+            return results
         self[needs] = jax.jit(on_device, keep_unused=True)
         return self[needs]
 
