@@ -1,6 +1,7 @@
 """The public functions against `jax.nn` and plain formulas: arguments, layouts, edges, what may and may not leak."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,15 @@ def test_same_as_jax_nn(keywords):
         lambda *qkv: function(*qkv, return_residual=True, **keywords, **options))(Q, KEY, v)
     found, wanted = call(dot_product_attention, implementation="reference"), call(jax.nn.dot_product_attention)
     assert_agree(*(jax.tree.map(lambda x: x[real_queries(keywords)], results) for results in (found, wanted)))
+
+
+def test_same_signature_as_jax_nn():
+    """Names, order, kinds and defaults; ours come after."""
+    ours, theirs = (list(inspect.signature(f).parameters.values())
+                    for f in (dot_product_attention, jax.nn.dot_product_attention))
+    strip = lambda parameters: [(p.name, p.kind, p.default) for p in parameters]
+    assert strip(ours)[:len(theirs)] == strip(theirs)
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in ours[len(theirs):])
 
 
 def test_same_gradients_as_jax_nn():
