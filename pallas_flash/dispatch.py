@@ -52,9 +52,8 @@ def _anything(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("hopper", "Mosaic GPU forward for sm_90a; its gradients are the xla implementation's",
-                   hopper.why_not, True, False,
-                   ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.xla.backward")),
+    Implementation("hopper", "Mosaic GPU kernels for sm_90a", hopper.why_not, True, False,
+                   ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls")),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward")),
     Implementation("reference", "the O(q_len * kv_len) oracle, differentiable to any order", _anything, False, True,

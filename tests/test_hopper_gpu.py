@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
 IMPLEMENTATION = "hopper"
 NAMES = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
-DIRECTIONS = ("forward",)
+DIRECTIONS = ("forward", "backward")
 HEAD_DIMS = (64, 128, 256)
 SCHEDULES_TRIED = 8
 REPETITIONS = 1000

@@ -22,10 +22,13 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
       lse, dlse: (batch, q_heads, q_len) float32.
     """
     schedule = schedule or schedules.default_backward(spec)
-    stats = backward_small.statistics(spec, schedule.padded_q(spec), out, lse, dout, dlse)
-    arrays = operands.q, operands.k, operands.v, dout, stats
+    q = operands.q
+    if schedules.may_have_idle_queries(spec):
+        q, dout = (_without_idle_queries(spec, x, lse) for x in (q, dout))
+    stats, *sums = backward_small.launch_prepare(spec, schedule)(out, dout, lse, dlse)
+    arrays = q, operands.k, operands.v, dout, stats
     if schedule.fused:
-        return _fused(spec, schedule, arrays)
+        return _fused(spec, schedule, arrays, *sums)
     kernel = backward_split if isinstance(schedule.kv, SplitSchedule) else backward_kv
     launch: Any = kernel.launch
     dk, dv = launch(spec, schedule.kv)(*arrays)
@@ -33,8 +36,14 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     return Gradients(backward_dq.launch(spec, schedule.dq)(*arrays), dk, dv)
 
 
-def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...]) -> Gradients:
+def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: Any) -> Gradients:
     assert isinstance(schedule.kv, KvSchedule)
-    sums = jax.new_ref(jnp.zeros(schedules.dq_acc_shape(spec, schedule.kv), jnp.float32))
+    sums = jax.new_ref(zeros)
     dk, dv = backward_kv.launch(spec, schedule.kv)(*arrays, sums)
     return Gradients(backward_small.launch_finish(spec, schedule.kv)(sums[...]), dk, dv)
+
+
+def _without_idle_queries(spec: AttentionSpec, x: Any, lse: Any) -> Any:
+    """x, q or dout, with zeros where a query attends to nothing: whatever is there must not meet a weight of 0."""
+    idle = lse == -jnp.inf
+    return jnp.where((idle if spec.layout == "BHLD" else idle.swapaxes(1, 2))[..., None], jnp.zeros((), x.dtype), x)

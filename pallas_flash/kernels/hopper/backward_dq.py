@@ -21,7 +21,8 @@ from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
@@ -171,6 +172,40 @@ def gradient_behind(block: Block, rows: Rows) -> Any:
     return lax.cond(block.steps > 0, run, nothing) if schedules.dq_work(block.spec, block.schedule).empty else run()
 
 
+def repaired(block: Block, rows: Rows, dq: Any) -> Any:
+    """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN)."""
+    if not schedules.dq_work(block.spec, block.schedule).partial:
+        return dq
+    spoiled = barriers.any_nonfinite_in_warpgroup(dq, products.TILE)
+    return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
+
+
+def again(block: Block, rows: Rows) -> Any:
+    """The sum of dS k over the keys that each row attends to, (64, d), a key at a time and without tensor cores.
+
+    Some columns after the others: with all of them at once something would be spilled, also for the loop above.
+    """
+    spec, mask, block_kv = block.spec, schedules.kv_mask(block.spec, block.schedule), block.schedule.block_kv
+    own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
+                     {name: block.gmem[name] for name in "kv"}, (block.batch, lax.div(block.head, spec.group)))
+
+    def add(first: int, position: Any, acc: Any) -> Any:
+        start = rows.lse if grad_tiles.starts_at_lse(spec) else 0.0
+        _, p = grad_tiles.weights(spec, start + own.dot("q", "k", spec.d, position), lambda: rows.lse, lambda s: s)
+        ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
+        columns = acc.shape[1]
+        keep = mask.keep(products.positions(columns, 0, rows.first), position)
+        return acc + jnp.where(keep, across(ds, columns) * own.row("k", position, first, columns), 0.0)
+
+    def columns_from(first: int) -> Any:
+        zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
+        kv_pos = (barriers.scalar(block.kv_tiles.start * block_kv),
+                  barriers.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
+        return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, products.TILE))
+
+    return products.beside([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
+
+
 def compute_role(block: Block, warpgroup: Any) -> None:
     """A compute warpgroup."""
     spec, s = block.spec, block.schedule
@@ -181,7 +216,8 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     rows = Rows(warpgroup, first, lse, delta)
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
-    dq = (plgpu.layout_cast(dq, products.TILE) * spec.scale).astype(spec.dtype)
+    dq = repaired(block, rows, plgpu.layout_cast(dq, products.TILE))
+    dq = (dq * spec.scale).astype(spec.dtype)
     grad_tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"], (block.batch, block.head, first))
     plgpu.wait_smem_to_gmem(0)
 

@@ -27,6 +27,7 @@ from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.backward_tiles import Walk
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
@@ -408,6 +409,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
+    spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
     gradients = {"in turn": gradients_in_turn, "late dq": gradients_with_late_dq, "behind": gradients_behind}[s.order]
     dk, dv = gradients(block, warpgroup)
     if s.dq == "own" or s.order == "late dq":
@@ -417,6 +419,8 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     place = (block.batch, block.kv_head, block.kv_tile * s.block_kv + warpgroup * ROWS)
     rows = pl.ds(warpgroup * ROWS, ROWS)
     dk, dv = (plgpu.layout_cast(x, products.TILE) for x in (dk, dv))
+    if s.dq != "none":
+        dk, dv = unknown(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
         grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], place)
     plgpu.wait_smem_to_gmem(0)

@@ -19,7 +19,7 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.products import ACC, CHUNK, CHUNKED, TILE
 
 __all__ = ["add_to_global", "fence", "from_linear", "load_chunk", "outer", "scores", "spread_columns",
-           "spread_rows", "store_linear", "zeros"]
+           "spread_rows", "store_linear", "store_zeros", "zeros"]
 
 _K = 16
 _ROW_BYTES = 128
@@ -186,6 +186,13 @@ def from_linear(ref: Any, columns: int) -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=tile, _is_signed=None)
 
     return reinterpret(plgpu.load(ref, layout=layout, optimized=False))
+
+
+def store_zeros(ref: Any) -> None:
+    """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
+    zeros = jnp.zeros(ref.shape, jnp.float32)
+    ref[...] = zeros if barriers.is_interpreted() else plgpu.layout_cast(
+        zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
 
 
 def add_to_global(source: Any, target: Any) -> None:

@@ -19,7 +19,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "BackwardSchedule", "DqSchedule", "KvSchedule", "SplitSchedule", "Work", "backward_problems", "default_backward",
-    "dq_work", "kv_work", "smem_bytes",
+    "dq_work", "kv_work", "may_have_idle_queries", "smem_bytes",
 ]
 
 _ALIGNMENT = 1024
@@ -74,11 +74,14 @@ class SplitSchedule:
     Attributes:
       num_stages: slots of the ring of query and dout tiles (64 queries each).
       p_slots: slots of the buffer through which P goes.
+      order: "in turn": each step ends with its products; "ahead": a tile's dv is multiplied together with the next
+        tile's scores; "behind": a tile's dv and dk are multiplied together with the next tile's scores and dP.
       section_bytes: see `KvSchedule`.
     """
 
     num_stages: int = 2
     p_slots: int = 2
+    order: Literal["in turn", "ahead", "behind"] = "in turn"
     section_bytes: int = 32 << 20
 
     block_q = 64
@@ -210,6 +213,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.ds_slots in (1, 2, 4), f"{s.ds_slots=} must be 1, 2 or 4"),
         (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
+        (s.order in ("in turn", "late dq", "behind"), f"{s.order=} is for wide heads"),
         (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
         (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
@@ -219,6 +223,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
 def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> tuple[tuple[bool, str], ...]:
     return ((s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
             (s.p_slots in (1, 2, 4), f"{s.p_slots=} must be 1, 2 or 4"),
+            (s.order in ("in turn", "ahead", "behind"), f"{s.order=} is for narrow heads"),
             (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
 
 
@@ -246,15 +251,19 @@ def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limi
 
 
 def default_backward(spec: AttentionSpec) -> BackwardSchedule:
-    """The schedule of a spec: a table by head size."""
-    widest = max(spec.d, spec.d_v)
+    """The schedule of a spec: a table by head size, and by length where the fused form's extra memory costs more than
+    its fewer products save.
+
+    Measured, docs/notes/hopper_backward.md, 2026-11-24; head sizes between those of the table: by analogy.
+    """
+    widest, short = max(spec.d, spec.d_v), spec.kv_len <= 1024
     if not spec.deterministic and spec.d == 64 and spec.d_v <= 64:
         return BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
-    if not spec.deterministic and spec.d == 128 and spec.d_v <= 128:
-        return BackwardSchedule(KvSchedule(dq="shared"))
+    if not spec.deterministic and not short and spec.d == 128 and spec.d_v <= 128:
+        return BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
     if widest <= 64:
-        return BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
-                                DqSchedule(block_kv=128, k_stages=4, behind=True))
+        return BackwardSchedule(KvSchedule(warpgroups=3, num_stages=4),
+                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, behind=True))
     if widest <= 128:
         return BackwardSchedule(KvSchedule(), DqSchedule(k_stages=4, behind=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
@@ -266,6 +275,15 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
 def kv_mask(spec: AttentionSpec, s: Any) -> masks.Mask:
     """The spec's mask, and where the last key tile is ragged, the keys' end. Queries past the end have weights of 0."""
     return spec.mask & masks.InBounds(kv_len=spec.kv_len) if spec.kv_len % s.block_kv else spec.mask
+
+
+@functools.lru_cache(maxsize=256)
+def may_have_idle_queries(spec: AttentionSpec) -> bool:
+    """Whether the mask's bounds leave room for a query that attends to nothing."""
+    pos = np.arange(spec.q_len)
+    lo, full_lo, full_hi, hi = (np.broadcast_to(np.clip(x, 0, spec.kv_len), pos.shape)
+                                for x in spec.mask.kv_bounds(pos, pos + 1))
+    return not np.all(np.maximum(lo, full_lo) < np.minimum(hi, full_hi))
 
 
 class Work(NamedTuple):

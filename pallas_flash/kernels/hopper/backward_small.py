@@ -13,28 +13,76 @@ from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import products
-from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
+from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch_finish", "statistics"]
+__all__ = ["launch_finish", "launch_prepare"]
 
 
-def statistics(spec: AttentionSpec, padded: int, out: Any, lse: Any, dout: Any, dlse: Any) -> Any:
-    """(batch, q_heads, 2, padded) float32: where a query's scores start (see `backward_tiles`), and -delta.
+def starts(spec: AttentionSpec, lse: Any, delta: Any) -> tuple[Any, Any]:
+    """Where the scores and dP of each query start (see `backward_tiles`).
 
-    Queries that attend to nothing, and those past the end, get weights of 0.
+    Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
+    finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
+    are set to 0 afterwards, dP is not.
     """
-    over_heads = lambda x: x if spec.layout == "BHLD" else x.swapaxes(1, 2)
-    delta = over_heads(softmax.delta(out, dout, over_heads(dlse), jnp.float32))
     nothing = lse == -jnp.inf
+    known = jnp.abs(delta) < jnp.inf
+    lse, delta = jnp.where(known, lse, jnp.nan), jnp.where(known, delta, 0.0)
     if grad_tiles.starts_at_lse(spec):
-        start, absent = jnp.where(nothing, -jnp.inf, lse * (-1 / spec.scale)), -jnp.inf
+        start = jnp.where(nothing, -jnp.inf, lse * (-1 / spec.scale))
     else:
-        start, absent = jnp.where(nothing, jnp.inf, lse * softmax.LOG2E), jnp.inf
-    pad = [(0, 0), (0, 0), (0, padded - spec.q_len)]
-    delta = jnp.where(nothing, 0.0, -delta)
-    return jnp.stack([jnp.pad(start, pad, constant_values=absent), jnp.pad(delta, pad)], axis=2)
+        start = jnp.where(nothing, jnp.inf, lse * softmax.LOG2E)
+    return start, jnp.where(nothing, 0.0, -delta)
+
+
+def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[..., tuple[jax.Array, ...]]:
+    """The kernel that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
+
+    It is a function of out, dout (the spec's layout), lse and dlse (batch, q_heads, q_len); it returns the statistics,
+    (batch, q_heads, 2, padded length) float32, and in the fused form zeros for dq's float32 sums.
+    """
+    padded, columns = schedule.padded_q(spec), chunks(spec.d_v)
+    count = padded // ROWS
+    shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, 2, padded)]
+    if schedule.fused:
+        assert isinstance(schedule.kv, KvSchedule)
+        shapes.append(schedules.dq_acc_shape(spec, schedule.kv))
+
+    def attention_backward_prepare(out: Any, dout: Any, lse: Any, dlse: Any, stats: Any, *rest: Any) -> None:
+        *sums, smem, full = rest
+        block = lax.axis_index("block")
+        head, rows = lax.div(block, count), lax.rem(block, count)
+        batch, q_head, first = lax.div(head, spec.q_heads), lax.rem(head, spec.q_heads), rows * ROWS
+        for i, source in enumerate((out, dout)):
+            grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
+        if sums:
+            zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
+        lse_i = products.load_row_stats(lse, head, first, spec.q_len, -jnp.inf)
+        dlse_i = products.load_row_stats(dlse, head, first, spec.q_len, 0.0)
+        plgpu.barrier_wait(full)
+        chunk = lambda i, c: products.load_chunks(smem.at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
+        delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse_i
+        for i, x in enumerate(starts(spec, lse_i, delta)):
+            products.store_row_stats(x, stats, 2 * head + i, first, padded)
+
+    kernel = plgpu.kernel(
+        attention_backward_prepare, out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        scratch_types=(plgpu.SMEM((2, columns, ROWS, CHUNK), spec.dtype, transforms=products.CHUNKED),
+                       plgpu.Barrier(num_arrivals=2 * columns)),
+        grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
+        compiler_params=grad_tiles.COMPILER)
+    return lambda *arrays: tuple(kernel(*arrays))
+
+
+def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, place: tuple[Any, Any, Any]) -> None:
+    """Zeros for the float32 sums of 64 queries."""
+    batch, q_head, rows = place
+    per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
+    tile, row = lax.div(rows, per_tile), lax.rem(rows, per_tile)
+    for column in range(columns):
+        grad_products.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
 
 
 def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:

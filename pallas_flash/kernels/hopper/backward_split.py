@@ -24,6 +24,7 @@ from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward_bad_keys import without_bad_rows
 from pallas_flash.kernels.hopper.backward_kv import Block, Step
 from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
 from pallas_flash.kernels.hopper.schedule import ROWS, chunks
@@ -46,9 +47,14 @@ def start_of(block: Block, row: int, slot: Any) -> Any:
     return grad_products.spread_columns(stats)
 
 
+def scores_start(block: Block, slot: Any) -> Any:
+    """What S^T of a slot starts from."""
+    return start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
+
+
 def scores(block: Block, slot: Any) -> Any:
     """Issues S^T of a slot, whose query must have come."""
-    start = start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
+    start = scores_start(block, slot)
     return grad_products.scores(start, whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
@@ -63,89 +69,197 @@ def hand_p_over(block: Block, step: Step, p: Any) -> None:
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
-def dout_free(block: Block, index: Any) -> None:
-    plgpu.barrier_arrive(block.bars["dout_free"].at[lax.rem(index, block.schedule.num_stages)])
+def ring_slot(block: Block, index: Any) -> Any:
+    return lax.rem(index, block.schedule.num_stages)
+
+
+def free(block: Block, name: str, index: Any) -> None:
+    """Frees the query or the dout of a step, as far as this warpgroup is concerned."""
+    plgpu.barrier_arrive(block.bars[f"{name}_free"].at[ring_slot(block, index)])
 
 
 def add_dv(block: Block, index: Any, p: Any, dv: Any) -> Any:
     """Issues dv + P^T dO of a step, whose dout must have come."""
-    return products.accumulate(dv, p, block.smem["dout"].at[lax.rem(index, block.schedule.num_stages)])
-
-
-def dv_step(block: Block, step: Step, last: Any, dv: Any) -> tuple[Any, Any]:
-    """P^T of a tile, while dv of the tile before (`last`: its P^T) is multiplied."""
-    bars, slot = block.bars, step.slot(block.schedule.num_stages)
-    plgpu.barrier_wait(bars["q_full"].at[slot])
-    if last is not None:
-        plgpu.barrier_wait(bars["dout_full"].at[lax.rem(step.index - 1, block.schedule.num_stages)])
-        dv = add_dv(block, step.index - 1, last, dv)
-    s = scores(block, slot)
-    if last is not None:
-        dv = products.ready(dv, 1)
-        dout_free(block, step.index - 1)
-    s = products.ready(s, 0)
-    plgpu.barrier_arrive(bars["q_free"].at[slot])
-    p, slope = kv.tile_weights(block, 0, step, s, SHIFT)
-    hand_p_over(block, step, slope)
-    return p.astype(block.spec.dtype), dv
-
-
-def dv_end(block: Block, index: Any, p: Any, dv: Any) -> Any:
-    plgpu.barrier_wait(block.bars["dout_full"].at[lax.rem(index, block.schedule.num_stages)])
-    dv = products.ready(add_dv(block, index, p, dv), 0)
-    dout_free(block, index)
-    return dv
+    return products.accumulate(dv, p, block.smem["dout"].at[ring_slot(block, index)])
 
 
 def add_dk(block: Block, index: Any, ds: Any, dk: Any) -> Any:
     """Issues dk + dS^T Q of a step, whose query must have come."""
-    return products.accumulate(dk, ds, block.smem["q"].at[lax.rem(index, block.schedule.num_stages)])
+    return products.accumulate(dk, ds, block.smem["q"].at[ring_slot(block, index)])
 
 
-def dk_step(block: Block, step: Step, last: Any, dk: Any) -> tuple[Any, Any]:
-    """dS^T of a tile, while dk of the tile before (`last`: its dS^T) is multiplied."""
-    spec, bars = block.spec, block.bars
-    slot, p_slot = step.slot(block.schedule.num_stages), step.slot(block.schedule.p_slots)
-    plgpu.barrier_wait(bars["q_full"].at[slot])  # the statistics come with the query
+def await_dout(block: Block, index: Any) -> None:
+    plgpu.barrier_wait(block.bars["dout_full"].at[ring_slot(block, index)])
+
+
+def weights_of(block: Block, step: Step, s: Any) -> Any:
+    """P^T of a tile's scores in the input's type, and handed over."""
+    p, slope = kv.tile_weights(block, 0, step, s, SHIFT)
+    hand_p_over(block, step, slope)
+    return p.astype(block.spec.dtype)
+
+
+def take_ds(block: Block, step: Step, dp: Any) -> Any:
+    """dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; its dout is freed."""
+    slot = step.slot(block.schedule.p_slots)
+    plgpu.barrier_wait(block.bars["p_full"].at[slot])
+    p = grad_products.load_chunk(block.smem["p"].at[slot, 0])
+    dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    plgpu.barrier_arrive(block.bars["p_free"].at[slot])
+    free(block, "dout", step.index)
+    if block.spec.dtype == jnp.float16:
+        dp = dp * 2.0**-SHIFT
+    return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
+
+
+# -- a step leaves nothing behind ------------------------------------------------------------------------------------
+
+def dv_step(block: Block, step: Step, dv: Any) -> Any:
+    """S^T, P^T and dv of a tile."""
+    slot = ring_slot(block, step.index)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])
+    s = products.ready(scores(block, slot), 0)
+    free(block, "q", step.index)
+    p = weights_of(block, step, s)
+    await_dout(block, step.index)
+    dv = products.ready(add_dv(block, step.index, p, dv), 0)
+    free(block, "dout", step.index)
+    return dv
+
+
+def dk_step(block: Block, step: Step, dk: Any) -> Any:
+    """dP^T, dS^T and dk of a tile."""
+    slot = ring_slot(block, step.index)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
     start = start_of(block, 1, slot)
-    plgpu.barrier_wait(bars["dout_full"].at[slot])
+    await_dout(block, step.index)
+    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
+    ds = take_ds(block, step, dp)
+    dk = products.ready(add_dk(block, step.index, ds, dk), 0)
+    free(block, "q", step.index)
+    return dk
+
+
+def in_turn(block: Block, columns: int, one_step: Callable[..., Any]) -> Any:
+    """dk or dv: a sum over the walk's steps."""
+    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, acc = carry
+        return block.walk.next(*at), one_step(block, Step(i, at[1]), acc)
+
+    return lax.fori_loop(0, block.walk.steps, step, (block.walk.first, grad_products.zeros(columns)))[1]
+
+
+# -- dv, a tile's product together with the next tile's scores -------------------------------------------------------
+
+def first_scores(block: Block) -> Any:
+    plgpu.barrier_wait(block.bars["q_full"].at[0])
+    s = products.ready(scores(block, jnp.int32(0)), 0)
+    free(block, "q", jnp.int32(0))
+    return s
+
+
+def dv_ahead(block: Block) -> Any:
+    """dv: P^T dO of a tile and S^T of the tile after it are in flight together, and done before the next softmax."""
+    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, s, dv = carry
+        p = weights_of(block, Step(i, at[1]), s)
+        await_dout(block, i)
+        following = ring_slot(block, i + 1)
+        plgpu.barrier_wait(block.bars["q_full"].at[following])
+        start = scores_start(block, following)
+        dv = add_dv(block, i, p, dv)
+        s = grad_products.scores(start, whole(block, "k"), block.smem["q"].at[following], block.spec.d)
+        dv = products.ready(dv, 1)
+        free(block, "dout", i)
+        s = products.ready(s, 0)
+        free(block, "q", i + 1)
+        return block.walk.next(*at), s, dv
+
+    last = block.walk.steps - 1
+    start = block.walk.first, first_scores(block), grad_products.zeros(block.spec.d_v)
+    at, s, dv = lax.fori_loop(0, last, step, start)
+    p = weights_of(block, Step(last, at[1]), s)
+    await_dout(block, last)
+    dv = products.ready(add_dv(block, last, p, dv), 0)
+    free(block, "dout", last)
+    return dv
+
+
+# -- a tile's product together with the next tile's scores, and its dP -----------------------------------------------
+
+def dv_step_behind(block: Block, step: Step, last: Any, dv: Any) -> tuple[Any, Any]:
+    """P^T of a tile, while dv of the tile before (`last`: its P^T) is multiplied."""
+    slot = ring_slot(block, step.index)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])
+    if last is not None:
+        await_dout(block, step.index - 1)
+        dv = add_dv(block, step.index - 1, last, dv)
+    s = scores(block, slot)
+    if last is not None:
+        dv = products.ready(dv, 1)
+        free(block, "dout", step.index - 1)
+    s = products.ready(s, 0)
+    free(block, "q", step.index)
+    return weights_of(block, step, s), dv
+
+
+def dv_end(block: Block, index: Any, p: Any, dv: Any) -> Any:
+    await_dout(block, index)
+    dv = products.ready(add_dv(block, index, p, dv), 0)
+    free(block, "dout", index)
+    return dv
+
+
+def dk_step_behind(block: Block, step: Step, last: Any, dk: Any) -> tuple[Any, Any]:
+    """dS^T of a tile, while dk of the tile before (`last`: its dS^T) is multiplied."""
+    slot = ring_slot(block, step.index)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
+    start = start_of(block, 1, slot)
+    await_dout(block, step.index)
     if last is not None:
         dk = add_dk(block, step.index - 1, last, dk)
-    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], spec.d_v)
+    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
     if last is not None:
         dk = products.ready(dk, 1)
-        plgpu.barrier_arrive(bars["q_free"].at[lax.rem(step.index - 1, block.schedule.num_stages)])
-    plgpu.barrier_wait(bars["p_full"].at[p_slot])
-    p = grad_products.load_chunk(block.smem["p"].at[p_slot, 0])
-    dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
-    plgpu.barrier_arrive(bars["p_free"].at[p_slot])
-    dout_free(block, step.index)
-    if spec.dtype == jnp.float16:
-        dp = dp * 2.0**-SHIFT
-    return (p.astype(jnp.float32) * dp).astype(spec.dtype), dk
+        free(block, "q", step.index - 1)
+    return take_ds(block, step, dp), dk
 
 
 def dk_end(block: Block, index: Any, ds: Any, dk: Any) -> Any:
     dk = products.ready(add_dk(block, index, ds, dk), 0)
-    plgpu.barrier_arrive(block.bars["q_free"].at[lax.rem(index, block.schedule.num_stages)])
+    free(block, "q", index)
     return dk
 
 
-def gradient(block: Block, columns: int, one_step: Callable[..., Any], end: Callable[..., Any]) -> Any:
+def behind(block: Block, columns: int, one_step: Callable[..., Any], end: Callable[..., Any]) -> Any:
     """dk or dv: a sum over the walk's steps, each product made during the step after."""
+    at = block.walk.first
+    w, acc = one_step(block, Step(jnp.int32(0), at[1]), None, grad_products.zeros(columns))
+
+    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, w, acc = carry
+        return block.walk.next(*at), *one_step(block, Step(i, at[1]), w, acc)
+
+    _, w, acc = lax.fori_loop(1, block.walk.steps, step, (block.walk.next(*at), w, acc))
+    return end(block, block.walk.steps - 1, w, acc)
+
+
+def gradient(block: Block, warpgroup: int) -> Any:
+    """dv (warpgroup 0) or dk (1), in the layout TILE."""
+    spec, order = block.spec, block.schedule.order
+    columns = (spec.d_v, spec.d)[warpgroup]
+
     def run() -> Any:
-        at = block.walk.first
-        w, acc = one_step(block, Step(jnp.int32(0), at[1]), None, grad_products.zeros(columns))
-
-        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            at, w, acc = carry
-            return block.walk.next(*at), *one_step(block, Step(i, at[1]), w, acc)
-
-        _, w, acc = lax.fori_loop(1, block.walk.steps, step, (block.walk.next(*at), w, acc))
-        return plgpu.layout_cast(end(block, block.walk.steps - 1, w, acc), products.TILE)
+        if order == "behind":
+            acc = behind(block, columns, *((dv_step_behind, dv_end), (dk_step_behind, dk_end))[warpgroup])
+        elif order == "ahead" and warpgroup == 0:
+            acc = dv_ahead(block)
+        else:
+            acc = in_turn(block, columns, (dv_step, dk_step)[warpgroup])
+        return plgpu.layout_cast(acc, products.TILE)
 
     nothing = lambda: plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), products.TILE)
-    empty = schedules.kv_work(block.spec, block.schedule).empty
+    empty = schedules.kv_work(spec, block.schedule).empty
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
 
 
@@ -154,11 +268,11 @@ def compute_role(block: Block, warpgroup: int) -> None:
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
+    if warpgroup == 1:
+        without_bad_rows(block, "v", 0)
     unshift = 2.0**-SHIFT
-    if warpgroup == 0:
-        x = gradient(block, spec.d_v, dv_step, dv_end) * unshift
-    else:
-        x = gradient(block, spec.d, dk_step, dk_end) * (spec.scale * (1 if spec.dtype == jnp.float16 else unshift))
+    dk_unit = spec.scale * (1 if spec.dtype == jnp.float16 else unshift)
+    x = gradient(block, warpgroup) * (unshift, dk_unit)[warpgroup]
     if warpgroup == 0:
         grad_tiles.drain(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over

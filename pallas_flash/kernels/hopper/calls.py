@@ -3,26 +3,46 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_flash import device
+from pallas_flash.kernels.hopper import backward as backward_kernels
 from pallas_flash.kernels.hopper import forward as forward_kernel
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.batching import vmappable
-from pallas_flash.kernels.hopper.sealing import sealed
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
-__all__ = ["forward"]
+__all__ = ["backward", "forward"]
 
 
-@functools.lru_cache(maxsize=1024)
-def _launch_forward(spec: AttentionSpec, schedule: schedules.ForwardSchedule) -> Any:
-    return forward_kernel.launch(spec, schedule)
+@functools.lru_cache(maxsize=8)
+def _forward_on(num_sms: int) -> Any:
+    """The forward for a device, chosen when a call is traced, and the same object for the same device."""
+    def run(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
+        schedule = schedules.default_forward(spec, num_sms)
+        table = jnp.asarray(schedules.forward_table(spec, schedule))
+        return forward_kernel.launch(spec, schedule)(q, k, v, table)
+    return run
 
 
 @vmappable
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32."""
-    schedule = schedules.default_forward(spec, device.current().num_sms)
-    table = jnp.asarray(schedules.forward_table(spec, schedule))
-    return sealed(_launch_forward(spec, schedule), operands.q, operands.k, operands.v, table)
+    run = _forward_on(device.current().num_sms)
+    out, lse = partitioned(run, "query key key -> query row", spec, *operands[:3])
+    return out, lse
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(spec: AttentionSpec, q: Any, k: Any, v: Any, *saved: Any) -> tuple[Any, ...]:
+    return backward_kernels.backward(spec, Operands(q, k, v, None, spec.mask, None), *saved)[:3]
+
+
+@vmappable
+def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
+    """Cotangents of q, k and v, in the spec's layout and dtype."""
+    roles = "query key key query row query row -> query key key"
+    dq, dk, dv = partitioned(_backward, roles, spec, *operands[:3], out, lse, dout, dlse)
+    return Gradients(dq, dk, dv)

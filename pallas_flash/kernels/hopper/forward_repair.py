@@ -13,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_softmax import across, scaled
+from pallas_flash.kernels.hopper.forward_softmax import scaled
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, div
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
+from pallas_flash.kernels.hopper.schedule import ROWS
 
 __all__ = ["repaired"]
 
@@ -37,26 +38,13 @@ def repaired(block: Block, tile: Tile, rows: Rows, m_i: Any, acc: Any) -> Any:
 def again(block: Block, tile: Tile, rows: Rows, m_i: Any) -> Any:
     """The sum of exp2(s - m_i) v over the keys that each row attends to, (64, d_v)."""
     spec, mask = block.spec, schedules.forward_mask(block.spec, block.schedule)
-    kv_head = div(tile.head, spec.group)
-
-    def row(name: str, position: Any, first: int, columns: int) -> Any:  # (columns,) -> (64, columns)
-        place = (tile.batch, position, kv_head) if spec.layout == "BLHD" else (tile.batch, kv_head, position)
-        x = products.load_row(block.gmem[name], place, first, columns).astype(jnp.float32)
-        return lax.broadcast_in_dim(x, (ROWS, columns), [1])
-
-    def score(position: Any) -> Any:  # (64,); a chunk at a time: the whole query would not fit the registers
-        s = 0.0
-        for first in range(0, spec.d, CHUNK):
-            columns = min(CHUNK, spec.d - first)
-            q = products.load_chunks(rows.q(), first, columns, spec.dtype).astype(jnp.float32)
-            s += (q * row("k", position, first, columns)).sum(axis=1)
-        return s
+    own = RowsAtRest(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 
     def add(position: Any, acc: Any) -> Any:
-        s, unit = scaled(spec, score(position))
+        s, unit = scaled(spec, own.dot("q", "k", spec.d, position))
         p = jnp.exp2(s * unit - m_i).astype(spec.dtype).astype(jnp.float32)
         keep = mask.keep(products.positions(spec.d_v, 0, rows.first), position)
-        return acc + jnp.where(keep, across(p, spec.d_v) * row("v", position, 0, spec.d_v), 0.0)
+        return acc + jnp.where(keep, across(p, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
 
     block_kv = block.schedule.block_kv
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)

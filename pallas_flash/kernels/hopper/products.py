@@ -24,8 +24,8 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from pallas_flash.kernels.hopper import barriers
 
 __all__ = [
-    "ACC", "CHUNK", "CHUNKED", "COLUMNS", "ROWS", "TILE", "accumulate", "load_chunks", "load_row", "positions", "ready",
-    "scores", "store_chunks", "store_row_stats", "zeros",
+    "ACC", "CHUNK", "CHUNKED", "COLUMNS", "ROWS", "TILE", "accumulate", "beside", "load_chunks", "load_row",
+    "load_row_stats", "positions", "ready", "scores", "store_chunks", "store_row_stats", "zeros",
 ]
 
 CHUNK = 64
@@ -237,6 +237,21 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     return load(ref)
 
 
+def beside(parts: list[Any]) -> Any:
+    """Arrays (64, n) of one dtype in the layout TILE, side by side."""
+    if barriers.is_interpreted() or len(parts) == 1:
+        return jnp.concatenate(parts, axis=1)
+    shape = (64, sum(part.shape[1] for part in parts))
+
+    @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts),
+                       return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, TILE))
+    def join(_: Any, *parts: Any) -> Any:
+        registers = np.concatenate([part.registers for part in parts], axis=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed)
+
+    return join(*parts)
+
+
 def load_row(ref: Any, place: tuple[Any, Any, Any], first: int, columns: int) -> Any:
     """ref[place][first:first + columns] in the layout COLUMNS, from an array of four axes in global memory; both
     multiples of 8.
@@ -266,6 +281,63 @@ def load_row(ref: Any, place: tuple[Any, Any, Any], first: int, columns: int) ->
     return load(ref, *map(barriers.scalar, place))
 
 
+def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+    """ref[row, first + i] for the rows i that lie below `length`, and `otherwise` for those past it: (64,) float32 in
+    the layout ROWS.
+
+    Args:
+      ref: (rows, length) float32 in global memory, in any shape that flattens to it.
+      row, first: int32 scalars.
+    """
+    if barriers.is_interpreted():
+        place = _unravelled(row, ref.shape[:-1])
+        at = lambda i: jnp.where(first + i < length, ref[*place, jnp.minimum(first + i, length - 1)], otherwise)
+        return jnp.stack([at(i) for i in range(64)])
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), barriers.SCALAR, barriers.SCALAR),
+                       return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROWS))
+    def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
+        layout, f32 = ROWS.to_mgpu(), ir.F32Type.get()
+        registers = np.empty(layout.registers_shape((64,)), dtype=object)
+        missing = mgpu.utils.c(otherwise, f32)
+        for i, (index, inside, _) in enumerate(_row_places(row.registers.item(), first.registers.item(), length,
+                                                           registers.size)):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
+            flag = arith.extui(barriers.i32(), inside)
+            ptx = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
+            value = llvm.inline_asm(f32, [address, flag, missing], ptx, "=&f,l,r,f", has_side_effects=True)
+            registers.reshape(-1)[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref, barriers.scalar(row), barriers.scalar(first))
+
+
+def _row_places(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
+    """For each register of the layout ROWS: its index in (rows, length), whether it lies below `length`, and whether
+    this thread is the first of the four that hold it.
+    """
+    i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+    const = lambda value: mgpu.utils.c(value, i32)
+    thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
+    lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+    leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, const(4)), const(0))
+    base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
+    for i in range(count):  # rows 16 warp + 8 i + lane / 4, each in four lanes
+        local = arith.addi(arith.addi(arith.muli(warp, const(16)), const(8 * i)), arith.divui(lane, const(4)))
+        position = arith.addi(first, local)
+        inside = arith.cmpi(arith.CmpIPredicate.slt, position, const(length))
+        yield arith.addi(base, arith.extui(i64, position)), inside, leads
+
+
+def _unravelled(row: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The indices of a flat row number in `shape`."""
+    places: list[Any] = []
+    for size in reversed(shape[1:]):
+        places.insert(0, lax.rem(row, size))
+        row = lax.div(row, size)
+    return row, *places
+
+
 def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
     """ref[row, first + i] = x[i] for the rows i that lie below `length`; straight from registers, as TMA wants 16-byte
     strides.
@@ -281,32 +353,23 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
 
     @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), barriers.SCALAR, barriers.SCALAR))
     def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
-        i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
-        row, first = row.registers.item(), first.registers.item()
-        const = lambda value: mgpu.utils.c(value, i32)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
-        lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
-        leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, const(4)), const(0))
-        base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
-        for i, register in enumerate(x.registers.flat):  # rows 16 warp + 8 i + lane / 4, each in four lanes
-            local = arith.addi(arith.addi(arith.muli(warp, const(16)), const(8 * i)), arith.divui(lane, const(4)))
-            position = arith.addi(first, local)
-            inside = arith.andi(leads, arith.cmpi(arith.CmpIPredicate.slt, position, const(length)))
-            index = arith.addi(base, arith.extui(i64, position))
+        registers = list(x.registers.flat)
+        places = _row_places(row.registers.item(), first.registers.item(), length, len(registers))
+        for register, (index, inside, leads) in zip(registers, places):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.F32Type.get())
             mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
-                                  predicate=inside, has_side_effects=True)
+                                  predicate=arith.andi(leads, inside), has_side_effects=True)
 
     store(x, ref, barriers.scalar(row), barriers.scalar(first))
 
 
 def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
-    heads = ref.shape[1]
+    place = _unravelled(row, ref.shape[:-1])
 
     def write(i: Any, _: None) -> None:
         @pl.when(first + i < length)
         def inside() -> None:
-            ref[lax.div(row, heads), lax.rem(row, heads), first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
+            ref[*place, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
 
     lax.fori_loop(0, x.shape[0], write, None)
 

@@ -1,0 +1,76 @@
+"""Keys and values that are not finite, in the kernels that keep a tile of them: 0 * NaN is NaN, also in a tensor core.
+
+dP = dO V^T is wanted only where P is not 0, and dq = dS K sums over all keys of a tile, also over those that a query
+does not attend to. So rows that are not finite are replaced by zeros in shared memory, when the block begins. A query
+that attends to such a key has out or lse that are not finite, and gets NaN from those (see `backward_small.starts`).
+There is one exception: a key with -inf whose weight is 0. Nothing but its own dk and dv depends on it then: they become
+NaN.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import backward_products as grad_products
+from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+
+__all__ = ["unknown", "without_bad_rows"]
+
+
+def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
+    """Zeros for rows that are not finite among the warpgroup's 64 keys ("k" in names) and values ("v"); whether there
+    were such, or None where no tile needs the mask. A barrier of the warpgroup.
+    """
+    if not schedules.kv_work(block.spec, block.schedule).partial:
+        return None
+    dtype, rows = block.spec.dtype, pl.ds(warpgroup * ROWS, ROWS)
+    refs = [block.smem[name].at[:, rows] for name in names]
+    pieces = [grad_products.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
+              for chunk in range(ref.shape[0])]
+    nothing = functools.reduce(jnp.add, [x * jnp.zeros((), dtype) for x in pieces]).astype(jnp.float32)
+    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, products.TILE)
+
+    @pl.when(spoiled)
+    def _() -> None:
+        for ref in refs:
+            _overwrite_bad_rows(ref, dtype)
+        plgpu.commit_smem()
+
+    return spoiled
+
+
+def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
+    """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
+    load = lambda chunk: products.load_chunks(ref, chunk * CHUNK, CHUNK, dtype).astype(jnp.float32)
+    marks = [jnp.where(jnp.abs(load(chunk)) < jnp.inf, 0.0, 1.0).max(axis=1) for chunk in range(ref.shape[0])]
+    bad = lax.broadcast_in_dim(functools.reduce(jnp.maximum, marks), (ROWS, CHUNK), [0]) > 0
+    for chunk in range(ref.shape[0]):
+        products.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), ref.at[pl.ds(chunk, 1)])
+
+
+def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """dk and dv, in the layout TILE, with NaN for the keys that are not finite and that some query attends to."""
+    if spoiled is None:
+        return dk, dv
+    spec, first = block.spec, block.kv_tile * block.schedule.block_kv + warpgroup * ROWS
+    keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
+
+    def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
+        bad = functools.reduce(jnp.add, [0.0 * keys.row("k", position, at, min(CHUNK, spec.d - at)).sum(axis=1)
+                                         for at in range(0, spec.d, CHUNK)])  # 0 or NaN, the same in all rows
+        here = lambda x: products.positions(x.shape[1], 0, first) == position
+        spread = lambda x: lax.broadcast_in_dim(bad, x.shape, [0])
+        dk, dv = (jnp.where(here(x) & (x != 0), x + spread(x), x) for x in sums)
+        return dk, dv
+
+    last = jnp.minimum(first + ROWS, spec.kv_len)
+    again = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
+    dk, dv = lax.cond(spoiled, again, lambda sums: sums, (dk, dv))
+    return dk, dv

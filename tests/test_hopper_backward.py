@@ -1,0 +1,118 @@
+"""The Hopper backward kernels themselves on a CPU: Pallas' GPU interpreter runs them, with its race detector, on small
+shapes; and their schedules.
+
+See `test_hopper_interpret` for what the interpreter lacks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import masks
+from pallas_flash.kernels.hopper import backward, barriers
+from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.testing import conformance
+from pallas_flash.testing.problems import Problem
+
+CAUSAL = masks.Causal()
+FUSED = BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
+IN_TURN = BackwardSchedule(KvSchedule(dq="shared"))
+OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
+TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
+BEHIND = BackwardSchedule(KvSchedule(num_stages=4, order="behind"), DqSchedule(block_kv=64, k_stages=4, behind=True))
+SPLIT = BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=1))
+AHEAD = BackwardSchedule(SplitSchedule(order="ahead"), DqSchedule(v_stages=1))
+SPLIT_BEHIND = BackwardSchedule(SplitSchedule(order="behind"), DqSchedule(v_stages=1))
+SMALL = dict(batch=1, q_heads=1, kv_heads=1)
+
+CASES: dict[str, tuple[BackwardSchedule, dict]] = {
+    "fused": (FUSED, dict(q_len=200, kv_len=200, d=128, d_v=128)),
+    "fused-in-turn-gqa": (IN_TURN, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
+    "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
+    "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
+    "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),
+    "two": (TWO, dict(q_len=150, kv_len=100, d=64, d_v=64, q_heads=2, mask=masks.Causal(-20))),
+    "two-behind-float16": (BEHIND, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
+                                        dtypes=("float16",))),
+    "two-softcap": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, softcap=3.0)),
+    "two-negative-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=-0.2)),
+    "split": (SPLIT, dict(q_len=130, kv_len=130, d=256, d_v=256)),
+    "split-d192-d128-gqa": (AHEAD, dict(q_len=70, kv_len=130, d=192, d_v=128, q_heads=2, mask=masks.Causal(60))),
+    "split-softcap-float16": (SPLIT_BEHIND, dict(q_len=70, kv_len=70, d=72, d_v=136, softcap=2.0, dtypes=("float16",))),
+}
+
+
+def interpreted(schedule, spec, operands, saved):
+    with barriers.interpreted(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = backward.backward(spec, operands, *saved, schedule=schedule)
+        jax.block_until_ready(found)
+    assert not gpu_callbacks.get_races().races_found
+    return found
+
+
+@functools.cache
+def truth(problem):
+    """Operands, cotangents, the error budget, and what the forward would have saved."""
+    dtype = problem.dtypes[0]
+    operands, (dout, dlse) = conformance.random_case(problem, dtype)
+    budget = conformance.budget(problem, dtype, operands, (dout, dlse))
+    out, lse = jnp.asarray(budget.oracle.out, dtype), jnp.asarray(budget.oracle.lse, jnp.float32)
+    return operands, (dout, dlse), budget, (out, lse)
+
+
+def problem_of(name):
+    schedule, fields = CASES[name]
+    return schedule, Problem(name, "interpreted", **(SMALL | dict(mask=CAUSAL, dtypes=("bfloat16",)) | fields))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_oracle(name):
+    schedule, problem = problem_of(name)
+    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    spec = problem.spec()
+    assert schedules.backward_problems(spec, schedule, 232_448) == []
+    operands = jax.tree.map(jnp.asarray, operands)
+    found = interpreted(schedule, spec, operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("array", ["k", "v"])
+@pytest.mark.parametrize("name", ["fused", "fused-own", "two", "split"])
+def test_a_bad_key_reaches_only_what_attends_to_it(name, array):
+    """0 * NaN is NaN, also in the product of dS with the keys."""
+    schedule, problem = problem_of(name)
+    bad = 70
+    problem = dataclasses.replace(problem, mask=CAUSAL, q_len=100, kv_len=100)
+    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    sees_bad = np.arange(problem.q_len) >= bad
+    out = jnp.where(sees_bad[:, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+    lse = jnp.where(sees_bad, jnp.nan, lse) if array == "k" else lse
+    x = np.array(getattr(operands, array))
+    x[:, bad] = np.nan
+    operands = jax.tree.map(jnp.asarray, operands._replace(**{array: x}))
+    found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    dq, expected = (np.asarray(x, np.float64)[:, :bad] for x in (found.dq, budget.oracle.dq))
+    np.testing.assert_allclose(dq, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+    assert np.isnan(np.asarray(found.dq, np.float32)[:, bad:]).all()
+    assert np.isnan(np.asarray(found.dk, np.float32)[:, bad]).all()
+
+
+@pytest.mark.parametrize("name", ["fused", "two", "split"])
+def test_idle_queries_are_not_looked_at(name):
+    """NaN in queries that attend to nothing."""
+    schedule, problem = problem_of(name)
+    problem = dataclasses.replace(problem, mask=masks.Causal(-30), q_len=100, kv_len=100)
+    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    operands = jax.tree.map(jnp.asarray, operands._replace(q=np.where(
+        (np.arange(100) < 30)[:, None, None], np.asarray(np.nan, operands.q.dtype), operands.q)))
+    found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used

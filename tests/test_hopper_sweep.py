@@ -1,0 +1,120 @@
+"""The Hopper implementation on a Hopper GPU, forward, lse and all gradients, against the float64 oracle: every form of
+its kernels with every field it takes, at the head sizes and lengths where their tiles begin and end.
+
+The catalogue (`test_conformance`) has the features; this has the sizes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, dispatch
+from pallas_flash.kernels.hopper import backward
+from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.testing import conformance
+from pallas_flash.testing.problems import Problem
+
+pytestmark = pytest.mark.gpu
+
+DIMS = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (40, 72))
+LENGTHS = ((1, 1), (1, 300), (300, 1), (64, 64), (129, 129), (320, 320), (511, 200), (200, 511), (640, 640))
+OPTIONS: dict[str, dict] = {
+    "window": dict(mask=Window(100, 20)),
+    "window-short": dict(mask=Window(3, 0)),
+    "full": dict(mask=Full()),
+    "empty-rows": dict(mask=Causal(-70)),
+    "bottom-right": dict(q_len=200, kv_len=450, mask=Causal(250)),
+    "prefix-bounds": dict(mask=PrefixLM(150) & InBounds(380, 290)),
+    "heads-first-gqa": dict(layout="BHLD", q_heads=6, kv_heads=2),
+    "mqa": dict(q_heads=8, kv_heads=1),
+    "float16": dict(dtypes=("float16",)),
+    "softcap": dict(softcap=2.0),
+    "negative-scale": dict(scale=-0.3),
+    "large-rows": dict(row_lse=200.0),
+    "deterministic": dict(deterministic=True),
+    "deterministic-gqa-window": dict(deterministic=True, q_heads=4, mask=Window(60, 60)),
+}
+
+
+def problem_of(name, dims, **options):
+    fields = dict(batch=2, q_heads=2, kv_heads=2, q_len=400, kv_len=400, d=dims[0], d_v=dims[1], mask=Causal(),
+                  dtypes=("bfloat16",))
+    return Problem(f"{name}-d{dims[0]}-{dims[1]}", "sizes of the Hopper kernels' tiles", **(fields | options))
+
+
+PROBLEMS = [*(problem_of(f"len-{q}x{kv}", dims, q_len=q, kv_len=kv) for dims in DIMS[:3] for q, kv in LENGTHS),
+            *(problem_of(name, dims, **options) for dims in DIMS for name, options in OPTIONS.items())]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_agrees_with_the_oracle(problem):
+    dtype = problem.dtypes[0]
+    assert conformance.supports(problem, dtype, "hopper")
+    case = conformance.random_case(problem, dtype)
+    used = conformance.budget(problem, dtype, *case).used(conformance.compiled(problem, "hopper")(*case))
+    assert max(used.values()) <= 1, used
+
+
+BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
+    "shared-in-turn": ((128, 128), BackwardSchedule(KvSchedule(dq="shared"))),
+    "shared-late": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", ds_slots=4))),
+    "own-in-turn": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
+    "own-three-warpgroups": ((64, 64), BackwardSchedule(KvSchedule(warpgroups=3, num_stages=2, dq="own"))),
+    "two-kernels": ((128, 128), BackwardSchedule(KvSchedule(), DqSchedule())),
+    "two-kernels-behind": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
+                                                      DqSchedule(block_kv=64, k_stages=4, behind=True))),
+    "split-ahead": ((256, 256), BackwardSchedule(SplitSchedule(order="ahead"), DqSchedule(v_stages=1))),
+    "split-in-turn": ((192, 128), BackwardSchedule(SplitSchedule(order="in turn"), DqSchedule())),
+    "split-behind": ((256, 256), BackwardSchedule(SplitSchedule(order="behind"), DqSchedule(v_stages=1))),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_legal_schedules_agree(name):
+    dims, schedule = BACKWARD[name]
+    problem = problem_of(f"schedule-{name}", dims, q_heads=4, q_len=700, kv_len=700)
+    spec, (operands, (dout, dlse)) = problem.spec(), conformance.random_case(problem, "bfloat16")
+    assert schedules.backward_problems(spec, schedule, 232_448) == []
+    budget = conformance.budget(problem, "bfloat16", operands, (dout, dlse))
+    out, lse = dispatch.get("hopper").forward(spec, jax.tree.map(jnp.asarray, operands))
+    run = jax.jit(lambda *arrays: backward.backward(spec, operands._replace(q=arrays[0], k=arrays[1], v=arrays[2]),
+                                                    *arrays[3:], schedule=schedule))
+    found = run(*operands[:3], out, lse, dout, dlse)
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+def test_deterministic_gradients_are_the_same_at_every_place_of_a_batch(dims):
+    problem = problem_of("repeat", dims, batch=1, q_len=1100, kv_len=1100, q_heads=4, deterministic=True)
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    repeat = lambda x: np.repeat(x, 6, axis=0)
+    wide = operands._replace(**{name: repeat(getattr(operands, name)) for name in "qkv"})
+    run = conformance.compiled(dataclasses.replace(problem, name="repeat-wide", batch=6), "hopper")
+    for name, x in run(wide, tuple(map(repeat, cotangents)))._asdict().items():
+        assert x is None or bool(jnp.all(x == x[:1])), name
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("array", ["k", "v"])
+@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_bad_key_reaches_only_what_attends_to_it(dims, array, value, deterministic):
+    """0 * NaN is NaN, also in the products of the backward: dq of earlier queries must not see a later key."""
+    bad = 200
+    problem = problem_of("bad", dims, batch=1, q_len=300, kv_len=300, deterministic=deterministic)
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    x = getattr(operands, array).copy()
+    x[:, bad, :, 3] = value
+    run = conformance.compiled(problem, "hopper")
+    clean, found = run(operands, cotangents), run(operands._replace(**{array: x}), cotangents)
+    close = lambda a, b: np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=1e-3)
+    assert close(found.out[:, :bad], clean.out[:, :bad])
+    assert close(found.dq[:, :bad], clean.dq[:, :bad])
+    if np.isnan(value):
+        assert np.isnan(np.asarray(found.dq[:, bad:], np.float32)).all()
+        assert np.isnan(np.asarray(found.dk[:, bad], np.float32)).all()
