@@ -21,7 +21,7 @@ hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets t
 Numbers. m_i is the row maximum in base 2 (`scale * log2(e)` times the score), l_i (64, 8) a row sum that is still
 spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i may
 stay up to `slack` below the maximum, so that P reaches 2^slack: that cancels in O / l_i, but the largest weight of a
-row is then rounded like the others.
+row is then rounded like the others, so rows of few keys have no slack.
 """
 
 import functools
@@ -137,7 +137,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
-    m_i, needed = grown(block, state.m_i, s.max(axis=1) * unit)
+    m_i, needed = grown(state.m_i, s.max(axis=1) * unit, rows.slack)
     p = jnp.exp2(s * unit - across(m_i, s.shape[1]))
     sums = column_sums(p)
     if block.schedule.pinned:

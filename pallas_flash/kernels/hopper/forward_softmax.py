@@ -63,9 +63,9 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     return Softmax(m_i, column_sums(p), p.astype(dtype))
 
 
-def grown(block: Block, m_i: Any, row_max: Any) -> tuple[Any, Any]:
+def grown(m_i: Any, row_max: Any, slack: Any) -> tuple[Any, Any]:
     """The new row maximum, and whether any row of this warp needs a rescale."""
-    grew = jnp.logical_not(row_max - m_i <= block.schedule.slack)  # so that NaN counts as growth
+    grew = jnp.logical_not(row_max - m_i <= slack)  # so that NaN counts as growth
     return jnp.where(grew, row_max, m_i), barriers.any_in_warp(grew, products.ROWS)
 
 

@@ -90,6 +90,7 @@ class Rows(NamedTuple):
     full_start: Any
     full_stop: Any
     stop: Any
+    slack: Any  # by how much m_i may stay below the maximum, base 2
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
@@ -102,5 +103,8 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
         index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
 
-    first = tile.index * block.schedule.block_q + warpgroup * ROWS
-    return Rows(warpgroup, first, *schedules.row_tiles(block.spec, block.schedule, tile.index, warpgroup), q)
+    s = block.schedule
+    needed = schedules.row_tiles(block.spec, s, tile.index, warpgroup)
+    few = needed.stop - needed.start <= s.exact_keys // s.block_kv
+    slack = jnp.where(few, jnp.float32(0), jnp.float32(s.slack))
+    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, q)

@@ -43,6 +43,8 @@ class ForwardSchedule:
       slack: a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0 keeps the largest
         weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the largest weight is
         rounded like the others.
+      exact_keys: rows that walk over at most so many keys have a slack of 0: where keys are few, one weight may be most
+        of the sum, and its rounding most of the error.
       pinned: keep the exponentials above the wait for the product they overlap (`barriers.pin`).
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
@@ -58,6 +60,7 @@ class ForwardSchedule:
     out_chunks: int = 4
     pingpong: bool = True
     slack: float = 8.0
+    exact_keys: int = 768
     pinned: bool = True
     opaque: bool = True
     num_blocks: int = 132
