@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-__all__ = ["backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices", "vary_like", "varying_axes"]
+__all__ = ["backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices", "to_dlpack", "vary_like",
+           "varying_axes"]
 
 
 def concrete(x: Any) -> jax.Array | None:
@@ -66,18 +67,29 @@ def from_dlpack(producer: Any, device: jax.Device, *, is_ordered: bool = True) -
     return _import_capsule(producer.__dlpack__(stream=stream), device, stream)
 
 
-def _private_import() -> Any:
-    """The runtime's function under `jax.dlpack.from_dlpack`, or None where it is not the one of JAX 0.11."""
+def to_dlpack(array: Any, stream: int) -> Any:
+    """The "dltensor" capsule of a GPU array on one device; `stream`, CUDA's number of one, waits for the array.
+
+    The same as `array.__dlpack__(stream=stream)` without its checks, which take 3 us for each result of a call.
+    """
+    if _export_capsule is None:
+        return array.__dlpack__(stream=stream)
+    return _export_capsule(array, stream=stream)
+
+
+def _private(name: str) -> Any:
+    """A function of the runtime under `jax.dlpack`, or None where it is not the one of JAX 0.11."""
     if jax.__version_info__[:2] != (0, 11):
         return None
     try:
         from jax._src.lib import _jax
-        return _jax.dlpack_managed_tensor_to_buffer
-    except (ImportError, AttributeError):
+        return getattr(_jax, name, None)
+    except ImportError:
         return None
 
 
-_import_capsule = _private_import()
+_import_capsule = _private("dlpack_managed_tensor_to_buffer")
+_export_capsule = _private("buffer_to_dlpack_managed_tensor")
 
 
 def backends_are_initialized() -> bool:

@@ -5,10 +5,10 @@ spec, layout and a jitted function. Kernels take both layouts, so the plan picks
 are copied; a tensor that is dense in it (see `copy_reason`) is handed over as it is, any other is copied by torch
 first.
 
-Order on a GPU, without waiting on the host: JAX's stream waits for torch's current stream before it reads the first
-operand, hence before the kernel; torch's current stream waits for the results. Whatever torch queues there later, such
-as the reuse of the memory of an operand that was dropped, comes after the kernel. What JAX sees of operands: views.py.
-How long results live: lifetime.py.
+Order on a GPU, without waiting on the host: unless torch's current stream is at rest, JAX's stream waits for it before
+it reads the first operand, hence before the kernel; torch's current stream waits for the results. Whatever torch queues
+there later, such as the reuse of the memory of an operand that was dropped, comes after the kernel. What JAX sees of
+operands: views.py. How long results live: lifetime.py.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_flash import autodiff, compat, device, dispatch, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
-from torch_bridge import lifetime, strides, views
+from torch_bridge import lifetime, streams, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "backward", "copy_reason", "double_backward", "forward", "jax_device", "plan_for"]
 
@@ -143,7 +143,7 @@ def jax_device(device: torch.device) -> jax.Device:
 
 
 # --- the jitted functions: flat arrays in, flat arrays out -----------------------------------------------------------
-# Each is traced once for a spec. keep_unused: the first operand carries the wait for torch's stream, so it may not go.
+# Each is traced once for a spec. keep_unused: the first operand may carry the wait for torch's stream, so it stays.
 
 
 def _operands(spec: AttentionSpec, arrays: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
@@ -248,11 +248,11 @@ def _shared(layout: Layout, q_like: Sequence[torch.Tensor],
 
 
 def _arrays(tensors: Sequence[torch.Tensor], where: jax.Device) -> list[jax.Array]:
-    """JAX arrays of tensors from `_shared`. On a GPU they own nothing, and the first waits for torch's stream."""
+    """JAX arrays of tensors from `_shared`. On a GPU they own nothing, and the first comes after torch's stream."""
     if where.platform == "cpu":
         return [compat.from_dlpack(_OnCpu(tensor), where) for tensor in tensors]
     first, *rest = tensors
-    return [views.after(first, where), *(views.of(tensor, where) for tensor in rest)]
+    return [views.ready(first, where), *(views.of(tensor, where) for tensor in rest)]
 
 
 def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor],
@@ -282,7 +282,7 @@ def _check_no_capture(query: torch.Tensor) -> None:
 def _tensors(arrays: Sequence[jax.Array], device: torch.device) -> list[torch.Tensor]:
     if device.type == "cpu":
         return [from_dlpack(array.__dlpack__()) for array in arrays]
-    stream = torch.cuda.current_stream(device)
+    stream = streams.current(device.index or 0)
     return [lifetime.export(array, stream) for array in arrays]
 
 

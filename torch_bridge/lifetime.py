@@ -2,109 +2,144 @@
 
 JAX's allocator knows nothing of torch's streams: memory of an array that is dropped in Python may be written again at
 once, while a kernel queued on a torch stream has still to read it. So on a GPU the deleter in the DLPack capsule is
-replaced by ours, which records an event on every torch stream of that device that may read the tensor, and calls the
-original when they have passed. The streams are the current one of the releasing thread and all of torch's own that were
-current in an earlier export or release there; streams made outside torch (`ExternalStream`) may be gone by then and
-count only while they are current.
+replaced by ours, and the original is called when events, recorded later than the tensor was dropped on every torch
+stream of that device that may read it, have passed. The streams are the current one of the releasing thread and all of
+torch's own that were current in an earlier call or release there; streams made outside torch (`ExternalStream`) may be
+gone by then and count only while they are current.
 
-    exported -> (torch drops the last reference) -> events recorded -> all passed -> JAX's deleter
+    exported -> (torch drops the last reference) dropped -> events recorded: released -> all passed -> JAX's deleter
 
-Released memory is looked at on each later export and release. Deleters run on any thread, also inside each other, so
-the state is changed by single operations of `dict`, `set` and `deque`, which are atomic, and never under a lock.
+An event covers everything that was dropped before it, so small tensors are collected and share their events: fewer than
+`_BATCH` of less than `_LARGE` bytes each are without events at any time, 28 MiB of a device. When events are recorded,
+those of the batches before are looked at, so one batch more may be held than the streams still need. Deleters run on
+any thread, also inside each other, so the state is changed by single operations of `dict` and `deque`, which are
+atomic, and never under a lock.
 """
 
 import atexit
 import collections
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from pallas_flash import compat
+from torch_bridge import streams
+
 __all__ = ["collect", "export", "held_exports"]
 
+_BATCH = 8  # tensors
+_LARGE = 4 * 2**20  # bytes
+
 # DLPack's DLManagedTensor, the "dltensor" capsule that `__dlpack__` without a max_version returns: 48 bytes of
-# DLTensor, in which the device's index is at byte 12; then manager_ctx; then deleter. That layout is frozen.
-_DEVICE_INDEX, _DELETER = 12, 56
+# DLTensor; then manager_ctx; then deleter. That layout is frozen.
+_DELETER = 56
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+# A function object of our own: the attributes of `ctypes.pythonapi` are shared, and others (JAX) change their types.
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi))
+
+
+class _Export(NamedTuple):
+    """A tensor over JAX's memory: its capsule's struct, the deleter that JAX gave it, where it is, and its size."""
+
+    address: int
+    deleter: int
+    device_index: int
+    is_large: bool
 
 
 class _Released(NamedTuple):
-    """A tensor that torch has dropped: its memory may go back when the events have passed."""
+    """Tensors that torch has dropped: their memory may go back when the events have passed."""
 
-    events: tuple[Any, ...]
-    address: int
-    deleter: int
+    events: list[Any]
+    exports: list[_Export]
 
 
-_exported: dict[int, int] = {}  # address of a capsule's struct -> the deleter that JAX gave it
-_released: dict[int, collections.deque[_Released]] = collections.defaultdict(collections.deque)  # by device index
-_unrecorded: collections.deque[tuple[int, int]] = collections.deque()  # (address, deleter), dropped during capture
-_streams: dict[int, dict[Any, None]] = collections.defaultdict(dict)  # streams seen on a device, by device index
+_exported: dict[int, _Export] = {}  # by address
+_dropped: dict[int, collections.deque[_Export]] = collections.defaultdict(collections.deque)  # by device's index
+_released: dict[int, collections.deque[_Released]] = collections.defaultdict(collections.deque)
 
 
 def export(array: Any, stream: Any) -> torch.Tensor:
     """A tensor over the memory of a GPU array, ordered after it on `stream`, torch's current stream on its device."""
-    capsule = array.__dlpack__(stream=stream.cuda_stream or 1)  # 1 is CUDA's name for the default stream
+    capsule = compat.to_dlpack(array, stream.cuda_stream or 1)  # 1 is CUDA's name for the default stream
     address = _capsule_pointer(capsule, b"dltensor")
     deleter = ctypes.c_void_p.from_address(address + _DELETER)
-    _exported[address] = deleter.value or 0
+    new = _exported[address] = _Export(address, deleter.value or 0, stream.device_index, True)
     deleter.value = _on_release_pointer
-    _remember(stream)
-    collect(stream.device_index)
-    return from_dlpack(capsule)
+    tensor = from_dlpack(capsule)
+    if tensor.nbytes < _LARGE:
+        _exported[address] = new._replace(is_large=False)
+    return tensor
 
 
 def collect(device_index: int) -> None:
-    """Gives back the released memory of a device whose events have passed, oldest first; does not wait."""
-    if torch.cuda.is_current_stream_capturing():  # a query would invalidate the capture
+    """Records events for what was dropped, and gives back what has passed, oldest first; does not wait."""
+    if torch.cuda.is_current_stream_capturing():  # to record or to query would enter the capture, or end it
         return
-    while _unrecorded:
-        _record(*_unrecorded.popleft())
-    queue = _released[device_index]
-    while queue:
-        try:
-            oldest = queue.popleft()
-        except IndexError:  # another thread was faster
-            return
-        if not all(event.query() for event in oldest.events):
-            queue.appendleft(oldest)
-            return
-        _Deleter(oldest.deleter)(oldest.address)
+    _release(device_index, [])
 
 
 def held_exports() -> int:
-    """How many tensors of JAX memory are held: in use by torch, or released and waiting for a stream."""
-    return len(_exported) + len(_unrecorded) + sum(map(len, _released.values()))
+    """How many tensors of JAX memory are held: in use by torch, or dropped and waiting for a stream."""
+    released = (len(batch.exports) for queue in tuple(_released.values()) for batch in tuple(queue))
+    return len(_exported) + sum(map(len, _dropped.values())) + sum(released)
 
 
 @_Deleter
 def _on_release(address: int) -> None:
-    deleter = _exported.pop(address)
-    if torch.cuda.is_current_stream_capturing():
-        _unrecorded.append((address, deleter))
-    else:
-        collect(_record(address, deleter))
+    export = _exported.pop(address)
+    index = export.device_index
+    dropped = _dropped[index]
+    if streams.is_known(index):  # so events recorded from now on cover it, whoever records them
+        dropped.append(export)
+        if export.is_large or len(dropped) >= _BATCH:
+            collect(index)
+    elif torch.cuda.is_current_stream_capturing():
+        dropped.append(export)
+    else:  # a new stream or one from outside: recorded by this thread, while it is current
+        _release(index, [export])
 
 
 _on_release_pointer = ctypes.cast(_on_release, ctypes.c_void_p).value
 
 
-def _record(address: int, deleter: int) -> int:
-    """Queues a dropped tensor behind what its device's streams now hold; returns the device's index."""
-    index = ctypes.c_int32.from_address(address + _DEVICE_INDEX).value
-    current = torch.cuda.current_stream(index)
-    _remember(current)
-    streams = {current, *_streams[index]}
-    _released[index].append(_Released(tuple(stream.record_event() for stream in streams), address, deleter))
-    return index
+def _release(index: int, exports: list[_Export]) -> None:
+    """Puts these and all dropped tensors behind what the device's streams now hold, and gives back what has passed."""
+    dropped = _dropped[index]
+    while dropped:
+        try:
+            exports.append(dropped.popleft())
+        except IndexError:  # another thread was faster
+            break
+    if exports:  # the streams are asked for after the tensors: whoever dropped one had made its stream known
+        waiting = dict.fromkeys((streams.current(index), *streams.known(index)))
+        _released[index].append(_Released([streams.record(stream) for stream in waiting], exports))
+    _give_back(index)
 
 
-def _remember(stream: Any) -> None:
-    if stream.stream_id != stream.cuda_stream or stream.cuda_stream == 0:  # equal where torch did not make the stream
-        _streams[stream.device_index][stream] = None
+def _give_back(index: int) -> None:
+    queue = _released[index]
+    while queue:
+        try:
+            oldest = queue.popleft()
+        except IndexError:
+            return
+        if not all(event.query() for event in oldest.events):
+            queue.appendleft(oldest)
+            return
+        for export in oldest.exports:
+            _function(export.deleter)(export.address)
+        for event in oldest.events:
+            streams.recycle(index, event)
+
+
+@functools.lru_cache(maxsize=16)
+def _function(deleter: int) -> Any:
+    return _Deleter(deleter)
 
 
 @atexit.register

@@ -6,6 +6,7 @@ that ever lies there, so it is made once and kept:
 
     of      a kept view; its reader must be ordered after torch's stream by other means
     after   a new view whose readers wait, on the GPU, for what torch's current stream holds now
+    ready   `of` where that stream has nothing left to do, or else `after`
 
 A view keeps no memory alive, so whoever passes one to a computation holds the tensor until torch's current stream waits
 for the computation (`exchange._run`); from then on a reuse of the memory comes after it. Nothing else reads a view.
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 
 from pallas_flash import compat
+from torch_bridge import streams
 
-__all__ = ["after", "kept_views", "of"]
+__all__ = ["after", "kept_views", "of", "ready"]
 
 _MAX_VIEWS = 4096
 _IN_FLIGHT = 32  # computations that JAX lets the host run ahead of a GPU
@@ -49,10 +51,19 @@ def of(tensor: torch.Tensor, where: Any) -> Any:
 
 def after(tensor: torch.Tensor, where: Any) -> Any:
     """A new view of a dense GPU tensor; what reads it waits for torch's current stream on that device."""
-    view = compat.from_dlpack(_Producer(tensor, torch.cuda.current_stream(tensor.device)), where)
+    view = compat.from_dlpack(_Producer(tensor, streams.current(_index(tensor))), where)
     # Released only when the computation that reads it has long begun, so that the release has nothing to wait for.
     _recent.setdefault(tensor.device, collections.deque(maxlen=_IN_FLIGHT)).append(view)
     return view
+
+
+def ready(tensor: torch.Tensor, where: Any) -> Any:
+    """A view that may be read, by what is passed it, once torch's current stream has done what it holds now.
+
+    A call that finds the stream at rest needs no order: all that torch has ever queued there is over. That is so
+    wherever the host is what limits, hence where its time matters, and the question is far cheaper than an order.
+    """
+    return (of if streams.current(_index(tensor)).query() else after)(tensor, where)
 
 
 def kept_views() -> int:
@@ -69,15 +80,21 @@ class _Producer:
         self.tensor, self.stream = tensor, stream
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _CUDA, self.tensor.device.index or 0
+        return _CUDA, _index(self.tensor)
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         if self.stream is not None:
             if stream is None:
                 self.stream.synchronize()
             else:
-                _external_stream(stream, self.tensor.device).wait_event(self.stream.record_event())
+                event = streams.record(self.stream)
+                _external_stream(stream, self.tensor.device).wait_event(event)
+                streams.recycle(self.stream.device_index, event)
         return _capsule(self.tensor)
+
+
+def _index(tensor: torch.Tensor) -> int:
+    return tensor.device.index or 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,8 +108,10 @@ def _external_stream(stream: int, device: torch.device) -> Any:
 
 _NAME = b"dltensor"
 _DATA, _SHAPE, _SIZE = 0, 24, 64
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+# A function object of our own: the attributes of `ctypes.pythonapi` are shared, and `jax.ffi.pycapsule` changes the
+# types of this one.
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi))
 
 
 def _capsule(tensor: torch.Tensor) -> Any:

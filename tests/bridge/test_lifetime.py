@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from torch_bridge import lifetime
+from pallas_flash import compat
+from torch_bridge import lifetime, streams
 
 
 class Event:
@@ -19,9 +20,13 @@ class Event:
     def query(self):
         return self.passed
 
+    def record(self, stream):
+        self.passed = False
+        stream.events.append(self)
+
 
 class Stream:
-    """A torch stream as lifetime.py sees one."""
+    """A torch stream as the bridge sees one."""
 
     device_index = 0
 
@@ -29,20 +34,21 @@ class Stream:
         self.cuda_stream, self.stream_id = name, name if external else 2 * name + 1
         self.events = []
 
-    def record_event(self):
-        self.events.append(Event())
-        return self.events[-1]
+    def passes(self):
+        for event in self.events:
+            event.passed = True
 
 
 class Array:
-    """A CPU array in the place of a GPU array, whose `__dlpack__` takes a stream."""
+    """A CPU array in the place of a GPU array."""
 
-    def __init__(self, value):
-        self.array, self.waited = jnp.full((4, 8), value), []
+    def __init__(self, value, shape=(4, 8)):
+        self.array, self.waited = jnp.full(shape, value), []
 
-    def __dlpack__(self, *, stream):
-        self.waited.append(stream)
-        return self.array.__dlpack__()
+
+def to_dlpack(array, stream):
+    array.waited.append(stream)
+    return array.array.__dlpack__()
 
 
 @pytest.fixture
@@ -50,31 +56,45 @@ def cuda(monkeypatch):
     """A device with a current stream and, after `cuda.capturing = True`, a capture under way."""
     class Cuda:
         current, capturing, freed = Stream(8), False, []
-    for name, value in (("_streams", lifetime.collections.defaultdict(dict)),
-                        ("_released", lifetime.collections.defaultdict(lifetime.collections.deque)),
-                        ("_exported", {}), ("_unrecorded", lifetime.collections.deque())):
-        monkeypatch.setattr(lifetime, name, value)
-    call = lifetime._Deleter
+    for module, name, value in ((streams, "_streams", dict), (streams, "_events", lifetime.collections.deque),
+                                (lifetime, "_dropped", lifetime.collections.deque),
+                                (lifetime, "_released", lifetime.collections.deque)):
+        monkeypatch.setattr(module, name, lifetime.collections.defaultdict(value))
+    monkeypatch.setattr(lifetime, "_exported", {})
+    function = lifetime._function
 
-    def spy(pointer):
-        Cuda.freed.append(pointer)
-        return call(pointer)
-    monkeypatch.setattr(lifetime, "_Deleter", spy)
+    def spy(deleter):
+        def free(address):
+            Cuda.freed.append(address)
+            return function(deleter)(address)
+        return free
+    monkeypatch.setattr(lifetime, "_function", spy)
+    monkeypatch.setattr(compat, "to_dlpack", to_dlpack)
+    monkeypatch.setattr(streams, "_number", lambda index: Cuda.current.cuda_stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Cuda.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Cuda.capturing)
     Cuda.freed.clear()
     return Cuda
 
 
+def export(value=1.0, shape=(4, 8)):
+    return lifetime.export(Array(value, shape), streams.current(0))
+
+
 def test_memory_is_held_until_the_stream_has_passed(cuda):
     array = Array(3.0)
-    tensor = lifetime.export(array, cuda.current)
+    tensor = lifetime.export(array, streams.current(0))
     assert array.waited == [8] and tensor.data_ptr() == array.array.unsafe_buffer_pointer()
     view = tensor[1:]
     del tensor, array
     gc.collect()
     assert view.sum().item() == 3 * 8 * 3.0 and not cuda.freed and lifetime.held_exports() == 1
+    lifetime.collect(0)
+    assert not cuda.current.events, "the tensor is in use: an event now would come before what reads it"
     del view
+    assert not cuda.freed and lifetime.held_exports() == 1
+    lifetime.collect(0)
     (event,) = cuda.current.events
     lifetime.collect(0)
     assert not cuda.freed and lifetime.held_exports() == 1
@@ -83,73 +103,126 @@ def test_memory_is_held_until_the_stream_has_passed(cuda):
     assert len(cuda.freed) == 1 and lifetime.held_exports() == 0
 
 
+def test_small_tensors_share_an_event(cuda):
+    tensors = [export(float(i)) for i in range(3 * lifetime._BATCH)]
+    del tensors[lifetime._BATCH:]
+    assert len(cuda.current.events) == 2 and lifetime.held_exports() == 3 * lifetime._BATCH
+    cuda.current.passes()
+    tensors.clear()
+    assert len(cuda.current.events) == 3 and len(cuda.freed) == 2 * lifetime._BATCH
+
+
+def test_a_large_tensor_waits_for_no_other(cuda):
+    small, large = export(), export(shape=(lifetime._LARGE // 4,))
+    del small
+    assert not cuda.current.events
+    del large
+    (event,) = cuda.current.events  # of both
+    event.passed = True
+    lifetime.collect(0)
+    assert len(cuda.freed) == 2
+
+
+def test_what_is_held_without_events_is_bounded(cuda):
+    for i in range(100):
+        tensor = export(float(i), (lifetime._LARGE // 4 - 1 - i,))
+        del tensor
+        cuda.current.passes()
+        assert lifetime.held_exports() < 2 * lifetime._BATCH
+
+
+def test_events_are_used_again(cuda):
+    for _ in range(6 * lifetime._BATCH):
+        tensor = export()
+        del tensor
+        cuda.current.passes()
+    assert len(cuda.current.events) == 6 and len(set(map(id, cuda.current.events))) <= 2
+
+
 def test_the_default_stream_has_a_name(cuda):
-    array, stream = Array(1.0), Stream(0, external=True)  # torch gives the default stream the id 0
-    tensor = lifetime.export(array, stream)
+    array, cuda.current = Array(1.0), Stream(0, external=True)  # torch gives the default stream the id 0
+    tensor = lifetime.export(array, streams.current(0))
     assert array.waited == [1]
     del tensor
-    assert len(stream.events) == 1
+    lifetime.collect(0)
+    assert len(cuda.current.events) == 1
 
 
 def test_every_stream_that_may_read_is_waited_for(cuda):
-    first, second, outside = cuda.current, Stream(16), Stream(24, external=True)
-    tensors = [lifetime.export(Array(1.0), stream) for stream in (first, second, outside)]
+    tensors, places = [], (cuda.current, Stream(16), Stream(24, external=True))
+    for cuda.current in places:
+        tensors.append(export())
+    first, second, outside = places
+    cuda.current = first
     del tensors[1:]
-    cuda.current = outside
+    lifetime.collect(0)
+    assert [len(stream.events) for stream in places] == [1, 1, 0]
+    cuda.current = outside  # it may be gone by the next batch: its event is recorded at once
     del tensors[0]
-    assert [len(stream.events) for stream in (first, second, outside)] == [3, 3, 1]
-    for event in first.events + second.events:
-        event.passed = True
+    assert [len(stream.events) for stream in places] == [2, 2, 1]
+    first.passes(), second.passes()
     lifetime.collect(0)
     assert len(cuda.freed) == 2  # the last waits for the stream from outside
-    outside.events[0].passed = True
+    outside.passes()
     lifetime.collect(0)
     assert len(cuda.freed) == 3
 
 
-def test_nothing_is_recorded_or_asked_during_a_capture(cuda):
-    tensor = lifetime.export(Array(1.0), cuda.current)
-    cuda.capturing = True
+def test_a_stream_first_seen_at_a_release_is_waited_for(cuda):
+    tensor, other = export(), Stream(16)
+    cuda.current = other
     del tensor
-    assert not cuda.current.events and lifetime.held_exports() == 1
+    assert len(other.events) == 1
+
+
+def test_nothing_is_recorded_or_asked_during_a_capture(cuda):
+    tensors = [export() for _ in range(2 * lifetime._BATCH)]
+    first, cuda.capturing = cuda.current, True
+    del tensors[lifetime._BATCH:]
+    cuda.current = Stream(16)
+    tensors.clear()
+    lifetime.collect(0)
+    assert not first.events and not cuda.current.events and lifetime.held_exports() == 2 * lifetime._BATCH
     cuda.capturing = False
     lifetime.collect(0)
-    (event,) = cuda.current.events
-    event.passed = True
+    assert len(first.events) == len(cuda.current.events) == 1
+    first.passes(), cuda.current.passes()
     lifetime.collect(0)
-    assert len(cuda.freed) == 1
-
-
-def test_released_memory_is_looked_at_by_later_exports(cuda):
-    for i in range(5):
-        tensor = lifetime.export(Array(float(i)), cuda.current)
-        del tensor
-        for event in cuda.current.events:
-            event.passed = True
-    assert len(cuda.freed) == 4
+    assert len(cuda.freed) == 2 * lifetime._BATCH
 
 
 def test_the_jax_array_itself_may_be_dropped_or_kept(cuda):
     array = Array(2.0)
-    tensor = lifetime.export(array, cuda.current)
+    tensor = lifetime.export(array, streams.current(0))
     del tensor
-    cuda.current.events[0].passed = True
     lifetime.collect(0)
+    cuda.current.passes()
+    lifetime.collect(0)
+    assert len(cuda.freed) == 1
     assert float(array.array.sum()) == 64.0 and isinstance(array.array, jax.Array)
+
+
+def test_the_public_way_to_export(cuda, monkeypatch):
+    """Where the runtime's own function is not the one that is known."""
+    class Public:
+        def __dlpack__(self, *, stream):
+            return stream
+    monkeypatch.undo()
+    monkeypatch.setattr(compat, "_export_capsule", None)
+    assert compat.to_dlpack(Public(), 8) == 8
 
 
 AT_EXIT = """
 import gc, torch, jax.numpy as jnp
+from pallas_flash import compat
 from torch_bridge import lifetime
 class Stream:
     device_index, cuda_stream, stream_id = 0, 8, 17
-class Array:
-    array = jnp.ones((1000,))
-    def __dlpack__(self, stream): return self.array.__dlpack__()
+compat.to_dlpack = lambda array, stream: array.__dlpack__()
 torch.cuda.is_current_stream_capturing = lambda: False
 class Keeper: pass
 keeper = Keeper(); keeper.keeper = keeper; gc.disable()
-keeper.tensor = tensor = lifetime.export(Array(), Stream())
+keeper.tensor = tensor = lifetime.export(jnp.ones((1000,)), Stream())
 print("alive", lifetime.held_exports())
 """
 

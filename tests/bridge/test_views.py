@@ -1,29 +1,39 @@
 """Views of torch's GPU memory, made here over a CPU's memory, which takes the same capsules."""
 
+import collections
+import ctypes
+
 import jax
 import numpy as np
 import pytest
 import torch
 
 from bridge.problems import OURS, qkv, results
-from torch_bridge import exchange, views
+from torch_bridge import exchange, streams, views
+
+
+class Event:
+    def record(self, stream):
+        stream.calls.append("record")
 
 
 class Stream:
     """A torch stream as views.py sees one."""
 
+    device_index, cuda_stream, stream_id = 0, 8, 17
+
     def __init__(self):
-        self.calls = []
+        self.calls, self.is_at_rest = [], False
 
     def synchronize(self):
         self.calls.append("synchronize")
 
-    def record_event(self):
-        self.calls.append("record")
-        return "event"
+    def query(self):
+        return self.is_at_rest
 
     def wait_event(self, event):
-        self.calls.append(f"wait for the {event}")
+        assert isinstance(event, Event)
+        self.calls.append("wait for the event")
 
 
 @pytest.fixture
@@ -40,7 +50,9 @@ def where(monkeypatch):
 @pytest.fixture
 def stream(monkeypatch):
     current = Stream()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    monkeypatch.setattr(streams, "current", lambda index: current)
+    monkeypatch.setattr(streams, "_events", collections.defaultdict(collections.deque))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     return current
 
 
@@ -117,11 +129,30 @@ def test_the_host_waits_where_jax_has_no_stream(where, stream):
     assert stream.calls == ["synchronize"]
 
 
-def test_calls_through_views(where, stream, monkeypatch):
-    """The way of a GPU: the first operand new, the others kept; the memory may hold other values later."""
+def test_a_stream_at_rest_needs_no_order(where, stream):
+    x = aligned(4, 6)
+    busy = views.ready(x, where)
+    assert stream.calls == ["synchronize"] and views.kept_views() == 0
+    stream.is_at_rest = True
+    assert views.ready(x, where) is views.ready(x, where) is views.of(x, where) is not busy
+    assert stream.calls == ["synchronize"]
+
+
+def test_other_users_of_pythons_capsules_are_let_be(where):
+    """`jax.ffi.pycapsule` changes the types of `ctypes.pythonapi.PyCapsule_New`, and views were made with it once."""
+    target = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p).value
+    jax.ffi.pycapsule(target)
+    assert float(views.of(aligned(4, 6), where).sum()) == 24
+    jax.ffi.pycapsule(target)
+
+
+@pytest.mark.parametrize("is_at_rest", [False, True])
+def test_calls_through_views(where, stream, is_at_rest, monkeypatch):
+    """The way of a GPU: the first operand new if the stream is busy, the others kept; the memory changes its values."""
     def arrays(tensors, where):
         first, *rest = tensors
-        return [views.after(first, where), *(views.of(tensor, where) for tensor in rest)]
+        return [views.ready(first, where), *(views.of(tensor, where) for tensor in rest)]
+    stream.is_at_rest = is_at_rest
     tensors, dout = qkv((2, 4, 16, 32), (2, 4, 16, 32), (2, 4, 16, 32)), torch.randn(2, 4, 16, 32)
     mask = torch.rand(2, 1, 16, 16) > 0.3
     for _ in range(3):

@@ -1,0 +1,59 @@
+"""torch's current stream, the streams that were, and events: what order and lifetimes on a GPU are made of.
+
+torch's own look-up of the current stream takes 6 us of a call that has 200, and an event made, recorded and destroyed
+for each use took 30 (docs/notes/torch_bridge.md). So streams are looked up by their number, and events are used again.
+
+State is changed by single operations of `dict` and `deque`, which are atomic: deleters come here, on any thread.
+"""
+
+import collections
+from typing import Any
+
+import torch
+
+__all__ = ["current", "is_known", "known", "record", "recycle"]
+
+# The number of the current stream on a device, as the code that inductor generates asks for it.
+_number = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+_streams: dict[int, dict[int, Any]] = collections.defaultdict(dict)  # device's index -> number -> stream
+_events: dict[int, collections.deque[Any]] = collections.defaultdict(collections.deque)  # by device's index
+
+
+def current(index: int) -> Any:
+    """torch's current stream on a device; not to be called during a capture. One that torch made is known from now on.
+
+    Those live as long as the process; a stream made outside (`ExternalStream`) may end at any time.
+    """
+    number = _number(index)
+    stream = _streams[index].get(number)
+    if stream is None:
+        stream = torch.cuda.current_stream(index)
+        if stream.stream_id != stream.cuda_stream or stream.cuda_stream == 0:  # equal where torch did not make it
+            _streams[index][number] = stream
+    return stream
+
+
+def is_known(index: int) -> bool:
+    """Whether the current stream on a device is one of `known`; asks nothing of CUDA."""
+    return _number(index) in _streams[index]
+
+
+def known(index: int) -> tuple[Any, ...]:
+    """The streams of torch's own that were current on a device when `current` was asked."""
+    return tuple(_streams[index].values())
+
+
+def record(stream: Any) -> Any:
+    """An event at the end of what a stream now holds. It is given back with `recycle` when nobody asks it any more."""
+    try:
+        event = _events[stream.device_index].pop()
+    except IndexError:
+        event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def recycle(index: int, event: Any) -> None:
+    """Lets `record` use an event again. Streams that were told to wait for it still wait for what it stood for."""
+    _events[index].append(event)
