@@ -22,8 +22,11 @@ def quick_compilation():
 
 @pytest.fixture
 def quiet():
-    """For torch.compile and its like: warnings of torch's own machinery, such as deprecations, are not ours."""
+    """For torch.compile and its like: warnings of torch's own machinery, such as deprecations, are not ours.
+
+    That goes for the reset too: in torch 2.11 it imports inductor, which uses `torch.jit.script_method`, deprecated.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.compiler.reset()
+        torch.compiler.reset()
