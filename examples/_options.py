@@ -4,9 +4,16 @@ import argparse
 
 
 def training_parser(description: str | None, attention: list[str], plot: str) -> argparse.ArgumentParser:
-    """Options of a training run whose attention is "both" or one of `attention`."""
+    """Options of training runs whose attention is of `attention`: `args.attention` is a list of names."""
+    def names(text: str) -> list[str]:
+        chosen = ["flash", "default"] if text == "both" else text.split(",")
+        if unknown := set(chosen) - set(attention):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(attention)}")
+        return chosen
+
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", choices=["both", *attention], default="both", help="both: flash and default")
+    parser.add_argument("--attention", type=names, default="both", metavar="NAME,...",
+                        help=f"a run for each, of {', '.join(attention)}; both: flash,default")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--context", type=int, default=128, help="characters a sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")

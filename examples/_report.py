@@ -55,7 +55,7 @@ def save_plot(path: str, runs: list[Run], title: str) -> None:
     figure, axes = pyplot.subplots(
         len(rows), sharex=True, squeeze=False, figsize=(7, 5), height_ratios=rows, layout="constrained"
     )
-    for run, style in zip(runs, [dict(linewidth=3, alpha=0.5), dict(linewidth=1, linestyle="--", color="black")]):
+    for run, style in zip(runs, [dict(linewidth=3, alpha=0.5), *[dict(linewidth=1, linestyle="--")] * len(runs)]):
         axes[0, 0].plot(run.losses, label=f"{run.attention} (held-out text: {run.held_out_loss:.3f})", **style)
     axes[0, 0].set(title=title, ylabel="loss, nats per character")
     axes[0, 0].legend(frameon=False)
@@ -77,7 +77,7 @@ def save_json(path: str, settings: dict, runs: list[Run]) -> None:
 
 
 def finish(runs: list[Run], args: argparse.Namespace, device: str) -> None:
-    """Prints each run, saves what the options ask for, and compares the losses if there are two runs."""
+    """Prints each run, saves what the options ask for, and compares the losses of the first with the others'."""
     for run in runs:
         print(
             f"{run.attention}: {run.tokens_per_second:,.0f} tokens/s, loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} "
@@ -86,5 +86,5 @@ def finish(runs: list[Run], args: argparse.Namespace, device: str) -> None:
     if args.json:
         save_json(args.json, {**vars(args), "device": device}, runs)
     save_plot(args.save_plot, runs, f"GPT of {args.layers} layers, context {args.context}, {args.dtype}, with {device}")
-    if len(runs) == 2:
-        print(compare(*runs, args.dtype))
+    for other in runs[1:]:
+        print(f"{runs[0].attention} and {other.attention}: {compare(runs[0], other, args.dtype)}")

@@ -122,7 +122,7 @@ def main() -> None:
     text, held_out = _text.standard_library()
     print(f"{len(text):,} characters to learn, {len(held_out):,} held out; on {DEVICE}")
     print(which_implementation(args))
-    runs = [train(name, args, text, held_out) for name in (ATTENTION if args.attention == "both" else [args.attention])]
+    runs = [train(name, args, text, held_out) for name in args.attention]
     _report.finish(runs, args, f"PyTorch on {DEVICE}")
 
 
