@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import environment, records
-from torch_bridge import exchange, ops, sdpa
+from torch_bridge import exchange, ops, sdpa, views
 from torch_bridge import scaled_dot_product_attention as OURS
 
 __all__ = ["main", "measure"]
@@ -83,10 +83,15 @@ def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "plan", lambda: exchange.plan_for(problem, numbers)
     yield "is it sharable, 3 tensors", lambda: exchange._shared(plan.layout, problem[:3], problem[3:])
     yield "import 3 tensors", lambda: exchange._arrays(problem[:3], plan.device)
-    yield "import 1 tensor, which carries the wait for torch's stream", lambda: exchange._arrays([q], plan.device)
+    if device == "cuda":
+        yield "view that carries the wait, if torch's stream is not at rest", lambda: views.after(q, plan.device)
     yield "jitted call, arrays known", lambda: plan.forward[False](*arrays)
     yield "import 3 tensors and jitted call", lambda: plan.forward[False](*exchange._arrays(problem[:3], plan.device))
     yield "export and release 1 tensor", lambda: exchange._tensors([out], q.device)
+    out, lse = ops.attention(*problem, *numbers, True)
+    dout = torch.randn_like(out)
+    yield "backward operator, in the thread of the call", lambda: ops.attention_backward(
+        *problem, *numbers, out, lse, dout, None, [True, True, True, False])
 
 
 def measure(device: str, repeats: int) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,25 @@ def test_events_are_used_again(cuda):
         del tensor
         cuda.current.passes()
     assert len(cuda.current.events) == 6 and len(set(map(id, cuda.current.events))) <= 2
+
+
+def test_threads_give_back_everything_once(cuda):
+    def work():
+        for i in range(150):
+            tensor = export(shape=(lifetime._LARGE // 4,) if i % 40 == 0 else (4, 8))
+            del tensor
+            if i % 7 == 0:
+                cuda.current.passes()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(2):
+        lifetime.collect(0)
+        cuda.current.passes()
+    lifetime.collect(0)
+    assert len(cuda.freed) == 600 and lifetime.held_exports() == 0
 
 
 def test_the_default_stream_has_a_name(cuda):
