@@ -28,8 +28,9 @@ pytestmark = [
     pytest.mark.skipif(not HAS_COMPILER, reason="needs the compiler of jax[cuda13]"),
 ]
 
-NAMES = [problem.name for problem in problems.BENCHMARKS
-         if "gpu" in problem.tags and (problem.q_len == 2048 or problem.name.startswith("ragged"))]
+NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
+           if "gpu" in problem.tags and (problem.q_len == 2048 or problem.q_len % 128)),
+         "causal-d128-s512+gradients", *(f"causal-d{d}-s2048+gradients+deterministic" for d in (64, 128))]
 
 
 @pytest.fixture(scope="module")

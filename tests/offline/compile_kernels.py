@@ -64,13 +64,15 @@ def compile_module(module: bytes, work: Path) -> dict:
                 spill_bytes=number(r"(\d+) bytes spill stores"), advice=sorted(set(re.findall(r"C75\d\d", text))))
 
 
-def lower(name: str, gradients: bool):
-    """A catalogue problem, lowered for an H100 with implementation="hopper"."""
+def lower(name: str, options: list[str]):
+    """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic."""
+    import dataclasses
+
     import jax
 
     from pallas_flash import device, flash_attention
     from pallas_flash.testing import problems
-    problem = problems.find(name)
+    problem = dataclasses.replace(problems.find(name), deterministic="deterministic" in options)
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
@@ -85,16 +87,17 @@ def lower(name: str, gradients: bool):
         results, vjp = jax.vjp(call, q, k, v)
         return vjp(results)
 
+    function = call_with_gradients if "gradients" in options else call
     with device.assume(device.H100):
-        return jax.jit(call_with_gradients if gradients else call).trace(q, k, v).lower(lowering_platforms=("cuda",))
+        return jax.jit(function).trace(q, k, v).lower(lowering_platforms=("cuda",))
 
 
 def main(names: list[str]) -> None:
-    """Each name may end in "+gradients"."""
+    """Each name may end in "+gradients" and "+deterministic"."""
     work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
-        problem, _, gradients = name.partition("+")
-        for module in mosaic_modules(lower(problem, bool(gradients))):
+        problem, *options = name.split("+")
+        for module in mosaic_modules(lower(problem, options)):
             print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
 
 
