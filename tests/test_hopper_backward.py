@@ -25,8 +25,6 @@ CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
 IN_TURN = BackwardSchedule(KvSchedule(dq="shared"))
 OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
-ORDERED = BackwardSchedule(KvSchedule(dq="shared", order="late dq", ordered=True))
-OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
 BEHIND = BackwardSchedule(KvSchedule(num_stages=4, order="behind"), DqSchedule(block_kv=64, k_stages=4, behind=True))
 SPLIT = BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=1))
@@ -40,8 +38,6 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
     "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),
-    "ordered": (ORDERED, dict(q_len=200, kv_len=200, d=128, d_v=128, deterministic=True)),
-    "own-ordered-gqa": (OWN_ORDERED, dict(q_len=200, kv_len=200, d=64, d_v=64, q_heads=2, deterministic=True)),
     "two": (TWO, dict(q_len=150, kv_len=100, d=64, d_v=64, q_heads=2, mask=masks.Causal(-20))),
     "two-behind-float16": (BEHIND, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
                                         dtypes=("float16",))),

@@ -72,8 +72,6 @@ def test_agrees_with_the_oracle(problem):
 
 
 BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
-    "shared-ordered": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", ordered=True))),
-    "own-ordered": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", ordered=True))),
     "shared-in-turn": ((128, 128), BackwardSchedule(KvSchedule(dq="shared"))),
     "shared-late": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", ds_slots=4))),
     "own-in-turn": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),

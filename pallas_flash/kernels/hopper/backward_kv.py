@@ -30,7 +30,6 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.backward_tiles import Walk
-from pallas_flash.kernels.hopper.backward_turns import adds_first, await_turn, pass_turn
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.spec import AttentionSpec
 
@@ -95,16 +94,6 @@ def load(block: Block) -> None:
         grad_tiles.drain(bars[name], s.num_stages, block.walk.steps)
 
 
-def add_piece(block: Block, head: Any, tile: Any, piece: int) -> None:
-    """Starts to add a 64 x 64 piece of a query tile's dq to global memory, or to write it there if it is the first."""
-    source, target = block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece]
-    if block.schedule.ordered:
-        lax.cond(adds_first(block, tile), lambda: plgpu.copy_smem_to_gmem(source, target),
-                 lambda: grad_products.add_to_global(source, target))
-    else:
-        grad_products.add_to_global(source, target)
-
-
 def add_dq(block: Block) -> None:
     """Adds the compute warpgroups' pieces of dq to global memory, step by step."""
     pieces, steps = block.schedule.warpgroups, block.walk.steps
@@ -119,17 +108,12 @@ def add_dq(block: Block) -> None:
 
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         head, tile = at
-        if block.schedule.ordered:
-            await_turn(block, head, tile)
         for piece in range(pieces):
             plgpu.barrier_wait(block.bars["dq_full"].at[piece])
-            add_piece(block, head, tile, piece)
+            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
         for piece in range(pieces):
             plgpu.wait_smem_to_gmem(pieces - 1 - piece, wait_read_only=True)
             free(piece, i + 1)
-        if block.schedule.ordered:
-            plgpu.wait_smem_to_gmem(0)
-            pass_turn(block, head, tile, 32)
         return block.walk.next(head, tile)
 
     lax.fori_loop(0, steps, step, block.walk.first)
@@ -449,14 +433,7 @@ def dq_role(block: Block) -> None:
     plgpu.barrier_wait(bars["kv_full"])
     pieces = schedules.dq_pieces(spec, s)
 
-    def pass_last(i: Any, at: tuple[Any, Any]) -> None:  # late, so that nobody waits for the memory
-        @pl.when(i > 0)
-        def _() -> None:
-            plgpu.wait_smem_to_gmem(0)
-            pass_turn(block, *at, barriers.WARPGROUP)
-
-    def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        at, last = carry
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         slot = lax.rem(i, s.ds_slots)
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
@@ -465,20 +442,14 @@ def dq_role(block: Block) -> None:
             dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
-            if s.ordered and piece == 0:
-                pass_last(i, last)
             plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
             grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[piece])
-            head, tile = at
-            if s.ordered and piece == 0:
-                await_turn(block, head, tile)
             plgpu.commit_smem()
-            add_piece(block, head, tile, piece)
-        return block.walk.next(*at), at
+            head, tile = at
+            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
+        return block.walk.next(*at)
 
-    _, last = lax.fori_loop(0, block.walk.steps, step, (block.walk.first, block.walk.first))
-    if s.ordered:
-        pass_last(block.walk.steps, last)
+    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
     meet(block)
     plgpu.wait_smem_to_gmem(0)
 
@@ -519,19 +490,16 @@ def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> B
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout and the padded statistics, and in the fused form of one more.
-
-    It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
-    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds; where they take turns, one to zeros, (batch,
-    q_heads, q_tiles) int32, and the sums are returned, too.
+    """The kernel of a spec: a function of q, k, v, dout, the padded statistics, and in the fused form of a reference to
+    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds. It returns dk and dv in the spec's layout.
     """
     smem, bars = scratch(spec, schedule)
-    fused, ordered = schedule.dq != "none", schedule.ordered
+    fused = schedule.dq != "none"
 
     def attention_backward_kv(*refs: Any) -> None:
-        names = ["q", "k", "v", "dout", "stats", *["turns" if ordered else "dq"] * fused, "dk", "dv", *["dq"] * ordered]
-        *arrays, smem, bars = refs
-        block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
+        *arrays, dk, dv, smem, bars = refs
+        names = ("q", "k", "v", "dout", "stats", "dq")[:len(arrays)]
+        block = block_of(spec, schedule, (dict(zip(names, arrays), dk=dk, dv=dv), smem, bars))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -548,10 +516,14 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
             load_role(block)
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
-    sums = [jax.ShapeDtypeStruct(schedules.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
-        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums), scratch_types=(smem, bars),
+        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
         grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+
+    def run(q: Any, k: Any, v: Any, dout: Any, stats: Any, *dq: Any) -> tuple[jax.Array, ...]:
+        assert len(dq) == fused
+        return tuple(kernel(q, k, v, dout, stats, *dq))
+
+    return run

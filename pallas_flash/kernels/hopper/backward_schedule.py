@@ -41,7 +41,6 @@ class KvSchedule:
       order: "in turn": each step ends with its products; "late dq" (with dq="shared"): a tile's dq is multiplied one
         step later, so that the warpgroups need not meet; "behind": a tile's dk and dv are multiplied during the next
         tile's softmax.
-      ordered: blocks take turns at adding to dq (`backward_turns`), so that gradients repeat bit by bit.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
     """
@@ -52,7 +51,6 @@ class KvSchedule:
     dq: Literal["none", "shared", "own"] = "none"
     ds_slots: int = 2
     order: Literal["in turn", "late dq", "behind"] = "in turn"
-    ordered: bool = False
     pinned: bool = True
     opaque: bool = True
     section_bytes: int = 32 << 20
@@ -90,7 +88,6 @@ class SplitSchedule:
     block_kv = ROWS
     warpgroups = 2
     dq = "none"
-    ordered = False
     pinned = False
     registers = (240, 24)
 
@@ -219,7 +216,6 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.order in ("in turn", "late dq", "behind"), f"{s.order=} is for wide heads"),
         (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
         (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
-        (not s.ordered or (s.dq != "none" and has_order(spec, s)), f"{s.ordered=} needs dq, and tiles in one order"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )
 
@@ -246,8 +242,7 @@ def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limi
     kv, dq = schedule.kv, schedule.dq
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
-             (not (schedule.fused and spec.deterministic) or kv.ordered,
-              "deterministic gradients need turns, or the form of two kernels")]
+             (not (schedule.fused and spec.deterministic), "deterministic gradients need the form of two kernels")]
     rules += [] if dq is None else _dq_rules(spec, dq)
     for s in (kv, dq):
         if s is not None:
@@ -333,26 +328,11 @@ def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
 
 
 @functools.lru_cache(maxsize=256)
-def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
-    """Whether the key tiles whose blocks come to a query tile are an interval, not empty, that ends where the mask
-    says: then a block's place in the order is known from its number.
-    """
-    kv_count, q_count = tiles.cdiv(spec.kv_len, s.block_kv), tiles.cdiv(spec.q_len, s.block_q)
-    start, _, _, stop = (np.broadcast_to(np.asarray(x), (kv_count,)) for x in q_range(spec, s, np.arange(kv_count)))
-    q_tile = np.arange(q_count)
-    last = np.broadcast_to(np.asarray(kv_range(spec, s, q_tile).stop), (q_count,)) - 1
-    needs = (start[None] <= q_tile[:, None]) & (q_tile[:, None] < stop[None])  # (q tiles, key tiles)
-    count, first = needs.sum(axis=1), needs.argmax(axis=1)
-    return bool(np.all((count > 0) & (last == first + count - 1) & needs[q_tile, np.clip(last, 0, kv_count - 1)]))
-
-
-@functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     """The blocks of a kernel that keeps key tiles."""
     count = tiles.cdiv(spec.kv_len, s.block_kv)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
-    work = _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
-    return work._replace(ascending=False) if s.ordered else work
+    return _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
 
 
 @functools.lru_cache(maxsize=256)
