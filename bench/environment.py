@@ -32,9 +32,17 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _commit() -> tuple[str, bool]:
-    """The commit of the working tree (BENCH_COMMIT where there is no .git), and whether the code differs from it."""
-    commit = os.environ.get("BENCH_COMMIT") or _output("git", "rev-parse", "HEAD") or "unknown"
+def _commit() -> tuple[str, bool | None]:
+    """The commit of the code, and whether the code differs from it; None where that cannot be told.
+
+    A machine that has the files but not their history is told both in the variable BENCH_COMMIT: the commit, and a "+"
+    after it if the files differ. Without it the commit is "unknown" there.
+    """
+    if told := os.environ.get("BENCH_COMMIT"):
+        return told.rstrip("+"), told.endswith("+")
+    commit = _output("git", "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:  # no git, no repository, or one without commits, to which every file would look changed
+        return "unknown", None
     return commit, bool(_output("git", "status", "--porcelain", "--", "pallas_flash", "torch_bridge", "bench/*.py"))
 
 

@@ -140,6 +140,16 @@ def jax_nn():
     return next(c for c in contestants.PEERS if c.name == "jax-nn")
 
 
+def test_the_commit_where_there_is_no_history(monkeypatch):
+    """A machine without the history recorded "HEAD", and every file as changed."""
+    monkeypatch.setattr(environment, "_output", lambda *command: "")
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert environment._commit() == ("unknown", None)
+    for told, expected in (("0123abc", ("0123abc", False)), ("0123abc+", ("0123abc", True))):
+        monkeypatch.setenv("BENCH_COMMIT", told)
+        assert environment._commit() == expected
+
+
 @pytest.fixture(scope="module")
 def measured():
     """Records of a real run of a small problem on this machine, and what was left out."""
