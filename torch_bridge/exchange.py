@@ -26,7 +26,8 @@ from pallas_flash import autodiff, compat, device, dispatch, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from torch_bridge import lifetime, streams, strides, views
 
-__all__ = ["ALIGNMENT", "Plan", "backward", "copy_reason", "double_backward", "forward", "jax_device", "plan_for"]
+__all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
+           "gradients", "jax_device", "lse_tensor", "plan_for"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""
@@ -187,7 +188,7 @@ def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Varia
 @functools.lru_cache(maxsize=_MAX_PLANS)
 def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
     def gradients(needs: tuple[bool, ...], *arrays: Any) -> Any:
-        operands, (out, lse, *cotangents) = _operands(spec, arrays)
+        operands, (out, *cotangents, lse) = _operands(spec, arrays)
         dout, dlse = _cotangents(cotangents, needs[4:], out, lse)
         grads = autodiff.backward(spec, name, operands, out, lse, dout, dlse)
         return tuple(grad for grad, needed in zip(grads, needs[:4], strict=True) if needed)
@@ -223,7 +224,7 @@ def _sharable(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_neg()
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT[tensor.device.type] else tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] else tensor
 
 
 def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
@@ -256,14 +257,18 @@ def _arrays(tensors: Sequence[torch.Tensor], where: jax.Device) -> list[jax.Arra
 
 
 def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor],
-         others: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The results of a jitted function of these tensors."""
+         others: Sequence[torch.Tensor | None], known: Sequence[jax.Array] = (), num_kept: int = 0) -> list[Any]:
+    """The results of a jitted function of these tensors, and of JAX's own arrays after them.
+
+    The last `num_kept` results stay arrays. torch's stream waits for them as well: when it may go on, everything has
+    been read.
+    """
     query = q_like[0]
     tensors = _shared(plan.layout, q_like, others)
     try:
         with _precision(query):  # also for the import: JAX 0.12's would round float64
-            results = function(*_arrays(tensors, plan.device))
-        return _tensors(results, query.device)  # `tensors`, copies among them, live until torch's stream waits
+            results = function(*_arrays(tensors, plan.device), *known)
+        return _tensors(results, query, num_kept)  # `tensors`, copies among them, live until torch's stream waits
     except BaseException:
         if query.is_cuda:  # torch's stream does not wait then, and the computation may have begun
             torch.cuda.synchronize(query.device)
@@ -279,11 +284,16 @@ def _check_no_capture(query: torch.Tensor) -> None:
 # --- tensors from arrays ---------------------------------------------------------------------------------------------
 
 
-def _tensors(arrays: Sequence[jax.Array], device: torch.device) -> list[torch.Tensor]:
-    if device.type == "cpu":
-        return [from_dlpack(array.__dlpack__()) for array in arrays]
-    stream = streams.current(device.index or 0)
-    return [lifetime.export(array, stream) for array in arrays]
+def _tensors(arrays: Sequence[jax.Array], like: torch.Tensor, num_kept: int = 0) -> list[Any]:
+    """Tensors of arrays, the last `num_kept` left as they are, for torch's current stream on the device of `like`."""
+    count = len(arrays) - num_kept
+    if like.is_cpu:
+        return [*(from_dlpack(array.__dlpack__()) for array in arrays[:count]), *arrays[count:]]
+    stream = streams.current(like.device.index or 0)
+    tensors = [lifetime.export(array, stream) for array in arrays[:count]]
+    for array in arrays[count:]:
+        lifetime.order(array, stream)
+    return [*tensors, *arrays[count:]]
 
 
 def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
@@ -301,11 +311,32 @@ def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor
 def forward(problem: Problem, numbers: Numbers, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """out (batch, q_heads, q_len, d_v), stored as query is, and lse (batch, q_heads, q_len), or (0,) if not needed."""
     query = problem[0]
-    _check_no_capture(query)
+    if not needs_lse:
+        return attend(problem, numbers), query.new_empty((0,), dtype=strides.lse_dtype(query))
+    out, lse = attend_saving(problem, numbers, num_kept=0)
+    return out, lse
+
+
+def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
+    """`forward`'s out alone."""
+    _check_no_capture(problem[0])
     plan = plan_for(problem, numbers)
-    out, *lse = _run(plan, plan.forward[needs_lse], problem[:3], problem[3:])
-    out = _with_strides(_in_layout(out, plan.layout), plan.out_strides)
-    return out, lse[0] if lse else query.new_empty((0,), dtype=strides.lse_dtype(query))
+    (out,) = _run(plan, plan.forward[False], problem[:3], problem[3:])
+    return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
+
+
+def attend_saving(problem: Problem, numbers: Numbers, num_kept: int = 1) -> tuple[torch.Tensor, Any]:
+    """`forward`'s out, and its lse as an array of JAX (a tensor if nothing is kept) for `gradients`."""
+    _check_no_capture(problem[0])
+    plan = plan_for(problem, numbers)
+    out, lse = _run(plan, plan.forward[True], problem[:3], problem[3:], num_kept=num_kept)
+    return _with_strides(_in_layout(out, plan.layout), plan.out_strides), lse
+
+
+def lse_tensor(lse: jax.Array, like: torch.Tensor) -> torch.Tensor:
+    """`attend_saving`'s lse as a tensor, on the device of `like`."""
+    (tensor,) = _tensors((lse,), like)
+    return tensor
 
 
 def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor],
@@ -318,15 +349,35 @@ def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor]
       cotangents: dout and dlse; None is zero.
       needs: which gradients are needed.
     """
-    query, _, _, *others, bias, seed = problem
-    (out, lse), (dout, dlse) = results, cotangents
-    _check_no_capture(query)
+    out, lse = results
+    grads = _gradients(problem, numbers, out, (*cotangents, lse), (), (*needs, *(x is not None for x in cotangents)))
+    return tuple(problem[0].new_empty((0,)) if grad is None else grad for grad in grads)
+
+
+def gradients(problem: Problem, numbers: Numbers, results: tuple[torch.Tensor, jax.Array], dout: torch.Tensor,
+              needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """`backward` with the results of `attend_saving`; None in place of the gradients that are not needed."""
+    out, lse = results
+    return _gradients(problem, numbers, out, (dout,), (lse,), (*needs, True, False))
+
+
+def _gradients(problem: Problem, numbers: Numbers, out: torch.Tensor, others: Sequence[torch.Tensor | None],
+               known: Sequence[jax.Array], needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """(dq, dk, dv, dbias), or None.
+
+    Args:
+      problem, numbers, out: the forward's.
+      others, known: dout, dlse and lse in this order: tensors, arrays.
+      needs: which gradients are needed, and which of dout and dlse are given.
+    """
+    _check_no_capture(problem[0])
     plan = plan_for(problem, numbers)
-    out, dout = _in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout)
-    needs = (*needs[:3], needs[3] and bias is not None)
-    gradients = plan.backward[*needs, dout is not None, dlse is not None]
-    rest = iter(_run(plan, gradients, problem[:3], (*others, bias, seed, out, lse, dout, dlse)))
-    return tuple(_gradient(next(rest), i, plan) if needed else query.new_empty((0,)) for i, needed in enumerate(needs))
+    if problem[4] is None:
+        needs = (*needs[:3], False, *needs[4:])
+    dout, *others = others
+    moved = (_in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout))
+    rest = iter(_run(plan, plan.backward[tuple(needs)], problem[:3], (*problem[3:], *moved, *others), known))
+    return tuple(_gradient(next(rest), i, plan) if needed else None for i, needed in enumerate(needs[:4]))
 
 
 def _gradient(grad: torch.Tensor, i: int, plan: Plan) -> torch.Tensor:

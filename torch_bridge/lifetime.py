@@ -28,7 +28,7 @@ from torch.utils.dlpack import from_dlpack
 from pallas_flash import compat
 from torch_bridge import streams
 
-__all__ = ["collect", "export", "held_exports"]
+__all__ = ["collect", "export", "held_exports", "order"]
 
 _BATCH = 8  # tensors
 _LARGE = 4 * 2**20  # bytes
@@ -67,13 +67,16 @@ def export(array: Any, stream: Any) -> torch.Tensor:
     """A tensor over the memory of a GPU array, ordered after it on `stream`, torch's current stream on its device."""
     capsule = compat.to_dlpack(array, stream.cuda_stream or 1)  # 1 is CUDA's name for the default stream
     address = _capsule_pointer(capsule, b"dltensor")
+    tensor = from_dlpack(capsule)  # it looks for the deleter in the struct when it needs it
     deleter = ctypes.c_void_p.from_address(address + _DELETER)
-    new = _exported[address] = _Export(address, deleter.value or 0, stream.device_index, True)
+    _exported[address] = _Export(address, deleter.value or 0, stream.device_index, tensor.nbytes >= _LARGE)
     deleter.value = _on_release_pointer
-    tensor = from_dlpack(capsule)
-    if tensor.nbytes < _LARGE:
-        _exported[address] = new._replace(is_large=False)
     return tensor
+
+
+def order(array: Any, stream: Any) -> None:
+    """Lets `stream`, torch's current stream, wait for a GPU array that torch is not given."""
+    compat.to_dlpack(array, stream.cuda_stream or 1)
 
 
 def collect(device_index: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from torch_bridge import strides
 
-__all__ = ["attention", "attention_backward", "attention_double_backward", "functional_attention"]
+__all__ = ["attention", "attention_backward", "attention_double_backward", "exchange", "functional_attention"]
 
 NAMESPACE = "pallas_flash"
 PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? seed"
@@ -43,10 +43,10 @@ attention_double_backward = torch.ops.pallas_flash.attention_double_backward.def
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def _exchange() -> Any:
+def exchange() -> Any:
     """The module that imports JAX, when the first call needs it."""
-    from torch_bridge import exchange
-    return exchange
+    from torch_bridge import exchange as module
+    return module
 
 
 def _is_empty(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -58,21 +58,21 @@ def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_empty(args[0], args[2]):
         out, lse = _fake_attention(*args)
         return out.zero_(), lse.fill_(-torch.inf)
-    return _exchange().forward(args[:6], args[6:10], args[10])
+    return exchange().forward(args[:6], args[6:10], args[10])
 
 
 def _attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     *_, dout, dlse, needs = args
     if _is_empty(args[0], args[2]) or (dout is None and dlse is None):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    return _exchange().backward(args[:6], args[6:10], args[10:12], (dout, dlse), needs)
+    return exchange().backward(args[:6], args[6:10], args[10:12], (dout, dlse), needs)
 
 
 def _attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     _require_float64(args[0])
     if _is_empty(args[0], args[2]):
         return tuple(grad.zero_() for grad in _fake_attention_double_backward(*args))
-    return _exchange().double_backward(args[:6], args[6:10], args[10:14], args[14:])
+    return exchange().double_backward(args[:6], args[6:10], args[10:14], args[14:])
 
 
 for _key in ("CPU", "CUDA"):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_bridge import ops
+from torch_bridge import eager
 
 __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
@@ -65,10 +65,10 @@ def scaled_dot_product_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
-    needs_lse = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
-                                             or (bias is not None and bias.requires_grad))
-    out, _ = ops.functional_attention(query, key, value, mask, bias, seed, causal_offset, scale, dropout_p,
-                                      torch.are_deterministic_algorithms_enabled(), needs_lse)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
+                                              or (bias is not None and bias.requires_grad))
+    out = eager.attend((query, key, value, mask, bias, seed),
+                       (causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), needs_grad)
     return out if out_shape is None else out.reshape(out_shape)
 
 
