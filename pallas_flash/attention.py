@@ -35,7 +35,8 @@ def flash_attention(
       bias: added to the scores, broadcastable to (batch, q_heads, q_len, kv_len); -inf masks. It has a gradient.
       segment_ids: integers (batch, length), or a pair of them for queries and keys: tokens attend within their
         segment; ids below 0 are padding.
-      q_lengths, kv_lengths: integers (batch,): positions from there on are padding, whatever they hold.
+      q_lengths, kv_lengths: integers (batch,): positions from there on are padding, whatever they hold. Under `jit`
+        of sharded inputs, lengths and segments cost an all-reduce of tile bounds; under `shard_map` nothing.
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
@@ -66,7 +67,7 @@ def flash_attention(
                        q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
-    where = device.current(problem.operands)
+    where = problem.where(spec, dropout_rng)
     decision = dispatch.decide(spec, where, implementation)
     seed = _dropout_seed(spec, dropout_rng)
     operands = _arrays(problem.operands)._replace(dropout_seed=seed)
@@ -88,12 +89,11 @@ def explain(
     Only shapes, dtypes and the device count, which is found as for `flash_attention`: arrays may be
     `jax.ShapeDtypeStruct`s. Nothing is computed.
     """
-    del dropout_rng
     problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
                        q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                         deterministic=deterministic)
-    return dispatch.explain(spec, device.current(problem.operands), implementation)
+    return dispatch.explain(spec, problem.where(spec, dropout_rng), implementation)
 
 
 def dot_product_attention(
@@ -175,6 +175,10 @@ class _Problem(NamedTuple):
     def spec(self, **numbers: Any) -> AttentionSpec:
         q, k, v, bias, mask, _ = self.operands
         return AttentionSpec.of(q, k, v, layout=self.layout, mask=mask, bias=bias, **numbers)
+
+    def where(self, spec: AttentionSpec, dropout_rng: Any) -> device.Device:
+        """Where the call runs: a dropout key that is used counts like the other arrays."""
+        return device.current((self.operands, dropout_rng if spec.dropout_rate else None))
 
 
 def _problem(inputs: _Inputs, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any) -> _Problem:
@@ -281,7 +285,7 @@ def _check_shards(operands: Operands) -> None:
     """Raises where shards under `shard_map` share a seed: each counts batch and heads from 0 and would drop alike."""
     if operands.dropout_seed is None:
         return
-    sharded, seeds = (frozenset[str]().union(*map(compat.varying_axes, arrays))
+    sharded, seeds = ({axis for x in arrays for axis in compat.varying_axes(x) if jax.lax.axis_size(axis) > 1}
                       for arrays in (operands[:3], [operands.dropout_seed]))
     if shared := tuple(sorted(sharded - seeds)):
         raise errors.invalid(

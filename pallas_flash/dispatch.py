@@ -82,7 +82,10 @@ class Decision:
     def _why_not(self, row: Implementation) -> str:
         if self.reasons[row.name]:
             return "; ".join(self.reasons[row.name])
-        return "it could run, but another comes first" if row.automatic else "it runs only when it is named"
+        if not row.automatic:
+            return "it runs only when it is named"
+        comes_first = IMPLEMENTATIONS.index(row) < IMPLEMENTATIONS.index(self.implementation)
+        return f"it could run, but another {'is named' if comes_first else 'comes first'}"
 
 
 def get(name: str) -> Implementation:

@@ -227,10 +227,12 @@ def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
         real = isinstance(x, numbers.Real) and not isinstance(x, bool)
         return real and bool(x <= LARGEST_NUMBER and not x < smallest)
     rules = (
-        (scale is None or is_number(scale), "scale must be a finite Python number or None", f"{scale=}",
+        (scale is None or is_number(scale),
+         f"scale must be a Python number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{scale=}",
          "for a traced scale, multiply the query with it and pass scale=1.0"),
-        (softcap is None or is_number(softcap, 1 / LARGEST_NUMBER), "softcap must be a positive Python number or None",
-         f"{softcap=}", "pass None for no cap"),
+        (softcap is None or is_number(softcap, 1 / LARGEST_NUMBER),
+         f"softcap must be a Python number from {1 / LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{softcap=}",
+         "pass None for no cap"),
         (is_number(dropout_rate) and 0 <= dropout_rate <= 1, "dropout_rate must be a Python number in [0, 1]",
          f"{dropout_rate=}", "pass the probability of dropping an entry"),
     )

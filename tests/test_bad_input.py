@@ -254,12 +254,12 @@ OTHER_ARRAYS = {
 
 NUMBERS = {
     **{f"scale={value!r}": (
-        dict(scale=value), f"scale must be a finite Python number or None, got scale={value!r}. "
+        dict(scale=value), f"scale must be a Python number from -1e+30 to 1e+30, or None, got scale={value!r}. "
                            "For a traced scale, multiply the query with it and pass scale=1.0.")
        for value in (float("nan"), float("inf"), 1e39, 10**400, "1", True, 1j, np.ones(2))},
     **{f"softcap={value!r}": (
         dict(softcap=value),
-        f"softcap must be a positive Python number or None, got softcap={value!r}. Pass None for no cap.")
+        f"softcap must be a Python number from 1e-30 to 1e+30, or None, got softcap={value!r}. Pass None for no cap.")
        for value in (0, -1.0, 1e-39, 1e39, float("nan"), float("inf"), "30")},
     **{f"dropout_rate={value!r}": (
         dict(dropout_rate=value), f"dropout_rate must be a Python number in [0, 1], got dropout_rate={value!r}. "
@@ -370,8 +370,8 @@ def test_shapes_without_values_are_for_explain(name, keywords):
 
 
 @pytest.mark.parametrize(("name", "must"), [
-    ("scale", "scale must be a finite Python number or None"),
-    ("softcap", "softcap must be a positive Python number or None"),
+    ("scale", "scale must be a Python number from -1e+30 to 1e+30, or None"),
+    ("softcap", "softcap must be a Python number from 1e-30 to 1e+30, or None"),
     ("dropout_rate", "dropout_rate must be a Python number in [0, 1]"),
 ])
 def test_traced_numbers(name, must):

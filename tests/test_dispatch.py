@@ -141,7 +141,8 @@ def test_explain_says_what_runs_and_why_not_the_others(table):
         "  not 'reference': it runs only when it is named",
     ]
     assert "not 'xla': it could run, but another comes first" in dispatch.explain(spec(), device.H100)
-    assert dispatch.explain(spec(), device.H100, "xla").count("not 'picky': it could run") == 1
+    # Regression: of the first of all implementations it was said that the one named comes before it.
+    assert "not 'picky': it could run, but another is named" in dispatch.explain(spec(), device.H100, "xla")
 
 
 def test_explain_of_a_refusal(table):
@@ -213,6 +214,15 @@ def test_the_device_of_committed_arrays_counts(gpu_first, call, where):
     yet."""
     call(jax.device_put(jnp.ones((2, 4, 2, 8)), jax.devices()[1]))
     assert set(gpu_first) == {where}
+
+
+def test_the_place_of_the_dropout_key_counts(gpu_first):
+    """Regression: the call ran where the key lies, but was decided for JAX's first device."""
+    q, rng = jnp.ones((1, 5, 1, 3)), jax.device_put(jax.random.key(0), jax.devices()[1])
+    flash_attention(q, q, q, dropout_rate=0.5, dropout_rng=rng)
+    assert "on cpu" in explain(q, q, q, dropout_rate=0.5, dropout_rng=rng)
+    flash_attention(q, q, q, dropout_rng=rng)  # not used
+    assert gpu_first == ["cpu", "cpu", "gpu"]
 
 
 def test_arrays_that_may_move_run_on_the_default_device(gpu_first):

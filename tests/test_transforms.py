@@ -318,6 +318,19 @@ def test_shard_map():
     assert_agree(compiled(Q, KEY, V, DOUT), results(Q, KEY, V, DOUT))
 
 
+def test_lengths_of_shards():
+    """Under jit devices agree on the bounds of their loops; under shard_map each has its own."""
+    def call(q, k, v, dout, lengths):
+        return results(q, k, v, dout, kv_lengths=lengths)
+    place, lengths = PLACES["batch"], jnp.arange(B, dtype=jnp.int32) * 4
+    arrays = placed(mesh(), [place] * 5, (Q, KEY, V, DOUT, lengths))
+    shared = jax.jit(call).lower(*arrays).compile()
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh(), in_specs=place, out_specs=place)).lower(*arrays).compile()
+    assert [collectives(shared), collectives(mapped)] == [["all-reduce"], []]
+    for found in (shared(*arrays), mapped(*arrays)):
+        assert_agree(found, call(Q, KEY, V, DOUT, lengths))
+
+
 @pytest.mark.parametrize("folded", [(), ("x",)])
 def test_shards_that_would_drop_alike_are_refused(folded):
     """Regression: with one key for all, each shard drew the bits of the first."""
@@ -331,6 +344,14 @@ def test_shards_that_would_drop_alike_are_refused(folded):
             f"got axes of query, key and value=['x', 'y'], axes of dropout_rng={list(folded)}. Fold the shard in: "
             f"jax.random.fold_in(dropout_rng, jax.lax.axis_index({missing})).")):
         jax.shard_map(call, mesh=mesh(), in_specs=(place, P()), out_specs=place)(Q, jax.random.key(0))
+
+
+def test_one_shard_needs_no_key_of_its_own():
+    """Regression: axes of size 1, over which nothing is shared, were refused too."""
+    where, rng = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2), jax.random.key(0)
+    call = lambda q, rng: attention(q, q, q, dropout_rate=0.5, dropout_rng=rng)
+    place = PLACES["batch and heads"]
+    assert_agree(jax.shard_map(call, mesh=where, in_specs=(place, P()), out_specs=place)(Q, rng), call(Q, rng))
 
 
 def test_shards_drop_apart():
