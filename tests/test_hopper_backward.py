@@ -6,6 +6,7 @@ See `test_hopper_interpret` for what the interpreter lacks.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "two-behind-float16": (BEHIND, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
                                         dtypes=("float16",))),
     "two-softcap": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, softcap=3.0)),
+    "two-tiny-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=1e-40)),  # lse / scale is no float32
     "two-negative-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=-0.2)),
     "split": (SPLIT, dict(q_len=130, kv_len=130, d=256, d_v=256)),
     "split-d192-d128-gqa": (AHEAD, dict(q_len=70, kv_len=130, d=192, d_v=128, q_heads=2, mask=masks.Causal(60))),
@@ -82,6 +84,33 @@ def test_kernels_agree_with_the_oracle(name):
     found = interpreted(schedule, spec, operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("d", range(8, 257, 8))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_default_is_legal(d, deterministic):
+    for d_v, length in itertools.product((8, 64, 72, 128, 192, 256), (100, 2000)):
+        problem = Problem("any", "sizes", q_len=length, kv_len=length, d=d, d_v=d_v, mask=CAUSAL,
+                          deterministic=deterministic, dtypes=("bfloat16",), **SMALL)
+        spec = problem.spec()
+        assert schedules.backward_problems(spec, schedules.default_backward(spec), 232_448) == []
+
+
+DEADLOCKS = {  # a slot that is freed one step later, and only one of them
+    "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", order="late dq", ds_slots=1))),
+    "own-behind": (64, BackwardSchedule(KvSchedule(dq="own", order="behind", num_stages=1))),
+    "dq-behind": (64, BackwardSchedule(KvSchedule(), DqSchedule(behind=True, k_stages=1))),
+    "split-behind": (64, BackwardSchedule(SplitSchedule(order="behind", num_stages=1), DqSchedule())),
+}
+
+
+@pytest.mark.parametrize("name", DEADLOCKS)
+def test_schedules_that_would_wait_for_themselves_are_illegal(name):
+    d, schedule = DEADLOCKS[name]
+    spec = Problem(name, "deadlocks", q_len=300, kv_len=300, d=d, d_v=d, mask=CAUSAL, dtypes=("bfloat16",),
+                   **SMALL).spec()
+    (problem,) = schedules.backward_problems(spec, schedule, 232_448)
+    assert "=1 to be 2" in problem
 
 
 @pytest.mark.parametrize("array", ["k", "v"])

@@ -52,6 +52,7 @@ CASES = {
     "one-stage": Case(300, 300, dict(warpgroups=2, block_kv=32, num_stages=1, query_buffers=1)),
     "softcap": Case(100, 100, dict(warpgroups=1, block_kv=64), softcap=3.0),
     "negative-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=-0.2),
+    "tiny-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=1e-46),
     "large-scores": Case(300, 300, dict(warpgroups=2, block_kv=32), scale=3.0),
     "large-scores-with-slack": Case(300, 300, dict(warpgroups=2, block_kv=32, exact_keys=100), scale=3.0),
     "float16": Case(100, 100, dict(warpgroups=1, block_kv=64, slack=0.0), dtype="float16"),

@@ -9,7 +9,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
-from pallas_flash import device
+from pallas_flash import autodiff, device
+from pallas_flash.spec import AttentionSpec, Operands
 
 Q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
 STACKED = jax.ShapeDtypeStruct((3, *Q.shape), Q.dtype)
@@ -62,3 +63,12 @@ def kernels(name):
 def test_each_kernel_is_lowered_once(name):
     backward = ["attention_backward_finish", "attention_backward_kv", "attention_backward_prepare"]
     assert kernels(name) == (backward if name in DIFFERENTIATED else []) + ["attention_forward"]
+
+
+def test_a_mapped_call_is_for_the_device_it_was_traced_for():
+    """vmap maps a jitted program after `where` was left behind, and asked JAX's first device for its SMs: a CPU has
+    none.
+    """
+    spec = AttentionSpec.of(Q, Q, Q, mask=pf.Causal())
+    run = lambda *qkv: autodiff.forward(spec, "hopper", Operands(*qkv, mask=pf.Causal()), where=device.H100)
+    jax.jit(jax.vmap(run)).trace(STACKED, STACKED, STACKED).lower(lowering_platforms=("cuda",))

@@ -215,7 +215,9 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
         (s.order in ("in turn", "late dq", "behind"), f"{s.order=} is for wide heads"),
         (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
+        (s.order != "late dq" or s.ds_slots > 1, f"{s.order=} needs {s.ds_slots=} to be 2 or 4"),
         (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
+        (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )
 
@@ -224,6 +226,7 @@ def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> tuple[tuple[bool, str
     return ((s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
             (s.p_slots in (1, 2, 4), f"{s.p_slots=} must be 1, 2 or 4"),
             (s.order in ("in turn", "ahead", "behind"), f"{s.order=} is for narrow heads"),
+            (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
             (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
 
 
@@ -233,6 +236,7 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> tuple[tuple[bool, str], ...
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
         (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
         (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (not s.behind or s.k_stages > 1, f"{s.behind=} needs {s.k_stages=} to be 2 or more"),
         (held + 16 <= s.registers[0], f"dq and scores need {held} registers a thread of {s.registers[0]}"),
     )
 

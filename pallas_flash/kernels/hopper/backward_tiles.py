@@ -1,8 +1,8 @@
 """What the backward kernels share: the walk over tiles, tiles in global memory, weights from scores.
 
 The statistics of a query are two numbers. With `starts_at_lse`, the scores' accumulator starts at -lse / scale, so that
-P = exp2(scale log2(e) S) needs no subtraction; otherwise (softcap, scale <= 0) it starts at 0 and lse log2(e) is
-subtracted.
+P = exp2(scale log2(e) S) needs no subtraction; otherwise (softcap, scale <= 0 or too small to divide by) it starts at 0
+and lse log2(e) is subtracted.
 The accumulator of dP always starts at -delta, so that dS = P * dP.
 """
 
@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.hopper.schedule import CHUNK, SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["COMPILER", "Walk", "chunk_of", "drain", "load_tile", "starts_at_lse", "store_tile", "weights"]
@@ -91,7 +91,7 @@ def drain(free: Any, slots: int, steps: Any) -> None:
 
 def starts_at_lse(spec: AttentionSpec) -> bool:
     """Whether the scores' accumulator starts at -lse / scale."""
-    return spec.softcap is None and spec.scale > 0
+    return spec.softcap is None and spec.scale >= SMALLEST_SCALE
 
 
 def masked(s: Any, mask: masks.Mask, first: tuple[Any, Any], keys_dim: int) -> Any:

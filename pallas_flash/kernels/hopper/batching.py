@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_flash import device
+from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["vmappable"]
@@ -19,19 +21,25 @@ __all__ = ["vmappable"]
 
 def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(spec, operands, *arrays)`, where every array has the batch as its leading axis, made mappable by
-    vmap."""
+    vmap.
+
+    JAX may map a program long after it was traced: `device.current()` is then still what it was.
+    """
     @functools.lru_cache(maxsize=1024)
-    def for_spec(spec: AttentionSpec) -> Callable[..., Any]:
-        call = jax.custom_batching.custom_vmap(functools.partial(function, spec))
+    def for_spec(spec: AttentionSpec, where: Device) -> Callable[..., Any]:
+        @jax.custom_batching.custom_vmap
+        def call(*args: Any) -> Any:
+            with device.assume(where):
+                return function(spec, *args)
 
         @call.def_vmap
         def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
             operands, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), args, tuple(in_batched))
-            folded = for_spec(_folded_spec(spec, axis_size, operands))(operands, *arrays)
+            folded = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
             results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), folded)
             return results, jax.tree.map(lambda _: True, results)
         return call
-    return lambda spec, *args: for_spec(spec)(*args)
+    return lambda spec, *args: for_spec(spec, device.current())(*args)
 
 
 def _fold(axis_size: int, batch: int, x: Any, mapped: bool) -> Any:

@@ -11,7 +11,7 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_tiles import Block
-from pallas_flash.kernels.hopper.schedule import ROWS
+from pallas_flash.kernels.hopper.schedule import ROWS, SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Softmax", "across", "column_sums", "first_softmax", "grown", "masked", "rescaled", "scaled"]
@@ -39,7 +39,7 @@ def scaled(spec: AttentionSpec, s: Any) -> tuple[Any, float]:
         # tanh from exp2: the hardware's tanh has 11 bits.  tanh x = 1 - 2 / (e^2x + 1)
         t = 1 - 2 / (jnp.exp2(s * (2 * softmax.LOG2E * spec.scale / spec.softcap)) + 1)
         return t, spec.softcap * softmax.LOG2E
-    if spec.scale <= 0:
+    if spec.scale < SMALLEST_SCALE:
         return s * (spec.scale * softmax.LOG2E), 1.0
     return s, spec.scale * softmax.LOG2E
 
