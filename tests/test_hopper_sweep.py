@@ -79,9 +79,7 @@ BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
     "two-kernels": ((128, 128), BackwardSchedule(KvSchedule(), DqSchedule())),
     "two-kernels-behind": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
                                                       DqSchedule(block_kv=64, k_stages=4, behind=True))),
-    "split-ahead": ((256, 256), BackwardSchedule(SplitSchedule(order="ahead"), DqSchedule(v_stages=1))),
-    "split-in-turn": ((192, 128), BackwardSchedule(SplitSchedule(order="in turn"), DqSchedule())),
-    "split-behind": ((256, 256), BackwardSchedule(SplitSchedule(order="behind"), DqSchedule(v_stages=1))),
+    "split": ((192, 128), BackwardSchedule(SplitSchedule(p_slots=1), DqSchedule())),
 }
 
 

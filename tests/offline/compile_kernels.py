@@ -65,14 +65,16 @@ def compile_module(module: bytes, work: Path) -> dict:
 
 
 def lower(name: str, options: list[str]):
-    """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic."""
+    """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
+    softcap."""
     import dataclasses
 
     import jax
 
     from pallas_flash import device, flash_attention
     from pallas_flash.testing import problems
-    problem = dataclasses.replace(problems.find(name), deterministic="deterministic" in options)
+    problem = dataclasses.replace(problems.find(name), deterministic="deterministic" in options,
+                                  softcap=30.0 if "softcap" in options else None)
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
@@ -93,7 +95,7 @@ def lower(name: str, options: list[str]):
 
 
 def main(names: list[str]) -> None:
-    """Each name may end in "+gradients" and "+deterministic"."""
+    """Each name may end in "+gradients", "+deterministic" and "+softcap"."""
     work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
         problem, *options = name.split("+")

@@ -173,10 +173,14 @@ def gradient_behind(block: Block, rows: Rows) -> Any:
 
 
 def repaired(block: Block, rows: Rows, dq: Any) -> Any:
-    """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN)."""
+    """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN).
+
+    Rows that start from NaN, because they attend to what is not finite, stay NaN: nothing is repaired for them.
+    """
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
-    spoiled = barriers.any_nonfinite_in_warpgroup(dq, products.TILE)
+    hopeless = across(jnp.isnan(rows.lse), block.spec.d)
+    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
     return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
 
 

@@ -74,14 +74,11 @@ class SplitSchedule:
     Attributes:
       num_stages: slots of the ring of query and dout tiles (64 queries each).
       p_slots: slots of the buffer through which P goes.
-      order: "in turn": each step ends with its products; "ahead": a tile's dv is multiplied together with the next
-        tile's scores; "behind": a tile's dv and dk are multiplied together with the next tile's scores and dP.
       section_bytes: see `KvSchedule`.
     """
 
     num_stages: int = 2
     p_slots: int = 2
-    order: Literal["in turn", "ahead", "behind"] = "in turn"
     section_bytes: int = 32 << 20
 
     block_q = 64
@@ -213,7 +210,6 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.ds_slots in (1, 2, 4), f"{s.ds_slots=} must be 1, 2 or 4"),
         (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
-        (s.order in ("in turn", "late dq", "behind"), f"{s.order=} is for wide heads"),
         (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
         (s.order != "late dq" or s.ds_slots > 1, f"{s.order=} needs {s.ds_slots=} to be 2 or 4"),
         (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
@@ -225,8 +221,6 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
 def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> tuple[tuple[bool, str], ...]:
     return ((s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
             (s.p_slots in (1, 2, 4), f"{s.p_slots=} must be 1, 2 or 4"),
-            (s.order in ("in turn", "ahead", "behind"), f"{s.order=} is for narrow heads"),
-            (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
             (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
 
 
@@ -260,18 +254,19 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
 
     Measured, docs/notes/hopper_backward.md, 2026-11-24; head sizes between those of the table: by analogy.
     """
-    widest, short = max(spec.d, spec.d_v), spec.kv_len <= 1024
+    widest, short, capped = max(spec.d, spec.d_v), spec.kv_len <= 1024, spec.softcap is not None
     if not spec.deterministic and spec.d == 64 and spec.d_v <= 64:
-        return BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
+        return BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="in turn" if capped else "behind"))
     if not spec.deterministic and not short and spec.d == 128 and spec.d_v <= 128:
         return BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
-    if widest <= 64:
-        return BackwardSchedule(KvSchedule(warpgroups=3, num_stages=4),
+    if widest <= 64:  # a soft cap takes registers: what is chosen with one is what spills nothing
+        return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
                                 DqSchedule(warpgroups=3, k_stages=4, v_stages=4, behind=True))
     if widest <= 128:
-        return BackwardSchedule(KvSchedule(), DqSchedule(k_stages=4, behind=True))
+        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, behind=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
-    return BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=v_stages))
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
+                                                        v_stages=v_stages))
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------

@@ -47,14 +47,9 @@ def start_of(block: Block, row: int, slot: Any) -> Any:
     return grad_products.spread_columns(stats)
 
 
-def scores_start(block: Block, slot: Any) -> Any:
-    """What S^T of a slot starts from."""
-    return start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
-
-
 def scores(block: Block, slot: Any) -> Any:
     """Issues S^T of a slot, whose query must have come."""
-    start = scores_start(block, slot)
+    start = start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
     return grad_products.scores(start, whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
@@ -112,8 +107,6 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
     return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
 
 
-# -- a step leaves nothing behind ------------------------------------------------------------------------------------
-
 def dv_step(block: Block, step: Step, dv: Any) -> Any:
     """S^T, P^T and dv of a tile."""
     slot = ring_slot(block, step.index)
@@ -140,127 +133,17 @@ def dk_step(block: Block, step: Step, dk: Any) -> Any:
     return dk
 
 
-def in_turn(block: Block, columns: int, one_step: Callable[..., Any]) -> Any:
-    """dk or dv: a sum over the walk's steps."""
+def gradient(block: Block, warpgroup: int) -> Any:
+    """dv (warpgroup 0) or dk (1), in the layout TILE: a sum over the walk's steps."""
+    columns = (block.spec.d_v, block.spec.d)[warpgroup]
+    one_step: Any = (dv_step, dk_step)[warpgroup]
+
     def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         at, acc = carry
         return block.walk.next(*at), one_step(block, Step(i, at[1]), acc)
 
-    return lax.fori_loop(0, block.walk.steps, step, (block.walk.first, grad_products.zeros(columns)))[1]
-
-
-# -- dv, a tile's product together with the next tile's scores -------------------------------------------------------
-
-def first_scores(block: Block) -> Any:
-    plgpu.barrier_wait(block.bars["q_full"].at[0])
-    s = products.ready(scores(block, jnp.int32(0)), 0)
-    free(block, "q", jnp.int32(0))
-    return s
-
-
-def dv_ahead(block: Block) -> Any:
-    """dv: P^T dO of a tile and S^T of the tile after it are in flight together, and done before the next softmax."""
-    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        at, s, dv = carry
-        p = weights_of(block, Step(i, at[1]), s)
-        await_dout(block, i)
-        following = ring_slot(block, i + 1)
-        plgpu.barrier_wait(block.bars["q_full"].at[following])
-        start = scores_start(block, following)
-        dv = add_dv(block, i, p, dv)
-        s = grad_products.scores(start, whole(block, "k"), block.smem["q"].at[following], block.spec.d)
-        dv = products.ready(dv, 1)
-        free(block, "dout", i)
-        s = products.ready(s, 0)
-        free(block, "q", i + 1)
-        return block.walk.next(*at), s, dv
-
-    last = block.walk.steps - 1
-    start = block.walk.first, first_scores(block), grad_products.zeros(block.spec.d_v)
-    at, s, dv = lax.fori_loop(0, last, step, start)
-    p = weights_of(block, Step(last, at[1]), s)
-    await_dout(block, last)
-    dv = products.ready(add_dv(block, last, p, dv), 0)
-    free(block, "dout", last)
-    return dv
-
-
-# -- a tile's product together with the next tile's scores, and its dP -----------------------------------------------
-
-def dv_step_behind(block: Block, step: Step, last: Any, dv: Any) -> tuple[Any, Any]:
-    """P^T of a tile, while dv of the tile before (`last`: its P^T) is multiplied."""
-    slot = ring_slot(block, step.index)
-    plgpu.barrier_wait(block.bars["q_full"].at[slot])
-    if last is not None:
-        await_dout(block, step.index - 1)
-        dv = add_dv(block, step.index - 1, last, dv)
-    s = scores(block, slot)
-    if last is not None:
-        dv = products.ready(dv, 1)
-        free(block, "dout", step.index - 1)
-    s = products.ready(s, 0)
-    free(block, "q", step.index)
-    return weights_of(block, step, s), dv
-
-
-def dv_end(block: Block, index: Any, p: Any, dv: Any) -> Any:
-    await_dout(block, index)
-    dv = products.ready(add_dv(block, index, p, dv), 0)
-    free(block, "dout", index)
-    return dv
-
-
-def dk_step_behind(block: Block, step: Step, last: Any, dk: Any) -> tuple[Any, Any]:
-    """dS^T of a tile, while dk of the tile before (`last`: its dS^T) is multiplied."""
-    slot = ring_slot(block, step.index)
-    plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
-    start = start_of(block, 1, slot)
-    await_dout(block, step.index)
-    if last is not None:
-        dk = add_dk(block, step.index - 1, last, dk)
-    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
-    if last is not None:
-        dk = products.ready(dk, 1)
-        free(block, "q", step.index - 1)
-    return take_ds(block, step, dp), dk
-
-
-def dk_end(block: Block, index: Any, ds: Any, dk: Any) -> Any:
-    dk = products.ready(add_dk(block, index, ds, dk), 0)
-    free(block, "q", index)
-    return dk
-
-
-def behind(block: Block, columns: int, one_step: Callable[..., Any], end: Callable[..., Any]) -> Any:
-    """dk or dv: a sum over the walk's steps, each product made during the step after."""
-    at = block.walk.first
-    w, acc = one_step(block, Step(jnp.int32(0), at[1]), None, grad_products.zeros(columns))
-
-    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        at, w, acc = carry
-        return block.walk.next(*at), *one_step(block, Step(i, at[1]), w, acc)
-
-    _, w, acc = lax.fori_loop(1, block.walk.steps, step, (block.walk.next(*at), w, acc))
-    return end(block, block.walk.steps - 1, w, acc)
-
-
-def gradient(block: Block, warpgroup: int) -> Any:
-    """dv (warpgroup 0) or dk (1), in the layout TILE."""
-    spec, order = block.spec, block.schedule.order
-    columns = (spec.d_v, spec.d)[warpgroup]
-
-    def run() -> Any:
-        if order == "behind":
-            acc = behind(block, columns, *((dv_step_behind, dv_end), (dk_step_behind, dk_end))[warpgroup])
-        elif order == "ahead" and warpgroup == 0:
-            acc = dv_ahead(block)
-        else:
-            acc = in_turn(block, columns, (dv_step, dk_step)[warpgroup])
-        return plgpu.layout_cast(acc, products.TILE)
-
-    nothing = lambda: plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), products.TILE)
-    empty = schedules.kv_work(spec, block.schedule).empty
-    return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
+    start = block.walk.first, grad_products.zeros(columns)
+    return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], products.TILE)
 
 
 def compute_role(block: Block, warpgroup: int) -> None:

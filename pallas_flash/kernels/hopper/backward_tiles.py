@@ -124,9 +124,9 @@ def weights(spec: AttentionSpec, s: Any, lse_log2: Callable[[], Any], hide: Call
         p, slope = weights(spec, s, lse_log2, hide)
         return p * 2**shift, slope * 2**shift
     if spec.softcap is None:
-        p = jnp.exp2(hide(s * (spec.scale * softmax.LOG2E)) - lse_log2())
+        p = jnp.exp2(hide(s * (spec.scale * softmax.LOG2E) - lse_log2()))
         return p, p
     # tanh x = 1 - 2 / (e^2x + 1) from exp2: the hardware's tanh has 11 bits
     t = 1 - 2 / (jnp.exp2(s * (2 * softmax.LOG2E * spec.scale / spec.softcap)) + 1)
-    p = jnp.exp2(hide(t * (spec.softcap * softmax.LOG2E)) - lse_log2())
+    p = jnp.exp2(hide(t * (spec.softcap * softmax.LOG2E) - lse_log2()))
     return p, jnp.where(p == 0, 0.0, p * (1 - t * t))

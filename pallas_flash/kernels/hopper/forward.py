@@ -148,11 +148,11 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     return Softmax(m_i, l_i + sums, p.astype(block.spec.dtype)), acc
 
 
-def finish(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> None:
-    """out = acc / l and lse, to global memory."""
-    l_i = state.l_i.sum(axis=1)
+def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> None:
+    """out = acc / l and lse, to global memory, from m_i and l_i, (64,)."""
+    m_i, l_i = sums
     head = tile.batch * block.spec.q_heads + tile.head
-    products.store_row_stats(softmax.finish(state.m_i, l_i), block.gmem["lse"], head, rows.first, block.spec.q_len)
+    products.store_row_stats(softmax.finish(m_i, l_i), block.gmem["lse"], head, rows.first, block.spec.q_len)
     out = plgpu.layout_cast(acc, products.TILE) * across(softmax.rescale(l_i), acc.shape[1])
     out = out.astype(block.spec.dtype)
     count = schedules.chunks(block.spec.d_v)
@@ -190,10 +190,11 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     free_values()
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
-    acc = repaired(block, tile, rows, state.m_i, acc)
+    sums = state.m_i, state.l_i.sum(axis=1)
+    acc = repaired(block, tile, rows, sums, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
-    finish(block, tile, rows, state, acc)
+    finish(block, tile, rows, sums, acc)
     if not block.schedule.out_chunks:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])

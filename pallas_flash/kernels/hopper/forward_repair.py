@@ -21,16 +21,22 @@ from pallas_flash.kernels.hopper.schedule import ROWS
 __all__ = ["repaired"]
 
 
-def repaired(block: Block, tile: Tile, rows: Rows, m_i: Any, acc: Any) -> Any:
+def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> Any:
     """acc, (64, d_v) in the layout ACC, or the same sums without what the mask hides, if some element is not finite.
 
-    The query must still be in shared memory. A barrier of the warpgroup.
+    Rows whose sum of weights is NaN stay NaN: nothing is repaired for them. The query must still be in shared memory. A
+    barrier of the warpgroup.
+
+    Args:
+      sums: m_i and l_i, (64,).
     """
+    m_i, l_i = sums
     seen = schedules.steps(block.spec, block.schedule)
     if not (seen.first_masked or seen.later_masked):
         return acc
     acc = plgpu.layout_cast(acc, products.TILE)
-    spoiled = barriers.any_nonfinite_in_warpgroup(acc, products.TILE)
+    hopeless = across(jnp.isnan(l_i), block.spec.d_v)
+    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, acc), products.TILE)
     acc = lax.cond(spoiled, lambda acc: again(block, tile, rows, m_i), lambda acc: acc, acc)
     return plgpu.layout_cast(acc, products.ACC)
 
