@@ -70,7 +70,7 @@ def _speed(found: list[Record], direction: str, path: pathlib.Path) -> pathlib.P
 
 def _memory(found: list[Record], path: pathlib.Path) -> pathlib.Path | None:
     chosen = [dict(r, mib=r["extra_bytes"] / 2**20) for r in found
-              if r["problem"].startswith("cpu-d64") and r["direction"] == "both" and r.get("extra_bytes")]
+              if r.get("problem", "").startswith("cpu-d64") and r["direction"] == "both" and r.get("extra_bytes")]
     if not chosen:
         return None
     figure, axes = _pyplot().subplots(figsize=(5.4, 4.2), layout="constrained")

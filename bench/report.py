@@ -91,6 +91,14 @@ def _host(found: list[Record]) -> str:
     return _table(["microseconds a call", "forward", "forward and backward"], rows) if rows else NOTHING
 
 
+def _bridge(found: list[Record]) -> str:
+    chosen = [r for r in found if r["kind"] in ("bridge-call", "bridge-part") and r["environment"]["platform"] == "gpu"]
+    last = chosen[-1]["environment"]["commit"] if chosen else ""
+    newest = [r for r in chosen if r["environment"]["commit"] == last]
+    rows = [[r["what"], "whole call" if r["kind"] == "bridge-call" else "part", f"{r['host_us']:.0f}"] for r in newest]
+    return _table(["(1, 8, 128, 64) bfloat16", "", "microseconds"], rows) if rows else NOTHING
+
+
 def _cpu(found: list[Record]) -> str:
     newest = records.latest(_on(found, "cpu", "speed"), "problem", "direction", "contestant")
     rows = []
@@ -141,6 +149,7 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "accuracy": ("Relative error, |ours - truth| / |truth|; in brackets over FlashAttention-3's on the same inputs",
                  _accuracy),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
+    "bridge": ("Host time of a call from PyTorch", _bridge),
     "cpu": ("Without a GPU", _cpu),
     "memory": ("Memory besides the inputs", _memory),
     "environment": ("Measured on", _environment),
