@@ -41,7 +41,6 @@ from pallas_flash.kernels.hopper.forward_load import load
 from pallas_flash.kernels.hopper.forward_repair import repaired
 from pallas_flash.kernels.hopper.forward_softmax import (
     Softmax,
-    across,
     column_sums,
     first_softmax,
     grown,
@@ -50,6 +49,7 @@ from pallas_flash.kernels.hopper.forward_softmax import (
     scaled,
 )
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rem, rows_of
+from pallas_flash.kernels.hopper.rows_at_rest import across
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 

@@ -11,10 +11,11 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_tiles import Block
-from pallas_flash.kernels.hopper.schedule import ROWS, SMALLEST_SCALE
+from pallas_flash.kernels.hopper.rows_at_rest import across
+from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Softmax", "across", "column_sums", "first_softmax", "grown", "masked", "rescaled", "scaled"]
+__all__ = ["Softmax", "column_sums", "first_softmax", "grown", "masked", "rescaled", "scaled"]
 
 LOWEST = -3e38
 """Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
@@ -26,11 +27,6 @@ class Softmax(NamedTuple):
     m_i: Any  # (64,), base 2
     l_i: Any  # (64, 8), sums of every eighth column
     p: Any  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
-
-
-def across(x: Any, columns: int) -> Any:
-    """(64,) -> (64, columns)."""
-    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
 def scaled(spec: AttentionSpec, s: Any) -> tuple[Any, float]:
