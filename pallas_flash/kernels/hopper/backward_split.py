@@ -64,27 +64,9 @@ def hand_p_over(block: Block, step: Step, p: Any) -> None:
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
-def ring_slot(block: Block, index: Any) -> Any:
-    return lax.rem(index, block.schedule.num_stages)
-
-
-def free(block: Block, name: str, index: Any) -> None:
-    """Frees the query or the dout of a step, as far as this warpgroup is concerned."""
-    plgpu.barrier_arrive(block.bars[f"{name}_free"].at[ring_slot(block, index)])
-
-
-def add_dv(block: Block, index: Any, p: Any, dv: Any) -> Any:
-    """Issues dv + P^T dO of a step, whose dout must have come."""
-    return products.accumulate(dv, p, block.smem["dout"].at[ring_slot(block, index)])
-
-
-def add_dk(block: Block, index: Any, ds: Any, dk: Any) -> Any:
-    """Issues dk + dS^T Q of a step, whose query must have come."""
-    return products.accumulate(dk, ds, block.smem["q"].at[ring_slot(block, index)])
-
-
-def await_dout(block: Block, index: Any) -> None:
-    plgpu.barrier_wait(block.bars["dout_full"].at[ring_slot(block, index)])
+def free(block: Block, name: str, slot: Any) -> None:
+    """Frees the query or the dout of a slot, as far as this warpgroup is concerned."""
+    plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
 def weights_of(block: Block, step: Step, s: Any) -> Any:
@@ -101,7 +83,7 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
     p = grad_products.load_chunk(block.smem["p"].at[slot, 0])
     dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
     plgpu.barrier_arrive(block.bars["p_free"].at[slot])
-    free(block, "dout", step.index)
+    free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
         dp = dp * 2.0**-SHIFT
     return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
@@ -109,27 +91,27 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
 
 def dv_step(block: Block, step: Step, dv: Any) -> Any:
     """S^T, P^T and dv of a tile."""
-    slot = ring_slot(block, step.index)
+    slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     s = products.ready(scores(block, slot), 0)
-    free(block, "q", step.index)
+    free(block, "q", slot)
     p = weights_of(block, step, s)
-    await_dout(block, step.index)
-    dv = products.ready(add_dv(block, step.index, p, dv), 0)
-    free(block, "dout", step.index)
+    plgpu.barrier_wait(block.bars["dout_full"].at[slot])
+    dv = products.ready(products.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
+    free(block, "dout", slot)
     return dv
 
 
 def dk_step(block: Block, step: Step, dk: Any) -> Any:
     """dP^T, dS^T and dk of a tile."""
-    slot = ring_slot(block, step.index)
+    slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
     start = start_of(block, 1, slot)
-    await_dout(block, step.index)
+    plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
     ds = take_ds(block, step, dp)
-    dk = products.ready(add_dk(block, step.index, ds, dk), 0)
-    free(block, "q", step.index)
+    dk = products.ready(products.accumulate(dk, ds, block.smem["q"].at[slot]), 0)
+    free(block, "q", slot)
     return dk
 
 
