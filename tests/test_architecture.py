@@ -33,7 +33,6 @@ FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
 MOSAIC = "jax.experimental.pallas.mosaic_gpu"
 PRIVATE = "jax._" + "src"
 MAX_LINES = 480  # a file has about 400
-LONG_FILES = {"pallas_flash/kernels/hopper/backward_kv.py"}
 MAX_PARAMETERS = 7
 MANY_PARAMETERS = {
     # public signatures, which name every argument of the problem, and what mirrors them
@@ -154,7 +153,7 @@ def test_importing_pulls_in_neither_frameworks_nor_mosaic():
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_sizes(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES or path.relative_to(ROOT).as_posix() in LONG_FILES, f"{lines} lines: split it"
+    assert lines <= MAX_LINES, f"{lines} lines: split it"
     exempt = MANY_PARAMETERS.get(path.relative_to(ROOT).as_posix(), set())
     counts = parameter_counts(path)
     assert {name: count for name, count in counts.items() if count > MAX_PARAMETERS and name not in exempt} == {}
@@ -168,7 +167,6 @@ def parameter_counts(path):
 
 
 def test_exemptions_are_needed():
-    assert all(len((ROOT / file).read_text().splitlines()) > MAX_LINES for file in LONG_FILES)
     for path in SOURCES:
         exempt = MANY_PARAMETERS.get(path.relative_to(ROOT).as_posix(), set())
         assert exempt <= {name for name, count in parameter_counts(path).items() if count > MAX_PARAMETERS}

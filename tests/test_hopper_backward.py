@@ -26,8 +26,10 @@ from pallas_flash.testing.problems import Problem
 
 CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
-IN_TURN = BackwardSchedule(KvSchedule(dq="shared"))
+ORDERED = BackwardSchedule(KvSchedule(dq="shared", order="late dq", dq_slots=2, ordered=True))
+SLOTS = BackwardSchedule(KvSchedule(dq="shared", order="late dq", dq_slots=2))
 OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
+OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
 BEHIND = BackwardSchedule(KvSchedule(num_stages=4, order="behind"), DqSchedule(block_kv=64, k_stages=4, behind=True))
 SPLIT = BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=1))
@@ -35,7 +37,10 @@ SMALL = dict(batch=1, q_heads=1, kv_heads=1)
 
 CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused": (FUSED, dict(q_len=200, kv_len=200, d=128, d_v=128)),
-    "fused-in-turn-gqa": (IN_TURN, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
+    "fused-slots-gqa": (SLOTS, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
+    "ordered": (ORDERED, dict(q_len=500, kv_len=500, d=128, d_v=128, deterministic=True)),
+    "ordered-own-gqa": (OWN_ORDERED, dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, deterministic=True)),
+    "ordered-own-full": (OWN_ORDERED, dict(q_len=70, kv_len=300, d=64, d_v=64, mask=masks.Full(), deterministic=True)),
     "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
     "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),

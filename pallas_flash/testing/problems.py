@@ -267,6 +267,8 @@ def _benchmarks() -> list[Problem]:
                    tags=("gpu", "long")),
         _benchmark("huge-d128", "TabPFN #1184: more than 2^31 elements", 131_072, 128, batch=9, tags=("gpu", "huge"),
                    mask=Window(left=127, right=0))]
+    found += [_benchmark(f"deterministic-d{d}-s{s}", "gradients that repeat bit by bit", s, d, deterministic=True)
+              for d in (64, 128) for s in (2048, 16_384)]
     cpu = dict(batch=1, q_heads=4, kv_heads=4, dtypes=("float32",))
     return found + [_benchmark(f"cpu-d64-s{s}", "what runs without a GPU", s, 64, **cpu,
                                tags=("cpu", "speed") if s in (1024, 8192) else ("cpu",))

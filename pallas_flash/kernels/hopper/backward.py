@@ -28,7 +28,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     stats, *sums = backward_small.launch_prepare(spec, schedule)(out, dout, lse, dlse)
     arrays = q, operands.k, operands.v, dout, stats
     if schedule.fused:
-        return _fused(spec, schedule, arrays, *sums)
+        return _fused(spec, schedule, arrays, sums)
     kernel = backward_split if isinstance(schedule.kv, SplitSchedule) else backward_kv
     launch: Any = kernel.launch
     dk, dv = launch(spec, schedule.kv)(*arrays)
@@ -36,11 +36,16 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     return Gradients(backward_dq.launch(spec, schedule.dq)(*arrays), dk, dv)
 
 
-def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: Any) -> Gradients:
+def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: list[Any]) -> Gradients:
     assert isinstance(schedule.kv, KvSchedule)
-    sums = jax.new_ref(zeros)
-    dk, dv = backward_kv.launch(spec, schedule.kv)(*arrays, sums)
-    return Gradients(backward_small.launch_finish(spec, schedule.kv)(sums[...]), dk, dv)
+    launch, finish = backward_kv.launch(spec, schedule.kv), backward_small.launch_finish(spec, schedule.kv)
+    if schedule.kv.ordered:
+        counters = schedules.dq_acc_shape(spec, schedule.kv)[:3]
+        dk, dv, sums = launch(*arrays, jax.new_ref(jnp.zeros(counters, jnp.int32)))
+        return Gradients(finish(sums), dk, dv)
+    ref = jax.new_ref(*zeros)
+    dk, dv = launch(*arrays, ref)
+    return Gradients(finish(ref[...]), dk, dv)
 
 
 def _without_idle_queries(spec: AttentionSpec, x: Any, lse: Any) -> Any:

@@ -3,14 +3,13 @@
 Roles. Each compute warpgroup keeps dk and dv of 64 keys in registers, and walks the query tiles that the mask needs
 (for each query head of the group): S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T * (dP^T - delta),
 dV += P^T dO, dK += dS^T Q. P^T and dS^T go from registers to the product. One more warpgroup loads; in the fused form
-its second warp adds dq to global memory.
+its other warps add dq to global memory (`backward_turns`).
 
 dq = dS K needs the dS of all the block's keys, so dS^T goes through shared memory. Its product is made by the compute
-warpgroups, a 64 x 64 piece each, which have to meet for it (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
+warpgroups, a 64 x 64 piece each, one step late (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
 
 Barriers. A barrier is named for the state it announces: q_full, q_free, dout_full, dout_free for slots of the rings;
-kv_full for the block's keys and values; ds_full, ds_free for slots of dS, where somebody else multiplies it, or later;
-dq_full, dq_free for a warpgroup's piece of dq (`shared`).
+kv_full for the block's keys and values; ds_full, ds_free for slots of dS; dq_full, dq_free for pieces of slots of dq.
 """
 
 import functools
@@ -30,6 +29,7 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.backward_tiles import Walk
+from pallas_flash.kernels.hopper.backward_turns import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.spec import AttentionSpec
 
@@ -94,32 +94,6 @@ def load(block: Block) -> None:
         grad_tiles.drain(bars[name], s.num_stages, block.walk.steps)
 
 
-def add_dq(block: Block) -> None:
-    """Adds the compute warpgroups' pieces of dq to global memory, step by step."""
-    pieces, steps = block.schedule.warpgroups, block.walk.steps
-
-    def free(piece: int, following: Any) -> None:
-        @pl.when(following < steps)
-        def _() -> None:
-            plgpu.barrier_arrive(block.bars["dq_free"].at[piece])
-
-    for piece in range(pieces):
-        free(piece, 0)
-
-    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
-        head, tile = at
-        for piece in range(pieces):
-            plgpu.barrier_wait(block.bars["dq_full"].at[piece])
-            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
-        for piece in range(pieces):
-            plgpu.wait_smem_to_gmem(pieces - 1 - piece, wait_read_only=True)
-            free(piece, i + 1)
-        return block.walk.next(head, tile)
-
-    lax.fori_loop(0, steps, step, block.walk.first)
-    plgpu.wait_smem_to_gmem(0)
-
-
 def load_role(block: Block) -> None:
     """The loading warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
@@ -130,10 +104,9 @@ def load_role(block: Block) -> None:
         def _() -> None:
             load(block)
 
-        if block.schedule.dq == "shared":
-            @pl.when(warp == 1)
-            def _() -> None:
-                add_dq(block)
+        if block.schedule.dq != "none":
+            for slot in range(block.schedule.dq_slots):
+                pl.when(warp == 1 + slot)(functools.partial(add_dq, block, slot))
 
 
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
@@ -196,13 +169,6 @@ def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
     return grad_products.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
 
-def hand_dq_over(block: Block, warpgroup: Any, dq: Any) -> None:
-    plgpu.barrier_wait(block.bars["dq_free"].at[warpgroup])
-    grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[warpgroup])
-    grad_products.fence()
-    plgpu.barrier_arrive(block.bars["dq_full"].at[warpgroup])
-
-
 def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
     """dS^T to the warpgroup that multiplies it with the keys."""
     slots = block.schedule.ds_slots
@@ -242,24 +208,12 @@ def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> 
     p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
     ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
     p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
-    if schedule.dq == "shared":
-        if schedule.ds_slots == 1:
-            meet(block)
-        products.store_chunks(ds, ds_rows(block, warpgroup, step))
-    elif schedule.dq == "own":
+    if schedule.dq == "own":
         hand_ds_over(block, warpgroup, step, ds)
     dv = products.accumulate(dv, p, block.smem["dout"].at[slot])
-    if schedule.dq == "shared":
-        grad_products.fence()
-        meet(block)
-        dq = issue_dq(block, warpgroup, step)
-    else:
-        dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+    dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
     dv = products.ready(dv, 1)
     plgpu.barrier_arrive(bars["dout_free"].at[slot])
-    if schedule.dq == "shared":
-        dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
-        hand_dq_over(block, warpgroup, products.ready(dq, 1))
     dk = products.ready(dk, 0)
     plgpu.barrier_arrive(bars["q_free"].at[slot])
     return dk, dv
@@ -284,7 +238,7 @@ def issue_late_dq(block: Block, warpgroup: Any, step: Step) -> Any:
 
 def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
     plgpu.barrier_arrive(block.bars["ds_free"].at[step.slot(block.schedule.ds_slots)])
-    hand_dq_over(block, warpgroup, dq)
+    hand_dq_over(block, step.index, warpgroup, plgpu.layout_cast(dq, products.TILE))
 
 
 def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
@@ -427,13 +381,14 @@ def compute_role(block: Block, warpgroup: Any) -> None:
 
 
 def dq_role(block: Block) -> None:
-    """The warpgroup that makes dq of every step from the others' dS, and adds it to global memory."""
+    """The warpgroup that makes dq of every step from the others' dS."""
     spec, s, bars = block.spec, block.schedule, block.bars
     plgpu.set_max_registers(s.registers[1], action="decrease")
     plgpu.barrier_wait(bars["kv_full"])
     pieces = schedules.dq_pieces(spec, s)
 
-    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+    @pl.loop(0, block.walk.steps)
+    def _(i: Any) -> None:
         slot = lax.rem(i, s.ds_slots)
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
@@ -442,16 +397,9 @@ def dq_role(block: Block) -> None:
             dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
-            plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-            grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[piece])
-            plgpu.commit_smem()
-            head, tile = at
-            grad_products.add_to_global(block.smem["dq"].at[piece], block.gmem["dq"].at[block.batch, head, tile, piece])
-        return block.walk.next(*at)
+            hand_dq_over(block, i, piece, plgpu.layout_cast(dq, products.TILE))
 
-    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
     meet(block)
-    plgpu.wait_smem_to_gmem(0)
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
@@ -470,13 +418,13 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
     if barriers.is_interpreted():  # where named barriers do nothing
         bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
     if s.dq != "none":
-        smem["dq"] = plgpu.SMEM((schedules.dq_pieces(spec, s), CHUNK * CHUNK // 256, 256), jnp.float32)
+        handed = s.dq_slots * schedules.dq_pieces(spec, s)
+        smem["dq"] = plgpu.SMEM((handed, CHUNK * CHUNK // 256, 256), jnp.float32)
+        for name in ("dq_full", "dq_free"):
+            bars[name] = plgpu.Barrier(num_barriers=handed)
     if s.dq == "own" or s.order == "late dq":
         bars["ds_full"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.ds_slots)
         bars["ds_free"] = plgpu.Barrier(num_arrivals=1 if s.dq == "own" else s.warpgroups, num_barriers=s.ds_slots)
-    if s.dq == "shared":
-        bars["dq_full"] = plgpu.Barrier(num_barriers=s.warpgroups)
-        bars["dq_free"] = plgpu.Barrier(num_barriers=s.warpgroups)
     return smem, bars
 
 
@@ -490,16 +438,19 @@ def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> B
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, the padded statistics, and in the fused form of a reference to
-    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds. It returns dk and dv in the spec's layout.
+    """The kernel of a spec: a function of q, k, v, dout and the padded statistics, and in the fused form of one more.
+
+    It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
+    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
+    q_heads, q_tiles) int32, and the sums are returned, too.
     """
     smem, bars = scratch(spec, schedule)
-    fused = schedule.dq != "none"
+    fused, ordered = schedule.dq != "none", schedule.ordered
 
     def attention_backward_kv(*refs: Any) -> None:
-        *arrays, dk, dv, smem, bars = refs
-        names = ("q", "k", "v", "dout", "stats", "dq")[:len(arrays)]
-        block = block_of(spec, schedule, (dict(zip(names, arrays), dk=dk, dv=dv), smem, bars))
+        names = ["q", "k", "v", "dout", "stats", *["turns" if ordered else "dq"] * fused, "dk", "dv", *["dq"] * ordered]
+        *arrays, smem, bars = refs
+        block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -516,14 +467,10 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
             load_role(block)
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
+    sums = [jax.ShapeDtypeStruct(schedules.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
-        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
+        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums), scratch_types=(smem, bars),
         grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
-
-    def run(q: Any, k: Any, v: Any, dout: Any, stats: Any, *dq: Any) -> tuple[jax.Array, ...]:
-        assert len(dq) == fused
-        return tuple(kernel(q, k, v, dout, stats, *dq))
-
-    return run
+    return lambda *arrays: tuple(kernel(*arrays))

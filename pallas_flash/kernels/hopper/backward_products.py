@@ -4,6 +4,7 @@ Scores are transposed, keys along the rows, so that P^T and dS^T come out of one
 next.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -195,12 +196,18 @@ def store_zeros(ref: Any) -> None:
         zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
 
 
-def add_to_global(source: Any, target: Any) -> None:
-    """Starts to add a float32 buffer of shared memory to global memory; `plgpu.wait_smem_to_gmem` waits for it."""
+def add_to_global(source: Any, target: Any, first: Any = None) -> None:
+    """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
+    `plgpu.wait_smem_to_gmem` waits for it.
+    """
     if barriers.is_interpreted():
-        target[...] = target[...] + source[...]
+        target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
         return
-    plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
+    add = functools.partial(plgpu.copy_smem_to_gmem, source, target, reduction_op="add")
+    if first is None:
+        add()
+    else:
+        lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
 def _transposed_descriptor(ref: ir.Value) -> ir.Value:

@@ -1,8 +1,9 @@
 """How fast, never what, for the backward: forms, tile sizes, pipeline depths; which are legal, and the defaults.
 
 Two forms. Fused: one kernel walks the query tiles of each key tile, keeps dk and dv in registers and adds its part of
-dq to float32 memory; five products a tile, the order of those additions is the machine's. Two kernels: dk and dv from
-key tiles, dq from query tiles; seven products, no memory of its own, and the same bits on every run. No Mosaic in here.
+dq to float32 memory; five products a tile; the order of those additions is the machine's, or `ordered`. Two kernels: dk
+and dv from key tiles, dq from query tiles; seven products, no memory of its own, and the same bits on every run. No
+Mosaic in here.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import math
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -38,9 +40,11 @@ class KvSchedule:
       dq: who multiplies dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute warpgroups, one
         64 x 64 piece each), or "own" (one more warpgroup, so that the others need not meet).
       ds_slots: slots of the buffer through which dS goes to that product.
-      order: "in turn": each step ends with its products; "late dq" (with dq="shared"): a tile's dq is multiplied one
-        step later, so that the warpgroups need not meet; "behind": a tile's dk and dv are multiplied during the next
-        tile's softmax.
+      dq_slots: slots of the buffer through which dq goes to memory (`backward_turns`).
+      ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
+      order: "in turn": each step ends with its products; "late dq" (with dq="shared"): so it does, but a tile's dq is
+        multiplied one step later, so that the warpgroups need not meet; "behind": a tile's dk and dv are multiplied
+        during the next tile's softmax.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
     """
@@ -50,6 +54,8 @@ class KvSchedule:
     num_stages: int = 2
     dq: Literal["none", "shared", "own"] = "none"
     ds_slots: int = 2
+    dq_slots: int = 1
+    ordered: bool = False
     order: Literal["in turn", "late dq", "behind"] = "in turn"
     pinned: bool = True
     opaque: bool = True
@@ -85,6 +91,7 @@ class SplitSchedule:
     block_kv = ROWS
     warpgroups = 2
     dq = "none"
+    ordered = False
     pinned = False
     registers = (240, 24)
 
@@ -193,8 +200,9 @@ def smem_bytes(spec: AttentionSpec, s: KvSchedule | SplitSchedule | DqSchedule) 
         barriers = 1 + 4 * s.num_stages + 2 * s.p_slots
     else:
         sizes = [2 * math.prod(x) for x in kv_buffers(spec, s).values()] + [4 * math.prod(stats_shape(s))]
-        sizes += [4 * CHUNK * CHUNK * dq_pieces(spec, s)] if s.dq != "none" else []
-        barriers = 1 + 4 * s.num_stages + 2 * max(s.ds_slots, s.warpgroups)
+        handed = s.dq_slots * dq_pieces(spec, s) if s.dq != "none" else 0
+        sizes += [4 * CHUNK * CHUNK * handed]
+        barriers = 1 + 4 * s.num_stages + 2 * (s.ds_slots + handed)
     return sum(aligned(size) for size in sizes) + aligned(_BARRIER_BYTES * barriers)
 
 
@@ -210,9 +218,10 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.ds_slots in (1, 2, 4), f"{s.ds_slots=} must be 1, 2 or 4"),
         (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
-        (s.order != "late dq" or s.dq == "shared", f"{s.order=} needs dq=\"shared\""),
+        (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
+        ((s.order == "late dq") == (s.dq == "shared"), f"{s.order=} does not go with {s.dq=}"),
         (s.order != "late dq" or s.ds_slots > 1, f"{s.order=} needs {s.ds_slots=} to be 2 or 4"),
-        (s.order != "behind" or s.dq != "shared", f"{s.order=} needs another dq"),
+        (not s.ordered or (s.dq != "none" and has_order(spec, s)), f"{s.ordered=} needs dq, and tiles in one order"),
         (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )
@@ -240,7 +249,8 @@ def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limi
     kv, dq = schedule.kv, schedule.dq
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
-             (not (schedule.fused and spec.deterministic), "deterministic gradients need the form of two kernels")]
+             (not (schedule.fused and spec.deterministic) or kv.ordered,
+              "deterministic gradients need turns, or the form of two kernels")]
     rules += [] if dq is None else _dq_rules(spec, dq)
     for s in (kv, dq):
         if s is not None:
@@ -249,16 +259,19 @@ def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limi
 
 
 def default_backward(spec: AttentionSpec) -> BackwardSchedule:
-    """The schedule of a spec: a table by head size, and by length where the fused form's extra memory costs more than
-    its fewer products save.
+    """The schedule of a spec: a table by head size.
 
-    Measured, docs/notes/hopper_backward.md, 2026-11-24; head sizes between those of the table: by analogy.
+    The fused form in order, which takes fewer passes over memory, but for long sequences, where waiting costs a little
+    more than that saves, and repeated bits were not asked for. Two kernels where the fused form does not exist, or the
+    mask gives it no order.
+
+    Measured, docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25; head sizes between the table's: by analogy.
     """
-    widest, short, capped = max(spec.d, spec.d_v), spec.kv_len <= 1024, spec.softcap is not None
-    if not spec.deterministic and spec.d == 64 and spec.d_v <= 64:
-        return BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="in turn" if capped else "behind"))
-    if not spec.deterministic and not short and spec.d == 128 and spec.d_v <= 128:
-        return BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
+    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
+    if widest == spec.d and spec.d in (64, 128):
+        fused = _default_fused(spec, capped)
+        if fused is not None:
+            return BackwardSchedule(fused)
     if widest <= 64:  # a soft cap takes registers: what is chosen with one is what spills nothing
         return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
                                 DqSchedule(warpgroups=3, k_stages=4, v_stages=4, behind=True))
@@ -267,6 +280,18 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
     return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
                                                         v_stages=v_stages))
+
+
+def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
+    """The fused form for heads of 64 or 128."""
+    if spec.d == 64:
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind")
+    else:
+        plain = KvSchedule(dq="shared", dq_slots=2, order="late dq")
+    ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
+    if has_order(spec, ordered) and (spec.deterministic or spec.kv_len <= 4096):
+        return ordered
+    return None if spec.deterministic else plain
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------
@@ -291,7 +316,7 @@ class Work(NamedTuple):
     heads: int  # (batch, head) pairs
     tiles: int  # of the axis that stays
     section: int  # heads of a section; divides `heads`
-    ascending: bool  # the first tiles are the longest
+    ascending: int  # so many of the first tiles come last, ascending; before them come the others, descending
     empty: bool  # some tile needs no tile of the other axis
     partial: bool  # some tile of the other axis needs the mask
 
@@ -304,7 +329,9 @@ class Work(NamedTuple):
         size = self.section * self.tiles
         rest = lax.rem(block, size)
         tile, head = lax.div(rest, self.section), lax.div(block, size) * self.section + lax.rem(rest, self.section)
-        return head, tile if self.ascending else self.tiles - 1 - tile
+        if self.ascending in (0, self.tiles):
+            return head, tile if self.ascending else self.tiles - 1 - tile
+        return head, tile_at(tile, self.tiles, self.ascending)
 
 
 def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, section_bytes: int) -> Work:
@@ -312,7 +339,8 @@ def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, sect
     wanted = max(1, section_bytes // max(head_bytes, 1))
     section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
     length = stop - start
-    return Work(heads, count, section, ascending=bool(length[0] >= length[-1]), empty=bool(np.any(length <= 0)),
+    ascending = count if length[0] >= length[-1] else 0
+    return Work(heads, count, section, ascending, empty=bool(np.any(length <= 0)),
                 partial=bool(np.any((start < full_start) | (full_stop < stop))))
 
 
@@ -326,12 +354,44 @@ def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
     return tiles.kv_tiles(kv_mask(spec, s), tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
+def tile_at(place: Any, count: int, ascending: int) -> Any:
+    """The tile at a place of the order that `Work.ascending` describes."""
+    descending = count - ascending
+    return jnp.where(place < descending, count - 1 - place, place - descending)
+
+
+def turn(spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
+    first, _, _, stop = kv_range(spec, s, q_tile)
+    split = kv_work(spec, s).ascending
+    return jnp.where(kv_tile >= split, stop - 1 - kv_tile,
+                     jnp.maximum(stop - jnp.maximum(first, split), 0) + kv_tile - first)
+
+
+@functools.lru_cache(maxsize=256)
+def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
+    """Whether the key tiles whose blocks come to a query tile are those that the mask's bounds say, and at least one:
+    then a block's turn follows from its number.
+    """
+    kv_count, q_count = tiles.cdiv(spec.kv_len, s.block_kv), tiles.cdiv(spec.q_len, s.block_q)
+    starts, _, _, stops = (np.broadcast_to(np.asarray(x), (kv_count,)) for x in q_range(spec, s, np.arange(kv_count)))
+    count, first, last = np.zeros(q_count, int), np.full(q_count, kv_count), np.full(q_count, -1)
+    for kv_tile, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
+        comes = slice(start, max(start, stop))
+        count[comes] += 1
+        first[comes] = np.minimum(first[comes], kv_tile)
+        last[comes] = kv_tile
+    start, _, _, stop = (np.broadcast_to(np.asarray(x), (q_count,)) for x in kv_range(spec, s, np.arange(q_count)))
+    return bool(np.all((count > 0) & (first == start) & (last == stop - 1) & (count == stop - start)))
+
+
 @functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     """The blocks of a kernel that keeps key tiles."""
     count = tiles.cdiv(spec.kv_len, s.block_kv)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
-    return _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
+    work = _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
+    return work._replace(ascending=count // 2) if s.ordered else work
 
 
 @functools.lru_cache(maxsize=256)

@@ -41,12 +41,12 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
     """The kernel that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
 
     It is a function of out, dout (the spec's layout), lse and dlse (batch, q_heads, q_len); it returns the statistics,
-    (batch, q_heads, 2, padded length) float32, and in the fused form zeros for dq's float32 sums.
+    (batch, q_heads, 2, padded length) float32, and zeros for dq's float32 sums where blocks add to them in any order.
     """
     padded, columns = schedule.padded_q(spec), chunks(spec.d_v)
     count = padded // ROWS
     shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, 2, padded)]
-    if schedule.fused:
+    if schedule.fused and not schedule.kv.ordered:
         assert isinstance(schedule.kv, KvSchedule)
         shapes.append(schedules.dq_acc_shape(spec, schedule.kv))
 

@@ -51,6 +51,12 @@ class Walk(NamedTuple):
         last = tile + 1 == self.stop
         return jnp.where(last, head + 1, head), jnp.where(last, self.start, tile + 1)
 
+    def skip(self, count: int, head: Any, tile: Any) -> tuple[Any, Any]:
+        """(head, tile) of `count` steps after this one."""
+        for _ in range(count):
+            head, tile = self.next(head, tile)
+        return head, tile
+
     def partial(self, tile: Any) -> Any:
         """True where a tile needs the mask."""
         return (tile < self.full_start) | (tile >= self.full_stop)

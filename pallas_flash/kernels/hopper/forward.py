@@ -21,7 +21,7 @@ hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets t
 Numbers. m_i is the row maximum in base 2 (`scale * log2(e)` times the score), l_i (64, 8) a row sum that is still
 spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i may
 stay up to `slack` below the maximum, so that P reaches 2^slack: that cancels in O / l_i, but the largest weight of a
-row is then rounded like the others, so rows of few keys have no slack.
+row is then rounded like the others. O is rescaled while the next S is multiplied, before its own P V.
 """
 
 import functools
@@ -41,10 +41,9 @@ from pallas_flash.kernels.hopper.forward_load import load
 from pallas_flash.kernels.hopper.forward_repair import repaired
 from pallas_flash.kernels.hopper.forward_softmax import (
     Softmax,
-    column_sums,
     first_softmax,
-    grown,
     masked,
+    next_softmax,
     rescaled,
     scaled,
 )
@@ -115,12 +114,19 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     return first_softmax(s, unit, block.spec.dtype)
 
 
-def multiply_values(block: Block, tile: Tile, kv_tile: Any, p: Any, acc: Any) -> tuple[Any, Callable[[], None]]:
-    """Issues acc + P V of a key tile; also returns what to call when it is done."""
+def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Any, Any]:
+    """Issues acc + P V of a key tile; also returns what waits for it: a function of acc that returns acc."""
+    acc = rescaled(state, acc)
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
-    acc = products.accumulate(acc, p, block.smem["v"].at[slot])
-    return acc, lambda: plgpu.barrier_arrive(block.bars["v_free"].at[slot])
+    acc = products.accumulate(acc, state.p, block.smem["v"].at[slot])
+
+    def wait(acc: Any) -> Any:
+        acc = products.ready(acc, 0)
+        plgpu.barrier_arrive(block.bars["v_free"].at[slot])
+        return acc
+
+    return acc, wait
 
 
 def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
@@ -129,7 +135,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
     s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
-    acc, free_values = multiply_values(block, tile, kv_tile + 1, state.p, acc)
+    acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
@@ -137,15 +143,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
-    m_i, needed = grown(state.m_i, s.max(axis=1) * unit, rows.slack)
-    p = jnp.exp2(s * unit - across(m_i, s.shape[1]))
-    sums = column_sums(p)
-    if block.schedule.pinned:
-        barriers.pin(sums, products.TILE)
-    acc = products.ready(acc, 0)
-    free_values()
-    acc, l_i = rescaled(needed, jnp.exp2(state.m_i - m_i), acc, state.l_i)
-    return Softmax(m_i, l_i + sums, p.astype(block.spec.dtype)), acc
+    return next_softmax(state, s, unit, block.schedule, functools.partial(values_ready, acc))
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> None:
@@ -185,9 +183,8 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
 
     state, acc = lax.fori_loop(jnp.int32(1), barriers.scalar(rows.stop - rows.start), step, (state, acc))
-    acc, free_values = multiply_values(block, tile, rows.start, state.p, acc)
-    acc = products.ready(acc, 0)
-    free_values()
+    acc, values_ready = multiply_values(block, tile, rows.start, state, acc)
+    acc = values_ready(acc)
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
     sums = state.m_i, state.l_i.sum(axis=1)

@@ -1,6 +1,7 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_tiles import Block
 from pallas_flash.kernels.hopper.rows_at_rest import across
-from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
+from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Softmax", "column_sums", "first_softmax", "grown", "masked", "rescaled", "scaled"]
+__all__ = ["Softmax", "first_softmax", "masked", "next_softmax", "rescaled", "scaled"]
 
 LOWEST = -3e38
 """Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
@@ -27,6 +28,8 @@ class Softmax(NamedTuple):
     m_i: Any  # (64,), base 2
     l_i: Any  # (64, 8), sums of every eighth column
     p: Any  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
+    alpha: Any  # (64,), what the accumulator must be multiplied with before p is
+    grew: Any  # whether alpha is not 1 in some row of this warp
 
 
 def scaled(spec: AttentionSpec, s: Any) -> tuple[Any, float]:
@@ -56,21 +59,44 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
     m_i = jnp.maximum(s.max(axis=1) * unit, LOWEST)
     p = jnp.exp2(s * unit - across(m_i, s.shape[1]))
-    return Softmax(m_i, column_sums(p), p.astype(dtype))
+    alpha = plgpu.layout_cast(jnp.ones_like(m_i), products.ROWS)
+    return Softmax(m_i, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def grown(m_i: Any, row_max: Any, slack: Any) -> tuple[Any, Any]:
-    """The new row maximum, and whether any row of this warp needs a rescale."""
-    grew = jnp.logical_not(row_max - m_i <= slack)  # so that NaN counts as growth
-    return jnp.where(grew, row_max, m_i), barriers.any_in_warp(grew, products.ROWS)
+def next_maximum(m_i: Any, row_max: Any, slack: float) -> tuple[Any, Any]:
+    """The new row maximum, and whether it is another one in some row of this warp.
 
-
-def rescaled(needed: Any, alpha: Any, acc: Any, l_i: Any) -> tuple[Any, Any]:
-    """acc and l_i times alpha, if `needed`. Only registers are touched: the fence that wgmma needs is issued with the
-    next product.
+    If one row of a warp needs a rescale, all of its rows take their maximum: it costs nothing more, and keeps them from
+    needing one soon.
     """
-    def multiply(acc: Any, l_i: Any) -> tuple[Any, Any]:
-        tile = plgpu.layout_cast(acc, products.TILE)
-        return plgpu.layout_cast(tile * across(alpha, acc.shape[1]), products.ACC), l_i * across(alpha, 8)
+    grew = barriers.any_in_warp(jnp.logical_not(row_max - m_i <= slack), products.ROWS)  # so that NaN counts as growth
+    everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
+    return jnp.where(everywhere, jnp.maximum(m_i, row_max), m_i), grew
 
-    return lax.cond(needed, multiply, lambda acc, l_i: (acc, l_i), acc, l_i)
+
+def next_softmax(state: Softmax, s: Any, unit: float, schedule: ForwardSchedule,
+                 wait: Callable[[], Any]) -> tuple[Softmax, Any]:
+    """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps."""
+    m_i, grew = next_maximum(state.m_i, s.max(axis=1) * unit, schedule.slack)
+    weights = lambda s: jnp.exp2(s * unit - across(m_i, s.shape[1]))
+    dtype, split = state.p.dtype, schedule.pinned_columns or s.shape[1]
+    parts = [weights(s[:, :split])]
+    if schedule.pinned_columns:
+        barriers.pin(column_sums(parts[0]), products.TILE)
+    acc = wait()
+    if split < s.shape[1]:
+        parts.append(weights(s[:, split:]))
+    alpha = jnp.exp2(state.m_i - m_i)
+    l_i = state.l_i * across(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
+    return Softmax(m_i, l_i, products.beside([p.astype(dtype) for p in parts]), alpha, grew), acc
+
+
+def rescaled(state: Softmax, acc: Any) -> Any:
+    """acc times alpha, if some row of the warp needs it. Only registers are touched: the fence that wgmma needs is
+    issued with the next product.
+    """
+    def multiply(acc: Any) -> Any:
+        tile = plgpu.layout_cast(acc, products.TILE)
+        return plgpu.layout_cast(tile * across(state.alpha, acc.shape[1]), products.ACC)
+
+    return lax.cond(state.grew, multiply, lambda acc: acc, acc)

@@ -45,9 +45,8 @@ class ForwardSchedule:
       slack: a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0 keeps the largest
         weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the largest weight is
         rounded like the others.
-      exact_keys: rows that walk over at most so many keys have a slack of 0: where keys are few, one weight may be most
-        of the sum, and its rounding most of the error.
-      pinned: keep the exponentials above the wait for the product they overlap (`barriers.pin`).
+      pinned_columns: so many columns of weights are computed before the wait for the product that they overlap
+        (`barriers.pin`), the others after it, while the first are rounded. 0: the compiler waits where it likes.
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
@@ -61,9 +60,8 @@ class ForwardSchedule:
     query_buffers: int = 2
     out_chunks: int = 4
     pingpong: bool = True
-    slack: float = 8.0
-    exact_keys: int = 768
-    pinned: bool = True
+    slack: float = 1.0
+    pinned_columns: int = 32
     opaque: bool = True
     num_blocks: int = 132
     section_bytes: int = 32 << 20
@@ -118,6 +116,8 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
         (s.out_chunks > 0 or chunks(spec.d_v) <= chunks(spec.d), f"{s.out_chunks=} needs d_v no wider than d"),
         (registers + 32 <= s.registers[0],
          f"scores, weights and accumulator need about {registers + 32} registers a thread, there are {s.registers[0]}"),
+        (s.pinned_columns % 16 == 0 and 0 <= s.pinned_columns <= s.block_kv,
+         f"{s.pinned_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
     return [problem for holds, problem in rules if not holds]
@@ -126,14 +126,14 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
 def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     """The schedule of a spec: a table by head size.
 
-    Rows up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22; up to 192: by analogy.
+    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25; up to 192: by analogy.
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=3)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=3, pinned_columns=0)),
         (128, ForwardSchedule(block_kv=128, q_registers=True)),
         (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
-        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2)),
+        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     return dataclasses.replace(schedule, num_blocks=num_sms)
