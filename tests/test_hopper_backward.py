@@ -117,6 +117,44 @@ def test_kernels_agree_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
+TURNS = {
+    "causal": dict(),
+    "causal-one-section": dict(batch=1, kv_heads=1),
+    "many-sections-gqa": dict(batch=4, q_heads=4, kv_heads=2, section_bytes=1),
+    "ragged-causal-later": dict(q_len=777, kv_len=1100, mask=masks.Causal(323)),
+    "window": dict(mask=masks.Window(300, 0), section_bytes=1),
+    "window-both-sides": dict(q_len=900, kv_len=1300, mask=masks.Window(200, 500)),
+    "full": dict(mask=masks.Full()),
+    "prefix": dict(mask=masks.PrefixLM(400)),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
+    """Then a block waits only for blocks that have started, and every addition has one place."""
+    options = dict(batch=3, q_heads=2, kv_heads=2, q_len=1500, kv_len=1500, mask=CAUSAL) | TURNS[name]
+    section_bytes = options.pop("section_bytes", 4 << 20)
+    options["q_heads"] = max(options["q_heads"], options["kv_heads"])
+    spec = Problem("turns", "order", d=64, d_v=64, dtypes=("bfloat16",), **options).spec()
+    schedule = KvSchedule(dq="own", ordered=True, section_bytes=section_bytes)
+    assert schedules.has_order(spec, schedule)
+    work = schedules.kv_work(spec, schedule)
+    heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
+    assert len({*zip(heads.tolist(), kv_tiles.tolist())}) == work.blocks == work.heads * work.tiles
+    start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in schedules.q_range(spec, schedule, kv_tiles))
+    for q_tile in range(-(-spec.q_len // schedule.block_q)):
+        for head in range(work.heads):
+            comes = (heads == head) & (start <= q_tile) & (q_tile < stop)
+            turns = np.asarray(schedules.turn(spec, schedule, head, q_tile, kv_tiles[comes]))
+            np.testing.assert_array_equal(turns, np.arange(comes.sum()))
+
+
+def test_a_mask_that_leaves_queries_without_keys_has_no_order():
+    problem = Problem("idle", "order", q_len=1500, kv_len=1500, d=64, d_v=64, mask=masks.Causal(-500),
+                      dtypes=("bfloat16",), **SMALL)
+    assert not schedules.has_order(problem.spec(), KvSchedule(dq="own", ordered=True))
+
+
 @pytest.mark.parametrize("d", range(8, 257, 8))
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_default_is_legal(d, deterministic):

@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_flash import autodiff, compat, device, dispatch, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
-from torch_bridge import lifetime, streams, strides, views
+from torch_bridge import context, lifetime, streams, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
            "gradients", "jax_device", "lse_tensor", "plan_for"]
@@ -134,7 +134,9 @@ def jax_device(device: torch.device) -> jax.Device:
     """The JAX device on which the memory of a torch device lies."""
     platform, index = device.type, device.index or 0
     try:
-        for candidate in jax.local_devices(backend=platform):
+        with context.device_kept():  # this is where JAX starts, if it has not
+            candidates = jax.local_devices(backend=platform)
+        for candidate in candidates:
             if platform == "cpu" or candidate.local_hardware_id == index:
                 return candidate
     except RuntimeError as error:

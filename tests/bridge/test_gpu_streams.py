@@ -9,6 +9,8 @@ import functools
 import importlib.util
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -373,6 +375,26 @@ def test_tensors_on_the_second_device_while_the_first_is_current(jax):
     torch.testing.assert_close(out.to("cuda:0"), expected)
     with pytest.raises(RuntimeError, match="same device"):
         ours(q, k.to("cuda:0"), v)
+
+
+STARTS_JAX = {
+    "the-bridge": "import torch, torch_bridge",
+    "jax-first": "import jax; jax.devices(); import torch, torch_bridge",
+    "torch-first": "import torch; torch.zeros(1, device='cuda'); import jax, torch_bridge",
+}
+
+
+@pytest.mark.parametrize("start", STARTS_JAX)
+def test_the_current_device_stays_the_first(start):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    program = STARTS_JAX[start] + """
+q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+out = torch_bridge.scaled_dot_product_attention(q, q, q)
+assert q.device.index == out.device.index == torch.cuda.current_device() == 0, (q.device, torch.cuda.current_device())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- compile, autocast -----------------------------------------------------------------------------------------------

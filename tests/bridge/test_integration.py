@@ -5,14 +5,16 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import types
 
+import jax
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
 from bridge.problems import OURS, TORCH, heads_inside, qkv, results
-from torch_bridge import activation, memory, ops
+from torch_bridge import activation, context, exchange, memory, ops
 
 Q, KV = (2, 4, 5, 8), (2, 4, 7, 8)
 KERNELS = torch.ops.pallas_flash
@@ -73,6 +75,31 @@ def test_a_late_import_warns_with_numbers(nothing_chosen, monkeypatch):
     monkeypatch.setattr(memory, "_preallocated", lambda: [("cuda:0", 59.4)])
     with pytest.warns(UserWarning, match=r"reserved 59\.4 GiB on cuda:0"):
         memory.share_with_torch()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A torch that sees two GPUs; returns the list of devices that were made current."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    return made_current
+
+
+@pytest.mark.parametrize(("initialized", "expected"), [(True, 1), (False, 0)])
+def test_starting_jax_leaves_torchs_current_device(initialized, expected, two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    exchange.jax_device.__wrapped__(torch.device("cpu"))
+    assert two_gpus == [expected]
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("gpu", [0]), ("cpu", [])])
+def test_an_import_after_the_start_of_jax_makes_the_first_device_current(platform, expected, two_gpus, monkeypatch):
+    jax.local_devices()
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform=platform)])
+    context.undo_start_of_jax()
+    assert two_gpus == expected
 
 
 def test_the_diagnosis(capsys):

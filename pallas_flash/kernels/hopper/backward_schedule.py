@@ -285,9 +285,9 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
 def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
     """The fused form for heads of 64 or 128."""
     if spec.d == 64:
-        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind")
-    else:
-        plain = KvSchedule(dq="shared", dq_slots=2, order="late dq")
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
+    else:  # unpinned it would spill with a soft cap
+        plain = KvSchedule(dq="shared", dq_slots=2, order="late dq", pinned=capped)
     ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
     if has_order(spec, ordered) and (spec.deterministic or spec.kv_len <= 4096):
         return ordered
@@ -311,12 +311,17 @@ def may_have_idle_queries(spec: AttentionSpec) -> bool:
 
 
 class Work(NamedTuple):
-    """A kernel's blocks: one for each tile of its axis and each head, in sections of heads, the longest tiles first."""
+    """A kernel's blocks: one for each tile of its axis and each head, in sections of heads.
+
+    Some of the first tiles come last, in ascending order, and before them the others, in descending order: all or none
+    of them where the longest tiles come first; in turns (`KvSchedule.ordered`) none, but in the last section.
+    """
 
     heads: int  # (batch, head) pairs
     tiles: int  # of the axis that stays
     section: int  # heads of a section; divides `heads`
-    ascending: int  # so many of the first tiles come last, ascending; before them come the others, descending
+    ascending: int  # how many
+    last_ascending: int  # in the last section
     empty: bool  # some tile needs no tile of the other axis
     partial: bool  # some tile of the other axis needs the mask
 
@@ -329,9 +334,12 @@ class Work(NamedTuple):
         size = self.section * self.tiles
         rest = lax.rem(block, size)
         tile, head = lax.div(rest, self.section), lax.div(block, size) * self.section + lax.rem(rest, self.section)
-        if self.ascending in (0, self.tiles):
-            return head, tile if self.ascending else self.tiles - 1 - tile
-        return head, tile_at(tile, self.tiles, self.ascending)
+        descending = self.tiles - self.ascending_of(head)
+        return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
+
+    def ascending_of(self, head: Any) -> Any:
+        """How many tiles of a head come in ascending order."""
+        return jnp.where(head < self.heads - self.section, self.ascending, self.last_ascending)
 
 
 def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, section_bytes: int) -> Work:
@@ -340,7 +348,7 @@ def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, sect
     section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
     length = stop - start
     ascending = count if length[0] >= length[-1] else 0
-    return Work(heads, count, section, ascending, empty=bool(np.any(length <= 0)),
+    return Work(heads, count, section, ascending, ascending, empty=bool(np.any(length <= 0)),
                 partial=bool(np.any((start < full_start) | (full_stop < stop))))
 
 
@@ -354,16 +362,10 @@ def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
     return tiles.kv_tiles(kv_mask(spec, s), tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
-def tile_at(place: Any, count: int, ascending: int) -> Any:
-    """The tile at a place of the order that `Work.ascending` describes."""
-    descending = count - ascending
-    return jnp.where(place < descending, count - 1 - place, place - descending)
-
-
-def turn(spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
-    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
+def turn(spec: AttentionSpec, s: KvSchedule, head: Any, q_tile: Any, kv_tile: Any) -> Any:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`; `head` counts (batch, kv_head)."""
     first, _, _, stop = kv_range(spec, s, q_tile)
-    split = kv_work(spec, s).ascending
+    split = kv_work(spec, s).ascending_of(head)
     return jnp.where(kv_tile >= split, stop - 1 - kv_tile,
                      jnp.maximum(stop - jnp.maximum(first, split), 0) + kv_tile - first)
 
@@ -387,11 +389,19 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
-    """The blocks of a kernel that keeps key tiles."""
+    """The blocks of a kernel that keeps key tiles.
+
+    In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
+    by itself. But then the longest blocks start last, so where lengths differ, they are amid those of the last section.
+    """
     count = tiles.cdiv(spec.kv_len, s.block_kv)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
-    work = _work(spec.batch * spec.kv_heads, q_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
-    return work._replace(ascending=count // 2) if s.ordered else work
+    ranges = q_range(spec, s, np.arange(count))
+    work = _work(spec.batch * spec.kv_heads, ranges, count, head_bytes, s.section_bytes)
+    if not s.ordered:
+        return work
+    length = np.broadcast_to(np.asarray(ranges.stop - ranges.start), (count,))
+    return work._replace(ascending=0, last_ascending=count // 2 if length.max() >= 1.5 * length.mean() else 0)
 
 
 @functools.lru_cache(maxsize=256)

@@ -53,7 +53,8 @@ def add_dq(block: Any, slot: int) -> None:
     def step(turn: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            before = schedules.turn(block.spec, s, at[1], block.kv_tile)
+            head = block.batch * block.spec.kv_heads + block.kv_head
+            before = schedules.turn(block.spec, s, head, at[1], block.kv_tile)
             await_turn(block, *at, before)
             first = before == 0
         for piece in range(pieces):
