@@ -143,7 +143,8 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
-    return next_softmax(state, s, unit, block.schedule, functools.partial(values_ready, acc))
+    pinned_columns, wait = block.schedule.pinned_columns, functools.partial(values_ready, acc)
+    return next_softmax(state, (s, unit), rows.slack, pinned_columns, wait)
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> None:

@@ -13,7 +13,7 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_tiles import Block
 from pallas_flash.kernels.hopper.rows_at_rest import across
-from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE, ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Softmax", "first_softmax", "masked", "next_softmax", "rescaled", "scaled"]
@@ -63,7 +63,7 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     return Softmax(m_i, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def next_maximum(m_i: Any, row_max: Any, slack: float) -> tuple[Any, Any]:
+def next_maximum(m_i: Any, row_max: Any, slack: Any) -> tuple[Any, Any]:
     """The new row maximum, and whether it is another one in some row of this warp.
 
     If one row of a warp needs a rescale, all of its rows take their maximum: it costs nothing more, and keeps them from
@@ -74,14 +74,21 @@ def next_maximum(m_i: Any, row_max: Any, slack: float) -> tuple[Any, Any]:
     return jnp.where(everywhere, jnp.maximum(m_i, row_max), m_i), grew
 
 
-def next_softmax(state: Softmax, s: Any, unit: float, schedule: ForwardSchedule,
+def next_softmax(state: Softmax, scores: tuple[Any, float], slack: Any, pinned_columns: int,
                  wait: Callable[[], Any]) -> tuple[Softmax, Any]:
-    """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps."""
-    m_i, grew = next_maximum(state.m_i, s.max(axis=1) * unit, schedule.slack)
+    """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps.
+
+    Args:
+      scores: see `scaled`.
+      slack: see `Rows`.
+      pinned_columns: see `ForwardSchedule`.
+    """
+    s, unit = scores
+    m_i, grew = next_maximum(state.m_i, s.max(axis=1) * unit, slack)
     weights = lambda s: jnp.exp2(s * unit - across(m_i, s.shape[1]))
-    dtype, split = state.p.dtype, schedule.pinned_columns or s.shape[1]
+    dtype, split = state.p.dtype, pinned_columns or s.shape[1]
     parts = [weights(s[:, :split])]
-    if schedule.pinned_columns:
+    if pinned_columns:
         barriers.pin(column_sums(parts[0]), products.TILE)
     acc = wait()
     if split < s.shape[1]:

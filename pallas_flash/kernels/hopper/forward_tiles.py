@@ -90,6 +90,7 @@ class Rows(NamedTuple):
     full_start: Any
     full_stop: Any
     stop: Any
+    slack: Any  # by how much m_i may stay below the maximum, base 2
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
@@ -104,4 +105,8 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
 
     s = block.schedule
     needed = schedules.row_tiles(block.spec, s, tile.index, warpgroup)
-    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, q)
+    slack: Any = s.slack
+    if block.spec.kv_len > s.long_keys:
+        is_long = needed.stop - needed.start > s.long_keys // s.block_kv
+        slack = jnp.where(is_long, jnp.float32(s.long_slack), jnp.float32(s.slack))
+    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, q)

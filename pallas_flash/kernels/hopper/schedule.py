@@ -45,6 +45,7 @@ class ForwardSchedule:
       slack: a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0 keeps the largest
         weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the largest weight is
         rounded like the others.
+      long_slack, long_keys: the slack of rows that walk over more than so many keys, where single weights matter less.
       pinned_columns: so many columns of weights are computed before the wait for the product that they overlap
         (`barriers.pin`), the others after it, while the first are rounded. 0: the compiler waits where it likes.
       opaque: index the query through an opaque scalar (`barriers.opaque`).
@@ -61,6 +62,8 @@ class ForwardSchedule:
     out_chunks: int = 4
     pingpong: bool = True
     slack: float = 1.0
+    long_slack: float = 2.0
+    long_keys: int = 8192
     pinned_columns: int = 32
     opaque: bool = True
     num_blocks: int = 132
