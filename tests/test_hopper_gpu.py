@@ -28,7 +28,7 @@ from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
 from tests.offline.compile_kernels import cuda_root
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 IMPLEMENTATION = "hopper"
 NAMES = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
