@@ -197,21 +197,33 @@ def meeting_roles(s: Any) -> int:
     return s.warpgroups + len(s.registers) - 2
 
 
-def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
-    """One step that leaves nothing in flight."""
-    spec, schedule, bars = block.spec, block.schedule, block.bars
-    slot = step.slot(schedule.num_stages)
-    plgpu.barrier_wait(bars["q_full"].at[slot])
+class Weights(NamedTuple):
+    """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
+
+    p: Any
+    ds: Any
+
+
+def weights_in_turn(block: Block, warpgroup: Any, step: Step) -> Weights:
+    """The weights of a step's tile; nothing is left in flight."""
+    slot = step.slot(block.schedule.num_stages)
+    plgpu.barrier_wait(block.bars["q_full"].at[slot])
     from_lse, from_delta = starts(block, slot)
     s = issue_scores(block, warpgroup, slot, from_lse)
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
     ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
-    p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
-    if schedule.dq == "own":
-        hand_ds_over(block, warpgroup, step, ds)
-    dv = products.accumulate(dv, p, block.smem["dout"].at[slot])
-    dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+    return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
+
+
+def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """One step that leaves nothing in flight."""
+    slot, bars = step.slot(block.schedule.num_stages), block.bars
+    w = weights_in_turn(block, warpgroup, step)
+    if block.schedule.dq == "own":
+        hand_ds_over(block, warpgroup, step, w.ds)
+    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
+    dk = products.accumulate(dk, w.ds, block.smem["q"].at[slot])
     dv = products.ready(dv, 1)
     plgpu.barrier_arrive(bars["dout_free"].at[slot])
     dk = products.ready(dk, 0)
@@ -243,20 +255,13 @@ def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
 
 def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
     """One step, and dq of the step before (`late`), whose dS the other warpgroups wrote long ago: nobody waits."""
-    spec, schedule, bars = block.spec, block.schedule, block.bars
-    slot, before = step.slot(schedule.num_stages), Step(step.index - 1, None)
-    plgpu.barrier_wait(bars["q_full"].at[slot])
-    from_lse, from_delta = starts(block, slot)
-    s = issue_scores(block, warpgroup, slot, from_lse)
-    dp = issue_dp(block, warpgroup, slot, from_delta)
-    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
-    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
-    p, ds = p.astype(spec.dtype), ds.astype(spec.dtype)
-    hand_ds_over(block, warpgroup, step, ds)
-    dv = products.accumulate(dv, p, block.smem["dout"].at[slot])
+    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), Step(step.index - 1, None)
+    w = weights_in_turn(block, warpgroup, step)
+    hand_ds_over(block, warpgroup, step, w.ds)
+    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
     if late:
         dq = issue_late_dq(block, warpgroup, before)
-    dk = products.accumulate(dk, ds, block.smem["q"].at[slot])
+    dk = products.accumulate(dk, w.ds, block.smem["q"].at[slot])
     dv = products.ready(dv, 1 + late)
     plgpu.barrier_arrive(bars["dout_free"].at[slot])
     if late:
@@ -292,13 +297,6 @@ def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, 
     nothing = lambda: (products.zeros(spec.d), products.zeros(spec.d_v))
     empty = schedules.kv_work(spec, block.schedule).empty
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
-
-
-class Weights(NamedTuple):
-    """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
-
-    p: Any
-    ds: Any
 
 
 def multiply_weights(block: Block, w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
