@@ -23,6 +23,18 @@ def assert_agree(found, wanted):
         _assert_close(np.asarray(a), np.asarray(b), jax.tree_util.keystr(path))
 
 
+def assert_within(budget, found):
+    """Asserts that every result, by name, is within its error budget; lse within 1e-5: its budget is that of sums in
+    float32, and tensor cores add the products of a score with fewer bits.
+    """
+    found = {name: x for name, x in found.items() if x is not None}
+    if "lse" in found:
+        lse = np.asarray(found.pop("lse"), np.float64)
+        np.testing.assert_allclose(lse, budget.oracle.lse, rtol=1e-5, atol=1e-5)
+    shares = budget.used(budget.baseline._replace(**found))
+    assert all(shares[name] <= 1 for name in found), shares
+
+
 def _assert_close(a, b, name):
     half = float(jnp.finfo(b.dtype).eps) ** 0.5
     a, b = a.astype(np.float64), b.astype(np.float64)

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused-slots-gqa": (SLOTS, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
     "ordered": (ORDERED, dict(q_len=500, kv_len=500, d=128, d_v=128, deterministic=True)),
     "ordered-own-gqa": (OWN_ORDERED, dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, deterministic=True)),
+    "ordered-sections": (dataclasses.replace(OWN_ORDERED, kv=dataclasses.replace(OWN_ORDERED.kv, section_bytes=1)),
+                         dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, kv_heads=2, deterministic=True)),
     "ordered-own-full": (OWN_ORDERED, dict(q_len=70, kv_len=300, d=64, d_v=64, mask=masks.Full(), deterministic=True)),
     "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
@@ -57,7 +59,9 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
 
 
 class Races(gpu_callbacks.GPURaceDetectionState):
-    """The interpreter's race detector, which lets blocks add to dq in global memory: on a GPU TMA adds atomically."""
+    """The interpreter's race detector, which lets blocks add to dq in global memory and count that they have: on a GPU
+    those are atomic operations.
+    """
 
     def check_read(self, thread, clock, buffer_key, rnge, source_info=None):
         if not is_atomic(buffer_key, source_info):
@@ -70,7 +74,8 @@ class Races(gpu_callbacks.GPURaceDetectionState):
 
 def is_atomic(buffer_key, source_info):
     in_global_memory = buffer_key.memory_space_id == 0
-    return in_global_memory and source_info is not None and "add_to_global" in source_info_util.summarize(source_info)
+    place = "" if source_info is None else source_info_util.summarize(source_info)
+    return in_global_memory and any(name in place for name in ("add_to_global", "await_turn", "pass_turn"))
 
 
 def interpreted(schedule, spec, operands, saved):
@@ -145,8 +150,19 @@ def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     for q_tile in range(-(-spec.q_len // schedule.block_q)):
         for head in range(work.heads):
             comes = (heads == head) & (start <= q_tile) & (q_tile < stop)
-            turns = np.asarray(schedules.turn(spec, schedule, head, q_tile, kv_tiles[comes]))
+            turns = np.asarray(schedules.turn(spec, schedule, q_tile, kv_tiles[comes]))
             np.testing.assert_array_equal(turns, np.arange(comes.sum()))
+
+
+def test_the_order_of_additions_does_not_depend_on_the_place_in_a_batch():
+    """A later batch entry, in another section of heads, has the same blocks in the same order."""
+    spec = Problem("places", "order", batch=6, q_heads=2, kv_heads=2, q_len=1500, kv_len=1500, d=64, d_v=64,
+                   mask=CAUSAL, dtypes=("bfloat16",)).spec()
+    for section_bytes in (1, 1 << 20, 32 << 20):
+        work = schedules.kv_work(spec, KvSchedule(dq="own", ordered=True, section_bytes=section_bytes))
+        heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
+        orders = {tuple(kv_tiles[heads == head].tolist()) for head in range(work.heads)}
+        assert len(orders) == 1, (section_bytes, orders)
 
 
 def test_a_mask_that_leaves_queries_without_keys_has_no_order():

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_within
 from jax import lax
 
 from bench import cli, contestants, tune
@@ -107,14 +108,7 @@ def used(budget: Budget, found: dict[str, Any]) -> dict[str, float]:
 
 
 def assert_right(case: Case, found: dict[str, Any]) -> None:
-    """Every result is within its error budget; lse within 1e-5: its budget is that of sums in float32, and tensor cores
-    add the products of a score with fewer bits.
-    """
-    budget, lse = budget_of(case), found.get("lse")
-    if lse is not None:
-        np.testing.assert_allclose(np.asarray(lse, np.float64), budget.oracle.lse, rtol=1e-5, atol=1e-5)
-    shares = used(budget, {name: x for name, x in found.items() if name != "lse"})
-    assert max(shares.values()) <= 1, shares
+    assert_within(budget_of(case), found)
 
 
 def relative(found: Any, wanted: Any) -> float:

@@ -1,5 +1,6 @@
 """The Hopper implementation under JAX's transformations, lowered for an H100 on any machine: each kernel once."""
 
+import functools
 import re
 
 import jax
@@ -20,8 +21,12 @@ def attend(q, k, v):
     return pf.flash_attention(q, k, v, mask=pf.Causal(), implementation="hopper")
 
 
-def loss(q, k, v):
-    return attend(q, k, v).astype(jnp.float32).sum()
+def loss(q, k, v, deterministic=False):
+    out = pf.flash_attention(q, k, v, mask=pf.Causal(), implementation="hopper", deterministic=deterministic)
+    return out.astype(jnp.float32).sum()
+
+
+in_turns = functools.partial(loss, deterministic=True)
 
 
 def on_two_devices(function):
@@ -40,6 +45,9 @@ CASES = {
     "vmap-shared-keys": (jax.vmap(attend, in_axes=(0, None, None)), (STACKED, Q, Q)),
     "vmap-grad": (jax.vmap(jax.grad(loss, (0, 1, 2)), in_axes=(0, None, None)), (STACKED, Q, Q)),
     "grad": (jax.grad(loss, (0, 1, 2)), (Q, Q, Q)),
+    "vmap-grad-in-turns": (jax.vmap(jax.grad(in_turns, (0, 1, 2))), (STACKED, STACKED, STACKED)),
+    "remat-in-turns": (jax.grad(jax.checkpoint(in_turns, policy=KEEP), (0, 1, 2)), (Q, Q, Q)),
+    "shard_map-grad-in-turns": (on_two_devices(jax.grad(in_turns, (0, 1, 2))), (Q, Q, Q)),
     "remat": (jax.grad(jax.checkpoint(loss, policy=KEEP), (0, 1, 2)), (Q, Q, Q)),
     "scan": (scanned, (Q, Q, Q)),
     "shard_map": (on_two_devices(attend), (Q, Q, Q)),
@@ -47,7 +55,7 @@ CASES = {
 }
 
 
-DIFFERENTIATED = ("vmap-grad", "grad", "remat", "shard_map-grad")
+DIFFERENTIATED = tuple(name for name in CASES if "grad" in name or "remat" in name)
 
 
 def kernels(name):
@@ -63,6 +71,17 @@ def kernels(name):
 def test_each_kernel_is_lowered_once(name):
     backward = ["attention_backward_finish", "attention_backward_kv", "attention_backward_prepare"]
     assert kernels(name) == (backward if name in DIFFERENTIATED else []) + ["attention_forward"]
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lowers_with_64_bit_types(d, deterministic, x64):
+    """Kernels count in int32 whatever the type of JAX's plain integers is."""
+    q = jax.ShapeDtypeStruct((1, 300, 2, d), jnp.bfloat16)
+    gradients = jax.grad(functools.partial(loss, deterministic=deterministic), (0, 1, 2))
+    with device.assume(device.H100):
+        text = jax.jit(gradients).trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "attention_backward" in text
 
 
 def test_a_mapped_call_is_for_the_device_it_was_traced_for():

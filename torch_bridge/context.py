@@ -5,33 +5,33 @@ PyTorch that is the thread's current device: tensors on "cuda" would lie there f
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+
+from torch_bridge import memory
 
 __all__ = ["device_kept", "undo_start_of_jax"]
 
 
 @contextlib.contextmanager
 def device_kept() -> Iterator[None]:
-    """Whatever starts JAX in here, torch's current device afterwards is the one before."""
-    before = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # 0: nobody has chosen another
-    try:
+    """If JAX starts in here, and finds GPUs, torch's current device afterwards is the one before."""
+    if memory.running_gpus():
         yield
-    finally:
-        if torch.cuda.device_count() > 1:
-            torch.cuda.set_device(before)
+        return
+    before = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # 0: nobody has chosen another
+    yield
+    _make_current(before)
 
 
 def undo_start_of_jax() -> None:
     """Makes the first device current again where JAX was started before torch used a GPU."""
-    if "jax" not in sys.modules or torch.cuda.is_initialized():
-        return
-    from pallas_flash import compat
+    if not torch.cuda.is_initialized():
+        _make_current(0)
 
-    jax: Any = sys.modules["jax"]
-    if compat.backends_are_initialized() and any(device.platform == "gpu" for device in jax.local_devices()):
-        with device_kept():
-            pass
+
+def _make_current(index: int) -> None:
+    in_bad_fork = getattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # where torch cannot use CUDA any more
+    if len(memory.running_gpus()) > 1 and torch.cuda.device_count() > 1 and not in_bad_fork():
+        torch.cuda.set_device(index)

@@ -133,15 +133,15 @@ def _precision(query: torch.Tensor) -> Any:
 def jax_device(device: torch.device) -> jax.Device:
     """The JAX device on which the memory of a torch device lies."""
     platform, index = device.type, device.index or 0
-    try:
-        with context.device_kept():  # this is where JAX starts, if it has not
+    with context.device_kept():  # this is where JAX starts, if it has not
+        try:
             candidates = jax.local_devices(backend=platform)
-        for candidate in candidates:
-            if platform == "cpu" or candidate.local_hardware_id == index:
-                return candidate
-    except RuntimeError as error:
-        raise RuntimeError(f"JAX has no {platform} devices, but a tensor is on {device}: install jax[cuda13], and let "
-                           f"JAX_PLATFORMS be unset or name {platform} ({error})") from error
+        except RuntimeError as error:
+            raise RuntimeError(f"JAX has no {platform} devices, but a tensor is on {device}: install jax[cuda13], and "
+                               f"let JAX_PLATFORMS be unset or name {platform} ({error})") from error
+    for candidate in candidates:
+        if platform == "cpu" or candidate.local_hardware_id == index:
+            return candidate
     raise RuntimeError(f"JAX does not see {device}: let CUDA_VISIBLE_DEVICES name it for both runtimes")
 
 

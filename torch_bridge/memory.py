@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import Any
 
-__all__ = ["share_with_torch"]
+__all__ = ["running_gpus", "share_with_torch"]
 
 CHOICES = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION",
            "XLA_PYTHON_CLIENT_ALLOCATOR")
@@ -17,7 +17,7 @@ def share_with_torch() -> None:
     if any(name in os.environ for name in CHOICES):
         return
     os.environ[CHOICES[0]] = "false"
-    if "jax" in sys.modules and (taken := _preallocated()):
+    if taken := _preallocated():
         amounts = ", ".join(f"{gib:.1f} GiB on {name}" for name, gib in taken)
         warnings.warn(f"JAX was started before torch_bridge was imported and has reserved {amounts}, which PyTorch "
                       f"cannot use. Import torch_bridge before the first JAX computation, or set {CHOICES[0]}=false.",
@@ -26,10 +26,16 @@ def share_with_torch() -> None:
 
 def _preallocated() -> list[tuple[str, float]]:
     """(device, GiB that JAX's pool holds), for the GPUs of a JAX that is running."""
+    stats = [(str(device), device.memory_stats() or {}) for device in running_gpus()]
+    return [(name, numbers.get("bytes_limit", 0) / 2**30) for name, numbers in stats]
+
+
+def running_gpus() -> list[Any]:
+    """JAX's GPUs, if JAX is running; starts nothing, and does not import JAX."""
+    if "jax" not in sys.modules:
+        return []
     from pallas_flash import compat
 
     jax: Any = sys.modules["jax"]
-    if not compat.backends_are_initialized():
-        return []
-    stats = [(str(device), device.memory_stats() or {}) for device in jax.local_devices() if device.platform == "gpu"]
-    return [(name, numbers.get("bytes_limit", 0) / 2**30) for name, numbers in stats]
+    running = compat.backends_are_initialized()
+    return [device for device in jax.local_devices() if device.platform == "gpu"] if running else []

@@ -173,8 +173,8 @@ def test_float64_does_not_switch_jax_to_64_bits():
 def test_the_jax_device_is_the_one_with_torchs_number(monkeypatch):
     """Both runtimes number the devices that CUDA_VISIBLE_DEVICES leaves them; JAX's `id` counts those of all hosts."""
     import jax
-    devices = [types.SimpleNamespace(id=8 + i, local_hardware_id=i) for i in (1, 0)]
-    monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+    devices = [types.SimpleNamespace(id=8 + i, local_hardware_id=i, platform="gpu") for i in (1, 0)]
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: devices)
     of = exchange.jax_device.__wrapped__
     assert [of(torch.device("cuda", i)).id for i in (0, 1)] == [8, 9] and of(torch.device("cuda")).id == 8
     with pytest.raises(RuntimeError, match="CUDA_VISIBLE_DEVICES"):

@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import sys
 import textwrap
-import types
 
 import jax
 import pytest
@@ -78,28 +77,44 @@ def test_a_late_import_warns_with_numbers(nothing_chosen, monkeypatch):
 
 
 @pytest.fixture
-def two_gpus(monkeypatch):
-    """A torch that sees two GPUs; returns the list of devices that were made current."""
-    made_current = []
+def made_current(monkeypatch):
+    """What becomes torch's current device, on a machine with two GPUs, of which the second is current."""
+    found = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
-    return made_current
-
-
-@pytest.mark.parametrize(("initialized", "expected"), [(True, 1), (False, 0)])
-def test_starting_jax_leaves_torchs_current_device(initialized, expected, two_gpus, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    exchange.jax_device.__wrapped__(torch.device("cpu"))
-    assert two_gpus == [expected]
+    return found
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("gpu", [0]), ("cpu", [])])
-def test_an_import_after_the_start_of_jax_makes_the_first_device_current(platform, expected, two_gpus, monkeypatch):
-    jax.local_devices()
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform=platform)])
+def gpus_seen(monkeypatch, *counts):
+    """JAX runs with so many GPUs, each time it is asked."""
+    counts = list(counts)
+    monkeypatch.setattr(memory, "running_gpus", lambda: [object()] * (counts.pop(0) if len(counts) > 1 else counts[0]))
+
+
+@pytest.mark.parametrize(("counts", "initialized", "expected"), [
+    ((0, 2), True, [1]), ((0, 2), False, [0]),  # JAX starts
+    ((2, 2), True, []), ((0, 1), True, []), ((0, 0), False, [])])  # it ran already, or sees one GPU, or none
+def test_starting_jax_leaves_torchs_current_device(counts, initialized, expected, made_current, monkeypatch):
+    gpus_seen(monkeypatch, *counts)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    assert exchange.jax_device.__wrapped__(torch.device("cpu")).platform == "cpu"
+    assert made_current == expected
+
+
+@pytest.mark.parametrize(("count", "bad_fork", "expected"), [(2, False, [0]), (2, True, []), (0, False, [])])
+def test_an_import_after_the_start_of_jax_makes_the_first_device_current(count, bad_fork, expected, made_current,
+                                                                         monkeypatch):
+    gpus_seen(monkeypatch, count)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: bad_fork)
     context.undo_start_of_jax()
-    assert two_gpus == expected
+    assert made_current == expected
+
+
+def test_running_gpus_are_none_without_a_gpu():
+    jax.local_devices()
+    assert len(memory.running_gpus()) == sum(device.platform == "gpu" for device in jax.local_devices())
 
 
 def test_the_diagnosis(capsys):

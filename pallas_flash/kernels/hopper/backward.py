@@ -40,10 +40,11 @@ def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, .
     assert isinstance(schedule.kv, KvSchedule)
     launch, finish = backward_kv.launch(spec, schedule.kv), backward_small.launch_finish(spec, schedule.kv)
     if schedule.kv.ordered:
-        counters = schedules.dq_acc_shape(spec, schedule.kv)[:3]
-        dk, dv, sums = launch(*arrays, jax.new_ref(jnp.zeros(counters, jnp.int32)))
+        turns = jax.new_ref(jnp.zeros(schedules.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
+        dk, dv, sums = launch(*arrays, turns)
         return Gradients(finish(sums), dk, dv)
-    ref = jax.new_ref(*zeros)
+    (sums,) = zeros
+    ref = jax.new_ref(sums)
     dk, dv = launch(*arrays, ref)
     return Gradients(finish(ref[...]), dk, dv)
 

@@ -22,7 +22,7 @@ from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
@@ -67,13 +67,13 @@ def load_ring(block: Block, name: str, slots: int) -> None:
 
     @pl.loop(0, block.steps)
     def _(i: Any) -> None:
-        slot = lax.rem(i, slots)
+        slot = rem(i, slots)
 
         @pl.when(i >= slots)
         def _() -> None:
             plgpu.barrier_wait(free.at[slot])
 
-        place = (block.batch, lax.div(block.head, spec.group), (block.kv_tiles.stop - 1 - i) * block.schedule.block_kv)
+        place = (block.batch, div(block.head, spec.group), (block.kv_tiles.stop - 1 - i) * block.schedule.block_kv)
         grad_tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
 
     grad_tiles.drain(free, slots, block.steps)
@@ -120,17 +120,17 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
 
 
 def free_keys(block: Block, i: Any) -> None:
-    plgpu.barrier_arrive(block.bars["k_free"].at[lax.rem(i, block.schedule.k_stages)])
+    plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
 
 
 def keys_of(block: Block, i: Any) -> Any:
-    return block.smem["k"].at[lax.rem(i, block.schedule.k_stages)]
+    return block.smem["k"].at[rem(i, block.schedule.k_stages)]
 
 
 def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
     """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
-    slot, v_slot = lax.rem(i, s.k_stages), lax.rem(i, s.v_stages)
+    slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
     at_lse = grad_tiles.starts_at_lse(spec)
     from_lse = grad_products.spread_rows(rows.lse, s.block_kv) if at_lse else products.zeros(s.block_kv)
     from_delta = grad_products.spread_rows(rows.delta, s.block_kv)
@@ -191,7 +191,7 @@ def again(block: Block, rows: Rows) -> Any:
     """
     spec, mask, block_kv = block.spec, schedules.kv_mask(block.spec, block.schedule), block.schedule.block_kv
     own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
-                     {name: block.gmem[name] for name in "kv"}, (block.batch, lax.div(block.head, spec.group)))
+                     {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
     def add(first: int, position: Any, acc: Any) -> Any:
         start = rows.lse if grad_tiles.starts_at_lse(spec) else 0.0
@@ -246,7 +246,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
         head, q_tile = work.place(lax.axis_index("block"))
-        batch, q_head = lax.div(head, spec.q_heads), lax.rem(head, spec.q_heads)
+        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         kv_tiles = schedules.kv_range(spec, schedule, q_tile)
         block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
         warpgroup = lax.axis_index("warpgroup")

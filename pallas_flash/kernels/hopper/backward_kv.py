@@ -30,7 +30,7 @@ from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_r
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.backward_tiles import Walk
 from pallas_flash.kernels.hopper.backward_turns import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: Any  # KvSchedule, or the SplitSchedule of backward_split
-    gmem: dict[str, Any]  # q, k, v, dout, stats, dq, dk, dv
+    gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
     smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
     bars: dict[str, Any]
     batch: Any
@@ -57,7 +57,7 @@ class Step(NamedTuple):
     tile: Any
 
     def slot(self, slots: int) -> Any:
-        return lax.rem(self.index, slots)
+        return rem(self.index, slots)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def load(block: Block) -> None:
 
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         head, tile = at
-        slot, place = lax.rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
+        slot, place = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
 
         def load_next(name: str, stats: bool) -> None:
             full, free = bars[f"{name}_full"].at[slot], bars[f"{name}_free"].at[slot]
@@ -164,7 +164,7 @@ def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
 
 def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
     """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
-    row, column = lax.div(warpgroup, chunks(block.spec.d)), lax.rem(barriers.opaque(warpgroup), chunks(block.spec.d))
+    row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
     ds = block.smem["ds"].at[step.slot(block.schedule.ds_slots), row]
     return grad_products.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
@@ -317,7 +317,7 @@ def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
     All products are issued at once and none is left in flight: over the loop's back edge ptxas loses count of them.
     """
     spec, slots = block.spec, block.schedule.num_stages
-    slot, before = step.slot(slots), lax.rem(step.index + slots - 1, slots)
+    slot, before = step.slot(slots), rem(step.index + slots - 1, slots)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     from_lse, from_delta = starts(block, slot)
     s = issue_scores(block, warpgroup, slot, from_lse)
@@ -347,7 +347,7 @@ def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
             return walk.next(*at), *step_behind(block, warpgroup, Step(i, at[1]), w, sums)
 
         _, w, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), w, sums))
-        slot = lax.rem(walk.steps - 1, block.schedule.num_stages)
+        slot = rem(walk.steps - 1, block.schedule.num_stages)
         dk, dv = multiply_weights(block, w, slot, *sums)
         dk, dv = products.ready(dk, 0), products.ready(dv, 0)
         free_slot(block, slot)
@@ -387,7 +387,7 @@ def dq_role(block: Block) -> None:
 
     @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
-        slot = lax.rem(i, s.ds_slots)
+        slot = rem(i, s.ds_slots)
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
             row, column = divmod(piece, chunks(spec.d))
@@ -429,7 +429,7 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
 def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> Block:
     """This block's key tile."""
     head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
-    batch, kv_head = lax.div(head, spec.kv_heads), lax.rem(head, spec.kv_heads)
+    batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     q_tiles = schedules.q_range(spec, s, kv_tile)
     gmem, smem, bars = refs
     return Block(spec, s, gmem, smem, bars, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))

@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_flash import masks, tiles
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -26,6 +25,8 @@ __all__ = [
 
 _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
+MOST_BLOCKS = 132
+"""Blocks that an H100 runs at a time."""
 _FILE_REGISTERS = 512  # of a thread of each warpgroup together: 65,536 / 128
 
 
@@ -221,7 +222,9 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
         ((s.order == "late dq") == (s.dq == "shared"), f"{s.order=} does not go with {s.dq=}"),
         (s.order != "late dq" or s.ds_slots > 1, f"{s.order=} needs {s.ds_slots=} to be 2 or 4"),
-        (not s.ordered or (s.dq != "none" and has_order(spec, s)), f"{s.ordered=} needs dq, and tiles in one order"),
+        (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
+        (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
+         f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
         (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )
@@ -261,9 +264,9 @@ def backward_problems(spec: AttentionSpec, schedule: BackwardSchedule, smem_limi
 def default_backward(spec: AttentionSpec) -> BackwardSchedule:
     """The schedule of a spec: a table by head size.
 
-    The fused form in order, which takes fewer passes over memory, but for long sequences, where waiting costs a little
-    more than that saves, and repeated bits were not asked for. Two kernels where the fused form does not exist, or the
-    mask gives it no order.
+    Heads of 64 and 128 take the fused form: in order if gradients are to repeat, and also where that saves more passes
+    over memory than it waits: in sequences that are not long, of which there are many tiles. Two kernels where the
+    fused form does not exist, or where gradients are to repeat and the mask gives no order.
 
     Measured, docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25; head sizes between the table's: by analogy.
     """
@@ -289,9 +292,19 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, order="late dq", pinned=capped)
     ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
-    if has_order(spec, ordered) and (spec.deterministic or spec.kv_len <= 4096):
+    if (spec.deterministic or _is_worth_waiting(spec, ordered)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
+
+
+def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule) -> bool:
+    """Whether the blocks of a query tile, which add one after the other, are done before all others are: an addition
+    takes about as long as two steps.
+    """
+    count = tiles.cdiv(spec.kv_len, ordered.block_kv)
+    ranges = q_range(spec, ordered, np.arange(count))
+    steps = np.broadcast_to(np.asarray(ranges.stop - ranges.start), (count,)).sum() * spec.batch * spec.q_heads
+    return spec.kv_len <= 4096 and bool(steps >= 2 * count * MOST_BLOCKS)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------
@@ -314,14 +327,14 @@ class Work(NamedTuple):
     """A kernel's blocks: one for each tile of its axis and each head, in sections of heads.
 
     Some of the first tiles come last, in ascending order, and before them the others, in descending order: all or none
-    of them where the longest tiles come first; in turns (`KvSchedule.ordered`) none, but in the last section.
+    of them, where the longest tiles are to come first. It is the same for all heads: in turns (`KvSchedule.ordered`) it
+    is the order of additions, so it must not depend on a head's place.
     """
 
     heads: int  # (batch, head) pairs
     tiles: int  # of the axis that stays
     section: int  # heads of a section; divides `heads`
     ascending: int  # how many
-    last_ascending: int  # in the last section
     empty: bool  # some tile needs no tile of the other axis
     partial: bool  # some tile of the other axis needs the mask
 
@@ -332,14 +345,10 @@ class Work(NamedTuple):
     def place(self, block: Any) -> tuple[Any, Any]:
         """(head, tile) of a block."""
         size = self.section * self.tiles
-        rest = lax.rem(block, size)
-        tile, head = lax.div(rest, self.section), lax.div(block, size) * self.section + lax.rem(rest, self.section)
-        descending = self.tiles - self.ascending_of(head)
+        rest = rem(block, size)
+        tile, head = div(rest, self.section), div(block, size) * self.section + rem(rest, self.section)
+        descending = self.tiles - self.ascending
         return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
-
-    def ascending_of(self, head: Any) -> Any:
-        """How many tiles of a head come in ascending order."""
-        return jnp.where(head < self.heads - self.section, self.ascending, self.last_ascending)
 
 
 def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, section_bytes: int) -> Work:
@@ -348,7 +357,7 @@ def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, sect
     section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
     length = stop - start
     ascending = count if length[0] >= length[-1] else 0
-    return Work(heads, count, section, ascending, ascending, empty=bool(np.any(length <= 0)),
+    return Work(heads, count, section, ascending, empty=bool(np.any(length <= 0)),
                 partial=bool(np.any((start < full_start) | (full_stop < stop))))
 
 
@@ -362,10 +371,10 @@ def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
     return tiles.kv_tiles(kv_mask(spec, s), tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
-def turn(spec: AttentionSpec, s: KvSchedule, head: Any, q_tile: Any, kv_tile: Any) -> Any:
-    """How many blocks add to a query tile before that of a key tile, if `ordered`; `head` counts (batch, kv_head)."""
+def turn(spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
     first, _, _, stop = kv_range(spec, s, q_tile)
-    split = kv_work(spec, s).ascending_of(head)
+    split = kv_work(spec, s).ascending
     return jnp.where(kv_tile >= split, stop - 1 - kv_tile,
                      jnp.maximum(stop - jnp.maximum(first, split), 0) + kv_tile - first)
 
@@ -392,7 +401,7 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
 
     In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
-    by itself. But then the longest blocks start last, so where lengths differ, they are amid those of the last section.
+    by itself. But then the longest blocks start last, so where lengths differ, a quarter of the tiles comes after them.
     """
     count = tiles.cdiv(spec.kv_len, s.block_kv)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
@@ -401,7 +410,7 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     if not s.ordered:
         return work
     length = np.broadcast_to(np.asarray(ranges.stop - ranges.start), (count,))
-    return work._replace(ascending=0, last_ascending=count // 2 if length.max() >= 1.5 * length.mean() else 0)
+    return work._replace(ascending=count // 4 if length.max() >= 1.5 * length.mean() else 0)
 
 
 @functools.lru_cache(maxsize=256)

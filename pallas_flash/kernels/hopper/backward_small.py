@@ -14,7 +14,7 @@ from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish", "launch_prepare"]
@@ -53,8 +53,8 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
     def attention_backward_prepare(out: Any, dout: Any, lse: Any, dlse: Any, stats: Any, *rest: Any) -> None:
         *sums, smem, full = rest
         block = lax.axis_index("block")
-        head, rows = lax.div(block, count), lax.rem(block, count)
-        batch, q_head, first = lax.div(head, spec.q_heads), lax.rem(head, spec.q_heads), rows * ROWS
+        head, rows = div(block, count), rem(block, count)
+        batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS
         for i, source in enumerate((out, dout)):
             grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
         if sums:
@@ -80,7 +80,7 @@ def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, place: tuple[Any, A
     """Zeros for the float32 sums of 64 queries."""
     batch, q_head, rows = place
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
-    tile, row = lax.div(rows, per_tile), lax.rem(rows, per_tile)
+    tile, row = div(rows, per_tile), rem(rows, per_tile)
     for column in range(columns):
         grad_products.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
 
@@ -93,9 +93,9 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
 
     def attention_backward_finish(acc: Any, dq: Any, smem: Any) -> None:
         block = lax.axis_index("block")
-        head, rows = lax.div(block, count), lax.rem(block, count)
-        batch, q_head = lax.div(head, spec.q_heads), lax.rem(head, spec.q_heads)
-        tile, row = lax.div(rows, per_tile), lax.rem(rows, per_tile)
+        head, rows = div(block, count), rem(block, count)
+        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
+        tile, row = div(rows, per_tile), rem(rows, per_tile)
         for column in range(columns):
             piece = acc.at[batch, q_head, tile, row * columns + column]
             x = (grad_products.from_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)

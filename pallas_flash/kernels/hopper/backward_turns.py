@@ -16,6 +16,7 @@ tiles keeps them apart, and a block makes the next tiles while one waits in its 
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -26,13 +27,14 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
 
 
 def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
     """Writes a 64 x 64 piece of the dq of the step with that number, in the layout TILE, to its slot."""
-    index = lax.rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
+    index = rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
     plgpu.barrier_wait(block.bars["dq_free"].at[index])
     grad_products.store_linear(dq, block.smem["dq"].at[index])
     grad_products.fence()
@@ -50,48 +52,56 @@ def add_dq(block: Any, slot: int) -> None:
             for piece in range(pieces):
                 plgpu.barrier_arrive(block.bars["dq_free"].at[slot * pieces + piece])
 
-    def step(turn: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            head = block.batch * block.spec.kv_heads + block.kv_head
-            before = schedules.turn(block.spec, s, head, at[1], block.kv_tile)
-            await_turn(block, *at, before)
-            first = before == 0
+            place = schedules.turn(block.spec, s, at[1], block.kv_tile)
+            await_turn(block, *at, place)
+            first = place == 0
         for piece in range(pieces):
             source, target = block.smem["dq"].at[slot * pieces + piece], block.gmem["dq"].at[block.batch, *at, piece]
             plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
             grad_products.add_to_global(source, target, first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        free((turn + 1) * s.dq_slots + slot)
+        free((i + 1) * s.dq_slots + slot)
         if s.ordered:
             plgpu.wait_smem_to_gmem(0)
             pass_turn(block, *at)
         return block.walk.skip(s.dq_slots, *at)
 
     free(slot)
-    turns = lax.div(steps + (s.dq_slots - 1 - slot), s.dq_slots)
-    lax.fori_loop(0, turns, step, block.walk.skip(slot, *block.walk.first))
+    count = div(steps + (s.dq_slots - 1 - slot), s.dq_slots)
+    lax.fori_loop(jnp.int32(0), count, step, block.walk.skip(slot, *block.walk.first))
     plgpu.wait_smem_to_gmem(0)
 
 
-def await_turn(block: Any, head: Any, tile: Any, before: Any) -> None:
-    """Waits until `before` blocks have added to a query tile. All lanes look."""
-    _at_counter(block, head, tile, before,
+def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
+    """Waits until `place` blocks have added to a query tile: then this block's addition, by TMA, comes after theirs.
+
+    All lanes look. Interpreted, blocks run one after the other: one that does not find its turn makes dq NaN.
+    """
+    if barriers.is_interpreted():
+        in_turn = block.gmem["turns"][block.batch, head, tile] == place
+        dq = block.gmem["dq"].at[block.batch, head, tile]
+        dq[...] = jnp.where(in_turn, dq[...], jnp.nan)
+        return
+    _at_counter(block, head, tile, place,
                 "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
-                "@p bra again; bar.warp.sync -1; mov.u32 $0, v; }")
+                "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
 def pass_turn(block: Any, head: Any, tile: Any) -> None:
     """Counts this block: what this warp has added to the query tile has arrived in memory."""
-    _at_counter(block, head, tile, 31,
-                "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %tid.x; and.b32 t, t, $2; "
-                "setp.eq.u32 p, t, 0; @p red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, t; }")
+    if barriers.is_interpreted():
+        block.gmem["turns"][block.batch, head, tile] += 1
+        return
+    _at_counter(block, head, tile, 1,
+                "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
+                "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
 def _at_counter(block: Any, head: Any, tile: Any, number: Any, ptx: str) -> None:
-    if barriers.is_interpreted():
-        return
-
+    """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4))
     def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
@@ -101,6 +111,7 @@ def _at_counter(block: Any, head: Any, tile: Any, number: Any, ptx: str) -> None
         for size, x in zip(shape[1:], place[1:]):
             index = arith.addi(arith.muli(index, mgpu.utils.c(size, i64)), arith.extui(i64, x))
         address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], barriers.i32())
-        llvm.inline_asm(barriers.i32(), [address, number], ptx, "=r,l,r,~{memory}", has_side_effects=True)
+        llvm.inline_asm(barriers.i32(), [address, number], ptx, "=r,l,r,~{memory}", has_side_effects=True,
+                        convergent=True)
 
     emit(block.gmem["turns"], *map(barriers.scalar, (block.batch, head, tile, number)))

@@ -47,9 +47,9 @@ from pallas_flash.kernels.hopper.forward_softmax import (
     rescaled,
     scaled,
 )
-from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rem, rows_of
+from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.rows_at_rest import across
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]

@@ -8,7 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_tiles import Block, Tile, div, for_each_tile, global_chunk, rem
+from pallas_flash.kernels.hopper.forward_tiles import Block, Tile, for_each_tile, global_chunk
+from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["load"]
 

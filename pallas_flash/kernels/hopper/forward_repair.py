@@ -14,9 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_softmax import scaled
-from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, div
+from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
-from pallas_flash.kernels.hopper.schedule import ROWS
+from pallas_flash.kernels.hopper.schedule import ROWS, div
 
 __all__ = ["repaired"]
 

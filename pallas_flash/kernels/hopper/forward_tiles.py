@@ -10,10 +10,10 @@ from jax.experimental import pallas as pl
 
 from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Block", "Rows", "Tile", "div", "for_each_tile", "global_chunk", "rem", "rows_of"]
+__all__ = ["Block", "Rows", "Tile", "for_each_tile", "global_chunk", "rows_of"]
 
 
 class Block(NamedTuple):
@@ -40,16 +40,6 @@ class Tile(NamedTuple):
     def slot(self, kv_tile: Any, num_stages: int) -> Any:
         """The slot of the rings that holds a key tile."""
         return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
-
-
-def div(a: Any, b: int) -> Any:
-    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.div(barriers.scalar(a), jnp.int32(b))
-
-
-def rem(a: Any, b: int) -> Any:
-    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.rem(barriers.scalar(a), jnp.int32(b))
 
 
 def for_each_tile(block: Block, work: Callable[[Tile], None]) -> tuple[Any, Any]:

@@ -11,14 +11,16 @@ import heapq
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_flash import masks, tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "forward_buffers", "forward_mask",
-    "forward_problems", "forward_table", "kv_range", "q_tiles", "row_tiles", "smem_bytes", "steps",
+    "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "div", "forward_buffers", "forward_mask",
+    "forward_problems", "forward_table", "kv_range", "q_tiles", "rem", "row_tiles", "smem_bytes", "steps",
 ]
 
 CHUNK = 64
@@ -78,6 +80,16 @@ class ForwardSchedule:
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one; 65,536 in all."""
         return (160, 32) if self.warpgroups == 3 else (240, 24)
+
+
+def div(a: Any, b: int) -> Any:
+    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
+    return lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
+
+
+def rem(a: Any, b: int) -> Any:
+    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
+    return lax.rem(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
 
 class Buffer(NamedTuple):
