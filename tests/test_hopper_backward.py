@@ -25,9 +25,9 @@ from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
 CAUSAL = masks.Causal()
-FUSED = BackwardSchedule(KvSchedule(dq="shared", order="late dq"))
-ORDERED = BackwardSchedule(KvSchedule(dq="shared", order="late dq", dq_slots=2, ordered=True))
-SLOTS = BackwardSchedule(KvSchedule(dq="shared", order="late dq", dq_slots=2))
+FUSED = BackwardSchedule(KvSchedule(dq="shared"))
+ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))
+SLOTS = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))
 OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
 OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
@@ -139,7 +139,6 @@ def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     """Then a block waits only for blocks that have started, and every addition has one place."""
     options = dict(batch=3, q_heads=2, kv_heads=2, q_len=1500, kv_len=1500, mask=CAUSAL) | TURNS[name]
     section_bytes = options.pop("section_bytes", 4 << 20)
-    options["q_heads"] = max(options["q_heads"], options["kv_heads"])
     spec = Problem("turns", "order", d=64, d_v=64, dtypes=("bfloat16",), **options).spec()
     schedule = KvSchedule(dq="own", ordered=True, section_bytes=section_bytes)
     assert schedules.has_order(spec, schedule)
@@ -182,7 +181,7 @@ def test_default_is_legal(d, deterministic):
 
 
 DEADLOCKS = {  # a slot that is freed one step later, and only one of them
-    "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", order="late dq", ds_slots=1))),
+    "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", ds_slots=1))),
     "own-behind": (64, BackwardSchedule(KvSchedule(dq="own", order="behind", num_stages=1))),
     "dq-behind": (64, BackwardSchedule(KvSchedule(), DqSchedule(behind=True, k_stages=1))),
 }

@@ -72,9 +72,9 @@ def test_agrees_with_the_oracle(problem):
 
 
 BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
-    "shared-ds-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", ds_slots=4))),
-    "shared-dq-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", dq_slots=2))),
-    "shared-ordered": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", order="late dq", ordered=True))),
+    "shared-ds-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", ds_slots=4))),
+    "shared-dq-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))),
+    "shared-ordered": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", ordered=True))),
     "own-ordered": ((64, 64), BackwardSchedule(KvSchedule(dq="own", dq_slots=3, ordered=True))),
     "own-in-turn": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
     "own-three-warpgroups": ((64, 64), BackwardSchedule(KvSchedule(warpgroups=3, num_stages=2, dq="own"))),

@@ -250,7 +250,7 @@ def issue_late_dq(block: Block, warpgroup: Any, step: Step) -> Any:
 
 def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
     plgpu.barrier_arrive(block.bars["ds_free"].at[step.slot(block.schedule.ds_slots)])
-    hand_dq_over(block, step.index, warpgroup, plgpu.layout_cast(dq, products.TILE))
+    hand_dq_over(block, step.index, warpgroup, dq)
 
 
 def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
@@ -362,11 +362,11 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
     spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
-    gradients = {"in turn": gradients_in_turn, "late dq": gradients_with_late_dq, "behind": gradients_behind}[s.order]
+    in_order = {"in turn": gradients_in_turn, "behind": gradients_behind}[s.order]
+    gradients = gradients_with_late_dq if s.dq == "shared" else in_order
     dk, dv = gradients(block, warpgroup)
-    if s.dq == "own" or s.order == "late dq":
-        grad_tiles.drain(block.bars["ds_free"], s.ds_slots, block.walk.steps)
     if s.dq != "none":
+        grad_tiles.drain(block.bars["ds_free"], s.ds_slots, block.walk.steps)
         meet(block)  # the others' last dq has been multiplied: keys may be written over
     place = (block.batch, block.kv_head, block.kv_tile * s.block_kv + warpgroup * ROWS)
     rows = pl.ds(warpgroup * ROWS, ROWS)
@@ -395,7 +395,7 @@ def dq_role(block: Block) -> None:
             dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
-            hand_dq_over(block, i, piece, plgpu.layout_cast(dq, products.TILE))
+            hand_dq_over(block, i, piece, dq)
 
     meet(block)
 
@@ -420,7 +420,6 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
         smem["dq"] = plgpu.SMEM((handed, CHUNK * CHUNK // 256, 256), jnp.float32)
         for name in ("dq_full", "dq_free"):
             bars[name] = plgpu.Barrier(num_barriers=handed)
-    if s.dq == "own" or s.order == "late dq":
         bars["ds_full"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.ds_slots)
         bars["ds_free"] = plgpu.Barrier(num_arrivals=1 if s.dq == "own" else s.warpgroups, num_barriers=s.ds_slots)
     return smem, bars

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import masks, tiles
+from pallas_flash import device, masks, tiles
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
@@ -25,8 +25,6 @@ __all__ = [
 
 _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
-MOST_BLOCKS = 132
-"""Blocks that an H100 runs at a time."""
 _FILE_REGISTERS = 512  # of a thread of each warpgroup together: 65,536 / 128
 
 
@@ -39,13 +37,11 @@ class KvSchedule:
       warpgroups: compute warpgroups, of 64 keys each.
       num_stages: slots of the ring of query and dout tiles.
       dq: who multiplies dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute warpgroups, one
-        64 x 64 piece each), or "own" (one more warpgroup, so that the others need not meet).
+        64 x 64 piece each, one step later, so that they need not meet), or "own" (one more warpgroup).
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to memory (`backward_turns`).
       ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
-      order: "in turn": each step ends with its products; "late dq" (with dq="shared"): so it does, but a tile's dq is
-        multiplied one step later, so that the warpgroups need not meet; "behind": a tile's dk and dv are multiplied
-        during the next tile's softmax.
+      order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
     """
@@ -57,7 +53,7 @@ class KvSchedule:
     ds_slots: int = 2
     dq_slots: int = 1
     ordered: bool = False
-    order: Literal["in turn", "late dq", "behind"] = "in turn"
+    order: Literal["in turn", "behind"] = "in turn"
     pinned: bool = True
     opaque: bool = True
     section_bytes: int = 32 << 20
@@ -220,8 +216,8 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
         (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
-        ((s.order == "late dq") == (s.dq == "shared"), f"{s.order=} does not go with {s.dq=}"),
-        (s.order != "late dq" or s.ds_slots > 1, f"{s.order=} needs {s.ds_slots=} to be 2 or 4"),
+        (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
+        (s.dq != "shared" or s.order == "in turn", f"{s.order=} needs another dq"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
          f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
@@ -290,7 +286,7 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
     if spec.d == 64:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
     else:  # unpinned it would spill with a soft cap
-        plain = KvSchedule(dq="shared", dq_slots=2, order="late dq", pinned=capped)
+        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped)
     ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
     if (spec.deterministic or _is_worth_waiting(spec, ordered)) and has_order(spec, ordered):
         return ordered
@@ -301,10 +297,9 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule) -> bool:
     """Whether the blocks of a query tile, which add one after the other, are done before all others are: an addition
     takes about as long as two steps.
     """
-    count = tiles.cdiv(spec.kv_len, ordered.block_kv)
-    ranges = q_range(spec, ordered, np.arange(count))
-    steps = np.broadcast_to(np.asarray(ranges.stop - ranges.start), (count,)).sum() * spec.batch * spec.q_heads
-    return spec.kv_len <= 4096 and bool(steps >= 2 * count * MOST_BLOCKS)
+    q_tiles = _q_ranges(spec, ordered)
+    steps = (q_tiles.stop - q_tiles.start).sum() * spec.batch * spec.q_heads
+    return spec.kv_len <= 4096 and bool(steps >= 2 * q_tiles.start.size * device.H100.num_sms)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------
@@ -351,8 +346,9 @@ class Work(NamedTuple):
         return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
 
 
-def _work(heads: int, ranges: tiles.TileRange, count: int, head_bytes: int, section_bytes: int) -> Work:
-    start, full_start, full_stop, stop = (np.broadcast_to(np.asarray(x), (count,)) for x in ranges)
+def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
+    start, full_start, full_stop, stop = ranges
+    count = start.size
     wanted = max(1, section_bytes // max(head_bytes, 1))
     section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
     length = stop - start
@@ -371,6 +367,18 @@ def kv_range(spec: AttentionSpec, s: Any, q_tile: Any) -> tiles.TileRange:
     return tiles.kv_tiles(kv_mask(spec, s), tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
+def _q_ranges(spec: AttentionSpec, s: Any) -> tiles.TileRange:
+    """`q_range` of every key tile, as arrays."""
+    count = tiles.cdiv(spec.kv_len, s.block_kv)
+    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), (count,)) for x in q_range(spec, s, np.arange(count))))
+
+
+def _kv_ranges(spec: AttentionSpec, s: Any) -> tiles.TileRange:
+    """`kv_range` of every query tile, as arrays."""
+    count = tiles.cdiv(spec.q_len, s.block_q)
+    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), (count,)) for x in kv_range(spec, s, np.arange(count))))
+
+
 def turn(spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
     """How many blocks add to a query tile before that of a key tile, if `ordered`."""
     first, _, _, stop = kv_range(spec, s, q_tile)
@@ -384,15 +392,13 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     """Whether the key tiles whose blocks come to a query tile are those that the mask's bounds say, and at least one:
     then a block's turn follows from its number.
     """
-    kv_count, q_count = tiles.cdiv(spec.kv_len, s.block_kv), tiles.cdiv(spec.q_len, s.block_q)
-    starts, _, _, stops = (np.broadcast_to(np.asarray(x), (kv_count,)) for x in q_range(spec, s, np.arange(kv_count)))
-    count, first, last = np.zeros(q_count, int), np.full(q_count, kv_count), np.full(q_count, -1)
-    for kv_tile, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist())):
-        comes = slice(start, max(start, stop))
+    q_tiles, (start, _, _, stop) = _q_ranges(spec, s), _kv_ranges(spec, s)
+    count, first, last = np.zeros(start.size, int), np.full(start.size, q_tiles.start.size), np.full(start.size, -1)
+    for kv_tile, (begin, end) in enumerate(zip(q_tiles.start.tolist(), q_tiles.stop.tolist())):
+        comes = slice(begin, max(begin, end))
         count[comes] += 1
         first[comes] = np.minimum(first[comes], kv_tile)
         last[comes] = kv_tile
-    start, _, _, stop = (np.broadcast_to(np.asarray(x), (q_count,)) for x in kv_range(spec, s, np.arange(q_count)))
     return bool(np.all((count > 0) & (first == start) & (last == stop - 1) & (count == stop - start)))
 
 
@@ -403,19 +409,17 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
     by itself. But then the longest blocks start last, so where lengths differ, a quarter of the tiles comes after them.
     """
-    count = tiles.cdiv(spec.kv_len, s.block_kv)
+    q_tiles = _q_ranges(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
-    ranges = q_range(spec, s, np.arange(count))
-    work = _work(spec.batch * spec.kv_heads, ranges, count, head_bytes, s.section_bytes)
+    work = _work(spec.batch * spec.kv_heads, q_tiles, head_bytes, s.section_bytes)
     if not s.ordered:
         return work
-    length = np.broadcast_to(np.asarray(ranges.stop - ranges.start), (count,))
-    return work._replace(ascending=count // 4 if length.max() >= 1.5 * length.mean() else 0)
+    length = q_tiles.stop - q_tiles.start
+    return work._replace(ascending=work.tiles // 4 if length.max() >= 1.5 * length.mean() else 0)
 
 
 @functools.lru_cache(maxsize=256)
 def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
-    count = tiles.cdiv(spec.q_len, s.block_q)
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
-    return _work(spec.batch * spec.q_heads, kv_range(spec, s, np.arange(count)), count, head_bytes, s.section_bytes)
+    return _work(spec.batch * spec.q_heads, _kv_ranges(spec, s), head_bytes, s.section_bytes)

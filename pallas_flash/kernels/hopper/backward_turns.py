@@ -26,17 +26,17 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
 
 
 def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
-    """Writes a 64 x 64 piece of the dq of the step with that number, in the layout TILE, to its slot."""
+    """Writes a 64 x 64 piece of the dq of the step with that number to its slot."""
     index = rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
     plgpu.barrier_wait(block.bars["dq_free"].at[index])
-    grad_products.store_linear(dq, block.smem["dq"].at[index])
+    grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[index])
     grad_products.fence()
     plgpu.barrier_arrive(block.bars["dq_full"].at[index])
 
