@@ -25,8 +25,8 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {
         "block_kv": (48, 64, 80, 96, 112, 128, 144, 160, 176, 192), "warpgroups": (2, 3), "num_stages": (1, 2, 3, 4),
         "query_buffers": (1, 2), "out_chunks": (0, 1, 2, 4), "pingpong": (False, True),
-        "slack": (0.0, 0.75, 1.0, 2.0), "long_slack": (1.0, 2.0, 8.0), "pinned_columns": (0, 16, 32, 48, 64),
-        "q_registers": (False, True), "opaque": (False, True),
+        "maxima": (0, 2, 4, 8), "slack": (0.0, 0.75, 1.0, 2.0), "long_slack": (1.0, 2.0, 8.0),
+        "held_columns": (0, 16, 32, 48, 64), "q_registers": (False, True), "opaque": (False, True),
         "section_bytes": (8 << 20, 16 << 20, 32 << 20, 64 << 20)},
     "backward": {
         "kv.block_q": (64, 128), "kv.warpgroups": (1, 2, 3), "kv.num_stages": (1, 2, 4),

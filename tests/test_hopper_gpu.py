@@ -137,6 +137,9 @@ SHAPES = {
     "d200-v8-softcap": (200, dict(d_v=8, q_len=300, kv_len=300, softcap=3.0)),
     "d248-fp16": (248, dict(q_len=300, kv_len=300, dtypes=("float16",), scale=-0.05)),
     "rows-of-lse-200-d128": (128, dict(q_len=700, kv_len=700, row_lse=200.0)),
+    "rows-of-lse-200-d64-long": (64, dict(q_len=1700, kv_len=1700, row_lse=200.0)),
+    "rows-of-lse-200-d128-long": (128, dict(q_len=1400, kv_len=1700, row_lse=200.0, mask=Full())),
+    "more-keys-long": (128, dict(q_len=200, kv_len=3000, mask=Causal(offset=2800), layout="BHLD")),
     "rows-of-lse-200-d256": (256, dict(q_len=700, kv_len=700, row_lse=200.0, mask=Full())),
 }
 
@@ -185,6 +188,31 @@ def test_lse_to_five_digits(d, row_lse):
         wanted = exact(case)
     lse = np.asarray(jax.jit(ours("forward", case))(*case.arrays)["lse"], np.float64)
     np.testing.assert_allclose(lse, wanted.lse, rtol=1e-5, atol=1e-5)
+
+
+# -- scores that leave the maximum behind ----------------------------------------------------------------------------
+
+JUMPS = {  # by how much keys score higher; tiles are walked from the last key to the first
+    "rise": lambda key: 25.0 * ((2047 - key) // 128),
+    "one-key": lambda key: 150.0 * (key == 300),
+    "one-key-and-then-higher": lambda key: 150.0 * (key == 300) + 300.0 * (key == 7),
+    "the-last-tile": lambda key: 150.0 * (key < 5),
+}
+
+
+@each_direction
+@pytest.mark.parametrize("mask", [Causal(), Full()], ids=str)
+@pytest.mark.parametrize("d", (64, 128))
+@pytest.mark.parametrize("name", JUMPS)
+def test_scores_that_jump(direction, d, mask, name):
+    """Where the forward does not look at a tile's maximum, weights grow until float32 is full."""
+    case = case_of(problem_of(f"jumps: {name}", d, q_len=2048, kv_len=2048, q_heads=2, kv_heads=1, mask=mask))
+    q, k = (np.array(x) for x in case.operands[:2])
+    q[..., 0], k[..., 0] = 0, JUMPS[name](np.arange(2048))[:, None]
+    q[:, ::3, :, 0] = np.sqrt(d)  # the other queries see nothing of it
+    case = case._replace(operands=case.operands._replace(q=q, k=k))
+    found = jax.jit(ours(direction, case))(*case.arrays)
+    assert_right(case, found)
 
 
 # -- what nothing may look at ----------------------------------------------------------------------------------------
@@ -280,7 +308,7 @@ def runs_that_differ(function: Any, times: int, *arrays: Any) -> dict[str, Any]:
 @each_direction
 @each_d
 def test_repeated_runs_are_equal_bit_by_bit(direction, d):
-    case = case_of(problem_of("some tiles a block", d, batch=4, q_heads=16, kv_heads=4, q_len=1000, kv_len=1000,
+    case = case_of(problem_of("some tiles a block", d, batch=4, q_heads=16, kv_heads=4, q_len=1500, kv_len=1500,
                               deterministic=True), inputs.device_normal)
     counts = jax.device_get(runs_that_differ(ours(direction, case), REPETITIONS, *case.arrays))
     assert not any(counts.values()), counts

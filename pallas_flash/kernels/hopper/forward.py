@@ -20,8 +20,8 @@ hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets t
 
 Numbers. m_i is the row maximum in base 2 (`scale * log2(e)` times the score), l_i (64, 8) a row sum that is still
 spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i may
-stay up to `slack` below the maximum, so that P reaches 2^slack: that cancels in O / l_i, but the largest weight of a
-row is then rounded like the others. O is rescaled while the next S is multiplied, before its own P V.
+stay below the maximum (`forward_softmax`): that cancels in O / l_i, but the largest weight of a row is then rounded
+like the others. O is rescaled while the next S is multiplied, before its own P V.
 """
 
 import functools
@@ -42,7 +42,10 @@ from pallas_flash.kernels.hopper.forward_repair import repaired
 from pallas_flash.kernels.hopper.forward_softmax import (
     Softmax,
     first_softmax,
+    is_heavy,
     masked,
+    maximum_at_times,
+    maximum_within,
     next_softmax,
     rescaled,
     scaled,
@@ -114,6 +117,13 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     return first_softmax(s, unit, block.spec.dtype)
 
 
+def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
+    """Waits for a key tile, if the rows need it."""
+    @pl.when(kv_tile >= rows.start)
+    def _() -> None:
+        plgpu.barrier_wait(block.bars["k_full"].at[tile.slot(kv_tile, block.schedule.num_stages)])
+
+
 def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Any, Any]:
     """Issues acc + P V of a key tile; also returns what waits for it: a function of acc that returns acc."""
     acc = rescaled(state, acc)
@@ -129,22 +139,38 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
     return acc, wait
 
 
+def next_maximum(block: Block, rows: Rows, kv_tile: Any, state: Softmax) -> Callable[..., tuple[Any, Any]]:
+    """How this step finds m_i, see `next_softmax`."""
+    maxima = block.schedule.maxima
+    if not maxima:
+        return functools.partial(maximum_within, slack=rows.slack)
+    i, heavy = rows.stop - 1 - kv_tile, is_heavy(state)
+    return functools.partial(maximum_at_times, due=((i & -i) * maxima > i) | heavy, heavy=heavy)
+
+
 def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
     """S of this key tile while P V of the one after it is multiplied, then the softmax of S."""
     bars, slot = block.bars, tile.slot(kv_tile, block.schedule.num_stages)
-    plgpu.barrier_wait(bars["k_full"].at[slot])
+    if not block.schedule.held_columns:
+        plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
     s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
     acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
+    maximum = next_maximum(block, rows, kv_tile, state)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s)
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
-    pinned_columns, wait = block.schedule.pinned_columns, functools.partial(values_ready, acc)
-    return next_softmax(state, (s, unit), rows.slack, pinned_columns, wait)
+
+    def wait() -> Any:
+        if block.schedule.held_columns:
+            await_keys(block, tile, rows, kv_tile - 1)
+        return values_ready(acc)
+
+    return next_softmax(state, (s, unit), maximum, block.schedule.held_columns, wait)
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> None:
@@ -179,6 +205,8 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
     state, acc = first_step(block, tile, rows), products.zeros(block.spec.d_v)
+    if block.schedule.held_columns:
+        await_keys(block, tile, rows, rows.stop - 2)
 
     def step(i: Any, carry: tuple[Softmax, Any]) -> tuple[Softmax, Any]:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
@@ -189,7 +217,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
     sums = state.m_i, state.l_i.sum(axis=1)
-    acc = repaired(block, tile, rows, sums, acc)
+    sums, acc = repaired(block, tile, rows, sums, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     finish(block, tile, rows, sums, acc)

@@ -1,4 +1,11 @@
-"""The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled."""
+"""The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
+
+Any m_i not far below the row's maximum serves: exp2(s - m_i) cancels in O / l_i. What is near enough, there are two
+ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where it has fallen behind.
+`maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights of up to
+2^127, so that a row may leave its m_i far behind; where its sum says that it has, the next step takes the maximum,
+and a row that overflows before that is marked, and computed again (`forward_repair`).
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,10 +23,15 @@ from pallas_flash.kernels.hopper.rows_at_rest import across
 from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Softmax", "first_softmax", "masked", "next_softmax", "rescaled", "scaled"]
+__all__ = [
+    "Softmax", "first_softmax", "is_heavy", "masked", "maximum_at_times", "maximum_within", "next_softmax",
+    "overflowed", "rescaled", "scaled",
+]
 
 LOWEST = -3e38
 """Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
+HEAVY = 2.0**30
+"""A row sum above it says that scores have left m_i behind."""
 
 
 class Softmax(NamedTuple):
@@ -63,33 +75,61 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     return Softmax(m_i, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def next_maximum(m_i: Any, row_max: Any, slack: Any) -> tuple[Any, Any]:
-    """The new row maximum, and whether it is another one in some row of this warp.
+def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Any, Any]:
+    """The new m_i, at most `slack` below the maximum, and whether it is another one in some row of this warp.
 
     If one row of a warp needs a rescale, all of its rows take their maximum: it costs nothing more, and keeps them from
     needing one soon.
     """
+    m_i, row_max = state.m_i, s.max(axis=1) * unit
     grew = barriers.any_in_warp(jnp.logical_not(row_max - m_i <= slack), products.ROWS)  # so that NaN counts as growth
     everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
     return jnp.where(everywhere, jnp.maximum(m_i, row_max), m_i), grew
 
 
-def next_softmax(state: Softmax, scores: tuple[Any, float], slack: Any, pinned_columns: int,
-                 wait: Callable[[], Any]) -> tuple[Softmax, Any]:
+def is_heavy(state: Softmax) -> Any:
+    """Whether a row of this warp has left its m_i far behind."""
+    return barriers.any_in_warp(state.l_i > HEAVY, products.TILE)
+
+
+def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Any, Any]:
+    """The new m_i, and whether it may be another one: the rows' maximum if it is `due`, the old one if not.
+
+    Args:
+      due: the same in every thread of a warp; true where the warp is heavy.
+      heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because the largest of
+        them was not looked at; infinite where they have overflowed.
+    """
+    def lifted(m_i: Any, l_i: Any) -> Any:
+        l_i = l_i.max(axis=1)
+        return jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i), m_i)
+
+    def take(s: Any, m_i: Any, l_i: Any) -> Any:
+        m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, m_i, l_i)
+        return jnp.maximum(m_i, s.max(axis=1) * unit)
+
+    return lax.cond(due, take, lambda _, m_i, __: m_i, s, state.m_i, state.l_i), due
+
+
+def overflowed(m_i: Any, l_i: Any) -> Any:
+    """Rows whose weights did not fit float32: (64,) flags. Rows that are NaN by their scores are none of them."""
+    return (m_i == jnp.inf) | (l_i == jnp.inf)
+
+
+def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..., tuple[Any, Any]],
+                 held_columns: int, wait: Callable[[], Any]) -> tuple[Softmax, Any]:
     """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps.
 
     Args:
       scores: see `scaled`.
-      slack: see `Rows`.
-      pinned_columns: see `ForwardSchedule`.
+      maximum: the new m_i and whether it is another one, from the state, the scores and their unit.
+      held_columns: see `ForwardSchedule`.
     """
     s, unit = scores
-    m_i, grew = next_maximum(state.m_i, s.max(axis=1) * unit, slack)
+    m_i, grew = maximum(state, s, unit)
     weights = lambda s: jnp.exp2(s * unit - across(m_i, s.shape[1]))
-    dtype, split = state.p.dtype, pinned_columns or s.shape[1]
+    dtype, split = state.p.dtype, held_columns or s.shape[1]
     parts = [weights(s[:, :split])]
-    if pinned_columns:
-        barriers.pin(column_sums(parts[0]), products.TILE)
     acc = wait()
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))

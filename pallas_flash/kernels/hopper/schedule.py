@@ -30,6 +30,7 @@ SMALLEST_SCALE = 1e-30
 _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _LARGEST_GREEDY_TABLE = 200_000
+_SHORT_ROWS = 1280
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,16 @@ class ForwardSchedule:
       out_chunks: 64-column chunks of the output buffer of a warpgroup; fewer than the output has: written in turns; 0:
         the output is written over the query, which then cannot be replaced before it has left.
       pingpong: the warpgroups take turns at the tensor cores.
-      slack: a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0 keeps the largest
-        weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the largest weight is
-        rounded like the others.
+      maxima: the row maximum is taken at the steps i = 1, 2, 3, ... whose lowest set bit is more than i / maxima (2:
+        1, 2, 4, 8, ...; 4: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...), and not looked at in the others: weights then reach far
+        beyond 1, which bf16 can hold. 0: looked at in every step, with a slack.
+      slack: without `maxima`, a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0
+        keeps the largest weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the
+        largest weight is rounded like the others.
       long_slack, long_keys: the slack of rows that walk over more than so many keys, where single weights matter less.
-      pinned_columns: so many columns of weights are computed before the wait for the product that they overlap
-        (`barriers.pin`), the others after it, while the first are rounded. 0: the compiler waits where it likes.
+      held_columns: so many columns of weights are computed before the waits for the next key tile and for the product
+        that they overlap, the others after them, while the first are rounded. The first wait is a branch, above which
+        they stay. 0: the compiler waits for the product where it likes, and the next step for its key tile.
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
@@ -63,10 +68,11 @@ class ForwardSchedule:
     query_buffers: int = 2
     out_chunks: int = 4
     pingpong: bool = True
+    maxima: int = 0
     slack: float = 1.0
     long_slack: float = 2.0
     long_keys: int = 8192
-    pinned_columns: int = 32
+    held_columns: int = 32
     opaque: bool = True
     num_blocks: int = 132
     section_bytes: int = 32 << 20
@@ -131,8 +137,12 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
         (s.out_chunks > 0 or chunks(spec.d_v) <= chunks(spec.d), f"{s.out_chunks=} needs d_v no wider than d"),
         (registers + 32 <= s.registers[0],
          f"scores, weights and accumulator need about {registers + 32} registers a thread, there are {s.registers[0]}"),
-        (s.pinned_columns % 16 == 0 and 0 <= s.pinned_columns <= s.block_kv,
-         f"{s.pinned_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
+        (s.held_columns % 16 == 0 and 0 <= s.held_columns <= s.block_kv,
+         f"{s.held_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
+        (s.maxima == 0 or spec.dtype == jnp.bfloat16,
+         f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
+        (s.maxima == 0 or s.block_kv >= ROWS,
+         f"{s.maxima=} needs {s.block_kv=} of at least {ROWS}: a row meets its first key in the first two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
     return [problem for holds, problem in rules if not holds]
@@ -141,17 +151,30 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
 def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     """The schedule of a spec: a table by head size.
 
-    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25; up to 192: by analogy.
+    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25 (`maxima` too); up to 192:
+    by analogy.
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=3, pinned_columns=0)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
         (128, ForwardSchedule(block_kv=128, q_registers=True)),
         (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
-    return dataclasses.replace(schedule, num_blocks=num_sms)
+    maxima = _default_maxima(spec, schedule) if widest <= 128 else 0
+    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima)
+
+
+def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """How often the row maximum is taken. Never looking pays where rows walk over many tiles; where there are short
+    rows too, the output's error is theirs, and the long ones may round a little more.
+    """
+    start, *_, stop = _every_row_block(spec, schedule)
+    shortest, longest = np.min(stop - start), np.max(stop - start)
+    if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
+        return 0
+    return 2 if 4 * shortest <= longest else 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -207,14 +230,19 @@ class Steps(NamedTuple):
     skips_below: bool
 
 
+def _every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[np.ndarray, ...]:
+    """`row_tiles` of all blocks of 64 rows."""
+    q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
+    needed = row_tiles(spec, schedule, q_tile, np.arange(q_tile.size) % schedule.warpgroups)
+    return tuple(np.broadcast_to(x, q_tile.shape) for x in needed)
+
+
 @functools.lru_cache(maxsize=256)
 def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
     """Asks the mask about every block of rows."""
+    start, full_start, full_stop, stop = _every_row_block(spec, schedule)
     q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
-    warpgroup = np.arange(q_tile.size) % schedule.warpgroups
     lo, hi = (np.broadcast_to(x, q_tile.shape) for x in kv_range(spec, schedule, q_tile))
-    start, full_start, full_stop, stop = (
-        np.broadcast_to(x, q_tile.shape) for x in row_tiles(spec, schedule, q_tile, warpgroup))
     first, others = stop - 1, stop - 1 > start
     return Steps(
         first_masked=bool(np.any((first >= full_stop) | (first < full_start))),
