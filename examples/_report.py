@@ -11,13 +11,16 @@ import numpy as np
 COMPARED_STEPS = 100
 """Training amplifies rounding, so two right runs drift apart: only so many steps are held to the tolerance."""
 
+WARM_UP = 3
+"""Steps before the clock starts: the first compiles, and those after it may still load kernels and record them."""
+
 TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}
 """Largest difference allowed between the losses of two runs, in nats a token, by the type of the activations."""
 
 
 @dataclass
 class Run:
-    """One training run: losses in nats a token, speed without the first step, which compiles."""
+    """One training run: losses in nats a token, speed without the steps that warm up."""
 
     attention: str
     losses: list[float] = field(default_factory=list)
@@ -25,9 +28,10 @@ class Run:
     tokens_per_second: float = float("nan")
 
     def measure(self, args: argparse.Namespace, start: float) -> None:
-        """Sets the speed at the end of the last step; `start` is the `time.perf_counter()` of the end of the first."""
-        if args.steps > 1:
-            self.tokens_per_second = (args.steps - 1) * args.batch * args.context / (time.perf_counter() - start)
+        """Sets the speed at the end of the last step; `start` is `time.perf_counter()` at the end of the warm-up."""
+        timed = args.steps - WARM_UP
+        if timed > 0:
+            self.tokens_per_second = timed * args.batch * args.context / (time.perf_counter() - start)
 
 
 def max_difference(a: Run, b: Run, steps: int | None = None) -> float:

@@ -94,9 +94,11 @@ def train(name: str, args: argparse.Namespace, text: np.ndarray, held_out: np.nd
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-            if len(losses) % 10 == 1:  # waiting for the device at every step would leave it idle in between
-                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            start = start or time.perf_counter()  # the first step compiles, and its loss was waited for
+            if len(losses) == _report.WARM_UP:
+                loss.item()  # waits
+                start = time.perf_counter()
+            if len(losses) % 10 == 0:  # an old loss: waiting for the device would leave it idle until the next step
+                progress.set_postfix(loss=f"{losses[-10].item():.3f}", refresh=False)
             progress.update()
         run.losses = torch.stack(losses).tolist()
     run.measure(args, start)

@@ -21,6 +21,7 @@ from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward, barriers
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
@@ -252,3 +253,21 @@ def test_idle_queries_are_not_looked_at(name):
     found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
+
+
+GROUPED = [(8, 2048, 16, 4), (4, 4096, 8, 2), (1, 4096, 32, 8), (1, 2048, 16, 16), (2, 16384, 16, 4)]
+
+
+@pytest.mark.parametrize("d", (64, 128))
+@pytest.mark.parametrize("size", GROUPED, ids=str)
+def test_few_blocks_leave_no_sm_idle(size, d):
+    """Unasked, no turns where their order costs more than they save; the longest blocks of all sections start early."""
+    batch, length, q_heads, kv_heads = size
+    array = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, d), jnp.bfloat16)
+    spec = AttentionSpec.of(array(q_heads), array(kv_heads), array(kv_heads), mask=masks.Causal())
+    schedule = schedules.default_backward(spec).kv
+    assert not schedule.ordered
+    tiles = length // schedule.block_kv
+    steps = sum(range(1, tiles + 1)) * schedule.block_kv // schedule.block_q * batch * q_heads
+    assert schedules.makespan(spec, schedule) <= 1.15 * steps / 132
+    assert schedules.default_backward(dataclasses.replace(spec, deterministic=True)).kv.ordered

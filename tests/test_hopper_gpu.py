@@ -37,7 +37,7 @@ DIRECTIONS = ("forward", "backward")
 HEAD_DIMS = (64, 128, 256)
 SCHEDULES_TRIED = 8
 REPETITIONS = 1000
-COLD_SECONDS = {"forward": 5, "backward": 10}  # the latter compiles the forward and two or three kernels more
+COLD_SECONDS = {"forward": 5, "backward": 12}  # the latter compiles the forward and two or three kernels more
 LONG = (131_072, 524_288)
 MORE_THAN_A_GRID_HAS = 4096  # batch; times 17 heads: 69,632
 
@@ -425,6 +425,7 @@ def one_call(direction: str, length: int, d: int, *prefix: str, **environment: s
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(100)
 @each_direction
 @pytest.mark.parametrize("d", (128, 256))
@@ -433,7 +434,7 @@ def test_a_cold_call_takes_five_seconds_and_the_cache_serves_the_next_process(di
     cache = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
                  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
     done = [one_call(direction, 2048, d, **cache) for _ in range(2)]
-    done += [one_call(direction, 2048, d)]  # cold too: tests beside this one may have slowed the first
+    done += [one_call(direction, 2048, d)]  # cold too: something else may have slowed the first
     assert all(process.returncode == 0 for process in done), done[-1].stderr[-4000:]
     cold, warm, again = (json.loads(process.stdout.splitlines()[-1]) for process in done)
     seconds = min(cold["seconds"], again["seconds"])

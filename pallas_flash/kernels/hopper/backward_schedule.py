@@ -8,6 +8,7 @@ Mosaic in here.
 
 import dataclasses
 import functools
+import heapq
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +21,13 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "BackwardSchedule", "DqSchedule", "KvSchedule", "SplitSchedule", "Work", "backward_problems", "default_backward",
-    "dq_work", "kv_work", "may_have_idle_queries", "smem_bytes",
+    "dq_work", "kv_work", "makespan", "may_have_idle_queries", "smem_bytes",
 ]
 
 _ALIGNMENT = 1024
+_BLOCK_STEPS = 1.5  # a block's start and end cost about that many steps
+_BLOCKS_MODELLED = 20_000  # of a large grid, the first
+_WORTH = 1.05  # what zeros, their passes and the plain form's atomics cost, about
 _BARRIER_BYTES = 8
 _FILE_REGISTERS = 512  # of a thread of each warpgroup together: 65,536 / 128
 
@@ -288,18 +292,32 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped)
     ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
-    if (spec.deterministic or _is_worth_waiting(spec, ordered)) and has_order(spec, ordered):
+    if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
 
 
-def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule) -> bool:
-    """Whether the blocks of a query tile, which add one after the other, are done before all others are: an addition
-    takes about as long as two steps.
+@functools.lru_cache(maxsize=256)
+def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedule) -> bool:
+    """Whether the blocks of a query tile, which add one after the other, are done before all others are (an addition
+    takes about as long as two steps), and the order of turns leaves the SMs hardly more idle than that of lengths.
     """
     q_tiles = _q_ranges(spec, ordered)
     steps = (q_tiles.stop - q_tiles.start).sum() * spec.batch * spec.q_heads
-    return spec.kv_len <= 4096 and bool(steps >= 2 * q_tiles.start.size * device.H100.num_sms)
+    return (spec.kv_len <= 4096 and bool(steps >= 2 * q_tiles.start.size * device.H100.num_sms)
+            and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))
+
+
+def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
+    """Steps until the last block has ended, if none waits and each SM takes the next block when it is free."""
+    work, q_tiles = kv_work(spec, s), _q_ranges(spec, s)
+    cost = (q_tiles.stop - q_tiles.start) * spec.group + _BLOCK_STEPS
+    order = np.concatenate([np.arange(work.ascending, work.tiles)[::-1], np.arange(work.ascending)])
+    sections = min(work.heads // work.section, math.ceil(_BLOCKS_MODELLED / (work.section * work.tiles)))
+    ends = [0.0] * device.H100.num_sms
+    for steps in np.tile(np.repeat(cost[order], work.section), sections).tolist():
+        heapq.heapreplace(ends, ends[0] + steps)
+    return max(ends)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------
@@ -347,9 +365,12 @@ class Work(NamedTuple):
 
 
 def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
+    """Heads in sections of so many bytes, so that what they read stays in L2, but of about as many blocks as there are
+    SMs: with fewer, the longest tiles of a later section would wait for the shortest ones of this one.
+    """
     start, full_start, full_stop, stop = ranges
     count = start.size
-    wanted = max(1, section_bytes // max(head_bytes, 1))
+    wanted = max(1, section_bytes // max(head_bytes, 1), device.H100.num_sms // count)
     section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
     length = stop - start
     ascending = count if length[0] >= length[-1] else 0
