@@ -195,6 +195,8 @@ def test_lse_to_five_digits(d, row_lse):
 JUMPS = {  # by how much keys score higher; tiles are walked from the last key to the first
     "rise": lambda key: 25.0 * ((2047 - key) // 128),
     "one-key": lambda key: 150.0 * (key == 300),
+    "one-key-that-just-fits": lambda key: 50.0 * (key == 300),
+    "one-key-and-twice": lambda key: 60.0 * (key == 300) + 87.0 * (key == 200),
     "one-key-and-then-higher": lambda key: 150.0 * (key == 300) + 300.0 * (key == 7),
     "the-last-tile": lambda key: 150.0 * (key < 5),
 }

@@ -69,6 +69,8 @@ CASES = {
     "overflows": Case(64, 768, TIMES, masks.Full(), jumps=((0, 768, -300.0), (150, 151, -180.0)), repaired=True),
     "overflows-and-falls": Case(64, 768, TIMES, masks.Full(), jumps=((0, 64, 190.0), (150, 151, 120.0)), repaired=True),
     "overflows-last": Case(100, 740, TIMES, masks.Causal(650), jumps=((3, 9, 120.0),), repaired=True),
+    "fits": Case(64, 768, TIMES, masks.Full(), jumps=((150, 151, 45.0),)),
+    "just-fits-float32": Case(64, 768, TIMES, masks.Full(), jumps=((150, 151, 86.0),), repaired=True),
     "sum-overflows": Case(8, 768, TIMES, masks.Full(), jumps=((0, 64, 88.0),), v_scale=2.0**-20, repaired=True),
     "nan-key": Case(130, 130, dict(warpgroups=2, block_kv=64), bad_keys=(5, 100)),
     "nan-key-window": Case(200, 200, dict(warpgroups=2, block_kv=32), masks.Window(30, 5), heads=(2, 1), layout="BHLD",

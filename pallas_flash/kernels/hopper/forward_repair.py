@@ -1,10 +1,10 @@
 """Rows that the tile's arithmetic has spoiled, computed again without tensor cores.
 
 Two things spoil rows of finite numbers. A tile that the mask splits is multiplied whole, with weight 0 where the mask
-does not keep a pair, and 0 * NaN is NaN, also in a tensor core. And weights overflow where scores jump so far above m_i
-in one step that nobody could follow (`forward_softmax`). Both are found at the end of a query tile. Then one warpgroup
-adds up its 64 rows again, a key at a time: slow, exact to rounding, and never run on finite values whose
-scores jump by less than 67 from one tile to the next.
+does not keep a pair, and 0 * NaN is NaN, also in a tensor core. And weights grow too large where scores jump so far
+above m_i in one step that nobody could follow (`forward_softmax`). Both are found at the end of a query tile. Then one
+warpgroup adds up its 64 rows again, a key at a time: slow, exact to rounding, and never run on finite values whose
+scores rise by less than 52 above all later keys' from one key tile to the next.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_softmax import LOWEST, overflowed, scaled
+from pallas_flash.kernels.hopper.forward_softmax import LOWEST, given_up, scaled
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
 from pallas_flash.kernels.hopper.schedule import ROWS, div
@@ -39,7 +39,7 @@ def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: A
     acc = plgpu.layout_cast(acc, products.TILE)
     hopeless, suspect = jnp.isnan(l_i), acc
     if block.schedule.maxima:
-        lost = overflowed(m_i, l_i)
+        lost = given_up(m_i, l_i)
         hopeless = hopeless & jnp.logical_not(lost)
         suspect = jnp.where(across(lost, block.spec.d_v), jnp.inf, acc)
     suspect = jnp.where(across(hopeless, block.spec.d_v), 0.0, suspect)

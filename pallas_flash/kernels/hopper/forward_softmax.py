@@ -2,9 +2,9 @@
 
 Any m_i not far below the row's maximum serves: exp2(s - m_i) cancels in O / l_i. What is near enough, there are two
 ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where it has fallen behind.
-`maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights of up to
-2^127, so that a row may leave its m_i far behind; where its sum says that it has, the next step takes the maximum,
-and a row that overflows before that is marked, and computed again (`forward_repair`).
+`maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
+1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum, and a row
+that has gone too far before that is marked, and computed again (`forward_repair`).
 """
 
 import functools
@@ -24,14 +24,18 @@ from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Softmax", "first_softmax", "is_heavy", "masked", "maximum_at_times", "maximum_within", "next_softmax",
-    "overflowed", "rescaled", "scaled",
+    "Softmax", "first_softmax", "given_up", "is_heavy", "masked", "maximum_at_times", "maximum_within",
+    "next_softmax", "rescaled", "scaled",
 ]
 
 LOWEST = -3e38
 """Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
-HEAVY = 2.0**30
+HEAVY = 2.0**14
 """A row sum above it says that scores have left m_i behind."""
+FULL = 2.0**90
+"""A row sum above it is given up: to follow it, alpha would have to be so small that float32 flushes it to 0, and with
+it weights that count (2^-36 of the row's largest at this limit).
+"""
 
 
 class Softmax(NamedTuple):
@@ -98,11 +102,11 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
     Args:
       due: the same in every thread of a warp; true where the warp is heavy.
       heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because the largest of
-        them was not looked at; infinite where they have overflowed.
+        them was not looked at; infinite where they are given up.
     """
     def lifted(m_i: Any, l_i: Any) -> Any:
         l_i = l_i.max(axis=1)
-        return jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i), m_i)
+        return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i), m_i))
 
     def take(s: Any, m_i: Any, l_i: Any) -> Any:
         m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, m_i, l_i)
@@ -111,9 +115,9 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
     return lax.cond(due, take, lambda _, m_i, __: m_i, s, state.m_i, state.l_i), due
 
 
-def overflowed(m_i: Any, l_i: Any) -> Any:
-    """Rows whose weights did not fit float32: (64,) flags. Rows that are NaN by their scores are none of them."""
-    return (m_i == jnp.inf) | (l_i == jnp.inf)
+def given_up(m_i: Any, l_i: Any) -> Any:
+    """Rows whose weights grew too large: (64,) flags. Rows that are NaN by their scores are none of them."""
+    return (m_i == jnp.inf) | (l_i > FULL)
 
 
 def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..., tuple[Any, Any]],
