@@ -73,6 +73,10 @@ CASES = {
     "just-fits-float32": Case(64, 768, TIMES, masks.Full(), jumps=((150, 151, 86.0),), repaired=True),
     "sum-overflows": Case(8, 768, TIMES, masks.Full(), jumps=((0, 64, 88.0),), v_scale=2.0**-20, repaired=True),
     "nan-key": Case(130, 130, dict(warpgroups=2, block_kv=64), bad_keys=(5, 100)),
+    "at-times-nan-keys": Case(64, 768, TIMES, masks.Causal(704), bad_keys=(740, 765)),
+    "at-times-softcap": Case(70, 700, TIMES | dict(num_stages=1), masks.Causal(600), scale=2.0, softcap=80.0),
+    "at-times-negative-scale": Case(70, 700, TIMES | dict(warpgroups=2, held_columns=32), masks.Window(600, 3, 630),
+                                    scale=-0.7),
     "nan-key-window": Case(200, 200, dict(warpgroups=2, block_kv=32), masks.Window(30, 5), heads=(2, 1), layout="BHLD",
                            bad_keys=(60,)),
 }
