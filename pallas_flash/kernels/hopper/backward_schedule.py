@@ -309,7 +309,9 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedul
 
 
 def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
-    """Steps until the last block has ended, if none waits and each SM takes the next block when it is free."""
+    """Steps until the last block has ended, if none waits and each SM takes the next block when it is free; of a large
+    grid, in proportion to its first sections.
+    """
     work, q_tiles = kv_work(spec, s), _q_ranges(spec, s)
     cost = (q_tiles.stop - q_tiles.start) * spec.group + _BLOCK_STEPS
     order = np.concatenate([np.arange(work.ascending, work.tiles)[::-1], np.arange(work.ascending)])
@@ -317,7 +319,7 @@ def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
     ends = [0.0] * device.H100.num_sms
     for steps in np.tile(np.repeat(cost[order], work.section), sections).tolist():
         heapq.heapreplace(ends, ends[0] + steps)
-    return max(ends)
+    return max(ends) * work.heads / (sections * work.section)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
          f"{s.held_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
         (s.maxima == 0 or spec.dtype == jnp.bfloat16,
          f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
+        (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
         (s.maxima == 0 or s.block_kv >= ROWS,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS}: a row meets its first key in the first two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
@@ -170,10 +171,16 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """How often the row maximum is taken. Never looking pays where rows walk over many tiles; where there are short
     rows too, the output's error is theirs, and the long ones may round a little more.
     """
+    if spec.q_len == 0:
+        return 0
     start, *_, stop = _every_row_block(spec, schedule)
     shortest, longest = np.min(stop - start), np.max(stop - start)
     if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
         return 0
+    pos = np.arange(spec.q_len)
+    last = np.broadcast_to(np.minimum(spec.mask.kv_bounds(pos, pos + 1).hi, spec.kv_len), pos.shape) - 1
+    if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
+        return 0  # a row that meets its first key late, where nobody looks, would be computed again
     return 2 if 4 * shortest <= longest else 4
 
 
