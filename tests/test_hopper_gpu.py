@@ -37,7 +37,7 @@ DIRECTIONS = ("forward", "backward")
 HEAD_DIMS = (64, 128, 256)
 SCHEDULES_TRIED = 8
 REPETITIONS = 1000
-COLD_SECONDS = {"forward": 5, "backward": 12}  # the latter compiles the forward and two or three kernels more
+COLD_SECONDS = {"forward": 5, "backward": 10}  # the latter compiles the forward and two or three kernels more
 LONG = (131_072, 524_288)
 MORE_THAN_A_GRID_HAS = 4096  # batch; times 17 heads: 69,632
 

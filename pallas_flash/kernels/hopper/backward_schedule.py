@@ -8,7 +8,6 @@ Mosaic in here.
 
 import dataclasses
 import functools
-import heapq
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import device, masks, tiles
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, greedy, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -316,10 +315,9 @@ def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
     cost = (q_tiles.stop - q_tiles.start) * spec.group + _BLOCK_STEPS
     order = np.concatenate([np.arange(work.ascending, work.tiles)[::-1], np.arange(work.ascending)])
     sections = min(work.heads // work.section, math.ceil(_BLOCKS_MODELLED / (work.section * work.tiles)))
-    ends = [0.0] * device.H100.num_sms
-    for steps in np.tile(np.repeat(cost[order], work.section), sections).tolist():
-        heapq.heapreplace(ends, ends[0] + steps)
-    return max(ends) * work.heads / (sections * work.section)
+    costs = np.tile(np.repeat(cost[order], work.section), sections)
+    loads = np.bincount(greedy(costs, device.H100.num_sms), weights=costs)
+    return float(loads.max()) * work.heads / (sections * work.section)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "div", "forward_buffers", "forward_mask",
-    "forward_problems", "forward_table", "kv_range", "q_tiles", "rem", "row_tiles", "smem_bytes", "steps",
+    "forward_problems", "forward_table", "greedy", "kv_range", "q_tiles", "rem", "row_tiles", "smem_bytes", "steps",
 ]
 
 CHUNK = 64
@@ -167,6 +167,7 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima)
 
 
+@functools.lru_cache(maxsize=256)
 def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """How often the row maximum is taken. Never looking pays where rows walk over many tiles; where there are short
     rows too, the output's error is theirs, and the long ones may round a little more.
@@ -271,7 +272,7 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
     order = _section_order(spec, schedule, np.argsort(-cost, kind="stable"))
     blocks = min(schedule.num_blocks, order.size)
     few = order.size <= _LARGEST_GREEDY_TABLE
-    owner = _greedy(cost[order % count], blocks) if few else _snake(order.size, blocks)
+    owner = greedy(cost[order % count], blocks) if few else _snake(order.size, blocks)
     counts = np.bincount(owner, minlength=blocks)
     table = np.full((blocks, counts.max() + 1), -1, np.int32)
     by_owner = np.argsort(owner, kind="stable")
@@ -289,7 +290,7 @@ def _section_order(spec: AttentionSpec, schedule: ForwardSchedule, q_order: np.n
                            for i in range(0, heads.size, section)])
 
 
-def _greedy(costs: np.ndarray, blocks: int) -> np.ndarray:
+def greedy(costs: np.ndarray, blocks: int) -> np.ndarray:
     """Each tile in turn to the block with the least work so far."""
     loads = [(0.0, block) for block in range(blocks)]
     owner = np.empty(costs.size, np.int64)
