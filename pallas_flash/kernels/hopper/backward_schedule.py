@@ -290,10 +290,15 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped)
-    ordered = dataclasses.replace(plain, ordered=True, section_bytes=(64 if spec.kv_len > 2048 else 32) << 20)
+    ordered = dataclasses.replace(plain, ordered=True, section_bytes=_section_of_turns(spec.kv_len))
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
+
+
+def _section_of_turns(kv_len: int) -> int:
+    """Small sections, and few heads' longest blocks, where blocks are short; large ones where they would wait."""
+    return (16 if kv_len <= 1024 else 32 if kv_len <= 2048 else 64) << 20
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _LARGEST_GREEDY_TABLE = 200_000
 _SHORT_ROWS = 1280
+_SHORT_SEQUENCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ForwardSchedule:
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
-        worked on.
+        worked on; half of it for short sequences, which have more queries and outputs to a key between two uses of it.
       q_registers: the query is held in registers.
     """
 
@@ -164,7 +165,8 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     maxima = _default_maxima(spec, schedule) if widest <= 128 else 0
-    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima)
+    section_bytes = schedule.section_bytes // 2 if spec.kv_len <= _SHORT_SEQUENCE else schedule.section_bytes
+    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
 
 
 @functools.lru_cache(maxsize=256)
