@@ -43,7 +43,6 @@ MANY_PARAMETERS = {
     "torch_bridge/explanation.py": {"explain"},
     "torch_bridge/activation.py": {"_backward"},
     # bodies of kernels: a parameter is an array
-    "pallas_flash/kernels/hopper/forward.py": {"attention_forward"},
     "pallas_flash/kernels/hopper/backward_dq.py": {"attention_backward_dq"},
 }
 

@@ -1,7 +1,7 @@
 """FlashAttention's forward pass for Hopper (sm_90a), in Pallas Mosaic GPU.
 
-Roles. There is a block for each SM, of `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: its
-first warp brings queries and keys, its second brings values. A block takes the query tiles that its row of the table
+Roles. There is a block for each SM, of `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: a
+warp of it brings queries, one brings keys and one values. A block takes the query tiles that its row of the table
 names, longest first, and the roles walk them independently: loads run ahead of the products as far as the rings allow.
 
 Rings and barriers. A barrier is named for the state it announces.
@@ -42,6 +42,7 @@ from pallas_flash.kernels.hopper.forward_repair import repaired
 from pallas_flash.kernels.hopper.forward_softmax import (
     Softmax,
     first_softmax,
+    given_up,
     is_heavy,
     masked,
     maximum_at_times,
@@ -145,7 +146,8 @@ def next_maximum(block: Block, rows: Rows, kv_tile: Any, state: Softmax) -> Call
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
     i, heavy = rows.stop - 1 - kv_tile, is_heavy(state)
-    return functools.partial(maximum_at_times, due=((i & -i) * maxima > i) | heavy, heavy=heavy)
+    due = ((i & -i) * maxima > i) | heavy | (rows.again != 0)
+    return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
 def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
@@ -194,6 +196,33 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any
             plgpu.copy_smem_to_gmem(source.at[i - chunk], target, commit_group=i == last - 1)
 
 
+def gives_up(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any]) -> Any:
+    """Whether the weights of some row grew too large, so that the tile has to be done again; writes it down. A barrier
+    of the warpgroup.
+    """
+    if not block.schedule.maxima:
+        return None
+    lost = barriers.any_in_warpgroup(given_up(*sums), products.ROWS) & (tile.again == 0)
+    place, flags = lax.axis_index("block"), block.gmem["given_up"]
+
+    @pl.when(tile.again == 0)
+    def _() -> None:
+        flags[place, rows.warpgroup, tile.place] = lost.astype(jnp.int32)
+
+    @pl.when(lost)
+    def _() -> None:
+        flags[place, rows.warpgroup, flags.shape[2] - 1] = jnp.int32(1)
+
+    return lost
+
+
+def end_row(block: Block) -> None:
+    """Waits until every compute warpgroup has come to the end of its row, and what they have stored has arrived."""
+    plgpu.wait_smem_to_gmem(0)
+    plgpu.barrier_arrive(block.bars["row_done"])
+    plgpu.barrier_wait(block.bars["row_done"])
+
+
 def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     """One tile, by one compute warpgroup."""
     rows = rows_of(block, tile, warpgroup)
@@ -217,7 +246,8 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
     sums = state.m_i, state.l_i.sum(axis=1)
-    sums, acc = repaired(block, tile, rows, sums, acc)
+    lost = gives_up(block, tile, rows, sums)
+    sums, acc = repaired(block, tile, rows, sums, acc, lost)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     finish(block, tile, rows, sums, acc)
@@ -234,7 +264,10 @@ def compute(block: Block, warpgroup: Any) -> None:
     def _() -> None:
         pass_turn(block, warpgroup)  # the first turn is the first warpgroup's
 
-    for_each_tile(block, functools.partial(compute_tile, block, warpgroup))
+    if block.schedule.maxima:
+        flags = block.gmem["given_up"]
+        flags[lax.axis_index("block"), warpgroup, flags.shape[2] - 1] = jnp.int32(0)
+    for_each_tile(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block))
 
     @pl.when(warpgroup == 0)
     def _() -> None:
@@ -256,6 +289,8 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
         slots, count = shapes[name][:2]
         bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
         bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=schedule.warpgroups, num_barriers=slots)
+    if schedule.maxima:
+        bars["row_done"] = plgpu.Barrier(num_arrivals=schedule.warpgroups)
     return smem, bars
 
 
@@ -266,10 +301,16 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
     It returns out, in the layout of q, and lse, (batch, q_heads, q_len) float32, the natural logarithm.
     """
     smem, bars = scratch(spec, schedule)
-    blocks = schedules.forward_table(spec, schedule).shape[0]
+    blocks, slots = schedules.forward_table(spec, schedule).shape
+    results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
+               "lse": jax.ShapeDtypeStruct(spec.lse_shape, jnp.float32)}
+    if schedule.maxima:
+        results["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
-    def attention_forward(q: Any, k: Any, v: Any, table: Any, out: Any, lse: Any, smem: Any, bars: Any) -> None:
-        block = Block(spec, schedule, {"q": q, "k": k, "v": v, "table": table, "out": out, "lse": lse}, smem, bars)
+    def attention_forward(q: Any, k: Any, v: Any, table: Any, *rest: Any) -> None:
+        *outputs, smem, bars = rest
+        gmem = {"q": q, "k": k, "v": v, "table": table, **dict(zip(results, outputs, strict=True))}
+        block = Block(spec, schedule, gmem, smem, bars)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -282,10 +323,10 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
 
     kernel = plgpu.kernel(
         attention_forward,
-        out_type=(jax.ShapeDtypeStruct(spec.out_shape, spec.dtype), jax.ShapeDtypeStruct(spec.lse_shape, jnp.float32)),
+        out_type=tuple(results.values()),
         scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane))
-    return lambda q, k, v, table: tuple(kernel(q, k, v, table))
+    return lambda q, k, v, table: tuple(kernel(q, k, v, table))[:2]

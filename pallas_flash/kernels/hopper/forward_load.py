@@ -1,5 +1,6 @@
-"""The loading warpgroup of the forward kernel: one warp for queries and keys, one for values."""
+"""The loading warpgroup of the forward kernel: a warp for queries, one for keys and one for values."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def load_query(block: Block, tile: Tile) -> None:
     load_chunks(block, "q", place, slot, block.bars["q_full"].at[slot])
 
 
-def load_ring(block: Block, tile: Tile, name: str) -> None:
+def load_ring(block: Block, name: str, tile: Tile) -> None:
     """Loads the tile's key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
     stages = block.schedule.num_stages
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
@@ -62,23 +63,25 @@ def drain(block: Block, name: str, used: Any) -> None:
         plgpu.barrier_wait(free.at[rem(i, slots)])
 
 
+def await_row(block: Block) -> None:
+    """Waits until every compute warpgroup has come to the end of its row."""
+    plgpu.barrier_wait(block.bars["row_done"])
+
+
 def load(block: Block) -> None:
     """The loading warpgroup."""
+    walk = functools.partial(for_each_tile, block, gather=functools.partial(await_row, block))
     plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
-
-    def keys(tile: Tile) -> None:
-        load_query(block, tile)
-        load_ring(block, tile, "k")
 
     @plgpu.warp_map
     def _(warp: Any) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            turns, steps = for_each_tile(block, keys)
+            turns, _ = walk(functools.partial(load_query, block))
             drain(block, "q", turns)
-            drain(block, "k", steps)
 
-        @pl.when(warp == 1)
-        def _() -> None:
-            _, steps = for_each_tile(block, lambda tile: load_ring(block, tile, "v"))
-            drain(block, "v", steps)
+        for number, name in enumerate(("k", "v"), 1):
+            @pl.when(warp == number)
+            def _(name: str = name) -> None:
+                _, steps = walk(functools.partial(load_ring, block, name))
+                drain(block, name, steps)

@@ -1,10 +1,8 @@
-"""Rows that the tile's arithmetic has spoiled, computed again without tensor cores.
+"""Rows that a bad value has spoiled without belonging to them, computed again without tensor cores.
 
-Two things spoil rows of finite numbers. A tile that the mask splits is multiplied whole, with weight 0 where the mask
-does not keep a pair, and 0 * NaN is NaN, also in a tensor core. And weights grow too large where scores jump so far
-above m_i in one step that nobody could follow (`forward_softmax`). Both are found at the end of a query tile. Then one
-warpgroup adds up its 64 rows again, a key at a time: slow, exact to rounding, and never run on finite values whose
-scores rise by less than 52 above all later keys' from one key tile to the next.
+A tile that the mask splits is multiplied whole, with weight 0 where the mask does not keep a pair, and 0 * NaN is NaN,
+also in a tensor core. That is found at the end of a query tile. Then one warpgroup adds up its 64 rows again, a key at
+a time: slow, exact to rounding, and never run on finite values.
 """
 
 from typing import Any
@@ -15,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_softmax import LOWEST, given_up, scaled
+from pallas_flash.kernels.hopper.forward_softmax import LOWEST, scaled
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
 from pallas_flash.kernels.hopper.schedule import ROWS, div
@@ -23,27 +21,25 @@ from pallas_flash.kernels.hopper.schedule import ROWS, div
 __all__ = ["repaired"]
 
 
-def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> tuple[tuple[Any, Any], Any]:
+def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any,
+             lost: Any) -> tuple[tuple[Any, Any], Any]:
     """m_i, l_i and acc, (64, d_v) in the layout ACC: as they are, or computed again if some of them is not finite.
 
-    Rows whose sum of weights is NaN because their scores are stay NaN: nothing is repaired for them. The query must
-    still be in shared memory. A barrier of the warpgroup.
+    Rows whose sum of weights is NaN because their scores are stay NaN: nothing is repaired for them, nor for any if
+    they are `lost`. The query must still be in shared memory. A barrier of the warpgroup.
 
     Args:
       sums: m_i and l_i, (64,).
     """
     m_i, l_i = sums
     seen = schedules.steps(block.spec, block.schedule)
-    if not (seen.first_masked or seen.later_masked or block.schedule.maxima):
+    if not (seen.first_masked or seen.later_masked):
         return sums, acc
     acc = plgpu.layout_cast(acc, products.TILE)
-    hopeless, suspect = jnp.isnan(l_i), acc
-    if block.schedule.maxima:
-        lost = given_up(m_i, l_i)
-        hopeless = hopeless & jnp.logical_not(lost)
-        suspect = jnp.where(across(lost, block.spec.d_v), jnp.inf, acc)
-    suspect = jnp.where(across(hopeless, block.spec.d_v), 0.0, suspect)
-    spoiled = barriers.any_nonfinite_in_warpgroup(suspect, products.TILE)
+    hopeful = jnp.where(across(jnp.isnan(l_i), block.spec.d_v), 0.0, acc)
+    spoiled = barriers.any_nonfinite_in_warpgroup(hopeful, products.TILE)
+    if lost is not None:
+        spoiled = spoiled & jnp.logical_not(lost)
     m_i, l_i, acc = lax.cond(spoiled, lambda *_: again(block, tile, rows), lambda *whole: whole, m_i, l_i, acc)
     return (m_i, l_i), plgpu.layout_cast(acc, products.ACC)
 

@@ -3,8 +3,8 @@
 Any m_i not far below the row's maximum serves: exp2(s - m_i) cancels in O / l_i. What is near enough, there are two
 ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where it has fallen behind.
 `maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
-1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum, and a row
-that has gone too far before that is marked, and computed again (`forward_repair`).
+1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum. A tile with
+a row that has gone too far before that is given up, and done again with all maxima (`forward_tiles`).
 """
 
 import functools

@@ -1,6 +1,12 @@
 """What the roles of the forward kernel share: a block's references, the tiles it works on, and their places in memory.
+
+A block's tiles are those in its row of the table. Where the schedule has `maxima`, the block walks through its row a
+second time, and stops at the tiles that some warpgroup gave up (`forward_softmax`): all maxima are taken in those. That
+a tile was given up is written to `given_up`, (blocks, warpgroups, slots) int32 in global memory, at its place in the
+row; the last slot says whether any was.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +27,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Any]  # q, k, v, table, out, lse
+    gmem: dict[str, Any]  # q, k, v, table, out, lse; given_up, with `maxima`
     smem: dict[str, Any]  # schedules.forward_buffers
     bars: dict[str, Any]  # the barriers
 
@@ -36,27 +42,60 @@ class Tile(NamedTuple):
     hi: Any
     turn: Any  # how many tiles came before it in this block
     step: Any  # how many steps of the rings came before it
+    place: Any  # in this block's row of the table
+    again: Any  # 1 if it was given up before, else 0
 
     def slot(self, kv_tile: Any, num_stages: int) -> Any:
         """The slot of the rings that holds a key tile."""
         return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
 
 
-def for_each_tile(block: Block, work: Callable[[Tile], None]) -> tuple[Any, Any]:
-    """Runs `work` on every tile in this block's row of the table; returns how many tiles and steps there were."""
+def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
+    """Runs `work` on every tile in this block's row of the table, and once more on those that were given up; returns
+    how many tiles and steps there were.
+
+    Args:
+      gather: comes back when every compute warpgroup has come to the end of the row.
+    """
     row, q_tiles = lax.axis_index("block"), schedules.q_tiles(block.spec, block.schedule)
 
-    def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        number, turn, step = carry
-        following = block.gmem["table"][row, turn + 1]  # asked for early: it comes from global memory
+    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, place, again, turn, step = carry
+        following = block.gmem["table"][row, place + 1]  # asked for early: it comes from global memory
         head, index = div(number, q_tiles), rem(number, q_tiles)
         lo, hi = schedules.kv_range(block.spec, block.schedule, index)
-        work(Tile(div(head, block.spec.q_heads), rem(head, block.spec.q_heads), index, lo, hi, turn, step))
-        return following, turn + 1, barriers.scalar(step + (hi - lo))
+        batch, head = div(head, block.spec.q_heads), rem(head, block.spec.q_heads)
+        work(Tile(batch, head, index, lo, hi, turn, step, place, again))
+        at = following, place + 1, again
+        if block.schedule.maxima:
+            at = lax.cond((following < 0) | (again != 0), functools.partial(given_up_from, block, gather),
+                          lambda *at: at, *at)
+        return *at, turn + 1, barriers.scalar(step + (hi - lo))
 
-    start = (block.gmem["table"][row, 0], jnp.int32(0), jnp.int32(0))
-    _, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, start)
+    none = jnp.int32(0)
+    *_, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)
     return turns, steps
+
+
+def given_up_from(block: Block, gather: Callable[[], None], number: Any, place: Any, again: Any) -> tuple[Any, ...]:
+    """The first tile from a place on (from the start, if `again` is 0) that was given up: its number, negative if there
+    is none; its place; 1.
+    """
+    row, table, given_up = lax.axis_index("block"), block.gmem["table"], block.gmem["given_up"]
+
+    def is_given_up(place: Any) -> Any:
+        flags = [given_up[row, warpgroup, place] for warpgroup in range(block.schedule.warpgroups)]
+        return functools.reduce(jnp.maximum, flags) != 0
+
+    def start() -> tuple[Any, Any]:
+        gather()
+        first = jnp.where(is_given_up(given_up.shape[2] - 1), table[row, 0], -1)
+        return first, jnp.int32(0)
+
+    at = lax.cond(again == 0, start, lambda: (number, place))
+    number, place = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
+                                   lambda at: (table[row, at[1] + 1], at[1] + 1), at)
+    return number, place, jnp.int32(1)
 
 
 def global_chunk(block: Block, name: str, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
@@ -81,6 +120,7 @@ class Rows(NamedTuple):
     full_stop: Any
     stop: Any
     slack: Any  # by how much m_i may stay below the maximum, base 2
+    again: Any  # see `Tile`
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
@@ -99,4 +139,4 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
         slack = jnp.where(is_long, jnp.float32(s.long_slack), jnp.float32(s.slack))
-    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, q)
+    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, tile.again, q)

@@ -1,5 +1,5 @@
-"""Sums over keys without tensor cores, a key at a time: what repairs a tile in which 0 * NaN has become NaN, or
-in which weights have grown too large (`forward_repair`). Slow, and exact to rounding.
+"""Sums over keys without tensor cores, a key at a time: what repairs a tile in which 0 * NaN has become NaN. Slow, and
+exact to rounding.
 """
 
 from typing import Any, NamedTuple

@@ -48,7 +48,8 @@ class ForwardSchedule:
       pingpong: the warpgroups take turns at the tensor cores.
       maxima: the row maximum is taken at the steps i = 1, 2, 3, ... whose lowest set bit is more than i / maxima (2:
         1, 2, 4, 8, ...; 4: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...), and not looked at in the others: weights then reach far
-        beyond 1, which bf16 can hold. 0: looked at in every step, with a slack.
+        beyond 1, which bf16 can hold; tiles in which they reach too far are given up and done again, with a maximum in
+        each step. 0: looked at in every step, with a slack.
       slack: without `maxima`, a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0
         keeps the largest weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the
         largest weight is rounded like the others.
@@ -183,7 +184,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     pos = np.arange(spec.q_len)
     last = np.broadcast_to(np.minimum(spec.mask.kv_bounds(pos, pos + 1).hi, spec.kv_len), pos.shape) - 1
     if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
-        return 0  # a row that meets its first key late, where nobody looks, would be computed again
+        return 0  # a row that meets its first key late, where nobody looks, would be given up
     return 2 if 4 * shortest <= longest else 4
 
 
