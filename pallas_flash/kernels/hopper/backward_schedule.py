@@ -308,7 +308,7 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedul
     """
     q_tiles = _q_ranges(spec, ordered)
     steps = (q_tiles.stop - q_tiles.start).sum() * spec.batch * spec.q_heads
-    return (spec.kv_len <= 4096 and bool(steps >= 2 * q_tiles.start.size * device.H100.num_sms)
+    return (spec.kv_len <= 2048 and bool(steps >= 2 * q_tiles.start.size * device.H100.num_sms)
             and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))
 
 
