@@ -123,6 +123,22 @@ def _memory(found: list[Record]) -> str:
     return _table(["MiB", "direction", *labels.values()], rows) if rows else NOTHING
 
 
+def _training(found: list[Record]) -> str:
+    """One row a model and device, one column an attention: of each the newest run."""
+    fields = ("device_name", "layers", "dim", "heads", "kv_heads", "batch", "context", "dtype", "remat")
+    newest = records.latest([r for r in found if r["kind"] == "training"], *fields, "attention")
+    names = list(dict.fromkeys(attention for *_, attention in newest))
+    rows = []
+    for model in dict.fromkeys(tuple(model) for *model, _ in newest):
+        device, layers, dim, heads, kv_heads, batch, context, dtype, remat = model
+        text = f"{layers} layers of {dim}, {heads}:{kv_heads} heads, {batch} x {context:,} tokens, {dtype}"
+        runs = [newest.get((*model, name)) for name in names]
+        rows.append([text + (", remat" if remat else "") + f"; {device}",
+                     *(f"{run['tokens_per_second']:,.0f} ({run['held_out_loss']:.3f})" if run else "–"
+                       for run in runs)])
+    return _table(["model", *names], rows) if rows else NOTHING
+
+
 def _accuracy(found: list[Record]) -> str:
     """Relative errors of ours, and in brackets over FlashAttention-3's on the same inputs."""
     errors: dict[tuple[str, str], dict[str, float]] = {}
@@ -152,6 +168,7 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "bridge": ("Host time of a call from PyTorch", _bridge),
     "cpu": ("Without a GPU", _cpu),
     "memory": ("Memory besides the inputs", _memory),
+    "training": ("Training `examples/train_gpt.py`, tokens/s; in brackets the loss on held-out text", _training),
     "environment": ("Measured on", _environment),
 }
 

@@ -1,6 +1,7 @@
 """How the training examples report: two training runs compared, plotted, and written as JSON."""
 
 import argparse
+import datetime
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -73,11 +74,15 @@ def save_plot(path: str, runs: list[Run], title: str) -> None:
     print(f"loss plot: {path}")
 
 
-def save_json(path: str, settings: dict, runs: list[Run]) -> None:
-    """Appends one JSON line a run: the settings, the speed, the losses."""
+def save_json(path: str, args: argparse.Namespace, device: str, runs: list[Run]) -> None:
+    """Appends one JSON line a run, which `python -m bench report` takes for a record: where and when, the settings of
+    the model and its training, the speed, the losses.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "save_plot")}
+    environment = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": device}
     with open(path, "a", encoding="utf-8") as file:
         for run in runs:
-            file.write(json.dumps({**settings, **asdict(run)}) + "\n")
+            file.write(json.dumps({"kind": "training", "environment": environment, **settings, **asdict(run)}) + "\n")
 
 
 def finish(runs: list[Run], args: argparse.Namespace, device: str) -> None:
@@ -88,7 +93,7 @@ def finish(runs: list[Run], args: argparse.Namespace, device: str) -> None:
             f"nats per character, on held-out text {run.held_out_loss:.3f}"
         )
     if args.json:
-        save_json(args.json, {**vars(args), "device": device}, runs)
+        save_json(args.json, args, device, runs)
     save_plot(args.save_plot, runs, f"GPT of {args.layers} layers, context {args.context}, {args.dtype}, with {device}")
     for other in runs[1:]:
         print(f"{runs[0].attention} and {other.attention}: {compare(runs[0], other, args.dtype)}")

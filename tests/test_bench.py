@@ -258,6 +258,10 @@ def _gpu_records():
     for name, us in (("hopper", 50.0), ("torch-cudnn", 27.0)):
         yield dict(environment=environment, kind="host", problem="host-tiny", direction="forward", contestant=name,
                    label=name, host_us=us)
+    model = dict(layers=8, dim=1024, heads=8, kv_heads=2, batch=4, context=4096, dtype="bfloat16", remat=True)
+    for attention, speed in (("flash", 10.0), ("flash", 20_000.0), ("cudnn", 15_000.0)):
+        yield dict(environment=environment, kind="training", attention=attention, tokens_per_second=speed,
+                   held_out_loss=2.5, **model)
 
 
 def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
@@ -271,6 +275,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     assert "old" not in text and "kept" in text and "not ours" in text
     assert "| `causal-d64-s512` | **700** | 90% | 500 (1.40) |" in text
     assert "| `causal-d64-s512` | 2.02e-03 (1.010) | – | – | – |" in text
+    assert "20,000 (2.500) | 15,000 (2.500) |" in text and "8:2 heads, 4 x 4,096 tokens, bfloat16, remat" in text
     assert "### Without a GPU" in text and "`cpu-d64-small`" in text
     assert "NVIDIA H100; driver 580.1; ptxas 13.5; jax 0.11.2; matrix product 770.0 TFLOP/s; commit 0123456789" in text
     assert "![tflops-forward](docs/images/tflops-forward.png)" in text
