@@ -2,6 +2,8 @@
 
 import argparse
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -74,12 +76,18 @@ def save_plot(path: str, runs: list[Run], title: str) -> None:
     print(f"loss plot: {path}")
 
 
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def save_json(path: str, args: argparse.Namespace, device: str, runs: list[Run]) -> None:
     """Appends one JSON line a run, which `python -m bench report` takes for a record: where and when, the settings of
     the model and its training, the speed, the losses.
     """
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "save_plot")}
-    environment = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": device}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch") if _is_installed(name)}
+    environment = {"time": now, "device": device, "versions": versions}
     with open(path, "a", encoding="utf-8") as file:
         for run in runs:
             file.write(json.dumps({"kind": "training", "environment": environment, **settings, **asdict(run)}) + "\n")

@@ -255,7 +255,18 @@ def test_idle_queries_are_not_looked_at(name):
     assert max(used.values()) <= 1, used
 
 
-GROUPED = [(8, 2048, 16, 4), (4, 4096, 8, 2), (1, 4096, 32, 8), (1, 2048, 16, 16), (2, 16384, 16, 4)]
+GROUPED = [(8, 2048, 16, 4), (8, 2048, 8, 2), (2, 2048, 32, 8), (1, 2048, 16, 16), (4, 1024, 32, 8), (16, 1024, 8, 2)]
+
+
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize(("length", "mebibytes"), [(512, 16), (1024, 16), (2048, 32), (4096, 64), (16384, 64)])
+@pytest.mark.parametrize("d", (64, 128))
+def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic):
+    array = jax.ShapeDtypeStruct((16384 // length, length, 2048 // d, d), jnp.bfloat16)
+    spec = AttentionSpec.of(array, array, array, mask=masks.Causal(), deterministic=deterministic)
+    schedule = schedules.default_backward(spec).kv
+    assert schedule.ordered == (deterministic or length <= 2048)
+    assert schedule.section_bytes == (mebibytes if schedule.ordered else 32) << 20
 
 
 @pytest.mark.parametrize("d", (64, 128))

@@ -217,6 +217,22 @@ def test_scores_that_jump(direction, d, mask, name):
     assert_right(case, found)
 
 
+@pytest.mark.parametrize("d", (64, 128))
+def test_a_block_does_only_some_of_its_tiles_again(d):
+    """About ten tiles a block, given up in two batch elements of five; a row's bits depend on its own tile only."""
+    case = case_of(problem_of("jumps in some batch elements", d, batch=2, q_len=2048, kv_len=2048, q_heads=2))
+    q, k, v = (np.array(x) for x in case.operands[:3])
+    q[1, ..., 0], k[1, ..., 0] = np.sqrt(d), 150.0 * (np.arange(2048) == 300)[:, None]
+    case = case._replace(operands=case.operands._replace(q=q, k=k))
+    run = jax.jit(ours("forward", case))
+    wanted = run(q, k, v)
+    assert_right(case, wanted)
+    pattern = np.array([0, 1, 0, 0, 1] * 8)
+    found = run(*(x[pattern] for x in (q, k, v)))
+    for name, x in found.items():
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted[name])[pattern], err_msg=name)
+
+
 # -- what nothing may look at ----------------------------------------------------------------------------------------
 
 def soil_free_memory(value: float) -> None:

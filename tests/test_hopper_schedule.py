@@ -97,8 +97,14 @@ def test_illegal_schedules_say_why(change, reason):
     assert any(reason in problem for problem in schedules.forward_problems(spec, schedule, H100_SMEM))
 
 
+@pytest.mark.parametrize(("length", "mebibytes"), [(512, 16), (1024, 16), (2048, 32)])
+@pytest.mark.parametrize("d", (64, 128, 256))
+def test_sections_of_short_sequences_are_small(d, length, mebibytes):
+    assert schedules.default_forward(make_spec(length, length, d=d)).section_bytes == mebibytes << 20
+
+
 @pytest.mark.parametrize("change", [
-    {}, dict(query_buffers=1, out_chunks=0), dict(out_chunks=1, num_stages=1), dict(block_kv=48)])
+    {}, dict(maxima=2), dict(query_buffers=1, out_chunks=0), dict(out_chunks=1, num_stages=1), dict(block_kv=48)])
 @pytest.mark.parametrize("d", (40, 64, 128, 192, 256))
 def test_smem_bytes_is_what_the_kernel_allocates(d, change):
     spec = make_spec(500, 500, d=d, d_v=min(d, 128))

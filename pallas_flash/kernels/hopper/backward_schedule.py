@@ -297,7 +297,9 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
 
 
 def _section_of_turns(kv_len: int) -> int:
-    """Small sections, and few heads' longest blocks, where blocks are short; large ones where they would wait."""
+    """L2 does not hold what the blocks of a large section share; in a small one more blocks of a head are at work at a
+    time, and wait for each other. Measured, docs/notes/hopper_backward.md, 2026-11-25.
+    """
     return (16 if kv_len <= 1024 else 32 if kv_len <= 2048 else 64) << 20
 
 

@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
 __all__ = [
-    "WARPGROUP", "any_in_warp", "any_in_warpgroup", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
+    "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
     "is_interpreted", "moved", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
@@ -131,18 +131,6 @@ def any_in_warp(flags: Any, layout: Any) -> Any:
     def vote(_: Any, flags: Any) -> Any:
         vote = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _lane_flag(flags), "any")
         return mgpu.FragmentedArray.splat(vote, (), is_signed=False)
-
-    return vote(flags)
-
-
-def any_in_warpgroup(flags: Any, layout: Any) -> Any:
-    """True in every thread of a warpgroup where some flag is set. A barrier of the warpgroup."""
-    if is_interpreted():
-        return jnp.any(flags)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
-    def vote(_: Any, flags: Any) -> Any:
-        return mgpu.FragmentedArray.splat(_or_in_warpgroup(_lane_flag(flags)), (), is_signed=False)
 
     return vote(flags)
 

@@ -3,12 +3,14 @@
 Roles. There is a block for each SM, of `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: a
 warp of it brings queries, one brings keys and one values. A block takes the query tiles that its row of the table
 names, longest first, and the roles walk them independently: loads run ahead of the products as far as the rings allow.
+With `maxima`, they meet at the end of the row, and walk through it once more for tiles that were given up.
 
 Rings and barriers. A barrier is named for the state it announces.
 
     q_full, q_free    a query buffer has been loaded / will not be read again
     k_full, k_free    a slot of the ring of key tiles has been loaded / has been read by every compute warpgroup
     v_full, v_free    the same for value tiles
+    row_done          every compute warpgroup has come to the end of the row, and what it has stored has arrived
 
 A query tile's key tiles are walked from the last to the first, each taking one step of the rings. A warpgroup starts at
 the last tile that its own rows need: it waits for and frees what it skips, because each waiting thread tracks a
@@ -38,11 +40,10 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_load import load
-from pallas_flash.kernels.hopper.forward_repair import repaired
+from pallas_flash.kernels.hopper.forward_repair import again, is_spoiled
 from pallas_flash.kernels.hopper.forward_softmax import (
     Softmax,
     first_softmax,
-    given_up,
     is_heavy,
     masked,
     maximum_at_times,
@@ -196,24 +197,33 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any
             plgpu.copy_smem_to_gmem(source.at[i - chunk], target, commit_group=i == last - 1)
 
 
-def gives_up(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any]) -> Any:
-    """Whether the weights of some row grew too large, so that the tile has to be done again; writes it down. A barrier
-    of the warpgroup.
-    """
-    if not block.schedule.maxima:
-        return None
-    lost = barriers.any_in_warpgroup(given_up(*sums), products.ROWS) & (tile.again == 0)
+def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
+    """Writes down, the first time, whether a tile has to be done again."""
     place, flags = lax.axis_index("block"), block.gmem["given_up"]
 
     @pl.when(tile.again == 0)
     def _() -> None:
-        flags[place, rows.warpgroup, tile.place] = lost.astype(jnp.int32)
+        flags[place, rows.warpgroup, tile.place] = spoiled.astype(jnp.int32)
 
-    @pl.when(lost)
-    def _() -> None:
-        flags[place, rows.warpgroup, flags.shape[2] - 1] = jnp.int32(1)
+        @pl.when(spoiled)
+        def _some() -> None:
+            flags[place, rows.warpgroup, flags.shape[2] - 1] = jnp.int32(1)
 
-    return lost
+
+def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> tuple[tuple[Any, Any], Any]:
+    """m_i and l_i, (64,), and acc, (64, d_v) in the layout ACC: as they are, or computed again if a row is spoiled; but
+    what can be done again by all warpgroups together is only given up. The query must still be in shared memory. A
+    barrier of the warpgroup.
+    """
+    spoiled = is_spoiled(block, sums, acc)
+    if spoiled is None:
+        return sums, acc
+    if block.schedule.maxima:
+        give_up(block, tile, rows, spoiled)
+        spoiled = spoiled & (tile.again != 0)
+    m_i, l_i, acc = lax.cond(spoiled, lambda *_: again(block, tile, rows), lambda *whole: whole, *sums,
+                             plgpu.layout_cast(acc, products.TILE))
+    return (m_i, l_i), plgpu.layout_cast(acc, products.ACC)
 
 
 def end_row(block: Block) -> None:
@@ -246,8 +256,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
     sums = state.m_i, state.l_i.sum(axis=1)
-    lost = gives_up(block, tile, rows, sums)
-    sums, acc = repaired(block, tile, rows, sums, acc, lost)
+    sums, acc = repaired(block, tile, rows, sums, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     finish(block, tile, rows, sums, acc)

@@ -1,8 +1,10 @@
-"""Rows that a bad value has spoiled without belonging to them, computed again without tensor cores.
+"""Rows that a tile's arithmetic has spoiled, found at its end, and computed again without tensor cores.
 
 A tile that the mask splits is multiplied whole, with weight 0 where the mask does not keep a pair, and 0 * NaN is NaN,
-also in a tensor core. That is found at the end of a query tile. Then one warpgroup adds up its 64 rows again, a key at
-a time: slow, exact to rounding, and never run on finite values.
+also in a tensor core. And weights grow too large, or their sums with the values do, where scores jump far above an m_i
+that nobody looked at (`forward_softmax`): such a tile is done again first, with all maxima (`forward_tiles`). Rows that
+are spoiled even then, one warpgroup adds up again, a key at a time: slow, exact to rounding, and never run on finite
+values, unless scores are so large (1e8 and more) that float32 cannot hold their differences.
 """
 
 from typing import Any
@@ -13,35 +15,35 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_softmax import LOWEST, scaled
+from pallas_flash.kernels.hopper.forward_softmax import LOWEST, given_up, scaled
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 
-__all__ = ["repaired"]
+__all__ = ["again", "is_spoiled"]
 
 
-def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any,
-             lost: Any) -> tuple[tuple[Any, Any], Any]:
-    """m_i, l_i and acc, (64, d_v) in the layout ACC: as they are, or computed again if some of them is not finite.
+def is_spoiled(block: Block, sums: tuple[Any, Any], acc: Any) -> Any:
+    """Whether a row of this warpgroup may have to be computed again; None if none ever does. A barrier of the
+    warpgroup.
 
-    Rows whose sum of weights is NaN because their scores are stay NaN: nothing is repaired for them, nor for any if
-    they are `lost`. The query must still be in shared memory. A barrier of the warpgroup.
+    Rows whose sum of weights is NaN because their scores are stay NaN: nothing is done for them.
 
     Args:
       sums: m_i and l_i, (64,).
+      acc: (64, d_v) in the layout ACC.
     """
     m_i, l_i = sums
-    seen = schedules.steps(block.spec, block.schedule)
-    if not (seen.first_masked or seen.later_masked):
-        return sums, acc
-    acc = plgpu.layout_cast(acc, products.TILE)
-    hopeful = jnp.where(across(jnp.isnan(l_i), block.spec.d_v), 0.0, acc)
-    spoiled = barriers.any_nonfinite_in_warpgroup(hopeful, products.TILE)
-    if lost is not None:
-        spoiled = spoiled & jnp.logical_not(lost)
-    m_i, l_i, acc = lax.cond(spoiled, lambda *_: again(block, tile, rows), lambda *whole: whole, m_i, l_i, acc)
-    return (m_i, l_i), plgpu.layout_cast(acc, products.ACC)
+    seen, maxima = schedules.steps(block.spec, block.schedule), block.schedule.maxima
+    if not (seen.first_masked or seen.later_masked or maxima):
+        return None
+    hopeless, suspect = jnp.isnan(l_i), plgpu.layout_cast(acc, products.TILE)
+    if maxima:
+        too_large = given_up(m_i, l_i)
+        hopeless = hopeless & jnp.logical_not(too_large)
+        suspect = jnp.where(across(too_large, block.spec.d_v), jnp.inf, suspect)
+    suspect = jnp.where(across(hopeless, block.spec.d_v), 0.0, suspect)
+    return barriers.any_nonfinite_in_warpgroup(suspect, products.TILE)
 
 
 def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any, Any]:

@@ -60,7 +60,7 @@ class ForwardSchedule:
       opaque: index the query through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
-        worked on; half of it for short sequences, which have more queries and outputs to a key between two uses of it.
+        worked on.
       q_registers: the query is held in registers.
     """
 
@@ -124,7 +124,7 @@ def smem_bytes(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """Shared memory of a block, its barriers included."""
     data = sum(_ALIGNMENT * tiles.cdiv(2 * math.prod(buffer.shape), _ALIGNMENT)
                for buffer in forward_buffers(spec, schedule).values())
-    barriers = 2 * schedule.query_buffers + 4 * schedule.num_stages
+    barriers = 2 * schedule.query_buffers + 4 * schedule.num_stages + (schedule.maxima > 0)
     return data + _ALIGNMENT * tiles.cdiv(_BARRIER_BYTES * barriers, _ALIGNMENT)
 
 
@@ -154,8 +154,8 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
 def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     """The schedule of a spec: a table by head size.
 
-    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25 (`maxima` too); up to 192:
-    by analogy.
+    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25 (`maxima` and sections
+    too); up to 192: by analogy.
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     rows = (
@@ -166,6 +166,7 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     maxima = _default_maxima(spec, schedule) if widest <= 128 else 0
+    # Short sequences have more queries and outputs to a key between two uses of it: 16 MiB stay in L2, 32 do not.
     section_bytes = schedule.section_bytes // 2 if spec.kv_len <= _SHORT_SEQUENCE else schedule.section_bytes
     return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
 
