@@ -141,13 +141,13 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
     return acc, wait
 
 
-def next_maximum(block: Block, rows: Rows, kv_tile: Any, state: Softmax) -> Callable[..., tuple[Any, Any]]:
+def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax) -> Callable[..., tuple[Any, Any]]:
     """How this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
     i, heavy = rows.stop - 1 - kv_tile, is_heavy(state)
-    due = ((i & -i) * maxima > i) | heavy | (rows.again != 0)
+    due = ((i & -i) * maxima > i) | heavy | (tile.again != 0)
     return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
@@ -160,7 +160,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
     acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
-    maximum = next_maximum(block, rows, kv_tile, state)
+    maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s)
@@ -207,7 +207,7 @@ def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
 
         @pl.when(spoiled)
         def _some() -> None:
-            flags[place, rows.warpgroup, flags.shape[2] - 1] = jnp.int32(1)
+            flags[place, rows.warpgroup, block.any_given_up] = jnp.int32(1)
 
 
 def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> tuple[tuple[Any, Any], Any]:
@@ -274,8 +274,7 @@ def compute(block: Block, warpgroup: Any) -> None:
         pass_turn(block, warpgroup)  # the first turn is the first warpgroup's
 
     if block.schedule.maxima:
-        flags = block.gmem["given_up"]
-        flags[lax.axis_index("block"), warpgroup, flags.shape[2] - 1] = jnp.int32(0)
+        block.gmem["given_up"][lax.axis_index("block"), warpgroup, block.any_given_up] = jnp.int32(0)
     for_each_tile(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block))
 
     @pl.when(warpgroup == 0)

@@ -31,6 +31,11 @@ class Block(NamedTuple):
     smem: dict[str, Any]  # schedules.forward_buffers
     bars: dict[str, Any]  # the barriers
 
+    @property
+    def any_given_up(self) -> int:
+        """The slot of `given_up` that says whether any tile was."""
+        return self.gmem["given_up"].shape[2] - 1
+
 
 class Tile(NamedTuple):
     """A query tile at work."""
@@ -89,7 +94,7 @@ def given_up_from(block: Block, gather: Callable[[], None], number: Any, place: 
 
     def start() -> tuple[Any, Any]:
         gather()
-        first = jnp.where(is_given_up(given_up.shape[2] - 1), table[row, 0], -1)
+        first = jnp.where(is_given_up(block.any_given_up), table[row, 0], -1)
         return first, jnp.int32(0)
 
     at = lax.cond(again == 0, start, lambda: (number, place))
@@ -120,7 +125,6 @@ class Rows(NamedTuple):
     full_stop: Any
     stop: Any
     slack: Any  # by how much m_i may stay below the maximum, base 2
-    again: Any  # see `Tile`
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
@@ -139,4 +143,4 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
         slack = jnp.where(is_long, jnp.float32(s.long_slack), jnp.float32(s.slack))
-    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, tile.again, q)
+    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, q)
