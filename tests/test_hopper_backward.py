@@ -126,6 +126,9 @@ def test_kernels_agree_with_the_oracle(name):
 TURNS = {
     "causal": dict(),
     "causal-one-section": dict(batch=1, kv_heads=1),
+    "half-ascending": dict(longest_last=4),
+    "all-ascending": dict(longest_last=8),
+    "all-descending": dict(longest_last=0),
     "many-sections-gqa": dict(batch=4, q_heads=4, kv_heads=2, section_bytes=1),
     "ragged-causal-later": dict(q_len=777, kv_len=1100, mask=masks.Causal(323)),
     "window": dict(mask=masks.Window(300, 0), section_bytes=1),
@@ -139,9 +142,9 @@ TURNS = {
 def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     """Then a block waits only for blocks that have started, and every addition has one place."""
     options = dict(batch=3, q_heads=2, kv_heads=2, q_len=1500, kv_len=1500, mask=CAUSAL) | TURNS[name]
-    section_bytes = options.pop("section_bytes", 4 << 20)
+    fields = {name: options.pop(name) for name in ("section_bytes", "longest_last") if name in options}
     spec = Problem("turns", "order", d=64, d_v=64, dtypes=("bfloat16",), **options).spec()
-    schedule = KvSchedule(dq="own", ordered=True, section_bytes=section_bytes)
+    schedule = KvSchedule(dq="own", ordered=True, **{"section_bytes": 4 << 20} | fields)
     assert schedules.has_order(spec, schedule)
     work = schedules.kv_work(spec, schedule)
     heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
@@ -259,7 +262,7 @@ GROUPED = [(8, 2048, 16, 4), (8, 2048, 8, 2), (2, 2048, 32, 8), (1, 2048, 16, 16
 
 
 @pytest.mark.parametrize("deterministic", (False, True))
-@pytest.mark.parametrize(("length", "mebibytes"), [(512, 16), (1024, 16), (2048, 32), (4096, 64), (16384, 64)])
+@pytest.mark.parametrize(("length", "mebibytes"), [(512, 16), (1024, 16), (2048, 32), (4096, 32), (16384, 64)])
 @pytest.mark.parametrize("d", (64, 128))
 def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic):
     array = jax.ShapeDtypeStruct((16384 // length, length, 2048 // d, d), jnp.bfloat16)
@@ -267,6 +270,8 @@ def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic)
     schedule = schedules.default_backward(spec).kv
     assert schedule.ordered == (deterministic or length <= 2048)
     assert schedule.section_bytes == (mebibytes if schedule.ordered else 32) << 20
+    assert schedules.kv_work(spec, schedule).ascending == length // schedule.block_kv // (
+        1 if not schedule.ordered else 4 if length <= 4096 else 2)
 
 
 @pytest.mark.parametrize("d", (64, 128))

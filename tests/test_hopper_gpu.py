@@ -133,6 +133,7 @@ SHAPES = {
                                              layout="BHLD")),
     "d96": (96, dict(q_len=500, kv_len=500)),
     "d192-v128": (192, dict(d_v=128, q_len=500, kv_len=500)),
+    "d192-v128-long": (192, dict(d_v=128, q_len=1500, kv_len=2000, mask=Causal(500))),
     "d40-v136": (40, dict(d_v=136, q_len=300, kv_len=300, layout="BHLD")),
     "d200-v8-softcap": (200, dict(d_v=8, q_len=300, kv_len=300, softcap=3.0)),
     "d248-fp16": (248, dict(q_len=300, kv_len=300, dtypes=("float16",), scale=-0.05)),
@@ -217,10 +218,11 @@ def test_scores_that_jump(direction, d, mask, name):
     assert_right(case, found)
 
 
-@pytest.mark.parametrize("d", (64, 128))
+@pytest.mark.parametrize("d", (64, 128, 192))
 def test_a_block_does_only_some_of_its_tiles_again(d):
     """About ten tiles a block, given up in two batch elements of five; a row's bits depend on its own tile only."""
-    case = case_of(problem_of("jumps in some batch elements", d, batch=2, q_len=2048, kv_len=2048, q_heads=2))
+    case = case_of(problem_of("jumps in some batch elements", d, d_v=min(d, 128), batch=2, q_len=2048, kv_len=2048,
+                              q_heads=2))
     q, k, v = (np.array(x) for x in case.operands[:3])
     q[1, ..., 0], k[1, ..., 0] = np.sqrt(d), 150.0 * (np.arange(2048) == 300)[:, None]
     case = case._replace(operands=case.operands._replace(q=q, k=k))

@@ -97,10 +97,25 @@ def test_illegal_schedules_say_why(change, reason):
     assert any(reason in problem for problem in schedules.forward_problems(spec, schedule, H100_SMEM))
 
 
-@pytest.mark.parametrize(("length", "mebibytes"), [(512, 16), (1024, 16), (2048, 32)])
+@pytest.mark.parametrize(("length", "mask", "mebibytes"), [
+    (512, masks.Causal(), 16), (1024, masks.Causal(), 16), (2048, masks.Causal(), 32), (2048, masks.Window(511, 0), 32),
+    (2048, masks.Full(), 16), (2100, masks.Full(), 32)])
 @pytest.mark.parametrize("d", (64, 128, 256))
-def test_sections_of_short_sequences_are_small(d, length, mebibytes):
-    assert schedules.default_forward(make_spec(length, length, d=d)).section_bytes == mebibytes << 20
+def test_sections_are_small_where_little_is_shared_or_all(d, length, mask, mebibytes):
+    assert schedules.default_forward(make_spec(length, length, mask, d=d)).section_bytes == mebibytes << 20
+
+
+@pytest.mark.parametrize(("d", "d_v", "block_kv", "maxima"), [
+    (64, 64, 128, 2), (128, 128, 128, 2), (192, 128, 128, 2), (136, 40, 128, 2), (192, 192, 96, 0), (128, 192, 96, 0),
+    (256, 256, 64, 0)])
+def test_wide_heads_have_smaller_key_tiles(d, d_v, block_kv, maxima):
+    schedule = schedules.default_forward(make_spec(2048, 2048, d=d, d_v=d_v))
+    assert (schedule.block_kv, schedule.maxima) == (block_kv, maxima)
+
+
+def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
+    assert schedules.default_forward(make_spec(100, 2048, masks.Causal(1900))).section_bytes == 16 << 20
+    assert schedules.default_forward(make_spec(1000, 2048, masks.Causal(1048))).section_bytes == 32 << 20
 
 
 @pytest.mark.parametrize("change", [

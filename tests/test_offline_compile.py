@@ -1,7 +1,8 @@
-"""Every shipped schedule of the Hopper kernels compiles for sm_90a, without a GPU: no spills, nothing serialised.
+"""Every shipped schedule of the Hopper kernels compiles for sm_90a, without a GPU: no spills, nothing serialised, the
+descriptors of wgmma in uniform registers.
 
 ptxas says so itself: C7504, C7507 (register reallocation ignored), C7510 to C7515 and C7520 (wgmma serialised). Such a
-kernel would still be right, at half the speed.
+kernel would still be right, at half the speed; one that moves descriptors in each step is 5 to 14 % slower.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from tests.offline import compile_kernels
 
 ROOT = Path(__file__).parent.parent
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
+MOVED_DESCRIPTORS = 10  # a few are in the shadow of others' products; where it goes wrong there are 27 and more
 HAS_COMPILER = bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 pytestmark = [
@@ -43,8 +45,10 @@ def test_shipped_schedule_compiles_clean(tmp_path, name):
     assert done.returncode == 0, done.stderr[-4000:]
     mine = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert mine, "no kernel was lowered"
+    assert any(report["moved_descriptors"] is not None for report in mine), "the machine code is missing"
     for report in mine:
         assert report["compiled"], report
         assert report["registers"], "ptxas' report is missing"
         assert report["spill_bytes"] == 0, report
         assert not REJECTED & set(report["advice"]), report
+        assert (report["moved_descriptors"] or 0) <= MOVED_DESCRIPTORS, report

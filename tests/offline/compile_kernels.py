@@ -4,8 +4,8 @@ own process.
     python -m tests.offline.compile_kernels PROBLEM...
 
 The environment must have the stand-in driver first on LD_LIBRARY_PATH and the compiler's reports switched on, as
-`environment` sets them. Prints one JSON object for each kernel: registers, spills, shared memory, ptxas advice, and
-whether it compiled.
+`environment` sets them. Prints one JSON object for each kernel: registers, spills, ptxas advice, how many descriptors
+each step takes out of vector registers, and whether it compiled.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def cuda_root() -> Path:
 def environment(work: Path) -> dict[str, str]:
     """The environment to run this file in; builds the stand-in driver in `work`."""
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", work / "libcuda.so.1", HERE / "driver.c", "-ldl"], check=True)
-    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "RESOURCES")}
+    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "RESOURCES", "SASS_CTRL")}
     return {**os.environ, **dumps, "MOSAIC_GPU_DUMP_TO": str(work), "MOSAIC_GPU_CUDA_ROOT": str(cuda_root()),
             "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
             "LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
@@ -51,16 +51,32 @@ def mosaic_modules(lowered) -> list[bytes]:
     return found
 
 
+def moved_descriptors(sass: str) -> int | None:
+    """R2UR in the innermost loop that multiplies, the worst if there are several. A wgmma takes its descriptors from
+    uniform registers; where the compiler cannot keep them there, each step moves them. None without such a loop.
+    """
+    lines, labels, loops = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label.group(1)] = i
+        elif (jump := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)) and jump.group(1) in labels:
+            loops.append((labels[jump.group(1)], i))
+    inside = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
+    innermost = ["\n".join(lines[loop[0]:loop[1]]) for loop in loops if not any(inside(other, loop) for other in loops)]
+    return max((body.count(" R2UR") for body in innermost if "HGMMA" in body), default=None)
+
+
 def compile_module(module: bytes, work: Path) -> dict:
     """Compiles one module and reads what ptxas said of it."""
     import jax_plugins.xla_cuda13 as plugin
     compiler = ctypes.CDLL(str(plugin._get_library_path())).MosaicGpuCompile
     compiler.argtypes, compiler.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
-    before = set(glob.glob(f"{work}/*.ptxas"))
+    before = set(glob.glob(f"{work}/*"))
     compiled = bool(compiler(module, len(module)))
-    text = "".join(Path(f).read_text() for f in set(glob.glob(f"{work}/*.ptxas")) - before)
+    new = sorted(set(glob.glob(f"{work}/*")) - before)
+    text, sass = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
-    return dict(compiled=compiled, registers=number(r"Used (\d+) registers"),
+    return dict(compiled=compiled, moved_descriptors=moved_descriptors(sass), registers=number(r"Used (\d+) registers"),
                 spill_bytes=number(r"(\d+) bytes spill stores"), advice=sorted(set(re.findall(r"C75\d\d", text))))
 
 

@@ -44,6 +44,7 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to memory (`backward_turns`).
       ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
+      longest_last: if `ordered` and blocks differ in length: how many eighths of the key tiles, the longest, come last.
       order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
@@ -56,6 +57,7 @@ class KvSchedule:
     ds_slots: int = 2
     dq_slots: int = 1
     ordered: bool = False
+    longest_last: int = 2
     order: Literal["in turn", "behind"] = "in turn"
     pinned: bool = True
     opaque: bool = True
@@ -222,6 +224,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> tuple[tuple[bool, str], ...
         (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
         (s.dq != "shared" or s.order == "in turn", f"{s.order=} needs another dq"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
+        (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
          f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
         (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
@@ -290,17 +293,20 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped)
-    ordered = dataclasses.replace(plain, ordered=True, section_bytes=_section_of_turns(spec.kv_len))
+    ordered = _in_turns(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
 
 
-def _section_of_turns(kv_len: int) -> int:
-    """L2 does not hold what the blocks of a large section share; in a small one more blocks of a head are at work at a
-    time, and wait for each other. Measured, docs/notes/hopper_backward.md, 2026-11-25.
+def _in_turns(plain: KvSchedule, kv_len: int) -> KvSchedule:
+    """The schedule in turns. L2 does not hold what the blocks of a large section share; in a small one more blocks of a
+    head are at work at a time, and wait for each other. Blocks in ascending order walk in step, and share what they
+    read, but each waits for the one before it; in long sequences that is little beside its length. Measured,
+    docs/notes/hopper_backward.md, 2026-11-25.
     """
-    return (16 if kv_len <= 1024 else 32 if kv_len <= 2048 else 64) << 20
+    mebibytes, longest_last = (16, 2) if kv_len <= 1024 else (32, 2) if kv_len <= 4096 else (64, 4)
+    return dataclasses.replace(plain, ordered=True, longest_last=longest_last, section_bytes=mebibytes << 20)
 
 
 @functools.lru_cache(maxsize=256)
@@ -435,15 +441,15 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
 
     In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
-    by itself. But then the longest blocks start last, so where lengths differ, a quarter of the tiles comes after them.
+    by itself. But then the longest blocks start last, so where lengths differ, a part of the tiles comes after them.
     """
     q_tiles = _q_ranges(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
     work = _work(spec.batch * spec.kv_heads, q_tiles, head_bytes, s.section_bytes)
-    if not s.ordered:
+    if isinstance(s, SplitSchedule) or not s.ordered:
         return work
     length = q_tiles.stop - q_tiles.start
-    return work._replace(ascending=work.tiles // 4 if length.max() >= 1.5 * length.mean() else 0)
+    return work._replace(ascending=work.tiles * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
 
 
 @functools.lru_cache(maxsize=256)

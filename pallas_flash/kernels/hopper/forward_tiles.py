@@ -75,7 +75,9 @@ def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[
         if block.schedule.maxima:
             at = lax.cond((following < 0) | (again != 0), functools.partial(given_up_from, block, gather),
                           lambda *at: at, *at)
-        return *at, turn + 1, barriers.scalar(step + (hi - lo))
+        # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
+        # descriptors of wgmma would leave the uniform registers.
+        return *at, turn + 1, barriers.opaque(barriers.scalar(step + (hi - lo)))
 
     none = jnp.int32(0)
     *_, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)

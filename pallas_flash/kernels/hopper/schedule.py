@@ -154,21 +154,31 @@ def forward_problems(spec: AttentionSpec, schedule: ForwardSchedule, smem_limit:
 def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     """The schedule of a spec: a table by head size.
 
-    Up to 64, 128 and 256: measured, docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25 (`maxima` and sections
-    too); up to 192: by analogy.
+    Up to 64, 128 and 256, and 192 with values of 128: measured, docs/notes/hopper_forward.md, 2026-11-22 and
+    2026-11-25 (`maxima` and sections too); others up to 192: by analogy.
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
+    narrow_values = chunks(spec.d_v) <= 2
     rows = (
         (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
         (128, ForwardSchedule(block_kv=128, q_registers=True)),
-        (192, ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
+        (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
+              ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
-    maxima = _default_maxima(spec, schedule) if widest <= 128 else 0
-    # Short sequences have more queries and outputs to a key between two uses of it: 16 MiB stay in L2, 32 do not.
-    section_bytes = schedule.section_bytes // 2 if spec.kv_len <= _SHORT_SEQUENCE else schedule.section_bytes
+    maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0
+    # Short sequences have more queries and outputs to a key between two uses of it: 16 MiB stay in L2, 32 do not. So do
+    # those of which each query tile goes through all keys.
+    short = spec.kv_len <= (2 * _SHORT_SEQUENCE if _is_uniform(spec, schedule) else _SHORT_SEQUENCE)
+    section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
     return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
+    """Whether all query tiles walk over the same keys."""
+    return all(np.unique(end).size <= 1 for end in kv_range(spec, schedule, np.arange(q_tiles(spec, schedule))))
 
 
 @functools.lru_cache(maxsize=256)
