@@ -20,9 +20,16 @@ __all__ = [
 Carry = TypeVar("Carry")
 
 
+def _div(a: Any, b: int) -> Any:
+    """a // b for a >= 0. Traced, a division as the machine does it: rounding towards minus infinity would cost more, in
+    a kernel and in compiling it.
+    """
+    return jax.lax.div(a, jnp.asarray(b, a.dtype)) if isinstance(a, jax.Array) else a // b
+
+
 def cdiv(a: Any, b: int) -> Any:
     """Ceiling of a / b for a >= 0."""
-    return (a + b - 1) // b
+    return _div(a + b - 1, b)
 
 
 class TileRange(NamedTuple):
@@ -48,10 +55,10 @@ def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange:
     tiles."""
     end = num_tiles * block
     lo, hi = _clip(bounds.lo, 0, end), _clip(bounds.hi, 0, end)
-    start = lo // block
+    start = _div(lo, block)
     stop = masks.where(hi > lo, cdiv(hi, block), start)
     full_start = _clip(cdiv(_clip(bounds.full_lo, 0, end), block), start, stop)
-    full_stop = _clip(_clip(bounds.full_hi, 0, end) // block, full_start, stop)
+    full_stop = _clip(_div(_clip(bounds.full_hi, 0, end), block), full_start, stop)
     return TileRange(start, full_start, full_stop, stop)
 
 
