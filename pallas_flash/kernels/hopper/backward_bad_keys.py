@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, over_chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, div
 
 __all__ = ["unknown", "without_bad_rows"]
 
@@ -48,11 +48,20 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
 
 def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
     """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
-    load = lambda chunk: products.load_chunks(ref, chunk * CHUNK, CHUNK, dtype).astype(jnp.float32)
-    marks = [jnp.where(jnp.abs(load(chunk)) < jnp.inf, 0.0, 1.0).max(axis=1) for chunk in range(ref.shape[0])]
-    bad = lax.broadcast_in_dim(functools.reduce(jnp.maximum, marks), (ROWS, CHUNK), [0]) > 0
-    for chunk in range(ref.shape[0]):
-        products.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), ref.at[pl.ds(chunk, 1)])
+    chunk = lambda first: ref.at[pl.ds(div(first, CHUNK), 1)]
+    load = lambda first: products.load_chunks(chunk(first), 0, CHUNK, dtype).astype(jnp.float32)
+
+    def mark(first: Any, _: int, marks: Any) -> Any:
+        return jnp.maximum(marks, jnp.where(jnp.abs(load(first)) < jnp.inf, 0.0, 1.0).max(axis=1))
+
+    marks = over_chunks(ref.shape[0] * CHUNK, mark, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))
+    bad = across(marks, CHUNK) > 0
+
+    def overwrite(first: Any, _: int, nothing: Any) -> Any:
+        products.store_chunks(jnp.where(bad, 0.0, load(first)).astype(dtype), chunk(first))
+        return nothing
+
+    over_chunks(ref.shape[0] * CHUNK, overwrite, ())
 
 
 def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
@@ -63,8 +72,8 @@ def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple
     keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        bad = functools.reduce(jnp.add, [0.0 * keys.row("k", position, at, min(CHUNK, spec.d - at)).sum(axis=1)
-                                         for at in range(0, spec.d, CHUNK)])  # 0 or NaN, the same in all rows
+        add = lambda first, columns, bad: bad + 0.0 * keys.row("k", position, first, columns).sum(axis=1)
+        bad = over_chunks(spec.d, add, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))  # 0 or NaN
         here = lambda x: products.positions(x.shape[1], 0, first) == position
         spread = lambda x: lax.broadcast_in_dim(bad, x.shape, [0])
         dk, dv = (jnp.where(here(x) & (x != 0), x + spread(x), x) for x in sums)

@@ -252,33 +252,33 @@ def beside(parts: list[Any]) -> Any:
     return join(*parts)
 
 
-def load_row(ref: Any, place: tuple[Any, Any, Any], first: int, columns: int) -> Any:
+def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
     """ref[place][first:first + columns] in the layout COLUMNS, from an array of four axes in global memory; both
     multiples of 8.
     """
     if barriers.is_interpreted():
-        return ref[place][first:first + columns]
+        return ref[*place, pl.ds(first, columns)]
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 3),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4),
                        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMNS))
     def load(_: Any, ref: ir.Value, *place: Any) -> Any:
         i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
-        a, b, c = (arith.extui(i64, index.registers.item()) for index in place)
+        a, b, c, first = (arith.extui(i64, index.registers.item()) for index in place)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
-        row = times(arith.addi(times(arith.addi(times(a, second), b), third), c), width)
+        row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
         *_, quarter = _place()  # columns 8 j + 2 quarter + 0, 1
         row = arith.addi(row, arith.extui(i64, arith.muli(quarter, mgpu.utils.c(2, i32))))
         element = ir.MemRefType(ref.type).element_type
         layout = COLUMNS.to_mgpu()
         registers = np.empty(layout.registers_shape((columns,)), dtype=object)
         for j in range(columns // 8):
-            index = arith.addi(row, mgpu.utils.c(first + 8 * j, i64))
+            index = arith.addi(row, mgpu.utils.c(8 * j, i64))
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], element)
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, *map(barriers.scalar, place))
+    return load(ref, *map(barriers.scalar, (*place, first)))
 
 
 def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:

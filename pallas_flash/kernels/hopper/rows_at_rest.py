@@ -2,21 +2,36 @@
 exact to rounding.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import products
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, div
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RowsAtRest", "across"]
+__all__ = ["RowsAtRest", "across", "over_chunks"]
 
 
 def across(x: Any, columns: int) -> Any:
     """(64,) -> (64, columns)."""
     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+
+def over_chunks(dim: int, add: Callable[[Any, int, Any], Any], total: Any) -> Any:
+    """total = add(first, columns, total) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
+    is slow and rare, and would be most of a kernel's code, and of the time to compile it.
+    """
+    whole, rest = divmod(dim, CHUNK)
+    if whole > 1:
+        total = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda i, total: add(i * CHUNK, CHUNK, total), total)
+    elif whole:
+        total = add(0, CHUNK, total)
+    return add(whole * CHUNK, rest, total) if rest else total
 
 
 class RowsAtRest(NamedTuple):
@@ -27,7 +42,7 @@ class RowsAtRest(NamedTuple):
     gmem: dict[str, Any]  # by name: in the spec's layout
     head: tuple[Any, Any]  # batch, kv_head
 
-    def row(self, name: str, position: Any, first: int, columns: int) -> Any:
+    def row(self, name: str, position: Any, first: Any, columns: int) -> Any:
         """One position's columns from `first` on, in every row: (64, columns) float32."""
         batch, head = self.head
         place = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
@@ -35,13 +50,10 @@ class RowsAtRest(NamedTuple):
         return lax.broadcast_in_dim(x, (ROWS, columns), [1])
 
     def dot(self, own: str, other: str, dim: int, position: Any) -> Any:
-        """The product of each of the 64 rows with one position's row: (64,) float32.
+        """The product of each of the 64 rows with one position's row: (64,) float32."""
+        def add(first: Any, columns: int, total: Any) -> Any:
+            chunk = self.smem[own].at[pl.ds(div(first, CHUNK), 1)]
+            x = products.load_chunks(chunk, 0, columns, self.spec.dtype).astype(jnp.float32)
+            return total + (x * self.row(other, position, first, columns)).sum(axis=1)
 
-        A chunk at a time: all of a row would not fit the registers.
-        """
-        total = 0.0
-        for first in range(0, dim, CHUNK):
-            columns = min(CHUNK, dim - first)
-            x = products.load_chunks(self.smem[own], first, columns, self.spec.dtype).astype(jnp.float32)
-            total += (x * self.row(other, position, first, columns)).sum(axis=1)
-        return total
+        return over_chunks(dim, add, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))
