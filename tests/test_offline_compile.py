@@ -20,7 +20,7 @@ from tests.offline import compile_kernels
 
 ROOT = Path(__file__).parent.parent
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
-MOVED_DESCRIPTORS = 15  # up to 11 where uniform registers run out, behind the products; where it goes wrong, 27 and more
+MOVED_DESCRIPTORS = 15  # up to 11 where uniform registers run out, behind the products; gone wrong, 27 and more
 HAS_COMPILER = bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 pytestmark = [
