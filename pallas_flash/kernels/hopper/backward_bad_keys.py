@@ -52,7 +52,8 @@ def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
     load = lambda first: products.load_chunks(chunk(first), 0, CHUNK, dtype).astype(jnp.float32)
 
     def mark(first: Any, _: int, marks: Any) -> Any:
-        return jnp.maximum(marks, jnp.where(jnp.abs(load(first)) < jnp.inf, 0.0, 1.0).max(axis=1))
+        bad = jnp.where(jnp.abs(load(first)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
+        return jnp.maximum(marks, bad.max(axis=1))
 
     marks = over_chunks(ref.shape[0] * CHUNK, mark, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))
     bad = across(marks, CHUNK) > 0
