@@ -40,6 +40,8 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused": (FUSED, dict(q_len=200, kv_len=200, d=128, d_v=128)),
     "fused-slots-gqa": (SLOTS, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
     "ordered": (ORDERED, dict(q_len=500, kv_len=500, d=128, d_v=128, deterministic=True)),
+    "ordered-half": (dataclasses.replace(ORDERED, kv=dataclasses.replace(ORDERED.kv, longest_last=4)),
+                     dict(q_len=600, kv_len=600, d=128, d_v=128, deterministic=True)),
     "ordered-own-gqa": (OWN_ORDERED, dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, deterministic=True)),
     "ordered-sections": (dataclasses.replace(OWN_ORDERED, kv=dataclasses.replace(OWN_ORDERED.kv, section_bytes=1)),
                          dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, kv_heads=2, deterministic=True)),
@@ -132,6 +134,7 @@ TURNS = {
     "many-sections-gqa": dict(batch=4, q_heads=4, kv_heads=2, section_bytes=1),
     "ragged-causal-later": dict(q_len=777, kv_len=1100, mask=masks.Causal(323)),
     "window": dict(mask=masks.Window(300, 0), section_bytes=1),
+    "longest-first": dict(mask=masks.Window(left=0), longest_last=4),
     "window-both-sides": dict(q_len=900, kv_len=1300, mask=masks.Window(200, 500)),
     "full": dict(mask=masks.Full()),
     "prefix": dict(mask=masks.PrefixLM(400)),
@@ -184,6 +187,14 @@ def test_default_is_legal(d, deterministic):
         assert schedules.backward_problems(spec, schedules.default_backward(spec), 232_448) == []
 
 
+def test_only_the_longest_blocks_come_last():
+    """Of a mask whose first key tiles have the shortest blocks, none does."""
+    schedule = KvSchedule(dq="own", ordered=True, longest_last=4)
+    spec = lambda mask: Problem("lengths", "order", q_len=1024, kv_len=1024, d=64, d_v=64, mask=mask,
+                                dtypes=("bfloat16",), **SMALL).spec()
+    assert [schedules.kv_work(spec(mask), schedule).ascending for mask in (CAUSAL, masks.Window(left=0))] == [4, 0]
+
+
 DEADLOCKS = {  # a slot that is freed one step later, and only one of them
     "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", ds_slots=1))),
     "own-behind": (64, BackwardSchedule(KvSchedule(dq="own", order="behind", num_stages=1))),
@@ -198,6 +209,22 @@ def test_schedules_that_would_wait_for_themselves_are_illegal(name):
                    **SMALL).spec()
     (problem,) = schedules.backward_problems(spec, schedule, 232_448)
     assert "=1 to be 2" in problem
+
+
+@pytest.mark.parametrize("array", ["k", "v"])
+@pytest.mark.parametrize("schedule", [FUSED, TWO, SPLIT], ids=["fused", "two", "split"])
+def test_keys_that_only_padding_attends_to_are_not_looked_at(schedule, array):
+    """NaN in keys that the mask gives to queries past the end alone."""
+    d = {FUSED: 128, TWO: 64, SPLIT: 256}[schedule]
+    problem = Problem("padding", "interpreted", q_len=90, kv_len=100, d=d, d_v=d, mask=CAUSAL, dtypes=("bfloat16",),
+                      **SMALL)
+    operands, (dout, dlse), budget, saved = truth(problem)
+    bad = np.array(getattr(operands, array))
+    bad[:, 92:97] = np.nan
+    operands = jax.tree.map(jnp.asarray, operands._replace(**{array: bad}))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, jnp.asarray(dout), jnp.asarray(dlse)))
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used
 
 
 @pytest.mark.parametrize("array", ["k", "v"])

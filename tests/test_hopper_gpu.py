@@ -258,6 +258,16 @@ def test_poison_outside_changes_nothing(direction, d, layout):
         assert_right(case, run(*case._replace(operands=operands).arrays))
 
 
+@each_direction
+@each_d
+def test_keys_that_only_padding_attends_to_are_not_looked_at(direction, d):
+    case = case_of(problem_of("keys after the last query", d, q_len=650, kv_len=700))
+    k, v = (np.array(x) for x in case.operands[1:3])
+    k[:, 650:], v[:, 650:] = np.nan, np.nan
+    case = case._replace(operands=case.operands._replace(k=k, v=v))
+    assert_right(case, jax.jit(ours(direction, case))(*case.arrays))
+
+
 @each_d
 def test_a_bad_value_reaches_only_the_queries_that_attend_to_it(d):
     case = case_of(problem_of("0 * NaN is NaN, also in a tensor core", d, q_len=700, kv_len=700,

@@ -4,8 +4,8 @@ own process.
     python -m tests.offline.compile_kernels PROBLEM...
 
 The environment must have the stand-in driver first on LD_LIBRARY_PATH and the compiler's reports switched on, as
-`environment` sets them. Prints one JSON object for each kernel: registers, spills, ptxas advice, how many descriptors
-each step takes out of vector registers, and whether it compiled.
+`environment` sets them. Prints one JSON object for each kernel: registers, spills, ptxas advice, whether it multiplies,
+how often a step moves part of a descriptor out of a vector register, and whether it compiled.
 """
 
 import ctypes
@@ -76,7 +76,8 @@ def compile_module(module: bytes, work: Path) -> dict:
     new = sorted(set(glob.glob(f"{work}/*")) - before)
     text, sass = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
-    return dict(compiled=compiled, moved_descriptors=moved_descriptors(sass), registers=number(r"Used (\d+) registers"),
+    return dict(compiled=compiled, multiplies="HGMMA" in sass, moved_descriptors=moved_descriptors(sass),
+                registers=number(r"Used (\d+) registers"),
                 spill_bytes=number(r"(\d+) bytes spill stores"), advice=sorted(set(re.findall(r"C75\d\d", text))))
 
 

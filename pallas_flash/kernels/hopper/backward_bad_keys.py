@@ -73,7 +73,7 @@ def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple
     keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        add = lambda first, columns, bad: bad + 0.0 * keys.row("k", position, first, columns).sum(axis=1)
+        add = lambda column, columns, bad: bad + 0.0 * keys.row("k", position, column, columns).sum(axis=1)
         bad = over_chunks(spec.d, add, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))  # 0 or NaN
         here = lambda x: products.positions(x.shape[1], 0, first) == position
         spread = lambda x: lax.broadcast_in_dim(bad, x.shape, [0])

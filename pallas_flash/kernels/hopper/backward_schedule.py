@@ -44,7 +44,8 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to memory (`backward_turns`).
       ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
-      longest_last: if `ordered` and blocks differ in length: how many eighths of the key tiles, the longest, come last.
+      longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
+        last, in ascending order.
       order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
@@ -336,8 +337,16 @@ def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
 # -- which tiles -------------------------------------------------------------------------------------------------------
 
 def kv_mask(spec: AttentionSpec, s: Any) -> masks.Mask:
-    """The spec's mask, and where the last key tile is ragged, the keys' end. Queries past the end have weights of 0."""
-    return spec.mask & masks.InBounds(kv_len=spec.kv_len) if spec.kv_len % s.block_kv else spec.mask
+    """The spec's mask, and where the last key tile is ragged, the keys' end.
+
+    Queries past the end have weights of 0, but NaN where a key is NaN: so also the queries' end, where the last query
+    tile is ragged, keys are not cleaned (`backward_bad_keys`), and the mask may leave a key to such queries alone.
+    """
+    ends = {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv else {}
+    keeps_bad_keys = not isinstance(s, DqSchedule) and s.dq == "none"
+    if keeps_bad_keys and spec.q_len % s.block_q and not isinstance(spec.mask, masks.Full):
+        ends["q_len"] = spec.q_len
+    return spec.mask & masks.InBounds(**ends) if ends else spec.mask
 
 
 @functools.lru_cache(maxsize=256)
@@ -441,7 +450,8 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
 
     In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
-    by itself. But then the longest blocks start last, so where lengths differ, a part of the tiles comes after them.
+    by itself. But then the longest blocks may start last, so where they are much longer than others, `longest_last`
+    eighths of the tiles come after them, in ascending order.
     """
     q_tiles = _q_ranges(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
@@ -449,7 +459,8 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     if isinstance(s, SplitSchedule) or not s.ordered:
         return work
     length = q_tiles.stop - q_tiles.start
-    return work._replace(ascending=work.tiles * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
+    first_are_longest = length[0] >= length[-1] and length.max() >= 1.5 * length.mean()
+    return work._replace(ascending=work.tiles * s.longest_last // 8 if first_are_longest else 0)
 
 
 @functools.lru_cache(maxsize=256)

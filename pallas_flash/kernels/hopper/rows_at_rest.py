@@ -22,16 +22,16 @@ def across(x: Any, columns: int) -> Any:
     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
-def over_chunks(dim: int, add: Callable[[Any, int, Any], Any], total: Any) -> Any:
-    """total = add(first, columns, total) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
+def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """carry = body(first, columns, carry) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
     is slow and rare, and would be most of a kernel's code, and of the time to compile it.
     """
     whole, rest = divmod(dim, CHUNK)
     if whole > 1:
-        total = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda i, total: add(i * CHUNK, CHUNK, total), total)
+        carry = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda i, carry: body(i * CHUNK, CHUNK, carry), carry)
     elif whole:
-        total = add(0, CHUNK, total)
-    return add(whole * CHUNK, rest, total) if rest else total
+        carry = body(0, CHUNK, carry)
+    return body(whole * CHUNK, rest, carry) if rest else carry
 
 
 class RowsAtRest(NamedTuple):

@@ -168,17 +168,19 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0
-    # Short sequences have more queries and outputs to a key between two uses of it: 16 MiB stay in L2, 32 do not. So do
-    # those of which each query tile goes through all keys.
-    short = spec.kv_len <= (2 * _SHORT_SEQUENCE if _is_uniform(spec, schedule) else _SHORT_SEQUENCE)
+    # 16 MiB of keys stay in L2, 32 do not, where there are many queries and outputs to a key between two uses of it:
+    # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
+    short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
     return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
 
 
 @functools.lru_cache(maxsize=256)
 def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
-    """Whether all query tiles walk over the same keys."""
-    return all(np.unique(end).size <= 1 for end in kv_range(spec, schedule, np.arange(q_tiles(spec, schedule))))
+    """Whether all query tiles walk over the same key tiles."""
+    if spec.q_len == 0:
+        return True
+    return all(np.unique(end).size == 1 for end in kv_range(spec, schedule, np.arange(q_tiles(spec, schedule))))
 
 
 @functools.lru_cache(maxsize=256)
