@@ -214,13 +214,13 @@ def test_schedules_that_would_wait_for_themselves_are_illegal(name):
 @pytest.mark.parametrize("array", ["k", "v"])
 @pytest.mark.parametrize("schedule", [FUSED, TWO, SPLIT], ids=["fused", "two", "split"])
 def test_keys_that_only_padding_attends_to_are_not_looked_at(schedule, array):
-    """NaN in keys that the mask gives to queries past the end alone."""
+    """NaN and Inf in keys, or values, that the mask gives to queries past the end alone."""
     d = {FUSED: 128, TWO: 64, SPLIT: 256}[schedule]
     problem = Problem("padding", "interpreted", q_len=90, kv_len=100, d=d, d_v=d, mask=CAUSAL, dtypes=("bfloat16",),
                       **SMALL)
     operands, (dout, dlse), budget, saved = truth(problem)
     bad = np.array(getattr(operands, array))
-    bad[:, 92:97] = np.nan
+    bad[:, 92:95], bad[:, 95:97] = np.nan, np.inf
     operands = jax.tree.map(jnp.asarray, operands._replace(**{array: bad}))
     found = interpreted(schedule, problem.spec(), operands, (*saved, jnp.asarray(dout), jnp.asarray(dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))

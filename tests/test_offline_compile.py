@@ -35,7 +35,8 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
            if "gpu" in problem.tags and (problem.q_len == 2048 or problem.q_len % 128)),
          "causal-d128-s512+gradients", *(f"causal-d{d}-s2048+gradients+deterministic" for d in (64, 128)),
          *(f"causal-d{d}-s2048+gradients+softcap" for d in (64, 128, 256)),
-         *(f"causal-d{d}-s2048+gradients+softcap+deterministic" for d in (64, 128))]
+         *(f"causal-d{d}-s2048+gradients+softcap+deterministic" for d in (64, 128)),
+         *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged"]
 
 
 @pytest.mark.parametrize("name", NAMES)

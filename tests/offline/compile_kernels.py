@@ -83,15 +83,16 @@ def compile_module(module: bytes, work: Path) -> dict:
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
-    softcap."""
+    softcap, ragged (48 positions less)."""
     import dataclasses
 
     import jax
 
     from pallas_flash import device, flash_attention
     from pallas_flash.testing import problems
-    problem = dataclasses.replace(problems.find(name), deterministic="deterministic" in options,
-                                  softcap=30.0 if "softcap" in options else None)
+    problem, less = problems.find(name), 48 if "ragged" in options else 0
+    problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
+                                  kv_len=problem.kv_len - less, softcap=30.0 if "softcap" in options else None)
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
@@ -112,7 +113,7 @@ def lower(name: str, options: list[str]):
 
 
 def main(names: list[str]) -> None:
-    """Each name may end in "+gradients", "+deterministic" and "+softcap"."""
+    """Each name may end in "+gradients", "+deterministic", "+softcap" and "+ragged"."""
     work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
         problem, *options = name.split("+")
