@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, over_chunks
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, div
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, no_sums, over_chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 
 __all__ = ["unknown", "without_bad_rows"]
 
@@ -48,21 +48,18 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
 
 def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
     """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
-    chunk = lambda first: ref.at[pl.ds(div(first, CHUNK), 1)]
-    load = lambda first: products.load_chunks(chunk(first), 0, CHUNK, dtype).astype(jnp.float32)
+    piece = lambda chunk: ref.at[pl.ds(chunk, 1)]
+    load = lambda chunk: products.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
 
-    def mark(first: Any, _: int, marks: Any) -> Any:
-        bad = jnp.where(jnp.abs(load(first)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
+    def mark(chunk: Any, _: int, marks: Any) -> Any:
+        bad = jnp.where(jnp.abs(load(chunk)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
         return jnp.maximum(marks, bad.max(axis=1))
 
-    marks = over_chunks(ref.shape[0] * CHUNK, mark, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))
-    bad = across(marks, CHUNK) > 0
+    bad = across(over_chunks(ref.shape[0] * CHUNK, mark, no_sums()), CHUNK) > 0
 
-    def overwrite(first: Any, _: int, nothing: Any) -> Any:
-        products.store_chunks(jnp.where(bad, 0.0, load(first)).astype(dtype), chunk(first))
-        return nothing
-
-    over_chunks(ref.shape[0] * CHUNK, overwrite, ())
+    @pl.loop(jnp.int32(0), jnp.int32(ref.shape[0]))
+    def _(chunk: Any) -> None:
+        products.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
 def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
@@ -73,11 +70,10 @@ def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple
     keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        add = lambda column, columns, bad: bad + 0.0 * keys.row("k", position, column, columns).sum(axis=1)
-        bad = over_chunks(spec.d, add, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))  # 0 or NaN
+        add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
+        bad = over_chunks(spec.d, add, no_sums())  # 0 or NaN, the same in all rows
         here = lambda x: products.positions(x.shape[1], 0, first) == position
-        spread = lambda x: lax.broadcast_in_dim(bad, x.shape, [0])
-        dk, dv = (jnp.where(here(x) & (x != 0), x + spread(x), x) for x in sums)
+        dk, dv = (jnp.where(here(x) & (x != 0), x + across(bad, x.shape[1]), x) for x in sums)
         return dk, dv
 
     last = jnp.minimum(first + ROWS, spec.kv_len)

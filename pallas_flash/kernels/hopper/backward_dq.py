@@ -112,7 +112,7 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
         return lax.cond(partial, mask, lambda s: s, s)
 
-    lse_log2 = lambda: lax.broadcast_in_dim(rows.lse, (ROWS, schedule.block_kv), [0])
+    lse_log2 = lambda: across(rows.lse, schedule.block_kv)
     _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, hide)
     if schedule.pinned:
         barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)

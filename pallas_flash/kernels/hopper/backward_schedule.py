@@ -95,6 +95,7 @@ class SplitSchedule:
     warpgroups = 2
     dq = "none"
     ordered = False
+    longest_last = 0
     pinned = False
     registers = (240, 24)
 
@@ -456,11 +457,10 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     q_tiles = _q_ranges(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
     work = _work(spec.batch * spec.kv_heads, q_tiles, head_bytes, s.section_bytes)
-    if isinstance(s, SplitSchedule) or not s.ordered:
+    if not s.ordered:
         return work
     length = q_tiles.stop - q_tiles.start
-    first_are_longest = length[0] >= length[-1] and length.max() >= 1.5 * length.mean()
-    return work._replace(ascending=work.tiles * s.longest_last // 8 if first_are_longest else 0)
+    return work._replace(ascending=work.ascending * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
 
 
 @functools.lru_cache(maxsize=256)

@@ -91,13 +91,13 @@ def opaque(x: Any) -> Any:
     where they are used, in uniform registers.
     """
     if is_interpreted():
-        return x
+        return scalar(x)
 
     @plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
     def move(_: Any, x: Any) -> Any:
         return mgpu.FragmentedArray.splat(moved(x.registers.item()), (), is_signed=True)
 
-    return move(jnp.asarray(x, jnp.int32))
+    return move(scalar(x))
 
 
 def moved(x: ir.Value) -> ir.Value:

@@ -17,7 +17,7 @@ from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_softmax import LOWEST, given_up, scaled
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
+from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, no_sums
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 
 __all__ = ["again", "is_spoiled"]
@@ -65,7 +65,6 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any, Any]:
 
     block_kv = block.schedule.block_kv
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
-    zeros = lambda shape, layout: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-    start = (zeros((ROWS,), products.ROWS) + LOWEST, zeros((ROWS,), products.ROWS),
-             zeros((ROWS, spec.d_v), products.TILE))
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, spec.d_v), jnp.float32), products.TILE)
+    start = no_sums() + LOWEST, no_sums(), zeros
     return lax.fori_loop(barriers.scalar(first), barriers.scalar(stop), add, start)

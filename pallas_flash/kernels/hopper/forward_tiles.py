@@ -77,7 +77,7 @@ def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[
                           lambda *at: at, *at)
         # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
         # descriptors of wgmma would leave the uniform registers.
-        return *at, turn + 1, barriers.opaque(barriers.scalar(step + (hi - lo)))
+        return *at, turn + 1, barriers.opaque(step + (hi - lo))
 
     none = jnp.int32(0)
     *_, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)

@@ -11,10 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import products
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, div
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RowsAtRest", "across", "over_chunks"]
+__all__ = ["RowsAtRest", "across", "no_sums", "over_chunks"]
 
 
 def across(x: Any, columns: int) -> Any:
@@ -23,15 +23,20 @@ def across(x: Any, columns: int) -> Any:
 
 
 def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """carry = body(first, columns, carry) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
+    """carry = body(chunk, columns, carry) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
     is slow and rare, and would be most of a kernel's code, and of the time to compile it.
     """
     whole, rest = divmod(dim, CHUNK)
     if whole > 1:
-        carry = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda i, carry: body(i * CHUNK, CHUNK, carry), carry)
+        carry = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda i, carry: body(i, CHUNK, carry), carry)
     elif whole:
         carry = body(0, CHUNK, carry)
-    return body(whole * CHUNK, rest, carry) if rest else carry
+    return body(whole, rest, carry) if rest else carry
+
+
+def no_sums() -> Any:
+    """(64,) zeros in the layout ROWS: sums over columns, to begin with."""
+    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS)
 
 
 class RowsAtRest(NamedTuple):
@@ -51,9 +56,8 @@ class RowsAtRest(NamedTuple):
 
     def dot(self, own: str, other: str, dim: int, position: Any) -> Any:
         """The product of each of the 64 rows with one position's row: (64,) float32."""
-        def add(first: Any, columns: int, total: Any) -> Any:
-            chunk = self.smem[own].at[pl.ds(div(first, CHUNK), 1)]
-            x = products.load_chunks(chunk, 0, columns, self.spec.dtype).astype(jnp.float32)
-            return total + (x * self.row(other, position, first, columns)).sum(axis=1)
+        def add(chunk: Any, columns: int, total: Any) -> Any:
+            x = products.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
+            return total + (x.astype(jnp.float32) * self.row(other, position, chunk * CHUNK, columns)).sum(axis=1)
 
-        return over_chunks(dim, add, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS))
+        return over_chunks(dim, add, no_sums())
