@@ -6,9 +6,10 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 from typing import Any
+
+from pallas_flash import diagnosis
 
 __all__ = ["describe", "version"]
 
@@ -46,19 +47,10 @@ def _commit() -> tuple[str, bool | None]:
     return commit, bool(_output("git", "status", "--porcelain", "--", "pallas_flash", "torch_bridge", "bench/*.py"))
 
 
-def _ptxas() -> str | None:
-    """The version of the ptxas that compiles the kernels: the wheel's, which JAX prefers, else the one on PATH."""
-    wheel = [str(file.locate()) for file in _files("nvidia-cuda-nvcc") if file.name == "ptxas"]
-    path = next(iter(wheel), None) or shutil.which("ptxas")
-    found = re.search(r"V(\d[\d.]*)", _output(path, "--version")) if path else None
-    return found[1] if found else None
-
-
-def _files(package: str) -> Any:
-    try:
-        return importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
+def _ptxas() -> tuple[str | None, str | None]:
+    """The version and the path of the ptxas that compiles the kernels: the one that JAX calls."""
+    path = next(iter(diagnosis.ptxas_places()), None)
+    return (diagnosis.ptxas_version(path), str(path)) if path else (None, None)
 
 
 def _cpu() -> str:
@@ -73,9 +65,10 @@ def describe() -> dict[str, Any]:
 
     device, (commit, dirty) = jax.devices()[0], _commit()
     on_gpu = device.platform == "gpu"
+    ptxas, ptxas_path = _ptxas() if on_gpu else (None, None)
     driver = _output("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader").splitlines()
     return dict(
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), commit=commit, dirty=dirty,
         platform=device.platform, device=device.device_kind if on_gpu else _cpu(),
-        driver=driver[0] if on_gpu and driver else None, ptxas=_ptxas() if on_gpu else None,
+        driver=driver[0] if on_gpu and driver else None, ptxas=ptxas, ptxas_path=ptxas_path,
         python=platform.python_version(), versions={name: version(name) for name in PACKAGES if version(name)})

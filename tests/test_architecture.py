@@ -25,6 +25,8 @@ ARROWS = {
     "reference": {"dropout", "softmax", *FOUNDATIONS},
     "flax": {"attention", *FOUNDATIONS},
     "device": {"compat"},  # what an array is under a tracer
+    "diagnosis": {"attention", "device", "masks"},  # what it reports on
+    "__main__": {"diagnosis"},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""

@@ -4,6 +4,13 @@ Importing this registers the operators, and switches off JAX's preallocation of 
 (docs/torch_bridge.md); it does not import JAX.
 """
 
+try:
+    import torch as _torch  # noqa: F401  what follows needs it; asked here, so that the message can say what to do
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # PyTorch is there, and what is missing is its own
+        raise
+    raise ModuleNotFoundError('torch_bridge needs PyTorch: pip install "pallas_flash[torch]"', name="torch") from error
+
 from torch_bridge import context, memory
 from torch_bridge.activation import activate
 from torch_bridge.explanation import explain

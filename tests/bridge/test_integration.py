@@ -120,7 +120,7 @@ def test_running_gpus_are_none_without_a_gpu():
 def test_the_diagnosis(capsys):
     runpy.run_module("torch_bridge", run_name="__main__")
     text = capsys.readouterr().out
-    for expected in ("torch 2.", "jax 0.", "JAX, for tensors on cpu", "XLA_FLAGS", "implementation="):
+    for expected in ("torch 2.", "jax 0.", "ptxas", "XLA_FLAGS", "for tensors on cpu", "implementation="):
         assert expected in text
 
 
