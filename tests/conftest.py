@@ -1,16 +1,27 @@
 """Every test runs with strict dtype and rank promotion, on eight virtual CPU devices where there is no GPU."""
 
 import os
-import shutil
+import subprocess
+
+import jax  # reads the flags below when it starts, not when it is imported
+import pytest
+
+
+def driver_runs() -> bool:
+    """True where nvidia-smi lists a GPU."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60).stdout.startswith(b"GPU ")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-if shutil.which("nvidia-smi") is None:  # the CUDA plugin of JAX 0.11 crashes where there is no driver
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_PLATFORMS" not in os.environ and not driver_runs():
+    # The CUDA plugin of JAX 0.11, where it is installed, crashes without a driver.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-import jax  # after the flags, which are read when JAX starts
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -27,7 +27,7 @@ from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, device, flash
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
-from tests.offline.compile_kernels import cuda_root
+from tests.offline.places import cuda_root
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -482,7 +482,7 @@ def test_compute_sanitizer_finds_nothing(direction, tool):
     initcheck does not see what TMA writes: to it, a result copied to the host was never written, nor were dq's sums,
     which the last kernel reads. So it is asked about what our other kernels read.
     """
-    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() / 'bin'}")
+    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ""}/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
     check = (program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no")

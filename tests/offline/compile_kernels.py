@@ -3,9 +3,10 @@ own process.
 
     python -m tests.offline.compile_kernels PROBLEM...
 
-The environment must have the stand-in driver first on LD_LIBRARY_PATH and the compiler's reports switched on, as
-`environment` sets them. Prints one JSON object for each kernel: registers, spills, ptxas advice, whether it multiplies,
-how often a step moves part of a descriptor out of a vector register, and whether it compiled.
+The environment must have the stand-in driver first on LD_LIBRARY_PATH, the ptxas to compile with first on PATH and the
+compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel: its name,
+registers, spills, ptxas advice, whether it multiplies, how often a step of its hot loop moves part of a descriptor out
+of a vector register and touches a spilled one (`sass`), and whether it compiled.
 """
 
 import ctypes
@@ -13,26 +14,10 @@ import glob
 import json
 import os
 import re
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-HERE = Path(__file__).parent
-
-
-def cuda_root() -> Path:
-    """Where jax[cuda13] brings ptxas and nvdisasm."""
-    return Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13")
-
-
-def environment(work: Path) -> dict[str, str]:
-    """The environment to run this file in; builds the stand-in driver in `work`."""
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", work / "libcuda.so.1", HERE / "driver.c", "-ldl"], check=True)
-    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "RESOURCES", "SASS_CTRL")}
-    return {**os.environ, **dumps, "MOSAIC_GPU_DUMP_TO": str(work), "MOSAIC_GPU_CUDA_ROOT": str(cuda_root()),
-            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
-            "LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+from tests.offline import sass
 
 
 def mosaic_modules(lowered) -> list[bytes]:
@@ -51,21 +36,6 @@ def mosaic_modules(lowered) -> list[bytes]:
     return found
 
 
-def moved_descriptors(sass: str) -> int | None:
-    """R2UR in the innermost loop that multiplies, the worst if there are several. A wgmma takes its descriptors from
-    uniform registers; where the compiler cannot keep them there, each step moves them. None without such a loop.
-    """
-    lines, labels, loops = sass.splitlines(), {}, []
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label.group(1)] = i
-        elif (jump := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)) and jump.group(1) in labels:
-            loops.append((labels[jump.group(1)], i))
-    inside = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
-    innermost = ["\n".join(lines[loop[0]:loop[1]]) for loop in loops if not any(inside(other, loop) for other in loops)]
-    return max((body.count(" R2UR") for body in innermost if "HGMMA" in body), default=None)
-
-
 def compile_module(module: bytes, work: Path) -> dict:
     """Compiles one module and reads what ptxas said of it."""
     import jax_plugins.xla_cuda13 as plugin
@@ -74,11 +44,13 @@ def compile_module(module: bytes, work: Path) -> dict:
     before = set(glob.glob(f"{work}/*"))
     compiled = bool(compiler(module, len(module)))
     new = sorted(set(glob.glob(f"{work}/*")) - before)
-    text, sass = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
+    text, code = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
-    return dict(compiled=compiled, multiplies="HGMMA" in sass, moved_descriptors=moved_descriptors(sass),
-                registers=number(r"Used (\d+) registers"),
-                spill_bytes=number(r"(\d+) bytes spill stores"), advice=sorted(set(re.findall(r"C75\d\d", text))))
+    kernel = next((re.sub(r"_\d+$", "", Path(f).stem) for f in new if f.endswith(".ptx")), None)
+    return dict(kernel=kernel, compiled=compiled, multiplies="HGMMA" in code,
+                moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code),
+                registers=number(r"Used (\d+) registers"), spill_bytes=number(r"(\d+) bytes spill stores"),
+                advice=sorted(set(re.findall(r"C75\d\d", text))))
 
 
 def lower(name: str, options: list[str]):
