@@ -1,4 +1,4 @@
-"""Attention functions for Flax: `attention_fn=` of `MultiHeadAttention`, in nnx and in linen.
+"""Attention functions for Flax: `attention_fn=` of `MultiHeadAttention`, in nnx and in linen:
 
     from flax import linen, nnx
     from pallas_flash.flax import attention_fn, dot_product_attention
