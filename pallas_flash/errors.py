@@ -1,8 +1,9 @@
 """The errors of the project, and the form of their message: what must hold, what was given, what to do."""
 
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["UnsupportedError", "invalid", "unsupported"]
+__all__ = ["UnsupportedError", "flags", "invalid", "is_torch", "mistyped", "unsupported"]
 
 
 class UnsupportedError(ValueError):
@@ -17,7 +18,16 @@ def invalid(must: str, given: str, do: str) -> ValueError:
       given: what was given instead, as `name=value`.
       do: what the caller can do about it, a clause.
     """
-    return ValueError(f"{must}, got {given}. {do[0].upper()}{do[1:]}.")
+    return ValueError(_message(must, given, do))
+
+
+def mistyped(must: str, given: str, do: str) -> TypeError:
+    """A TypeError of the same form, where Python itself raises one: a keyword or an operator that does not exist."""
+    return TypeError(_message(must, given, do))
+
+
+def _message(must: str, given: str, do: str) -> str:
+    return f"{must}, got {given}. {do[0].upper()}{do[1:]}."
 
 
 def unsupported(subject: str, reasons: Sequence[str], do: str) -> UnsupportedError:
@@ -29,3 +39,15 @@ def unsupported(subject: str, reasons: Sequence[str], do: str) -> UnsupportedErr
       do: what the caller can do about it, a clause.
     """
     return UnsupportedError(f"{subject}: {'; '.join(reasons)}. {do[0].upper()}{do[1:]}.")
+
+
+def flags(**given: Any) -> None:
+    """Raises a ValueError for the first that is not a bool: any other object would count as True or False unasked."""
+    for name, value in given.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # bool_: NumPy's
+            raise invalid(f"{name} must be True or False", f"{name}={value!r}", "pass a Python bool")
+
+
+def is_torch(value: Any) -> bool:
+    """Whether it is a PyTorch tensor; PyTorch is not imported."""
+    return any(kind.__module__.split(".")[0] == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)

@@ -8,33 +8,33 @@ counting) asks only these:
     q_bounds(kv_lo, kv_hi)    the same with queries and keys exchanged.
 
 Positions are Python ints, numpy arrays or traced values, so a mask uses arithmetic, comparisons, `&`, `|` and the
-functions `maximum`, `minimum`, `where` of this module; never a Python `if` on a position. Positions are never negative.
+functions `maximum`, `minimum`, `where` of this module; never a Python `if` on a position. Positions are never negative
+and an interval is never empty; both may reach past the end of the sequence, into the padding of its last tile, so a
+table is read at `minimum(pos, length - 1)`.
 
-To write a new mask, subclass `Mask` as a frozen dataclass and define the three methods. Integer fields are static.
+To write a new mask, subclass `Mask` as a frozen dataclass and define `keep`. Without bounds it is right and skips
+nothing; bounds that are wrong give wrong results: `pallas_flash.check_mask` compares them with `keep`. Integer fields
+are static.
 A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so they are always
 written for one sequence. `position_axes` names the axes such a field has beyond (batch, head): "q" or "kv" each.
 """
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors
+from pallas_flash.mask_fields import UNBOUNDED, ArrayField, as_array, is_static, limit, on_host, with_lead_axes
 
 __all__ = [
     "And", "ArrayField", "Bounds", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds", "UNBOUNDED",
-    "Window", "checked", "maximum", "minimum", "over_batch", "where",
+    "Window", "check_lengths", "checked", "maximum", "minimum", "over_batch", "where",
 ]
-
-UNBOUNDED = 1 << 30
-"""A distance beyond any sequence length, small enough to add to an int32 position."""
-
 
 def _numpy_for(*values: Any) -> Any:
     """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is
@@ -76,25 +76,6 @@ class Bounds(NamedTuple):
                       minimum(self.full_hi, other.full_hi), minimum(self.hi, other.hi))
 
 
-@dataclasses.dataclass(frozen=True)
-class ArrayField:
-    """Stands for an array where only its shape and dtype count: in an `AttentionSpec`, which is hashable."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @classmethod
-    def of(cls, array: Any) -> "ArrayField":
-        return cls(tuple(array.shape), np.dtype(array.dtype))
-
-    def __str__(self) -> str:
-        return f"{self.dtype.name}[{'x'.join(map(str, self.shape))}]"
-
-
 class Mask:
     """Base class; see the module's docstring for what a mask must define."""
 
@@ -107,29 +88,52 @@ class Mask:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_pytree_with_keys(cls, _flatten, functools.partial(_unflatten, cls))
 
+    __array_ufunc__ = None  # NumPy arrays leave `array & mask` to `__rand__`
+
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         """True where the query at `q_pos` attends to the key at `kv_pos`; the shapes broadcast."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define keep(q_pos, kv_pos)")
 
     def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
-        """Bounds on the keys, seen from the queries [q_lo, q_hi), an interval that is not empty."""
-        raise NotImplementedError
+        """Bounds on the keys, seen from the queries [q_lo, q_hi), an interval that is not empty.
+
+        This one knows nothing: no tile is skipped, and each is masked.
+        """
+        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
     def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
-        """Bounds on the queries, seen from the keys [kv_lo, kv_hi), an interval that is not empty."""
-        raise NotImplementedError
+        """Bounds on the queries, seen from the keys [kv_lo, kv_hi), an interval that is not empty; see `kv_bounds`."""
+        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return NotImplemented
+            raise _not_a_mask("&", self, other)
         if isinstance(other, Full):
             return self
         return other if isinstance(self, Full) else And(self, other)
 
+    def __rand__(self, other: Any) -> "Mask":
+        raise _not_a_mask("&", other, self)
+
+    def __or__(self, other: Any) -> NoReturn:
+        raise _only_intersect("|", f"{_kind(self)} | {_kind(other)}")
+
+    def __ror__(self, other: Any) -> NoReturn:
+        raise _only_intersect("|", f"{_kind(other)} | {_kind(self)}")
+
+    def __xor__(self, other: Any) -> NoReturn:
+        raise _only_intersect("^", f"{_kind(self)} ^ {_kind(other)}")
+
+    def __rxor__(self, other: Any) -> NoReturn:
+        raise _only_intersect("^", f"{_kind(other)} ^ {_kind(self)}")
+
+    def __invert__(self) -> NoReturn:
+        raise _only_intersect("~", f"~{_kind(self)}")
+
     def __str__(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        shown = [f"{name}={value if _is_static(value) else ArrayField.of(_as_array(value))}"
-                 for name, value in _fields(self).items() if not _is_static(value) or value != defaults[name]]
+        shown = [f"{name}={value if is_static(value) else ArrayField.of(as_array(value))}"
+                 for name, value in _fields(self).items() if not is_static(value) or value != defaults[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -145,7 +149,7 @@ class Mask:
     def array_fields(self) -> dict[str, Any]:
         """The fields that hold data, by name."""
         return {name: value for name, value in _fields(self).items()
-                if not _is_static(value) and not isinstance(value, Mask)}
+                if not is_static(value) and not isinstance(value, Mask)}
 
     def canonical(self) -> "Mask":
         """This mask as kernels expect it: arrays shaped (batch or 1, heads or 1, *positions), integers as int32.
@@ -154,7 +158,7 @@ class Mask:
         heads).
         """
         return dataclasses.replace(self, **{  # type: ignore[type-var]
-            name: _with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
+            name: with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
             for name, value in self.array_fields().items()})
 
     def with_placeholders(self) -> "Mask":
@@ -162,8 +166,20 @@ class Mask:
         return jax.tree.map(ArrayField.of, self)
 
 
-def _is_static(value: Any) -> bool:
-    return isinstance(value, numbers.Integral | bool | str | None)
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _not_a_mask(operator: str, a: Any, b: Any) -> TypeError:
+    return errors.mistyped(f"both sides of `{operator}` must be masks", f"types={_kind(a)} {operator} {_kind(b)}",
+                           "wrap a boolean array, True attends: Causal() & Dense(array)")
+
+
+def _only_intersect(operator: str, given: str) -> TypeError:
+    return errors.mistyped(
+        "masks can only be intersected, with `&`", f"operator={given}",
+        "write another combination as a class with its own `keep`, or as the boolean array Dense(array)"
+        + (", for instance Dense(a | b)" if operator == "|" else ""))
 
 
 def _fields(mask: Mask) -> dict[str, Any]:
@@ -173,7 +189,7 @@ def _fields(mask: Mask) -> dict[str, Any]:
 def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
     fields = _fields(mask)
     # What JAX unflattened keeps its structure: in place of an array there may be an axis number or a flag.
-    names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not _is_static(value))
+    names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not is_static(value))
     static = tuple((name, value) for name, value in fields.items() if name not in names)
     return [(jax.tree_util.GetAttrKey(name), fields[name]) for name in names], (names, static)
 
@@ -188,54 +204,16 @@ def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
 
 
 def _check_integers(mask: Mask) -> None:
-    """Raises unless every field is an integer or an array of integers: a position is nothing else.
-
-    Numbers beyond any sequence (some say "unlimited" with the largest integer) are cut, so that sums of them fit int32.
-    """
+    """Raises unless every field is an integer or an array of integers: a position is nothing else. Cuts them at
+    `limit`."""
     for name, value in _fields(mask).items():
-        dtype = _as_array(value).dtype
+        dtype = as_array(value).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
             raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
                                  f"{name}.dtype={dtype}" if hasattr(value, "dtype") else f"{name}={value!r}",
                                  "pass positions as integers")
-        if _is_static(value):
-            far = UNBOUNDED // 2 if name == "offset" else UNBOUNDED
-            object.__setattr__(mask, name, min(max(int(value), -far), far))
-
-
-def _cut(owner: str, name: str, array: Any, is_id: bool) -> Any:
-    """Integers as int32: positions beyond any sequence cut as `_check_integers` does; ids that do not fit refused."""
-    if not jnp.issubdtype(array.dtype, jnp.integer) or array.dtype.itemsize < 4:
-        return array
-    if not is_id:
-        far = UNBOUNDED // 2 if name == "offset" else UNBOUNDED
-        return array.clip(0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -far, far)
-    if array.dtype != np.int32 and array.size and not isinstance(array, jax.core.Tracer):
-        smallest, largest = int(array.min()), int(array.max())
-        if smallest < -2**31 or largest >= 2**31:
-            raise errors.invalid(f"{owner}.{name} must fit 32-bit integers", f"values from {smallest} to {largest}",
-                                 "number the segments from 0")
-    return array
-
-
-def _as_array(value: Any) -> Any:
-    """`value` itself if it is or stands for an array, else as one."""
-    return value if hasattr(value, "dtype") else np.asarray(value)
-
-
-def _with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> Any:
-    array = _as_array(array)
-    lead = array.ndim - position_axes
-    if not 0 <= lead <= 2:
-        raise errors.invalid(
-            f"{owner}.{name} must have {position_axes} to {position_axes + 2} axes ([batch, [heads,]] then positions)",
-            f"{name}.shape={tuple(array.shape)}", "reshape it")
-    shape = (*array.shape[:lead], *(1,) * (2 - lead), *array.shape[lead:])
-    dtype = np.dtype(np.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array.dtype
-    if isinstance(array, ArrayField | jax.ShapeDtypeStruct):
-        return type(array)(shape, dtype)
-    array = _cut(owner, name, array, position_axes > 0).reshape(shape)
-    return array if array.dtype == dtype else array.astype(dtype)
+        if is_static(value):
+            object.__setattr__(mask, name, min(max(int(value), -limit(name)), limit(name)))
 
 
 def checked(mask: Any) -> Mask:
@@ -245,10 +223,14 @@ def checked(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
         raise errors.invalid("mask must be a pallas_flash Mask", f"type(mask)={type(mask).__name__}",
                              "wrap a boolean array as Dense(array), or name the rule: Causal(), Window(left, right)")
-    for kind in map(type, mask.parts):
+    for part in mask.parts:
+        kind: type[Mask] = type(part)
         if not dataclasses.is_dataclass(kind) or kind.__hash__ is None:
             raise errors.invalid("a class of masks must be a frozen dataclass", f"mask={kind.__name__}(), which is not",
                                  f"write @dataclasses.dataclass(frozen=True) above class {kind.__name__}")
+        if type(part).keep is Mask.keep:
+            raise errors.invalid("a class of masks must define keep(q_pos, kv_pos)", f"mask={kind.__name__}(), without",
+                                 "return True where the query at q_pos attends to the key at kv_pos")
     return mask
 
 
@@ -272,8 +254,11 @@ def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
 
 
 def _with_equal_lead_axes(part: Mask) -> Mask:
-    """A canonical mask whose arrays have the same batch and heads: where one has 1 and another more, it is repeated."""
-    lead = np.broadcast_shapes(*(leaf.shape[:2] for leaf in jax.tree.leaves(part)))
+    """A canonical mask whose arrays have the same batch and heads: where one has 1 and another more, it is repeated.
+
+    NumPy's broadcast_shapes does not know a symbolic batch (`jax.export`).
+    """
+    lead = jnp.broadcast_shapes(*(leaf.shape[:2] for leaf in jax.tree.leaves(part)))
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
 
 
@@ -305,7 +290,7 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         _check_integers(self)
-        if _is_static(self.left) and _is_static(self.right) and self.right < -self.left:
+        if is_static(self.left) and is_static(self.right) and self.right < -self.left:
             raise errors.invalid("Window needs -left <= right", f"left={self.left}, right={self.right}",
                                  "give the number of keys on each side of the aligned one")
 
@@ -332,7 +317,8 @@ def Causal(offset: Any = 0) -> Window:
 class InBounds(Mask):
     """Both positions lie inside the real (unpadded) sequences: q_pos < q_len and kv_pos < kv_len.
 
-    The lengths are numbers, or integer arrays (batch,) for sequences of different lengths in one padded batch.
+    The lengths are numbers, or integer arrays (batch,) for sequences of different lengths in one padded batch. One
+    below 0 is refused where it is a number or in a NumPy array, and counts as 0 in a JAX array.
     """
 
     q_len: Any = UNBOUNDED
@@ -340,6 +326,8 @@ class InBounds(Mask):
 
     def __post_init__(self) -> None:
         _check_integers(self)
+        for name, lengths in _fields(self).items():
+            check_lengths(f"InBounds.{name}", lengths)
 
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         return (q_pos < self.q_len) & (kv_pos < self.kv_len)
@@ -349,6 +337,14 @@ class InBounds(Mask):
 
     def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
         return _inside(kv_lo, kv_hi, self.kv_len, self.q_len)
+
+
+def check_lengths(name: str, lengths: Any) -> None:
+    """Raises where a length is below 0 and its value is on the host."""
+    known = on_host(lengths)
+    if known is not None and known.size and known.min() < 0:
+        raise errors.invalid(f"{name} must be at least 0", f"{name}={known.min()}" if known.ndim == 0 else
+                             f"min({name})={known.min()}", "pass the number of real positions")
 
 
 def _inside(lo: Any, hi: Any, length: Any, other_length: Any) -> Bounds:
@@ -437,7 +433,7 @@ class Dense(Mask):
     broadcasts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        dtype = _as_array(self.attend).dtype
+        dtype = as_array(self.attend).dtype
         if dtype != np.bool_:
             raise errors.invalid("Dense.attend must be boolean", f"attend.dtype={dtype}",
                                  "compare integers with 0; pass an additive float mask as `bias`")
@@ -445,12 +441,6 @@ class Dense(Mask):
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         rows, columns = self.attend.shape
         return jnp.asarray(self.attend)[jnp.minimum(q_pos, rows - 1), jnp.minimum(kv_pos, columns - 1)]
-
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
-        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
-
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
-        return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
 
 @dataclasses.dataclass(frozen=True)

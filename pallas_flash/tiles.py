@@ -14,7 +14,8 @@ import numpy as np
 from pallas_flash import masks
 
 __all__ = [
-    "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "sweep", "tile_range", "union",
+    "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "smallest_covering", "sweep",
+    "tile_range", "union",
 ]
 
 Carry = TypeVar("Carry")
@@ -95,6 +96,23 @@ def sweep(tiles: TileRange, step: Callable[[Any, Carry, bool], Carry], carry: Ca
         carry = jax.lax.fori_loop(
             jnp.int32(lo), jnp.int32(hi), lambda tile, carry, masked=masked: step(tile, carry, masked), carry)
     return carry
+
+
+def smallest_covering(begin: np.ndarray, end: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
+    """Of each position, the smallest value whose interval [begin, end) covers it; the largest integer where none does.
+
+    Each interval is the union of two of length 2^level, which may overlap; those of a level are then halved, from the
+    longest: O((size + intervals) log size).
+    """
+    level = np.frexp(np.maximum(end - begin, 1))[1] - 1
+    found, empty = np.full(size, np.iinfo(np.int64).max), begin >= end
+    for step in reversed(range(size.bit_length())):
+        wider, found = found, found.copy()
+        found[1 << step:] = np.minimum(found[1 << step:], wider[:size - (1 << step)])
+        for at in (begin, end - (1 << step)):
+            here = (level == step) & ~empty
+            np.minimum.at(found, at[here], value[here])
+    return found
 
 
 def _row_chunks(q_len: int, kv_len: int) -> Iterator[np.ndarray]:

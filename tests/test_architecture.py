@@ -14,16 +14,19 @@ SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/*
 
 FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
-    "": {"attention", "autodiff", "errors", "masks", "spec"},
-    "attention": {"autodiff", "compat", "device", "dispatch", *FOUNDATIONS},
+    "": {"attention", "autodiff", "errors", "mask_check", "masks", "spec"},
+    "arguments": {*FOUNDATIONS},
+    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
-    "masks": {"errors"},
+    "mask_fields": {"errors"},
+    "masks": {"errors", "mask_fields"},
+    "mask_check": {"errors", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
-    "flax": {"attention", *FOUNDATIONS},
+    "flax": {"attention", "dispatch", *FOUNDATIONS},  # dispatch: the names of implementations
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},

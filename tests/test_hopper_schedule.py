@@ -1,14 +1,16 @@
 """The tables, ranges and sizes of the Hopper forward kernel's schedules, against brute force over positions."""
 
 import dataclasses
+import itertools
 import math
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import forward
+from pallas_flash.kernels.hopper import backward_schedule, forward
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.schedule import ROWS, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
@@ -79,6 +81,76 @@ def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
                 masked = seen.first_masked if tile == stop - 1 else seen.later_masked
                 treated = masked and (tile == stop - 1 or not full_start <= tile < full_stop)
                 assert whole or treated or not rows.size, f"{q_tile=} {warpgroup=} {tile=} must be masked"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(masks.Mask):
+    """A window that is asked about intervals of positions that are not empty, or raises; both on the host."""
+
+    window: int
+    q_len: int
+
+    def keep(self, q_pos, kv_pos):
+        return masks.Window(self.window, 0).keep(q_pos, kv_pos)
+
+    def kv_bounds(self, q_lo, q_hi):
+        assert np.all((q_lo >= 0) & (q_lo < q_hi) & (q_lo < self.q_len)), f"asked about the queries [{q_lo}, {q_hi})"
+        return masks.Window(self.window, 0).kv_bounds(q_lo, q_hi)
+
+    def q_bounds(self, kv_lo, kv_hi):
+        assert np.all((kv_lo >= 0) & (kv_lo < kv_hi)), f"asked about the keys [{kv_lo}, {kv_hi})"
+        return masks.Window(self.window, 0).q_bounds(kv_lo, kv_hi)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("d", (64, 96, 128, 256))
+@pytest.mark.parametrize("length", (1, 63, 64, 65, 129, 200, 257, 1025))
+def test_masks_are_asked_about_intervals_that_are_not_empty(length, d, deterministic):
+    """Regression: of 65 queries in a tile of 128, those of the second warpgroup were [128, 65)."""
+    spec = dataclasses.replace(make_spec(length, length, Asked(40, length), d=d), deterministic=deterministic)
+    for schedule in (schedules.default_forward(spec), *SCHEDULES):
+        schedules.steps(spec, schedule)
+        schedules.forward_table(spec, schedule)
+    chosen = backward_schedule.default_backward(spec)
+    assert backward_schedule.backward_problems(spec, chosen, H100_SMEM) == []
+    backward_schedule.kv_work(spec, chosen.kv)
+    backward_schedule.may_have_idle_queries(spec)
+    if chosen.dq is not None:
+        backward_schedule.dq_work(spec, chosen.dq)
+
+
+def has_order(spec, schedule):
+    """`backward_schedule.has_order`, one key tile after the other."""
+    tiles_of = [set() for _ in range(-(-spec.q_len // schedule.block_q))]
+    for kv_tile in range(-(-spec.kv_len // schedule.block_kv)):
+        start, _, _, stop = backward_schedule.q_range(spec, schedule, kv_tile)
+        for q_tile in range(start, stop):
+            tiles_of[q_tile].add(kv_tile)
+    wanted = (backward_schedule.kv_range(spec, schedule, q_tile) for q_tile in range(len(tiles_of)))
+    return all(found and found == set(range(start, stop)) for found, (start, _, _, stop) in zip(tiles_of, wanted))
+
+
+@pytest.mark.parametrize("mask", [*MASKS, masks.PrefixLM(33) & masks.Window(20, 5)], ids=str)
+def test_has_order(mask):
+    for (q_len, kv_len), schedule in itertools.product(SHAPES, (
+            backward_schedule.KvSchedule(), backward_schedule.KvSchedule(block_q=128, warpgroups=3))):
+        spec = make_spec(q_len, kv_len, mask)
+        assert backward_schedule.has_order(spec, schedule) == has_order(spec, schedule), f"{spec}"
+
+
+def test_has_order_takes_no_time_in_long_sequences():
+    """Regression: it was quadratic in the number of tiles, 3.7 s for these."""
+    spec, start = make_spec(1 << 22, 1 << 22, masks.Full(), d=128, batch=1, heads=(1, 1)), time.process_time()
+    assert backward_schedule.has_order(spec, backward_schedule.KvSchedule())
+    assert time.process_time() - start < 1
+
+
+def test_rows_past_the_end_change_no_schedule():
+    """They walk with the last real rows, so that nothing is compiled for them alone."""
+    for mask in MASKS:
+        real, tail = (schedules.steps(make_spec(n, 300, mask), dataclasses.replace(SMALL, warpgroups=3))
+                      for n in (192, 180))
+        assert real == tail
 
 
 @pytest.mark.parametrize("d", range(8, 257, 8))

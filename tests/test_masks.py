@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_flash import masks, tiles
+from pallas_flash import check_mask, flash_attention, masks, tiles
 from pallas_flash.masks import Bounds, Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
 
 BLOCKS = ((1, 1), (1, 3), (3, 1), (2, 3), (4, 4))
@@ -302,6 +302,103 @@ def test_other_bounds_off_by_one_are_caught(mutant):
     assert not is_exact(mutant, ((8, 8), (9, 4)))
 
 
+# check_mask -----------------------------------------------------------------------------------------------------------
+
+ARRAYED = [Window(left=np.array([1, 3]), right=2), InBounds(kv_len=np.array([0, 5])), PrefixLM(np.array([2, 9])),
+           SegmentIds(np.array([[0, 0, 1, 1, 2, -1], [1, 0, 1, 0, -1, 2]]), np.array([[0, 1, 1, 2, 2, 2, -1]] * 2)),
+           Dense(np.random.default_rng(0).random((2, 3, 6, 7)) < 0.5)]
+
+
+@pytest.mark.parametrize("mask", [*SOME_OF_EACH, *WINDOWS[::9], *ARRAYED, Causal() & Dense(np.eye(6, 7, dtype=bool))],
+                         ids=str)
+def test_check_mask_passes_what_is_right(mask):
+    check_mask(mask, 6, 7)
+
+
+@pytest.mark.parametrize(
+    "mutant", [*mutants(Window(3, 2, -1)), *mutants(PrefixLM(3)), *mutants(InBounds(5, 6))], ids=str)
+def test_check_mask_raises_where_a_bound_is_wrong_and_nowhere_else(mutant):
+    unsound = [not is_sound(grid.classified(mutant, direction), grid.brute_force(mutant, direction))
+               for grid, direction in itertools.product(grids(((7, 8),)), DIRECTIONS)]
+    if any(unsound):
+        with pytest.raises(ValueError, match=rf"^Mutant.{mutant.direction}_bounds of the tile of .* as {mutant.bound}"):
+            check_mask(mutant, 7, 8)
+    elif mutant.shift == (-1 if mutant.bound in ("lo", "full_hi") else 1):  # looser
+        check_mask(mutant, 7, 8)
+
+
+def test_check_mask_names_the_tile_the_bound_and_what_keep_says():
+    with pytest.raises(ValueError) as error:
+        check_mask(Causal() & Mutant(Window(left=3), "kv", "lo", 1), 9, 9)
+    assert str(error.value) == (
+        "Mutant.kv_bounds of the tile of queries [3, 4) must give at most 0 as lo, or a pair that attends is skipped, "
+        "got kv_bounds(3, 4)=Bounds(lo=1, full_lo=0, full_hi=1073741828, hi=1073741828), keep(q_pos=3, kv_pos=0)=True. "
+        "Mend the bounds, or leave both methods out: then nothing is skipped.")
+
+
+def rule(keep, kv_bounds=None):
+    """A class of masks from plain functions, and one of it."""
+    methods = {"keep": lambda self, q_pos, kv_pos: keep(q_pos, kv_pos)}
+    if kv_bounds is not None:
+        methods["kv_bounds"] = lambda self, lo, hi: kv_bounds(lo, hi)
+    return dataclasses.dataclass(frozen=True)(type("Rule", (Mask,), methods))()
+
+
+CAUSAL = lambda q_pos, kv_pos: kv_pos <= q_pos
+NOT_A_MASK = {
+    "Rule.keep must return booleans": rule(lambda q_pos, kv_pos: q_pos - kv_pos),
+    "Rule.keep must return booleans of the shape": rule(lambda q_pos, kv_pos: masks.maximum(q_pos, kv_pos)[None] > 3),
+    "Rule.keep must work on traced positions": rule(lambda q_pos, kv_pos: kv_pos <= int(np.max(q_pos))),
+    "Rule.kv_bounds must work on traced positions, got error=TracerBoolConversionError": rule(
+        CAUSAL, lambda lo, hi: Bounds(0, 0, lo + 1 if np.all(lo > 3) else 0, hi)),
+    "Rule.kv_bounds must return integers": rule(CAUSAL, lambda lo, hi: Bounds(0, 0, (lo + 1) / 2, hi)),
+    "Rule.kv_bounds must give the same for plain and for traced": rule(CAUSAL, lambda lo, hi: Bounds(
+        0, 0, 0, hi + (2 if isinstance(hi, np.ndarray) else 0))),
+}
+
+
+@pytest.mark.parametrize(("message", "mask"), NOT_A_MASK.items(), ids=NOT_A_MASK)
+def test_check_mask_names_other_mistakes(message, mask):
+    with pytest.raises(ValueError, match=message):
+        check_mask(mask, 5, 6)
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+def test_a_mask_without_bounds_skips_nothing():
+    """Regression: an empty NotImplementedError."""
+    mask = rule(lambda q_pos, kv_pos: (q_pos + kv_pos) % 3 > 0)
+    check_mask(mask, 6, 7)
+    for grid, direction in itertools.product(grids(((8, 8),)), DIRECTIONS):
+        assert (grid.classified(mask, direction) == PARTIAL).all()
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 130, 2, 8)).astype(np.float32)
+    results = [jax.vjp(lambda *qkv, name=name: flash_attention(*qkv, mask=mask, implementation=name), q, k, v)
+               for name in ("xla", "reference")]
+    for ours, wanted in zip(*(jax.tree.leaves((out, vjp(v))) for out, vjp in results)):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [int, np.int32, np.int64, np.uint32])
+def test_far_windows(kind):
+    """Numbers beyond any sequence mean "unlimited", and are cut so that their sums fit int32.
+
+    Regression: an offset's `limit` of 2^30 for 2^29 passed, and Window(right=2**31 - 1, offset=2**31 - 1) was wrong.
+    """
+    far, q_pos, kv_pos = 2**31 - 1, np.arange(4), np.arange(5)
+    for left, right, offset in itertools.product((0, far), (0, far), (-far, 0, far)):
+        if kind is np.uint32 and offset < 0:
+            continue
+        distance = kv_pos - (q_pos[:, None] + offset)  # int64: exact
+        wanted = ((left == far) | (-left <= distance)) & ((right == far) | (distance <= right))
+        mask = Window(*(x if kind is int else np.array([x], kind) for x in (left, right, offset))).canonical()
+        keep, bounds = (masks.over_batch(mask, ask) for ask in (
+            lambda part: part.keep(jnp.arange(4)[:, None], jnp.arange(5)[None, :]),
+            lambda part: part.kv_bounds(jnp.int32(0), jnp.int32(4))))
+        assert np.array_equal(keep[0, 0], wanted), (left, right, offset)
+        lo, hi = np.clip([int(bounds[0][0, 0]), int(bounds[3][0, 0])], 0, 5)
+        assert not wanted[:, :lo].any() and not wanted[:, hi:].any(), (left, right, offset)
+
+
 # tiles.py -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mask", [Full(), Causal(), Window(3, 2, 1), PrefixLM(5) & InBounds(9, 10)], ids=str)
@@ -331,6 +428,18 @@ def test_sweep_visits_every_tile_once_in_order(traced):
         assert np.array_equal(np.asarray(log)[: stop - start], np.array(expected, int).reshape(-1, 2))
         if not traced and sum(ranges) > 8:
             break  # each plain range compiles its own loops
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_smallest_covering(seed):
+    rng = np.random.default_rng(seed)
+    size, count = rng.integers(1, 40), rng.integers(0, 30)
+    begin = rng.integers(0, size, count)
+    end = np.minimum(begin + rng.integers(0, size + 1, count), size)
+    value = rng.integers(-99, 99, count)
+    wanted = [min((int(v) for b, e, v in zip(begin, end, value) if b <= i < e), default=np.iinfo(np.int64).max)
+              for i in range(size)]
+    assert tiles.smallest_covering(begin, end, value, int(size)).tolist() == wanted
 
 
 def test_sweep_of_a_plain_empty_range_traces_nothing():

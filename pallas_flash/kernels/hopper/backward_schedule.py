@@ -437,12 +437,10 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     then a block's turn follows from its number.
     """
     q_tiles, (start, _, _, stop) = _q_ranges(spec, s), _kv_ranges(spec, s)
-    count, first, last = np.zeros(start.size, int), np.full(start.size, q_tiles.start.size), np.full(start.size, -1)
-    for kv_tile, (begin, end) in enumerate(zip(q_tiles.start.tolist(), q_tiles.stop.tolist())):
-        comes = slice(begin, max(begin, end))
-        count[comes] += 1
-        first[comes] = np.minimum(first[comes], kv_tile)
-        last[comes] = kv_tile
+    begin, end = q_tiles.start, np.maximum(q_tiles.start, q_tiles.stop)
+    change = np.bincount(begin, minlength=start.size + 1) - np.bincount(end, minlength=start.size + 1)
+    count, kv_tile = np.cumsum(change)[:-1], np.arange(begin.size)
+    first, last = (sign * tiles.smallest_covering(begin, end, sign * kv_tile, start.size) for sign in (1, -1))
     return bool(np.all((count > 0) & (first == start) & (last == stop - 1) & (count == stop - start)))
 
 

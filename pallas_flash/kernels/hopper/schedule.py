@@ -229,9 +229,11 @@ def kv_range(spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any) -> tup
 
 def row_tiles(spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any, warpgroup: Any) -> tiles.TileRange:
     """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, inside the query tile's
-    `kv_range`.
+    `kv_range`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
     """
-    block = q_tile * schedule.warpgroups + warpgroup
+    block, real = q_tile * schedule.warpgroups + warpgroup, tiles.cdiv(spec.q_len, ROWS)
+    if real % schedule.warpgroups:
+        block = masks.minimum(block, real - 1)
     needed = tiles.kv_tiles(forward_mask(spec, schedule), tiles.interval(block, ROWS, spec.q_len), schedule.block_kv,
                             spec.kv_len)
     lo, hi = kv_range(spec, schedule, q_tile)
