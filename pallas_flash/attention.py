@@ -1,23 +1,55 @@
 """The public functions: arrays -> `AttentionSpec` -> `dispatch` -> the implementation, differentiable."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_flash import autodiff, compat, device, dispatch, errors, masks
+from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, masks
+from pallas_flash.arguments import Array, Ids, Integers, Shaped
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 
 __all__ = ["dot_product_attention", "explain", "flash_attention"]
 
 
+@overload
 def flash_attention(
-    query: Any, key: Any, value: Any, *, mask: masks.Mask | None = None, bias: Any = None, segment_ids: Any = None,
-    q_lengths: Any = None, kv_lengths: Any = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Any = None, return_lse: bool = False, deterministic: bool = False,
-    layout: Layout = "BLHD", implementation: str | None = None,
-) -> Any:
+    query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
+    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: Literal[False] = False,
+    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def flash_attention(
+    query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
+    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: Literal[True],
+    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def flash_attention(
+    query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
+    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: bool,
+    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+@arguments.names_keywords
+def flash_attention(
+    query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
+    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: bool = False,
+    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
 
     Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect
@@ -33,10 +65,12 @@ def flash_attention(
       mask: which pairs attend, e.g. `Causal()`, `Window(left=1023, right=0)`, `PrefixLM(100)`, `Dense(array)`, or
         several joined with `&`. None: all.
       bias: added to the scores, broadcastable to (batch, q_heads, q_len, kv_len); -inf masks. It has a gradient.
-      segment_ids: integers (batch, length), or a pair of them for queries and keys: tokens attend within their
-        segment; ids below 0 are padding.
-      q_lengths, kv_lengths: integers (batch,): positions from there on are padding, whatever they hold. Under `jit`
-        of sharded inputs, lengths and segments cost an all-reduce of tile bounds; under `shard_map` nothing.
+      segment_ids: integers (batch, length), an array or lists, or a tuple of those of queries and those of keys: tokens
+        attend within their segment; ids below 0 are padding.
+      q_lengths, kv_lengths: integers (batch,), or one for all: positions from there on are padding, whatever they hold.
+        One below 0 is refused where its value is on the host (numbers, lists, NumPy arrays), and counts as 0 in a JAX
+        array. Under `jit` of sharded inputs, lengths and segments cost an all-reduce of tile bounds; under `shard_map`
+        nothing.
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
@@ -58,8 +92,10 @@ def flash_attention(
 
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
-      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative it does not
-        have (forward mode inside `jit`, `checkpoint` or `scan` raises JAX's own TypeError instead).
+      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative that it does
+        not have: forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) and derivatives of derivatives are those of
+        implementation="reference" alone.
+      TypeError: a keyword that does not exist, with the one that is meant.
 
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
@@ -69,7 +105,7 @@ def flash_attention(
                         deterministic=deterministic)
     where = problem.where(spec, dropout_rng)
     decision = dispatch.decide(spec, where, implementation)
-    seed = _dropout_seed(spec, dropout_rng)
+    seed = arguments.dropout_seed(spec, dropout_rng)
     operands = _arrays(problem.operands)._replace(dropout_seed=seed)
     _check_shards(operands)
     out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
@@ -78,11 +114,14 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@arguments.names_keywords
 def explain(
-    query: Any, key: Any, value: Any, *, mask: masks.Mask | None = None, bias: Any = None, segment_ids: Any = None,
-    q_lengths: Any = None, kv_lengths: Any = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Any = None, return_lse: bool = False, deterministic: bool = False,
-    layout: Layout = "BLHD", implementation: str | None = None,
+    query: Shaped, key: Shaped, value: Shaped, *, mask: masks.Mask | None = None, bias: Shaped | None = None,
+    segment_ids: Ids | Shaped | tuple[Ids | Shaped, Ids | Shaped] | None = None,
+    q_lengths: Integers | Shaped | None = None, kv_lengths: Integers | Shaped | None = None,
+    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Shaped | None = None, return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Name | None = None,
 ) -> str:
     """What `flash_attention` would run for these arguments, and why not the others.
 
@@ -96,13 +135,44 @@ def explain(
     return dispatch.explain(spec, problem.where(spec, dropout_rng), implementation)
 
 
+@overload
 def dot_product_attention(
-    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: float | None = None,
-    is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
-    local_window_size: int | tuple[int, int] | None = None, implementation: str | None = None,
-    return_residual: bool = False, softcap: float | None = None, dropout_rate: float = 0.0, dropout_rng: Any = None,
-    segment_ids: Any = None,
-) -> Any:
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
+    scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
+    implementation: dispatch.Name | None = None, return_residual: Literal[False] = False, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
+    scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
+    implementation: dispatch.Name | None = None, return_residual: Literal[True], softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
+    scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
+    implementation: dispatch.Name | None = None, return_residual: bool, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+@arguments.names_keywords
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
+    scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
+    key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
+    implementation: dispatch.Name | None = None, return_residual: bool = False, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and
     segments.
 
@@ -126,13 +196,16 @@ def dot_product_attention(
     Raises:
       ValueError, UnsupportedError: see `flash_attention`.
     """
+    errors.flags(is_causal=is_causal, return_residual=return_residual)
     shapes = _Inputs.of(query, key, value, "BLHD").spec
     rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
     if local_window_size is not None:
-        rule = rule & masks.Window(*_window_sides(local_window_size))
+        rule = rule & masks.Window(*arguments.window_sides(local_window_size))
     if mask is not None:
-        rule = rule & masks.Dense(_boolean("mask", _fitted("mask", mask, _score_axes(shapes))))
-    rule = rule & _in_bounds(shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+        mask = arguments.fitted("mask", mask, arguments.score_axes(shapes))
+        rule = rule & masks.Dense(arguments.boolean("mask", mask))
+    rule = rule & arguments.in_bounds(
+        shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
     found = flash_attention(
         query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, scale=scale, softcap=softcap,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=return_residual, implementation=implementation)
@@ -150,7 +223,7 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, query: Any, key: Any, value: Any, layout: Layout) -> "_Inputs":
-        arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+        arrays = {name: arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
         rank = len(arrays["query"].shape)
         unbatched = rank == 3
         if rank not in (3, 4):
@@ -161,7 +234,7 @@ class _Inputs(NamedTuple):
                 raise errors.invalid(f"{name} must have as many axes as query",
                                      f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
                                      "give all of query, key and value a batch axis, or none")
-        q, k, v = (_reshape(x, (1, *x.shape)) if unbatched else x for x in arrays.values())
+        q, k, v = (arguments.reshape(x, (1, *x.shape)) if unbatched else x for x in arrays.values())
         return cls(q, k, v, AttentionSpec.of(q, k, v, layout=layout), unbatched)
 
 
@@ -182,20 +255,13 @@ class _Problem(NamedTuple):
 
 
 def _problem(inputs: _Inputs, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any) -> _Problem:
-    rule = masks.checked(mask) & _in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    rule = masks.checked(mask) & arguments.in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if segment_ids is not None:
-        rule = rule & _segments(inputs.spec, segment_ids)
+        rule = rule & arguments.segments(inputs.spec, segment_ids)
     if bias is not None:
-        bias = _fitted("bias", bias, _score_axes(inputs.spec))
+        bias = arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
     operands = Operands(inputs.q, inputs.k, inputs.v, bias, rule.canonical())
     return _Problem(operands, inputs.spec.layout, inputs.unbatched)
-
-
-def _array(name: str, x: Any) -> Any:
-    """`x` unchanged if it is an array: converting to JAX would round float64 before it is checked."""
-    if hasattr(x, "shape") and hasattr(getattr(x, "dtype", None), "name"):
-        return x
-    raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", "pass a JAX or NumPy array")
 
 
 def _arrays(operands: Operands) -> Operands:
@@ -209,78 +275,6 @@ def _arrays(operands: Operands) -> Operands:
     return jax.tree.map(jnp.asarray, operands)
 
 
-def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
-    return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
-
-
-def _score_axes(spec: AttentionSpec) -> dict[str, int]:
-    return dict(batch=spec.batch, q_heads=spec.q_heads, q_len=spec.q_len, kv_len=spec.kv_len)
-
-
-def _fitted(name: str, x: Any, axes: dict[str, int], exact: str = "") -> Any:
-    """`x` with all of `axes`, missing ones in front added with size 1; each may be 1 but `exact`."""
-    x = _array(name, x)
-    shape = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)
-    if len(shape) != len(axes) or any(
-            size != full and (size != 1 or axis == exact) for size, (axis, full) in zip(shape, axes.items())):
-        wanted = ", ".join(f"{axis}={size}" for axis, size in axes.items())
-        raise errors.invalid(f"{name} must broadcast to ({wanted})", f"{name}.shape={tuple(x.shape)}",
-                             "reshape it: missing axes are added in front")
-    return _reshape(x, shape)
-
-
-def _boolean(name: str, x: Any) -> Any:
-    if x.dtype != jnp.bool_:
-        raise errors.invalid(f"{name} must be boolean", f"{name}.dtype={x.dtype}", "pass an additive mask as `bias`")
-    return x
-
-
-def _integers(name: str, x: Any) -> Any:
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise errors.invalid(f"{name} must hold integers", f"{name}.dtype={x.dtype}", "cast it to int32")
-    return x
-
-
-def _in_bounds(spec: AttentionSpec, **lengths: Any) -> masks.Mask:
-    """What the lengths of queries and keys, in this order, leave; named as the caller's arguments."""
-    if all(x is None for x in lengths.values()):
-        return masks.Full()
-    arrays = []
-    for name, x in lengths.items():
-        if isinstance(x, int | list | tuple):
-            x = np.asarray(x)
-        arrays.append(masks.UNBOUNDED if x is None else _integers(name, _fitted(name, x, {"batch": spec.batch})))
-    return masks.InBounds(*arrays)
-
-
-def _segments(spec: AttentionSpec, segment_ids: Any) -> masks.SegmentIds:
-    lengths = (spec.q_len, spec.kv_len)
-    if not isinstance(segment_ids, tuple):
-        if spec.q_len != spec.kv_len:
-            raise errors.invalid("segment_ids must be a tuple (q_ids, kv_ids) where query and key differ in length",
-                                 f"q_len={spec.q_len}, kv_len={spec.kv_len}", "pass the ids of both")
-        ids = _segment_axis("segment_ids", segment_ids, spec.batch, spec.q_len)
-        return masks.SegmentIds(ids, ids)
-    if len(segment_ids) != 2:
-        raise errors.invalid("segment_ids must be an array, or a tuple (q_ids, kv_ids)",
-                             f"len(segment_ids)={len(segment_ids)}", "pass integers of shape (batch, length)")
-    return masks.SegmentIds(*(_segment_axis(f"segment_ids[{i}]", ids, spec.batch, length)
-                              for i, (ids, length) in enumerate(zip(segment_ids, lengths))))
-
-
-def _segment_axis(name: str, ids: Any, batch: int, length: int) -> Any:
-    return _integers(name, _fitted(name, ids, dict(batch=batch, length=length), exact="length"))
-
-
-def _window_sides(size: Any) -> tuple[int, int]:
-    left, right = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
-    for side in (left, right):
-        if not isinstance(side, int | np.integer) or isinstance(side, bool) or side < 0:
-            raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
-                                 f"local_window_size={size!r}", "count the keys visible on each side")
-    return int(left), int(right)
-
-
 def _check_shards(operands: Operands) -> None:
     """Raises where shards under `shard_map` share a seed: each counts batch and heads from 0 and would drop alike."""
     if operands.dropout_seed is None:
@@ -292,19 +286,3 @@ def _check_shards(operands: Operands) -> None:
             "dropout_rng must vary over the shard_map axes that query, key and value vary over, or shards drop alike",
             f"axes of query, key and value={sorted(sharded)}, axes of dropout_rng={sorted(seeds)}",
             f"fold the shard in: jax.random.fold_in(dropout_rng, jax.lax.axis_index({shared}))")
-
-
-def _dropout_seed(spec: AttentionSpec, rng: Any) -> Any:
-    """(2,) uint32 from a PRNG key, or None where nothing is random."""
-    if not spec.dropout_rate:
-        return None
-    if rng is None:
-        raise errors.invalid("dropout_rng must be given when dropout_rate > 0", f"dropout_rate={spec.dropout_rate}, "
-                             "dropout_rng=None", "pass a JAX PRNG key, a new one for every call")
-    if hasattr(rng, "dtype") and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.shape == ():
-        return jax.random.bits(rng, (2,), "uint32")
-    if hasattr(rng, "dtype") and rng.dtype == jnp.uint32 and rng.shape == (2,):
-        return jnp.asarray(rng)
-    raise errors.invalid("dropout_rng must be one JAX PRNG key, or uint32 of shape (2,)",
-                         f"dropout_rng with dtype={getattr(rng, 'dtype', type(rng).__name__)}, "
-                         f"shape={getattr(rng, 'shape', None)}", "make one with jax.random.key(seed)")

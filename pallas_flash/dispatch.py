@@ -5,14 +5,18 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from pallas_flash import errors
 from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "decide", "explain", "get"]
+__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "decide", "explain", "get"]
+
+
+Name = Literal["hopper", "xla", "reference"]
+"""Of each row of `IMPLEMENTATIONS`: what a type checker knows of them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,6 +94,7 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
+        errors.flags(return_lse=return_lse, deterministic=deterministic)
         mask = masks.checked(mask).canonical()
         lengths = {"q": q_len, "kv": kv_len}
         _check_mask_arrays(mask, batch, q_heads, lengths)

@@ -447,3 +447,23 @@ def test_explain_takes_shapes_of_everything():
 def test_explain_and_call_agree():
     assert "implementation='xla'" in explain(Q, KEY, V, mask=SegmentIds(np.zeros((B, L), int), np.zeros((B, L), int)),
                                              implementation="xla")
+
+
+def test_lengths_and_segments_as_numbers_and_lists():
+    """Regression: kv_lengths=3 was taken, segment_ids=[[0] * 8] refused."""
+    call = functools.partial(flash_attention, Q, KEY, V)
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (B, L)))
+    assert_agree(call(kv_lengths=3), call(kv_lengths=np.array([3, 3])))
+    lengths = dict(kv_lengths=[3, 9], q_lengths=(4, 5))
+    assert_agree(call(**lengths), call(**{name: np.array(x) for name, x in lengths.items()}))
+    assert_agree(call(segment_ids=ids.tolist()), call(segment_ids=ids))
+    assert_agree(call(segment_ids=(ids.tolist(), [[0] * L])), call(segment_ids=(ids, np.zeros((1, L), int))))
+
+
+def test_negative_lengths_count_as_0_where_they_are_not_known():
+    lengths = jnp.array([-4, 9], jnp.int32)
+    wanted = flash_attention(Q, KEY, V, kv_lengths=[0, 9], q_lengths=[0, 9])
+    for name in IMPLEMENTATIONS:
+        call = lambda x, name=name: flash_attention(Q, KEY, V, kv_lengths=x, q_lengths=x, implementation=name)
+        assert_agree(jax.jit(call)(lengths), wanted)
+        assert_agree(call(lengths), wanted)

@@ -3,6 +3,7 @@
 Every case is called with shapes alone, so a check that needed values would fail.
 """
 
+import ast
 import dataclasses
 import inspect
 
@@ -228,8 +229,29 @@ OTHER_ARRAYS = {
         dict(segment_ids=shape(2, 16, dtype=dtype)),
         f"segment_ids must hold integers, got segment_ids.dtype={dtype}. Cast it to int32.")
        for dtype in ("float32", "bool")},
-    "segment_ids a list": (
-        dict(segment_ids=[[0] * 16] * 2), f"segment_ids must be an array, got type(segment_ids)=list. {ARRAY}"),
+    "segment_ids lists that are too short": (
+        dict(segment_ids=[[0] * 15] * 2),
+        f"segment_ids must broadcast to (batch=2, length=16), got segment_ids.shape=(2, 15). {IN_FRONT}"),
+    **{f"{name} of unequal lists": (
+        {name: [[0] * 2, [0]]}, f"{name} must be lists of equal lengths, or an array, got {name}=[[0, 0], [0]]. "
+                                "Pad the shorter ones.") for name in ("segment_ids", "kv_lengths")},
+    **{f"{name}={value!r}": (
+        {name: value}, f"{name} must hold integers, got {name}={value!r}. Pass integers, or an array of them.")
+       for name in ("segment_ids", "kv_lengths") for value in ([1.5, 2], [], ["a"], [None])},
+    **{f"{name} that marks positions, {dtype}": (
+        {name: shape(2, 16, dtype=dtype)},
+        f"{name} must broadcast to (batch=2), got {name}.shape=(2, 16). Count the real positions of each row; an array "
+        f"that marks them is a mask, Dense((x != 0)[:, {axes}]), or segment_ids, -1 at padding.")
+       for name, axes in (("kv_lengths", "None, None, :"), ("q_lengths", "None, :, None"))
+       for dtype in ("int32", "bool")},
+    **{f"{name}={value!r}": (
+        {name: value}, f"{name} must be at least 0, got {shown}=-4. Pass the number of real positions.")
+       for name in ("kv_lengths", "q_lengths")
+       for value, shown in ((-4, f"min({name})"), ([3, -4], f"min({name})"), (np.array([3, -4]), f"min({name})"))},
+    **{f"InBounds({value!r})": (
+        dict(mask=lambda value=value: InBounds(kv_len=value)),
+        f"InBounds.kv_len must be at least 0, got {shown}=-4. Pass the number of real positions.")
+       for value, shown in ((-4, "InBounds.kv_len"), (np.array([3, -4]), "min(InBounds.kv_len)"))},
     "three segment_ids": (
         dict(segment_ids=(ids(2, 16),) * 3),
         "segment_ids must be an array, or a tuple (q_ids, kv_ids), got len(segment_ids)=3. "
@@ -267,7 +289,13 @@ NUMBERS = {
        for value in (-0.1, 1.5, float("nan"), None, "0.1", True)},
 }
 
-CASES = ARRAYS | MASKS | OTHER_ARRAYS | NUMBERS
+FLAGS = {
+    f"{name}={value!r}": (
+        {name: value}, f"{name} must be True or False, got {name}={value!r}. Pass a Python bool.")
+    for name in ("deterministic", "return_lse") for value in ("no", 1, 0, None, 1.0, [])
+}
+
+CASES = ARRAYS | MASKS | OTHER_ARRAYS | NUMBERS | FLAGS
 
 
 @pytest.mark.parametrize(("keywords", "message"), CASES.values(), ids=CASES)
@@ -293,7 +321,10 @@ DOT_PRODUCT = {
     "mask of floats": (
         dict(mask=shape(16, 16)), "mask must be boolean, got mask.dtype=float32. Pass an additive mask as `bias`."),
     "mask a list": (dict(mask=[[True]]), f"mask must be an array, got type(mask)=list. {ARRAY}"),
-    "mask a rule": (dict(mask=Causal()), f"mask must be an array, got type(mask)=Window. {ARRAY}"),
+    "mask a rule": (dict(mask=Causal()), f"mask must be an array, got type(mask)=Window. {ARRAY[:-1]}; flash_attention "
+                                         "takes a rule as its mask."),
+    **{f"{name}={value!r}": ({name: value}, f"{name} must be True or False, got {name}={value!r}. Pass a Python bool.")
+       for name in ("is_causal", "return_residual") for value in ("no", 1, None)},
     **{f"{name}": (
         {name: ids(3)}, f"{name} must broadcast to (batch=2), got {name}.shape=(3,). {IN_FRONT}")
        for name in ("query_seq_lengths", "key_value_seq_lengths")},
@@ -312,6 +343,98 @@ DOT_PRODUCT = {
 @pytest.mark.parametrize(("keywords", "message"), DOT_PRODUCT.values(), ids=DOT_PRODUCT)
 def test_messages_of_dot_product_attention(keywords, message):
     assert raised(dot_product_attention, keywords) == message
+
+
+# Keywords and operators that do not exist -----------------------------------------------------------------------------
+
+KEYWORDS = {
+    (flash_attention, "causal=True"): "Pass mask=Causal().",
+    (flash_attention, "is_causal=True"): "Pass mask=Causal().",
+    (explain, "is_causal=True"): "Pass mask=Causal().",
+    (flash_attention, "window_size=(3, 0)"): "Pass mask=Window(left, right).",
+    (flash_attention, "local_window_size=3"): "Pass mask=Window(left, right).",
+    (flash_attention, "sofcap=3.0"): "Pass softcap=.",
+    (flash_attention, "enable_gqa=True"): "Leave it out: the heads of key may divide those of query.",
+    (flash_attention, "return_residual=True"): "Pass return_lse=True.",
+    (dot_product_attention, "causal=True"): "Pass is_causal=True.",
+    (dot_product_attention, "window_size=3"): "Pass local_window_size=(left, right).",
+    (dot_product_attention, "kv_lengths=3"): "Pass key_value_seq_lengths=.",
+    (dot_product_attention, "broadcast_dropout=True"):
+        "Give a Flax layer attention_fn=pallas_flash.flax.dot_product_attention, which takes what Flax passes.",
+}
+
+
+@pytest.mark.parametrize(("case", "do"), KEYWORDS.items(), ids=[f"{f.__name__}-{k}" for f, k in KEYWORDS])
+def test_keywords_of_others(case, do):
+    """Regression: Python's own TypeError, which names nothing that exists."""
+    call, keyword = case
+    name, value = keyword.split("=")
+    with pytest.raises(TypeError) as error:
+        call(**SHAPES, **{name: ast.literal_eval(value)})
+    assert str(error.value) == f"{call.__name__}() has no argument `{name}`, got {keyword}. {do}"
+
+
+def test_a_flax_layer_with_the_wrong_function():
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0), attention_fn=dot_product_attention)
+    with pytest.raises(TypeError, match=r"attention_fn=pallas_flash\.flax\.dot_product_attention"):
+        layer(jnp.zeros((1, 4, 16)))
+
+
+def test_signatures_are_those_that_are_written():
+    assert list(inspect.signature(flash_attention).parameters) == list(inspect.signature(explain).parameters)
+    assert flash_attention.__name__ == "flash_attention" and "Exact attention" in flash_attention.__doc__
+
+
+OPERATORS = {
+    "mask & array": (lambda a: Causal() & a, "both sides of `&` must be masks, got types=Window & {0}. Wrap a boolean"),
+    "array & mask": (lambda a: a & Causal(), "both sides of `&` must be masks, got types={0} & Window. Wrap a boolean"),
+    "mask | array": (lambda a: Causal() | a, "masks can only be intersected, with `&`, got operator=Window | {0}."),
+    "array | mask": (lambda a: a | Causal(), "masks can only be intersected, with `&`, got operator={0} | Window."),
+    "mask ^ array": (lambda a: Causal() ^ a, "masks can only be intersected, with `&`, got operator=Window ^ {0}."),
+    "~mask": (lambda a: ~Causal(), "masks can only be intersected, with `&`, got operator=~Window."),
+}
+
+
+@pytest.mark.parametrize(("operate", "message"), OPERATORS.values(), ids=OPERATORS)
+def test_operators_of_masks(operate, message):
+    """Regression: Python's own TypeError, or NumPy's."""
+    for other in (np.ones((16, 16), bool), jnp.ones((16, 16), bool), None, True):
+        with pytest.raises(TypeError) as error:
+            operate(other)
+        assert str(error.value).startswith(message.format(type(other).__name__))
+        assert "Dense(array)" in str(error.value)
+
+
+def test_masks_join_masks():
+    assert str(Causal() & Window(3)) == "Window(right=0) & Window(left=3)"
+    with pytest.raises(TypeError, match=r"got operator=Window \| Window"):
+        Causal() | Window(3)
+
+
+TORCH = {
+    "query": lambda t: dict(query=t), "bias": lambda t: dict(bias=t), "segment_ids": lambda t: dict(segment_ids=t),
+    "kv_lengths": lambda t: dict(kv_lengths=t), "Dense": lambda t: dict(mask=Dense(t)),
+    "SegmentIds": lambda t: dict(mask=SegmentIds(t, t)), "Causal": lambda t: dict(mask=Causal(t)),
+    "dropout_rng": lambda t: dict(dropout_rate=0.5, dropout_rng=t),
+}
+
+
+@pytest.mark.parametrize("make", TORCH.values(), ids=TORCH)
+def test_torch_tensors_are_for_the_bridge(make):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"torch_bridge\.scaled_dot_product_attention"):
+        flash_attention(**{**{name: np.zeros(x.shape, np.float32) for name, x in SHAPES.items()},
+                           **make(torch.zeros(2, dtype=torch.int32))})
+
+
+def test_a_class_of_masks_without_keep():
+    @dataclasses.dataclass(frozen=True)
+    class Nothing(Mask):
+        pass
+    assert raised(flash_attention, dict(mask=lambda: Causal() & Nothing())) == (
+        "a class of masks must define keep(q_pos, kv_pos), got mask=Nothing(), without. "
+        "Return True where the query at q_pos attends to the key at kv_pos.")
 
 
 # What only a call, or a trace, can get wrong --------------------------------------------------------------------------

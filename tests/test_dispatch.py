@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,10 @@ def test_reasons_name_what_is_needed_and_what_there_is(where):
     for row in dispatch.IMPLEMENTATIONS:
         for reason in row.why_not(rich, where):
             assert reason[0].islower() and not reason.endswith("."), reason
+
+
+def test_the_names_that_type_checkers_know():
+    assert list(get_args(dispatch.Name)) == names()
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"]])

@@ -25,7 +25,7 @@ def _fast_to_compile() -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)  # a program takes some 200 of the 65,530 memory maps that Linux gives a process
-def compiled(problem: Problem, implementation: str | None) -> Callable[[Operands, tuple[Any, Any]], Results]:
+def compiled(problem: Problem, implementation: dispatch.Name | None) -> Callable[[Operands, tuple[Any, Any]], Results]:
     """A jitted function of operands and the cotangents of (out, lse) that computes everything."""
     def run(operands: Operands, cotangents: tuple[Any, Any]) -> Results:
         def call(q: Any, k: Any, v: Any, bias: Any) -> Any:
