@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from pallas_flash import device, dispatch, errors, sharding
 from pallas_flash.device import Device
@@ -37,25 +39,35 @@ def _on(where: Device | None) -> contextlib.AbstractContextManager[None]:
     return device.assume(where) if where is not None else contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="where")  # so that calls outside of jit compile once
-def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device | None = None) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))  # outside of jit: compile once
+def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device | None = None,
+            finite: bool = False) -> tuple[Any, Any]:
     """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel.
 
     `where` is the device, if it is not JAX's default. lse is that of the anchored scores (`AttentionSpec.anchor`): what
-    `backward` takes, and `attend` turns into the caller's.
+    `backward` takes, and `attend` turns into the caller's. `finite`: with the smallest number in place of -inf, which
+    `backward` then undoes: `jax.debug_infs` looks at the results of programs.
     """
     def run(operands: Operands) -> tuple[Any, Any]:
         if spec.is_empty:
             return jnp.zeros(spec.out_shape, spec.dtype), jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
         with _on(where):
             return dispatch.get(name).forward(spec, operands)
-    return sharding.automatic(run, sharding.result_places(spec, operands), operands)
+
+    def run_finite(operands: Operands) -> tuple[Any, Any]:
+        out, lse = run(operands)
+        return out, jnp.where(jnp.isneginf(lse), jnp.finfo(lse.dtype).min, lse)
+    return sharding.automatic(run_finite if finite else run, sharding.result_places(spec, operands), operands)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="where")
-def backward(spec: AttentionSpec, name: str, operands: Operands, *saved: Any, where: Device | None = None) -> Gradients:
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
+def backward(spec: AttentionSpec, name: str, operands: Operands, *saved: Any, where: Device | None = None,
+             finite: bool = False) -> Gradients:
     """Cotangents of q, k, v and bias by the named implementation, from `saved`: out, lse, dout, dlse."""
     def run(operands: Operands, *saved: Any) -> Gradients:
+        if finite:
+            out, lse, *cotangents = saved
+            saved = out, jnp.where(lse == jnp.finfo(lse.dtype).min, -jnp.inf, lse), *cotangents
         if spec.is_empty:
             return Gradients(*(None if x is None else jnp.zeros_like(x) for x in operands[:4]))
         with _on(where):
@@ -70,16 +82,13 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
     operands = sharding.vary_together(operands)
-    try:
-        if dispatch.get(target.name).differentiates_itself:
-            out, lse = _forward(spec, target, operands)
-        else:
-            out, lse = _attend(spec, target, operands[:4], operands[4:])
-        return out, _natural(spec, operands, lse) if spec.return_lse and spec.bias is not None else lse
-    except TypeError as error:
-        if "forward-mode" in str(error):
-            raise _no_derivative(target.name, "forward-mode derivatives (jvp)") from error
-        raise
+    if dispatch.get(target.name).differentiates_itself:
+        out, lse = _forward(spec, target, operands)
+    else:
+        differentiable = tuple(_reverse_mode_only(target.name, x) if isinstance(x, jax.core.Tracer) else x
+                               for x in operands[:4])
+        out, lse = _attend(spec, target, differentiable, operands[4:])
+    return out, _natural(spec, operands, lse) if spec.return_lse and spec.bias is not None else lse
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -95,6 +104,35 @@ def _no_derivative(name: str, what: str) -> errors.UnsupportedError:
                               'use implementation="reference", which has derivatives of any order and mode')
 
 
+def _reverse_mode_only(name: str, x: Any) -> Any:
+    """`x`, whose tangent can be transposed but not computed: forward mode, in whatever program, ends in our error and
+    not in JAX's, which names nothing.
+    """
+    return _marked_p.bind(x, name=name)
+
+
+def _mark_tangent(primals: Any, tangents: Any, *, name: str) -> tuple[Any, Any]:
+    tangent = tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], name=name)
+    return _marked_p.bind(primals[0], name=name), tangent
+
+
+def _refuse_tangent(*_: Any, name: str) -> NoReturn:
+    raise _no_derivative(name, "forward-mode derivatives (jvp, linearize, jacfwd)")
+
+
+_marked_p, _tangent_p = Primitive("pallas_flash_marked"), Primitive("pallas_flash_tangent")
+_marked_p.def_impl(lambda x, name: x)
+_marked_p.def_abstract_eval(lambda x, name: x)
+mlir.register_lowering(_marked_p, lambda context, x, name: [x])
+batching.defvectorized(_marked_p)
+ad.primitive_jvps[_marked_p] = _mark_tangent
+_tangent_p.def_impl(_refuse_tangent)
+_tangent_p.def_abstract_eval(lambda tangent, name: tangent)
+mlir.register_lowering(_tangent_p, _refuse_tangent, cacheable=False)
+batching.primitive_batchers[_tangent_p] = _refuse_tangent
+ad.deflinear2(_tangent_p, lambda cotangent, _, name: [cotangent])
+
+
 def _differentiable_once(function: Any) -> Any:
     """`function(spec, target, ...)` whose derivative is our error instead of one from inside a kernel's loops."""
     once = jax.custom_jvp(function, nondiff_argnums=(0, 1))
@@ -106,11 +144,16 @@ def _differentiable_once(function: Any) -> Any:
 
 
 def _forward(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any, Any]:
-    return forward(spec, target.name, operands, where=target.device)
+    return forward(spec, target.name, operands, where=target.device, finite=_is_finite(spec))
 
 
 def _backward(spec: AttentionSpec, target: Target, operands: Operands, *saved: Any) -> Gradients:
-    return backward(spec, target.name, operands, *saved, where=target.device)
+    return backward(spec, target.name, operands, *saved, where=target.device, finite=_is_finite(spec))
+
+
+def _is_finite(spec: AttentionSpec) -> bool:
+    """Whether no result of ours may be infinite that the caller has not asked for."""
+    return bool(jax.config.jax_debug_infs) and not spec.return_lse
 
 
 _forward_once = _differentiable_once(_forward)

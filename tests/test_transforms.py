@@ -11,7 +11,18 @@ from agreement import assert_agree, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import RESIDUAL_NAMES, Causal, UnsupportedError, Window, autodiff, flash_attention
+from pallas_flash import (
+    RESIDUAL_NAMES,
+    Causal,
+    Dense,
+    InBounds,
+    PrefixLM,
+    SegmentIds,
+    UnsupportedError,
+    Window,
+    autodiff,
+    flash_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("small_tiles", "full_precision")
 
@@ -83,6 +94,67 @@ def test_export_with_its_gradient():
     call = jax.export.deserialize(saved).call
     assert_agree(call(Q, KEY, V), attention(Q, KEY, V))
     assert_agree(backward(call, Q, KEY, V), backward(attention, Q, KEY, V))
+
+
+SORTED_IDS = np.sort(np.random.default_rng(4).integers(0, 3, (B, L)).astype(np.int32))
+ARRAYED = {
+    "lengths": (lambda x: InBounds(kv_len=x), np.array([3, 9, 15, 0], np.int32)),
+    "both lengths": (lambda x: InBounds(x, x), np.array([3, 9, 15, 0], np.int32)),
+    "offsets": (lambda x: Causal(x), np.array([-3, 0, 2, 5], np.int32)),
+    "windows": (lambda x: Window(x, x), np.array([1, 0, 2, 5], np.int32)),
+    "prefixes": (lambda x: PrefixLM(x), np.array([3, 0, 2, 15], np.int32)),
+    "segments": (lambda x: SegmentIds(x, x), SORTED_IDS),
+    "segments and lengths": (lambda x: SegmentIds(x, x) & InBounds(kv_len=x[:, -1] + 9), SORTED_IDS),
+    "dense": (lambda x: Dense(x), np.random.default_rng(5).random((B, 1, L, L)) < 0.5),
+    "one length for all queries": (lambda x: InBounds(np.array([12], np.int32), x), np.array([3, 9, 15, 0], np.int32)),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYED)
+def test_export_of_masks_that_hold_arrays(name):
+    """Regression: a TypeError about _DimExpr, from numpy's broadcast_shapes."""
+    make, data = ARRAYED[name]
+    call = jax.jit(lambda q, k, v, x: attention(q, k, v, mask=make(x)))
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (Q, KEY, V, data)]
+    exported = jax.export.deserialize(jax.export.export(call)(*shapes).serialize(vjp_order=1)).call
+    arrays = (Q, KEY, V, jnp.asarray(data))
+    wanted = attention(Q, KEY, V, mask=make(arrays[3]), implementation="reference")
+    assert_agree(exported(*arrays), wanted)
+    assert_agree(exported(*(x[1:3] for x in arrays)), wanted[1:3])
+    ours = backward(lambda q, k, v: exported(q, k, v, arrays[3]), Q, KEY, V)
+    assert_agree(ours, backward(functools.partial(reference, mask=make(arrays[3])), Q, KEY, V))
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64, np.int16])
+@pytest.mark.parametrize("wrap", ["jit", "scan", "grad"])
+def test_segment_ids_of_any_integer_type_closed_over(wrap, dtype):
+    """Regression: ConcretizationTypeError, from the check of values that int32 cannot hold."""
+    with jax.enable_x64(dtype in (np.int64, np.uint64)):
+        q, k, v = (jnp.asarray(x) for x in (Q, KEY, V))
+        ids, wanted = jnp.asarray(SORTED_IDS.astype(dtype)), attention(Q, KEY, V, segment_ids=SORTED_IDS)
+        call = lambda q: attention(q, k, v, segment_ids=ids)
+        wrapped = {"jit": jax.jit(call), "grad": lambda q: jax.vjp(jax.jit(call), q)[0],
+                   "scan": lambda q: jax.lax.scan(lambda _, q: (None, call(q)), None, q[None])[1][0]}[wrap]
+        assert_agree(wrapped(q), wanted)
+        if dtype is np.uint32:
+            ids = ids.at[0, 0].set(2**31)
+            with pytest.raises(ValueError, match=r"SegmentIds.q_ids must fit 32-bit integers"):
+                jax.jit(lambda q: attention(q, k, v, segment_ids=ids))(q)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_debug_infs_where_a_row_has_no_keys(implementation):
+    """Regression: lse is -inf there, and a program's result, though nobody asked for it."""
+    call = functools.partial(attention, kv_lengths=np.array([0, 3, 15, 9]), implementation=implementation)
+    wanted = call(Q, KEY, V), backward(call, Q, KEY, V)
+    with jax.debug_infs(True):
+        assert_agree(call(Q, KEY, V), wanted[0])
+        assert_agree(backward(call, Q, KEY, V), wanted[1])
+        assert_agree(jax.jit(lambda *x: backward(call, *x))(Q, KEY, V), wanted[1])
+        assert_agree(call(Q, KEY[:, :0], V[:, :0], kv_lengths=None), jnp.zeros_like(Q))
+        with pytest.raises(FloatingPointError):  # asked for, it is the row's value
+            call(Q, KEY, V, return_lse=True)
 
 
 def test_dtypes_of_gradients():
@@ -211,6 +283,16 @@ def loss(call):
 
 
 DERIVATIVES = {
+    "linearize": lambda f, q: jax.linearize(f, q)[1](q),
+    "linearize under jit": lambda f, q: jax.jit(lambda q: jax.linearize(f, q)[1](q))(q),
+    "linearize of jit": lambda f, q: jax.linearize(jax.jit(f), q)[1](q),
+    "jvp under jit": lambda f, q: jax.jit(lambda q: jax.jvp(f, (q,), (q,)))(q),
+    "jvp of jit": lambda f, q: jax.jvp(jax.jit(f), (q,), (q,)),
+    "jvp of checkpoint": lambda f, q: jax.jvp(jax.checkpoint(f), (q,), (q,)),
+    "jvp of scan": lambda f, q: jax.jvp(lambda q: jax.lax.scan(lambda x, _: (x, f(x)), q, None, 2), (q,), (q,)),
+    "jacfwd of jit": lambda f, q: jax.jacfwd(jax.jit(f))(q),
+    "jvp of jit of vmap": lambda f, q: jax.jvp(jax.jit(jax.vmap(f)), (q[None],), (q[None],)),
+    "vmap of jvp": lambda f, q: jax.vmap(lambda q: jax.jvp(f, (q,), (q,)))(q[None]),
     "jvp": lambda f, q: jax.jvp(f, (q,), (q,)),
     "jacfwd": lambda f, q: jax.jacfwd(f)(q),
     "jvp of vmap": lambda f, q: jax.jvp(jax.vmap(f), (q[None],), (q[None],)),
