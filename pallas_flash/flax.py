@@ -11,6 +11,13 @@
 nnx says per call whether attention is causal. Linen never does: without `mask=Causal()` at construction, causality
 reaches the function as a dense (length, length) mask, which is right but costs that memory and skips no tile.
 
+The `mask` of a layer's call may be a `Mask` instead of an array, which costs O(length) memory and skips tiles:
+
+    layer(x, mask=SegmentIds(ids, ids), is_causal=True)      # packed: ids (batch, length) of integers
+    layer(x, mask=InBounds(kv_len=lengths), is_causal=True)  # padded: lengths (batch,) of integers
+
+Not in a decode step: there Flax itself joins the mask with that of the filled slots, and takes arrays only.
+
 Where this differs from Flax's own function, on purpose:
 
 - A query that may attend to nothing gives 0 with zero gradients; Flax's gives the mean of all values.
@@ -25,15 +32,16 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_flash.attention import flash_attention
-from pallas_flash.errors import invalid, unsupported
-from pallas_flash.masks import Causal, Dense, Mask
+from pallas_flash.dispatch import Name
+from pallas_flash.errors import flags, invalid, unsupported
+from pallas_flash.masks import Causal, Dense, Mask, over_batch
 
 __all__ = ["attention_fn", "dot_product_attention"]
 
@@ -44,14 +52,15 @@ def attention_fn(
     scale: float | None = None,
     softcap: float | None = None,
     deterministic_backward: bool = False,
-    implementation: str | None = None,
+    implementation: Name | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for `MultiHeadAttention` of `flax.nnx` and of `flax.linen`.
 
     Args:
       mask: which positions attend, in addition to the masks given in each call. Query i and key j have the positions i
         and j. At a decode step with a cache (one query, more keys, and the mask of the filled slots that Flax adds) the
-        query has the position of the last key that this mask shows. It holds no arrays: those belong to a call.
+        query has the position of the last key that this mask shows; so it has for the flag `is_causal` of a call. It
+        holds no arrays: those belong to a call.
       scale: factor of the scores, 1 / sqrt(head_dim) if None.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       deterministic_backward: gradients equal to the last bit on every run.
@@ -68,6 +77,7 @@ def attention_fn(
       ModuleNotFoundError: in a call, if Flax is not installed.
       UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums.
     """
+    flags(deterministic_backward=deterministic_backward)
     if mask is not None and mask.has_arrays:
         raise invalid(
             "mask of attention_fn must be the same in every call",
@@ -85,7 +95,7 @@ class _AttentionFn:
     scale: float | None
     softcap: float | None
     deterministic_backward: bool
-    implementation: str | None
+    implementation: Name | None
 
     def __call__(
         self,
@@ -93,7 +103,7 @@ class _AttentionFn:
         key: jax.Array,
         value: jax.Array,
         bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        mask: jax.Array | Mask | None = None,
         broadcast_dropout: bool = True,
         dropout_rng: jax.Array | None = None,
         dropout_rate: float = 0.0,
@@ -105,7 +115,10 @@ class _AttentionFn:
         qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
-        """Attention as Flax calls it; `bias` and `mask` broadcast to (batch..., q_heads, q_len, kv_len)."""
+        """Attention as Flax calls it; `bias` and `mask` broadcast to (batch..., q_heads, q_len, kv_len).
+
+        `mask` may also be a `Mask`, whose arrays begin with the axes (batch...) or are shared by the whole batch.
+        """
         dropout_rate = 0.0 if deterministic else dropout_rate
         _refuse_what_needs_weights(module, qk_attn_weights_einsum, attn_weights_value_einsum)
         _refuse_shared_dropout(dropout_rate, broadcast_dropout)
@@ -178,27 +191,52 @@ def _merge_batch_of_scores(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def _join_masks(
-    fixed: Mask | None, dense: jax.Array | None, is_causal: bool, batch: tuple[int, ...], lengths: tuple[int, int]
+    fixed: Mask | None,
+    given: jax.Array | Mask | None,
+    is_causal: bool,
+    batch: tuple[int, ...],
+    lengths: tuple[int, int],
 ) -> Mask | None:
-    """The mask given at construction, the array and the flag given in the call, as one mask (None if there is none)."""
+    """The mask of construction, the mask and the flag of the call, as one mask (None if there is none)."""
     q_len, kv_len = lengths
-    allowed = None if dense is None else _merge_batch_of_scores(dense.astype(bool), batch)
-    if fixed is not None and q_len == 1 < kv_len:
-        allowed = _see_from_last_slot(fixed, allowed, kv_len)
-        fixed = None
-    masks = [fixed, Causal() if is_causal else None, None if allowed is None else Dense(allowed)]
-    given = [mask for mask in masks if mask is not None]
-    return functools.reduce(operator.and_, given) if given else None
+    if isinstance(given, Mask):
+        given = _merge_batch_of_rule(given, batch)
+    elif given is not None:
+        given = Dense(_merge_batch_of_scores(given.astype(bool), batch))
+    if q_len == 1 < kv_len and (fixed is not None or (is_causal and given is not None)):
+        return _decode_step(fixed, given, is_causal, kv_len)
+    joined = [mask for mask in (fixed, Causal() if is_causal else None, given) if mask is not None]
+    return functools.reduce(operator.and_, joined) if joined else None
 
 
-def _see_from_last_slot(mask: Mask, filled: jax.Array | None, kv_len: int) -> jax.Array:
-    """`filled` (batch, heads, 1, kv_len) restricted to what `mask` shows to a query at the last filled slot."""
-    if filled is None or filled.shape[-1] != kv_len:
+def _merge_batch_of_rule(rule: Mask, batch: tuple[int, ...]) -> Mask:
+    """`rule` with the axes (batch...) of its arrays merged into one; arrays that do not begin with them stay."""
+    def merged(part: Mask) -> Mask:
+        arrays = {
+            name: array.reshape((math.prod(batch), *array.shape[len(batch) :]))
+            for name, array in part.array_fields().items()
+            if tuple(jnp.shape(array)[: len(batch)]) == batch
+            and jnp.ndim(array) >= len(batch) + len(part.position_axes.get(name, ()))
+        }
+        return replace(part, **arrays)  # type: ignore[type-var]
+
+    return rule if len(batch) < 2 else functools.reduce(operator.and_, map(merged, rule.parts))
+
+
+def _decode_step(fixed: Mask | None, given: Mask | None, is_causal: bool, kv_len: int) -> Mask:
+    """The mask of one query at the last position that `given`, the filled slots, shows."""
+    if given is None or (isinstance(given, Dense) and given.attend.shape[-1] != kv_len):
+        if fixed is None:  # the flag, and no mask of the keys: the query is the first
+            return Causal() if given is None else Causal() & given
         raise invalid(
-            f"one query under attention_fn(mask={mask}) must come with a mask of the keys, which tells its position",
+            f"one query under attention_fn(mask={fixed}) must come with a mask of the keys, which tells its position",
             f"{kv_len=} and no mask of them",
             "pass a mask of the filled slots, as decode=True does",
         )
-    kv_pos = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, 1, 1, kv_len)
-    q_pos = jnp.max(jnp.where(filled, kv_pos, 0), axis=-1, keepdims=True)
-    return filled & mask.keep(q_pos, kv_pos)
+    kv_pos = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, kv_len)
+    filled = over_batch(given.canonical(), lambda part: part.keep(jnp.zeros((1, 1), jnp.int32), kv_pos))
+    q_pos = jnp.max(jnp.where(filled, kv_pos[None, None], 0), axis=-1, keepdims=True)
+    for rule in (fixed, Causal() if is_causal else None):
+        if rule is not None:
+            filled = filled & rule.keep(q_pos, kv_pos[None, None])
+    return Dense(filled)

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_flash.errors import UnsupportedError
 from pallas_flash.flax import attention_fn, dot_product_attention
-from pallas_flash.masks import Causal, Dense, Window
+from pallas_flash.masks import Causal, Dense, InBounds, SegmentIds, Window
 
 linen = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
@@ -204,6 +204,89 @@ def test_one_query_whose_position_is_unknown_is_refused():
         attention_fn(mask=Causal())(q, k, k)
 
 
+@pytest.mark.parametrize("fixed", [None, Window(left=3)], ids=["no mask", "window"])
+@pytest.mark.parametrize("filled", [1, 7, LENGTH])
+def test_the_causal_flag_of_a_decode_step_counts_from_the_last_filled_slot(fixed, filled):
+    """Regression: one query was taken for the first position, so it saw key 0 alone. Flax from 0.12.12 on does not pass
+    the flag in a decode step, releases before it and callers of their own do.
+    """
+    q, k, v = normal(0, (2, 1, HEADS, 8)), normal(1, (2, LENGTH, HEADS, 8)), normal(2, (2, LENGTH, HEADS, 8))
+    slots = np.broadcast_to(np.arange(LENGTH) < filled, (2, 1, 1, LENGTH))
+    function = dot_product_attention if fixed is None else attention_fn(mask=fixed)
+    seen = slots & (np.arange(LENGTH) >= filled - 4) if fixed else slots
+    wanted = dot_product_attention(q, k, v, mask=seen)
+    lengths = InBounds(kv_len=filled), InBounds(kv_len=jnp.array([filled] * 2))
+    for mask in (jnp.asarray(slots), jnp.asarray(slots, jnp.float32), *lengths):
+        found = jax.jit(functools.partial(function, is_causal=True))(q, k, v, mask=mask)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@both_modules
+def test_decoding_where_each_step_passes_the_causal_flag(module):
+    """As Flax before 0.12.12 does in nnx."""
+    flagged = lambda *args, **keywords: dot_product_attention(*args, **{**keywords, "is_causal": True})
+    if module is Linen:  # linen passes what the signature names
+        flagged = functools.wraps(dot_product_attention.__call__)(flagged)
+    layer, x = module(attention_fn=flagged), normal(0, (2, LENGTH, FEATURES))
+    at_once = jax.jit(layer)(layer.params, x)
+    np.testing.assert_allclose(layer.with_cache(layer.params, x), at_once, rtol=0, atol=1e-6)
+
+
+def test_the_causal_flag_of_one_query_without_a_mask_is_what_flax_makes_of_it():
+    """There is nothing that tells another position: the query is the first."""
+    q, k = normal(0, (1, 1, HEADS, 8)), normal(1, (1, LENGTH, HEADS, 8))
+    np.testing.assert_allclose(dot_product_attention(q, k, k, is_causal=True), k[:, :1], rtol=1e-6)
+
+
+# Masks as rules -------------------------------------------------------------------------------------------------------
+
+IDS = np.sort(np.random.default_rng(0).integers(0, 3, (2, LENGTH)).astype(np.int32))
+LENGTHS = np.array([LENGTH - 5, LENGTH], np.int32)
+RULES = {
+    "packed": (SegmentIds(IDS, IDS), IDS[:, None, :, None] == IDS[:, None, None, :]),
+    "padded": (InBounds(kv_len=LENGTHS), np.arange(LENGTH) < LENGTHS[:, None, None, None]),
+    "window": (Window(left=3), np.tri(LENGTH, k=3, dtype=bool).T[None, None]),
+    "packed window": (SegmentIds(IDS, IDS) & Window(left=3),
+                      (IDS[:, None, :, None] == IDS[:, None, None, :]) & np.tri(LENGTH, k=3, dtype=bool).T),
+}
+
+
+@both_modules
+@pytest.mark.parametrize("name", RULES)
+def test_a_layer_takes_a_rule_where_it_takes_an_array(module, name):
+    """Regression: AttributeError, 'SegmentIds' object has no attribute 'astype'."""
+    rule, dense = RULES[name]
+    layer, x = module(), normal(0, (2, LENGTH, FEATURES))
+    ours, wanted = (value_and_gradients(layer, mask)(layer.params, x) for mask in (rule, jnp.asarray(dense)))
+    for a, b in zip(*map(jax.tree.leaves, (ours, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@both_modules
+def test_a_rule_is_data_of_a_jitted_layer(module):
+    layer, x = module(), normal(0, (2, LENGTH, FEATURES))
+    rule, dense = RULES["packed"]
+    found = jax.jit(layer)(layer.params, x, jax.tree.map(jnp.asarray, rule))
+    np.testing.assert_allclose(found, layer(layer.params, x, jnp.asarray(dense)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 0)])
+def test_arrays_of_a_rule_have_the_batch_axes_of_the_layer(batch):
+    x = normal(0, (*batch, LENGTH, HEADS, 8))
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (*batch, LENGTH)).astype(np.int32))
+    lengths = np.arange(np.prod(batch, dtype=int), dtype=np.int32).reshape(batch) + 5
+    shared = np.zeros(LENGTH, np.int32)
+    rules = {"segments": SegmentIds(ids, ids), "lengths": InBounds(kv_len=lengths),
+             "both": SegmentIds(ids, ids) & InBounds(kv_len=lengths), "one row for all": SegmentIds(shared, shared)}
+    packed = ids[..., None, :, None] == ids[..., None, None, :]
+    real = np.arange(LENGTH) < lengths[..., None, None, None]
+    dense = {"segments": packed, "lengths": real, "both": packed & real,
+             "one row for all": np.ones((LENGTH, LENGTH), bool)}
+    for name, rule in rules.items():
+        wanted = dot_product_attention(x, x, x, mask=jnp.asarray(dense[name]))
+        np.testing.assert_allclose(dot_product_attention(x, x, x, mask=rule), wanted, rtol=0, atol=1e-6, err_msg=name)
+
+
 def dropped_weights(rng, rate, batch=8):
     """The attention weights (batch, HEADS, LENGTH, LENGTH) after dropout where all were 1 / LENGTH."""
     q = jnp.zeros((batch, LENGTH, HEADS, 8))
@@ -280,6 +363,11 @@ def test_replaced_einsums_are_refused():
 def test_a_constructed_mask_with_arrays_is_refused():
     with pytest.raises(ValueError, match="holds arrays"):
         attention_fn(mask=Causal() & Dense(jnp.ones((LENGTH, LENGTH), bool)))
+
+
+def test_flags_are_flags():
+    with pytest.raises(ValueError, match=r"^deterministic_backward must be True or False, got .*='no'"):
+        attention_fn(deterministic_backward="no")
 
 
 def test_functions_of_equal_arguments_are_equal():
