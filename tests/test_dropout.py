@@ -40,6 +40,58 @@ def test_20_rounds_are_those_of_jax():
     assert np.array_equal(found, jax_threefry(jnp.array(key), jnp.concatenate(counter)))
 
 
+# Which weights drop: the definition, in plain Python, and what it gave in the first release --------------------------
+
+def threefry(key, counter, rounds):
+    """Threefry-2x32 as the paper writes it, in Python's integers."""
+    mask, (x0, x1) = 2**32 - 1, counter
+    words = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+    rotations = (13, 15, 26, 6, 17, 29, 16, 24)
+    for i in range(rounds):
+        if i % 4 == 0:  # a subkey is added before each four rounds
+            x0, x1 = (x0 + words[i // 4 % 3]) & mask, (x1 + words[(i // 4 + 1) % 3] + i // 4) & mask
+        x0 = (x0 + x1) & mask
+        x1 = ((x1 << rotations[i % 8] | x1 >> 32 - rotations[i % 8]) & mask) ^ x0
+    if rounds % 4 == 0:
+        x0, x1 = (x0 + words[rounds // 4 % 3]) & mask, (x1 + words[(rounds // 4 + 1) % 3] + rounds // 4) & mask
+    return x0, x1
+
+
+SEED, RATE = (0x243F6A88, 0x85A308D3), 0.3
+GOLDEN = {  # (batch, head): bit 8 * q + k, from the least significant, is 1 where the weight of (q, k) is kept
+    (0, 0): 0xAA5357169BED7ABF,
+    (0, 1): 0xBEEE9536EDB7B57C,
+    (1, 0): 0xDF6F7FFFBFFA6FD7,
+    (3, 7): 0xF3773E7F96EC9FDD,
+}
+
+
+def golden_bits(batch, head):
+    key = threefry(SEED, (batch, head), 20)
+    return sum((threefry(key, (q, k), 13)[0] >= round(RATE * 2**32)) << 8 * q + k for q in range(8) for k in range(8))
+
+
+@pytest.mark.parametrize("place", GOLDEN)
+def test_the_same_weights_drop_in_every_release(place):
+    """A stored number, against the rule of this project: one seed must drop the same weights for ever, and nothing else
+    tells. The mutation of 13 rounds to 12 passed all other tests.
+    """
+    assert golden_bits(*place) == GOLDEN[place]
+    kept = keep(SEED, 4, 8, 8, 8, RATE)[place].ravel()
+    assert sum(int(bit) << i for i, bit in enumerate(kept)) == GOLDEN[place]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_attention_drops_those_weights(implementation):
+    """With equal scores and the unit vectors as values, the output is the kept weights."""
+    q, v = np.zeros((4, 8, 8, 2), np.float32), np.broadcast_to(np.eye(8, dtype=np.float32)[:, None], (4, 8, 8, 8))
+    rng = np.array(SEED, np.uint32)
+    out = flash_attention(q, q, v, dropout_rate=RATE, dropout_rng=rng, implementation=implementation)
+    for (batch, head), golden in GOLDEN.items():
+        kept = np.asarray(out[batch, :, head] > 0).ravel()
+        assert sum(int(bit) << i for i, bit in enumerate(kept)) == golden
+
+
 @functools.cache
 def keep(seed, batch, heads, q_len, kv_len, rate):
     grid = np.ogrid[:batch, :heads, :q_len, :kv_len]
