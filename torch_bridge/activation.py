@@ -66,9 +66,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
     """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state."""
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
+    seed = ops.draw_seed(query) if dropout_p > 0 else None
     out, lse = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
                              dropout_p, torch.are_deterministic_algorithms_enabled(), True)
     empty = query.new_empty((0,))

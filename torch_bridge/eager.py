@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from torch_bridge import ops
+from torch_bridge import derivatives, ops
 
 __all__ = ["attend"]
 
@@ -30,16 +30,24 @@ _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
 
 
-def attend(problem: tuple[Any, ...], numbers: tuple[Any, ...], needs_grad: bool) -> torch.Tensor:
-    """out (batch, q_heads, q_len, d_v) of an operator's arguments; `needs_grad`: a derivative will be taken."""
-    if not torch.compiler.is_compiling() and _is_plain(problem):
-        query, _, value, *_ = problem
-        if (query.is_cuda or query.is_cpu) and query.numel() and value.numel():
-            if not needs_grad:
-                return ops.exchange().attend(problem, numbers)
-            if not _is_excluded(_AUTOGRAD):
-                return _Attention.apply(*problem, *numbers)
-    return ops.functional_attention(*problem, *numbers, needs_grad)[0]
+def attend(tensors: tuple[Any, ...], numbers: tuple[Any, ...], needs_grad: bool) -> torch.Tensor:
+    """out (batch, q_heads, q_len, d_v) of an operator's arguments without the seed of dropout, which is drawn here.
+
+    Args:
+      tensors: query, key, value; mask and bias or None.
+      numbers: causal_offset, scale, dropout_p, deterministic.
+      needs_grad: a derivative will be taken.
+    """
+    query, _, value, *_ = tensors
+    drops = numbers[2] > 0
+    if (not torch.compiler.is_compiling() and _is_plain(tensors) and (query.is_cuda or query.is_cpu)
+            and query.numel() and value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD))):
+        problem = (*tensors, ops.draw_seed(query) if drops else None)
+        if needs_grad:
+            return _Attention.apply(*problem, *numbers)
+        return ops.exchange().attend(problem, numbers)
+    seed = ops.dropout_seed(query, ()) if drops else None
+    return derivatives.functional_attention(*tensors, seed, *numbers, needs_grad)[0]
 
 
 def _is_plain(tensors: Any) -> bool:

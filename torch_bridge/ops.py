@@ -1,21 +1,27 @@
-"""The operators: schemas, fake versions, autograd and vmap rules, all registered at import and without importing JAX.
+"""The operators: schemas, fake versions and vmap rules, all registered at import and without importing JAX.
 
     pallas_flash::attention                  (out, lse)
     pallas_flash::attention_backward         (dq, dk, dv, dbias)
     pallas_flash::attention_double_backward  the derivative of that; float64 only
+    pallas_flash::dropout_seed               two numbers from torch's generator
 
-Every tensor has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for (lse, or a
-gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that computes.
+How they are differentiated: derivatives.py.
+
+Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for
+(lse, or a gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that
+computes.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from torch_bridge import strides
 
-__all__ = ["attention", "attention_backward", "attention_double_backward", "exchange", "functional_attention"]
+__all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "exchange",
+           "library", "require_float64"]
 
 NAMESPACE = "pallas_flash"
 PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? seed"
@@ -26,18 +32,21 @@ SCHEMAS = {
                           " -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_double_backward": f"({PROBLEM}, {NUMBERS}, Tensor? ddq, Tensor? ddk, Tensor? ddv, Tensor? ddbias,"
                                  " Tensor? dout, Tensor? dlse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "dropout_seed": "(Tensor like, SymInt[] lead) -> Tensor",
 }
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 # A graph must hand over the strides that the fake version saw; and JAX's streams cannot be captured in a CUDA graph.
 _tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides", "cudagraph_unsafe")
          if hasattr(torch.Tag, name)]
+_RANDOM = [torch.Tag.nondeterministic_seeded]
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=_tags)
+    library.define(_name + _schema, tags=_tags + _RANDOM * (_name == "dropout_seed"))
 
 attention = torch.ops.pallas_flash.attention.default
 attention_backward = torch.ops.pallas_flash.attention_backward.default
 attention_double_backward = torch.ops.pallas_flash.attention_double_backward.default
+dropout_seed = torch.ops.pallas_flash.dropout_seed.default
 
 
 # --- computing -------------------------------------------------------------------------------------------------------
@@ -69,16 +78,30 @@ def _attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    _require_float64(args[0])
+    require_float64(args[0])
     if _is_empty(args[0], args[2]):
         return tuple(grad.zero_() for grad in _fake_attention_double_backward(*args))
     return exchange().double_backward(args[:6], args[6:10], args[10:14], args[14:])
 
 
+def require_float64(query: torch.Tensor) -> None:
+    """Raises RuntimeError where `attention_double_backward` has no kernel."""
+    if query.dtype != torch.float64:
+        raise RuntimeError(f"the backward of scaled_dot_product_attention has no derivative for {query.dtype}: fused "
+                           "kernels recompute the probabilities. For second derivatives use float64 tensors, or "
+                           "torch's math backend.")
+
+
+def draw_seed(like: torch.Tensor, lead: Sequence[int] = ()) -> torch.Tensor:
+    """Seeds of dropout (*lead, 2), int32, from the generator of the device of `like`; the host waits for nothing."""
+    return torch.randint(-(2**31), 2**31, (*lead, 2), dtype=torch.int32, device=like.device)
+
+
 for _key in ("CPU", "CUDA"):
-    _library.impl("attention", _attention, _key)
-    _library.impl("attention_backward", _attention_backward, _key)
-    _library.impl("attention_double_backward", _attention_double_backward, _key)
+    library.impl("dropout_seed", draw_seed, _key)
+    library.impl("attention", _attention, _key)
+    library.impl("attention_backward", _attention_backward, _key)
+    library.impl("attention_double_backward", _attention_double_backward, _key)
 
 
 # --- fake versions: shapes, dtypes and exact strides -----------------------------------------------------------------
@@ -109,60 +132,14 @@ def _fake_attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(_gradients(tensors, [tensor is not None for tensor in tensors]))
 
 
-torch.library.register_fake("pallas_flash::attention", _fake_attention, lib=_library)
-torch.library.register_fake("pallas_flash::attention_backward", _fake_attention_backward, lib=_library)
-torch.library.register_fake("pallas_flash::attention_double_backward", _fake_attention_double_backward, lib=_library)
+def _fake_dropout_seed(like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
+    return like.new_empty((*lead, 2), dtype=torch.int32)
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------
-
-
-def _save_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.numbers = inputs[6:10]
-
-
-def _differentiate_forward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None,
-                           operator: Any = attention_backward) -> tuple:
-    *problem, out, lse = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    if lse.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
-        out, lse = attention(*problem, *ctx.numbers, True)
-    grads = operator(*problem, *ctx.numbers, out, lse, dout, dlse, needs)
-    dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dq, dk, dv, None, dbias, *[None] * 6
-
-
-def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:6], *inputs[12:14])
-    ctx.numbers = inputs[6:10]
-
-
-def _require_float64(query: torch.Tensor) -> None:
-    if query.dtype != torch.float64:
-        raise RuntimeError(f"the backward of scaled_dot_product_attention has no derivative for {query.dtype}: fused "
-                           "kernels recompute the probabilities. For second derivatives use float64 tensors, or "
-                           "torch's math backend.")
-
-
-def _differentiate_backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple:
-    *problem, dout, dlse = ctx.saved_tensors
-    _require_float64(problem[0])
-    # The derivative is total: it goes through out and lse too, which are functions of query, key, value and bias.
-    needed = (problem[0], problem[1], problem[2], problem[4])
-    tangents = tuple(None if x is None or t is None or t.shape != x.shape else t
-                     for x, t in zip(needed, tangents, strict=True))  # (0,) stands for a gradient that was not needed
-    grads = attention_double_backward(*problem, *ctx.numbers, *tangents, dout, dlse)
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 12, 13)]
-    gq, gk, gv, gbias, gdout, gdlse = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return gq, gk, gv, None, gbias, *[None] * 7, gdout, gdlse, None
-
-
-torch.library.register_autograd("pallas_flash::attention", _differentiate_forward,
-                                setup_context=_save_forward, lib=_library)
-torch.library.register_autograd("pallas_flash::attention_backward", _differentiate_backward,
-                                setup_context=_save_backward, lib=_library)
+torch.library.register_fake("pallas_flash::dropout_seed", _fake_dropout_seed, lib=library)
+torch.library.register_fake("pallas_flash::attention", _fake_attention, lib=library)
+torch.library.register_fake("pallas_flash::attention_backward", _fake_attention_backward, lib=library)
+torch.library.register_fake("pallas_flash::attention_double_backward", _fake_attention_double_backward, lib=library)
 
 
 # --- vmap: the mapped axis joins the batch ---------------------------------------------------------------------------
@@ -221,45 +198,26 @@ def _vmap_attention_double_backward(info: Any, in_dims: tuple, *args: Any) -> tu
     return _one_by_one(attention_double_backward, info.batch_size, args), (0,) * 6
 
 
-torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=_library)
-torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=_library)
-torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=_library)
+torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=library)
+torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=library)
+torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=library)
 
 
-# --- torch.func ------------------------------------------------------------------------------------------------------
+def _vmap_dropout_seed(keys: Any, like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
+    """One seed for all mapped elements, or one for each, as the caller of `torch.vmap` chose; or torch's error."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    randomness, level = interpreter.randomness(), interpreter.level()
+    if randomness == "error":
+        raise RuntimeError("vmap: called random operation scaled_dot_product_attention(dropout_p > 0) while in "
+                           "randomness error mode. Pass randomness=\"same\" or randomness=\"different\" to vmap.")
+    like, _ = torch._C._functorch._unwrap_batched(like, level)
+    with torch._C._ExcludeDispatchKeyGuard(_VMAP_KEYS):  # the next kernel hands the call to the transform further out
+        if randomness == "same":
+            return dropout_seed(like, lead)
+        seeds = dropout_seed(like, (interpreter.batch_size(), *lead))
+    return torch._C._functorch._add_batch_dim(seeds, 0, level)
 
 
-class _Functional(torch.autograd.Function):
-    """`attention` for torch.func's grad, vjp and jacrev, which refuse the formulas of `register_autograd`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention(*args[:10], True)
-
-    setup_context = staticmethod(_save_forward)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
-        return _differentiate_forward(ctx, dout, dlse, operator=_FunctionalBackward.apply)
-
-
-class _FunctionalBackward(torch.autograd.Function):
-    """`attention_backward` for torch.func, which always records the graph of a backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-        return attention_backward(*args)
-
-    setup_context = staticmethod(_save_backward)
-    backward = staticmethod(_differentiate_backward)
-
-
-def functional_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention`, also inside torch.func's transforms."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _Functional.apply(*args)
-    return attention(*args)
+_VMAP_KEYS = (torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
+              | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched))
+library.impl("dropout_seed", _vmap_dropout_seed, "FuncTorchVmapMode", with_keyset=True)

@@ -62,12 +62,9 @@ def scaled_dot_product_attention(
     """
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape = call
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=query.device)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
                                               or (bias is not None and bias.requires_grad))
-    out = eager.attend((query, key, value, mask, bias, seed),
+    out = eager.attend((query, key, value, mask, bias),
                        (causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), needs_grad)
     return out if out_shape is None else out.reshape(out_shape)
 
