@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, masks
+from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, forks, masks
 from pallas_flash.arguments import Array, Ids, Integers, Shaped
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 
@@ -92,6 +92,7 @@ def flash_attention(
 
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
+      RuntimeError: this process was forked after JAX had started.
       UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative that it does
         not have: forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) and derivatives of derivatives are those of
         implementation="reference" alone.
@@ -99,6 +100,7 @@ def flash_attention(
 
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
+    forks.require_no_fork("flash_attention")
     problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
                        q_lengths=q_lengths, kv_lengths=kv_lengths)
     spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
@@ -194,7 +196,7 @@ def dot_product_attention(
       scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids: see `flash_attention`.
 
     Raises:
-      ValueError, UnsupportedError: see `flash_attention`.
+      ValueError, RuntimeError, UnsupportedError: see `flash_attention`.
     """
     errors.flags(is_causal=is_causal, return_residual=return_residual)
     shapes = _Inputs.of(query, key, value, "BLHD").spec

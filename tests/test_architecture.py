@@ -16,7 +16,7 @@ FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
     "": {"attention", "autodiff", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
-    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", *FOUNDATIONS},
+    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
@@ -27,6 +27,7 @@ ARROWS = {
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
     "flax": {"attention", "dispatch", *FOUNDATIONS},  # dispatch: the names of implementations
+    "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from pallas_flash import autodiff, compat, device, dispatch, masks
+from pallas_flash import autodiff, compat, device, dispatch, forks, masks
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from torch_bridge import context, lifetime, streams, strides, views
 
@@ -277,7 +277,9 @@ def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor
         raise
 
 
-def _check_no_capture(query: torch.Tensor) -> None:
+def _check_place(query: torch.Tensor) -> None:
+    """Raises RuntimeError where JAX cannot compute: in a forked process, and inside a capture."""
+    forks.require_no_fork("scaled_dot_product_attention")
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("scaled_dot_product_attention through DLPack cannot be captured in a CUDA graph: JAX "
                            "launches its kernels on streams of its own. Keep this call outside the graph.")
@@ -321,7 +323,7 @@ def forward(problem: Problem, numbers: Numbers, needs_lse: bool) -> tuple[torch.
 
 def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
     """`forward`'s out alone."""
-    _check_no_capture(problem[0])
+    _check_place(problem[0])
     plan = plan_for(problem, numbers)
     (out,) = _run(plan, plan.forward[False], problem[:3], problem[3:])
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
@@ -329,7 +331,7 @@ def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
 
 def attend_saving(problem: Problem, numbers: Numbers, num_kept: int = 1) -> tuple[torch.Tensor, Any]:
     """`forward`'s out, and its lse as an array of JAX (a tensor if nothing is kept) for `gradients`."""
-    _check_no_capture(problem[0])
+    _check_place(problem[0])
     plan = plan_for(problem, numbers)
     out, lse = _run(plan, plan.forward[True], problem[:3], problem[3:], num_kept=num_kept)
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides), lse
@@ -372,7 +374,7 @@ def _gradients(problem: Problem, numbers: Numbers, out: torch.Tensor, others: Se
       others, known: dout, dlse and lse in this order: tensors, arrays.
       needs: which gradients are needed, and which of dout and dlse are given.
     """
-    _check_no_capture(problem[0])
+    _check_place(problem[0])
     plan = plan_for(problem, numbers)
     if problem[4] is None:
         needs = (*needs[:3], False, *needs[4:])
@@ -401,7 +403,7 @@ def double_backward(problem: Problem, numbers: Numbers, tangents: Sequence[torch
       Gradients of query, key, value, bias, dout, dlse; (0,) for those that are None.
     """
     query, bias = problem[0], problem[4]
-    _check_no_capture(query)
+    _check_place(query)
     plan = plan_for(problem, numbers)
     present = tuple(x is not None for x in (*tangents, *cotangents))
     *first, dout = (x if x is None else _in_layout(x, plan.layout) for x in (*tangents[:3], cotangents[0]))
