@@ -6,11 +6,11 @@ condition.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 
-from torch_bridge import eager
+from torch_bridge import eager, messages
 
 __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
@@ -34,6 +34,7 @@ class Call(NamedTuple):
 def scaled_dot_product_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    **unknown: Never,
 ) -> torch.Tensor:
     """out = dropout(softmax(scale * query key^T + attn_mask)) value, exact, without O(L * S) memory.
 
@@ -46,7 +47,7 @@ def scaled_dot_product_attention(
       key: (..., H, S, E).
       value: (..., H, S, Ev). Leading axes broadcast.
       attn_mask: boolean (True attends) or float (added to the scores; it may require grad), broadcastable to
-        (..., Hq, L, S); or a `torch.nn.attention.bias.CausalBias`, which is never materialised.
+        (..., Hq, L, S), one axis being (S,); or a `torch.nn.attention.bias.CausalBias`, which is never materialised.
       dropout_p: the probability of dropping an attention weight, drawn from torch's generator (`torch.manual_seed`).
       is_causal: the query at i attends to the keys at 0..i (aligned top left).
       scale: multiplies the scores; None means 1 / sqrt(E).
@@ -57,9 +58,10 @@ def scaled_dot_product_attention(
 
     Raises:
       RuntimeError, IndexError, TypeError, ValueError: where torch raises them; and RuntimeError if the lengths of key
-      and
-        value differ, and inside CUDA graph capture.
+        and value differ, inside CUDA graph capture, and in a process that was forked after JAX had started.
     """
+    if unknown:
+        raise messages.unknown_keyword(next(iter(unknown)))
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape = call
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
@@ -69,10 +71,15 @@ def scaled_dot_product_attention(
     return out if out_shape is None else out.reshape(out_shape)
 
 
+# `**unknown` is there for its message alone: who asks for the signature is told torch's.
+scaled_dot_product_attention.__signature__ = messages.without_unknown(scaled_dot_product_attention)  # type: ignore[attr-defined]
+
+
 def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
             dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Call:
     """The checked and broadcast call; raises what torch raises."""
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
+    scale, dropout_p = None if scale is None else _number("scale", scale), _number("dropout_p", dropout_p)
     causal_offset = 0 if is_causal else None
     if type(attn_mask) is not torch.Tensor and hasattr(attn_mask, "seq_len_kv"):
         causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
@@ -101,8 +108,16 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
         out_shape = (*lead, *query.shape[1:3], value.shape[3])[-rank:]
     if query.shape[3] == 0:  # no products at all: one of zeros has the same scores
         query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
-    scale = None if scale is None else float(scale)
-    return Call(query, key, value, mask, bias, causal_offset, scale, float(dropout_p), out_shape)
+    return Call(query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (float, int)):
+        is_single = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
+        if not is_single:
+            raise TypeError(f"scaled_dot_product_attention(): argument {name!r} must be float, not "
+                            f"{type(value).__name__}, got {name}={value!r}. Pass one number.")
+    return float(value)
 
 
 def _check_types(query: object, key: object, value: object, attn_mask: object, is_causal: object,
@@ -157,7 +172,8 @@ def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple:
 def _causal_offset(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
     """The offset of a CausalBias, known by its fields: importing its class would import the compiler, for seconds."""
     if is_causal:
-        raise ValueError("CausalBias should not be used with is_causal=True")
+        raise ValueError("CausalBias should not be used with causal=True, got attn_mask and is_causal=True. Leave out "
+                         "is_causal: the bias is causal.")
     q_len, kv_len = bias.seq_len_q, bias.seq_len_kv
     if bias.variant.name == "UPPER_LEFT" or q_len == kv_len:
         return 0
@@ -174,8 +190,11 @@ def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank
                          f"got {query.dim()}, {key.dim()}, {value.dim()}")
     tensors = [tensor.unsqueeze(0) if tensor.dim() == 2 else tensor for tensor in (query, key, value)]
     given = [tensor.shape[-3] for tensor in tensors]
-    heads = _grouped_heads(*given) if enable_gqa else _broadcast_heads(*given)
-    lead = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    try:
+        heads = _grouped_heads(*given) if enable_gqa else _broadcast_heads(*given)
+        lead = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    except RuntimeError:
+        raise messages.leading_axes(query, key, value, enable_gqa) from None
     merged = (_merge(_with_heads(tensor, count, enable_gqa), lead)
               for tensor, count in zip(tensors, heads, strict=True))
     return *merged, lead
@@ -189,8 +208,7 @@ def _broadcast_heads(q_heads: int, k_heads: int, v_heads: int) -> tuple[int, int
 def _grouped_heads(q_heads: int, k_heads: int, v_heads: int) -> tuple[int, int, int]:
     for count in (k_heads, v_heads):
         if count != q_heads and (count == 0 or q_heads % count != 0):
-            raise RuntimeError("Number of heads in key and value must divide the number of heads in query, "
-                               f"got {q_heads} for query, {k_heads} for key, {v_heads} for value")
+            raise RuntimeError("heads")  # `_broadcast` has the message
     return (q_heads, k_heads, v_heads) if k_heads == v_heads else (q_heads, q_heads, q_heads)
 
 
@@ -214,12 +232,13 @@ def _merge(tensor: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
 
 def _merged_mask(attn_mask: torch.Tensor, lead: Sequence[int], sizes: tuple[int, int, int], rank: int) -> torch.Tensor:
     """(batch or 1, heads or 1, q_len or 1, kv_len or 1), not materialised; sizes are (heads, q_len, kv_len)."""
-    if attn_mask.dim() < 2:
-        raise IndexError(f"attn_mask must have at least 2 dimensions, got {attn_mask.dim()}")
+    if attn_mask.dim() < 1:
+        raise IndexError("attn_mask must have at least 1 dimension, got attn_mask.dim()=0. Pass "
+                         "attn_mask.expand(kv_len).")
     full = (*lead, *sizes)[-rank:] if rank != 3 else (1, *sizes)
     shape = (1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != len(full) or any(size not in (1, wanted) for size, wanted in zip(shape, full, strict=True)):
-        raise RuntimeError(f"attn_mask of shape {tuple(attn_mask.shape)} does not broadcast to {tuple(full)}")
+        raise messages.mask_shape(attn_mask, full)
     if not attn_mask.requires_grad:
         for axis in range(attn_mask.dim()):  # an expanded axis holds one element: its copies need not be read
             if attn_mask.stride(axis) == 0 and attn_mask.shape[axis] > 1:

@@ -1,5 +1,6 @@
 """Calls that nothing intercepts go around the dispatcher; all others go through the operators, backward included."""
 
+import contextlib
 import gc
 import weakref
 
@@ -154,3 +155,23 @@ def test_what_is_saved_goes_with_the_graph():
     del out
     gc.collect()
     assert lse() is None
+
+
+@pytest.mark.parametrize("is_dispatched", [False, True])
+@pytest.mark.parametrize(("function", "changed"), [
+    *((f, name) for f in (TORCH, OURS) for name in ("query", "key", "value", "out")),
+    (OURS, "bias"), (OURS, "mask")])  # torch may save another form of these
+def test_writing_to_what_the_backward_needs_is_seen(function, changed, is_dispatched):
+    """Autograd knows by a tensor's version, which a copy in its place would not have. As with torch's function."""
+    named = dict(zip(("query", "key", "value"), (x * 1 for x in qkv(SHAPE, SHAPE, SHAPE)), strict=True))
+    bias = torch.randn(5, 5, requires_grad=changed == "bias") * 1
+    named["attn_mask"] = torch.rand(5, 5) > 0.2 if changed == "mask" else bias
+    with Unchanged() if is_dispatched else contextlib.nullcontext():
+        out = function(**named)
+    unchanged = torch.autograd.grad(out.sum(), named["query"], retain_graph=True)
+    assert unchanged[0].isfinite().all()
+    target = {"mask": named["attn_mask"], "bias": bias, "out": out, **named}[changed]
+    with torch.no_grad():
+        target.copy_(target.clone())  # the same values: only the version tells
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), named["query"])

@@ -1,0 +1,75 @@
+"""Errors of calls that were meant for another attention function, or whose shapes are nearly right: what to write."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["leading_axes", "mask_shape", "unknown_keyword", "without_unknown"]
+
+_WINDOW = ("a boolean attn_mask of the window, (q_len, kv_len); pallas_flash.flash_attention(mask=Window(left, right)) "
+           "needs none")
+_LENGTHS = "a boolean attn_mask; pallas_flash.flash_attention(segment_ids=...) needs none"
+_INSTEAD = {
+    **dict.fromkeys(("causal", "use_causal_mask"), "is_causal=True"),
+    **dict.fromkeys(("mask", "attention_mask", "bias", "attn_bias"), "attn_mask=..."),
+    **dict.fromkeys(("key_padding_mask", "padding_mask"), "attn_mask=mask[:, None, None, :], True where keys count"),
+    **dict.fromkeys(("dropout", "dropout_rate"), "dropout_p=..."),
+    **dict.fromkeys(("softmax_scale", "scaling", "sm_scale"), "scale=..."),
+    **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), _WINDOW),
+    **dict.fromkeys(("softcap", "logits_soft_cap"), "pallas_flash.flash_attention(softcap=...), in JAX"),
+    **dict.fromkeys(("segment_ids", "cu_seqlens", "cu_seqlens_q", "kv_lengths", "seq_lens"), _LENGTHS),
+    "alibi_slopes": "attn_mask=..., the slopes times the distances",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+}
+"""What other attention functions call it, and what to use here."""
+
+
+def unknown_keyword(name: str) -> TypeError:
+    """The error of a keyword that torch's function does not have either."""
+    instead = f" Use {_INSTEAD[name]}." if name in _INSTEAD else ""
+    return TypeError(f"scaled_dot_product_attention() got an unexpected keyword argument {name!r}.{instead} It takes "
+                     "query, key, value, attn_mask, dropout_p, is_causal, scale and enable_gqa.")
+
+
+def without_unknown(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function without its `**unknown`."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=[x for name, x in signature.parameters.items() if name != "unknown"])
+
+
+def leading_axes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> RuntimeError:
+    """The error of batch axes or heads that do not fit."""
+    named = {"query": query, "key": key, "value": value}
+    given = ", ".join(f"{name}.shape={tuple(tensor.shape)}" for name, tensor in named.items())
+    spread = [name for name, tensor in named.items() if hasattr(tensor, "placements")]
+    heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key, value)]
+    must, do = "the leading axes of query, key and value must broadcast", "Make batch axes and heads equal, or 1."
+    divide = all(count > 0 and heads[0] % count == 0 for count in heads[1:])
+    if 0 < len(spread) < 3:
+        must = "query, key and value must all be DTensors, or all be plain tensors"
+        given = ", ".join(f"{name}: {type(tensor).__name__} {tuple(tensor.shape)}" for name, tensor in named.items())
+        do = ("Call it with the local parts (DTensor.to_local(), torch.distributed.tensor.experimental.local_map), or "
+              "distribute all three.")
+    elif enable_gqa and not divide:
+        must, do = "Number of heads in key and value must divide the number of heads in query", "Repeat or drop heads."
+    elif not enable_gqa and divide and any(count not in (1, heads[0]) for count in heads[1:]):
+        must = "the numbers of heads of query, key and value must be equal, or 1, without enable_gqa"
+        do = "For grouped queries pass enable_gqa=True; nothing is repeated in memory."
+    return RuntimeError(f"{must}, got {given}. {do}")
+
+
+def mask_shape(attn_mask: torch.Tensor, full: Sequence[int]) -> RuntimeError:
+    """The error of a mask that does not broadcast to (..., heads, q_len, kv_len)."""
+    shape, full = tuple(attn_mask.shape), tuple(full)
+    do = "Give it one axis of 1 for each axis that it does not depend on."
+    if len(full) == 4:
+        batch, _, q_len, kv_len = full
+        if shape == (batch, kv_len):
+            do = "It has the shape of (batch, kv_len): pass attn_mask[:, None, None, :]."
+        elif shape in ((batch, q_len, kv_len), (batch, 1, kv_len)):
+            do = "It has the shape of (batch, q_len, kv_len): pass attn_mask[:, None]."
+    axes = "(batch, heads, q_len, kv_len)"
+    named = f"{axes} = {full}" if len(full) == 4 else f"{full}"
+    return RuntimeError(f"attn_mask must broadcast to {named}, got attn_mask.shape={shape}. {do}")
