@@ -1,18 +1,22 @@
 """Streams and lifetimes under stress on a GPU: each danger 1,000 times, with torch's stream busy and JAX allocating
 beside it.
 
-The obvious bridge (`jax.dlpack.from_dlpack`, jit, `torch.from_dlpack`) runs through the same rounds as a control: where
-it is known to fail, the test asserts that it does, so that a test that sees nothing cannot pass.
+Beside them stand controls: the obvious bridge (`jax.dlpack.from_dlpack`, jit, `torch.from_dlpack`) in rounds where it
+must be wrong, on any GPU, because each condition of its failure is made and looked at, not hoped for: torch's stream
+sleeps, the allocator hands back the very block, JAX has written or read it, and only then does the stream go on. Ours
+goes through the same rounds and must be right.
 """
 
 import functools
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -44,9 +48,21 @@ def busy(products=12):
         x = x / x.abs().amax()
 
 
+@functools.cache
+def _cycles_a_millisecond():
+    """Of `torch.cuda._sleep`, measured: the highest rate of some, once the clocks are up."""
+    torch.cuda._sleep(10**8)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    for event in events:
+        event.record()
+        torch.cuda._sleep(10**7)
+    torch.cuda.synchronize()
+    return max(10**7 / a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
 def sleep(milliseconds):
-    """Keeps torch's current stream busy for at least so long, with one kernel, while the host goes on."""
-    torch.cuda._sleep(int(milliseconds * 2e6))  # cycles; an H100 has at most 1.98e6 a millisecond
+    """Keeps torch's current stream busy for so long, with one kernel, while the host goes on."""
+    torch.cuda._sleep(int(milliseconds * _cycles_a_millisecond()))
 
 
 class Beside:
@@ -59,6 +75,15 @@ class Beside:
 
     def run(self, times=6):
         self.kept = [self.write(self.base) for _ in range(times)]
+
+    def take(self, address, tries=256):
+        """Whether JAX handed out memory at an address again: it hands out, and writes, until it has or has done much."""
+        taken, is_found, size = [], False, self.base.nbytes
+        while len(taken) < tries and not is_found:
+            taken.append(self.write(self.base))
+            is_found = abs(taken[-1].unsafe_buffer_pointer() - address) < size
+        self.jax.block_until_ready(taken)
+        return is_found
 
 
 @functools.cache
@@ -94,6 +119,87 @@ def wrong_rounds(one_round, rounds):
     return int(wrong)
 
 
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+class Round(NamedTuple):
+    """What a round of a control saw."""
+
+    is_reused: bool  # the allocator handed the block back
+    is_asleep: bool  # torch's stream had not yet got to what it does with the block when JAX was done with it
+    is_wrong: bool  # the result
+
+
+def repeat(one_round, times=8):
+    """Rounds that may sleep for longer whenever one before did not for long enough; `one_round` takes milliseconds."""
+    milliseconds, seen = 50, []
+    for _ in range(times):
+        seen.append(one_round(milliseconds))
+        milliseconds *= 1 if seen[-1].is_asleep else 2
+    return seen
+
+
+def assert_seen(rounds):
+    """The obvious bridge was wrong wherever it had to be, and that was at least once."""
+    counts = ", ".join(f"{field} in {sum(column)}" for field, column in zip(Round._fields, zip(*rounds)))
+    forced = [x for x in rounds if x.is_reused and x.is_asleep]
+    assert forced, f"this control could see nothing: of {len(rounds)} rounds {counts}"
+    assert all(x.is_wrong for x in forced), f"a wrong bridge was right, so the danger is another: {rounds}"
+
+
+def read_late(jax, bridge, reader):
+    """Rounds in which an output is dropped, and JAX writes whatever memory it has free, before `reader` reads it."""
+    beside, tensors = Beside(jax), fresh()
+    beside.take(address=-(2**62))  # JAX's pool grows here: a round must not wait for an allocation
+    expected = bridge(*tensors).clone()
+    with torch.cuda.stream(reader):
+        bridge(*tensors).clone()
+    torch.cuda.synchronize()
+
+    def one_round(milliseconds):
+        out = bridge(*tensors)
+        address = out.data_ptr()
+        reader.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(reader):
+            sleep(milliseconds)
+            awake = torch.cuda.Event()
+            awake.record()
+            result = out.clone()
+        del out
+        is_reused = beside.take(address)
+        is_asleep = not awake.query()
+        torch.cuda.synchronize()
+        return Round(is_reused, is_asleep, not torch.equal(result, expected))
+    return repeat(one_round)
+
+
+def read_early(jax, bridge, times=8):
+    """Rounds in which inputs are made by a stream that sleeps first; until then their memory holds NaN.
+
+    `bridge` returns an array of JAX that is ready.
+    """
+    tensors = fresh()
+    torch.cuda.synchronize()
+    expected = torch.from_dlpack(bridge(*tensors)).clone()
+
+    def one_round(milliseconds):
+        # More than torch has free blocks of this size: all that it can hand back hold NaN.
+        noise = [torch.full(SHAPE, torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
+        addresses = {x.data_ptr() for x in noise}
+        torch.cuda.synchronize()
+        del noise
+        sleep(milliseconds)
+        awake = torch.cuda.Event()
+        awake.record()
+        inputs = [x.clone() for x in tensors]
+        result = bridge(*inputs)
+        is_asleep = not awake.query()
+        torch.cuda.synchronize()
+        is_reused = bool(addresses & {x.data_ptr() for x in inputs})
+        return Round(is_reused, is_asleep, not torch.equal(torch.from_dlpack(result), expected))
+    return repeat(one_round, times)
+
+
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +220,8 @@ def dropped_output(jax, bridge):
 
 
 def test_an_output_may_be_dropped_before_torch_has_read_it(jax):
-    assert wrong_rounds(dropped_output(jax, obvious), 200) > 0, "the control saw nothing: this test proves nothing"
+    assert_seen(read_late(jax, obvious, torch.cuda.current_stream()))
+    assert not any(x.is_wrong for x in read_late(jax, ours, torch.cuda.current_stream()))
     assert wrong_rounds(dropped_output(jax, ours), ROUNDS) == 0
     for _ in range(2):  # events are recorded, and have passed
         lifetime.collect(torch.cuda.current_device())
@@ -146,7 +253,8 @@ def dropped_on_another_stream(jax, bridge):
 
 
 def test_an_output_may_be_read_by_another_stream(jax):
-    assert wrong_rounds(dropped_on_another_stream(jax, obvious), 200) > 0, "the control saw nothing"
+    assert_seen(read_late(jax, obvious, torch.cuda.Stream()))
+    assert not any(x.is_wrong for x in read_late(jax, ours, torch.cuda.Stream()))
     assert wrong_rounds(dropped_on_another_stream(jax, ours), ROUNDS) == 0
 
 
@@ -186,16 +294,17 @@ def test_inputs_of_a_stream_that_is_about_to_rest(jax):
 
 
 def test_a_control_without_order_is_seen(jax):
-    """What the test above would see if JAX did not wait for torch's stream."""
-    def unordered(q, k, v):
-        jax_arrays = []
-        for x in (q, k, v):
-            capsule = torch.utils.dlpack.to_dlpack(x)
-            producer = type("P", (), {"__dlpack__": lambda self, stream=None, c=capsule: c,
-                                      "__dlpack_device__": lambda self: (2, torch.cuda.current_device())})()
-            jax_arrays.append(jax.dlpack.from_dlpack(producer))
-        return torch.from_dlpack(_obvious_function()(*jax_arrays))
-    assert wrong_rounds(refilled_inputs(jax, unordered), 200) > 0
+    """What the two tests above would see if JAX did not wait for torch's stream; ordered, the same rounds are right."""
+    def without_order(x):
+        capsule = torch.utils.dlpack.to_dlpack(x)
+        producer = type("P", (), {"__dlpack__": lambda self, stream=None, **_: capsule,
+                                  "__dlpack_device__": lambda self: (2, torch.cuda.current_device())})()
+        return jax.dlpack.from_dlpack(producer)
+
+    def bridge(imported):
+        return lambda *inputs: jax.block_until_ready(_obvious_function()(*map(imported, inputs)))
+    assert_seen(read_early(jax, bridge(without_order)))
+    assert not any(x.is_wrong for x in read_early(jax, bridge(jax.dlpack.from_dlpack), times=2))
 
 
 def test_views_of_reused_memory(jax):
@@ -295,7 +404,7 @@ def test_the_host_does_not_wait(jax):
     q, k, v = (x.requires_grad_() for x in fresh())
     torch.autograd.grad(ours(q, k, v).sum(), (q, k, v))
     torch.cuda.synchronize()
-    torch.cuda._sleep(10**9)  # half a second of one kernel: a queue of many would fill up and block the host
+    sleep(500)  # one kernel: a queue of many would fill up and block the host
     start = time.perf_counter()
     out = ours(q, k, v)
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
