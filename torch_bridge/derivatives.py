@@ -222,7 +222,8 @@ _POLICY = "recompute"  # where a node's metadata have its CheckpointPolicy
 
 
 def _memory_budget() -> float:
-    return torch._functorch.config.activation_memory_budget
+    from torch._functorch import config
+    return config.activation_memory_budget
 
 
 ops.library.impl(ops.dropout_seed, _kept_seed, "Autograd", with_keyset=True)

@@ -77,7 +77,7 @@ class Beside:
         self.kept = [self.write(self.base) for _ in range(times)]
 
     def take(self, address, tries=256):
-        """Whether JAX handed out memory at an address again: it hands out, and writes, until it has or has done much."""
+        """Whether JAX handed out memory at an address again. It hands out, and writes, until it has, or much."""
         taken, is_found, size = [], False, self.base.nbytes
         while len(taken) < tries and not is_found:
             taken.append(self.write(self.base))
@@ -400,13 +400,16 @@ def test_threads_with_streams_of_their_own(jax):
 # --- order, copies, capture ------------------------------------------------------------------------------------------
 
 
-def test_the_host_does_not_wait(jax):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_host_does_not_wait(jax, dropout_p):
+    def call(q, k, v):
+        return OURS(q, k, v, is_causal=True, dropout_p=dropout_p)
     q, k, v = (x.requires_grad_() for x in fresh())
-    torch.autograd.grad(ours(q, k, v).sum(), (q, k, v))
+    torch.autograd.grad(call(q, k, v).sum(), (q, k, v))
     torch.cuda.synchronize()
     sleep(500)  # one kernel: a queue of many would fill up and block the host
     start = time.perf_counter()
-    out = ours(q, k, v)
+    out = call(q, k, v)
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     took = time.perf_counter() - start
     assert not torch.cuda.current_stream().query(), "the stream was not busy for long enough to see anything"
@@ -504,6 +507,18 @@ assert q.device.index == out.device.index == torch.cuda.current_device() == 0, (
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_dropout_advances_the_gpus_generator_as_randint_does(jax):
+    tensors = fresh()
+
+    def state(call):
+        torch.manual_seed(7)
+        call()
+        return torch.cuda.get_rng_state()
+    drawn = state(lambda: torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device="cuda"))
+    assert torch.equal(state(lambda: OURS(*tensors, dropout_p=0.4)), drawn)
+    assert not torch.equal(state(lambda: OURS(*tensors)), drawn)
 
 
 # --- compile, autocast -----------------------------------------------------------------------------------------------
