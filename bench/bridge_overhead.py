@@ -115,7 +115,7 @@ def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "exchange, forward that saves lse", lambda: exchange.attend_saving(problem, numbers)
     yield "exchange, backward, in the thread of the call", lambda: exchange.gradients(
         problem, numbers, (result, lse), dout, (True, True, True, False))
-    tensors = (result, exchange.lse_tensor(lse, q))
+    tensors = (result, exchange.stats_tensor(lse, q))
     yield "operator, for calls that something intercepts", lambda: ops.attention(*problem, *numbers, False)
     yield "backward operator, likewise", lambda: ops.attention_backward(
         *problem, *numbers, *tensors, dout, None, [True, True, True, False])

@@ -2,8 +2,8 @@
 about it.
 
 The backward recomputes probabilities from q, k and lse (FlashAttention, Dao et al., 2022), so the residuals are the
-operands, out and lse; out and lse carry `checkpoint_name`s, so that a remat policy can keep them and the forward runs
-once.
+operands, out and the rows' statistics (lse and its rest, `softmax.statistics`); out and the statistics carry
+`checkpoint_name`s, so that a remat policy can keep them and the forward runs once.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["RESIDUAL_NAMES", "Target", "attend", "backward", "forward"]
 
-RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_lse")
+RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_stats")
 """What a remat policy keeps to avoid a second forward:
 jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 
@@ -42,32 +42,34 @@ def _on(where: Device | None) -> contextlib.AbstractContextManager[None]:
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))  # outside of jit: compile once
 def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device | None = None,
             finite: bool = False) -> tuple[Any, Any]:
-    """(out, lse) of a spec by the named implementation; what it returns for empty axes needs no kernel.
+    """(out, stats) of a spec by the named implementation; what it returns for empty axes needs no kernel.
 
-    `where` is the device, if it is not JAX's default. lse is that of the anchored scores (`AttentionSpec.anchor`): what
-    `backward` takes, and `attend` turns into the caller's. `finite`: with the smallest number in place of -inf, which
-    `backward` then undoes: `jax.debug_infs` looks at the results of programs.
+    `where` is the device, if it is not JAX's default. The statistics, lse and its rest (`AttentionSpec.stats_shape`),
+    are those of the anchored scores (`AttentionSpec.anchor`): what `backward` takes, and `attend` turns into the
+    caller's lse. `finite`: with the smallest number in place of -inf, which `backward` then undoes: `jax.debug_infs`
+    looks at the results of programs.
     """
     def run(operands: Operands) -> tuple[Any, Any]:
         if spec.is_empty:
-            return jnp.zeros(spec.out_shape, spec.dtype), jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
+            nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
+            return jnp.zeros(spec.out_shape, spec.dtype), jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2)
         with _on(where):
             return dispatch.get(name).forward(spec, operands)
 
     def run_finite(operands: Operands) -> tuple[Any, Any]:
-        out, lse = run(operands)
-        return out, jnp.where(jnp.isneginf(lse), jnp.finfo(lse.dtype).min, lse)
+        out, stats = run(operands)
+        return out, jnp.where(jnp.isneginf(stats), jnp.finfo(stats.dtype).min, stats)
     return sharding.automatic(run_finite if finite else run, sharding.result_places(spec, operands), operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
 def backward(spec: AttentionSpec, name: str, operands: Operands, *saved: Any, where: Device | None = None,
              finite: bool = False) -> Gradients:
-    """Cotangents of q, k, v and bias by the named implementation, from `saved`: out, lse, dout, dlse."""
+    """Cotangents of q, k, v and bias by the named implementation, from `saved`: out, stats, dout, dstats."""
     def run(operands: Operands, *saved: Any) -> Gradients:
         if finite:
-            out, lse, *cotangents = saved
-            saved = out, jnp.where(lse == jnp.finfo(lse.dtype).min, -jnp.inf, lse), *cotangents
+            out, stats, *cotangents = saved
+            saved = out, jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats), *cotangents
         if spec.is_empty:
             return Gradients(*(None if x is None else jnp.zeros_like(x) for x in operands[:4]))
         with _on(where):
@@ -76,27 +78,28 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, *saved: Any, wh
 
 
 def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any, Any]:
-    """(out, lse), differentiable with respect to q, k, v and bias.
+    """(out, lse), differentiable with respect to q, k, v and bias; lse is None if the spec does not ask for it.
 
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
     operands = sharding.vary_together(operands)
     if dispatch.get(target.name).differentiates_itself:
-        out, lse = _forward(spec, target, operands)
+        out, stats = _forward(spec, target, operands)
     else:
         differentiable = tuple(_reverse_mode_only(target.name, x) if isinstance(x, jax.core.Tracer) else x
                                for x in operands[:4])
-        out, lse = _attend(spec, target, differentiable, operands[4:])
-    return out, _natural(spec, operands, lse) if spec.return_lse and spec.bias is not None else lse
+        out, stats = _attend(spec, target, differentiable, operands[4:])
+    return out, _natural(spec, operands, stats) if spec.return_lse else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _natural(spec: AttentionSpec, operands: Operands, lse: Any) -> Any:
-    """The lse of the scores themselves from that of the anchored ones."""
-    def run(operands: Operands, lse: Any) -> Any:
-        return lse if spec.is_empty else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
-    return sharding.automatic(run, sharding.result_places(spec, operands)[1], operands, lse)
+def _natural(spec: AttentionSpec, operands: Operands, stats: Any) -> Any:
+    """The lse of the scores themselves from the statistics of the anchored ones."""
+    def run(operands: Operands, stats: Any) -> Any:
+        lse = stats[:, :, 0]
+        return lse if spec.is_empty or spec.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
+    return sharding.automatic(run, sharding.lse_place(spec, operands), operands, stats)
 
 
 def _no_derivative(name: str, what: str) -> errors.UnsupportedError:
@@ -167,9 +170,9 @@ def _attend(spec: AttentionSpec, target: Target, differentiable: Any, others: An
 
 def _attend_fwd(spec: AttentionSpec, target: Target, differentiable: Any, others: Any) -> tuple[Any, Any]:
     operands = Operands(*differentiable, *others)
-    out, lse = _forward_once(spec, target, operands)
-    out, lse = (checkpoint_name(x, label) for x, label in zip((out, lse), RESIDUAL_NAMES, strict=True))
-    return (out, lse), (operands, out, lse)
+    out, stats = _forward_once(spec, target, operands)
+    out, stats = (checkpoint_name(x, label) for x, label in zip((out, stats), RESIDUAL_NAMES, strict=True))
+    return (out, stats), (operands, out, stats)
 
 
 def _attend_bwd(spec: AttentionSpec, target: Target, residuals: Any, cotangents: Any) -> tuple[Any, None]:

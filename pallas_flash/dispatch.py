@@ -42,11 +42,11 @@ class Implementation:
     modules: tuple[str, str]
 
     def forward(self, *args: Any) -> Any:
-        """(spec, operands) -> (out, lse)."""
+        """(spec, operands) -> (out, stats), see `AttentionSpec.stats_shape`."""
         return import_module(self.modules[0]).forward(*args)
 
     def backward(self, *args: Any) -> Any:
-        """(spec, operands, out, lse, dout, dlse) -> Gradients."""
+        """(spec, operands, out, stats, dout, dstats) -> Gradients."""
         return import_module(self.modules[1]).backward(*args)
 
 

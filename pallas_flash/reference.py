@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks
+from pallas_flash import dropout, masks, softmax
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward", "forward"]
@@ -30,11 +30,14 @@ def _keep(spec: AttentionSpec, operands: Operands) -> Any:
     return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 
-def _scores(spec: AttentionSpec, q: Any, k: Any) -> Any:
-    s = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST) * spec.scale
-    if spec.softcap is not None:
-        s = spec.softcap * jnp.tanh(s / spec.softcap)
-    return s
+def _scores(spec: AttentionSpec, operands: Operands, q: Any, k: Any, keep: Any) -> tuple[Any, float]:
+    """Scores, -inf where a pair does not attend, and their unit (see softmax.py)."""
+    products = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST)
+    (s, _), unit = softmax.scores(products, spec.scale, spec.softcap), softmax.unit(spec.scale, spec.softcap)
+    if operands.bias is not None:
+        bias, anchor = (x.astype(s.dtype) for x in (operands.bias, spec.anchor(operands)))
+        s, unit = s * unit + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor, 1.0
+    return jnp.where(keep, s, -jnp.inf), unit
 
 
 def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
@@ -47,31 +50,30 @@ def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
-    """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32 (fp64 for fp64 input)."""
+    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input).
+
+    Of the statistics only lse means something here: the backward computes the weights anew.
+    """
     keep = _keep(spec, operands)
     zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))
     q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
-    s = _scores(spec, q, k)
-    if operands.bias is not None:
-        bias, anchor = (x.astype(s.dtype) for x in (operands.bias, spec.anchor(operands)))
-        s = s + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor
-    s = jnp.where(keep, s, -jnp.inf)
+    s, unit = _scores(spec, operands, q, k, keep)
     row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))
-    p = jnp.exp(s - jnp.where(row_max == -jnp.inf, 0.0, row_max))
+    p = jnp.exp((s - jnp.where(row_max == -jnp.inf, 0.0, row_max)) * unit)
     row_sum = p.sum(axis=-1, keepdims=True)
     nothing = row_sum == 0
     row_sum = jnp.where(nothing, 1.0, row_sum)
     out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
                      precision=jax.lax.Precision.HIGHEST)
-    lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) + jnp.log(row_sum))[..., 0]
-    return _bhld(out, spec).astype(spec.dtype), lse
+    lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
+    return _bhld(out, spec).astype(spec.dtype), jnp.stack([lse, jnp.zeros_like(lse)], axis=2)
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
-    """Cotangents of q, k, v and bias, by JAX's own differentiation of `forward`; out and lse are not needed."""
-    del out, lse
+def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
+    """Cotangents of q, k, v and bias, by JAX's own differentiation of `forward`; out and stats are not needed."""
+    del out, stats
     differentiable = operands[:3] if spec.bias is None else operands[:4]
     _, vjp = jax.vjp(lambda *xs: forward(spec, Operands(*xs, *operands[len(xs):])), *differentiable)
-    return Gradients(*vjp((dout, dlse)))
+    return Gradients(*vjp((dout, dstats)))

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
-__all__ = ["automatic", "gradient_places", "result_places", "vary_together"]
+__all__ = ["automatic", "gradient_places", "lse_place", "result_places", "vary_together"]
 
 
 def vary_together(operands: Operands) -> Operands:
@@ -46,10 +46,14 @@ def automatic(function: Callable[..., Any], places: Any, *args: Any) -> Any:
 
 
 def result_places(spec: AttentionSpec, operands: Operands) -> tuple[PartitionSpec, PartitionSpec]:
-    """Of out and lse: they lie where the query does."""
-    q = _place(operands.q)
-    batch, length, heads = (q[spec.layout.index(axis)] for axis in "BLH")
-    return PartitionSpec(*q[:3], None), PartitionSpec(batch, heads, length)
+    """Of out and the rows' statistics: they lie where the query does."""
+    batch, heads, length = lse_place(spec, operands)
+    return PartitionSpec(*_place(operands.q)[:3], None), PartitionSpec(batch, heads, None, length)
+
+
+def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
+    """Of lse: it lies where the query does."""
+    return PartitionSpec(*(_place(operands.q)[spec.layout.index(axis)] for axis in "BHL"))
 
 
 def gradient_places(operands: Operands) -> Gradients:

@@ -1,8 +1,14 @@
 """The online softmax (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022). Base 2 lives here only.
 
-Scores are multiplied by log2(e) once, so that exponentials are exp2, which GPUs have as an instruction; such values
-carry `_log2` in their names. What leaves a kernel (`lse`) is a natural logarithm again. A row that attends to nothing
-has lse = -inf, weights 0 and output 0.
+Exponentials are exp2, which GPUs have as an instruction. Scores are kept as their products came, in some unit: the
+score is s * unit, and its exponential exp2(s * unit * log2(e)). Differences are taken before the unit comes in: a
+compiler may merge a product with the difference that it goes into, and then does not round it, where another use of the
+same product is rounded. A difference of scores alone is the same everywhere, exact where they are near each other.
+
+What leaves a kernel (`lse`) is a natural logarithm. A row that attends to nothing has lse = -inf, weights 0 and
+output 0. The backward makes weights of scores again, exp(s - lse), and float32 holds lse in steps of 2^-23 of its size:
+where scores are large, so is the step, and a weight that was 1 is no longer. So a row is kept as two numbers, lse and
+its rest (`statistics`).
 """
 
 import math
@@ -11,17 +17,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LOG2E", "anchor", "delta", "finish", "probabilities", "rescale", "softcapped", "update"]
+__all__ = [
+    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "probabilities", "reference_point", "rescale", "scores", "statistics",
+    "unit", "update",
+]
 
 LOG2E = math.log2(math.e)
 
 
-def softcapped(s: Any, softcap: float | None) -> tuple[Any, Any]:
-    """softcap * tanh(s / softcap) and its derivative; (s, 1.0) without a cap."""
-    if softcap is None:
-        return s, 1.0
-    t = jnp.tanh(s * (1 / softcap))
-    return softcap * t, 1 - t * t
+SMALLEST_SCALE = 1e-30
+"""A smaller scale is no unit: float32 may hold neither lse / scale nor -inf * scale."""
+
+
+def unit(scale: float, softcap: float | None) -> float:
+    """The unit of `scores`: positive."""
+    if softcap is not None:
+        return softcap
+    return abs(scale) if abs(scale) >= SMALLEST_SCALE else 1.0
+
+
+def scores(x: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
+    """The scores of the products x in their `unit`, and the derivative of the soft cap.
+
+    s * unit is scale * x, or softcap * tanh(scale * x / softcap).
+    """
+    if softcap is not None:
+        t = jnp.tanh(x * scale * (1 / softcap))
+        return t, 1 - t * t
+    if abs(scale) < SMALLEST_SCALE:
+        return x * scale, 1.0
+    return (x if scale > 0 else -x), 1.0
 
 
 _FAR = 1e3
@@ -44,25 +69,25 @@ def anchor(bias: Any) -> Any:
     return jnp.where((jnp.abs(row_max) > _FAR) & jnp.isfinite(row_max), row_max, jnp.zeros_like(row_max))
 
 
-def _finite_or_zero(m_log2: Any) -> Any:
+def _finite_or_zero(m_i: Any) -> Any:
     """A row maximum to subtract: 0 for a row that has seen no key, since -inf - -inf is NaN."""
-    return jnp.where(m_log2 == -jnp.inf, jnp.zeros_like(m_log2), m_log2)
+    return jnp.where(m_i == -jnp.inf, jnp.zeros_like(m_i), m_i)
 
 
-def update(m_i: Any, l_i: Any, s_log2: Any) -> tuple[Any, Any, Any, Any]:
+def update(m_i: Any, l_i: Any, s: Any, unit: float) -> tuple[Any, Any, Any, Any]:
     """One step of the online softmax over a tile of scores.
 
     Args:
-      m_i, l_i: running row maximum (base 2) and row sum, (..., q).
-      s_log2: scores of the tile times log2(e), (..., q, kv); -inf where a pair does not attend.
+      m_i, l_i: running row maximum, in the unit of s, and row sum, (..., q).
+      s: scores of the tile in a unit (`scores`), (..., q, kv); -inf where a pair does not attend.
 
     Returns:
-      The new m_i and l_i, alpha (what to multiply the accumulator with), and p = exp2(s_log2 - m_i), (..., q, kv).
+      The new m_i and l_i, alpha (what to multiply the accumulator with), and p = exp((s - m_i) unit), (..., q, kv).
     """
-    m_new = jnp.maximum(m_i, s_log2.max(axis=-1))
+    m_new = jnp.maximum(m_i, s.max(axis=-1))
     m_safe = _finite_or_zero(m_new)
-    alpha = jnp.exp2(m_i - m_safe)
-    p = jnp.exp2(s_log2 - m_safe[..., None])
+    alpha = jnp.exp2((m_i - m_safe) * (unit * LOG2E))
+    p = jnp.exp2((s - m_safe[..., None]) * (unit * LOG2E))
     return m_new, l_i * alpha + p.sum(axis=-1), alpha, p
 
 
@@ -72,23 +97,40 @@ def rescale(l_i: Any) -> Any:
     return jnp.where(nothing, jnp.zeros_like(l_i), 1 / jnp.where(nothing, jnp.ones_like(l_i), l_i))
 
 
-def finish(m_i: Any, l_i: Any) -> Any:
-    """lse, the natural logarithm of the row's sum of exponentials; -inf for rows that attend to nothing."""
+def reference_point(lse: Any, unit: float) -> Any:
+    """lse in the unit of scores: what the backward's exponents are counted from.
+
+    Rounded, with the last bit cleared: both directions must have the same number, and through an integer no compiler
+    merges the product with the difference that it goes into.
+    """
+    bits = jnp.int64 if lse.dtype == jnp.float64 else jnp.int32
+    product = jax.lax.bitcast_convert_type(lse * (1 / unit), bits)
+    return jax.lax.bitcast_convert_type(product & -2, lse.dtype)
+
+
+def statistics(m_i: Any, l_i: Any, unit: float, rounding: Any = 0.0) -> tuple[Any, Any]:
+    """What is kept of a row of scores s: lse, and its rest. exp2((s - m_i) unit log2(e) - rounding) sums up to l_i.
+
+    lse is the natural logarithm of the sum of exp(s unit), -inf for rows that attend to nothing. In the unit of s,
+    `reference_point(lse) + rest` is m_i + log(l_i) / unit to many more bits than lse has: the difference of m_i and a
+    number next to it is exact.
+    """
     nothing = l_i == 0
-    log2_sum = m_i + jnp.log2(jnp.where(nothing, jnp.ones_like(l_i), l_i))
-    return jnp.where(nothing, jnp.full_like(l_i, -jnp.inf), log2_sum * (1 / LOG2E))
+    log_l = (jnp.log2(jnp.where(nothing, jnp.ones_like(l_i), l_i)) + rounding) * (1 / LOG2E)
+    lse = m_i * unit + log_l
+    rest = (m_i - reference_point(lse, unit)) + log_l * (1 / unit)
+    return jnp.where(nothing, jnp.full_like(l_i, -jnp.inf), lse), jnp.where(nothing, jnp.zeros_like(l_i), rest)
 
 
-def probabilities(s_log2: Any, lse: Any) -> Any:
-    """softmax(s) from saved statistics: exp2(s_log2 - lse * log2(e)), at most 1; 0 on rows that attend to nothing.
-
-    The minimum matters where |lse| is so large that its rounding shows: an exponential must not overflow then.
+def probabilities(s: Any, unit: float, lse: Any, rest: Any) -> Any:
+    """softmax(s unit) from saved statistics, at most 1; 0 on rows that attend to nothing.
 
     Args:
-      s_log2: scores times log2(e), (..., q, kv); -inf where a pair does not attend.
-      lse: natural logarithm, (..., q).
+      s: scores in a unit (`scores`), (..., q, kv); -inf where a pair does not attend.
+      lse, rest: see `statistics`, (..., q).
     """
-    return jnp.minimum(jnp.exp2(s_log2 - _finite_or_zero(lse * LOG2E)[..., None]), 1)
+    start = _finite_or_zero(reference_point(lse, unit))
+    return jnp.minimum(jnp.exp2(((s - start[..., None]) - rest[..., None]) * (unit * LOG2E)), 1)
 
 
 def delta(out: Any, dout: Any, dlse: Any, acc_dtype: Any) -> Any:

@@ -152,6 +152,11 @@ class AttentionSpec:
         """The shape of `lse`, whatever the layout."""
         return self.batch, self.q_heads, self.q_len
 
+    @property
+    def stats_shape(self) -> tuple[int, int, int, int]:
+        """The shape of what the forward keeps of each row for the backward: lse and its rest (`softmax.statistics`)."""
+        return self.batch, self.q_heads, 2, self.q_len
+
     def __str__(self) -> str:
         shape = f"batch={self.batch}, heads={self.q_heads}:{self.kv_heads}, len={self.q_len}x{self.kv_len}"
         dim = f"d={self.d}" if self.d == self.d_v else f"d={self.d}, d_v={self.d_v}"

@@ -17,7 +17,7 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import masks
+from pallas_flash import masks, softmax
 from pallas_flash.kernels.hopper import backward, barriers
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
@@ -104,8 +104,22 @@ def truth(problem):
     dtype = problem.dtypes[0]
     operands, (dout, dlse) = conformance.random_case(problem, dtype)
     budget = conformance.budget(problem, dtype, operands, (dout, dlse))
-    out, lse = jnp.asarray(budget.oracle.out, dtype), jnp.asarray(budget.oracle.lse, jnp.float32)
-    return operands, (dout, dlse), budget, (out, lse)
+    saved = jnp.asarray(budget.oracle.out, dtype), statistics(problem.spec(), budget.oracle.lse)
+    return operands, (dout, dlse), budget, saved
+
+
+def statistics(spec, lse):
+    """What the forward would have kept of rows whose lse is known in float64."""
+    unit = softmax.unit(spec.scale, spec.softcap)
+    rounded = jnp.asarray(lse, jnp.float32)
+    start = np.asarray(softmax.reference_point(rounded, unit), np.float64)
+    rest = np.where(np.isfinite(lse), lse / unit - np.where(np.isfinite(start), start, 0), 0)
+    return jnp.stack([rounded, jnp.asarray(rest, jnp.float32)], axis=2)
+
+
+def cotangents(dout, dlse):
+    """Of out and the statistics."""
+    return jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.full(dlse.shape, jnp.nan, dlse.dtype)], axis=2)
 
 
 def problem_of(name):
@@ -116,11 +130,11 @@ def problem_of(name):
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_agree_with_the_oracle(name):
     schedule, problem = problem_of(name)
-    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    operands, (dout, dlse), budget, saved = truth(problem)
     spec = problem.spec()
     assert schedules.backward_problems(spec, schedule, 232_448) == []
     operands = jax.tree.map(jnp.asarray, operands)
-    found = interpreted(schedule, spec, operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    found = interpreted(schedule, spec, operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
 
@@ -222,7 +236,7 @@ def test_keys_that_only_padding_attends_to_are_not_looked_at(schedule, array):
     bad = np.array(getattr(operands, array))
     bad[:, 92:95], bad[:, 95:97] = np.nan, np.inf
     operands = jax.tree.map(jnp.asarray, operands._replace(**{array: bad}))
-    found = interpreted(schedule, problem.spec(), operands, (*saved, jnp.asarray(dout), jnp.asarray(dlse)))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
 
@@ -234,14 +248,15 @@ def test_a_bad_key_reaches_only_what_attends_to_it(name, array):
     schedule, problem = problem_of(name)
     bad = 70
     problem = dataclasses.replace(problem, mask=CAUSAL, q_len=100, kv_len=100)
-    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    operands, (dout, dlse), budget, saved = truth(problem)
     sees_bad = np.arange(problem.q_len) >= bad
+    out, stats = saved
     out = jnp.where(sees_bad[:, None, None], jnp.asarray(jnp.nan, out.dtype), out)
-    lse = jnp.where(sees_bad, jnp.nan, lse) if array == "k" else lse
+    saved = out, jnp.where(sees_bad, jnp.nan, stats) if array == "k" else stats
     x = np.array(getattr(operands, array))
     x[:, bad] = np.nan
     operands = jax.tree.map(jnp.asarray, operands._replace(**{array: x}))
-    found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     dq, expected = (np.asarray(x, np.float64)[:, :bad] for x in (found.dq, budget.oracle.dq))
     np.testing.assert_allclose(dq, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
     assert np.isnan(np.asarray(found.dq, np.float32)[:, bad:]).all()
@@ -256,14 +271,15 @@ def test_a_bad_key_leaves_keys_of_other_queries_alone(name, options):
     bad, left, right, size = 50, 10, 5, 110
     fields = dict(softcap=None, scale=None) | options
     problem = dataclasses.replace(problem, mask=masks.Window(left, right), q_len=size, kv_len=size, **fields)
-    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    operands, (dout, dlse), budget, saved = truth(problem)
     pos = np.arange(size)
     sees_bad = (pos - left <= bad) & (bad <= pos + right)
-    out = jnp.where(sees_bad[:, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+    out, stats = saved
+    saved = jnp.where(sees_bad[:, None, None], jnp.asarray(jnp.nan, out.dtype), out), stats
     v = np.array(operands.v)
     v[:, bad] = np.nan
     operands = jax.tree.map(jnp.asarray, operands._replace(v=v))
-    found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     keep = np.broadcast_to(problem.mask.keep(pos[:, None], pos[None]), (size, size))
     spared = ~(keep & sees_bad[:, None]).any(axis=0)
     assert 50 < spared.sum() < size
@@ -277,10 +293,10 @@ def test_idle_queries_are_not_looked_at(name):
     """NaN in queries that attend to nothing."""
     schedule, problem = problem_of(name)
     problem = dataclasses.replace(problem, mask=masks.Causal(-30), q_len=100, kv_len=100)
-    operands, (dout, dlse), budget, (out, lse) = truth(problem)
+    operands, (dout, dlse), budget, saved = truth(problem)
     operands = jax.tree.map(jnp.asarray, operands._replace(q=np.where(
         (np.arange(100) < 30)[:, None, None], np.asarray(np.nan, operands.q.dtype), operands.q)))
-    found = interpreted(schedule, problem.spec(), operands, (out, lse, jnp.asarray(dout), jnp.asarray(dlse)))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
 

@@ -45,12 +45,12 @@ def backward_of(spec, q, k, v, *saved):
 
 
 def attention(spec, split):
-    """Everything about attention from q, k, v, dout and dlse."""
+    """Everything about attention from q, k, v, dout and the cotangent of the statistics."""
     call = partitioned if split else lambda function, _, spec, *arrays: function(spec, *arrays)
 
-    def run(q, k, v, dout, dlse):
-        out, lse = call(forward_of, FORWARD, spec, q, k, v)
-        return out, lse, *call(backward_of, BACKWARD, spec, q, k, v, out, lse, dout, dlse)
+    def run(q, k, v, dout, dstats):
+        out, stats = call(forward_of, FORWARD, spec, q, k, v)
+        return out, stats, *call(backward_of, BACKWARD, spec, q, k, v, out, stats, dout, dstats)
     return run
 
 

@@ -63,15 +63,18 @@ def _causal_offset(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> i
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
              is_causal: bool = False, return_debug_mask: bool = False, *,
              scale: float | None = None) -> tuple[Any, ...]:
-    """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state."""
+    """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state, and the rest
+    of the statistics beside lse in that of its unused offset.
+    """
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
     seed = ops.draw_seed(query) if dropout_p > 0 else None
-    out, lse = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
-                             dropout_p, torch.are_deterministic_algorithms_enabled(), True)
+    out, stats = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
+                               dropout_p, torch.are_deterministic_algorithms_enabled(), True)
+    lse, rest = stats.unbind(2)
     empty = query.new_empty((0,))
     state = query.new_empty((2,), dtype=torch.int32) if seed is None else seed
-    return out, lse, None, None, query.shape[2], key.shape[2], state, query.new_empty((), dtype=torch.int32), empty
+    return out, lse, None, None, query.shape[2], key.shape[2], state, rest, empty
 
 
 def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
@@ -80,6 +83,7 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
               scale: float | None = None) -> tuple[torch.Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
     seed = philox_seed if dropout_p > 0 else None
+    stats = torch.stack([logsumexp, philox_offset], dim=2)
     return ops.attention_backward(
         query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale, dropout_p,
-        torch.are_deterministic_algorithms_enabled(), out, logsumexp, grad_out, None, [True, True, True, False])[:3]
+        torch.are_deterministic_algorithms_enabled(), out, stats, grad_out, None, [True, True, True, False])[:3]

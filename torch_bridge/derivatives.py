@@ -4,11 +4,11 @@
     attention_backward         reverse and forward, in float64: attention_double_backward
     attention_double_backward  none: it raises
 
-Let J be the derivative of (out, lse) with respect to x = (query, key, value, bias), c = (dout, dlse), and t a tangent
-of x. `attention_backward` is g(x, c) = J^T c, linear in c, and `attention_double_backward` is the gradient of <g, t>
-with respect to x and c: with respect to c that is J t, the forward-mode derivative of `attention`. With respect to x
-it is H t, where H, the second derivative of <c, (out, lse)>, is symmetric: so it is the forward-mode derivative of g,
-too, to which a tangent t_c of c adds g(x, t_c).
+Let J be the derivative of (out, stats) with respect to x = (query, key, value, bias), c = (dout, dstats), and t a
+tangent of x. `attention_backward` is g(x, c) = J^T c, linear in c, and `attention_double_backward` is the gradient of
+<g, t> with respect to x and c: with respect to c that is J t, the forward-mode derivative of `attention`. With respect
+to x it is H t, where H, the second derivative of <c, (out, stats)>, is symmetric: so it is the forward-mode derivative
+of g, too, to which a tangent t_c of c adds g(x, t_c).
 
 A kernel calls a function of a single level of torch.func, as torch's own operators do, so that transforms nest. A
 plain `torch.autograd.Function` would start the transforms anew inside an operator, and `register_autograd` knows no
@@ -34,9 +34,9 @@ _ARRAYS = (0, 1, 2, 4)  # query, key, value, bias among an operator's arguments
 
 
 def functional_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention`, which saves its lse also where a transform hides from the caller that something requires grad."""
-    needs_lse = args[10] or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
-    return ops.attention(*args[:10], needs_lse)
+    """`attention`, which saves its stats also where a transform hides from the caller that something requires grad."""
+    needs_stats = args[10] or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    return ops.attention(*args[:10], needs_stats)
 
 
 def _below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
@@ -94,36 +94,36 @@ class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *args, ctx.call = given
-        out, lse = ctx.call.below_autograd(args)
+        out, stats = ctx.call.below_autograd(args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:6], out, lse)
-        ctx.save_for_forward(*args[:6], out, lse)
+        ctx.save_for_backward(*args[:6], out, stats)
+        ctx.save_for_forward(*args[:6], out, stats)
         ctx.numbers = args[6:10]
-        return out, lse
+        return out, stats
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
-        *problem, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple:
+        *problem, out, stats = ctx.saved_tensors
         needs = _arrays(ctx.needs_input_grad)
-        if lse.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
-            out, lse = ops.attention(*problem, *ctx.numbers, True)
-        grads = ops.attention_backward(*problem, *ctx.numbers, out, lse, dout, dlse, needs)
+        if stats.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
+            out, stats = ops.attention(*problem, *ctx.numbers, True)
+        grads = ops.attention_backward(*problem, *ctx.numbers, out, stats, dout, dstats, needs)
         dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dq, dk, dv, None, dbias, *[None] * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple:
         with ctx.call.modes():
-            *problem, out, lse = _primals(ctx.saved_tensors)
+            *problem, out, stats = _primals(ctx.saved_tensors)
             _require_forward_mode(problem[0])
-            dout, dlse = torch.zeros_like(out), None if lse.dim() == 1 else torch.zeros_like(lse)
-            *_, t_out, t_lse = ops.attention_double_backward(
-                *problem, *ctx.numbers, *_tangents(_arrays(tangents), _arrays(problem)), dout, dlse)
-            return t_out, t_lse
+            dout, dstats = torch.zeros_like(out), None if stats.dim() == 1 else torch.zeros_like(stats)
+            *_, t_out, t_stats = ops.attention_double_backward(
+                *problem, *ctx.numbers, *_tangents(_arrays(tangents), _arrays(problem)), dout, dstats)
+            return t_out, t_stats
 
 
 class _Backward(_SingleLevelFunction):
-    """`attention_backward`. Its derivative is total: it goes through out and lse too, which are functions of x."""
+    """`attention_backward`. Its derivative is total: it goes through out and stats too, which are functions of x."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
@@ -137,26 +137,26 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple:
-        *problem, dout, dlse = ctx.saved_tensors
+        *problem, dout, dstats = ctx.saved_tensors
         ops.require_float64(problem[0])
         grads = ops.attention_double_backward(
-            *problem, *ctx.numbers, *_tangents(tangents, _arrays(problem)), dout, dlse)
+            *problem, *ctx.numbers, *_tangents(tangents, _arrays(problem)), dout, dstats)
         needs = [ctx.needs_input_grad[i] for i in (*_ARRAYS, 12, 13)]
-        gq, gk, gv, gbias, gdout, gdlse = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return gq, gk, gv, None, gbias, *[None] * 7, gdout, gdlse, None, None
+        *of_x, of_dout, of_dstats = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        return *of_x[:3], None, of_x[3], *[None] * 7, of_dout, of_dstats, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple:
         with ctx.call.modes():
-            *problem, out, lse, dout, dlse = _primals(ctx.saved_tensors)
+            *problem, out, stats, dout, dstats = _primals(ctx.saved_tensors)
             _require_forward_mode(problem[0])
-            t_dout, t_dlse = tangents[12:14]
+            t_dout, t_dstats = tangents[12:14]
             of_x = _tangents(_arrays(tangents), _arrays(problem))
             terms = []
             if any(t is not None for t in of_x):
-                terms.append(ops.attention_double_backward(*problem, *ctx.numbers, *of_x, dout, dlse)[:4])
-            if t_dout is not None or t_dlse is not None:
-                terms.append(ops.attention_backward(*problem, *ctx.numbers, out, lse, t_dout, t_dlse, ctx.needs))
+                terms.append(ops.attention_double_backward(*problem, *ctx.numbers, *of_x, dout, dstats)[:4])
+            if t_dout is not None or t_dstats is not None:
+                terms.append(ops.attention_backward(*problem, *ctx.numbers, out, stats, t_dout, t_dstats, ctx.needs))
             return tuple(_sum([term[i] for term in terms], x) if needed else problem[0].new_zeros((0,))
                          for i, (needed, x) in enumerate(zip(ctx.needs, _arrays(problem), strict=True)))
 

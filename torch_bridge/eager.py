@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
         problem, ctx.numbers = args[:6], args[6:]
-        out, ctx.lse = ops.exchange().attend_saving(problem, ctx.numbers)
+        out, ctx.stats = ops.exchange().attend_saving(problem, ctx.numbers)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*problem, out)
         return out
@@ -75,9 +75,9 @@ class _Attention(torch.autograd.Function):
         flags, crossing = ctx.needs_input_grad, ops.exchange()
         needs = (flags[0], flags[1], flags[2], flags[4])
         if torch.is_grad_enabled() or not _is_plain((*problem, out, dout)):  # second derivatives, batches of dout
-            lse = crossing.lse_tensor(ctx.lse, out)
-            grads = ops.attention_backward(*problem, *ctx.numbers, out, lse, dout, None, list(needs))
+            stats = crossing.stats_tensor(ctx.stats, out)
+            grads = ops.attention_backward(*problem, *ctx.numbers, out, stats, dout, None, list(needs))
         else:
-            grads = crossing.gradients(problem, ctx.numbers, (out, ctx.lse), dout, needs)
+            grads = crossing.gradients(problem, ctx.numbers, (out, ctx.stats), dout, needs)
         dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dq, dk, dv, None, dbias, None, None, None, None, None

@@ -27,7 +27,7 @@ from pallas_flash.spec import AttentionSpec, Layout, Operands
 from torch_bridge import context, lifetime, streams, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
-           "gradients", "jax_device", "lse_tensor", "plan_for"]
+           "gradients", "jax_device", "stats_tensor", "plan_for"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     device: jax.Device
     out_strides: tuple[int, int, int, int]  # of (batch, heads, length, dim)
     grad_strides: tuple[tuple[int, ...] | None, ...]  # of dq, dk, dv, dbias
-    forward: "_Variants"  # of arrays, by whether lse is needed
+    forward: "_Variants"  # of arrays, by whether stats is needed
     backward: "_Variants"  # of arrays, by which gradients are needed and which cotangents given
 
     @property
@@ -181,25 +181,25 @@ class _Variants(dict[Any, Callable[..., Any]]):
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
 def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
-    def attention(needs_lse: bool, *arrays: Any) -> Any:
-        out, lse = autodiff.forward(spec, name, _operands(spec, arrays)[0])
-        return (out, lse) if needs_lse else (out,)
+    def attention(needs_stats: bool, *arrays: Any) -> Any:
+        out, stats = autodiff.forward(spec, name, _operands(spec, arrays)[0])
+        return (out, stats) if needs_stats else (out,)
     return _Variants(attention, where)
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
 def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
     def gradients(needs: tuple[bool, ...], *arrays: Any) -> Any:
-        operands, (out, *cotangents, lse) = _operands(spec, arrays)
-        dout, dlse = _cotangents(cotangents, needs[4:], out, lse)
-        grads = autodiff.backward(spec, name, operands, out, lse, dout, dlse)
+        operands, (out, *cotangents, stats) = _operands(spec, arrays)
+        dout, dstats = _cotangents(cotangents, needs[4:], out, stats)
+        grads = autodiff.backward(spec, name, operands, out, stats, dout, dstats)
         return tuple(grad for grad, needed in zip(grads, needs[:4], strict=True) if needed)
     return _Variants(gradients, where)
 
 
-def _cotangents(given: Sequence[Any], present: Sequence[bool], out: Any, lse: Any) -> list[Any]:
+def _cotangents(given: Sequence[Any], present: Sequence[bool], out: Any, stats: Any) -> list[Any]:
     rest = iter(given)
-    return [next(rest) if there else jnp.zeros_like(like) for there, like in zip(present, (out, lse), strict=True)]
+    return [next(rest) if there else jnp.zeros_like(like) for there, like in zip(present, (out, stats), strict=True)]
 
 
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
@@ -312,13 +312,15 @@ def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor
 # --- what the operators call -----------------------------------------------------------------------------------------
 
 
-def forward(problem: Problem, numbers: Numbers, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (batch, q_heads, q_len, d_v), stored as query is, and lse (batch, q_heads, q_len), or (0,) if not needed."""
+def forward(problem: Problem, numbers: Numbers, needs_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (batch, q_heads, q_len, d_v), stored as query is, and what the backward needs of each row: stats
+    (batch, q_heads, 2, q_len), or (0,) if not needed.
+    """
     query = problem[0]
-    if not needs_lse:
-        return attend(problem, numbers), query.new_empty((0,), dtype=strides.lse_dtype(query))
-    out, lse = attend_saving(problem, numbers, num_kept=0)
-    return out, lse
+    if not needs_stats:
+        return attend(problem, numbers), query.new_empty((0,), dtype=strides.stats_dtype(query))
+    out, stats = attend_saving(problem, numbers, num_kept=0)
+    return out, stats
 
 
 def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
@@ -330,16 +332,16 @@ def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
 
 
 def attend_saving(problem: Problem, numbers: Numbers, num_kept: int = 1) -> tuple[torch.Tensor, Any]:
-    """`forward`'s out, and its lse as an array of JAX (a tensor if nothing is kept) for `gradients`."""
+    """`forward`'s out, and its stats as an array of JAX (a tensor if nothing is kept) for `gradients`."""
     _check_place(problem[0])
     plan = plan_for(problem, numbers)
-    out, lse = _run(plan, plan.forward[True], problem[:3], problem[3:], num_kept=num_kept)
-    return _with_strides(_in_layout(out, plan.layout), plan.out_strides), lse
+    out, stats = _run(plan, plan.forward[True], problem[:3], problem[3:], num_kept=num_kept)
+    return _with_strides(_in_layout(out, plan.layout), plan.out_strides), stats
 
 
-def lse_tensor(lse: jax.Array, like: torch.Tensor) -> torch.Tensor:
-    """`attend_saving`'s lse as a tensor, on the device of `like`."""
-    (tensor,) = _tensors((lse,), like)
+def stats_tensor(stats: jax.Array, like: torch.Tensor) -> torch.Tensor:
+    """`attend_saving`'s stats as a tensor, on the device of `like`."""
+    (tensor,) = _tensors((stats,), like)
     return tensor
 
 
@@ -349,20 +351,20 @@ def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor]
 
     Args:
       problem, numbers: the forward's.
-      results: its out and lse.
-      cotangents: dout and dlse; None is zero.
+      results: its out and stats.
+      cotangents: dout and dstats; None is zero.
       needs: which gradients are needed.
     """
-    out, lse = results
-    grads = _gradients(problem, numbers, out, (*cotangents, lse), (), (*needs, *(x is not None for x in cotangents)))
+    out, stats = results
+    grads = _gradients(problem, numbers, out, (*cotangents, stats), (), (*needs, *(x is not None for x in cotangents)))
     return tuple(problem[0].new_empty((0,)) if grad is None else grad for grad in grads)
 
 
 def gradients(problem: Problem, numbers: Numbers, results: tuple[torch.Tensor, jax.Array], dout: torch.Tensor,
               needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
     """`backward` with the results of `attend_saving`; None in place of the gradients that are not needed."""
-    out, lse = results
-    return _gradients(problem, numbers, out, (dout,), (lse,), (*needs, True, False))
+    out, stats = results
+    return _gradients(problem, numbers, out, (dout,), (stats,), (*needs, True, False))
 
 
 def _gradients(problem: Problem, numbers: Numbers, out: torch.Tensor, others: Sequence[torch.Tensor | None],
@@ -371,8 +373,8 @@ def _gradients(problem: Problem, numbers: Numbers, out: torch.Tensor, others: Se
 
     Args:
       problem, numbers, out: the forward's.
-      others, known: dout, dlse and lse in this order: tensors, arrays.
-      needs: which gradients are needed, and which of dout and dlse are given.
+      others, known: dout, dstats and stats in this order: tensors, arrays.
+      needs: which gradients are needed, and which of dout and dstats are given.
     """
     _check_place(problem[0])
     plan = plan_for(problem, numbers)
@@ -397,10 +399,10 @@ def double_backward(problem: Problem, numbers: Numbers, tangents: Sequence[torch
     Args:
       problem, numbers: the forward's.
       tangents: cotangents of dq, dk, dv, dbias; None is zero.
-      cotangents: dout and dlse, as `backward` had them.
+      cotangents: dout and dstats, as `backward` had them.
 
     Returns:
-      Gradients of query, key, value, bias, dout, dlse; (0,) for those that are None.
+      Gradients of query, key, value, bias, dout, dstats; (0,) for those that are None.
     """
     query, bias = problem[0], problem[4]
     _check_place(query)
@@ -433,8 +435,8 @@ def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants
                 full[i] = x
             problem = operands._replace(q=full[0], k=full[1], v=full[2], bias=full[3])
             results = autodiff.forward(spec, "reference", problem)
-            dout, dlse = (jnp.zeros_like(y) if x is None else x for x, y in zip(full[4:], results, strict=True))
-            return [x for x in autodiff.backward(spec, "reference", problem, *results, dout, dlse) if x is not None]
+            dout, dstats = (jnp.zeros_like(y) if x is None else x for x, y in zip(full[4:], results, strict=True))
+            return [x for x in autodiff.backward(spec, "reference", problem, *results, dout, dstats) if x is not None]
         grads, vjp = jax.vjp(first, *(inputs[i] for i in places))
         wanted = [x for x, operand in zip(tangents, operands[:4], strict=True) if operand is not None]
         return vjp([jnp.zeros_like(g) if x is None else x for x, g in zip(wanted, grads, strict=True)])

@@ -1,6 +1,6 @@
 """The operators: schemas, fake versions and vmap rules, all registered at import and without importing JAX.
 
-    pallas_flash::attention                  (out, lse)
+    pallas_flash::attention                  (out, stats): of each row lse and its rest, which the backward needs
     pallas_flash::attention_backward         (dq, dk, dv, dbias)
     pallas_flash::attention_double_backward  the derivative of that; float64 only
     pallas_flash::dropout_seed               two numbers from torch's generator
@@ -8,7 +8,7 @@
 How they are differentiated: derivatives.py.
 
 Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for
-(lse, or a gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that
+(stats, or a gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that
 computes.
 """
 
@@ -27,11 +27,11 @@ NAMESPACE = "pallas_flash"
 PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? seed"
 NUMBERS = "SymInt? causal_offset, float? scale, float dropout_p, bool deterministic"
 SCHEMAS = {
-    "attention": f"({PROBLEM}, {NUMBERS}, bool needs_lse) -> (Tensor, Tensor)",
-    "attention_backward": f"({PROBLEM}, {NUMBERS}, Tensor out, Tensor lse, Tensor? dout, Tensor? dlse, bool[] needs)"
-                          " -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention": f"({PROBLEM}, {NUMBERS}, bool needs_stats) -> (Tensor, Tensor)",
+    "attention_backward": f"({PROBLEM}, {NUMBERS}, Tensor out, Tensor stats, Tensor? dout, Tensor? dstats,"
+                          " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_double_backward": f"({PROBLEM}, {NUMBERS}, Tensor? ddq, Tensor? ddk, Tensor? ddv, Tensor? ddbias,"
-                                 " Tensor? dout, Tensor? dlse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                                 " Tensor? dout, Tensor? dstats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "dropout_seed": "(Tensor like, SymInt[] lead) -> Tensor",
 }
 
@@ -65,16 +65,16 @@ def _is_empty(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_empty(args[0], args[2]):
-        out, lse = _fake_attention(*args)
-        return out.zero_(), lse.fill_(-torch.inf)
+        out, stats = _fake_attention(*args)
+        return out.zero_(), stats.fill_(-torch.inf)
     return exchange().forward(args[:6], args[6:10], args[10])
 
 
 def _attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    *_, dout, dlse, needs = args
-    if _is_empty(args[0], args[2]) or (dout is None and dlse is None):
+    *_, dout, dstats, needs = args
+    if _is_empty(args[0], args[2]) or (dout is None and dstats is None):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    return exchange().backward(args[:6], args[6:10], args[10:12], (dout, dlse), needs)
+    return exchange().backward(args[:6], args[6:10], args[10:12], (dout, dstats), needs)
 
 
 def _attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -116,9 +116,10 @@ def _gradients(tensors: Sequence[torch.Tensor | None], needs: Sequence[bool]) ->
 
 
 def _fake_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    query, _, value, *_, needs_lse = args
+    query, _, value, *_, needs_stats = args
     out = query.new_empty_strided((*query.shape[:3], value.shape[3]), strides.like_query(query, value.shape[3]))
-    return out, query.new_empty(query.shape[:3] if needs_lse else (0,), dtype=strides.lse_dtype(query))
+    stats = (*query.shape[:2], 2, query.shape[2]) if needs_stats else (0,)
+    return out, query.new_empty(stats, dtype=strides.stats_dtype(query))
 
 
 def _fake_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -127,8 +128,8 @@ def _fake_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    query, key, value, _, bias, *_, dout, dlse = args
-    tensors = (query, key, value, bias, dout, dlse)
+    query, key, value, _, bias, *_, dout, dstats = args
+    tensors = (query, key, value, bias, dout, dstats)
     return tuple(_gradients(tensors, [tensor is not None for tensor in tensors]))
 
 
@@ -178,9 +179,9 @@ def _vmap_attention(info: Any, in_dims: tuple, *args: Any) -> tuple:
     if args[5] is not None:
         return _one_by_one(attention, size, args), (0, 0)
     batch = args[0].shape[1]
-    out, lse = attention(*(_into_batch(arg, batch) for arg in args))
-    lse = lse.expand(size, 0) if lse.dim() == 1 else lse.unflatten(0, (size, batch))
-    return (out.unflatten(0, (size, batch)), lse), (0, 0)
+    out, stats = attention(*(_into_batch(arg, batch) for arg in args))
+    stats = stats.expand(size, 0) if stats.dim() == 1 else stats.unflatten(0, (size, batch))
+    return (out.unflatten(0, (size, batch)), stats), (0, 0)
 
 
 def _vmap_attention_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:

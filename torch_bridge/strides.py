@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dense", "is_heads_inside", "like_query", "lse_dtype", "same_memory"]
+__all__ = ["dense", "is_heads_inside", "like_query", "stats_dtype", "same_memory"]
 
 
 def is_heads_inside(tensor: torch.Tensor) -> bool:
@@ -36,7 +36,7 @@ def like_query(query: torch.Tensor, d_v: int) -> tuple[int, int, int, int]:
     return dense((*query.shape[:3], d_v), is_heads_inside(query))
 
 
-def lse_dtype(query: torch.Tensor) -> torch.dtype:
+def stats_dtype(query: torch.Tensor) -> torch.dtype:
     """The dtype in which the logarithms of the row sums are kept."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 

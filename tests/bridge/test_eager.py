@@ -150,11 +150,11 @@ def test_a_checkpoint_recomputes(dispatched):
 def test_what_is_saved_goes_with_the_graph():
     q, k, v = qkv(SHAPE, SHAPE, SHAPE)
     out = OURS(q, k, v)
-    lse = weakref.ref(out.grad_fn.lse)
-    assert isinstance(out.grad_fn, eager._Attention._backward_cls) and lse() is not None
+    stats = weakref.ref(out.grad_fn.stats)
+    assert isinstance(out.grad_fn, eager._Attention._backward_cls) and stats() is not None
     del out
     gc.collect()
-    assert lse() is None
+    assert stats() is None
 
 
 @pytest.mark.parametrize("is_dispatched", [False, True])

@@ -123,12 +123,12 @@ def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     import jax.numpy as jnp
 
     from pallas_flash import device, masks, spec
-    x, lse = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 512), jnp.float32)
+    x, stats = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 2, 512), jnp.float32)
     problem = spec.AttentionSpec.of(x, x, x, layout=layout, mask=masks.Full() & masks.Causal(0))
     where = jax.devices("cpu")[0]
     programs = [(exchange._jitted_forward(problem, "hopper", where)[True], (x, x, x)),
                 (exchange._jitted_backward(problem, "hopper", where)[True, True, True, False, True, False],
-                 (x, x, x, x, x, lse))]
+                 (x, x, x, x, x, stats))]
     for function, arguments in programs:
         with device.assume(device.H100):
             text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

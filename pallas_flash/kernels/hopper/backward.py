@@ -13,19 +13,20 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any,
+def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any,
              schedule: BackwardSchedule | None = None) -> Gradients:
     """Cotangents of q, k and v.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
-      lse, dlse: (batch, q_heads, q_len) float32.
+      stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
+        (`spec.stats_shape`), float32.
     """
     schedule = schedule or schedules.default_backward(spec)
     q = operands.q
     if schedules.may_have_idle_queries(spec):
-        q, dout = (_without_idle_queries(spec, x, lse) for x in (q, dout))
-    stats, *sums = backward_small.launch_prepare(spec, schedule)(out, dout, lse, dlse)
+        q, dout = (_without_idle_queries(spec, x, stats[:, :, 0]) for x in (q, dout))
+    stats, *sums = backward_small.launch_prepare(spec, schedule)(out, dout, stats, dstats)
     arrays = q, operands.k, operands.v, dout, stats
     if schedule.fused:
         return _fused(spec, schedule, arrays, sums)

@@ -21,8 +21,10 @@ from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
+from pallas_flash.kernels.hopper.backward_tiles import Statistics
 from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.scores import largest, may_be_large
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
@@ -52,8 +54,9 @@ class Rows(NamedTuple):
 
     warpgroup: Any
     first: Any  # position
-    lse: Any  # (64,): where the scores start, or lse log2(e)
+    lse_log2: Any  # (64,)
     delta: Any  # (64,): -delta
+    large: Any  # whether some are large (`scores`); None if none ever is
 
     def own(self, block: Block, name: str) -> Any:
         """The warpgroup's queries or douts, (chunks, 64, 64)."""
@@ -100,20 +103,38 @@ def load_role(block: Block) -> None:
             load_ring(block, "v", s.v_stages)
 
 
+def statistic(block: Block, first: Any, row: Statistics) -> Any:
+    """A row of the statistics of the 64 queries from `first` on: (64,)."""
+    stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS)]
+    return plgpu.load(stats, layout=products.ROWS, optimized=False)
+
+
+def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
+    """Whether a query of 64 is large: the same in a warp, so not a branch around products."""
+    if not may_be_large(spec):
+        return None
+    size = jnp.abs(lse_log2)
+    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), products.ROWS)  # not IDLE
+
+
+def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
+    """Exponents, (64, columns) or (64,), exact."""
+    rounding = statistic(block, rows.first, Statistics.ROUNDING)
+    return y + (across(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
+
+
 def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     """What dP is multiplied with."""
     spec, schedule, tiles = block.spec, block.schedule, block.kv_tiles
-    first = rows.first, kv_tile * schedule.block_kv
-    mask = functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1)
-
-    def hide(s: Any) -> Any:
-        if not schedules.dq_work(spec, schedule).partial:
-            return s
+    first, partial = (rows.first, kv_tile * schedule.block_kv), None
+    if schedules.dq_work(spec, schedule).partial:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
-        return lax.cond(partial, mask, lambda s: s, s)
-
-    lse_log2 = lambda: across(rows.lse, schedule.block_kv)
-    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, hide)
+    corrections = grad_tiles.Corrections(
+        partial, rows.large,
+        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1),
+        functools.partial(without_rounding, block, rows))
+    lse_log2 = across(rows.lse_log2, schedule.block_kv)
+    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
     if schedule.pinned:
         barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)
     return p
@@ -131,11 +152,9 @@ def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any,
     """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
-    at_lse = grad_tiles.starts_at_lse(spec)
-    from_lse = grad_products.spread_rows(rows.lse, s.block_kv) if at_lse else products.zeros(s.block_kv)
     from_delta = grad_products.spread_rows(rows.delta, s.block_kv)
     plgpu.barrier_wait(bars["k_full"].at[slot])
-    scores = grad_products.scores(from_lse, rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
+    scores = products.scores(rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
     if last is not None:
         dq = products.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
@@ -179,7 +198,7 @@ def repaired(block: Block, rows: Rows, dq: Any) -> Any:
     """
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
-    hopeless = across(jnp.isnan(rows.lse), block.spec.d)
+    hopeless = across(jnp.isnan(rows.lse_log2), block.spec.d)
     spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
     return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
 
@@ -194,8 +213,9 @@ def again(block: Block, rows: Rows) -> Any:
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
     def add(first: int, position: Any, acc: Any) -> Any:
-        start = rows.lse if grad_tiles.starts_at_lse(spec) else 0.0
-        _, p = grad_tiles.weights(spec, start + own.dot("q", "k", spec.d, position), lambda: rows.lse, lambda s: s)
+        exact = functools.partial(without_rounding, block, rows)
+        corrections = grad_tiles.Corrections(None, rows.large, lambda y: y, exact)
+        _, p = grad_tiles.weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, corrections)
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = mask.keep(products.positions(columns, 0, rows.first), position)
@@ -215,9 +235,8 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     first = block.q_tile * s.block_q + warpgroup * ROWS
-    stats = block.gmem["stats"].at[block.batch, block.head, :, pl.ds(first, ROWS)]
-    lse, delta = (plgpu.load(stats.at[i], layout=products.ROWS, optimized=False) for i in range(2))
-    rows = Rows(warpgroup, first, lse, delta)
+    lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
+    rows = Rows(warpgroup, first, lse_log2, delta, any_large(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, products.TILE))

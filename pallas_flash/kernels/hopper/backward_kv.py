@@ -28,8 +28,9 @@ from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.backward_tiles import Walk
+from pallas_flash.kernels.hopper.backward_tiles import LOADED, Walk
 from pallas_flash.kernels.hopper.backward_turns import add_dq, hand_dq_over
+from pallas_flash.kernels.hopper.backward_weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
@@ -54,6 +55,7 @@ class Step(NamedTuple):
     """One query tile, for one query head."""
 
     index: Any  # how many steps came before it
+    head: Any
     tile: Any
 
     def slot(self, slots: int) -> Any:
@@ -82,7 +84,7 @@ def load(block: Block) -> None:
 
             grad_tiles.load_tile(spec, gmem[name], place, smem[name].at[slot], full)
             if stats:
-                source = gmem["stats"].at[block.batch, head, :, pl.ds(tile * s.block_q, s.block_q)]
+                source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
                 plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)
 
         load_next("q", True)
@@ -117,44 +119,15 @@ def own_rows(block: Block, name: str, warpgroup: Any) -> Any:
     return block.smem[name].at[:, pl.ds(index * ROWS, ROWS)]
 
 
-def starts(block: Block, slot: Any) -> tuple[Any, Any]:
-    """What S^T and dP^T of a slot start from. The slot's query, and its statistics, must have come."""
-    lse, delta = (plgpu.load(block.smem["stats"].at[slot, i], layout=products.COLUMNS) for i in range(2))
-    if grad_tiles.starts_at_lse(block.spec):
-        return grad_products.spread_columns(lse), grad_products.spread_columns(delta)
-    return products.zeros(block.schedule.block_q), grad_products.spread_columns(delta)
-
-
-def issue_scores(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
-    """S^T of a slot, in flight."""
-    return grad_products.scores(start, own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
+def issue_scores(block: Block, warpgroup: Any, slot: Any) -> Any:
+    """K Q^T of a slot, in flight."""
+    return products.scores(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
 
 
 def issue_dp(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
     """dP^T - delta of a slot, in flight."""
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     return grad_products.scores(start, own_rows(block, "v", warpgroup), block.smem["dout"].at[slot], block.spec.d_v)
-
-
-def tile_weights(block: Block, warpgroup: Any, step: Step, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
-    """P^T and what dP^T is multiplied with, from S^T; times 2^shift."""
-    spec, schedule = block.spec, block.schedule
-    first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
-    mask = functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=0)
-
-    def hide(s: Any) -> Any:
-        if not schedules.kv_work(spec, schedule).partial:
-            return s
-        return lax.cond(block.walk.partial(step.tile), mask, lambda s: s, s)
-
-    def lse_log2() -> Any:
-        stats = plgpu.load(block.smem["stats"].at[step.slot(schedule.num_stages), 0], layout=products.COLUMNS)
-        return lax.broadcast_in_dim(stats, (ROWS, schedule.block_q), [1])
-
-    p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, hide, shift)
-    if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
-    return p, slope
 
 
 def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
@@ -208,10 +181,10 @@ def weights_in_turn(block: Block, warpgroup: Any, step: Step) -> Weights:
     """The weights of a step's tile; nothing is left in flight."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
-    from_lse, from_delta = starts(block, slot)
-    s = issue_scores(block, warpgroup, slot, from_lse)
+    lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
+    s = issue_scores(block, warpgroup, slot)
     dp = issue_dp(block, warpgroup, slot, from_delta)
-    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1))
+    p, slope = tile_weights(block, warpgroup, step, lse, products.ready(s, 1))
     ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
     return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
@@ -235,7 +208,7 @@ def gradients_in_turn(block: Block, warpgroup: Any) -> tuple[Any, Any]:
     """dk and dv of a compute warpgroup."""
     def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         at, dk, dv = carry
-        dk, dv = step_in_turn(block, warpgroup, Step(i, at[1]), dk, dv)
+        dk, dv = step_in_turn(block, warpgroup, Step(i, *at), dk, dv)
         return block.walk.next(*at), dk, dv
 
     start = block.walk.first, products.zeros(block.spec.d), products.zeros(block.spec.d_v)
@@ -255,7 +228,7 @@ def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
 
 def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
     """One step, and dq of the step before (`late`), whose dS the other warpgroups wrote long ago: nobody waits."""
-    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), Step(step.index - 1, None)
+    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), Step(step.index - 1, None, None)
     w = weights_in_turn(block, warpgroup, step)
     hand_ds_over(block, warpgroup, step, w.ds)
     dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
@@ -277,14 +250,14 @@ def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
 
     def run() -> tuple[Any, Any]:
         sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
-        sums = step_with_late_dq(block, warpgroup, Step(jnp.int32(0), first[1]), False, *sums)
+        sums = step_with_late_dq(block, warpgroup, Step(jnp.int32(0), *first), False, *sums)
 
         def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             at, sums = carry
-            return walk.next(*at), step_with_late_dq(block, warpgroup, Step(i, at[1]), True, *sums)
+            return walk.next(*at), step_with_late_dq(block, warpgroup, Step(i, *at), True, *sums)
 
         _, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), sums))
-        last = Step(walk.steps - 1, None)
+        last = Step(walk.steps - 1, None, None)
         finish_late_dq(block, warpgroup, last, products.ready(issue_late_dq(block, warpgroup, last), 0))
         return sums
 
@@ -319,12 +292,12 @@ def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
     spec, slots = block.spec, block.schedule.num_stages
     slot, before = step.slot(slots), rem(step.index + slots - 1, slots)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
-    from_lse, from_delta = starts(block, slot)
-    s = issue_scores(block, warpgroup, slot, from_lse)
+    lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
+    s = issue_scores(block, warpgroup, slot)
     if last is not None:
         sums = multiply_weights(block, last, before, *sums)
     dp = issue_dp(block, warpgroup, slot, from_delta)
-    p, slope = tile_weights(block, warpgroup, step, products.ready(s, 1 if last is None else 3))
+    p, slope = tile_weights(block, warpgroup, step, lse, products.ready(s, 1 if last is None else 3))
     ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
     if last is not None:
         free_slot(block, before)
@@ -340,11 +313,11 @@ def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
 
     def run() -> tuple[Any, Any]:
         sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
-        w, sums = step_behind(block, warpgroup, Step(jnp.int32(0), first[1]), None, sums)
+        w, sums = step_behind(block, warpgroup, Step(jnp.int32(0), *first), None, sums)
 
         def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             at, w, sums = carry
-            return walk.next(*at), *step_behind(block, warpgroup, Step(i, at[1]), w, sums)
+            return walk.next(*at), *step_behind(block, warpgroup, Step(i, *at), w, sums)
 
         _, w, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), w, sums))
         slot = rem(walk.steps - 1, block.schedule.num_stages)
@@ -435,7 +408,8 @@ def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> B
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout and the padded statistics, and in the fused form of one more.
+    """The kernel of a spec: a function of q, k, v, dout, the statistics that `backward_small` makes, and in the
+    fused form of one more.
 
     It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
     dq's float32 sums (`schedules.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
@@ -445,7 +419,8 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
     fused, ordered = schedule.dq != "none", schedule.ordered
 
     def attention_backward_kv(*refs: Any) -> None:
-        names = ["q", "k", "v", "dout", "stats", *["turns" if ordered else "dq"] * fused, "dk", "dv", *["dq"] * ordered]
+        last = ["turns"] * ordered or ["dq"] * fused
+        names = ["q", "k", "v", "dout", "stats", *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")

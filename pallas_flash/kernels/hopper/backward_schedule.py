@@ -48,6 +48,8 @@ class KvSchedule:
         last, in ascending order.
       order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
       pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
+      apart: tiles that need a mask, or exact exponents, have exponentials of their own: no branch stands between the
+        exponents and the exponentials of the others.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
     """
 
@@ -62,6 +64,7 @@ class KvSchedule:
     order: Literal["in turn", "behind"] = "in turn"
     pinned: bool = True
     opaque: bool = True
+    apart: bool = False
     section_bytes: int = 32 << 20
 
     @property
@@ -97,6 +100,7 @@ class SplitSchedule:
     ordered = False
     longest_last = 0
     pinned = False
+    apart = False
     registers = (240, 24)
 
 
@@ -294,7 +298,7 @@ def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
     if spec.d == 64:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
     else:  # unpinned it would spill with a soft cap
-        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped)
+        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True)
     ordered = _in_turns(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered

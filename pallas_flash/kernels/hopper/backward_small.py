@@ -12,46 +12,57 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
-from pallas_flash.kernels.hopper import products
+from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.backward_tiles import Statistics
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.scores import largest, may_be_large, score_unit
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish", "launch_prepare"]
 
 
-def starts(spec: AttentionSpec, lse: Any, delta: Any) -> tuple[Any, Any]:
-    """Where the scores and dP of each query start (see `backward_tiles`).
+def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Statistics, Any]:
+    """The backward's statistics of 64 queries, from the forward's, each (64,). A barrier of the warpgroup.
 
     Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
     finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
     are set to 0 afterwards, dP is not.
     """
-    nothing = lse == -jnp.inf
-    known = jnp.abs(delta) < jnp.inf
-    lse, delta = jnp.where(known, lse, jnp.nan), jnp.where(known, delta, 0.0)
-    if grad_tiles.starts_at_lse(spec):
-        start = jnp.where(nothing, -jnp.inf, lse * (-1 / spec.scale))
-    else:
-        start = jnp.where(nothing, jnp.inf, lse * softmax.LOG2E)
-    return start, jnp.where(nothing, 0.0, -delta)
+    nothing, known, unit = lse == -jnp.inf, jnp.abs(delta) < jnp.inf, score_unit(spec)
+    lse = jnp.where(known, lse, jnp.nan)
+    lse_log2 = grad_tiles.with_mark(jnp.where(nothing, grad_tiles.IDLE, lse * softmax.LOG2E), any_large(spec, lse))
+    reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
+    rounding = barriers.multiply_add(reference, -unit, lse_log2, products.ROWS) - rest * unit
+    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
+            Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
+
+
+def any_large(spec: AttentionSpec, lse: Any) -> Any:
+    """Whether a query of 64 is large. A barrier of the warpgroup."""
+    if not may_be_large(spec):
+        return jnp.bool_(False)
+    size = jnp.abs(lse)
+    large = (size * softmax.LOG2E > largest(spec)) & (size < jnp.inf)
+    marks = jnp.where(large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
+    return barriers.any_nonfinite_in_warpgroup(marks, products.ROWS)
 
 
 def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[..., tuple[jax.Array, ...]]:
     """The kernel that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
 
-    It is a function of out, dout (the spec's layout), lse and dlse (batch, q_heads, q_len); it returns the statistics,
-    (batch, q_heads, 2, padded length) float32, and zeros for dq's float32 sums where blocks add to them in any order.
+    It is a function of out, dout (the spec's layout), the forward's statistics and their cotangent; it returns the
+    backward's statistics (`Statistics`), and zeros for dq's float32 sums where blocks add to them in any order.
     """
     padded, columns = schedule.padded_q(spec), chunks(spec.d_v)
     count = padded // ROWS
-    shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, 2, padded)]
+    shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, len(Statistics), padded)]
     if schedule.fused and not schedule.kv.ordered:
         assert isinstance(schedule.kv, KvSchedule)
         shapes.append(schedules.dq_acc_shape(spec, schedule.kv))
 
-    def attention_backward_prepare(out: Any, dout: Any, lse: Any, dlse: Any, stats: Any, *rest: Any) -> None:
-        *sums, smem, full = rest
+    def attention_backward_prepare(out: Any, dout: Any, saved: Any, dsaved: Any, *refs: Any) -> None:
+        stats, *sums, smem, full = refs
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS
@@ -59,13 +70,15 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
             grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
         if sums:
             zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
-        lse_i = products.load_row_stats(lse, head, first, spec.q_len, -jnp.inf)
-        dlse_i = products.load_row_stats(dlse, head, first, spec.q_len, 0.0)
+        lse = products.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
+        rest = products.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
+        dlse = products.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
         plgpu.barrier_wait(full)
         chunk = lambda i, c: products.load_chunks(smem.at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
-        delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse_i
-        for i, x in enumerate(starts(spec, lse_i, delta)):
-            products.store_row_stats(x, stats, 2 * head + i, first, padded)
+        delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse
+        store = lambda row, x: products.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
+        for row, x in statistics(spec, lse, rest, delta).items():
+            store(row, x)
 
     kernel = plgpu.kernel(
         attention_backward_prepare, out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),

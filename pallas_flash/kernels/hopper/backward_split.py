@@ -23,6 +23,7 @@ from pallas_flash.kernels.hopper import backward_kv as kv
 from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
+from pallas_flash.kernels.hopper import backward_weights as weights
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper.backward_bad_keys import without_bad_rows
 from pallas_flash.kernels.hopper.backward_kv import Block, Step
@@ -41,16 +42,9 @@ def whole(block: Block, name: str) -> Any:
     return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
 
 
-def start_of(block: Block, row: int, slot: Any) -> Any:
-    """Where the scores (row 0) or dP (row 1) of a slot start."""
-    stats = plgpu.load(block.smem["stats"].at[slot, row], layout=products.COLUMNS)
-    return grad_products.spread_columns(stats)
-
-
 def scores(block: Block, slot: Any) -> Any:
-    """Issues S^T of a slot, whose query must have come."""
-    start = start_of(block, 0, slot) if grad_tiles.starts_at_lse(block.spec) else products.zeros(block.schedule.block_q)
-    return grad_products.scores(start, whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
+    """Issues K Q^T of a slot, whose query must have come."""
+    return products.scores(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
 def hand_p_over(block: Block, step: Step, p: Any) -> None:
@@ -69,9 +63,9 @@ def free(block: Block, name: str, slot: Any) -> None:
     plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
-def weights_of(block: Block, step: Step, s: Any) -> Any:
+def weights_of(block: Block, step: Step, lse: weights.Lse, s: Any) -> Any:
     """P^T of a tile's scores in the input's type, and handed over."""
-    p, slope = kv.tile_weights(block, 0, step, s, SHIFT)
+    p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
     return p.astype(block.spec.dtype)
 
@@ -93,9 +87,10 @@ def dv_step(block: Block, step: Step, dv: Any) -> Any:
     """S^T, P^T and dv of a tile."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
+    lse = weights.lse_of(block, slot)
     s = products.ready(scores(block, slot), 0)
     free(block, "q", slot)
-    p = weights_of(block, step, s)
+    p = weights_of(block, step, lse, s)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     dv = products.ready(products.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
     free(block, "dout", slot)
@@ -106,7 +101,7 @@ def dk_step(block: Block, step: Step, dk: Any) -> Any:
     """dP^T, dS^T and dk of a tile."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
-    start = start_of(block, 1, slot)
+    start = weights.start_of_dp(block, slot)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
     ds = take_ds(block, step, dp)
@@ -122,7 +117,7 @@ def gradient(block: Block, warpgroup: int) -> Any:
 
     def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         at, acc = carry
-        return block.walk.next(*at), one_step(block, Step(i, at[1]), acc)
+        return block.walk.next(*at), one_step(block, Step(i, *at), acc)
 
     start = block.walk.first, grad_products.zeros(columns)
     return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], products.TILE)
@@ -165,12 +160,12 @@ def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict
 
 
 def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dk and dv."""
+    """The kernel of a spec: a function of q, k, v, dout, and statistics; it returns dk and dv."""
     smem, bars = scratch(spec, schedule)
 
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
-        gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays))
+        gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
         block = kv.block_of(spec, schedule, (gmem, smem, bars))
         warpgroup = lax.axis_index("warpgroup")
         for i in range(2):
@@ -182,4 +177,4 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
         attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
         grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
-    return lambda q, k, v, dout, stats: tuple(kernel(q, k, v, dout, stats))
+    return lambda *arrays: tuple(kernel(*arrays))

@@ -1,4 +1,5 @@
-"""What Pallas has no word for on Hopper: named barriers, votes, opaque scalars and pins, as inline PTX.
+"""What Pallas has no word for on Hopper: named barriers, votes, opaque scalars, pins, a fused multiply-add; as inline
+PTX.
 
 Each function is also given a meaning under Pallas' GPU interpret mode (`interpreted()`), where a kernel runs on a CPU:
 barriers that only order work for speed do nothing, votes and opaque values are their plain meaning.
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,7 +24,7 @@ from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
 __all__ = [
     "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
-    "is_interpreted", "moved", "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "is_interpreted", "moved", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
 WARPGROUP = 128
@@ -151,9 +153,30 @@ def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
             values = [arith.addf(a, b) for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
         largest = mgpu.utils.c(3.4e38, ir.F32Type.get())
         flag = arith.cmpf(arith.CmpFPredicate.UGT, math.absf(values[0]), largest)
-        return mgpu.FragmentedArray.splat(_or_in_warpgroup(flag), (), is_signed=False)
+        # ptxas takes a vote for the same in all threads of a warp, and no barrier: a branch on that would diverge.
+        voted = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _or_in_warpgroup(flag), "any")
+        return mgpu.FragmentedArray.splat(voted, (), is_signed=False)
 
     return vote(x)
+
+
+def multiply_add(a: Any, b: float, c: Any, layout: Any) -> Any:
+    """a b + c, rounded once, for float32 arrays of one axis; elsewhere it is the compiler's choice."""
+    if is_interpreted():
+        return a * b + c
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout))
+    def emit(_: Any, a: Any, c: Any) -> Any:
+        f32 = ir.F32Type.get()
+        kind, factor = ir.VectorType.get((1,), f32), mgpu.utils.c(b, f32)
+        registers = np.empty(a.registers.shape, dtype=object)
+        for i, (x, y) in enumerate(zip(a.registers.flat, c.registers.flat)):
+            x, y = (vector.extract(register, [], [0]) for register in (x, y))
+            z = mgpu.utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", x, factor, y, result_types=f32)
+            registers.reshape(-1)[i] = vector.from_elements(kind, [z])
+        return mgpu.FragmentedArray(_registers=registers, _layout=a.layout, _is_signed=None)
+
+    return emit(a, c)
 
 
 def pin(x: Any, layout: Any) -> None:

@@ -29,10 +29,10 @@ def _forward_on(num_sms: int) -> Any:
 
 @vmappable
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
-    """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32."""
+    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32."""
     run = _forward_on(device.current().num_sms)
-    out, lse = partitioned(run, "query key key -> query row", spec, *operands[:3])
-    return out, lse
+    out, stats = partitioned(run, "query key key -> query row", spec, *operands[:3])
+    return out, stats
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,8 +41,8 @@ def _backward(spec: AttentionSpec, q: Any, k: Any, v: Any, *saved: Any) -> tuple
 
 
 @vmappable
-def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
+def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
     """Cotangents of q, k and v, in the spec's layout and dtype."""
     roles = "query key key query row query row -> query key key"
-    dq, dk, dv = partitioned(_backward, roles, spec, *operands[:3], out, lse, dout, dlse)
+    dq, dk, dv = partitioned(_backward, roles, spec, *operands[:3], out, stats, dout, dstats)
     return Gradients(dq, dk, dv)

@@ -20,15 +20,15 @@ Overlap. In a step, S = Q K^T of this key tile and O += P V of the one before ar
 runs while P V is still being multiplied, and while the other warpgroups' products are. With `pingpong`, named barriers
 hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets the others' products.
 
-Numbers. m_i is the row maximum in base 2 (`scale * log2(e)` times the score), l_i (64, 8) a row sum that is still
-spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i may
-stay below the maximum (`forward_softmax`): that cancels in O / l_i, but the largest weight of a row is then rounded
+Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`); l_i (64, 8) a row sum that is
+still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i
+may stay below the maximum (`forward_softmax`): that cancels in O / l_i, but the largest weight of a row is then rounded
 like the others. O is rescaled while the next S is multiplied, before its own P V.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,9 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_load import load
-from pallas_flash.kernels.hopper.forward_repair import again, is_spoiled
+from pallas_flash.kernels.hopper.forward_repair import again, is_spoiled, overflowed
 from pallas_flash.kernels.hopper.forward_softmax import (
+    Maximum,
     Softmax,
     first_softmax,
     is_heavy,
@@ -50,11 +51,11 @@ from pallas_flash.kernels.hopper.forward_softmax import (
     maximum_within,
     next_softmax,
     rescaled,
-    scaled,
 )
 from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.rows_at_rest import across
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
+from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -113,7 +114,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(products.ready(s, 0), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s, unit = scaled(block.spec, s)
+    s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).first_masked:
         s = masked(block, s, rows.first, kv_tile)
     return first_softmax(s, unit, block.spec.dtype)
@@ -141,13 +142,15 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
     return acc, wait
 
 
-def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax) -> Callable[..., tuple[Any, Any]]:
+def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any,
+                 state: Softmax) -> Callable[..., tuple[Maximum, Any]]:
     """How this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
-    i, heavy = rows.stop - 1 - kv_tile, is_heavy(state)
-    due = ((i & -i) * maxima > i) | heavy | (tile.again != 0)
+    i, again = rows.stop - 1 - kv_tile, tile.again != 0
+    heavy = is_heavy(state) & jnp.logical_not(again)  # with all maxima only the rounding of start makes weights large
+    due = ((i & -i) * maxima > i) | heavy | again
     return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
@@ -163,7 +166,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s, unit = scaled(block.spec, s)
+    s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
@@ -176,11 +179,27 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     return next_softmax(state, (s, unit), maximum, block.schedule.held_columns, wait)
 
 
-def finish(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> None:
-    """out = acc / l and lse, to global memory, from m_i and l_i, (64,)."""
-    m_i, l_i = sums
-    head = tile.batch * block.spec.q_heads + tile.head
-    products.store_row_stats(softmax.finish(m_i, l_i), block.gmem["lse"], head, rows.first, block.spec.q_len)
+class Sums(NamedTuple):
+    """What remains of 64 rows, each (64,): the sum of exp2((s - m_i) unit - rounding) is l_i."""
+
+    m_i: Any  # in the unit of scores
+    rounding: Any  # base 2
+    l_i: Any
+
+
+def sums_of(block: Block, state: Softmax) -> Sums:
+    """The sums after the last tile."""
+    m_i, start = state.maximum
+    rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, products.ROWS)
+    return Sums(m_i, rounding, state.l_i.sum(axis=1))
+
+
+def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
+    """out = acc / l and the statistics, to global memory."""
+    m_i, rounding, l_i = sums
+    head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
+    for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
+        products.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     out = plgpu.layout_cast(acc, products.TILE) * across(softmax.rescale(l_i), acc.shape[1])
     out = out.astype(block.spec.dtype)
     count = schedules.chunks(block.spec.d_v)
@@ -210,20 +229,28 @@ def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
             flags[place, rows.warpgroup, block.any_given_up] = jnp.int32(1)
 
 
-def repaired(block: Block, tile: Tile, rows: Rows, sums: tuple[Any, Any], acc: Any) -> tuple[tuple[Any, Any], Any]:
-    """m_i and l_i, (64,), and acc, (64, d_v) in the layout ACC: as they are, or computed again if a row is spoiled; but
-    what can be done again by all warpgroups together is only given up. The query must still be in shared memory. A
-    barrier of the warpgroup.
+def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> tuple[Sums, Any]:
+    """The sums and acc, (64, d_v) in the layout ACC: as they are, or computed again if a row is spoiled; but what can
+    be done again by all warpgroups together is only given up. The query must still be in shared memory. A barrier of
+    the warpgroup.
     """
-    spoiled = is_spoiled(block, sums, acc)
+    sums = sums_of(block, state)
+    spoiled = is_spoiled(block, state.maximum, sums.l_i, acc)
     if spoiled is None:
         return sums, acc
     if block.schedule.maxima:
         give_up(block, tile, rows, spoiled)
         spoiled = spoiled & (tile.again != 0)
-    m_i, l_i, acc = lax.cond(spoiled, lambda *_: again(block, tile, rows), lambda *whole: whole, *sums,
-                             plgpu.layout_cast(acc, products.TILE))
-    return (m_i, l_i), plgpu.layout_cast(acc, products.ACC)
+
+    def repair(sums: Sums, acc: Any) -> tuple[Sums, Any]:
+        l_i, acc = again(block, tile, rows)
+        # m_i stays: it is one of the products that the backward makes again. Summed up another way, they err.
+        lost = overflowed(block.spec, state.maximum)
+        new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
+        return new, acc * across(new.l_i * softmax.rescale(l_i), acc.shape[1])
+
+    sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, products.TILE))
+    return sums, plgpu.layout_cast(acc, products.ACC)
 
 
 def end_row(block: Block) -> None:
@@ -255,8 +282,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     acc = values_ready(acc)
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
-    sums = state.m_i, state.l_i.sum(axis=1)
-    sums, acc = repaired(block, tile, rows, sums, acc)
+    sums, acc = repaired(block, tile, rows, state, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
     finish(block, tile, rows, sums, acc)
@@ -306,12 +332,12 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
     """The kernel of a spec: a function of q, k, v in the spec's layout and of `schedules.forward_table(spec,
     schedule)`.
 
-    It returns out, in the layout of q, and lse, (batch, q_heads, q_len) float32, the natural logarithm.
+    It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
     """
     smem, bars = scratch(spec, schedule)
     blocks, slots = schedules.forward_table(spec, schedule).shape
     results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
-               "lse": jax.ShapeDtypeStruct(spec.lse_shape, jnp.float32)}
+               "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
         results["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 

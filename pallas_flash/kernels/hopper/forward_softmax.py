@@ -1,7 +1,8 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
 
-Any m_i not far below the row's maximum serves: exp2(s - m_i) cancels in O / l_i. What is near enough, there are two
-ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where it has fallen behind.
+m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. What is
+near enough, there are two ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where
+it has fallen behind.
 `maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
 1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum. A tile with
 a row that has gone too far before that is given up, and done again with all maxima (`forward_tiles`).
@@ -15,21 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward_tiles import Block
 from pallas_flash.kernels.hopper.rows_at_rest import across
-from pallas_flash.kernels.hopper.schedule import SMALLEST_SCALE
-from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Softmax", "first_softmax", "given_up", "is_heavy", "masked", "maximum_at_times", "maximum_within",
-    "next_softmax", "rescaled", "scaled",
+    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "masked", "maximum_at_times",
+    "maximum_within", "next_softmax", "rescaled",
 ]
 
-LOWEST = -3e38
-"""Row maximum of rows that have seen no key: finite, so that subtracting it from -inf is not NaN."""
 HEAVY = 2.0**14
 """A row sum above it says that scores have left m_i behind."""
 FULL = 2.0**90
@@ -38,25 +34,28 @@ it weights that count (2^-36 of the row's largest at this limit).
 """
 
 
+class Maximum(NamedTuple):
+    """The row maximum of 64 rows, each (64,)."""
+
+    m_i: Any  # in the unit of scores
+    start: Any  # m_i unit, rounded: what is subtracted from s unit
+
+
 class Softmax(NamedTuple):
     """The state of the online softmax of 64 rows."""
 
-    m_i: Any  # (64,), base 2
+    maximum: Maximum
     l_i: Any  # (64, 8), sums of every eighth column
     p: Any  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
     alpha: Any  # (64,), what the accumulator must be multiplied with before p is
     grew: Any  # whether alpha is not 1 in some row of this warp
 
 
-def scaled(spec: AttentionSpec, s: Any) -> tuple[Any, float]:
-    """Scores in some unit, and the (positive) unit: their product is the score times log2(e)."""
-    if spec.softcap is not None:
-        # tanh from exp2: the hardware's tanh has 11 bits.  tanh x = 1 - 2 / (e^2x + 1)
-        t = 1 - 2 / (jnp.exp2(s * (2 * softmax.LOG2E * spec.scale / spec.softcap)) + 1)
-        return t, spec.softcap * softmax.LOG2E
-    if spec.scale < SMALLEST_SCALE:
-        return s * (spec.scale * softmax.LOG2E), 1.0
-    return s, spec.scale * softmax.LOG2E
+def lowest(unit: float) -> float:
+    """m_i of rows that have seen no key: finite, and so is its product with the unit: its difference from -inf is not
+    NaN.
+    """
+    return -3e38 / max(unit, 1.0)
 
 
 def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
@@ -73,22 +72,25 @@ def column_sums(p: Any) -> Any:
 
 def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
-    m_i = jnp.maximum(s.max(axis=1) * unit, LOWEST)
-    p = jnp.exp2(s * unit - across(m_i, s.shape[1]))
+    m_i = jnp.maximum(s.max(axis=1), lowest(unit))
+    start = m_i * unit
+    p = jnp.exp2(s * unit - across(start, s.shape[1]))
     alpha = plgpu.layout_cast(jnp.ones_like(m_i), products.ROWS)
-    return Softmax(m_i, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
+    return Softmax(Maximum(m_i, start), column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Any, Any]:
-    """The new m_i, at most `slack` below the maximum, and whether it is another one in some row of this warp.
+def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Maximum, Any]:
+    """The new maximum, at most `slack` (base 2) too low, and whether it is another one in some row of this warp.
 
     If one row of a warp needs a rescale, all of its rows take their maximum: it costs nothing more, and keeps them from
     needing one soon.
     """
-    m_i, row_max = state.m_i, s.max(axis=1) * unit
-    grew = barriers.any_in_warp(jnp.logical_not(row_max - m_i <= slack), products.ROWS)  # so that NaN counts as growth
+    (m_i, start), row_max = state.maximum, s.max(axis=1)
+    within = row_max - m_i <= slack * (1 / unit)
+    grew = barriers.any_in_warp(jnp.logical_not(within), products.ROWS)  # so that NaN counts as growth
     everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
-    return jnp.where(everywhere, jnp.maximum(m_i, row_max), m_i), grew
+    m_new = jnp.maximum(m_i, row_max)
+    return Maximum(jnp.where(everywhere, m_new, m_i), jnp.where(everywhere, m_new * unit, start)), grew
 
 
 def is_heavy(state: Softmax) -> Any:
@@ -96,8 +98,8 @@ def is_heavy(state: Softmax) -> Any:
     return barriers.any_in_warp(state.l_i > HEAVY, products.TILE)
 
 
-def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Any, Any]:
-    """The new m_i, and whether it may be another one: the rows' maximum if it is `due`, the old one if not.
+def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Maximum, Any]:
+    """The new maximum, and whether it may be another one: the rows' maximum if it is `due`, the old one if not.
 
     Args:
       due: the same in every thread of a warp; true where the warp is heavy.
@@ -106,13 +108,14 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
     """
     def lifted(m_i: Any, l_i: Any) -> Any:
         l_i = l_i.max(axis=1)
-        return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i), m_i))
+        return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i) * (1 / unit), m_i))
 
-    def take(s: Any, m_i: Any, l_i: Any) -> Any:
-        m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, m_i, l_i)
-        return jnp.maximum(m_i, s.max(axis=1) * unit)
+    def take(s: Any, maximum: Maximum, l_i: Any) -> Maximum:
+        m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, maximum.m_i, l_i)
+        m_i = jnp.maximum(m_i, s.max(axis=1))
+        return Maximum(m_i, m_i * unit)
 
-    return lax.cond(due, take, lambda _, m_i, __: m_i, s, state.m_i, state.l_i), due
+    return lax.cond(due, take, lambda _, maximum, __: maximum, s, state.maximum, state.l_i), due
 
 
 def given_up(m_i: Any, l_i: Any) -> Any:
@@ -120,26 +123,26 @@ def given_up(m_i: Any, l_i: Any) -> Any:
     return (m_i == jnp.inf) | (l_i > FULL)
 
 
-def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..., tuple[Any, Any]],
+def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..., tuple[Maximum, Any]],
                  held_columns: int, wait: Callable[[], Any]) -> tuple[Softmax, Any]:
     """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps.
 
     Args:
-      scores: see `scaled`.
-      maximum: the new m_i and whether it is another one, from the state, the scores and their unit.
+      scores: and their unit, see `scores`.
+      maximum: the new one and whether it is another one, from the state, the scores and their unit.
       held_columns: see `ForwardSchedule`.
     """
     s, unit = scores
-    m_i, grew = maximum(state, s, unit)
-    weights = lambda s: jnp.exp2(s * unit - across(m_i, s.shape[1]))
+    new, grew = maximum(state, s, unit)
+    weights = lambda s: jnp.exp2(s * unit - across(new.start, s.shape[1]))
     dtype, split = state.p.dtype, held_columns or s.shape[1]
     parts = [weights(s[:, :split])]
     acc = wait()
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))
-    alpha = jnp.exp2(state.m_i - m_i)
+    alpha = jnp.exp2(state.maximum.start - new.start)
     l_i = state.l_i * across(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
-    return Softmax(m_i, l_i, products.beside([p.astype(dtype) for p in parts]), alpha, grew), acc
+    return Softmax(new, l_i, products.beside([p.astype(dtype) for p in parts]), alpha, grew), acc
 
 
 def rescaled(state: Softmax, acc: Any) -> Any:

@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Any]  # q, k, v, table, out, lse; given_up, with `maxima`
+    gmem: dict[str, Any]  # q, k, v, table, out, stats; given_up, with `maxima`
     smem: dict[str, Any]  # schedules.forward_buffers
     bars: dict[str, Any]  # the barriers
 

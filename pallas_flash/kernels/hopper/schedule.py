@@ -25,8 +25,6 @@ __all__ = [
 
 CHUNK = 64
 ROWS = 64
-SMALLEST_SCALE = 1e-30
-"""Below it scores are scaled before they are masked: float32 may hold neither lse / scale nor -inf * scale."""
 _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _LARGEST_GREEDY_TABLE = 200_000

@@ -55,7 +55,7 @@ def partitioned(function: Callable[..., tuple[Any, ...]], roles: str, spec: Atte
       roles: of the arrays and of the results, as in "query key key -> query row":
         query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
-        row: (batch, q_heads, q_len): lse, delta;
+        row: (batch, q_heads, any, ...): the rows' statistics;
         whole: anything of which every device takes all.
     """
     return tuple(_kernel_p.bind(*arrays, function=_for_spec(function, spec), split=Split(function, roles, spec)))

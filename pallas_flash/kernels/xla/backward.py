@@ -4,7 +4,7 @@ With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS 
 other, so the sums have one order and the gradients are the same bits on every run.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,16 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: Any, dlse: Any) -> Gradients:
+def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
     """Cotangents of q, k, v and bias.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
-      lse, dlse: (batch, q_heads, q_len).
+      stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
+        (`spec.stats_shape`).
     """
     problem = blocks.prepare(spec, operands, schedule.default(spec))
-    saved = _saved(problem, out, lse, dout, dlse)
+    saved = _saved(problem, out, stats, dout, dstats)
     acc = spec.acc_dtype
 
     def kv_step(kv_tile: Any, carry: Any) -> Any:
@@ -38,7 +39,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     dbias = None if spec.bias is None else jnp.zeros(problem.bias.shape, acc)
     start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
              jnp.zeros(problem.v.shape, spec.dtype), dbias)
-    start = compat.vary_like(start, operands, dout, dlse)
+    start = compat.vary_like(start, operands, dout, dstats)
     dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
@@ -47,17 +48,26 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, lse: Any, dout: 
     return Gradients(dq, cut(dk, spec.kv_len), cut(dv, spec.kv_len), dbias)
 
 
-def _saved(problem: blocks.Problem, out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
-    """dout with split heads, lse and delta as (b, k, g, q), all padded to whole tiles."""
+class _Saved(NamedTuple):
+    """What the forward kept and the cotangent of out, padded to whole tiles; rows are (b, k, g, q)."""
+
+    dout: Any  # its heads split
+    lse: Any
+    rest: Any
+    delta: Any
+
+
+def _saved(problem: blocks.Problem, out: Any, stats: Any, dout: Any, dstats: Any) -> _Saved:
     spec, padded = problem.spec, problem.num_q_tiles * problem.schedule.block_q
+    lse, rest, dlse = stats[:, :, 0], stats[:, :, 1], dstats[:, :, 0]
     axis = spec.layout.index("L")
     delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
     delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
     rows = lambda x: problem.split_heads(blocks.pad(x, padded, 2))
-    return blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(delta)
+    return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(rest), rows(delta))
 
 
-def _key_tile(problem: blocks.Problem, saved: tuple[Any, Any, Any], kv_tile: Any, dq: Any,
+def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Any, dq: Any,
               dbias: Any) -> tuple[Any, ...]:
     """One key tile's dk and dv, and what it adds to dq and dbias."""
     block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
@@ -79,17 +89,16 @@ def _key_tile(problem: blocks.Problem, saved: tuple[Any, Any, Any], kv_tile: Any
     return tiles.sweep(q_tiles, q_step, start)
 
 
-def _tile_gradients(problem: blocks.Problem, saved: tuple[Any, Any, Any], k: Any, v: Any, q_tile: Any, kv_tile: Any,
+def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Any, v: Any, q_tile: Any, kv_tile: Any,
                     masked: bool) -> tuple[Any, Any, Any, Any]:
     """dk, dv, dq of one tile in the subscripts of k, v and q, and dS before scale and soft cap, (b, k, g, q, s)."""
     spec = problem.spec
-    dout_all, lse_all, delta_all = saved
-    q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(dout_all, q_tile)
-    lse, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3) for x in (lse_all, delta_all))
+    q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(saved.dout, q_tile)
+    lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3) for x in saved[1:])
     q_sub, k_sub = problem.q_subscripts, problem.k_subscripts
     o_sub, v_sub = q_sub.replace("d", "v"), k_sub.replace("d", "v")
     tile = problem.scores(q, k, q_tile, kv_tile, masked)
-    p = softmax.probabilities(tile.s_log2, lse)
+    p = softmax.probabilities(tile.s, problem.unit, lse, rest)
     dp = problem.einsum(f"{o_sub},{v_sub}->bkgqs", dout, v)
     weights = p if tile.dropped is None else p * tile.dropped
     ds = p * ((dp if tile.dropped is None else dp * tile.dropped) - delta[..., None])

@@ -22,7 +22,7 @@ __all__ = ["Problem", "Tile", "masked_product", "prepare"]
 class Tile(NamedTuple):
     """Scores of one tile and what its gradient needs."""
 
-    s_log2: Any  # (b, k, g, q, s): scores times log2(e), -inf where a pair does not attend
+    s: Any  # (b, k, g, q, s): scores in `Problem.unit`, -inf where a pair does not attend
     keep: Any  # (b or 1, k or 1, g or 1, q, s) booleans, or None: every pair of the tile attends
     dropped: Any  # factor of each weight: 0 or 1 / (1 - rate); None without dropout
     slope: Any  # derivative of the soft cap
@@ -41,6 +41,11 @@ class Problem:
     anchor: Any
     mask: masks.Mask
     seed: Any
+
+    @property
+    def unit(self) -> float:
+        """The unit of a tile's scores; a bias has the unit 1."""
+        return softmax.unit(self.spec.scale, self.spec.softcap) if self.bias is None else 1.0
 
     @property
     def q_subscripts(self) -> str:
@@ -93,8 +98,8 @@ class Problem:
 
     def scores(self, q: Any, k: Any, q_tile: Any, kv_tile: Any, masked: bool) -> Tile:
         """The scores of tile (q_tile, kv_tile), from one tile of q and one of k."""
-        s = self.einsum(f"{self.q_subscripts},{self.k_subscripts}->bkgqs", q, k) * self.spec.scale
-        s, slope = softmax.softcapped(s, self.spec.softcap)
+        products = self.einsum(f"{self.q_subscripts},{self.k_subscripts}->bkgqs", q, k)
+        s, slope = softmax.scores(products, self.spec.scale, self.spec.softcap)
         q_pos, kv_pos = self.positions(q_tile, kv_tile)
         keep = None
         if masked:
@@ -102,14 +107,12 @@ class Problem:
         if self.bias is not None:
             bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
                             for x in (self.bias, self.anchor))
-            s, attends = s + bias - anchor, bias != -jnp.inf
+            s, attends = s * softmax.unit(self.spec.scale, self.spec.softcap) + bias - anchor, bias != -jnp.inf
             keep = attends if keep is None else keep & attends
-        s_log2 = s * softmax.LOG2E
-        if self.bias is not None:  # masks of finfo.min stay finite: a row of them is a row of equal scores
-            s_log2 = jnp.maximum(s_log2, jnp.finfo(s.dtype).min)
+            s = jnp.maximum(s, jnp.finfo(s.dtype).min)  # masks of it stay finite: a row of them has equal scores
         if keep is not None:
-            s_log2 = jnp.where(keep, s_log2, jnp.full_like(s, -jnp.inf))
-        return Tile(s_log2, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
+            s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
+        return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
 
     def bias_tile(self, bias: Any, q_tile: Any, kv_tile: Any) -> Any:
         """The part of a bias that a tile needs: (b or 1, h or 1, q or 1, s or 1)."""

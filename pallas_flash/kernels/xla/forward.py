@@ -14,34 +14,34 @@ __all__ = ["forward"]
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
-    """out, in the spec's layout and dtype, and lse (batch, q_heads, q_len), fp32 (fp64 for fp64 input)."""
+    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input)."""
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     block_q = problem.schedule.block_q
 
     def q_step(q_tile: Any, carry: Any) -> Any:
-        out, lse = carry
-        out_tile, lse_tile = _attend(problem, q_tile)
+        out, stats = carry
+        out_tile, stats_tile = _attend(problem, q_tile)
         return (blocks.update_tile(out, out_tile, q_tile, block_q, problem.q_axis),
-                blocks.update_tile(lse, lse_tile, q_tile, block_q, 3))
+                blocks.update_tile(stats, stats_tile, q_tile, block_q, 4))
 
     padded = problem.num_q_tiles * block_q
     out = jnp.zeros((*problem.q.shape[:-1], spec.d_v), spec.dtype)
-    lse = jnp.zeros((spec.batch, spec.kv_heads, spec.group, padded), spec.acc_dtype)
-    start = compat.vary_like((out, lse), operands)
-    out, lse = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
+    stats = jnp.zeros((spec.batch, spec.kv_heads, spec.group, 2, padded), spec.acc_dtype)
+    start = compat.vary_like((out, stats), operands)
+    out, stats = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
     out = jax.lax.slice_in_dim(out, 0, spec.q_len, axis=problem.q_axis)
-    return out.reshape(spec.out_shape), lse.reshape(*spec.lse_shape[:2], padded)[..., :spec.q_len]
+    return out.reshape(spec.out_shape), stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len]
 
 
 def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
-    """One query tile's out (in the subscripts of q) and lse (b, k, g, q)."""
+    """One query tile's out (in the subscripts of q) and statistics (b, k, g, 2, q)."""
     spec, v_subscripts = problem.spec, problem.k_subscripts.replace("d", "v")
     q = problem.q_tile(problem.q, q_tile)
 
     def kv_step(kv_tile: Any, carry: Any, masked: bool) -> Any:
         m_i, l_i, acc = carry
         tile = problem.scores(q, problem.kv_tile(problem.k, kv_tile), q_tile, kv_tile, masked)
-        m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s_log2)
+        m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s, problem.unit)
         weights = (p if tile.dropped is None else p * tile.dropped).astype(spec.dtype)
         pv = blocks.masked_product(problem, f"bkgqs,{v_subscripts}->bkgqv", weights, tile.keep,
                                    problem.kv_tile(problem.v, kv_tile))
@@ -54,4 +54,5 @@ def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
                               problem.schedule.block_kv, spec.kv_len)
     m_i, l_i, acc = tiles.sweep(kv_tiles, kv_step, compat.vary_like(start, q, problem.k, problem.v, problem.mask))
     out = acc * softmax.rescale(l_i)[..., None]
-    return jnp.einsum(f"bkgqd->{problem.q_subscripts}", out), softmax.finish(m_i, l_i)
+    stats = jnp.stack(softmax.statistics(m_i, l_i, problem.unit), axis=3)
+    return jnp.einsum(f"bkgqd->{problem.q_subscripts}", out), stats

@@ -1,0 +1,66 @@
+"""Scores in registers, forward and backward: from the products of queries and keys to exponents.
+
+A score is s * unit (`softmax.unit`), and its weight exp2(s * unit * log2(e) - start). Product and difference are one
+instruction, and start is a rounded number: m_i in the forward, lse in the backward. In the forward the rounding is one
+factor for all weights of a row. It cancels in O / l_i and is taken out of lse at the end (`forward.sums_of`), unless it
+is so large that weights overflow (`overflows`). In the backward, what lse lost is added to exponents of rows for which
+it begins to show beside the rounding of weights: they are called large (`largest`).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_flash import softmax
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["EXACT_CAP", "largest", "may_be_large", "overflows", "scaled", "score_unit"]
+
+EXACT_CAP = 128.0
+"""A larger soft cap needs a tanh whose relative error is small: 1 - 2 / (e^2x + 1) errs by about 2^-22."""
+
+_SERIES = (-0.333332993, 0.133319582, -0.0537866835, 0.0208053842, -0.00590586795)
+"""tanh(x) = x + x^3 P(x^2) on [0, 0.6], with a relative error of 3e-9: a minimax fit."""
+_SERIES_END = 0.6
+
+
+def largest(spec: AttentionSpec) -> float:
+    """The largest |lse| log2(e) of a row that is not large: 2^12 in bfloat16, 2^9 in float16.
+
+    There, lse is rounded by at most 2^-12 (2^-15): a sixteenth of what the rounding of weights does.
+    """
+    return 2.0**20 * float(jnp.finfo(spec.dtype).eps) * 0.5
+
+
+def overflows(spec: AttentionSpec, start: Any) -> Any:
+    """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
+    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64
+
+
+def may_be_large(spec: AttentionSpec) -> bool:
+    """Whether a row may be large: a soft cap keeps scores below it."""
+    return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
+
+
+def score_unit(spec: AttentionSpec) -> float:
+    """The unit of scores, times log2(e): what makes exponents of base 2 of them."""
+    return softmax.unit(spec.scale, spec.softcap) * softmax.LOG2E
+
+
+def scaled(spec: AttentionSpec, x: Any) -> Any:
+    """Scores in their unit, from the products x of queries and keys."""
+    if spec.softcap is not None:
+        return tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > EXACT_CAP)
+    return softmax.scores(x, spec.scale, None)[0]
+
+
+def tanh(x: Any, exact: bool) -> Any:
+    """tanh from exp2: the hardware's has 11 bits. If `exact`, with a small relative error, too."""
+    t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
+    if not exact:
+        return t
+    y = x * x
+    series = jnp.full_like(y, _SERIES[-1])
+    for coefficient in _SERIES[-2::-1]:
+        series = series * y + coefficient
+    return jnp.where(jnp.abs(x) < _SERIES_END, x + x * y * series, t)
