@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
-from pallas_flash.kernels.hopper import backward, barriers
+from pallas_flash.kernels.hopper import backward, barriers, scores
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec
@@ -299,6 +299,42 @@ def test_idle_queries_are_not_looked_at(name):
     found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("name", ["two-softcap", "split-softcap-float16"])
+def test_a_bad_key_that_nothing_attends_to_has_no_slope(name):
+    """0 * NaN is NaN: the slope of a soft cap of NaN, where the weight is 0."""
+    schedule, problem = problem_of(name)
+    problem, bad = dataclasses.replace(problem, mask=masks.Causal(-30), q_len=64, kv_len=64), 40
+    operands, (dout, dlse), budget, saved = truth(problem)
+    k = np.array(operands.k)
+    k[:, bad] = np.nan
+    operands = jax.tree.map(jnp.asarray, operands._replace(k=k))
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
+    assert (np.asarray(found.dk, np.float32)[:, bad] == 0).all()
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("name", ["fused", "fused-own", "two", "split"])
+def test_large_queries_have_exact_exponents(name):
+    """Beside others of their tile that are not large, and of the next tile, where none is."""
+    schedule, problem = problem_of(name)
+    problem = dataclasses.replace(problem, mask=CAUSAL, q_len=100, kv_len=100, q_heads=1, kv_heads=1)
+    operands, cotangent = conformance.random_case(problem, "bfloat16")
+    shift = np.where(np.arange(100) % 3 == 0, 4000.0, 0.0) * (np.arange(100) < 64)  # of lse, natural
+    q, k = np.array(operands.q), np.array(operands.k)
+    q[..., 0], k[..., 0] = (shift / problem.spec().scale)[:, None], 1
+    operands = operands._replace(q=q, k=k)
+    budget = conformance.budget(problem, "bfloat16", operands, cotangent)
+    assert (np.abs(budget.oracle.lse) * softmax.LOG2E > scores.largest(problem.spec())).any()
+    saved = jnp.asarray(budget.oracle.out, jnp.bfloat16), statistics(problem.spec(), budget.oracle.lse)
+    operands = jax.tree.map(jnp.asarray, operands)
+    found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(*cotangent)))
+    for name in ("dq", "dk", "dv"):
+        x, expected = (np.asarray(getattr(y, name), np.float64) for y in (found, budget.oracle))
+        expected = np.where(np.arange(x.shape[-1]) > 0, expected, x) if name == "dq" else expected
+        np.testing.assert_allclose(x, expected, rtol=0.02, atol=0.02 * np.abs(expected).max(), err_msg=name)
 
 
 GROUPED = [(8, 2048, 16, 4), (8, 2048, 8, 2), (2, 2048, 32, 8), (1, 2048, 16, 16), (4, 1024, 32, 8), (16, 1024, 8, 2)]
