@@ -110,12 +110,12 @@ def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "jitted call, arrays known", lambda: plan.forward[False](*arrays)
     yield "import 3 tensors and jitted call", lambda: plan.forward[False](*exchange._arrays(problem[:3], plan.device))
     yield "export and release 1 tensor", lambda: exchange._tensors([out], q)
-    result, lse = exchange.attend_saving(problem, numbers)
+    result, stats = exchange.attend_saving(problem, numbers)
     dout = torch.randn_like(result)
     yield "exchange, forward that saves lse", lambda: exchange.attend_saving(problem, numbers)
     yield "exchange, backward, in the thread of the call", lambda: exchange.gradients(
-        problem, numbers, (result, lse), dout, (True, True, True, False))
-    tensors = (result, exchange.stats_tensor(lse, q))
+        problem, numbers, (result, stats), dout, (True, True, True, False))
+    tensors = (result, exchange.stats_tensor(stats, q))
     yield "operator, for calls that something intercepts", lambda: ops.attention(*problem, *numbers, False)
     yield "backward operator, likewise", lambda: ops.attention_backward(
         *problem, *numbers, *tensors, dout, None, [True, True, True, False])

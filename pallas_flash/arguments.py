@@ -54,13 +54,18 @@ def names_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _no_keyword(function: str, name: str, known: list[str], keywords: dict[str, Any]) -> TypeError:
-    here = [clause for clause in _ELSEWHERE.get(name, ()) if clause.split("=")[0] in known]
+    def meant(name: str) -> list[str]:
+        return [clause for clause in _ELSEWHERE.get(name, ()) if clause.split("=")[0] in known]
+
+    here = meant(name)
     if "broadcast_dropout" in keywords:
         do = "give a Flax layer attention_fn=pallas_flash.flax.dot_product_attention, which takes what Flax passes"
     elif name == "enable_gqa":
         do = "leave it out: the heads of key may divide those of query"
-    elif close := here or difflib.get_close_matches(name, known, 1):
-        do = f"pass {close[0]}" if here else f"pass {close[0]}="
+    elif here:
+        do = f"pass {here[0]}"
+    elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
+        do = f"pass {close[0]}=" if close[0] in known else f"pass {meant(close[0])[0]}"
     else:
         do = f"it has {', '.join(known)}"
     value = keywords[name]

@@ -203,6 +203,7 @@ def dot_product_attention(
     Raises:
       ValueError, RuntimeError, UnsupportedError: see `flash_attention`.
     """
+    forks.require_no_fork("dot_product_attention")
     errors.flags(is_causal=is_causal, return_residual=return_residual)
     shapes = _Inputs.of(query, key, value, "BLHD").spec
     rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
@@ -279,7 +280,7 @@ def _arrays(operands: Operands) -> Operands:
         if isinstance(x, jax.ShapeDtypeStruct | masks.ArrayField):
             raise errors.invalid(f"{name} must hold values to compute with", f"type({name})={type(x).__name__}",
                                  "ask explain() about shapes alone, or trace with jax.eval_shape or jax.jit(...).lower")
-    return jax.tree.map(jnp.asarray, operands)
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), operands)
 
 
 def _check_shards(operands: Operands) -> None:

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from pallas_flash.attention import flash_attention
 from pallas_flash.dispatch import Name
 from pallas_flash.errors import flags, invalid, unsupported
+from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Mask, over_batch
 
 __all__ = ["attention_fn", "dot_product_attention"]
@@ -119,6 +120,7 @@ class _AttentionFn:
 
         `mask` may also be a `Mask`, whose arrays begin with the axes (batch...) or are shared by the whole batch.
         """
+        require_no_fork("pallas_flash.flax.dot_product_attention")
         dropout_rate = 0.0 if deterministic else dropout_rate
         _refuse_what_needs_weights(module, qk_attn_weights_einsum, attn_weights_value_einsum)
         _refuse_shared_dropout(dropout_rate, broadcast_dropout)

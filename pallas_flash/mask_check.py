@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_flash import errors, masks
+from pallas_flash import errors, forks, masks
 
 __all__ = ["check_mask"]
 
@@ -26,13 +26,19 @@ def check_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
     Args:
       mask: of any class; the parts of an intersection are checked one by one, each (batch, head) that its arrays tell
         apart too.
-      q_len, kv_len: how many queries and keys; the lengths of the mask's arrays where it has some.
+      q_len, kv_len: how many queries and keys, integers of at least 1; the lengths of the mask's arrays where it has
+        some.
 
     Raises:
       ValueError: naming the interval, the bound, and the pair of positions for which `keep` says otherwise; or where a
         method cannot be traced, gives other numbers when it is, or gives what is not boolean (`keep`) or integer
         (bounds).
     """
+    forks.require_no_fork("check_mask")
+    for name, length in (("q_len", q_len), ("kv_len", kv_len)):
+        if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
+            raise errors.invalid(f"{name} must be an integer of at least 1", f"{name}={length!r}",
+                                 "give the number of positions to look at, 20 to 60")
     for part in masks.checked(mask).canonical().parts:
         keep = _keep(part, q_len, kv_len)
         _check_bounds(part, "kv_bounds", keep)

@@ -23,10 +23,10 @@ ARROWS = {
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
     "mask_fields": {"errors"},
     "masks": {"errors", "mask_fields"},
-    "mask_check": {"errors", "masks"},
+    "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
-    "flax": {"attention", "dispatch", *FOUNDATIONS},  # dispatch: the names of implementations
+    "flax": {"attention", "dispatch", "forks", *FOUNDATIONS},  # dispatch: the names of implementations
     "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on

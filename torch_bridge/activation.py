@@ -64,17 +64,17 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
              is_causal: bool = False, return_debug_mask: bool = False, *,
              scale: float | None = None) -> tuple[Any, ...]:
     """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state, and the rest
-    of the statistics beside lse in that of its unused offset.
+    of the statistics behind lse, in the same memory.
     """
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
     seed = ops.draw_seed(query) if dropout_p > 0 else None
     out, stats = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
                                dropout_p, torch.are_deterministic_algorithms_enabled(), True)
-    lse, rest = stats.unbind(2)
-    empty = query.new_empty((0,))
-    state = query.new_empty((2,), dtype=torch.int32) if seed is None else seed
-    return out, lse, None, None, query.shape[2], key.shape[2], state, rest, empty
+    lse, empty = stats.movedim(2, 0).contiguous()[0], query.new_empty((0,))
+    state = query.new_zeros((2,), dtype=torch.int64) if seed is None else seed.to(torch.int64)
+    offset = query.new_empty((), dtype=torch.uint64)
+    return out, lse, None, None, query.shape[2], key.shape[2], state.view(torch.uint64), offset, empty
 
 
 def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
@@ -82,8 +82,13 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
               is_causal: bool, philox_seed: torch.Tensor, philox_offset: torch.Tensor, *,
               scale: float | None = None) -> tuple[torch.Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
-    seed = philox_seed if dropout_p > 0 else None
-    stats = torch.stack([logsumexp, philox_offset], dim=2)
-    return ops.attention_backward(
-        query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale, dropout_p,
-        torch.are_deterministic_algorithms_enabled(), out, stats, grad_out, None, [True, True, True, False])[:3]
+    seed = philox_seed.view(torch.int64).to(torch.int32) if dropout_p > 0 else None
+    call = (query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale, dropout_p,
+            torch.are_deterministic_algorithms_enabled())
+    size = logsumexp.numel()
+    if logsumexp.is_contiguous() and logsumexp.untyped_storage().nbytes() == 2 * size * logsumexp.element_size():
+        both = logsumexp.as_strided((2, *logsumexp.shape), (size, *logsumexp.stride()), 0)
+        stats = both.movedim(0, 2).contiguous()
+    else:  # a copy, of lse alone
+        out, stats = ops.attention(*call, True)
+    return ops.attention_backward(*call, out, stats, grad_out, None, [True, True, True, False])[:3]

@@ -8,7 +8,7 @@ compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most cal
     nothing intercepts the call                              _Attention, around exchange.attend_saving
     otherwise                                                the operator
 
-The logarithms of the row sums, which only the backward reads, stay an array of JAX between the two.
+The statistics of rows, which only the backward reads, stay an array of JAX between the two.
 """
 
 from typing import Any

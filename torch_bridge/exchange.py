@@ -27,7 +27,7 @@ from pallas_flash.spec import AttentionSpec, Layout, Operands
 from torch_bridge import context, lifetime, streams, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
-           "gradients", "jax_device", "stats_tensor", "plan_for"]
+           "gradients", "jax_device", "plan_for", "stats_tensor"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""

@@ -66,7 +66,7 @@ def _is_empty(query: torch.Tensor, value: torch.Tensor) -> bool:
 def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_empty(args[0], args[2]):
         out, stats = _fake_attention(*args)
-        return out.zero_(), stats.fill_(-torch.inf)
+        return out.zero_(), stats.fill_(-torch.inf)  # of both numbers of each row: nobody reads them
     return exchange().forward(args[:6], args[6:10], args[10])
 
 

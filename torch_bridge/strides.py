@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dense", "is_heads_inside", "like_query", "stats_dtype", "same_memory"]
+__all__ = ["dense", "is_heads_inside", "like_query", "same_memory", "stats_dtype"]
 
 
 def is_heads_inside(tensor: torch.Tensor) -> bool:
@@ -37,7 +37,7 @@ def like_query(query: torch.Tensor, d_v: int) -> tuple[int, int, int, int]:
 
 
 def stats_dtype(query: torch.Tensor) -> torch.dtype:
-    """The dtype in which the logarithms of the row sums are kept."""
+    """The dtype in which the statistics of rows are kept."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 

@@ -18,6 +18,19 @@ def call():
 CALLS = {
     "flash_attention": JAX_CALL.format(function="flash_attention"),
     "dot_product_attention": JAX_CALL.format(function="dot_product_attention"),
+    "dot_product_attention, a mask and no batch": """
+import jax.numpy as jnp, pallas_flash
+x, mask = jnp.ones((8, 2, 4)), jnp.ones((8, 8), bool)
+def call():
+    return float(pallas_flash.dot_product_attention(x, x, x, mask=mask).sum())
+""",
+    "flax": """
+import jax.numpy as jnp
+from pallas_flash.flax import dot_product_attention
+x, mask = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 1, 8, 8))
+def call():
+    return float(dot_product_attention(x, x, x, mask=mask).sum())
+""",
     "bridge": """
 import torch, torch_bridge
 def call():

@@ -324,6 +324,26 @@ def test_the_flash_backends_replacements(is_causal):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_the_flash_backends_results_are_those_that_a_compiler_expects(dropout_p):
+    """Regression: a stride of lse and the dtype of the seed were others, and what inductor compiled raised."""
+    tensors = [x.detach() for x in qkv(Q, Q, Q)]
+    expected = torch.ops.aten._scaled_dot_product_flash_attention(*(x.to("meta") for x in tensors), dropout_p, True)
+    for i in (1, 6, 7):  # lse, rng_state, unused
+        found, meta = activation._forward(*tensors, dropout_p, True)[i], expected[i]
+        assert (found.shape, found.stride(), found.dtype) == (meta.shape, meta.stride(), meta.dtype), i
+
+
+def test_a_copy_of_lse_serves_the_flash_backend():
+    """The rest of the statistics lies behind it, and is made again where only a copy comes back."""
+    q, k, v = (x.detach() for x in qkv(Q, Q, Q))
+    out, lse, *_, state, unused, _ = activation._forward(q, k, v, 0.5, True)
+    found = [activation._backward(torch.ones_like(out), q, k, v, out, x, None, None, 5, 5, 0.5, True, state, unused)
+             for x in (lse, lse.clone())]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_flash_backends_schema_is_the_one_replaced():
     returns = torch.ops.aten._scaled_dot_product_flash_attention.default._schema.returns
     assert len(returns) == len(activation._forward(*(x.detach() for x in qkv(Q, Q, Q)), 0.5, True))

@@ -163,7 +163,12 @@ def split_q_heads(x: Any, spec: AttentionSpec) -> Any:
 
 
 def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Problem:
-    """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads."""
+    """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads.
+
+    Queries and keys pass a barrier: of constants of a program XLA would multiply some while it compiles, summed up
+    another way, and scores would not be the same in both directions (`softmax`).
+    """
+    q, k = jax.lax.optimization_barrier((operands.q, operands.k))
     axis = spec.layout.index("L")
     q_len = tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q
     kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
@@ -173,7 +178,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     ragged = q_len != spec.q_len or kv_len != spec.kv_len
     return Problem(
         spec=spec, schedule=schedule,
-        q=split_q_heads(pad(operands.q, q_len, axis), spec), k=pad(operands.k, kv_len, axis),
+        q=split_q_heads(pad(q, q_len, axis), spec), k=pad(k, kv_len, axis),
         v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor,
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
         seed=operands.dropout_seed)
