@@ -59,7 +59,8 @@ def make(q_heads, kv_heads, layout="BLHD", batch=4):
         (batch, length, heads, 8) if layout == "BLHD" else (batch, heads, length, 8), jnp.float32)
     q, kv = shape(24, q_heads), shape(16, kv_heads)
     spec = AttentionSpec.of(q, kv, kv, layout=layout, mask=masks.Causal(), return_lse=True)
-    return spec, (*inputs.operands(spec, spec.mask)[:3], *inputs.cotangents(spec))
+    dout, dlse = inputs.cotangents(spec)
+    return spec, (*inputs.operands(spec, spec.mask)[:3], dout, np.stack([dlse, np.zeros_like(dlse)], axis=2))
 
 
 def mesh_of(**sizes):
