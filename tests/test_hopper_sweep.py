@@ -16,6 +16,7 @@ from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, dispatch
 from pallas_flash.kernels.hopper import backward, calls
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.backward_tiles import Statistics
 from pallas_flash.spec import Operands
 from pallas_flash.testing import conformance, textbook
 from pallas_flash.testing.budget import Budget
@@ -92,10 +93,10 @@ def test_legal_schedules_agree(name):
     spec, (operands, (dout, dlse)) = problem.spec(), conformance.random_case(problem, "bfloat16")
     assert schedules.backward_problems(spec, schedule, 232_448) == []
     budget = budget_of(problem, operands, (dout, dlse))
-    out, lse = dispatch.get("hopper").forward(spec, jax.tree.map(jnp.asarray, operands))
+    saved = dispatch.get("hopper").forward(spec, jax.tree.map(jnp.asarray, operands))
     run = jax.jit(lambda *arrays: backward.backward(spec, operands._replace(q=arrays[0], k=arrays[1], v=arrays[2]),
                                                     *arrays[3:], schedule=schedule))
-    found = run(*operands[:3], out, lse, dout, dlse)
+    found = run(*operands[:3], *saved, dout, np.stack([dlse, np.zeros_like(dlse)], axis=2))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
 
@@ -118,11 +119,11 @@ def test_extra_memory_is_one_float32_dq_and_statistics(dims, length, determinist
     problem = problem_of("memory", dims, q_len=length, kv_len=length, deterministic=deterministic)
     spec = problem.spec()
     shapes = [jax.ShapeDtypeStruct(spec.shape(length, 2, d), spec.dtype) for d in (*dims[:1] * 2, dims[1])]
-    rows = jax.ShapeDtypeStruct(spec.lse_shape, np.float32)
+    rows = jax.ShapeDtypeStruct(spec.stats_shape, np.float32)
     run = jax.jit(lambda *arrays: calls.backward(spec, Operands(*arrays[:3], None, problem.mask, None), *arrays[3:]))
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     extra = run.lower(*shapes, out, rows, out, rows).compile().memory_analysis().temp_size_in_bytes
-    dq, statistics = 4 * 2 * 2 * length * dims[0], 4 * 2 * 2 * length * 2
+    dq, statistics = 4 * 2 * 2 * length * dims[0], 4 * 2 * 2 * length * len(Statistics)
     assert extra <= dq + statistics + 2**16
 
 

@@ -22,6 +22,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
       stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
         (`spec.stats_shape`), float32.
     """
+    assert stats.shape == dstats.shape == spec.stats_shape, (stats.shape, dstats.shape, spec.stats_shape)
     schedule = schedule or schedules.default_backward(spec)
     q = operands.q
     if schedules.may_have_idle_queries(spec):

@@ -24,7 +24,7 @@ from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
 __all__ = [
     "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
-    "is_interpreted", "moved", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "is_interpreted", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
 WARPGROUP = 128
@@ -162,21 +162,31 @@ def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
 
 def multiply_add(a: Any, b: float, c: Any, layout: Any) -> Any:
     """a b + c, rounded once, for float32 arrays of one axis; elsewhere it is the compiler's choice."""
-    if is_interpreted():
-        return a * b + c
+    return a * b + c if is_interpreted() else _each("fma.rn.f32 $0, $1, $2, $3;", layout, b, a, c)
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout))
-    def emit(_: Any, a: Any, c: Any) -> Any:
+
+def multiply(a: Any, b: float, layout: Any) -> Any:
+    """a b, rounded, for float32 arrays of one axis: a compiler may merge another product with a difference that it
+    goes into, and then does not round it.
+    """
+    return a * b if is_interpreted() else _each("mul.rn.f32 $0, $1, $2;", layout, b, a)
+
+
+def _each(instruction: str, layout: Any, factor: float, a: Any, *others: Any) -> Any:
+    """`instruction` of each element of a, the factor, and the element of each other array."""
+    @plgpu.inline_mgpu(arg_types=(layout,) * (1 + len(others)),
+                       return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout))
+    def emit(_: Any, a: Any, *others: Any) -> Any:
         f32 = ir.F32Type.get()
-        kind, factor = ir.VectorType.get((1,), f32), mgpu.utils.c(b, f32)
+        kind, b = ir.VectorType.get((1,), f32), mgpu.utils.c(factor, f32)
         registers = np.empty(a.registers.shape, dtype=object)
-        for i, (x, y) in enumerate(zip(a.registers.flat, c.registers.flat)):
-            x, y = (vector.extract(register, [], [0]) for register in (x, y))
-            z = mgpu.utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", x, factor, y, result_types=f32)
-            registers.reshape(-1)[i] = vector.from_elements(kind, [z])
+        for i, elements in enumerate(zip(a.registers.flat, *(x.registers.flat for x in others))):
+            x, *rest = (vector.extract(register, [], [0]) for register in elements)
+            y = mgpu.utils.inline_ptx(instruction, x, b, *rest, result_types=f32)
+            registers.reshape(-1)[i] = vector.from_elements(kind, [y])
         return mgpu.FragmentedArray(_registers=registers, _layout=a.layout, _is_signed=None)
 
-    return emit(a, c)
+    return emit(a, *others)
 
 
 def pin(x: Any, layout: Any) -> None:

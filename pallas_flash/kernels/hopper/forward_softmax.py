@@ -41,6 +41,11 @@ class Maximum(NamedTuple):
     start: Any  # m_i unit, rounded: what is subtracted from s unit
 
 
+def maximum_of(m_i: Any, unit: float) -> Maximum:
+    """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
+    return Maximum(m_i, barriers.multiply(m_i, unit, products.ROWS))
+
+
 class Softmax(NamedTuple):
     """The state of the online softmax of 64 rows."""
 
@@ -72,11 +77,10 @@ def column_sums(p: Any) -> Any:
 
 def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
-    m_i = jnp.maximum(s.max(axis=1), lowest(unit))
-    start = m_i * unit
-    p = jnp.exp2(s * unit - across(start, s.shape[1]))
-    alpha = plgpu.layout_cast(jnp.ones_like(m_i), products.ROWS)
-    return Softmax(Maximum(m_i, start), column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
+    first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
+    p = jnp.exp2(s * unit - across(first.start, s.shape[1]))
+    alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), products.ROWS)
+    return Softmax(first, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
 def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Maximum, Any]:
@@ -89,8 +93,8 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
     within = row_max - m_i <= slack * (1 / unit)
     grew = barriers.any_in_warp(jnp.logical_not(within), products.ROWS)  # so that NaN counts as growth
     everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
-    m_new = jnp.maximum(m_i, row_max)
-    return Maximum(jnp.where(everywhere, m_new, m_i), jnp.where(everywhere, m_new * unit, start)), grew
+    new = maximum_of(jnp.maximum(m_i, row_max), unit)
+    return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
 
 
 def is_heavy(state: Softmax) -> Any:
@@ -113,7 +117,7 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
     def take(s: Any, maximum: Maximum, l_i: Any) -> Maximum:
         m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, maximum.m_i, l_i)
         m_i = jnp.maximum(m_i, s.max(axis=1))
-        return Maximum(m_i, m_i * unit)
+        return maximum_of(m_i, unit)
 
     return lax.cond(due, take, lambda _, maximum, __: maximum, s, state.maximum, state.l_i), due
 
