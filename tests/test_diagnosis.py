@@ -46,10 +46,11 @@ def questions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("death", "name"), [
     ("os.kill(os.getpid(), signal.SIGSEGV)", "signal SIGSEGV"), ("os.abort()", "signal SIGABRT"),
-    ("os._exit(3)", "exit code 3"), ("time.sleep(100)", "did not answer in 5 s")])
+    ("os._exit(3)", "exit code 3"), ("time.sleep(100)", "did not answer in 20 s")])
 def test_a_death_is_a_line(questions, monkeypatch, death, name):
     """Regression: the diagnosis ended without a word where starting JAX ends the process."""
-    monkeypatch.setattr(diagnosis, "SECONDS", 5)
+    if "sleep" in death:  # not less: on a busy machine, a process takes seconds to start
+        monkeypatch.setattr(diagnosis, "SECONDS", 20)
     lines = questions(death)
     assert lines[:4] == ["fine:", "  all is well", "deadly:", "  about to start"]
     assert name in lines[4]

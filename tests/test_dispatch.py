@@ -157,12 +157,13 @@ def test_explain_of_a_refusal(table):
 # Devices --------------------------------------------------------------------------------------------------------------
 
 def test_assume(table):
-    assert "implementation='picky'" not in explain(Q, K, K)
+    here = explain(Q, K, K)
     with device.assume(device.H100):
         assert "on NVIDIA H100 80GB HBM3: implementation='picky'" in explain(Q, K, K)
         with device.assume(device.A100):
             assert "on NVIDIA A100-SXM4-80GB: implementation='xla'" in explain(Q, K, K)
         assert device.current() is device.H100
+    assert explain(Q, K, K) == here
     assert device.current() == device.of(jax.devices()[0])
 
 

@@ -192,7 +192,7 @@ def test_operands_are_promoted_as_flax_does():
 
 @both_modules
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Window(left=3)], ids=["causal", "window"])
-def test_decoding_with_a_cache_equals_the_whole_sequence_at_once(module, mask):
+def test_decoding_with_a_cache_equals_the_whole_sequence_at_once(module, mask, full_precision):
     layer, x = module(attention_fn=attention_fn(mask=mask)), normal(0, (2, LENGTH, FEATURES))
     at_once = jax.jit(layer)(layer.params, x)
     np.testing.assert_allclose(layer.with_cache(layer.params, x), at_once, rtol=0, atol=1e-6)
@@ -222,7 +222,7 @@ def test_the_causal_flag_of_a_decode_step_counts_from_the_last_filled_slot(fixed
 
 
 @both_modules
-def test_decoding_where_each_step_passes_the_causal_flag(module):
+def test_decoding_where_each_step_passes_the_causal_flag(module, full_precision):
     """As Flax before 0.12.12 does in nnx."""
     flagged = lambda *args, **keywords: dot_product_attention(*args, **{**keywords, "is_causal": True})
     if module is Linen:  # linen passes what the signature names

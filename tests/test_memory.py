@@ -44,8 +44,9 @@ def bytes_a_position(function, implementation, lengths):
 @pytest.mark.parametrize("function", [forward, gradients])
 def test_linear(function):
     slopes = bytes_a_position(function, "xla", LENGTHS)
-    assert slopes.max() <= 1.25 * slopes.min(), slopes  # quadratic: 4 times
     bytes_of_inputs = (2 + 1 + 1) * 16 * 2
+    # Quadratic: 4 times. On a GPU the least is below what inputs take, and rounding to pages shows.
+    assert slopes.max() <= 1.25 * max(slopes.min(), bytes_of_inputs), slopes
     assert slopes.max() <= 16 * bytes_of_inputs, slopes
 
 
@@ -53,4 +54,4 @@ def test_linear(function):
 def test_the_reference_is_quadratic(function):
     """The control: this test sees a score matrix where there is one."""
     slopes = bytes_a_position(function, "reference", LENGTHS[:3])
-    assert slopes[1] >= 1.9 * slopes[0] >= 1.9 * LENGTHS[0], slopes
+    assert slopes[1] >= 1.5 * slopes[0] >= 1.5 * LENGTHS[0], slopes  # linear: 1, quadratic: 2, and what libraries take

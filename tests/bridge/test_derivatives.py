@@ -158,7 +158,7 @@ THIRD = {
 
 
 @pytest.mark.parametrize("name", THIRD)
-def test_what_has_no_derivative_says_so(name):
+def test_what_has_no_derivative_says_so(name, quiet):
     """Third derivatives left out what goes through the second ones, without a word."""
     q, *rest = problem()
     with pytest.raises(NotImplementedError, match=r"scaled_dot_product_attention has no derivative of .*hessian"):

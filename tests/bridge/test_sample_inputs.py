@@ -42,7 +42,7 @@ def formula_with_our_dropout(query, key, value, kwargs):
     torch.manual_seed(0)
     kept = OURS(query.detach(), key.detach(), torch.eye(length).expand(*value.shape[:-1], length), **kwargs) != 0
 
-    def formula(query, key, value, enable_gqa, **_):
+    def formula(query, key, value, enable_gqa=False, **_):
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         scores = query @ key.mT / math.sqrt(query.shape[-1])
