@@ -14,6 +14,11 @@ def normal(seed, *shape, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def with_rest(dlse, rest=0.0):
+    """A cotangent of the statistics (`AttentionSpec.stats_shape`): lse's, and that of its rest, which nothing reads."""
+    return np.stack([dlse, np.full_like(dlse, rest)], axis=2)
+
+
 def assert_agree(found, wanted):
     """Asserts that two pytrees have the same structure, shapes and dtypes, and numbers that agree."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)

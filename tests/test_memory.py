@@ -12,6 +12,10 @@ from pallas_flash import Causal, autodiff, flash_attention
 LENGTHS = np.array([2048, 4096, 8192, 16384])
 
 
+def on_gpu():
+    return jax.default_backend() == "gpu"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def large_tiles():
     """What other tests compiled with small tiles is forgotten."""
@@ -45,8 +49,8 @@ def bytes_a_position(function, implementation, lengths):
 def test_linear(function):
     slopes = bytes_a_position(function, "xla", LENGTHS)
     bytes_of_inputs = (2 + 1 + 1) * 16 * 2
-    # Quadratic: 4 times. On a GPU the least is below what inputs take, and rounding to pages shows.
-    assert slopes.max() <= 1.25 * max(slopes.min(), bytes_of_inputs), slopes
+    least = max(slopes.min(), bytes_of_inputs) if on_gpu() else slopes.min()  # there, it is lost in rounding to pages
+    assert slopes.max() <= 1.25 * least, slopes  # quadratic: 4 times
     assert slopes.max() <= 16 * bytes_of_inputs, slopes
 
 
@@ -54,4 +58,5 @@ def test_linear(function):
 def test_the_reference_is_quadratic(function):
     """The control: this test sees a score matrix where there is one."""
     slopes = bytes_a_position(function, "reference", LENGTHS[:3])
-    assert slopes[1] >= 1.5 * slopes[0] >= 1.5 * LENGTHS[0], slopes  # linear: 1, quadratic: 2, and what libraries take
+    growth = 1.5 if on_gpu() else 1.9  # linear: 1, quadratic: 2; there, with what libraries take besides
+    assert slopes[1] >= growth * slopes[0] >= growth * LENGTHS[0], slopes
