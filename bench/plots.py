@@ -51,8 +51,9 @@ def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
 
 
 def _speed(found: list[Record], direction: str, path: pathlib.Path) -> pathlib.Path | None:
-    chosen = [r for r in found if r["kind"] == "speed" and r["direction"] == direction
-              and r["problem"].startswith("causal-d") and r["spec"]["d"] == r["spec"]["d_v"]]
+    chosen = records.of_newest_device([
+        r for r in found if r["kind"] == "speed" and r["direction"] == direction
+        and r["problem"].startswith("causal-d") and r["spec"]["d"] == r["spec"]["d_v"]])
     sizes = sorted({r["spec"]["d"] for r in chosen} & {64, 128, 256})
     if not sizes:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RESULTS", "append", "file_name", "latest", "read", "spec_fields"]
+__all__ = ["RESULTS", "append", "file_name", "latest", "of_newest_device", "read", "spec_fields"]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 Record = dict[str, Any]
@@ -48,6 +48,11 @@ def _lines(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number} is not a JSON record: {error}") from error
+
+
+def of_newest_device(records: list[Record]) -> list[Record]:
+    """Of records in order of age, those of the device that was measured last: numbers of two never share a table."""
+    return [r for r in records if r["environment"]["device"] == records[-1]["environment"]["device"]]
 
 
 def latest(records: list[Record], *keys: str) -> dict[tuple[Any, ...], Record]:

@@ -58,8 +58,10 @@ def _order(newest: dict[tuple[Any, ...], Record], problem: str) -> tuple[Any, ..
     return re.sub(r"-d\d+.*$", "", problem), spec["d"], spec["kv_len"]
 
 
-def _on(found: list[Record], platform: str, kind: str) -> list[Record]:
-    return [r for r in found if r["kind"] == kind and r["environment"]["platform"] == platform]
+def _on(found: list[Record], platform: str, *kinds: str) -> list[Record]:
+    """The records of some kinds, of the device of that platform that was measured last."""
+    return records.of_newest_device([
+        r for r in found if r["kind"] in kinds and r["environment"]["platform"] == platform])
 
 
 def _speed(direction: str) -> Callable[[list[Record]], str]:
@@ -70,9 +72,10 @@ def _speed(direction: str) -> Callable[[list[Record]], str]:
 
 
 def _environment(found: list[Record]) -> str:
-    """One line a device on which speed was measured, from its latest record."""
+    """One line for each device of the tables of speed, from its latest record."""
     lines = []
-    for record in records.latest([r for r in found if r["kind"] == "speed"], "device_name").values():
+    newest = [record for platform in ("gpu", "cpu") for record in _on(found, platform, "speed")[-1:]]
+    for record in newest:
         e = record["environment"]
         parts = [e["device"], e["driver"] and f"driver {e['driver']}", e["ptxas"] and f"ptxas {e['ptxas']}",
                  ", ".join(f"{name} {version}" for name, version in e["versions"].items()),
@@ -83,7 +86,8 @@ def _environment(found: list[Record]) -> str:
 
 
 def _host(found: list[Record]) -> str:
-    newest = records.latest([r for r in found if r["kind"] == "host"], "contestant", "direction")
+    newest = records.latest(records.of_newest_device([r for r in found if r["kind"] == "host"]),
+                            "contestant", "direction")
     names = dict.fromkeys(name for name, _ in newest)
     cell = lambda name, direction: f"{newest[name, direction]['host_us']:.0f}" if (name, direction) in newest else "–"
     label = lambda name: next(r["label"] for (n, _), r in newest.items() if n == name)
@@ -92,7 +96,7 @@ def _host(found: list[Record]) -> str:
 
 
 def _bridge(found: list[Record]) -> str:
-    chosen = [r for r in found if r["kind"] in ("bridge-call", "bridge-part") and r["environment"]["platform"] == "gpu"]
+    chosen = _on(found, "gpu", "bridge-call", "bridge-part")
     last = chosen[-1]["environment"]["commit"] if chosen else ""
     newest = [r for r in chosen if r["environment"]["commit"] == last]
     rows = [[r["what"], "whole call" if r["kind"] == "bridge-call" else "part", f"{r['host_us']:.0f}"] for r in newest]

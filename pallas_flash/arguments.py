@@ -87,7 +87,7 @@ def array(name: str, x: Any) -> Any:
 
 def _listed(name: str, x: Any) -> Any:
     """Integers as a NumPy array if they are a number or in lists."""
-    if not isinstance(x, int | list | tuple):
+    if not isinstance(x, int | float | list | tuple):
         return array(name, x)
     try:
         found = np.asarray(x)

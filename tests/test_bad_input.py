@@ -271,7 +271,7 @@ OTHER_ARRAYS = {
     "kv_lengths of float32": (
         dict(kv_lengths=shape(2)), "kv_lengths must hold integers, got kv_lengths.dtype=float32. Cast it to int32."),
     "kv_lengths a float": (
-        dict(kv_lengths=3.5), f"kv_lengths must be an array, got type(kv_lengths)=float. {ARRAY}"),
+        dict(kv_lengths=3.5), "kv_lengths must hold integers, got kv_lengths=3.5. Pass integers, or an array of them."),
 }
 
 NUMBERS = {

@@ -296,6 +296,17 @@ def test_rows_are_in_the_order_of_head_size_and_length():
     assert names.index("causal-d64-s16384") < names.index("causal-d128-s512") < names.index("causal-d256-s512")
 
 
+def test_numbers_of_two_devices_never_share_a_table(tmp_path):
+    old = list(_gpu_records())
+    new = [dict(r, tflops=900.0, environment=r["environment"] | {"device": "NVIDIA H200"}) for r in old
+           if r.get("contestant") == "hopper" and r["problem"] == "causal-d64-s512"]
+    (tmp_path / "README.md").write_text("<!-- generated: benchmarks -->\n<!-- end generated -->\n")
+    list(report.write([*old, *new], tmp_path / "README.md", tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert "| `causal-d64-s512` | **900** | 90% |" in text
+    assert "700" not in text and "causal-d64-s1024" not in text and "- NVIDIA H100" not in text
+
+
 def test_without_records_nothing_is_claimed(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated: benchmarks -->\n1,000 TFLOP/s\n<!-- end generated -->\n")

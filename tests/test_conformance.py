@@ -55,7 +55,7 @@ def test_catalogue(problem, dtype):
 
 
 def test_names_are_unique():
-    names = [problem.name for problem in (*problems.CONFORMANCE, *problems.BENCHMARKS)]
+    names = [problem.name for problem in (*problems.CONFORMANCE, *problems.LARGE_SCORES, *problems.BENCHMARKS)]
     assert len(set(names)) == len(names)
 
 

@@ -4,6 +4,7 @@ lse is as large as the scores, float32 holds it in steps of 2^-23 of its size, a
 difference. With scores of 3e5 gradients were wrong by 6 %, with 3e7 by a factor of 18, and finite.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 from pallas_flash import Causal, Full, device, dispatch, flash_attention, softmax
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.testing import conformance, problems, textbook
 
 SIZES = (1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9)
 
@@ -92,6 +94,37 @@ def check_all(dtype, dims, length, mask, sizes=SIZES, only=None, **numbers):
             found = results(*arrays, implementation=name, mask=mask, scale=scale, softcap=softcap)
             assert jnp.asarray(found["out"]).dtype == dtype
             check(found, exact, nudged, magnitude, dtype)
+
+
+def exact_results(problem, operands, cotangents, nudge=None, steps=1):
+    """Results and magnitudes in float64; `nudge`: each score changes by so many float32 steps of the sum of its
+    products' magnitudes, up or down, as a bias can.
+    """
+    spec = problem.spec("float64")
+    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (*operands[:3], *cotangents))
+    bias = np.zeros((1, 1, 1, 1)) if operands.bias is None else np.asarray(operands.bias, np.float64)
+    if nudge is not None:
+        wide_q, wide_k = (abs(x) if problem.layout == "BHLD" else abs(x).swapaxes(1, 2) for x in (q, k))
+        sums = wide_q @ np.repeat(wide_k, spec.group, axis=1).swapaxes(2, 3) * abs(spec.scale)
+        bias = bias + steps * nudge.choice([-1.0, 1.0], sums.shape) * np.spacing((sums + abs(bias)).astype(np.float32))
+    spec = dataclasses.replace(spec, bias=jax.ShapeDtypeStruct(bias.shape, bias.dtype))
+    return textbook.attention(spec, operands._replace(q=q, k=k, v=v, bias=bias), dout, dlse)
+
+
+@pytest.mark.parametrize(("problem", "dtype"), [
+    pytest.param(problem, dtype, id=f"{problem}-{dtype}") for problem in problems.LARGE_SCORES
+    for dtype in problem.dtypes])
+def test_catalogue(problem, dtype):
+    """Every implementation, with grouped heads, either layout, a bias, and a cotangent of lse."""
+    operands, cotangents = conformance.random_case(problem, dtype)
+    with jax.enable_x64(True):
+        exact, magnitude = exact_results(problem, operands, cotangents)
+        steps = 8 if jax.default_backend() == "gpu" else 1  # tensor cores add up the products with fewer bits
+        nudged = [exact_results(problem, operands, cotangents, np.random.default_rng(seed), steps)[0]._asdict()
+                  for seed in range(3)]
+    for name in [row.name for row in dispatch.IMPLEMENTATIONS if conformance.supports(problem, dtype, row.name)]:
+        found = conformance.compiled(problem, name)(operands, cotangents)
+        check(found._asdict(), exact._asdict(), nudged, magnitude.dv, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -28,13 +28,15 @@ def device_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Arr
 
 
 def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: float | None = None,
-             bias_size: float = 1.0, bias_masks: bool = False, normal: Normal = host_normal) -> Operands:
+             score_size: float | None = None, bias_size: float = 1.0, bias_masks: bool = False,
+             normal: Normal = host_normal) -> Operands:
     """Random operands of a spec.
 
     Args:
       mask: the spec's mask with its arrays.
       row_lse: if given, the first component of q and k shifts the scores of each query by a constant, from -row_lse in
         the first row to row_lse in the last, so that lse does too.
+      score_size: if given, about the largest score at a scale of 1 / sqrt(d).
       bias_size: standard deviation of the bias.
       bias_masks: a fifth of the bias is -inf.
       normal: where and how numbers are drawn.
@@ -45,6 +47,9 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
     if row_lse is not None:
         rows = np.linspace(-row_lse, row_lse, spec.q_len) / spec.scale
         q[..., 0], k[..., 0] = (rows[:, None] if spec.layout == "BLHD" else rows), 1
+    if score_size is not None:
+        largest, factor = 0.9 * float(jnp.finfo(spec.dtype).max), np.sqrt(score_size / 3)
+        q, k = (np.clip(factor * np.asarray(x, np.float64), -largest, largest).astype(spec.dtype) for x in (q, k))
     bias = None
     if spec.bias is not None:
         bias = (host_normal(3 * seed + 4, spec.bias.shape, np.dtype(np.float64)) * bias_size).astype(spec.bias.dtype)

@@ -1,6 +1,8 @@
 """The catalogue: named attention problems, each with the reason why it is there. Tests and benchmarks iterate over it.
 
     conformance   small; every implementation must get them right, forward and backward, in every dtype they list;
+    large scores  conformance problems whose budget is what one step of float32 in each score changes: lse is as large
+                  as they are, and rounding it must not reach a weight;
     defects       conformance problems on which another library was wrong, with the report;
     benchmarks    what speed is measured on.
 
@@ -18,7 +20,7 @@ from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, Se
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from pallas_flash.testing import inputs
 
-__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "Problem", "find", "select"]
+__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "LARGE_SCORES", "Problem", "find", "select"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 HALF = ("bfloat16", "float16")
@@ -34,7 +36,7 @@ class Problem:
       source: why it is in the catalogue.
       dtypes: what it is run in.
       bias_dtype: None for that of query.
-      bias_size, bias_masks, row_lse: see `inputs.operands`.
+      bias_size, bias_masks, row_lse, score_size: see `inputs.operands`.
       tags: words to select by.
     """
 
@@ -59,6 +61,7 @@ class Problem:
     bias_size: float = 1.0
     bias_masks: bool = False
     row_lse: float | None = None
+    score_size: float | None = None
     tags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -82,8 +85,8 @@ class Problem:
     def operands(self, dtype: str | None = None, *, seed: int = 0,
                  normal: inputs.Normal = inputs.host_normal) -> Operands:
         """Random operands of `spec(dtype)`."""
-        return inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse, bias_size=self.bias_size,
-                               bias_masks=self.bias_masks, normal=normal)
+        return inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse, score_size=self.score_size,
+                               bias_size=self.bias_size, bias_masks=self.bias_masks, normal=normal)
 
     def keywords(self, operands: Operands) -> dict[str, Any]:
         """The keywords of `flash_attention(q, k, v, bias=..., **keywords)` for operands of this problem."""
@@ -227,6 +230,16 @@ DEFECTS: tuple[Problem, ...] = tuple(
 
 CONFORMANCE: tuple[Problem, ...] = (*_conformance(), *DEFECTS)
 
+_LARGE: dict[str, dict[str, Any]] = {
+    "causal-gqa": dict(mask=Causal(), q_heads=4, layout="BHLD", d=64, d_v=64),
+    "window": dict(mask=Window(left=40, right=20), d=64, d_v=64, batch=1),
+    "bias": dict(bias=(1, 2, LEN, LEN), d=32),
+}
+LARGE_SCORES: tuple[Problem, ...] = tuple(
+    Problem(f"large-{name}-{size:.0e}", "gradients 6 % off at scores of 3e5, and 18-fold at 3e7, all of them finite",
+            score_size=size, dtypes=DTYPES[1:], **options) for name, options in _LARGE.items() for size in (1e3, 1e6))
+"""Problems whose scores are large."""
+
 
 TOKENS, HIDDEN = 16_384, 2_048
 
@@ -280,7 +293,7 @@ BENCHMARKS: tuple[Problem, ...] = tuple(_benchmarks())
 
 def find(name: str) -> Problem:
     """The problem of that name."""
-    for problem in (*CONFORMANCE, *BENCHMARKS):
+    for problem in (*CONFORMANCE, *LARGE_SCORES, *BENCHMARKS):
         if problem.name == name:
             return problem
     raise KeyError(name)

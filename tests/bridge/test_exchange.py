@@ -1,6 +1,5 @@
 """How each kind of tensor crosses: shared (asserted by pointer), copied, or refused; and the docs' table of that."""
 
-import importlib.util
 import re
 import types
 from pathlib import Path
@@ -115,7 +114,6 @@ def test_a_training_step_shares_everything(device, inside, crossings):
     assert f"layout {'BLHD' if inside else 'BHLD'}" in torch_bridge.explain(q, k, v)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="needs jax[cuda13]")
 @pytest.mark.parametrize("layout, shape", [("BHLD", (2, 8, 512, 64)), ("BLHD", (2, 512, 8, 64))])
 def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     """The programs of a training step in either storage order, as XLA gets them; their profile is a GPU test."""
