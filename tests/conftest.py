@@ -33,11 +33,17 @@ def has_hopper() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need a Hopper GPU; elsewhere they are skipped."""
-    if not has_hopper():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU"))
+    """Tests marked `gpu` need a Hopper GPU; elsewhere they are skipped.
+
+    Those marked `interpreted` need JAX without a GPU: each warpgroup of an interpreted kernel is a thread that runs a
+    program of its own on the default device, and on one GPU they would wait for each other for ever.
+    """
+    lacking = {} if has_hopper() else {"gpu": "needs a Hopper GPU"}
+    if jax.default_backend() == "gpu":
+        lacking["interpreted"] = "needs JAX_PLATFORMS=cpu"
+    for item in items:
+        for marker in lacking.keys() & item.keywords.keys():
+            item.add_marker(pytest.mark.skip(reason=lacking[marker]))
 
 
 @pytest.fixture

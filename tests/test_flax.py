@@ -17,6 +17,8 @@ from pallas_flash.masks import Causal, Dense, InBounds, SegmentIds, Window
 linen = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 HEADS, FEATURES, LENGTH = 4, 32, 24
 
 

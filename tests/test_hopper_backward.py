@@ -26,6 +26,7 @@ from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
+pytestmark = pytest.mark.interpreted
 CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared"))
 ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))

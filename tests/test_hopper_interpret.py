@@ -18,6 +18,7 @@ from pallas_flash.kernels.hopper import barriers, forward
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.spec import AttentionSpec, Operands
 
+pytestmark = pytest.mark.interpreted
 CAUSAL = masks.Causal()
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 

@@ -11,7 +11,8 @@ import numpy as np
 from pallas_flash import masks
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned"]
+__all__ = ["attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned",
+           "with_scores_of"]
 
 Normal = Callable[[int, tuple[int, ...], np.dtype], Any]
 """(seed, shape, dtype) -> standard normal numbers."""
@@ -28,15 +29,13 @@ def device_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Arr
 
 
 def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: float | None = None,
-             score_size: float | None = None, bias_size: float = 1.0, bias_masks: bool = False,
-             normal: Normal = host_normal) -> Operands:
+             bias_size: float = 1.0, bias_masks: bool = False, normal: Normal = host_normal) -> Operands:
     """Random operands of a spec.
 
     Args:
       mask: the spec's mask with its arrays.
       row_lse: if given, the first component of q and k shifts the scores of each query by a constant, from -row_lse in
         the first row to row_lse in the last, so that lse does too.
-      score_size: if given, about the largest score at a scale of 1 / sqrt(d).
       bias_size: standard deviation of the bias.
       bias_masks: a fifth of the bias is -inf.
       normal: where and how numbers are drawn.
@@ -47,9 +46,6 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
     if row_lse is not None:
         rows = np.linspace(-row_lse, row_lse, spec.q_len) / spec.scale
         q[..., 0], k[..., 0] = (rows[:, None] if spec.layout == "BLHD" else rows), 1
-    if score_size is not None:
-        largest, factor = 0.9 * float(jnp.finfo(spec.dtype).max), np.sqrt(score_size / 3)
-        q, k = (np.clip(factor * np.asarray(x, np.float64), -largest, largest).astype(spec.dtype) for x in (q, k))
     bias = None
     if spec.bias is not None:
         bias = (host_normal(3 * seed + 4, spec.bias.shape, np.dtype(np.float64)) * bias_size).astype(spec.bias.dtype)
@@ -57,6 +53,13 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
             bias[np.random.default_rng(seed).random(bias.shape) < 0.2] = -np.inf
     dropout_seed = np.array([0x9E3779B9, seed], np.uint32) if spec.dropout_rate else None
     return Operands(q, k, v, bias, mask.canonical(), dropout_seed)
+
+
+def with_scores_of(size: float, operands: Operands) -> Operands:
+    """Random `operands` whose largest scores become about `size`, at a scale of 1 / sqrt(d)."""
+    largest, factor = 0.9 * float(jnp.finfo(operands.q.dtype).max), np.sqrt(size / 3)
+    grown = lambda x: np.clip(factor * np.asarray(x, np.float64), -largest, largest).astype(x.dtype)
+    return operands._replace(q=grown(operands.q), k=grown(operands.k))
 
 
 def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> tuple[Any, Any]:

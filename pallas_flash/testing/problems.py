@@ -36,7 +36,8 @@ class Problem:
       source: why it is in the catalogue.
       dtypes: what it is run in.
       bias_dtype: None for that of query.
-      bias_size, bias_masks, row_lse, score_size: see `inputs.operands`.
+      bias_size, bias_masks, row_lse: see `inputs.operands`.
+      score_size: see `inputs.with_scores_of`.
       tags: words to select by.
     """
 
@@ -85,8 +86,9 @@ class Problem:
     def operands(self, dtype: str | None = None, *, seed: int = 0,
                  normal: inputs.Normal = inputs.host_normal) -> Operands:
         """Random operands of `spec(dtype)`."""
-        return inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse, score_size=self.score_size,
-                               bias_size=self.bias_size, bias_masks=self.bias_masks, normal=normal)
+        operands = inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse,
+                                   bias_size=self.bias_size, bias_masks=self.bias_masks, normal=normal)
+        return operands if self.score_size is None else inputs.with_scores_of(self.score_size, operands)
 
     def keywords(self, operands: Operands) -> dict[str, Any]:
         """The keywords of `flash_attention(q, k, v, bias=..., **keywords)` for operands of this problem."""

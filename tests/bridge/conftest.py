@@ -27,6 +27,22 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="package")
+def nothing_compiled_before(tmp_path_factory):
+    """torch keeps what it compiles by the names of our operators, whatever they return since: not across runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def forward_mode():
+    """torch uses `torch.jit.script`, which warns, when forward mode is first used in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
 @pytest.fixture
 def quiet():
     """For torch.compile and its like: warnings of torch's own machinery, such as deprecations, are not ours.

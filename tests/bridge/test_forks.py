@@ -12,23 +12,28 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 JAX_CALL = """
 import jax.numpy as jnp, pallas_flash
 def call():
-    x = jnp.ones((1, 8, 2, 4))
-    return float(pallas_flash.{function}(x, x, x).sum())
+    if not hasattr(call, "x"):  # not in a child forked after use: on a GPU that would hang before we are called
+        call.x = jnp.ones((1, 8, 2, 4))
+    return float(pallas_flash.{function}(call.x, call.x, call.x).sum())
 """
 CALLS = {
     "flash_attention": JAX_CALL.format(function="flash_attention"),
     "dot_product_attention": JAX_CALL.format(function="dot_product_attention"),
     "dot_product_attention, a mask and no batch": """
 import jax.numpy as jnp, pallas_flash
-x, mask = jnp.ones((8, 2, 4)), jnp.ones((8, 8), bool)
 def call():
+    if not hasattr(call, "arrays"):
+        call.arrays = jnp.ones((8, 2, 4)), jnp.ones((8, 8), bool)
+    x, mask = call.arrays
     return float(pallas_flash.dot_product_attention(x, x, x, mask=mask).sum())
 """,
     "flax": """
 import jax.numpy as jnp
 from pallas_flash.flax import dot_product_attention
-x, mask = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 1, 8, 8))
 def call():
+    if not hasattr(call, "arrays"):
+        call.arrays = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 1, 8, 8))
+    x, mask = call.arrays
     return float(dot_product_attention(x, x, x, mask=mask).sum())
 """,
     "bridge": """
@@ -94,7 +99,10 @@ def test_a_call_in_a_child_forked_after_use_raises(name):
 def test_a_fork_before_jax_starts_is_fine(name):
     run(IN_A_CHILD, CALLS[name], """
         def child():
-            assert call() == 64
+            try:
+                assert call() == 64
+            except RuntimeError:
+                return 5
             return in_a_child(lambda: (call(), 0)[1])  # forked after use, in its turn
         assert in_a_child(child) == 3
         assert call() == 64

@@ -64,6 +64,7 @@ def nothing_chosen(monkeypatch):
 
 @pytest.mark.parametrize("name", [None, *memory.CHOICES])
 def test_preallocation_is_switched_off_unless_chosen(name, nothing_chosen, monkeypatch):
+    monkeypatch.setattr(memory, "_preallocated", list)
     if name is not None:
         monkeypatch.setenv(name, "true")
     memory.share_with_torch()

@@ -52,6 +52,8 @@ def why_not() -> str | None:
         return f"needs JAX's CUDA plugin: run `make offline`, or name an interpreter that has it in {VARIABLE}"
     if not compilers():
         return f"needs a ptxas: install nvidia-cuda-nvcc beside {interpreter()}"
+    if cuda_root() is None and not compilers()["found"].with_name("nvdisasm").exists():
+        return f"needs nvdisasm, which is not beside {compilers()['found']}: run `make offline`"
     return None
 
 
@@ -90,6 +92,6 @@ def environment(work: Path, ptxas: Path) -> dict[str, str]:
     dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTX", "PTXAS", "RESOURCES", "SASS_CTRL")}
     paths = {"PATH": f"{work}/bin:{os.environ.get('PATH', '')}", "PYTHONPATH": str(ROOT),
              "LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-    root = {"CUDA_ROOT": str(found)} if (found := cuda_root()) else {}
+    root = {"CUDA_ROOT": str(cuda_root() or ptxas.parent.parent)}  # where JAX takes nvdisasm from
     return {**os.environ, **dumps, **paths, **root, "MOSAIC_GPU_DUMP_TO": str(work), "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3"}
