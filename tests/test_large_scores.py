@@ -88,7 +88,7 @@ def check_all(dtype, dims, length, mask, sizes=SIZES, only=None, **numbers):
         arrays = case(dtype, dims, length, size, num_heads=1 if only else 2)
         exact, magnitude = oracle(arrays, mask, scale, softcap)
         # Tensor cores add up the products of a score with fewer bits, cuBLAS those of float32 in another order.
-        steps = 8 if only or dtype == "float32" and jax.default_backend() == "gpu" else 1
+        steps = 8 if only or (dtype == "float32" and jax.default_backend() == "gpu") else 1
         nudged = [oracle(arrays, mask, scale, softcap, np.random.default_rng(seed), steps)[0] for seed in range(3)]
         for name in [only] if only else able(arrays[0], arrays[2], mask, scale=scale, softcap=softcap):
             found = results(*arrays, implementation=name, mask=mask, scale=scale, softcap=softcap)
