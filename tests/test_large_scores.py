@@ -14,7 +14,7 @@ import pytest
 
 from pallas_flash import Causal, Full, device, dispatch, flash_attention, softmax
 from pallas_flash.spec import AttentionSpec
-from pallas_flash.testing import conformance, problems, textbook
+from pallas_flash.testing import conformance, inputs, problems, textbook
 
 SIZES = (1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9)
 
@@ -30,17 +30,30 @@ def results(q, k, v, dout, **keywords):
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *vjp((dout, jnp.zeros_like(lse)))), strict=True))
 
 
+def up_or_down(seed):
+    """A random sign for each of some scores."""
+    return lambda s: np.random.default_rng(seed).choice([-1.0, 1.0], s.shape)
+
+
+def against_the_largest(s):
+    """1, and -1 for the largest score of each row: random signs leave ties as they are where they happen to agree."""
+    return np.where(s == s.max(axis=-1, keepdims=True), -1.0, 1.0)
+
+
+NUDGES = (up_or_down(0), up_or_down(1), against_the_largest)
+
+
 def oracle(arrays, mask, scale, softcap=None, nudge=None, steps=1):
-    """out, lse, dv and the magnitude of each key's dv in float64; `nudge`: scores change, up or down, by so many
-    float32 steps of the sum that their products' magnitudes make.
+    """out, lse, dv and the magnitude of each key's dv in float64; `nudge`, one of NUDGES, says which way each score
+    changes, by so many float32 steps of the sum that its products' magnitudes make.
     """
     q, k, v, dout = (np.asarray(x, np.float64).swapaxes(1, 2) for x in arrays)  # (batch, heads, length, dim)
     s = q @ k.swapaxes(2, 3) * scale
     s = s if softcap is None else softcap * np.tanh(s / softcap)
+    s = np.where(mask.keep(np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None]), s, -np.inf)
     if nudge is not None:
         sums = abs(q) @ abs(k).swapaxes(2, 3) * abs(scale)
-        s = s + steps * nudge.choice([-1.0, 1.0], s.shape) * np.spacing(sums.astype(np.float32)).astype(np.float64)
-    s = np.where(mask.keep(np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None]), s, -np.inf)
+        s = s + steps * nudge(s) * np.spacing(sums.astype(np.float32)).astype(np.float64)
     m = s.max(axis=-1, keepdims=True)
     p = np.exp(s - m)
     total = p.sum(axis=-1, keepdims=True)
@@ -89,7 +102,7 @@ def check_all(dtype, dims, length, mask, sizes=SIZES, only=None, **numbers):
         exact, magnitude = oracle(arrays, mask, scale, softcap)
         # Tensor cores add up the products of a score with fewer bits, cuBLAS those of float32 in another order.
         steps = 8 if only or (dtype == "float32" and jax.default_backend() == "gpu") else 1
-        nudged = [oracle(arrays, mask, scale, softcap, np.random.default_rng(seed), steps)[0] for seed in range(3)]
+        nudged = [oracle(arrays, mask, scale, softcap, nudge, steps)[0] for nudge in NUDGES]
         for name in [only] if only else able(arrays[0], arrays[2], mask, scale=scale, softcap=softcap):
             found = results(*arrays, implementation=name, mask=mask, scale=scale, softcap=softcap)
             assert jnp.asarray(found["out"]).dtype == dtype
@@ -97,16 +110,16 @@ def check_all(dtype, dims, length, mask, sizes=SIZES, only=None, **numbers):
 
 
 def exact_results(problem, operands, cotangents, nudge=None, steps=1):
-    """Results and magnitudes in float64; `nudge`: each score changes by so many float32 steps of the sum of its
-    products' magnitudes, up or down, as a bias can.
-    """
+    """Results and magnitudes in float64; the scores change as those of `oracle`, by a bias."""
     spec = problem.spec("float64")
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (*operands[:3], *cotangents))
     bias = np.zeros((1, 1, 1, 1)) if operands.bias is None else np.asarray(operands.bias, np.float64)
     if nudge is not None:
-        wide_q, wide_k = (abs(x) if problem.layout == "BHLD" else abs(x).swapaxes(1, 2) for x in (q, k))
-        sums = wide_q @ np.repeat(wide_k, spec.group, axis=1).swapaxes(2, 3) * abs(spec.scale)
-        bias = bias + steps * nudge.choice([-1.0, 1.0], sums.shape) * np.spacing((sums + abs(bias)).astype(np.float32))
+        wide_q, wide_k = (x if problem.layout == "BHLD" else x.swapaxes(1, 2) for x in (q, k))
+        wide_k = np.repeat(wide_k, spec.group, axis=1).swapaxes(2, 3)
+        s = np.where(inputs.attends(spec, operands), wide_q @ wide_k * spec.scale + bias, -np.inf)
+        sums = abs(wide_q) @ abs(wide_k) * abs(spec.scale) + abs(bias)
+        bias = bias + steps * nudge(s) * np.spacing(sums.astype(np.float32))
     spec = dataclasses.replace(spec, bias=jax.ShapeDtypeStruct(bias.shape, bias.dtype))
     return textbook.attention(spec, operands._replace(q=q, k=k, v=v, bias=bias), dout, dlse)
 
@@ -120,8 +133,7 @@ def test_catalogue(problem, dtype):
     with jax.enable_x64(True):
         exact, magnitude = exact_results(problem, operands, cotangents)
         steps = 8 if jax.default_backend() == "gpu" else 1  # tensor cores add up the products with fewer bits
-        nudged = [exact_results(problem, operands, cotangents, np.random.default_rng(seed), steps)[0]._asdict()
-                  for seed in range(3)]
+        nudged = [exact_results(problem, operands, cotangents, nudge, steps)[0]._asdict() for nudge in NUDGES]
     for name in [row.name for row in dispatch.IMPLEMENTATIONS if conformance.supports(problem, dtype, row.name)]:
         found = conformance.compiled(problem, name)(operands, cotangents)
         check(found._asdict(), exact._asdict(), nudged, magnitude.dv, dtype)
