@@ -14,7 +14,7 @@ from pallas_flash import diagnosis
 __all__ = ["compilers", "cuda_root", "environment", "interpreter", "why_not"]
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 VARIABLE = "PALLAS_FLASH_OFFLINE_PYTHON"
 ASK = """
 import importlib.util as u, json

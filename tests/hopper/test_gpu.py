@@ -27,7 +27,7 @@ from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, device, flash
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
-from tests.offline.places import cuda_root
+from tests.hopper.offline.places import cuda_root
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

@@ -1,7 +1,7 @@
-"""Compiles the Mosaic GPU kernels of catalogue problems to sm_90a machine code; run by `test_offline_compile`, in its
+"""Compiles the Mosaic GPU kernels of catalogue problems to sm_90a machine code; run by `test_offline`, in its
 own process.
 
-    python -m tests.offline.compile_kernels PROBLEM...
+    python -m tests.hopper.offline.compile_kernels PROBLEM...
 
 The environment must have the stand-in driver first on LD_LIBRARY_PATH, the ptxas to compile with first on PATH and the
 compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel: its name,
@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.offline import sass
+from tests.hopper.offline import sass
 
 
 def mosaic_modules(lowered) -> list[bytes]:

@@ -11,7 +11,7 @@ import pytest
 from bench import environment
 from pallas_flash import diagnosis
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULE = """\
 import os, signal, time
 

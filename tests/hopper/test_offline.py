@@ -4,7 +4,7 @@ descriptors of wgmma in uniform registers.
 ptxas says so itself: C7504, C7507 (register reallocation ignored), C7510 to C7515 and C7520 (wgmma serialised). Such a
 kernel would still be right, at half the speed; one that moves descriptors in each step is 5 to 14 % slower
 (docs/notes/hopper_forward.md, 2026-11-25). Each problem is compiled with the ptxas that constraints.txt pins, whatever
-PATH has, and with the first one outside of the wheels, if there is one of another version (tests/offline/places.py).
+PATH has, and with the first one outside of the wheels, if there is one of another version (tests/hopper/offline/places.py).
 """
 
 import json
@@ -15,9 +15,9 @@ import jax
 import pytest
 
 from pallas_flash.testing import problems
-from tests.offline import places, sass
+from tests.hopper.offline import places, sass
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
 WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 12) else places.why_not()
@@ -49,7 +49,7 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
 def compiled(work, name, compiler):
     """The report on each kernel of a problem, compiled with that ptxas and no other."""
     ptxas = places.compilers()[compiler]
-    done = subprocess.run([places.interpreter(), "-m", "tests.offline.compile_kernels", name], cwd=ROOT, text=True,
+    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.compile_kernels", name], cwd=ROOT, text=True,
                           env=places.environment(work, ptxas), capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (work / "bin" / "ptxas-was-called").exists(), f"another ptxas than {ptxas} was called"

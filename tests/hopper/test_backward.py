@@ -1,7 +1,7 @@
 """The Hopper backward kernels themselves on a CPU: Pallas' GPU interpreter runs them, with its race detector, on small
 shapes; and their schedules.
 
-See `test_hopper_interpret` for what the interpreter lacks.
+See `test_forward` for what the interpreter lacks.
 """
 
 import dataclasses
