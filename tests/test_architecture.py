@@ -49,7 +49,7 @@ MANY_PARAMETERS = {
     "torch_bridge/explanation.py": {"explain"},
     "torch_bridge/activation.py": {"_backward"},
     # bodies of kernels: a parameter is an array
-    "pallas_flash/kernels/hopper/backward_dq.py": {"attention_backward_dq"},
+    "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
 }
 
 

@@ -52,7 +52,8 @@ def test_the_sdist_holds_its_tests(built, tmp_path):
         archive.extractall(tmp_path, filter="data")
     root, = tmp_path.iterdir()
     for name in ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".ci/run", "docs/conf.py",
-                 "docs/images/memory.png", "examples/quickstart.py", "bench/report.py", "tests/hopper/offline/driver.c"):
+                 "docs/images/memory.png", "examples/quickstart.py", "bench/report.py",
+                 "tests/hopper/offline/driver.c"):
         assert (root / name).is_file(), f"{name} is missing"
     one_device = "--xla_force_host_platform_device_count=1"
     text = checked(sys.executable, "-m", "pytest", "tests", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=root,

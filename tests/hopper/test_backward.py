@@ -19,8 +19,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
-from pallas_flash.kernels.hopper import backward, barriers, scores
 from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper import barriers, scores
+from pallas_flash.kernels.hopper.backward import gradients as backward
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance

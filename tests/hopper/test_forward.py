@@ -14,8 +14,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, reference
-from pallas_flash.kernels.hopper import barriers, forward
+from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.spec import AttentionSpec, Operands
 
 pytestmark = pytest.mark.interpreted
@@ -107,7 +108,7 @@ def operands(case):
 
 
 def not_again(block, tile, rows):
-    """In place of `forward_repair.again`, where nothing needs it."""
+    """In place of `forward.repair.again`, where nothing needs it."""
     nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)
     return nan(64), nan(64, block.spec.d_v)
 

@@ -4,7 +4,7 @@ descriptors of wgmma in uniform registers.
 ptxas says so itself: C7504, C7507 (register reallocation ignored), C7510 to C7515 and C7520 (wgmma serialised). Such a
 kernel would still be right, at half the speed; one that moves descriptors in each step is 5 to 14 % slower
 (docs/notes/hopper_forward.md, 2026-11-25). Each problem is compiled with the ptxas that constraints.txt pins, whatever
-PATH has, and with the first one outside of the wheels, if there is one of another version (tests/hopper/offline/places.py).
+PATH has, and with the first one outside of the wheels, if there is one of another version (offline/places.py).
 """
 
 import json
@@ -49,8 +49,8 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
 def compiled(work, name, compiler):
     """The report on each kernel of a problem, compiled with that ptxas and no other."""
     ptxas = places.compilers()[compiler]
-    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.compile_kernels", name], cwd=ROOT, text=True,
-                          env=places.environment(work, ptxas), capture_output=True)
+    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.compile_kernels", name], cwd=ROOT,
+                          env=places.environment(work, ptxas), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (work / "bin" / "ptxas-was-called").exists(), f"another ptxas than {ptxas} was called"
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

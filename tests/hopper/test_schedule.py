@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import backward_schedule, forward
+from pallas_flash.kernels.hopper import backward_schedule
 from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.kernels.hopper.schedule import ROWS, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 

@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import forward as hopper_forward
 from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper.forward import kernel as hopper_forward
 from pallas_flash.kernels.hopper.sealing import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands

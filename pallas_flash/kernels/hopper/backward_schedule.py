@@ -42,7 +42,7 @@ class KvSchedule:
       dq: who multiplies dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute warpgroups, one
         64 x 64 piece each, one step later, so that they need not meet), or "own" (one more warpgroup).
       ds_slots: slots of the buffer through which dS goes to that product.
-      dq_slots: slots of the buffer through which dq goes to memory (`backward_turns`).
+      dq_slots: slots of the buffer through which dq goes to memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
@@ -345,7 +345,7 @@ def kv_mask(spec: AttentionSpec, s: Any) -> masks.Mask:
     """The spec's mask, and where the last key tile is ragged, the keys' end.
 
     Queries past the end have weights of 0, but NaN where a key is NaN: so also the queries' end, where the last query
-    tile is ragged, keys are not cleaned (`backward_bad_keys`), and the mask may leave a key to such queries alone.
+    tile is ragged, keys are not cleaned (`backward.nonfinite`), and the mask may leave a key to such queries alone.
     """
     ends = {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv else {}
     keeps_bad_keys = not isinstance(s, DqSchedule) and s.dq == "none"

@@ -24,9 +24,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]

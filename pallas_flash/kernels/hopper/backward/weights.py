@@ -8,11 +8,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward_tiles import Statistics
+from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.schedule import ROWS
 from pallas_flash.kernels.hopper.scores import may_be_large
 

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.kernels.hopper import backward_dq, backward_kv, backward_small, backward_split
 from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper.backward import dq as dq_kernel
+from pallas_flash.kernels.hopper.backward import kv, kv_split, prepare
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
@@ -27,20 +28,20 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
     q = operands.q
     if schedules.may_have_idle_queries(spec):
         q, dout = (_without_idle_queries(spec, x, stats[:, :, 0]) for x in (q, dout))
-    stats, *sums = backward_small.launch_prepare(spec, schedule)(out, dout, stats, dstats)
+    stats, *sums = prepare.launch_prepare(spec, schedule)(out, dout, stats, dstats)
     arrays = q, operands.k, operands.v, dout, stats
     if schedule.fused:
         return _fused(spec, schedule, arrays, sums)
-    kernel = backward_split if isinstance(schedule.kv, SplitSchedule) else backward_kv
+    kernel = kv_split if isinstance(schedule.kv, SplitSchedule) else kv
     launch: Any = kernel.launch
     dk, dv = launch(spec, schedule.kv)(*arrays)
     assert schedule.dq is not None
-    return Gradients(backward_dq.launch(spec, schedule.dq)(*arrays), dk, dv)
+    return Gradients(dq_kernel.launch(spec, schedule.dq)(*arrays), dk, dv)
 
 
 def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: list[Any]) -> Gradients:
     assert isinstance(schedule.kv, KvSchedule)
-    launch, finish = backward_kv.launch(spec, schedule.kv), backward_small.launch_finish(spec, schedule.kv)
+    launch, finish = kv.launch(spec, schedule.kv), prepare.launch_finish(spec, schedule.kv)
     if schedule.kv.ordered:
         turns = jax.new_ref(jnp.zeros(schedules.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
         dk, dv, sums = launch(*arrays, turns)

@@ -3,7 +3,7 @@
 Roles. Each compute warpgroup keeps dk and dv of 64 keys in registers, and walks the query tiles that the mask needs
 (for each query head of the group): S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T * (dP^T - delta),
 dV += P^T dO, dK += dS^T Q. P^T and dS^T go from registers to the product. One more warpgroup loads; in the fused form
-its other warps add dq to global memory (`backward_turns`).
+its other warps add dq to global memory (`backward.ordered_dq`).
 
 dq = dS K needs the dS of all the block's keys, so dS^T goes through shared memory. Its product is made by the compute
 warpgroups, a 64 x 64 piece each, one step late (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
@@ -22,15 +22,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward_bad_keys import unknown, without_bad_rows
+from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
+from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
+from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
+from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.backward_tiles import LOADED, Walk
-from pallas_flash.kernels.hopper.backward_turns import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.backward_weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
@@ -41,7 +41,7 @@ class Block(NamedTuple):
     """What the roles of one block share."""
 
     spec: AttentionSpec
-    schedule: Any  # KvSchedule, or the SplitSchedule of backward_split
+    schedule: Any  # KvSchedule, or the SplitSchedule of `kv_split`
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
     smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
     bars: dict[str, Any]
@@ -408,7 +408,7 @@ def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> B
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, the statistics that `backward_small` makes, and in the
+    """The kernel of a spec: a function of q, k, v, dout, the statistics that `backward.prepare` makes, and in the
     fused form of one more.
 
     It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to

@@ -15,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, no_sums, over_chunks
+from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums, over_chunks
 
 __all__ = ["unknown", "without_bad_rows"]
 

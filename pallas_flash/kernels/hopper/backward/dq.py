@@ -16,15 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
 from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.backward_tiles import Statistics
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 

@@ -22,7 +22,7 @@ hand the tensor cores from warpgroup to warpgroup, so that one's softmax meets t
 
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`); l_i (64, 8) a row sum that is
 still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is float32. m_i
-may stay below the maximum (`forward_softmax`): that cancels in O / l_i, but the largest weight of a row is then rounded
+may stay below the maximum (`forward.softmax`): that cancels in O / l_i, but the largest weight of a row is then rounded
 like the others. O is rescaled while the next S is multiplied, before its own P V.
 """
 
@@ -39,9 +39,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_load import load
-from pallas_flash.kernels.hopper.forward_repair import again, is_spoiled, overflowed
-from pallas_flash.kernels.hopper.forward_softmax import (
+from pallas_flash.kernels.hopper.forward.load import load
+from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
+from pallas_flash.kernels.hopper.forward.softmax import (
     Maximum,
     Softmax,
     first_softmax,
@@ -52,10 +52,10 @@ from pallas_flash.kernels.hopper.forward_softmax import (
     next_softmax,
     rescaled,
 )
-from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
-from pallas_flash.kernels.hopper.rows_at_rest import across
+from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
+from pallas_flash.kernels.hopper.slow_rows import across
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]

@@ -5,7 +5,7 @@ near enough, there are two ways to find. `maximum_within`: the maximum of each t
 it has fallen behind.
 `maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
 1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum. A tile with
-a row that has gone too far before that is given up, and done again with all maxima (`forward_tiles`).
+a row that has gone too far before that is given up, and done again with all maxima (`forward.tiles`).
 """
 
 import functools
@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_tiles import Block
-from pallas_flash.kernels.hopper.rows_at_rest import across
+from pallas_flash.kernels.hopper.forward.tiles import Block
+from pallas_flash.kernels.hopper.slow_rows import across
 
 __all__ = [
     "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "masked", "maximum_at_times",

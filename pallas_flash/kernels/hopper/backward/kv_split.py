@@ -19,14 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_kv as kv
-from pallas_flash.kernels.hopper import backward_products as grad_products
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import backward_tiles as grad_tiles
-from pallas_flash.kernels.hopper import backward_weights as weights
 from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward_bad_keys import without_bad_rows
-from pallas_flash.kernels.hopper.backward_kv import Block, Step
+from pallas_flash.kernels.hopper.backward import kv as kv
+from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper.backward import weights as weights
+from pallas_flash.kernels.hopper.backward.kv import Block, Step
+from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
 from pallas_flash.kernels.hopper.schedule import ROWS, chunks
 from pallas_flash.spec import AttentionSpec

@@ -1,7 +1,7 @@
 """What the roles of the forward kernel share: a block's references, the tiles it works on, and their places in memory.
 
 A block's tiles are those in its row of the table. Where the schedule has `maxima`, the block walks through its row a
-second time, and stops at the tiles that some warpgroup gave up (`forward_softmax`): all maxima are taken in those. That
+second time, and stops at the tiles that some warpgroup gave up (`forward.softmax`): all maxima are taken in those. That
 a tile was given up is written to `given_up`, (blocks, warpgroups, slots) int32 in global memory, at its place in the
 row; the last slot says whether any was.
 """

@@ -2,7 +2,7 @@
 
 A tile that the mask splits is multiplied whole, with weight 0 where the mask does not keep a pair, and 0 * NaN is NaN,
 also in a tensor core. And weights grow too large, or their sums with the values do, where scores jump far above an m_i
-that nobody looked at (`forward_softmax`): such a tile is done again first, with all maxima (`forward_tiles`). Rows that
+that nobody looked at (`forward.softmax`): such a tile is done again first, with all maxima (`forward.tiles`). Rows that
 are spoiled even then, one warpgroup adds up again, a key at a time: slow, exact to rounding, and never run on finite
 values, unless their sums overflow, or weights do because scores are larger than 1e8 (`scores.overflows`).
 """
@@ -15,11 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, products
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward_softmax import Maximum, given_up, lowest
-from pallas_flash.kernels.hopper.forward_tiles import Block, Rows, Tile
-from pallas_flash.kernels.hopper.rows_at_rest import RowsAtRest, across, no_sums
+from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
+from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["again", "is_spoiled", "overflowed"]

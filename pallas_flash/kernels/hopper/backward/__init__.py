@@ -1,0 +1,1 @@
+"""The backward: `gradients` runs the kernels of the others in their order."""
