@@ -90,10 +90,8 @@ def flash_attention(
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
       q_len) being the natural logarithm of each row's sum of exponentials, float32 (float64 for float64 input).
 
-    NaN and infinity reach only the pairs that attend: from a key or value its queries, from a query, or its cotangent,
-    its keys, and from neither another entry of the batch. Two exceptions: in "hopper", a query with one makes dk and dv
-    NaN for all keys in tiles of 64 to 192 that meet its tile of 64 queries; in "reference", one that attends or is
-    attended to reaches all of its head.
+    NaN and infinity reach only the pairs that attend; for the exceptions in "hopper" and "reference", and every other
+    convention, see docs/semantics.md.
 
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
@@ -183,10 +181,8 @@ def dot_product_attention(
     """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and
     segments.
 
-    Differences from jax.nn: a query that attends to nothing gives 0 (there: the mean of value); NaN in masked keys and
-    values does not reach the output; `implementation` names ours; a bias of -inf masks; lse is float32 and has a
-    gradient (there: the dtype of key, and none); memory stays O(length). Refused here: a scale that is not a Python
-    number, an integer bias, lists in place of arrays, a negative `local_window_size`, `implementation="cudnn"`.
+    A query that attends to nothing gives 0 (in jax.nn: the mean of value), and lse is float32 with a gradient.
+    docs/semantics.md lists the other differences from jax.nn.
 
     Args:
       query: (batch, q_len, q_heads, d) or (q_len, q_heads, d).

@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
 
     A stand-in for `torch.nn.functional.scaled_dot_product_attention`, computed by pallas_flash: same arguments, results
     and errors, on CPU and CUDA tensors, with autograd, autocast, torch.func, torch.compile and torch.export. The
-    deliberate differences are listed in docs/torch_bridge.md.
+    deliberate differences are listed in docs/semantics.md.
 
     Args:
       query: (..., Hq, L, E), 2 to any number of axes; bfloat16, float16, float32 or float64.
