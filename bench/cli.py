@@ -2,7 +2,7 @@
 
   run      times problems of the catalogue, ours and peers side by side; one JSON line a measurement in bench/results/
   host     the host's share of a call, on a problem too small for a device
-  tune     sweeps the legal schedules of the Hopper kernels on a problem
+  tune     sweeps the legal schedules of one of our implementations on a problem
   report   writes the README's tables and the plots from the records
   peers    downloads FlashAttention-3 and Tokamax into .peers/
 """
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser("tune", help="sweep legal schedules")
     tune.add_argument("kernel", choices=["forward", "backward"])
+    tune.add_argument("--impl", help="which of ours (default: the one that would run here)")
     tune.add_argument("--problems", type=words, default=["matrix"], metavar="GLOB,...")
     tune.add_argument("--rounds", type=int, default=5)
     tune.add_argument("--burst-ms", type=float, default=10.0)
@@ -188,11 +189,22 @@ def _tune(args: argparse.Namespace) -> None:
     common = {"environment": environment.describe()}
     path = _out(args, common["environment"])
     for problem in problems.select(args.problems):
-        candidates = tune.candidates(args.kernel, problem, args.cross)
+        target = tune.Target(_tuned(args.impl, problem), args.kernel, problem)
+        candidates = tune.candidates(target, args.cross)
         advance, say, name = _bar(len(candidates))
-        name(f"{args.kernel} {problem.name}")
-        found = tune.sweep(args.kernel, problem, candidates, args.rounds, args.burst_ms / 1000, common, say, advance)
+        name(f"{target.implementation} {args.kernel} {problem.name}")
+        found = tune.sweep(target, candidates, args.rounds, args.burst_ms / 1000, common, say, advance)
         for record in found:
             records.append(path, record)
         for line in tune.rows(found):
             say(line)
+
+
+def _tuned(name: str | None, problem: Any) -> str:
+    """The implementation to tune: the one named, or the one that runs a problem here."""
+    from bench import tune
+    from pallas_flash import device, dispatch
+    name = name or dispatch.decide(problem.spec(), device.current()).implementation.name
+    if name not in tune.TUNABLE:
+        raise SystemExit(f"{name} has one schedule only; others can be tried of {', '.join(tune.TUNABLE)}")
+    return str(name)

@@ -6,7 +6,7 @@ Peers that are not installed, or that cannot run a problem, say why in a sentenc
 
 import dataclasses
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -152,18 +152,10 @@ def _named(direction: str, results: Any) -> dict[str, Any]:
 
 
 def _our_schedule(name: str, problem: Problem, direction: str) -> str:
-    """The schedules of the modules that run, forward first: an implementation may take another's backward."""
-    modules = dict(zip(("forward", "backward"), dispatch.get(name).modules, strict=True))
-    return "; ".join(_default_schedule(module, pass_, problem.spec()) for pass_, module in modules.items()
+    """The schedules of the passes that run, forward first."""
+    passes = dict(zip(("forward", "backward"), dispatch.get(name).schedules or (), strict=False))
+    return "; ".join(str(pkgutil.resolve_name(schedules.default)(problem.spec())) for pass_, schedules in passes.items()
                      if direction in (pass_, "both"))
-
-
-def _default_schedule(module: str, pass_: str, spec: Any) -> str:
-    package = importlib.import_module(module.rpartition(".")[0])
-    if package.__name__.endswith(".hopper"):
-        from pallas_flash.kernels.hopper import backward_schedule, schedule
-        return str(schedule.default_forward(spec) if pass_ == "forward" else backward_schedule.default_backward(spec))
-    return str(importlib.import_module(f"{package.__name__}.schedule").default(spec))
 
 
 def _ours(name: str) -> JaxContestant:
@@ -208,8 +200,8 @@ def _only_jax_nn(problem: Problem) -> str:
 
 
 _GET_PEERS = "python -m bench peers"
-OURS: tuple[JaxContestant, ...] = tuple(
-    _ours(row.name) for row in dispatch.IMPLEMENTATIONS if row.name != "reference")
+OURS: tuple[JaxContestant, ...] = tuple(_ours(row.name) for row in dispatch.IMPLEMENTATIONS if row.automatic)
+"""In dispatch's order of preference."""
 PEERS: list[Contestant] = [
     JaxContestant("fa3", "FlashAttention-3", _fa3, _only_jax_nn, ("dew-flash-attn-cu13",), _GET_PEERS,
                   platforms=("gpu",)),

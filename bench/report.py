@@ -24,9 +24,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ours(found: list[Record]) -> str:
-    """Which implementation of ours a table is about: the GPU's kernels where they were measured."""
+    """Which implementation of ours a table is about: of those measured, the one that dispatch prefers."""
     names = {record["contestant"] for record in found}
-    return next((name for name in ("hopper", "xla") if name in names), "xla")
+    return next((name for name in plots.OURS if name in names), plots.OURS[-1])
 
 
 def _cell(record: Record | None, ours: str) -> str:
@@ -42,7 +42,7 @@ def _speed_rows(found: list[Record], direction: str) -> tuple[list[str], list[li
     newest = records.latest([r for r in found if r["direction"] == direction], "problem", "contestant")
     labels = {r["contestant"]: r["label"] for r in newest.values()}
     ours = _ours(list(newest.values()))
-    others = [name for name in labels if name != ours and name != "xla"]
+    others = [name for name in labels if name not in plots.OURS]
     problems = sorted({problem for problem, _ in newest}, key=lambda name: _order(newest, name))
     rows = []
     for problem in problems:
@@ -105,12 +105,12 @@ def _bridge(found: list[Record]) -> str:
 
 def _cpu(found: list[Record]) -> str:
     newest = records.latest(_on(found, "cpu", "speed"), "problem", "direction", "contestant")
-    rows = []
+    rows, ours = [], _ours(list(newest.values()))
     by_length = sorted(newest.items(), key=lambda item: (item[1]["spec"]["kv_len"], item[0]))
     for (problem, direction, contestant), mine in by_length:
-        if contestant == "xla" and (peer := newest.get((problem, direction, "jax-nn"))):
+        if contestant == ours and (peer := newest.get((problem, direction, "jax-nn"))):
             rows.append([f"`{problem}`", direction, *(f"{r['median_us'] / 1e3:.1f}" for r in (mine, peer)),
-                         f"{peer['ratio_to']['xla']['median']:.2f}"])
+                         f"{peer['ratio_to'][ours]['median']:.2f}"])
     header = ["problem", "direction", "pallas_flash, ms", "jax.nn, ms", "jax.nn's time over ours"]
     return _table(header, rows) if rows else NOTHING
 

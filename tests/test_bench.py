@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pkgutil
 import re
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench import check, cli, contestants, environment, plots, records, report, run, timing, tune
+from pallas_flash import device, dispatch
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
 from pallas_flash.testing.problems import Problem
@@ -327,33 +329,60 @@ def test_unknown_problems_are_an_error():
         cli.main(["run", "--problems", "no-such-problem", "--peers", "none"])
 
 
+@pytest.fixture
+def h100():
+    with device.assume(device.H100):
+        yield
+
+
+def target(kernel, name="causal-d128-s2048"):
+    return tune.Target(tune.TUNABLE[0], kernel, problems.find(name))
+
+
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.usefixtures("h100")
 def test_candidates_are_legal_and_start_with_the_default(kernel):
-    problem = problems.find("causal-d128-s2048")
-    module, default, rules = tune._home(kernel)
-    found = tune.candidates(kernel, problem, [])
-    assert found[0] == getattr(module, default)(problem.spec())
+    tuned = target(kernel)
+    default, reasons_against = (pkgutil.resolve_name(name) for name in tuned.schedules)
+    found = tune.candidates(tuned, [])
+    assert found[0] == default(tuned.problem.spec())
     assert len(found) > 5 and len(set(found)) == len(found)
-    assert all(not getattr(module, rules)(problem.spec(), schedule, 232_448) for schedule in found)
+    assert all(not reasons_against(tuned.problem.spec(), schedule, 232_448) for schedule in found)
 
 
+@pytest.mark.usefixtures("h100")
 def test_crossed_fields_are_combined():
-    problem = problems.find("causal-d128-s2048")
-    found = tune.candidates("forward", problem, ["block_kv", "num_stages"])
+    found = tune.candidates(target("forward"), ["block_kv", "num_stages"])
     assert len({(s.block_kv, s.num_stages) for s in found}) == len(found) > 4
     with pytest.raises(SystemExit, match="the fields of forward are"):
-        tune.candidates("forward", problem, ["tile"])
+        tune.candidates(target("forward"), ["tile"])
 
 
 def test_a_schedule_is_the_default_only_while_it_is_tried(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need theirs
-    module, default, _ = tune._home("forward")
-    spec = problems.find("causal-d128-s2048").spec()
-    original = getattr(module, default)(spec)
+    tuned = target("forward")
+    default = lambda: pkgutil.resolve_name(tuned.schedules.default)(tuned.problem.spec())
+    original = default()
     other = tune.vary(original, {"num_stages": original.num_stages + 1})
-    with tune.scheduled("forward", other):
-        assert getattr(module, default)(spec) == other
-    assert getattr(module, default)(spec) == original
+    with tune.scheduled(tuned, other):
+        assert default() == other
+    assert default() == original
+
+
+def test_what_is_tuned_is_what_runs_here_unless_named():
+    problem = problems.find("causal-d128-s2048")
+    assert cli._tuned(tune.TUNABLE[0], problem) == tune.TUNABLE[0]
+    with device.assume(device.H100):
+        assert cli._tuned(None, problem) == "hopper"
+    with device.assume(device.CPU), pytest.raises(SystemExit, match="xla has one schedule only"):
+        cli._tuned(None, problem)
+
+
+def test_every_automatic_implementation_takes_part_and_has_a_colour():
+    names = [row.name for row in dispatch.IMPLEMENTATIONS if row.automatic]
+    assert [contestant.name for contestant in contestants.OURS] == names == list(plots.OURS)
+    assert set(names) <= set(plots.COLOURS)
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
 
 
 def test_vary_reaches_into_parts():
