@@ -168,6 +168,8 @@ def _summary(measured: list[dict[str, Any]]) -> Iterator[str]:
         text = f"  {record['problem']:22} {record['direction']:8} {record['label']:22}"
         if "median_us" in record:
             text += f" {record['median_us']:10.1f} us {record['tflops']:7.3g} TFLOP/s"
+            text += f", {record['chained']} in a chain" if record["chained"] else ""
+            text += f", not in a chain: {record['not_chained']}" if "not_chained" in record else ""
             text += "".join(f"  {ratio['median']:.3f} x {mine}'s time" for mine, ratio in record["ratio_to"].items())
         if record["extra_bytes"] is not None:
             text += f"  {record['extra_bytes'] / 2**20:9.1f} MiB"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import environment
+from bench.chain import chained
 from bench.timing import Call
 from pallas_flash import device, dispatch, flash_attention
 from pallas_flash.masks import UNBOUNDED, Full, Window
@@ -42,6 +43,8 @@ class Prepared(NamedTuple):
     """What the call returned, by name: out, dq, dk, dv."""
     extra_bytes: int | None
     """Device memory that the call takes besides its arguments: results and temporary arrays; None if unknown."""
+    chain: Callable[[int], Call]
+    """Compiles a call that does the same that many times, without gaps, and returns the results of the last."""
 
 
 @functools.cache
@@ -124,8 +127,12 @@ class JaxContestant(Contestant):
         compiled = jax.jit(function).lower(*args).compile()
         memory = compiled.memory_analysis()
         extra = None if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+        def chain(count: int) -> Call:
+            many = jax.jit(chained(function, count)).lower(*args).compile()
+            return Call(lambda: many(*args)[-1], jax.block_until_ready, count)
         return Prepared(Call(lambda: compiled(*args), jax.block_until_ready),
-                        functools.partial(_named, direction), extra)
+                        functools.partial(_named, direction), extra, chain)
 
     def schedule(self, problem: Problem, direction: str) -> str | None:
         return _our_schedule(self.name, problem, direction) if self in OURS else None

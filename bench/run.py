@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench import records, timing
+from bench import chain, records, timing
 from bench.check import Check
 from bench.contestants import Contestant, Prepared, inputs_of
 from pallas_flash import tiles
@@ -49,6 +49,10 @@ class _Entrant(NamedTuple):
     contestant: Contestant
     prepared: Prepared
     errors: dict[str, float]
+    call: timing.Call
+    """What is timed: the prepared call, or a chain of them."""
+    not_chained: str = ""
+    """Why it is not a chain, where the others are."""
 
 
 def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed: bool,
@@ -61,13 +65,40 @@ def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed
                 prepared = contestant.prepare(case.problem, case.arrays, direction)
                 errors = case.errors(contestant, prepared.results(prepared.call.finish())) if timed else {}
             except Exception as error:  # whatever a peer raises: the others are still to be measured
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+                reason = _first_line(error)
             else:
-                if max(errors.values(), default=0) <= case.limit:
-                    yield _Entrant(contestant, prepared, errors)
+                reason = _wrong(case, errors)
+                if not reason:
+                    yield _Entrant(contestant, prepared, errors, prepared.call)
                     continue
-                reason = f"wrong: relative errors {errors}, more than {case.limit:.1e}"
         left_out(case.problem, direction, contestant, reason)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+
+
+def _wrong(case: Check, errors: dict[str, float]) -> str:
+    if max(errors.values(), default=0) <= case.limit:
+        return ""
+    return f"wrong: relative errors {errors}, more than {case.limit:.1e}"
+
+
+def _in_chains(case: Check, entrants: list[_Entrant], options: Options) -> list[_Entrant]:
+    """The entrants, with chains to be timed if calls are so short that the gaps between them count."""
+    fastest = min(timing.burst(entrant.call, options.burst_seconds / 10) for entrant in entrants)
+    count = chain.length(case.problem.kv_len, fastest, options.burst_seconds)
+    return entrants if count is None else [_in_chain(case, entrant, count) for entrant in entrants]
+
+
+def _in_chain(case: Check, entrant: _Entrant, count: int) -> _Entrant:
+    """An entrant whose call is a chain, checked like a single call; where that fails, as it was and the reason."""
+    try:
+        call = entrant.prepared.chain(count)
+        reason = _wrong(case, case.errors(entrant.contestant, entrant.prepared.results(call.finish())))
+    except Exception as error:  # one that cannot be captured, say
+        reason = _first_line(error)
+    return entrant._replace(not_chained=reason) if reason else entrant._replace(call=call)
 
 
 def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], directions: list[str], options: Options,
@@ -80,13 +111,13 @@ def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], d
     case = Check(problem, inputs_of(problem), gradients=directions != ["forward"])
     names = [contestant.name for contestant in ours]
     for direction in directions:
-        entrants = {entrant.contestant.name: entrant for entrant in _enter(
-            case, [*ours, *peers], direction, options.timed, left_out)}
+        entrants = list(_enter(case, [*ours, *peers], direction, options.timed, left_out))
         times: dict[str, list[float]] = {}
         if options.timed and entrants:
-            calls = {name: entrant.prepared.call for name, entrant in entrants.items()}
+            entrants = _in_chains(case, entrants, options)
+            calls = {entrant.contestant.name: entrant.call for entrant in entrants}
             times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=after_round)
-        yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants.values()]
+        yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants]
 
 
 def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str, list[float]], ours: list[str],
@@ -106,4 +137,6 @@ def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str
     return record | dict(
         median_us=seconds.median * 1e6, low_us=seconds.low * 1e6, high_us=seconds.high * 1e6,
         rounds_us=[round(t * 1e6, 3) for t in times[name]], tflops=rate / 1e12,
-        matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against)
+        chained=entrant.call.count if entrant.call.count > 1 else None,
+        matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against,
+        **{"not_chained": entrant.not_chained} if entrant.not_chained else {})

@@ -1,5 +1,6 @@
 """The benchmark harness without a GPU: timing with a clock of our own, what contestants get, records and reports."""
 
+import contextlib
 import dataclasses
 import json
 import pkgutil
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bench import check, cli, contestants, environment, plots, records, report, run, timing, tune
+from bench import chain, check, cli, contestants, environment, plots, records, report, run, timing, tune
 from pallas_flash import device, dispatch
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
@@ -45,6 +46,12 @@ def test_a_burst_fills_its_time_and_divides_it():
     assert len(machine.log) == 1 + 5
     assert timing.burst(machine.call("slow", 1.0), 0.01, machine.clock) == pytest.approx(1.0)
     assert machine.log.count("slow") == 1
+
+
+def test_times_are_of_one_computation_of_a_chain():
+    machine = Machine()
+    assert timing.burst(machine.call("a", 0.002)._replace(count=4), 0.01, machine.clock) == pytest.approx(0.0005)
+    assert timing.burst(machine.call("slow", 1.0)._replace(count=4), 0.01, machine.clock) == pytest.approx(0.25)
 
 
 def test_contestants_take_turns_and_change_places():
@@ -220,11 +227,92 @@ def test_torch_contestants_on_the_same_numbers(monkeypatch):
     plain = torch_contestants.TorchContestant("torch-math", "PyTorch", "MATH")
     assert plain.why_not(SMALL) == ""
     assert "no mask" in plain.why_not(dataclasses.replace(SMALL, mask=PrefixLM(3)))
+    _without_graphs(monkeypatch, torch.cuda)
     for direction in DIRECTIONS:
         prepared = plain.prepare(SMALL, arrays, direction)
         assert prepared.extra_bytes == 7
-        results = prepared.results(prepared.call.finish())
-        assert max(case.errors(plain, results).values()) < 1e-5
+        for call in (prepared.call, prepared.chain(4)):
+            results = prepared.results(call.finish())
+            assert max(case.errors(plain, results).values()) < 1e-5
+        assert call.count == 4
+
+
+def _without_graphs(monkeypatch, cuda):
+    """Streams and CUDA graphs as they are on a GPU, but what is captured runs at once."""
+    class Stream:
+        def wait_stream(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    class Graph:
+        captured = False
+
+        def replay(self):
+            assert self.captured
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        assert isinstance(stream, Stream)
+        yield
+        graph.captured = True
+    for name, value in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", capture), ("current_stream", Stream),
+                        ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(cuda, name, value)
+
+
+# Chains --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kv_len", "us", "expected"), [
+    (1024, 100, 16), (1024, 500, 16), (1024, 5000, 2), (1024, 9000, None), (2048, 199, 16), (2048, 201, None)])
+def test_short_calls_are_timed_in_chains_no_longer_than_a_burst(kv_len, us, expected):
+    assert chain.length(kv_len, us * 1e-6, 0.01) == expected
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ["xla", "jax-nn"])
+def test_a_chain_computes_as_often_as_it_says(name, direction):
+    """Without barriers XLA computes equal calls once."""
+    contestant = next(c for c in (*contestants.OURS, *contestants.PEERS) if c.name == name)
+    function, args = contestants._direction(contestant.attention(SMALL), contestants.inputs_of(SMALL), direction)
+    compiled = {count: jax.jit(chain.chained(function, count)).lower(*args).compile() for count in (1, 3, 6)}
+    flops = {count: executable.cost_analysis()["flops"] for count, executable in compiled.items()}
+    assert flops[3] == pytest.approx(3 * flops[1], rel=0.01)
+    assert flops[6] == pytest.approx(6 * flops[1], rel=0.01)
+    results = compiled[3](*args)
+    assert len(results) == 3
+    jax.tree.map(np.testing.assert_array_equal, results, [jax.jit(function)(*args)] * 3)
+
+
+def test_the_time_of_a_chain_is_that_of_its_calls():
+    """A chain of eight takes more than four times one call: XLA dropped none."""
+    product = lambda x: x @ x
+    x = jax.random.normal(jax.random.key(0), (700, 700))
+    seconds = {}
+    for count in (1, 8):
+        compiled = jax.jit(chain.chained(product, count)).lower(x).compile()
+        call = timing.Call(lambda compiled=compiled: compiled(x), jax.block_until_ready)
+        seconds[count] = min(timing.burst(call, 0.01) for _ in range(9))
+    assert seconds[8] > 4 * seconds[1]
+
+
+def test_records_say_how_a_contestant_was_timed(monkeypatch):
+    monkeypatch.setattr(chain, "length", lambda *args: 3)
+    ours = next(c for c in contestants.OURS if c.name == "xla")
+    prepare = contestants.JaxContestant.prepare
+
+    def unchainable(self, *args, **options):
+        def fail(count):
+            raise RuntimeError("cannot be captured\nand more")
+        return prepare(self, *args, **options)._replace(chain=fail)
+    other = dataclasses.replace(next(c for c in contestants.PEERS if c.name == "jax-nn"), name="other")
+    monkeypatch.setattr(contestants.JaxContestant, "prepare", lambda self, *args, **options: (
+        unchainable if self.name == "other" else prepare)(self, *args, **options))
+    (found,) = run.measure(SMALL, [ours], [other], ["forward"], run.Options(2, 0.001), {}, print)
+    assert [record["chained"] for record in found] == [3, None]
+    assert "not_chained" not in found[0] and found[1]["not_chained"] == "RuntimeError: cannot be captured"
+    assert ["3 in a chain" in line for line in cli._summary(found)] == [True, False]
 
 
 # Records and reports -------------------------------------------------------------------------------------------------
