@@ -31,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--direction", type=words, default=["forward", "backward", "both"], metavar="NAME,...")
     run.add_argument("--rounds", type=int, default=9)
     run.add_argument("--burst-ms", type=float, default=10.0, help="milliseconds of calls in a row (default: 10)")
+    run.add_argument("--jobs", type=int, default=1, metavar="N",
+                     help="processes that compile side by side; one at a time has the device (default: 1)")
     run.add_argument("--cpu", action="store_true", help="on the CPU, whatever devices there are")
     run.add_argument("--memory", action="store_true", help="record memory only: nothing runs, nothing is timed")
     run.add_argument("--list", action="store_true", help="print problems and contestants, and stop")
@@ -111,7 +113,8 @@ def _out(args: argparse.Namespace, environment: dict[str, Any]) -> pathlib.Path:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from bench import environment, records, run
+    from bench import environment, jobs, run
+    from pallas_flash.testing import problems
     ours, peers = _contestants(args)
     passes = _passes(args)
     if args.list:
@@ -119,21 +122,36 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{problem.name:24} {problem.spec()}  ({problem.source})")
         print("ours:", ", ".join(c.name for c in ours), " peers:", ", ".join(c.name for c in peers))
         return
-    common = {"environment": environment.describe()}
+    common, lock = {"environment": environment.describe()}, jobs.DeviceLock()
     if any(options.timed for _, _, options in passes):
-        common["matmul_flops"] = run.matmul_peak()
+        with lock:
+            common["matmul_flops"] = run.matmul_peak()
     path = _out(args, common["environment"])
-    advance, say, name = _bar(sum(len(chosen) * len(directions) * options.rounds * options.timed
-                                  for chosen, directions, options in passes))
-    for chosen, directions, options in passes:
-        for problem in chosen:
-            name(problem.name)
-            for measured in run.measure(problem, ours, peers, directions, options, common, _once(say), advance):
-                for record in measured:
-                    records.append(path, record)
-                for line in _summary(measured):
-                    say(line)
+    tasks = [jobs.Task(problem.name, directions, options) for chosen, directions, options in passes
+             for problem in chosen]
+    advance, say, name = _bar(sum(len(task.directions) * task.options.rounds * task.options.timed for task in tasks))
+    events = {"round": lambda _: advance(), "left out": lambda reason: _left_out(say, *reason),
+              "records": lambda measured: _write(path, measured, say)}
+    if args.jobs > 1:
+        setting = jobs.Setting([c.name for c in ours] or ["none"], [c.name for c in peers] or ["none"], common)
+        missing = jobs.share(tasks, args.jobs, lambda kind, content: events[kind](content), jobs.measure, setting)
+    else:
+        missing, hooks = {}, run.Hooks(lambda *reason: events["left out"](reason), advance, lock)
+        for problem, directions, options in tasks:
+            name(problem)
+            for measured in run.measure(problems.find(problem), ours, peers, directions, options, common, hooks):
+                events["records"](measured)
     say(f"records: {path}")
+    if missing:
+        raise SystemExit("".join(f"not measured to the end: {name}: {reason}\n" for name, reason in missing.items()))
+
+
+def _write(path: pathlib.Path, measured: list[dict[str, Any]], say: Callable[[str], Any]) -> None:
+    from bench import records
+    for record in measured:
+        records.append(path, record)
+    for line in _summary(measured):
+        say(line)
 
 
 def _passes(args: argparse.Namespace) -> list[tuple[list[Any], list[str], Any]]:
@@ -151,13 +169,11 @@ def _passes(args: argparse.Namespace) -> list[tuple[list[Any], list[str], Any]]:
     return passes if args.problems or not args.cpu else [*passes, (problems.select(["cpu"]), *memory)]
 
 
-def _once(say: Callable[[str], Any]) -> Callable[..., Any]:
+def _left_out(say: Callable[[str], Any], problem: str, direction: str, label: str, reason: str) -> None:
     """Says of each contestant once for what reason it is left out, with the first problem where it was."""
-    def left_out(problem: Any, direction: str, contestant: Any, reason: str) -> None:
-        if (contestant.name, reason) not in _SAID:
-            _SAID.add((contestant.name, reason))
-            say(f"without {contestant.label} ({problem}, {direction}): {reason}")
-    return left_out
+    if (label, reason) not in _SAID:
+        _SAID.add((label, reason))
+        say(f"without {label} ({problem}, {direction}): {reason}")
 
 
 _SAID: set[tuple[str, str]] = set()

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from bench import chain, records, timing
 from bench.check import Check
-from bench.contestants import Contestant, Prepared, inputs_of
+from bench.contestants import SHARED, Contestant, Exclusive, Prepared, inputs_of
 from pallas_flash import tiles
 from pallas_flash.testing.problems import Problem
 
-__all__ = ["LeftOut", "Options", "flops", "matmul_peak", "measure"]
+__all__ = ["Hooks", "LeftOut", "Options", "flops", "matmul_peak", "measure"]
 
 Record = dict[str, Any]
-LeftOut = Callable[[Problem, str, Contestant, str], Any]
-"""Called with (problem, direction, contestant, reason) for each contestant that is not timed."""
+LeftOut = Callable[[str, str, str, str], Any]
+"""Called with (problem, direction, contestant's label, reason) for each contestant that is not timed."""
 
 
 class Options(NamedTuple):
@@ -26,6 +26,14 @@ class Options(NamedTuple):
     rounds: int = 9
     burst_seconds: float = 0.01
     timed: bool = True
+
+
+class Hooks(NamedTuple):
+    """What goes on besides measuring."""
+
+    left_out: LeftOut
+    after_round: Callable[[], Any] = lambda: None
+    exclusive: Exclusive = SHARED
 
 
 def flops(problem: Problem, direction: str) -> float:
@@ -56,14 +64,14 @@ class _Entrant(NamedTuple):
 
 
 def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed: bool,
-           left_out: LeftOut) -> Iterator[_Entrant]:
+           hooks: Hooks) -> Iterator[_Entrant]:
     """Compiles and checks each contestant; one that cannot run the problem, or is wrong, is left out."""
     for contestant in contestants:
         reason = contestant.why_not(case.problem)
         if not reason:
             try:
-                prepared = contestant.prepare(case.problem, case.arrays, direction)
-                errors = case.errors(contestant, prepared.results(prepared.call.finish())) if timed else {}
+                prepared = contestant.prepare(case.problem, case.arrays, direction, hooks.exclusive)
+                errors = _errors(case, contestant, prepared, prepared.call) if timed else {}
             except Exception as error:  # whatever a peer raises: the others are still to be measured
                 reason = _first_line(error)
             else:
@@ -71,7 +79,12 @@ def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed
                 if not reason:
                     yield _Entrant(contestant, prepared, errors, prepared.call)
                     continue
-        left_out(case.problem, direction, contestant, reason)
+        hooks.left_out(case.problem.name, direction, contestant.label, reason)
+
+
+def _errors(case: Check, contestant: Contestant, prepared: Prepared, call: timing.Call) -> dict[str, float]:
+    with case.exclusive:
+        return case.errors(contestant, prepared.results(call.finish()))
 
 
 def _first_line(error: Exception) -> str:
@@ -86,7 +99,8 @@ def _wrong(case: Check, errors: dict[str, float]) -> str:
 
 def _in_chains(case: Check, entrants: list[_Entrant], options: Options) -> list[_Entrant]:
     """The entrants, with chains to be timed if calls are so short that the gaps between them count."""
-    fastest = min(timing.burst(entrant.call, options.burst_seconds / 10) for entrant in entrants)
+    with case.exclusive:
+        fastest = min(timing.burst(entrant.call, options.burst_seconds / 10) for entrant in entrants)
     count = chain.length(case.problem.kv_len, fastest, options.burst_seconds)
     return entrants if count is None else [_in_chain(case, entrant, count) for entrant in entrants]
 
@@ -95,28 +109,35 @@ def _in_chain(case: Check, entrant: _Entrant, count: int) -> _Entrant:
     """An entrant whose call is a chain, checked like a single call; where that fails, as it was and the reason."""
     try:
         call = entrant.prepared.chain(count)
-        reason = _wrong(case, case.errors(entrant.contestant, entrant.prepared.results(call.finish())))
+        reason = _wrong(case, _errors(case, entrant.contestant, entrant.prepared, call))
     except Exception as error:  # one that cannot be captured, say
         reason = _first_line(error)
     return entrant._replace(not_chained=reason) if reason else entrant._replace(call=call)
 
 
 def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], directions: list[str], options: Options,
-            common: Record, left_out: LeftOut, after_round: Callable[[], Any] = lambda: None) -> Iterator[list[Record]]:
+            common: Record, hooks: Hooks) -> Iterator[list[Record]]:
     """For each direction of a problem, one record a contestant.
+
+    Inputs, checks and timing hold `hooks.exclusive`; tracing and compiling do not.
 
     Args:
       common: fields that every record gets: the environment, the matmul peak.
     """
-    case = Check(problem, inputs_of(problem), gradients=directions != ["forward"])
+    with hooks.exclusive:
+        arrays = jax.block_until_ready(inputs_of(problem))
+    case = Check(problem, arrays, directions != ["forward"], hooks.exclusive)
+    if options.timed:
+        _ = case.compute  # compiled now, not when the device is held
     names = [contestant.name for contestant in ours]
     for direction in directions:
-        entrants = list(_enter(case, [*ours, *peers], direction, options.timed, left_out))
+        entrants = list(_enter(case, [*ours, *peers], direction, options.timed, hooks))
         times: dict[str, list[float]] = {}
         if options.timed and entrants:
             entrants = _in_chains(case, entrants, options)
             calls = {entrant.contestant.name: entrant.call for entrant in entrants}
-            times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=after_round)
+            with hooks.exclusive:
+                times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=hooks.after_round)
         yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants]
 
 

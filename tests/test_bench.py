@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pkgutil
 import re
 
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from bench import chain, check, cli, contestants, environment, plots, records, report, run, timing, tune
+from bench import chain, check, cli, contestants, environment, jobs, plots, records, report, run, timing, tune
 from pallas_flash import device, dispatch
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
@@ -171,7 +173,7 @@ def measured():
     with jax.default_matmul_precision("float32"):  # or a GPU leaves jax.nn out, whose products are TF32
         found = [record for batch in run.measure(
             SMALL, pair[:1], [pair[1], wrong, fails], DIRECTIONS, run.Options(3, 0.001), common,
-            lambda problem, direction, contestant, reason: left_out.append((direction, contestant.name, reason)))
+            run.Hooks(lambda problem, direction, label, reason: left_out.append((direction, label, reason))))
             for record in batch]
     return found, left_out
 
@@ -195,8 +197,8 @@ def test_records_of_a_run(measured):
 
 def test_wrong_and_failing_contestants_are_left_out_not_timed(measured):
     _, left_out = measured
-    assert [(d, name) for d, name, _ in left_out] == [(d, name) for d in DIRECTIONS for name in ("wrong", "fails")]
-    assert all(("wrong: relative errors" if name == "wrong" else "ZeroDivisionError") in reason
+    assert [(d, name) for d, name, _ in left_out] == [(d, name) for d in DIRECTIONS for name in ("Wrong", "Fails")]
+    assert all(("wrong: relative errors" if name == "Wrong" else "ZeroDivisionError") in reason
                for _, name, reason in left_out)
 
 
@@ -309,10 +311,91 @@ def test_records_say_how_a_contestant_was_timed(monkeypatch):
     other = dataclasses.replace(next(c for c in contestants.PEERS if c.name == "jax-nn"), name="other")
     monkeypatch.setattr(contestants.JaxContestant, "prepare", lambda self, *args, **options: (
         unchainable if self.name == "other" else prepare)(self, *args, **options))
-    (found,) = run.measure(SMALL, [ours], [other], ["forward"], run.Options(2, 0.001), {}, print)
+    (found,) = run.measure(SMALL, [ours], [other], ["forward"], run.Options(2, 0.001), {}, run.Hooks(print))
     assert [record["chained"] for record in found] == [3, None]
     assert "not_chained" not in found[0] and found[1]["not_chained"] == "RuntimeError: cannot be captured"
     assert ["3 in a chain" in line for line in cli._summary(found)] == [True, False]
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+def _measure_or_die(pipe, folder):
+    """In place of `jobs.measure`: what becomes of a task is in its problem's name."""
+    pipe.send(("ready", None))
+    while (task := pipe.recv()) is not None:
+        pipe.send(("records", [{"problem": task.problem, "process": os.getpid()}]))
+        if task.problem == "dies":
+            os._exit(3)
+        if task.problem == "fails":
+            pipe.send(("failed", "ValueError: not today"))
+        (folder / task.problem).touch()
+        pipe.send(("ready", None))
+
+
+def test_a_process_that_dies_loses_only_its_problem(tmp_path):
+    names, records = ["a", "dies", "fails", "b", "c"], []
+    tasks = [jobs.Task(name, ["forward"], run.Options()) for name in names]
+    missing = jobs.share(tasks, 2, lambda kind, content: records.extend(content), _measure_or_die, tmp_path)
+    assert missing == {"dies": "its process ended with exit code 3", "fails": "ValueError: not today"}
+    assert sorted(record["problem"] for record in records) == sorted(names)  # what was measured before is kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "fails"]
+    assert os.getpid() not in {record["process"] for record in records}
+
+
+def test_problems_that_no_process_took_are_named(tmp_path):
+    tasks = [jobs.Task(name, ["forward"], run.Options()) for name in ("dies", "a")]
+    missing = jobs.share(tasks[:1] + tasks, 1, lambda kind, content: None, _measure_or_die, tmp_path)
+    assert missing == {"dies": "no process was left", "a": "no process was left"}
+
+
+def test_one_at_a_time_has_the_device(tmp_path):
+    here = jobs.DeviceLock(tmp_path / "lock")
+    with (tmp_path / "lock").open("a") as there:
+        for _ in range(2):
+            with here, pytest.raises(BlockingIOError):
+                fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(there, fcntl.LOCK_UN)
+
+
+class Held(contextlib.AbstractContextManager):
+    """A lock that knows whether it is held."""
+
+    held = False
+
+    def __enter__(self):
+        assert not self.held
+        self.held = True
+
+    def __exit__(self, *exception):
+        self.held = False
+
+
+def test_compiling_leaves_the_device_to_others(monkeypatch):
+    """Executables are made without the lock, and run with it."""
+    lock, log = Held(), []
+    make = contestants.compiled
+
+    def compiled(*args):
+        executable = make(*args)
+        log.append(("compile", lock.held))
+
+        def call(*args):
+            log.append(("run", lock.held))
+            return executable(*args)
+        call.memory_analysis = executable.memory_analysis
+        return call
+    monkeypatch.setattr(contestants, "compiled", compiled)
+    monkeypatch.setattr(check, "compiled", compiled)
+    monkeypatch.setattr(chain, "length", lambda *args: 2)
+    pair = [next(c for c in among if c.name == name)
+            for among, name in ((contestants.OURS, "xla"), (contestants.PEERS, "jax-nn"))]
+    rounds = []
+    hooks = run.Hooks(print, lambda: rounds.append(lock.held), lock)
+    found = list(run.measure(SMALL, pair[:1], pair[1:], ["forward", "backward"], run.Options(2, 0.001), {}, hooks))
+    assert [record["chained"] for batch in found for record in batch] == [2] * 4
+    assert set(log) == {("compile", False), ("run", True)} and rounds == [True] * 4
+    assert not lock.held
 
 
 # Records and reports -------------------------------------------------------------------------------------------------
