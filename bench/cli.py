@@ -3,7 +3,7 @@
   run      times problems of the catalogue, ours and peers side by side; one JSON line a measurement in bench/results/
   host     the host's share of a call, on a problem too small for a device
   tune     sweeps the legal schedules of one of our implementations on a problem
-  report   writes the README's tables and the plots from the records
+  report   writes the tables of README.md and docs/benchmarks.md, and the plots, from the records
   peers    downloads FlashAttention-3 and Tokamax into .peers/
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 PEERS_FOLDER = ROOT / ".peers"
+PAGES = ("README.md", "docs/benchmarks.md")
 
 __all__ = ["main"]
 
@@ -55,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write tables and plots from records")
     report.add_argument("--results", type=pathlib.Path, help="folder of the records (default: bench/results)")
-    report.add_argument("--readme", type=pathlib.Path, default=ROOT / "README.md")
+    report.add_argument("--pages", type=pathlib.Path, nargs="+", default=[ROOT / page for page in PAGES],
+                        help=f"files with generated blocks (default: {' and '.join(PAGES)})")
     report.add_argument("--images", type=pathlib.Path, default=ROOT / "docs" / "images")
 
     peers = commands.add_parser("peers", help="download FlashAttention-3 and Tokamax")
@@ -82,7 +84,7 @@ def _peers(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from bench import records, report
-    for line in report.write(records.read(args.results or records.RESULTS), args.readme, args.images):
+    for line in report.write(records.read(args.results or records.RESULTS), args.pages, args.images):
         print(line)
 
 

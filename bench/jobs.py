@@ -112,7 +112,8 @@ def share(tasks: Sequence[Task], count: int, handle: Callable[[str, Any], Any], 
       Problem -> reason, for each that is not measured to its end.
     """
     left, missing = list(tasks), {}
-    workers = {worker.pipe: worker for worker in (_Worker(target, args) for _ in range(min(count, len(tasks))))}
+    started = [_Worker(target, args) for _ in range(min(count, len(tasks)))]
+    workers: dict[Any, _Worker] = {worker.pipe: worker for worker in started}
     while workers:
         for pipe in wait(list(workers)):
             worker = workers[pipe]

@@ -446,7 +446,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     cpu = [json.loads(json.dumps(record)) for record in measured[0]]
     for record in cpu:
         record["environment"]["platform"] = "cpu"  # wherever this test runs
-    lines = list(report.write([*cpu, *_gpu_records()], readme, tmp_path / "docs" / "images"))
+    lines = list(report.write([*cpu, *_gpu_records()], [readme], tmp_path / "docs" / "images"))
     text = readme.read_text()
     assert "old" not in text and "kept" in text and "not ours" in text
     assert "| `causal-d64-s512` | **700** | 90% | 500 (1.40) |" in text
@@ -458,7 +458,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     for name in ("tflops-forward", "tflops-backward", "memory"):
         assert (tmp_path / "docs" / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert lines[-1].endswith("3 generated blocks, changed")
-    again = list(report.write([*cpu, *_gpu_records()], readme, tmp_path / "docs" / "images"))
+    again = list(report.write([*cpu, *_gpu_records()], [readme], tmp_path / "docs" / "images"))
     assert again[-1].endswith("as they were")
 
 
@@ -473,17 +473,53 @@ def test_numbers_of_two_devices_never_share_a_table(tmp_path):
     old = list(_gpu_records())
     new = [dict(r, tflops=900.0, environment=r["environment"] | {"device": "NVIDIA H200"}) for r in old
            if r.get("contestant") == "hopper" and r["problem"] == "causal-d64-s512"]
-    (tmp_path / "README.md").write_text("<!-- generated: benchmarks -->\n<!-- end generated -->\n")
-    list(report.write([*old, *new], tmp_path / "README.md", tmp_path))
-    text = (tmp_path / "README.md").read_text()
-    assert "| `causal-d64-s512` | **900** | 90% |" in text
-    assert "700" not in text and "causal-d64-s1024" not in text and "- NVIDIA H100" not in text
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- generated: benchmarks -->\n<!-- end generated -->\n"
+                    "<!-- generated: forward -->\n<!-- end generated -->\n")
+    list(report.write([*old, *new], [page], tmp_path / "images"))
+    everything, newest, _ = page.read_text().split("<!-- end generated -->")
+    titles = re.findall("^### (.*)", everything, re.MULTILINE)
+    assert titles[:2] == ["NVIDIA H200", "NVIDIA H100"]  # the newest first
+    of_h200, of_h100 = everything.split("### NVIDIA H100\n")
+    assert "| `causal-d64-s512` | **900** | 90% |" in of_h200 and "NVIDIA H200; driver" in of_h200
+    assert "700" not in of_h200 and "causal-d64-s1024" not in of_h200
+    assert "| `causal-d64-s1024` | **700** | 90% | 500 (1.40) |" in of_h100 and "900" not in of_h100
+    assert "NVIDIA H100; driver" in of_h100 and "microseconds a call" in of_h100  # and its other tables
+    assert "**900**" in newest and "700" not in newest
+    assert "![tflops-forward](images/tflops-forward.png)" in everything
+
+
+def test_the_headline_compares_with_the_best_way_to_call_each_peer():
+    found = list(_gpu_records())
+    found += [dict(r, contestant=name, ratio_to={"hopper": dict(median=ratio, low=ratio, high=ratio)}) for r in found
+              if r.get("contestant") == "fa3" for name, ratio in (("cudnn", 1.3), ("torch-cudnn", 1.25))]
+    table = report.block("headline", found)
+    rows = re.findall(r"^\| `(\S+)` \| (.*) \|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == [name for name in report.HEADLINE if name.startswith("causal")]
+    assert {cells for _, cells in rows} == {"**700** | 1.40 | 1.25 | **700** | 1.40 | 1.25"}
+    assert table.splitlines()[0].count("|") == 8 and "NVIDIA H100, 2026-01-02." in table
+    catalogue = {problem.name for problem in problems.select(["*"])}
+    assert len(report.HEADLINE) == 8 and catalogue >= set(report.HEADLINE)
+
+
+def test_tables_say_what_was_timed_in_chains():
+    found = list(_gpu_records())
+    assert "†" not in report.block("forward", found) and "‡" not in report.block("forward", found)
+    short = "causal-d64-s512"
+    for r in found:
+        if r.get("problem") == short and r["contestant"] == "hopper":
+            r["chained"] = 16
+        elif r.get("problem") == short:
+            r["not_chained"] = "cannot be captured"
+    table = report.block("forward", found)
+    assert f"| `{short}` † | **700** | 90% | 500 ‡ (1.40) |" in table and "| `causal-d64-s1024` |" in table
+    assert table.endswith("† calls in chains, without the gaps between executables; ‡ of those, timed call by call.")
 
 
 def test_without_records_nothing_is_claimed(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated: benchmarks -->\n1,000 TFLOP/s\n<!-- end generated -->\n")
-    list(report.write([], readme, tmp_path))
+    list(report.write([], [readme], tmp_path))
     assert readme.read_text() == "<!-- generated: benchmarks -->\nNo record yet.\n<!-- end generated -->\n"
     assert plots.draw([], tmp_path) == []
 
