@@ -6,6 +6,9 @@ call together with the arguments of the next and returns all of them unchanged, 
 anything across it. In the executable it is nothing: no kernel, no copy. (Zero times an element of the results, added to
 an argument, would be a kernel of its own.) Both sides have to be used, or XLA removes one: the next call uses the
 arguments, and all results are returned. Without barriers XLA computes once what N equal calls ask for.
+
+Compiled for an H100 (jax 0.11.2), 16 forwards are 16 launches in sequence and nothing else. What depends on no argument
+may be made once for all calls: of our backward, zeros of 2 MiB in 16,384 tokens.
 """
 
 from collections.abc import Callable
