@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.contestants import Arrays, Contestant
+from bench.contestants import SHARED, Arrays, Contestant, Exclusive, compiled
 from pallas_flash import flash_attention
 from pallas_flash.testing.problems import Problem
 
@@ -20,8 +20,8 @@ __all__ = ["Check"]
 class Check:
     """The right results of one problem, computed when they are first asked for."""
 
-    def __init__(self, problem: Problem, arrays: Arrays, gradients: bool) -> None:
-        self.problem, self.arrays, self.gradients = problem, arrays, gradients
+    def __init__(self, problem: Problem, arrays: Arrays, gradients: bool, exclusive: Exclusive = SHARED) -> None:
+        self.problem, self.arrays, self.gradients, self.exclusive = problem, arrays, gradients, exclusive
         self.group = problem.q_heads // problem.kv_heads
         self.corners = sorted({(0, 0), (problem.batch - 1, problem.kv_heads - 1)})
 
@@ -52,17 +52,21 @@ class Check:
 
     def _truth(self, batch: int, kv_head: int) -> dict[str, np.ndarray]:
         axis = self.problem.layout.index("H")
-
-        def cut(x: Any, heads: range) -> Any:
-            x = jax.lax.slice_in_dim(x[batch:batch + 1], heads.start, heads.stop, axis=axis)
-            return x.astype(jnp.float32)
-        q, dout = (cut(x, self._heads("out", kv_head)) for x in (self.arrays.q, self.arrays.dout))
-        k, v = (cut(x, self._heads("dk", kv_head)) for x in (self.arrays.k, self.arrays.v))
         by_heads = lambda x: np.asarray(jnp.moveaxis(x[0], axis - 1, 0))
-        return {name: by_heads(x) for name, x in self._compute(q, k, v, dout).items()}
+        results = self.compute(*self._cut(self.arrays, batch, kv_head))
+        return {name: by_heads(x) for name, x in results.items()}
+
+    def _cut(self, arrays: Arrays, batch: int, kv_head: int) -> Arrays:
+        """The inputs of one key head, float32."""
+        def cut(x: Any, name: str) -> Any:
+            heads = self._heads(name, kv_head)
+            x = jax.lax.slice_in_dim(x[batch:batch + 1], heads.start, heads.stop, axis=self.problem.layout.index("H"))
+            return x.astype(jnp.float32)
+        return Arrays(*(cut(x, name) for x, name in zip(arrays, ("dq", "dk", "dv", "out"), strict=True)))
 
     @functools.cached_property
-    def _compute(self) -> Any:
+    def compute(self) -> Any:
+        """The executable that gives right results, compiled when it is first asked for."""
         def attend(q: Any, k: Any, v: Any) -> Any:
             return flash_attention(q, k, v, mask=self.problem.mask, scale=self.problem.scale, implementation="xla",
                                    softcap=self.problem.softcap, layout=self.problem.layout)
@@ -72,4 +76,5 @@ class Check:
                 return {"out": attend(q, k, v)}
             out, vjp = jax.vjp(attend, q, k, v)
             return {"out": out} | dict(zip(("dq", "dk", "dv"), vjp(dout), strict=True))
-        return jax.jit(everything)
+        shapes = jax.eval_shape(lambda arrays: self._cut(arrays, *self.corners[0]), self.arrays)
+        return compiled(everything, shapes, self.exclusive)

@@ -2,8 +2,8 @@
 
   run      times problems of the catalogue, ours and peers side by side; one JSON line a measurement in bench/results/
   host     the host's share of a call, on a problem too small for a device
-  tune     sweeps the legal schedules of the Hopper kernels on a problem
-  report   writes the README's tables and the plots from the records
+  tune     sweeps the legal schedules of one of our implementations on a problem
+  report   writes the tables of README.md and docs/benchmarks.md, and the plots, from the records
   peers    downloads FlashAttention-3 and Tokamax into .peers/
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 PEERS_FOLDER = ROOT / ".peers"
+PAGES = ("README.md", "docs/benchmarks.md")
 
 __all__ = ["main"]
 
@@ -31,12 +32,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--direction", type=words, default=["forward", "backward", "both"], metavar="NAME,...")
     run.add_argument("--rounds", type=int, default=9)
     run.add_argument("--burst-ms", type=float, default=10.0, help="milliseconds of calls in a row (default: 10)")
+    run.add_argument("--jobs", type=int, default=1, metavar="N",
+                     help="processes that compile side by side; one at a time has the device (default: 1)")
     run.add_argument("--cpu", action="store_true", help="on the CPU, whatever devices there are")
     run.add_argument("--memory", action="store_true", help="record memory only: nothing runs, nothing is timed")
     run.add_argument("--list", action="store_true", help="print problems and contestants, and stop")
 
     tune = commands.add_parser("tune", help="sweep legal schedules")
     tune.add_argument("kernel", choices=["forward", "backward"])
+    tune.add_argument("--impl", help="which of ours (default: the one that would run here)")
     tune.add_argument("--problems", type=words, default=["matrix"], metavar="GLOB,...")
     tune.add_argument("--rounds", type=int, default=5)
     tune.add_argument("--burst-ms", type=float, default=10.0)
@@ -52,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write tables and plots from records")
     report.add_argument("--results", type=pathlib.Path, help="folder of the records (default: bench/results)")
-    report.add_argument("--readme", type=pathlib.Path, default=ROOT / "README.md")
+    report.add_argument("--pages", type=pathlib.Path, nargs="+", default=[ROOT / page for page in PAGES],
+                        help=f"files with generated blocks (default: {' and '.join(PAGES)})")
     report.add_argument("--images", type=pathlib.Path, default=ROOT / "docs" / "images")
 
     peers = commands.add_parser("peers", help="download FlashAttention-3 and Tokamax")
@@ -79,7 +84,7 @@ def _peers(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from bench import records, report
-    for line in report.write(records.read(args.results or records.RESULTS), args.readme, args.images):
+    for line in report.write(records.read(args.results or records.RESULTS), args.pages, args.images):
         print(line)
 
 
@@ -110,7 +115,8 @@ def _out(args: argparse.Namespace, environment: dict[str, Any]) -> pathlib.Path:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from bench import environment, records, run
+    from bench import environment, jobs, run
+    from pallas_flash.testing import problems
     ours, peers = _contestants(args)
     passes = _passes(args)
     if args.list:
@@ -118,21 +124,36 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{problem.name:24} {problem.spec()}  ({problem.source})")
         print("ours:", ", ".join(c.name for c in ours), " peers:", ", ".join(c.name for c in peers))
         return
-    common = {"environment": environment.describe()}
+    common, lock = {"environment": environment.describe()}, jobs.DeviceLock()
     if any(options.timed for _, _, options in passes):
-        common["matmul_flops"] = run.matmul_peak()
+        with lock:
+            common["matmul_flops"] = run.matmul_peak()
     path = _out(args, common["environment"])
-    advance, say, name = _bar(sum(len(chosen) * len(directions) * options.rounds * options.timed
-                                  for chosen, directions, options in passes))
-    for chosen, directions, options in passes:
-        for problem in chosen:
-            name(problem.name)
-            for measured in run.measure(problem, ours, peers, directions, options, common, _once(say), advance):
-                for record in measured:
-                    records.append(path, record)
-                for line in _summary(measured):
-                    say(line)
+    tasks = [jobs.Task(problem.name, directions, options) for chosen, directions, options in passes
+             for problem in chosen]
+    advance, say, name = _bar(sum(len(task.directions) * task.options.rounds * task.options.timed for task in tasks))
+    events = {"round": lambda _: advance(), "left out": lambda reason: _left_out(say, *reason),
+              "records": lambda measured: _write(path, measured, say)}
+    if args.jobs > 1:
+        setting = jobs.Setting([c.name for c in ours] or ["none"], [c.name for c in peers] or ["none"], common)
+        missing = jobs.share(tasks, args.jobs, lambda kind, content: events[kind](content), jobs.measure, setting)
+    else:
+        missing, hooks = {}, run.Hooks(lambda *reason: events["left out"](reason), advance, lock)
+        for problem, directions, options in tasks:
+            name(problem)
+            for measured in run.measure(problems.find(problem), ours, peers, directions, options, common, hooks):
+                events["records"](measured)
     say(f"records: {path}")
+    if missing:
+        raise SystemExit("".join(f"not measured to the end: {name}: {reason}\n" for name, reason in missing.items()))
+
+
+def _write(path: pathlib.Path, measured: list[dict[str, Any]], say: Callable[[str], Any]) -> None:
+    from bench import records
+    for record in measured:
+        records.append(path, record)
+    for line in _summary(measured):
+        say(line)
 
 
 def _passes(args: argparse.Namespace) -> list[tuple[list[Any], list[str], Any]]:
@@ -150,13 +171,11 @@ def _passes(args: argparse.Namespace) -> list[tuple[list[Any], list[str], Any]]:
     return passes if args.problems or not args.cpu else [*passes, (problems.select(["cpu"]), *memory)]
 
 
-def _once(say: Callable[[str], Any]) -> Callable[..., Any]:
+def _left_out(say: Callable[[str], Any], problem: str, direction: str, label: str, reason: str) -> None:
     """Says of each contestant once for what reason it is left out, with the first problem where it was."""
-    def left_out(problem: Any, direction: str, contestant: Any, reason: str) -> None:
-        if (contestant.name, reason) not in _SAID:
-            _SAID.add((contestant.name, reason))
-            say(f"without {contestant.label} ({problem}, {direction}): {reason}")
-    return left_out
+    if (label, reason) not in _SAID:
+        _SAID.add((label, reason))
+        say(f"without {label} ({problem}, {direction}): {reason}")
 
 
 _SAID: set[tuple[str, str]] = set()
@@ -167,6 +186,8 @@ def _summary(measured: list[dict[str, Any]]) -> Iterator[str]:
         text = f"  {record['problem']:22} {record['direction']:8} {record['label']:22}"
         if "median_us" in record:
             text += f" {record['median_us']:10.1f} us {record['tflops']:7.3g} TFLOP/s"
+            text += f", {record['chained']} in a chain" if record["chained"] else ""
+            text += f", not in a chain: {record['not_chained']}" if "not_chained" in record else ""
             text += "".join(f"  {ratio['median']:.3f} x {mine}'s time" for mine, ratio in record["ratio_to"].items())
         if record["extra_bytes"] is not None:
             text += f"  {record['extra_bytes'] / 2**20:9.1f} MiB"
@@ -188,11 +209,22 @@ def _tune(args: argparse.Namespace) -> None:
     common = {"environment": environment.describe()}
     path = _out(args, common["environment"])
     for problem in problems.select(args.problems):
-        candidates = tune.candidates(args.kernel, problem, args.cross)
+        target = tune.Target(_tuned(args.impl, problem), args.kernel, problem)
+        candidates = tune.candidates(target, args.cross)
         advance, say, name = _bar(len(candidates))
-        name(f"{args.kernel} {problem.name}")
-        found = tune.sweep(args.kernel, problem, candidates, args.rounds, args.burst_ms / 1000, common, say, advance)
+        name(f"{target.implementation} {args.kernel} {problem.name}")
+        found = tune.sweep(target, candidates, args.rounds, args.burst_ms / 1000, common, say, advance)
         for record in found:
             records.append(path, record)
         for line in tune.rows(found):
             say(line)
+
+
+def _tuned(name: str | None, problem: Any) -> str:
+    """The implementation to tune: the one named, or the one that runs a problem here."""
+    from bench import tune
+    from pallas_flash import device, dispatch
+    name = name or dispatch.decide(problem.spec(), device.current()).implementation.name
+    if name not in tune.TUNABLE:
+        raise SystemExit(f"{name} has one schedule only; others can be tried of {', '.join(tune.TUNABLE)}")
+    return str(name)

@@ -4,9 +4,10 @@ A contestant turns a problem into a `Call` for "forward", "backward" (alone: its
 Peers that are not installed, or that cannot run a problem, say why in a sentence and are left out.
 """
 
+import contextlib
 import dataclasses
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,14 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import environment
+from bench.chain import chained
 from bench.timing import Call
 from pallas_flash import device, dispatch, flash_attention
 from pallas_flash.masks import UNBOUNDED, Full, Window
 from pallas_flash.testing.problems import Problem
 
-__all__ = ["DIRECTIONS", "Arrays", "Contestant", "JaxContestant", "OURS", "PEERS", "Prepared", "find", "inputs_of"]
+__all__ = ["DIRECTIONS", "SHARED", "Arrays", "Contestant", "Exclusive", "JaxContestant", "OURS", "PEERS", "Prepared",
+           "compiled", "find", "inputs_of"]
 
 DIRECTIONS = ("forward", "backward", "both")
+Exclusive = contextlib.AbstractContextManager[Any]
+"""Held while the device computes, where several processes use it; entered again and again."""
+SHARED: Exclusive = contextlib.nullcontext()
+"""Where there are no others."""
 
 
 class Arrays(NamedTuple):
@@ -42,6 +49,8 @@ class Prepared(NamedTuple):
     """What the call returned, by name: out, dq, dk, dv."""
     extra_bytes: int | None
     """Device memory that the call takes besides its arguments: results and temporary arrays; None if unknown."""
+    chain: Callable[[int], Call]
+    """Compiles a call that does the same that many times, without gaps, and returns the results of the last."""
 
 
 @functools.cache
@@ -81,8 +90,8 @@ class Contestant:
         """Why it cannot run a problem; empty if it can."""
         raise NotImplementedError
 
-    def prepare(self, problem: Problem, arrays: Arrays, direction: str) -> Prepared:
-        """Compiles one direction of a problem."""
+    def prepare(self, problem: Problem, arrays: Arrays, direction: str, exclusive: Exclusive = SHARED) -> Prepared:
+        """Compiles one direction of a problem; what runs on the device meanwhile, runs under `exclusive`."""
         raise NotImplementedError
 
     def row(self, problem: Problem, array: Any, batch: int, head: int) -> np.ndarray:
@@ -119,25 +128,43 @@ class JaxContestant(Contestant):
             return f"has no mask like {problem.mask}"
         return self.refuses(problem)
 
-    def prepare(self, problem: Problem, arrays: Arrays, direction: str) -> Prepared:
-        function, args = _direction(self.attention(problem), arrays, direction)
-        compiled = jax.jit(function).lower(*args).compile()
-        memory = compiled.memory_analysis()
+    def prepare(self, problem: Problem, arrays: Arrays, direction: str, exclusive: Exclusive = SHARED) -> Prepared:
+        function, args = _direction(self.attention(problem), arrays, direction, exclusive)
+        one = compiled(function, args, exclusive)
+        memory = one.memory_analysis()
         extra = None if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
-        return Prepared(Call(lambda: compiled(*args), jax.block_until_ready),
-                        functools.partial(_named, direction), extra)
+
+        def chain(count: int) -> Call:
+            many = compiled(chained(function, count), args, exclusive)
+            return Call(lambda: many(*args)[-1], jax.block_until_ready, count)
+        return Prepared(Call(lambda: one(*args), jax.block_until_ready), functools.partial(_named, direction), extra,
+                        chain)
 
     def schedule(self, problem: Problem, direction: str) -> str | None:
         return _our_schedule(self.name, problem, direction) if self in OURS else None
 
 
-def _direction(attention: Callable[..., Any], arrays: Arrays, direction: str) -> tuple[Callable[..., Any], Any]:
+def compiled(function: Callable[..., Any], args: Any, exclusive: Exclusive = SHARED) -> Any:
+    """The executable of a function; `args` may be shapes.
+
+    Compiling leaves the device to others, unless there are matrix products, which XLA tries out on a GPU.
+    """
+    lowered = jax.jit(function).lower(*args)
+    tries = jax.default_backend() == "gpu" and "stablehlo.dot_general" in lowered.as_text()
+    with exclusive if tries else SHARED:
+        return lowered.compile()
+
+
+def _direction(attention: Callable[..., Any], arrays: Arrays, direction: str, exclusive: Exclusive = SHARED,
+               ) -> tuple[Callable[..., Any], Any]:
     """A function to compile, and the tuple of its arguments."""
     q, k, v, dout = arrays
     if direction == "forward":
         return attention, (q, k, v)
     if direction == "backward":
-        _, vjp = jax.vjp(jax.jit(attention), q, k, v)
+        forward = compiled(lambda q, k, v: jax.vjp(attention, q, k, v)[1], (q, k, v), exclusive)
+        with exclusive:
+            vjp = jax.block_until_ready(forward(q, k, v))
         return (lambda vjp, dout: vjp(dout)), (vjp, dout)
 
     def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
@@ -152,18 +179,10 @@ def _named(direction: str, results: Any) -> dict[str, Any]:
 
 
 def _our_schedule(name: str, problem: Problem, direction: str) -> str:
-    """The schedules of the modules that run, forward first: an implementation may take another's backward."""
-    modules = dict(zip(("forward", "backward"), dispatch.get(name).modules, strict=True))
-    return "; ".join(_default_schedule(module, pass_, problem.spec()) for pass_, module in modules.items()
+    """The schedules of the passes that run, forward first."""
+    passes = dict(zip(("forward", "backward"), dispatch.get(name).schedules or (), strict=False))
+    return "; ".join(str(pkgutil.resolve_name(schedules.default)(problem.spec())) for pass_, schedules in passes.items()
                      if direction in (pass_, "both"))
-
-
-def _default_schedule(module: str, pass_: str, spec: Any) -> str:
-    package = importlib.import_module(module.rpartition(".")[0])
-    if package.__name__.endswith(".hopper"):
-        from pallas_flash.kernels.hopper import backward_schedule, schedule
-        return str(schedule.default_forward(spec) if pass_ == "forward" else backward_schedule.default_backward(spec))
-    return str(importlib.import_module(f"{package.__name__}.schedule").default(spec))
 
 
 def _ours(name: str) -> JaxContestant:
@@ -208,8 +227,8 @@ def _only_jax_nn(problem: Problem) -> str:
 
 
 _GET_PEERS = "python -m bench peers"
-OURS: tuple[JaxContestant, ...] = tuple(
-    _ours(row.name) for row in dispatch.IMPLEMENTATIONS if row.name != "reference")
+OURS: tuple[JaxContestant, ...] = tuple(_ours(row.name) for row in dispatch.IMPLEMENTATIONS if row.automatic)
+"""In dispatch's order of preference."""
 PEERS: list[Contestant] = [
     JaxContestant("fa3", "FlashAttention-3", _fa3, _only_jax_nn, ("dew-flash-attn-cu13",), _GET_PEERS,
                   platforms=("gpu",)),

@@ -3,14 +3,16 @@
 import pathlib
 from typing import Any
 
-from bench import records
+from bench import contestants, records
 
 __all__ = ["draw"]
 
 Record = dict[str, Any]
-COLOURS = {"hopper": "#d62728", "xla": "#ff9896", "fa3": "#1f77b4", "cudnn": "#2ca02c", "tokamax": "#9467bd",
-           "jax-nn": "#7f7f7f", "torch-cudnn": "#98df8a", "torch-flash": "#aec7e8", "torch-efficient": "#c7c7c7",
-           "bridge": "#e377c2"}
+OURS = tuple(contestant.name for contestant in contestants.OURS)
+COLOURS = dict(zip(OURS, ("#d62728", "#ff9896", "#8c564b", "#e7969c"), strict=False)) | {
+    "fa3": "#1f77b4", "cudnn": "#2ca02c", "tokamax": "#9467bd", "jax-nn": "#7f7f7f", "torch-cudnn": "#98df8a",
+    "torch-flash": "#aec7e8", "torch-efficient": "#c7c7c7", "bridge": "#e377c2"}
+"""Ours in reds, in dispatch's order; matplotlib chooses the others."""
 
 
 def draw(found: list[Record], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -36,7 +38,7 @@ def _lines(chosen: list[Record], value: str) -> dict[str, tuple[str, list[tuple[
 
 def _plot(axes: Any, lines: dict[str, tuple[str, list[tuple[int, float]]]]) -> None:
     for contestant, (label, points) in lines.items():
-        ours = contestant in ("hopper", "xla")
+        ours = contestant in OURS
         axes.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label, color=COLOURS.get(contestant),
                   linewidth=2.4 if ours else 1.3, zorder=3 if ours else 2)
     axes.set_xscale("log", base=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RESULTS", "append", "file_name", "latest", "of_newest_device", "read", "spec_fields"]
+__all__ = ["RESULTS", "append", "by_device", "file_name", "latest", "of_newest_device", "read", "spec_fields"]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 Record = dict[str, Any]
@@ -50,9 +50,15 @@ def _lines(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
                 raise ValueError(f"{path}:{number} is not a JSON record: {error}") from error
 
 
+def by_device(records: list[Record]) -> dict[str, list[Record]]:
+    """Records in order of age by their device, the one measured last first: numbers of two never share a table."""
+    devices = dict.fromkeys(r["environment"]["device"] for r in reversed(records))
+    return {device: [r for r in records if r["environment"]["device"] == device] for device in devices}
+
+
 def of_newest_device(records: list[Record]) -> list[Record]:
-    """Of records in order of age, those of the device that was measured last: numbers of two never share a table."""
-    return [r for r in records if r["environment"]["device"] == records[-1]["environment"]["device"]]
+    """Of records in order of age, those of the device that was measured last."""
+    return next(iter(by_device(records).values()), [])
 
 
 def latest(records: list[Record], *keys: str) -> dict[tuple[Any, ...], Record]:

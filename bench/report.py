@@ -1,21 +1,27 @@
-"""Tables for the README and plots, from the records. No number of the README is typed by hand.
+"""Tables for the README and the documentation, and plots, from the records. No number there is typed by hand.
 
-Blocks of the README between `<!-- generated: NAME -->` and `<!-- end generated -->` are replaced; "benchmarks" is all
-of them one after the other. A block whose records do not exist says so.
+What stands in a page between `<!-- generated: NAME -->` and `<!-- end generated -->` is replaced by the block of that
+name. "headline" is the short table of the README; "benchmarks" is everything, with a section for each GPU that was
+measured. A block whose records do not exist says so.
 """
 
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench import plots, records
 
-__all__ = ["BLOCKS", "block", "write"]
+__all__ = ["HEADLINE", "block", "write"]
 
 Record = dict[str, Any]
 MARKERS = re.compile(r"(<!-- generated: (?P<name>[\w-]+)[^\n]*-->\n).*?(<!-- end generated -->)", re.DOTALL)
 NOTHING = "No record yet."
+HEADLINE = (*(f"causal-d{d}-s{length}" for length in (2048, 16_384) for d in (64, 128, 256)),
+            "full-d128-s16384", "gqa-d128-s16384")
+"""The problems of the README's table."""
+HEADLINE_PEERS = {"FlashAttention-3": ("fa3",), "cuDNN": ("cudnn", "torch-cudnn")}
+"""What it compares with: of several ways to call a library, the fastest of each problem."""
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -24,9 +30,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ours(found: list[Record]) -> str:
-    """Which implementation of ours a table is about: the GPU's kernels where they were measured."""
+    """Which implementation of ours a table is about: of those measured, the one that dispatch prefers."""
     names = {record["contestant"] for record in found}
-    return next((name for name in ("hopper", "xla") if name in names), "xla")
+    return next((name for name in plots.OURS if name in names), plots.OURS[-1])
 
 
 def _cell(record: Record | None, ours: str) -> str:
@@ -34,21 +40,36 @@ def _cell(record: Record | None, ours: str) -> str:
     if record is None:
         return "–"
     ratio = record["ratio_to"].get(ours)
-    return f"{record['tflops']:.0f}" + (f" ({ratio['median']:.2f})" if ratio else "")
+    mark = " ‡" if "not_chained" in record else ""
+    return f"{record['tflops']:.0f}{mark}" + (f" ({ratio['median']:.2f})" if ratio else "")
+
+
+def _name(problem: str, newest: dict[tuple[Any, ...], Record]) -> str:
+    """A problem as tables write it, marked if it was timed in chains."""
+    chained = any(record.get("chained") for (name, *_), record in newest.items() if name == problem)
+    return f"`{problem}`" + (" †" if chained else "")
+
+
+def _with_notes(table: str) -> str:
+    """A table, and what its marks mean."""
+    notes = {"†": "calls in chains, without the gaps between executables", "‡": "of those, timed call by call"}
+    used = [f"{mark} {text}" for mark, text in notes.items() if mark in table]
+    return table + ("\n\n" + "; ".join(used) + "." if used else "")
 
 
 def _speed_rows(found: list[Record], direction: str) -> tuple[list[str], list[list[str]]]:
     """One row a problem, one column a contestant; of each the latest record."""
-    newest = records.latest([r for r in found if r["direction"] == direction], "problem", "contestant")
+    newest = records.latest([r for r in found if r["kind"] == "speed" and r["direction"] == direction],
+                            "problem", "contestant")
     labels = {r["contestant"]: r["label"] for r in newest.values()}
     ours = _ours(list(newest.values()))
-    others = [name for name in labels if name != ours and name != "xla"]
+    others = [name for name in labels if name not in plots.OURS]
     problems = sorted({problem for problem, _ in newest}, key=lambda name: _order(newest, name))
     rows = []
     for problem in problems:
         mine = newest.get((problem, ours))
         share = f"{mine['matmul_share']:.0%}" if mine and mine["matmul_share"] else "–"
-        rows.append([f"`{problem}`", f"**{mine['tflops']:.0f}**" if mine else "–", share,
+        rows.append([_name(problem, newest), f"**{mine['tflops']:.0f}**" if mine else "–", share,
                      *(_cell(newest.get((problem, name)), ours) for name in others)])
     return ["problem", labels.get(ours, ours), "of matmul", *(labels[name] for name in others)], rows
 
@@ -58,36 +79,79 @@ def _order(newest: dict[tuple[Any, ...], Record], problem: str) -> tuple[Any, ..
     return re.sub(r"-d\d+.*$", "", problem), spec["d"], spec["kv_len"]
 
 
-def _on(found: list[Record], platform: str, *kinds: str) -> list[Record]:
-    """The records of some kinds, of the device of that platform that was measured last."""
+def _gpus(found: list[Record]) -> dict[str, list[Record]]:
+    """The records of each GPU, the one whose speed was measured last first."""
+    on_gpu = [r for r in found if r["environment"]["platform"] == "gpu"]
+    measured = records.by_device([r for r in on_gpu if r["kind"] == "speed"])
+    kinds = {"speed", "host", "bridge-call", "bridge-part"}
+    everything = records.by_device([r for r in on_gpu if r["kind"] in kinds])
+    return {name: everything[name] for name in (*measured, *(name for name in everything if name not in measured))}
+
+
+def _newest_gpu(found: list[Record]) -> list[Record]:
+    return next(iter(_gpus(found).values()), [])
+
+
+def _newest_cpu(found: list[Record], kind: str = "speed") -> list[Record]:
     return records.of_newest_device([
-        r for r in found if r["kind"] in kinds and r["environment"]["platform"] == platform])
+        r for r in found if r["environment"]["platform"] == "cpu" and r["kind"] == kind])
 
 
 def _speed(direction: str) -> Callable[[list[Record]], str]:
     def make(found: list[Record]) -> str:
-        header, rows = _speed_rows(_on(found, "gpu", "speed"), direction)
-        return _table(header, rows) if rows else NOTHING
+        header, rows = _speed_rows(found, direction)
+        return _with_notes(_table(header, rows)) if rows else NOTHING
     return make
+
+
+def _headline(found: list[Record]) -> str:
+    """Ours, and how many times faster it is than others, forward and backward, on the newest GPU."""
+    chosen = [r for r in _newest_gpu(found) if r["kind"] == "speed" and r["problem"] in HEADLINE
+              and r["direction"] in ("forward", "backward")]
+    newest, ours = records.latest(chosen, "problem", "direction", "contestant"), _ours(chosen)
+    measured = {problem for problem, *_ in newest}
+    rows = [[_name(problem, newest), *(cell for direction in ("forward", "backward")
+                                       for cell in _headline_cells(newest, problem, direction, ours))]
+            for problem in HEADLINE if problem in measured]
+    header = ["problem", *(text for direction in ("forward", "backward")
+                           for text in (f"{direction}, TFLOP/s", *(f"over {peer}" for peer in HEADLINE_PEERS)))]
+    if not rows:
+        return NOTHING
+    environment = chosen[-1]["environment"]
+    return _with_notes(_table(header, rows)) + (
+        f"\n\n{environment['device']}, {environment['time'][:10]}. Over 1, ours is faster.")
+
+
+def _headline_cells(newest: dict[tuple[Any, ...], Record], problem: str, direction: str, ours: str) -> Iterator[str]:
+    mine = newest.get((problem, direction, ours))
+    yield f"**{mine['tflops']:.0f}**" if mine else "–"
+    for names in HEADLINE_PEERS.values():
+        others = [newest[problem, direction, name] for name in names if (problem, direction, name) in newest]
+        ratios = [other["ratio_to"][ours]["median"] for other in others if ours in other["ratio_to"]]
+        yield f"{min(ratios):.2f}" if ratios else "–"
 
 
 def _environment(found: list[Record]) -> str:
     """One line for each device of the tables of speed, from its latest record."""
-    lines = []
-    newest = [record for platform in ("gpu", "cpu") for record in _on(found, platform, "speed")[-1:]]
-    for record in newest:
-        e = record["environment"]
-        parts = [e["device"], e["driver"] and f"driver {e['driver']}", e["ptxas"] and f"ptxas {e['ptxas']}",
-                 ", ".join(f"{name} {version}" for name, version in e["versions"].items()),
-                 f"matrix product {record['matmul_flops'] / 1e12:.1f} TFLOP/s" if record.get("matmul_flops") else "",
-                 f"commit {e['commit'][:10]}" + (" with changes" if e["dirty"] else ""), e["time"][:10]]
-        lines.append("- " + "; ".join(filter(None, parts)))
-    return "\n".join(lines) or NOTHING
+    newest = [record for device in (_newest_gpu(found), _newest_cpu(found)) for record in _speeds(device)[-1:]]
+    return "\n".join(f"- {_measured_on(record)}" for record in newest) or NOTHING
+
+
+def _speeds(found: list[Record]) -> list[Record]:
+    return [r for r in found if r["kind"] == "speed"]
+
+
+def _measured_on(record: Record) -> str:
+    e = record["environment"]
+    parts = [e["device"], e["driver"] and f"driver {e['driver']}", e["ptxas"] and f"ptxas {e['ptxas']}",
+             ", ".join(f"{name} {version}" for name, version in e["versions"].items()),
+             f"matrix product {record['matmul_flops'] / 1e12:.1f} TFLOP/s" if record.get("matmul_flops") else "",
+             f"commit {e['commit'][:10]}" + (" with changes" if e["dirty"] else ""), e["time"][:10]]
+    return "; ".join(filter(None, parts))
 
 
 def _host(found: list[Record]) -> str:
-    newest = records.latest(records.of_newest_device([r for r in found if r["kind"] == "host"]),
-                            "contestant", "direction")
+    newest = records.latest([r for r in found if r["kind"] == "host"], "contestant", "direction")
     names = dict.fromkeys(name for name, _ in newest)
     cell = lambda name, direction: f"{newest[name, direction]['host_us']:.0f}" if (name, direction) in newest else "–"
     label = lambda name: next(r["label"] for (n, _), r in newest.items() if n == name)
@@ -96,7 +160,7 @@ def _host(found: list[Record]) -> str:
 
 
 def _bridge(found: list[Record]) -> str:
-    chosen = _on(found, "gpu", "bridge-call", "bridge-part")
+    chosen = [r for r in found if r["kind"] in ("bridge-call", "bridge-part")]
     last = chosen[-1]["environment"]["commit"] if chosen else ""
     newest = [r for r in chosen if r["environment"]["commit"] == last]
     rows = [[r["what"], "whole call" if r["kind"] == "bridge-call" else "part", f"{r['host_us']:.0f}"] for r in newest]
@@ -104,13 +168,13 @@ def _bridge(found: list[Record]) -> str:
 
 
 def _cpu(found: list[Record]) -> str:
-    newest = records.latest(_on(found, "cpu", "speed"), "problem", "direction", "contestant")
-    rows = []
+    newest = records.latest(_newest_cpu(found), "problem", "direction", "contestant")
+    rows, ours = [], _ours(list(newest.values()))
     by_length = sorted(newest.items(), key=lambda item: (item[1]["spec"]["kv_len"], item[0]))
     for (problem, direction, contestant), mine in by_length:
-        if contestant == "xla" and (peer := newest.get((problem, direction, "jax-nn"))):
+        if contestant == ours and (peer := newest.get((problem, direction, "jax-nn"))):
             rows.append([f"`{problem}`", direction, *(f"{r['median_us'] / 1e3:.1f}" for r in (mine, peer)),
-                         f"{peer['ratio_to']['xla']['median']:.2f}"])
+                         f"{peer['ratio_to'][ours]['median']:.2f}"])
     header = ["problem", "direction", "pallas_flash, ms", "jax.nn, ms", "jax.nn's time over ours"]
     return _table(header, rows) if rows else NOTHING
 
@@ -146,7 +210,7 @@ def _training(found: list[Record]) -> str:
 def _accuracy(found: list[Record]) -> str:
     """Relative errors of ours, and in brackets over FlashAttention-3's on the same inputs."""
     errors: dict[tuple[str, str], dict[str, float]] = {}
-    chosen = [r for r in _on(found, "gpu", "speed") if r.get("errors")]
+    chosen = [r for r in _speeds(found) if r.get("errors")]
     for record in chosen:
         errors.setdefault((record["problem"], record["contestant"]), {}).update(record["errors"])
     newest, ours = records.latest(chosen, "problem", "contestant"), _ours(chosen)
@@ -161,7 +225,8 @@ def _accuracy(found: list[Record]) -> str:
     return _table(["problem", *names], rows) if rows else NOTHING
 
 
-BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+Blocks = dict[str, tuple[str, Callable[[list[Record]], str]]]
+OF_A_GPU: Blocks = {
     "forward": ("Forward, TFLOP/s; in brackets how many times faster ours is (median of the rounds' ratios)",
                 _speed("forward")),
     "backward": ("Backward alone, TFLOP/s", _speed("backward")),
@@ -170,38 +235,58 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
                  _accuracy),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "bridge": ("Host time of a call from PyTorch", _bridge),
+}
+"""Title and text of each block about one GPU, made from that GPU's records."""
+OTHERS: Blocks = {
     "cpu": ("Without a GPU", _cpu),
+    "host-cpu": ("The host's share of a call without a GPU", lambda found: _host(_newest_cpu(found, "host"))),
     "memory": ("Memory besides the inputs", _memory),
     "training": ("Training `examples/train_gpt.py`, tokens/s; in brackets the loss on held-out text", _training),
-    "environment": ("Measured on", _environment),
 }
+"""The others, made from all records."""
+
+
+def _all(found: list[Record]) -> str:
+    """A section for each GPU, the newest first, and one for each of the other blocks."""
+    sections = [(device, _of_a_gpu(of_device)) for device, of_device in _gpus(found).items()]
+    sections += [(title, make(found)) for title, make in OTHERS.values()]
+    if cpu := _newest_cpu(found):
+        sections.append(("Measured without a GPU on", f"- {_measured_on(cpu[-1])}"))
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in sections if text != NOTHING) or NOTHING
+
+
+def _of_a_gpu(found: list[Record]) -> str:
+    parts = [f"#### {title}\n\n{text}" for title, make in OF_A_GPU.values() if (text := make(found)) != NOTHING]
+    return "\n\n".join([*(_measured_on(record) + "." for record in _speeds(found)[-1:]), *parts])
 
 
 def block(name: str, found: list[Record]) -> str | None:
-    """The text of a block; None if there is no block of that name."""
-    if name == "benchmarks":
-        parts = [(title, make(found)) for title, make in BLOCKS.values()]
-        return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts if text != NOTHING) or NOTHING
-    return BLOCKS[name][1](found) if name in BLOCKS else None
+    """The text of a block, of the newest GPU if it is about one; None if there is no block of that name."""
+    if name in OF_A_GPU:
+        return OF_A_GPU[name][1](_newest_gpu(found))
+    made = {"headline": _headline, "benchmarks": _all, "environment": _environment} | {
+        other: make for other, (_, make) in OTHERS.items()}
+    return made[name](found) if name in made else None
 
 
-def write(found: list[Record], readme: pathlib.Path, images: pathlib.Path) -> Iterator[str]:
-    """Replaces the README's generated blocks and draws the plots; yields a line for each."""
+def write(found: list[Record], pages: Sequence[pathlib.Path], images: pathlib.Path) -> Iterator[str]:
+    """Replaces the generated blocks of pages and draws the plots; yields a line for each."""
     for record in found:
         record["device_name"] = record["environment"]["device"]
     pictures = plots.draw(found, images)
     yield from (f"drawn: {path}" for path in pictures)
-    text = readme.read_text()
+    for page in pages:
+        text = page.read_text()
+        new = MARKERS.sub(lambda match, page=page: _replaced(match, found, page, pictures), text)
+        yield f"{page}: {len(MARKERS.findall(text))} generated blocks, {'changed' if new != text else 'as they were'}"
+        page.write_text(new)
 
-    def replaced(match: re.Match[str]) -> str:
-        made = block(match["name"], found)
-        if made is None:
-            return match[0]
-        if match["name"] == "benchmarks":
-            made += "".join(f"\n\n![{path.stem}]({path.relative_to(readme.parent).as_posix()})" for path in pictures
-                            if path.is_relative_to(readme.parent))
-        return f"{match[1]}{made}\n{match[3]}"
 
-    new = MARKERS.sub(replaced, text)
-    yield f"{readme}: {len(MARKERS.findall(text))} generated blocks, {'changed' if new != text else 'as they were'}"
-    readme.write_text(new)
+def _replaced(match: re.Match[str], found: list[Record], page: pathlib.Path, pictures: list[pathlib.Path]) -> str:
+    made = block(match["name"], found)
+    if made is None:
+        return match[0]
+    if match["name"] == "benchmarks":
+        near = [path.resolve() for path in pictures if path.resolve().is_relative_to(page.resolve().parent)]
+        made += "".join(f"\n\n![{path.stem}]({path.relative_to(page.resolve().parent).as_posix()})" for path in near)
+    return f"{match[1]}{made}\n{match[3]}"

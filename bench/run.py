@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench import records, timing
+from bench import chain, records, timing
 from bench.check import Check
-from bench.contestants import Contestant, Prepared, inputs_of
+from bench.contestants import SHARED, Contestant, Exclusive, Prepared, inputs_of
 from pallas_flash import tiles
 from pallas_flash.testing.problems import Problem
 
-__all__ = ["LeftOut", "Options", "flops", "matmul_peak", "measure"]
+__all__ = ["Hooks", "LeftOut", "Options", "flops", "matmul_peak", "measure"]
 
 Record = dict[str, Any]
-LeftOut = Callable[[Problem, str, Contestant, str], Any]
-"""Called with (problem, direction, contestant, reason) for each contestant that is not timed."""
+LeftOut = Callable[[str, str, str, str], Any]
+"""Called with (problem, direction, contestant's label, reason) for each contestant that is not timed."""
 
 
 class Options(NamedTuple):
@@ -26,6 +26,14 @@ class Options(NamedTuple):
     rounds: int = 9
     burst_seconds: float = 0.01
     timed: bool = True
+
+
+class Hooks(NamedTuple):
+    """What goes on besides measuring."""
+
+    left_out: LeftOut
+    after_round: Callable[[], Any] = lambda: None
+    exclusive: Exclusive = SHARED
 
 
 def flops(problem: Problem, direction: str) -> float:
@@ -49,44 +57,88 @@ class _Entrant(NamedTuple):
     contestant: Contestant
     prepared: Prepared
     errors: dict[str, float]
+    call: timing.Call
+    """What is timed: the prepared call, or a chain of them."""
+    not_chained: str = ""
+    """Why it is not a chain, where the others are."""
 
 
 def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed: bool,
-           left_out: LeftOut) -> Iterator[_Entrant]:
+           hooks: Hooks) -> Iterator[_Entrant]:
     """Compiles and checks each contestant; one that cannot run the problem, or is wrong, is left out."""
     for contestant in contestants:
         reason = contestant.why_not(case.problem)
         if not reason:
             try:
-                prepared = contestant.prepare(case.problem, case.arrays, direction)
-                errors = case.errors(contestant, prepared.results(prepared.call.finish())) if timed else {}
+                prepared = contestant.prepare(case.problem, case.arrays, direction, hooks.exclusive)
+                errors = _errors(case, contestant, prepared, prepared.call) if timed else {}
             except Exception as error:  # whatever a peer raises: the others are still to be measured
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+                reason = _first_line(error)
             else:
-                if max(errors.values(), default=0) <= case.limit:
-                    yield _Entrant(contestant, prepared, errors)
+                reason = _wrong(case, errors)
+                if not reason:
+                    yield _Entrant(contestant, prepared, errors, prepared.call)
                     continue
-                reason = f"wrong: relative errors {errors}, more than {case.limit:.1e}"
-        left_out(case.problem, direction, contestant, reason)
+        hooks.left_out(case.problem.name, direction, contestant.label, reason)
+
+
+def _errors(case: Check, contestant: Contestant, prepared: Prepared, call: timing.Call) -> dict[str, float]:
+    with case.exclusive:
+        return case.errors(contestant, prepared.results(call.finish()))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+
+
+def _wrong(case: Check, errors: dict[str, float]) -> str:
+    if max(errors.values(), default=0) <= case.limit:
+        return ""
+    return f"wrong: relative errors {errors}, more than {case.limit:.1e}"
+
+
+def _in_chains(case: Check, entrants: list[_Entrant], options: Options) -> list[_Entrant]:
+    """The entrants, with chains to be timed if calls are so short that the gaps between them count."""
+    with case.exclusive:
+        fastest = min(timing.burst(entrant.call, options.burst_seconds / 10) for entrant in entrants)
+    count = chain.length(case.problem.kv_len, fastest, options.burst_seconds)
+    return entrants if count is None else [_in_chain(case, entrant, count) for entrant in entrants]
+
+
+def _in_chain(case: Check, entrant: _Entrant, count: int) -> _Entrant:
+    """An entrant whose call is a chain, checked like a single call; where that fails, as it was and the reason."""
+    try:
+        call = entrant.prepared.chain(count)
+        reason = _wrong(case, _errors(case, entrant.contestant, entrant.prepared, call))
+    except Exception as error:  # one that cannot be captured, say
+        reason = _first_line(error)
+    return entrant._replace(not_chained=reason) if reason else entrant._replace(call=call)
 
 
 def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], directions: list[str], options: Options,
-            common: Record, left_out: LeftOut, after_round: Callable[[], Any] = lambda: None) -> Iterator[list[Record]]:
+            common: Record, hooks: Hooks) -> Iterator[list[Record]]:
     """For each direction of a problem, one record a contestant.
+
+    Inputs, checks and timing hold `hooks.exclusive`; tracing and compiling do not.
 
     Args:
       common: fields that every record gets: the environment, the matmul peak.
     """
-    case = Check(problem, inputs_of(problem), gradients=directions != ["forward"])
+    with hooks.exclusive:
+        arrays = jax.block_until_ready(inputs_of(problem))
+    case = Check(problem, arrays, directions != ["forward"], hooks.exclusive)
+    if options.timed:
+        _ = case.compute  # compiled now, not when the device is held
     names = [contestant.name for contestant in ours]
     for direction in directions:
-        entrants = {entrant.contestant.name: entrant for entrant in _enter(
-            case, [*ours, *peers], direction, options.timed, left_out)}
+        entrants = list(_enter(case, [*ours, *peers], direction, options.timed, hooks))
         times: dict[str, list[float]] = {}
         if options.timed and entrants:
-            calls = {name: entrant.prepared.call for name, entrant in entrants.items()}
-            times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=after_round)
-        yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants.values()]
+            entrants = _in_chains(case, entrants, options)
+            calls = {entrant.contestant.name: entrant.call for entrant in entrants}
+            with hooks.exclusive:
+                times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=hooks.after_round)
+        yield [_record(problem, direction, entrant, times, names, common) for entrant in entrants]
 
 
 def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str, list[float]], ours: list[str],
@@ -106,4 +158,6 @@ def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str
     return record | dict(
         median_us=seconds.median * 1e6, low_us=seconds.low * 1e6, high_us=seconds.high * 1e6,
         rounds_us=[round(t * 1e6, 3) for t in times[name]], tflops=rate / 1e12,
-        matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against)
+        chained=entrant.call.count if entrant.call.count > 1 else None,
+        matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against,
+        **{"not_chained": entrant.not_chained} if entrant.not_chained else {})

@@ -20,6 +20,8 @@ class Call(NamedTuple):
     """Begins the computation, and returns what it gives."""
     wait: Callable[[Any], Any]
     """Returns once what `start` returned, and everything begun before, is finished."""
+    count: int = 1
+    """How many computations one start begins; times are those of one."""
 
     def finish(self) -> Any:
         """Runs the call to its end."""
@@ -45,23 +47,23 @@ def spread(values: list[float]) -> Spread:
 
 
 def burst(call: Call, seconds: float, clock: Clock = time.perf_counter) -> float:
-    """Seconds a call, over as many calls in a row as take about `seconds`; one that takes longer is a burst alone."""
+    """Seconds a computation, over as many calls in a row as take about `seconds`; a longer call is a burst alone."""
     begin = clock()
     call.finish()
     once = clock() - begin
     if once >= seconds:
-        return once
+        return once / call.count
     count = int(seconds / max(once, 1e-9))
     begin, result = clock(), None
     for _ in range(count):
         result = call.start()
     call.wait(result)
-    return (clock() - begin) / count
+    return (clock() - begin) / count / call.count
 
 
 def interleaved(calls: dict[str, Call], rounds: int, seconds: float, clock: Clock = time.perf_counter,
                 after_round: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one value a round.
+    """Seconds a computation of each contestant, one value a round.
 
     Each round times all of them, one burst each, beginning with another one and in the other direction than the round
     before, so that none always follows the same neighbour.

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.contestants import PEERS, Arrays, Contestant, Prepared, simple_mask
+from bench.contestants import PEERS, SHARED, Arrays, Contestant, Exclusive, Prepared, simple_mask
 from bench.timing import Call
 from pallas_flash.testing.problems import Problem
 
 __all__ = ["TORCH"]
+
+
+Begin = Callable[[], Callable[[], dict[str, Any]]]
+"""Makes the function to time; the backward alone keeps to the stream that is current now, where its forward runs."""
 
 
 class TorchContestant(Contestant):
@@ -45,7 +49,18 @@ class TorchContestant(Contestant):
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
         return attend
 
-    def prepare(self, problem: Problem, arrays: Arrays, direction: str) -> Prepared:
+    def prepare(self, problem: Problem, arrays: Arrays, direction: str, exclusive: Exclusive = SHARED) -> Prepared:
+        import torch
+
+        def chain(count: int) -> Call:
+            with exclusive:
+                return _graph(begin, count)
+        with exclusive:
+            begin = self._begin(problem, arrays, direction)
+            call = Call(begin(), lambda _: torch.cuda.synchronize())
+            return Prepared(call, lambda results: results, _peak_bytes(call), chain)
+
+    def _begin(self, problem: Problem, arrays: Arrays, direction: str) -> Begin:
         import torch
         view = (lambda x: x) if problem.layout == "BHLD" else (lambda x: x.transpose(1, 2))
         q, k, v, dout = (view(torch.from_dlpack(x).clone()) for x in arrays)
@@ -62,16 +77,38 @@ class TorchContestant(Contestant):
             out = attend(*inputs)
             return {"out": out.detach()} | gradients(out)
 
-        saved = attend(*inputs) if direction == "backward" else None
-        start = {"forward": forward, "backward": lambda: gradients(saved, retain_graph=True), "both": both}[direction]
-        call = Call(start, lambda _: torch.cuda.synchronize())
-        return Prepared(call, lambda results: results, _peak_bytes(call))
+        def begin() -> Callable[[], dict[str, Any]]:
+            if direction != "backward":
+                return {"forward": forward, "both": both}[direction]
+            saved = attend(*inputs)
+            return lambda: gradients(saved, retain_graph=True)
+        return begin
 
     def row(self, problem: Problem, array: Any, batch: int, head: int) -> np.ndarray:
         return array[batch, head].float().cpu().numpy()
 
     def is_finite(self, array: Any) -> bool:
         return bool(array.isfinite().all())
+
+
+def _graph(begin: Begin, count: int) -> Call:
+    """A CUDA graph of calls, which run in the order of the stream that they are captured from."""
+    import torch
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        start = begin()
+        for _ in range(3):  # what a library sets up in its first calls may not be captured
+            start()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(count):
+            results = start()
+
+    def replay() -> dict[str, Any]:
+        graph.replay()
+        return results
+    return Call(replay, lambda _: torch.cuda.synchronize(), count)
 
 
 def _peak_bytes(call: Call) -> int:

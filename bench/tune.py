@@ -1,4 +1,4 @@
-"""Sweeps schedules of the Hopper kernels: those legal for a problem, checked, then timed side by side with the default.
+"""Sweeps schedules of our kernels: those legal for a problem, checked, then timed side by side with the default.
 
 Names of fields are those of the schedule; of the backward's parts, "kv.block_q" and the like. Nothing here runs inside
 a user's call: what is found becomes a row of the default table, with the record that put it there.
@@ -6,20 +6,21 @@ a user's call: what is found becomes a row of the default table, with the record
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
+import pkgutil
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from bench import records, run, timing
 from bench.check import Check
 from bench.contestants import OURS, inputs_of
-from pallas_flash import device
+from pallas_flash import device, dispatch
 from pallas_flash.testing.problems import Problem
 
-__all__ = ["candidates", "rows", "sweep", "vary"]
+__all__ = ["TUNABLE", "Target", "candidates", "rows", "scheduled", "sweep", "vary"]
 
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {
@@ -37,14 +38,25 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "dq.block_kv": (32, 48, 64, 80, 96, 112, 128), "dq.warpgroups": (1, 2, 3), "dq.k_stages": (1, 2, 3),
         "dq.v_stages": (1, 2, 3), "dq.behind": (False, True), "dq.pinned": (False, True), "dq.opaque": (False, True)},
 }
-# (module with the table, its function, the rules): the functions are looked up when they are used
-HOMES = {"forward": ("pallas_flash.kernels.hopper.schedule", "default_forward", "forward_problems"),
-         "backward": ("pallas_flash.kernels.hopper.backward_schedule", "default_backward", "backward_problems")}
+"""Values to try, of every implementation: a field that a schedule does not have is passed over."""
+TUNABLE = tuple(row.name for row in dispatch.IMPLEMENTATIONS
+                if row.schedules and all(pass_.reasons_against for pass_ in row.schedules))
+"""The implementations that have more than one schedule."""
 
 
-def _home(kernel: str) -> tuple[Any, str, str]:
-    module, default, rules = HOMES[kernel]
-    return importlib.import_module(module), default, rules
+class Target(NamedTuple):
+    """What is tuned: one pass ("forward" or "backward") of one of our implementations, on one problem."""
+
+    implementation: str
+    kernel: str
+    problem: Problem
+
+    @property
+    def schedules(self) -> dispatch.Schedules:
+        """Where the schedules of this pass come from."""
+        both = dispatch.get(self.implementation).schedules
+        assert both is not None, self.implementation
+        return both[("forward", "backward").index(self.kernel)]
 
 
 def vary(schedule: Any, changes: dict[str, Any]) -> Any:
@@ -61,49 +73,52 @@ def vary(schedule: Any, changes: dict[str, Any]) -> Any:
     return schedule
 
 
-def candidates(kernel: str, problem: Problem, crossed: list[str]) -> list[Any]:
+def candidates(target: Target, crossed: list[str]) -> list[Any]:
     """The default, and every legal schedule that differs from it in the crossed fields, or in any one field if none."""
-    module, default, rules = _home(kernel)
-    start, spec, grid = getattr(module, default)(problem.spec()), problem.spec(), GRIDS[kernel]
+    schedules, spec, grid = target.schedules, target.problem.spec(), GRIDS[target.kernel]
+    start = pkgutil.resolve_name(schedules.default)(spec)
     unknown = [name for name in crossed if name not in grid]
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; the fields of {kernel} are {', '.join(grid)}")
+        raise SystemExit(f"unknown: {', '.join(unknown)}; the fields of {target.kernel} are {', '.join(grid)}")
     if crossed:
         changes = [dict(zip(crossed, values)) for values in itertools.product(*(grid[name] for name in crossed))]
     else:
         changes = [{name: value} for name, values in grid.items() for value in values]
     found = [schedule for change in changes if (schedule := vary(start, change)) is not None]
-    legal = [schedule for schedule in found if not getattr(module, rules)(spec, schedule, device.H100.smem_bytes)]
+    reasons_against = pkgutil.resolve_name(schedules.reasons_against or "")
+    smem_bytes = device.current().smem_bytes
+    legal = [schedule for schedule in found if not reasons_against(spec, schedule, smem_bytes)]
     return list(dict.fromkeys([start, *legal]))
 
 
 @contextlib.contextmanager
-def scheduled(kernel: str, schedule: Any) -> Iterator[None]:
-    """Makes `schedule` the default of a kernel; what was traced with another one is forgotten."""
-    module, default, _ = _home(kernel)
-    original = getattr(module, default)
-    setattr(module, default, lambda *args, **kwargs: schedule)
+def scheduled(target: Target, schedule: Any) -> Iterator[None]:
+    """Makes `schedule` the default of a pass, for every problem; what was traced with another one is forgotten."""
+    default = pkgutil.resolve_name(target.schedules.default)
+    module, name = sys.modules[default.__module__], default.__name__
+    setattr(module, name, lambda *args, **kwargs: schedule)
     jax.clear_caches()
     try:
         yield
     finally:
-        setattr(module, default, original)
+        setattr(module, name, default)
         jax.clear_caches()
 
 
-def sweep(kernel: str, problem: Problem, schedules: list[Any], rounds: int, seconds: float, common: dict[str, Any],
+def sweep(target: Target, schedules: list[Any], rounds: int, seconds: float, common: dict[str, Any],
           say: Callable[[str], Any] = print, advance: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
     """One record a schedule that compiles and is right; the first schedule is what the others are compared with."""
-    hopper = next(contestant for contestant in OURS if contestant.name == "hopper")
+    ours = next(contestant for contestant in OURS if contestant.name == target.implementation)
+    problem, kernel = target.problem, target.kernel
     case = Check(problem, inputs_of(problem), gradients=kernel == "backward")
     calls, by_name = {}, {}
     for schedule in schedules:
         advance()
         try:
-            with scheduled(kernel, schedule):
-                prepared = hopper.prepare(problem, case.arrays, kernel)
+            with scheduled(target, schedule):
+                prepared = ours.prepare(problem, case.arrays, kernel)
                 results = prepared.results(prepared.call.finish())
-            errors = case.errors(hopper, results)
+            errors = case.errors(ours, results)
         except Exception as error:  # the compiler's refusal of one schedule is a result too
             say(f"{schedule}: {type(error).__name__}: {str(error)[:200]}")
             continue
@@ -114,7 +129,7 @@ def sweep(kernel: str, problem: Problem, schedules: list[Any], rounds: int, seco
     times = timing.interleaved(calls, rounds, seconds) if calls else {}
     first = next(iter(times), None)
     return [common | dict(
-        kind="tune", problem=problem.name, direction=kernel, contestant="hopper",
+        kind="tune", problem=problem.name, direction=kernel, contestant=ours.name,
         spec=records.spec_fields(problem.spec()), schedule=name, errors=by_name[name],
         median_us=timing.spread(times[name]).median * 1e6,
         tflops=run.flops(problem, kernel) / timing.spread(times[name]).median / 1e12,

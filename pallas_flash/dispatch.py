@@ -5,18 +5,27 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pallas_flash import errors
 from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "decide", "explain", "get"]
+__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Schedules", "decide", "explain", "get"]
 
 
 Name = Literal["hopper", "xla", "reference"]
 """Of each row of `IMPLEMENTATIONS`: what a type checker knows of them."""
+
+
+class Schedules(NamedTuple):
+    """Where the schedules of one pass come from, for benchmarks: functions written "module:name"."""
+
+    default: str
+    """(spec) -> the schedule that runs."""
+    reasons_against: str | None = None
+    """(spec, schedule, smem_bytes) -> the reasons why another cannot run; None: none but the default is offered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Implementation:
       differentiates_itself: JAX differentiates its forward, to any order and in forward mode; the others have a
         backward.
       modules: the modules that define `forward` and `backward`, imported when first used.
+      schedules: those of the forward and of the backward; None where there are no schedules.
     """
 
     name: str
@@ -40,6 +50,7 @@ class Implementation:
     automatic: bool
     differentiates_itself: bool
     modules: tuple[str, str]
+    schedules: tuple[Schedules, Schedules] | None = None
 
     def forward(self, *args: Any) -> Any:
         """(spec, operands) -> (out, stats), see `AttentionSpec.stats_shape`."""
@@ -57,9 +68,15 @@ def _anything(spec: AttentionSpec, device: Device) -> list[str]:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("hopper", "Mosaic GPU kernels for sm_90a", hopper.why_not, True, False,
-                   ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls")),
+                   ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls"),
+                   (Schedules("pallas_flash.kernels.hopper.schedule:default_forward",
+                              "pallas_flash.kernels.hopper.schedule:forward_problems"),
+                    Schedules("pallas_flash.kernels.hopper.backward_schedule:default_backward",
+                              "pallas_flash.kernels.hopper.backward_schedule:backward_problems"))),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
-                   ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward")),
+                   ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
+                   (Schedules("pallas_flash.kernels.xla.schedule:default"),
+                    Schedules("pallas_flash.kernels.xla.schedule:default"))),
     Implementation("reference", "the O(q_len * kv_len) oracle, differentiable to any order", _anything, False, True,
                    ("pallas_flash.reference", "pallas_flash.reference")),
 )

@@ -1,14 +1,19 @@
 """The benchmark harness without a GPU: timing with a clock of our own, what contestants get, records and reports."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
+import pkgutil
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from bench import check, cli, contestants, environment, plots, records, report, run, timing, tune
+from bench import chain, check, cli, contestants, environment, jobs, plots, records, report, run, timing, tune
+from pallas_flash import device, dispatch
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
 from pallas_flash.testing.problems import Problem
@@ -43,6 +48,12 @@ def test_a_burst_fills_its_time_and_divides_it():
     assert len(machine.log) == 1 + 5
     assert timing.burst(machine.call("slow", 1.0), 0.01, machine.clock) == pytest.approx(1.0)
     assert machine.log.count("slow") == 1
+
+
+def test_times_are_of_one_computation_of_a_chain():
+    machine = Machine()
+    assert timing.burst(machine.call("a", 0.002)._replace(count=4), 0.01, machine.clock) == pytest.approx(0.0005)
+    assert timing.burst(machine.call("slow", 1.0)._replace(count=4), 0.01, machine.clock) == pytest.approx(0.25)
 
 
 def test_contestants_take_turns_and_change_places():
@@ -162,7 +173,7 @@ def measured():
     with jax.default_matmul_precision("float32"):  # or a GPU leaves jax.nn out, whose products are TF32
         found = [record for batch in run.measure(
             SMALL, pair[:1], [pair[1], wrong, fails], DIRECTIONS, run.Options(3, 0.001), common,
-            lambda problem, direction, contestant, reason: left_out.append((direction, contestant.name, reason)))
+            run.Hooks(lambda problem, direction, label, reason: left_out.append((direction, label, reason))))
             for record in batch]
     return found, left_out
 
@@ -186,8 +197,8 @@ def test_records_of_a_run(measured):
 
 def test_wrong_and_failing_contestants_are_left_out_not_timed(measured):
     _, left_out = measured
-    assert [(d, name) for d, name, _ in left_out] == [(d, name) for d in DIRECTIONS for name in ("wrong", "fails")]
-    assert all(("wrong: relative errors" if name == "wrong" else "ZeroDivisionError") in reason
+    assert [(d, name) for d, name, _ in left_out] == [(d, name) for d in DIRECTIONS for name in ("Wrong", "Fails")]
+    assert all(("wrong: relative errors" if name == "Wrong" else "ZeroDivisionError") in reason
                for _, name, reason in left_out)
 
 
@@ -218,11 +229,173 @@ def test_torch_contestants_on_the_same_numbers(monkeypatch):
     plain = torch_contestants.TorchContestant("torch-math", "PyTorch", "MATH")
     assert plain.why_not(SMALL) == ""
     assert "no mask" in plain.why_not(dataclasses.replace(SMALL, mask=PrefixLM(3)))
+    _without_graphs(monkeypatch, torch.cuda)
     for direction in DIRECTIONS:
         prepared = plain.prepare(SMALL, arrays, direction)
         assert prepared.extra_bytes == 7
-        results = prepared.results(prepared.call.finish())
-        assert max(case.errors(plain, results).values()) < 1e-5
+        for call in (prepared.call, prepared.chain(4)):
+            results = prepared.results(call.finish())
+            assert max(case.errors(plain, results).values()) < 1e-5
+        assert call.count == 4
+
+
+def _without_graphs(monkeypatch, cuda):
+    """Streams and CUDA graphs as they are on a GPU, but what is captured runs at once."""
+    class Stream:
+        def wait_stream(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    class Graph:
+        captured = False
+
+        def replay(self):
+            assert self.captured
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        assert isinstance(stream, Stream)
+        yield
+        graph.captured = True
+    for name, value in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", capture), ("current_stream", Stream),
+                        ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(cuda, name, value)
+
+
+# Chains --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kv_len", "us", "expected"), [
+    (1024, 100, 16), (1024, 500, 16), (1024, 5000, 2), (1024, 9000, None), (2048, 199, 16), (2048, 201, None)])
+def test_short_calls_are_timed_in_chains_no_longer_than_a_burst(kv_len, us, expected):
+    assert chain.length(kv_len, us * 1e-6, 0.01) == expected
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ["xla", "jax-nn"])
+def test_a_chain_computes_as_often_as_it_says(name, direction):
+    """Without barriers XLA computes equal calls once."""
+    contestant = next(c for c in (*contestants.OURS, *contestants.PEERS) if c.name == name)
+    function, args = contestants._direction(contestant.attention(SMALL), contestants.inputs_of(SMALL), direction)
+    compiled = {count: jax.jit(chain.chained(function, count)).lower(*args).compile() for count in (1, 3, 6)}
+    flops = {count: executable.cost_analysis()["flops"] for count, executable in compiled.items()}
+    assert flops[3] == pytest.approx(3 * flops[1], rel=0.01)
+    assert flops[6] == pytest.approx(6 * flops[1], rel=0.01)
+    results = compiled[3](*args)
+    assert len(results) == 3
+    jax.tree.map(np.testing.assert_array_equal, results, [jax.jit(function)(*args)] * 3)
+
+
+def test_the_time_of_a_chain_is_that_of_its_calls():
+    """A chain of eight takes more than four times one call: XLA dropped none."""
+    product = lambda x: x @ x
+    x = jax.random.normal(jax.random.key(0), (700, 700))
+    seconds = {}
+    for count in (1, 8):
+        compiled = jax.jit(chain.chained(product, count)).lower(x).compile()
+        call = timing.Call(lambda compiled=compiled: compiled(x), jax.block_until_ready)
+        seconds[count] = min(timing.burst(call, 0.01) for _ in range(9))
+    assert seconds[8] > 4 * seconds[1]
+
+
+def test_records_say_how_a_contestant_was_timed(monkeypatch):
+    monkeypatch.setattr(chain, "length", lambda *args: 3)
+    ours = next(c for c in contestants.OURS if c.name == "xla")
+    prepare = contestants.JaxContestant.prepare
+
+    def unchainable(self, *args, **options):
+        def fail(count):
+            raise RuntimeError("cannot be captured\nand more")
+        return prepare(self, *args, **options)._replace(chain=fail)
+    other = dataclasses.replace(next(c for c in contestants.PEERS if c.name == "jax-nn"), name="other")
+    monkeypatch.setattr(contestants.JaxContestant, "prepare", lambda self, *args, **options: (
+        unchainable if self.name == "other" else prepare)(self, *args, **options))
+    (found,) = run.measure(SMALL, [ours], [other], ["forward"], run.Options(2, 0.001), {}, run.Hooks(print))
+    assert [record["chained"] for record in found] == [3, None]
+    assert "not_chained" not in found[0] and found[1]["not_chained"] == "RuntimeError: cannot be captured"
+    assert ["3 in a chain" in line for line in cli._summary(found)] == [True, False]
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+def _measure_or_die(pipe, folder):
+    """In place of `jobs.measure`: what becomes of a task is in its problem's name."""
+    pipe.send(("ready", None))
+    while (task := pipe.recv()) is not None:
+        pipe.send(("records", [{"problem": task.problem, "process": os.getpid()}]))
+        if task.problem == "dies":
+            os._exit(3)
+        if task.problem == "fails":
+            pipe.send(("failed", "ValueError: not today"))
+        (folder / task.problem).touch()
+        pipe.send(("ready", None))
+
+
+def test_a_process_that_dies_loses_only_its_problem(tmp_path):
+    names, records = ["a", "dies", "fails", "b", "c"], []
+    tasks = [jobs.Task(name, ["forward"], run.Options()) for name in names]
+    missing = jobs.share(tasks, 2, lambda kind, content: records.extend(content), _measure_or_die, tmp_path)
+    assert missing == {"dies": "its process ended with exit code 3", "fails": "ValueError: not today"}
+    assert sorted(record["problem"] for record in records) == sorted(names)  # what was measured before is kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "fails"]
+    assert os.getpid() not in {record["process"] for record in records}
+
+
+def test_problems_that_no_process_took_are_named(tmp_path):
+    tasks = [jobs.Task(name, ["forward"], run.Options()) for name in ("dies", "a")]
+    missing = jobs.share(tasks[:1] + tasks, 1, lambda kind, content: None, _measure_or_die, tmp_path)
+    assert missing == {"dies": "no process was left", "a": "no process was left"}
+
+
+def test_one_at_a_time_has_the_device(tmp_path):
+    here = jobs.DeviceLock(tmp_path / "lock")
+    with (tmp_path / "lock").open("a") as there:
+        for _ in range(2):
+            with here, pytest.raises(BlockingIOError):
+                fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(there, fcntl.LOCK_UN)
+
+
+class Held(contextlib.AbstractContextManager):
+    """A lock that knows whether it is held."""
+
+    held = False
+
+    def __enter__(self):
+        assert not self.held
+        self.held = True
+
+    def __exit__(self, *exception):
+        self.held = False
+
+
+def test_compiling_leaves_the_device_to_others(monkeypatch):
+    """Executables are made without the lock, and run with it."""
+    lock, log = Held(), []
+    make = contestants.compiled
+
+    def compiled(*args):
+        executable = make(*args)
+        log.append(("compile", lock.held))
+
+        def call(*args):
+            log.append(("run", lock.held))
+            return executable(*args)
+        call.memory_analysis = executable.memory_analysis
+        return call
+    monkeypatch.setattr(contestants, "compiled", compiled)
+    monkeypatch.setattr(check, "compiled", compiled)
+    monkeypatch.setattr(chain, "length", lambda *args: 2)
+    pair = [next(c for c in among if c.name == name)
+            for among, name in ((contestants.OURS, "xla"), (contestants.PEERS, "jax-nn"))]
+    rounds = []
+    hooks = run.Hooks(print, lambda: rounds.append(lock.held), lock)
+    found = list(run.measure(SMALL, pair[:1], pair[1:], ["forward", "backward"], run.Options(2, 0.001), {}, hooks))
+    assert [record["chained"] for batch in found for record in batch] == [2] * 4
+    assert set(log) == {("compile", False), ("run", True)} and rounds == [True] * 4
+    assert not lock.held
 
 
 # Records and reports -------------------------------------------------------------------------------------------------
@@ -273,7 +446,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     cpu = [json.loads(json.dumps(record)) for record in measured[0]]
     for record in cpu:
         record["environment"]["platform"] = "cpu"  # wherever this test runs
-    lines = list(report.write([*cpu, *_gpu_records()], readme, tmp_path / "docs" / "images"))
+    lines = list(report.write([*cpu, *_gpu_records()], [readme], tmp_path / "docs" / "images"))
     text = readme.read_text()
     assert "old" not in text and "kept" in text and "not ours" in text
     assert "| `causal-d64-s512` | **700** | 90% | 500 (1.40) |" in text
@@ -285,7 +458,7 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     for name in ("tflops-forward", "tflops-backward", "memory"):
         assert (tmp_path / "docs" / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert lines[-1].endswith("3 generated blocks, changed")
-    again = list(report.write([*cpu, *_gpu_records()], readme, tmp_path / "docs" / "images"))
+    again = list(report.write([*cpu, *_gpu_records()], [readme], tmp_path / "docs" / "images"))
     assert again[-1].endswith("as they were")
 
 
@@ -300,17 +473,53 @@ def test_numbers_of_two_devices_never_share_a_table(tmp_path):
     old = list(_gpu_records())
     new = [dict(r, tflops=900.0, environment=r["environment"] | {"device": "NVIDIA H200"}) for r in old
            if r.get("contestant") == "hopper" and r["problem"] == "causal-d64-s512"]
-    (tmp_path / "README.md").write_text("<!-- generated: benchmarks -->\n<!-- end generated -->\n")
-    list(report.write([*old, *new], tmp_path / "README.md", tmp_path))
-    text = (tmp_path / "README.md").read_text()
-    assert "| `causal-d64-s512` | **900** | 90% |" in text
-    assert "700" not in text and "causal-d64-s1024" not in text and "- NVIDIA H100" not in text
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- generated: benchmarks -->\n<!-- end generated -->\n"
+                    "<!-- generated: forward -->\n<!-- end generated -->\n")
+    list(report.write([*old, *new], [page], tmp_path / "images"))
+    everything, newest, _ = page.read_text().split("<!-- end generated -->")
+    titles = re.findall("^### (.*)", everything, re.MULTILINE)
+    assert titles[:2] == ["NVIDIA H200", "NVIDIA H100"]  # the newest first
+    of_h200, of_h100 = everything.split("### NVIDIA H100\n")
+    assert "| `causal-d64-s512` | **900** | 90% |" in of_h200 and "NVIDIA H200; driver" in of_h200
+    assert "700" not in of_h200 and "causal-d64-s1024" not in of_h200
+    assert "| `causal-d64-s1024` | **700** | 90% | 500 (1.40) |" in of_h100 and "900" not in of_h100
+    assert "NVIDIA H100; driver" in of_h100 and "microseconds a call" in of_h100  # and its other tables
+    assert "**900**" in newest and "700" not in newest
+    assert "![tflops-forward](images/tflops-forward.png)" in everything
+
+
+def test_the_headline_compares_with_the_best_way_to_call_each_peer():
+    found = list(_gpu_records())
+    found += [dict(r, contestant=name, ratio_to={"hopper": dict(median=ratio, low=ratio, high=ratio)}) for r in found
+              if r.get("contestant") == "fa3" for name, ratio in (("cudnn", 1.3), ("torch-cudnn", 1.25))]
+    table = report.block("headline", found)
+    rows = re.findall(r"^\| `(\S+)` \| (.*) \|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == [name for name in report.HEADLINE if name.startswith("causal")]
+    assert {cells for _, cells in rows} == {"**700** | 1.40 | 1.25 | **700** | 1.40 | 1.25"}
+    assert table.splitlines()[0].count("|") == 8 and "NVIDIA H100, 2026-01-02." in table
+    catalogue = {problem.name for problem in problems.select(["*"])}
+    assert len(report.HEADLINE) == 8 and catalogue >= set(report.HEADLINE)
+
+
+def test_tables_say_what_was_timed_in_chains():
+    found = list(_gpu_records())
+    assert "†" not in report.block("forward", found) and "‡" not in report.block("forward", found)
+    short = "causal-d64-s512"
+    for r in found:
+        if r.get("problem") == short and r["contestant"] == "hopper":
+            r["chained"] = 16
+        elif r.get("problem") == short:
+            r["not_chained"] = "cannot be captured"
+    table = report.block("forward", found)
+    assert f"| `{short}` † | **700** | 90% | 500 ‡ (1.40) |" in table and "| `causal-d64-s1024` |" in table
+    assert table.endswith("† calls in chains, without the gaps between executables; ‡ of those, timed call by call.")
 
 
 def test_without_records_nothing_is_claimed(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated: benchmarks -->\n1,000 TFLOP/s\n<!-- end generated -->\n")
-    list(report.write([], readme, tmp_path))
+    list(report.write([], [readme], tmp_path))
     assert readme.read_text() == "<!-- generated: benchmarks -->\nNo record yet.\n<!-- end generated -->\n"
     assert plots.draw([], tmp_path) == []
 
@@ -327,33 +536,60 @@ def test_unknown_problems_are_an_error():
         cli.main(["run", "--problems", "no-such-problem", "--peers", "none"])
 
 
+@pytest.fixture
+def h100():
+    with device.assume(device.H100):
+        yield
+
+
+def target(kernel, name="causal-d128-s2048"):
+    return tune.Target(tune.TUNABLE[0], kernel, problems.find(name))
+
+
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.usefixtures("h100")
 def test_candidates_are_legal_and_start_with_the_default(kernel):
-    problem = problems.find("causal-d128-s2048")
-    module, default, rules = tune._home(kernel)
-    found = tune.candidates(kernel, problem, [])
-    assert found[0] == getattr(module, default)(problem.spec())
+    tuned = target(kernel)
+    default, reasons_against = (pkgutil.resolve_name(name) for name in tuned.schedules)
+    found = tune.candidates(tuned, [])
+    assert found[0] == default(tuned.problem.spec())
     assert len(found) > 5 and len(set(found)) == len(found)
-    assert all(not getattr(module, rules)(problem.spec(), schedule, 232_448) for schedule in found)
+    assert all(not reasons_against(tuned.problem.spec(), schedule, 232_448) for schedule in found)
 
 
+@pytest.mark.usefixtures("h100")
 def test_crossed_fields_are_combined():
-    problem = problems.find("causal-d128-s2048")
-    found = tune.candidates("forward", problem, ["block_kv", "num_stages"])
+    found = tune.candidates(target("forward"), ["block_kv", "num_stages"])
     assert len({(s.block_kv, s.num_stages) for s in found}) == len(found) > 4
     with pytest.raises(SystemExit, match="the fields of forward are"):
-        tune.candidates("forward", problem, ["tile"])
+        tune.candidates(target("forward"), ["tile"])
 
 
 def test_a_schedule_is_the_default_only_while_it_is_tried(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need theirs
-    module, default, _ = tune._home("forward")
-    spec = problems.find("causal-d128-s2048").spec()
-    original = getattr(module, default)(spec)
+    tuned = target("forward")
+    default = lambda: pkgutil.resolve_name(tuned.schedules.default)(tuned.problem.spec())
+    original = default()
     other = tune.vary(original, {"num_stages": original.num_stages + 1})
-    with tune.scheduled("forward", other):
-        assert getattr(module, default)(spec) == other
-    assert getattr(module, default)(spec) == original
+    with tune.scheduled(tuned, other):
+        assert default() == other
+    assert default() == original
+
+
+def test_what_is_tuned_is_what_runs_here_unless_named():
+    problem = problems.find("causal-d128-s2048")
+    assert cli._tuned(tune.TUNABLE[0], problem) == tune.TUNABLE[0]
+    with device.assume(device.H100):
+        assert cli._tuned(None, problem) == "hopper"
+    with device.assume(device.CPU), pytest.raises(SystemExit, match="xla has one schedule only"):
+        cli._tuned(None, problem)
+
+
+def test_every_automatic_implementation_takes_part_and_has_a_colour():
+    names = [row.name for row in dispatch.IMPLEMENTATIONS if row.automatic]
+    assert [contestant.name for contestant in contestants.OURS] == names == list(plots.OURS)
+    assert set(names) <= set(plots.COLOURS)
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
 
 
 def test_vary_reaches_into_parts():
