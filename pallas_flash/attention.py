@@ -117,8 +117,8 @@ def flash_attention(
     _check_shards(operands)
     out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
     if problem.unbatched:
-        out, lse = jax.tree.map(lambda x: x[0], (out, lse))
-    return (out, lse) if return_lse else out
+        out, lse = out[0], None if lse is None else lse[0]
+    return out if lse is None else (out, lse)
 
 
 @arguments.names_keywords
@@ -268,7 +268,7 @@ def _problem(inputs: _Inputs, *, mask: Any, bias: Any, segment_ids: Any, q_lengt
         rule = rule & arguments.segments(inputs.spec, segment_ids)
     if bias is not None:
         bias = arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
-    operands = Operands(inputs.q, inputs.k, inputs.v, bias, rule.canonical())
+    operands = Operands(q=inputs.q, k=inputs.k, v=inputs.v, bias=bias, mask=rule.canonical(), dropout_seed=None)
     return _Problem(operands, inputs.spec.layout, inputs.unbatched)
 
 
@@ -288,7 +288,7 @@ def _check_shards(operands: Operands) -> None:
     if operands.dropout_seed is None:
         return
     sharded, seeds = ({axis for x in arrays for axis in compat.varying_axes(x) if jax.lax.axis_size(axis) > 1}
-                      for arrays in (operands[:3], [operands.dropout_seed]))
+                      for arrays in ((operands.q, operands.k, operands.v), (operands.dropout_seed,)))
     if shared := tuple(sorted(sharded - seeds)):
         raise errors.invalid(
             "dropout_rng must vary over the shard_map axes that query, key and value vary over, or shards drop alike",

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import dropout, masks, softmax
-from pallas_flash.spec import AttentionSpec, Gradients, Operands
+from pallas_flash.arrays import Array
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
@@ -49,14 +50,14 @@ def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
     return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
 
 
-def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input).
 
     Of the statistics only lse means something here: the backward computes the weights anew.
     """
     keep = _keep(spec, operands)
     zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))
-    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
+    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, operands.k, operands.v))
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
     s, unit = _scores(spec, operands, q, k, keep)
@@ -68,12 +69,15 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
                      precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
-    return _bhld(out, spec).astype(spec.dtype), jnp.stack([lse, jnp.zeros_like(lse)], axis=2)
+    return Results(out=_bhld(out, spec).astype(spec.dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
-    """Cotangents of q, k, v and bias, by JAX's own differentiation of `forward`; out and stats are not needed."""
+def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+             dstats: Array) -> Gradients[Array]:
+    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; out and stats are not
+    needed.
+    """
     del out, stats
-    differentiable = operands[:3] if spec.bias is None else operands[:4]
-    _, vjp = jax.vjp(lambda *xs: forward(spec, Operands(*xs, *operands[len(xs):])), *differentiable)
-    return Gradients(*vjp((dout, dstats)))
+    _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), operands.differentiable)
+    (cotangents,) = vjp(Results(dout, dstats))
+    return cotangents.gradients(lambda x: x)

@@ -1,12 +1,16 @@
-"""`AttentionSpec`: an attention problem, validated and hashable; `Operands`: the arrays of one call.
+"""`AttentionSpec`: an attention problem, validated and hashable; `Operands`, `Results` and `Gradients`: its arrays.
 
 A spec says everything about *what* is computed and nothing about how fast. It is valid by construction:
 `AttentionSpec.of` is the only way to make one, so nothing below this file checks shapes again.
+
+The arrays of a problem have names and no defaults: where one is forgotten, a type checker says so. One more array with
+a gradient is a field of `Differentiable`, `Operands` and `Gradients`.
 """
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -14,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, masks, softmax
+from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.masks import ArrayField
 
-__all__ = ["AttentionSpec", "Gradients", "Layout", "Operands"]
+__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results"]
 
 Layout = Literal["BLHD", "BHLD"]
 """Order of the axes (batch, length, heads, dim) of query, key, value and out."""
@@ -29,24 +34,78 @@ LARGEST_NUMBER = 1e30
 """Of scale and softcap: their products with scores, and the inverse of a soft cap, are then normal float32 numbers."""
 
 
+class Gradients[T](NamedTuple):
+    """Cotangents of the differentiable operands, each in the shape and dtype of its operand; or one T for each."""
+
+    dq: T
+    dk: T
+    dv: T
+    dbias: T | None
+
+    def as_operands(self) -> "Differentiable[T]":
+        """The same in the structure of what they are cotangents of, as JAX wants them."""
+        return Differentiable(q=self.dq, k=self.dk, v=self.dv, bias=self.dbias)
+
+
+class Differentiable[T](NamedTuple):
+    """The operands that have a gradient; or one T for each."""
+
+    q: T
+    k: T
+    v: T
+    bias: T | None
+
+    def gradients[R](self, function: Callable[[T], R]) -> Gradients[R]:
+        """function(x) in the place of the gradient of each operand x that there is."""
+        return Gradients(dq=function(self.q), dk=function(self.k), dv=function(self.v),
+                         dbias=None if self.bias is None else function(self.bias))
+
+
 class Operands(NamedTuple):
     """The arrays of one call, in the layout of the spec; what a spec holds placeholders for."""
 
-    q: Any
-    k: Any
-    v: Any
-    bias: Any = None  # (batch or 1, q_heads or 1, q_len or 1, kv_len or 1), or None
-    mask: Any = masks.Full()  # canonical: array fields have leading axes (batch or 1, q_heads or 1)
-    dropout_seed: Any = None  # (2,) uint32, or None
+    q: Float[Array, "b t h d"]
+    k: Float[Array, "b s k d"]
+    v: Float[Array, "b s k v"]
+    bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
+    mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
+    dropout_seed: Int[Array, "2"] | None  # uint32
+
+    @property
+    def differentiable(self) -> Differentiable[Array]:
+        """Those that have a gradient."""
+        return Differentiable(q=self.q, k=self.k, v=self.v, bias=self.bias)
+
+    @property
+    def others(self) -> "Others":
+        """Those that have none."""
+        return Others(mask=self.mask, dropout_seed=self.dropout_seed)
+
+    @classmethod
+    def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
+        """The operands again from the two parts."""
+        q, k, v, bias = differentiable
+        mask, dropout_seed = others
+        return cls(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=dropout_seed)
 
 
-class Gradients(NamedTuple):
-    """Cotangents of the differentiable operands, each in the shape and dtype of its operand."""
+class Others(NamedTuple):
+    """The operands without a gradient."""
 
-    dq: Any
-    dk: Any
-    dv: Any
-    dbias: Any = None
+    mask: masks.Mask
+    dropout_seed: Int[Array, "2"] | None
+
+
+class Results[T](NamedTuple):
+    """What a forward computes, or the cotangents of it; or one T for each.
+
+    Attributes:
+      out: (b t h v), in the layout and dtype of the spec.
+      stats: (b h 2 t), of each row lse and its rest (`softmax.statistics`), in `AttentionSpec.acc_dtype`.
+    """
+
+    out: T
+    stats: T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +187,8 @@ class AttentionSpec:
 
     def anchor(self, operands: Operands) -> Any:
         """`softmax.anchor` of the bias where the mask keeps it: (batch or 1, q_heads or 1, q_len or 1, 1)."""
-        bias = jax.lax.stop_gradient(operands.bias)
+        assert operands.bias is not None
+        bias: Array = jax.lax.stop_gradient(operands.bias)
         if isinstance(self.mask, masks.Full):
             return softmax.anchor(bias)
         kv_pos = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :]
@@ -151,6 +211,13 @@ class AttentionSpec:
     def lse_shape(self) -> tuple[int, int, int]:
         """The shape of `lse`, whatever the layout."""
         return self.batch, self.q_heads, self.q_len
+
+    @property
+    def operand_shapes(self) -> Differentiable[tuple[int, ...]]:
+        """The shapes of the operands that have a gradient."""
+        return Differentiable(
+            q=self.shape(self.q_len, self.q_heads, self.d), k=self.shape(self.kv_len, self.kv_heads, self.d),
+            v=self.shape(self.kv_len, self.kv_heads, self.d_v), bias=None if self.bias is None else self.bias.shape)
 
     @property
     def stats_shape(self) -> tuple[int, int, int, int]:

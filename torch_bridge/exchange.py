@@ -23,7 +23,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_flash import autodiff, compat, device, dispatch, forks, masks
-from pallas_flash.spec import AttentionSpec, Layout, Operands
+from pallas_flash.spec import AttentionSpec, Layout, Operands, Results
 from torch_bridge import context, lifetime, streams, strides, views
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
@@ -192,7 +192,7 @@ def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Vari
     def gradients(needs: tuple[bool, ...], *arrays: Any) -> Any:
         operands, (out, *cotangents, stats) = _operands(spec, arrays)
         dout, dstats = _cotangents(cotangents, needs[4:], out, stats)
-        grads = autodiff.backward(spec, name, operands, out, stats, dout, dstats)
+        grads = autodiff.backward(spec, name, operands, Results(out, stats), Results(dout, dstats))
         return tuple(grad for grad, needed in zip(grads, needs[:4], strict=True) if needed)
     return _Variants(gradients, where)
 
@@ -436,7 +436,8 @@ def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants
             problem = operands._replace(q=full[0], k=full[1], v=full[2], bias=full[3])
             results = autodiff.forward(spec, "reference", problem)
             dout, dstats = (jnp.zeros_like(y) if x is None else x for x, y in zip(full[4:], results, strict=True))
-            return [x for x in autodiff.backward(spec, "reference", problem, *results, dout, dstats) if x is not None]
+            grads = autodiff.backward(spec, "reference", problem, results, Results(dout, dstats))
+            return [x for x in grads if x is not None]
         grads, vjp = jax.vjp(first, *(inputs[i] for i in places))
         wanted = [x for x, operand in zip(tangents, operands[:4], strict=True) if operand is not None]
         return vjp([jnp.zeros_like(g) if x is None else x for x, g in zip(wanted, grads, strict=True)])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pallas_flash import device, dispatch, flash_attention
-from pallas_flash.spec import Operands
+from pallas_flash.spec import Differentiable, Operands
 from pallas_flash.testing import inputs
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
@@ -28,10 +28,12 @@ def _fast_to_compile() -> dict[str, Any]:
 def compiled(problem: Problem, implementation: dispatch.Name | None) -> Callable[[Operands, tuple[Any, Any]], Results]:
     """A jitted function of operands and the cotangents of (out, lse) that computes everything."""
     def run(operands: Operands, cotangents: tuple[Any, Any]) -> Results:
-        def call(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        def call(given: Differentiable[jax.Array]) -> Any:
+            q, k, v, bias = given
             return flash_attention(q, k, v, bias=bias, implementation=implementation, **problem.keywords(operands))
-        (out, lse), vjp = jax.vjp(call, *operands[:4])
-        return Results(out, lse, *vjp(cotangents))
+        (out, lse), vjp = jax.vjp(call, operands.differentiable)
+        (found,) = vjp(cotangents)
+        return Results(out=out, lse=lse, dq=found.q, dk=found.k, dv=found.v, dbias=found.bias)
     return jax.jit(run, compiler_options=_fast_to_compile())
 
 

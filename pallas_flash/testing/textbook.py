@@ -54,7 +54,7 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
     acc = spec.acc_dtype
     rounded = lambda x: x.astype(spec.dtype).astype(acc)
     keep = inputs.attends(spec, operands)
-    q, k, v, dout = (_bhld(x, spec).astype(acc) for x in (*operands[:3], dout))
+    q, k, v, dout = (_bhld(x, spec).astype(acc) for x in (operands.q, operands.k, operands.v, dout))
     k, v = (np.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = (np.where(keep.any(axis=axis)[..., None], x, 0) for x, axis in ((q, 3), (k, 2), (v, 2)))
 

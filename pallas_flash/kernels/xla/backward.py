@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import compat, softmax, tiles
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
-    """Cotangents of q, k, v and bias.
+def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+             dstats: Array) -> Gradients[Array]:
+    """Cotangents of the differentiable operands.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
@@ -43,9 +45,9 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
     dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
-    if spec.bias is not None:
-        dbias = dbias[tuple(slice(size) for size in spec.bias.shape)].astype(operands.bias.dtype)
-    return Gradients(dq, cut(dk, spec.kv_len), cut(dv, spec.kv_len), dbias)
+    if operands.bias is not None:
+        dbias = dbias[tuple(slice(size) for size in operands.bias.shape)].astype(operands.bias.dtype)
+    return Gradients(dq=dq, dk=cut(dk, spec.kv_len), dv=cut(dv, spec.kv_len), dbias=dbias)
 
 
 class _Saved(NamedTuple):
@@ -94,7 +96,8 @@ def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Any, v: Any, q_ti
     """dk, dv, dq of one tile in the subscripts of k, v and q, and dS before scale and soft cap, (b, k, g, q, s)."""
     spec = problem.spec
     q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(saved.dout, q_tile)
-    lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3) for x in saved[1:])
+    lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3)
+                        for x in (saved.lse, saved.rest, saved.delta))
     q_sub, k_sub = problem.q_subscripts, problem.k_subscripts
     o_sub, v_sub = q_sub.replace("d", "v"), k_sub.replace("d", "v")
     tile = problem.scores(q, k, q_tile, kv_tile, masked)

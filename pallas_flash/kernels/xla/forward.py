@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import compat, softmax, tiles
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.xla import blocks, schedule
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["forward"]
 
 
-def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input)."""
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     block_q = problem.schedule.block_q
@@ -30,7 +31,8 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     start = compat.vary_like((out, stats), operands)
     out, stats = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
     out = jax.lax.slice_in_dim(out, 0, spec.q_len, axis=problem.q_axis)
-    return out.reshape(spec.out_shape), stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len]
+    return Results(out=out.reshape(spec.out_shape),
+                   stats=stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len])
 
 
 def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
