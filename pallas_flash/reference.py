@@ -6,24 +6,22 @@ padding stays there; NaN in a key that some queries attend to and others do not 
 the kernels.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_flash import dropout, masks, softmax
-from pallas_flash.arrays import Array
+from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
 
-def _bhld(x: Any, spec: AttentionSpec) -> Any:
+def _bhld(x: Array, spec: AttentionSpec) -> Array:
     return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
 
 
-def _keep(spec: AttentionSpec, operands: Operands) -> Any:
-    """(batch, q_heads, q_len, kv_len) booleans; a bias of -inf masks too."""
+def _keep(spec: AttentionSpec, operands: Operands) -> Bool[Array, "b h t s"]:
+    """Which pairs attend; a bias of -inf masks too."""
     q_pos, kv_pos = jnp.arange(spec.q_len, dtype=jnp.int32)[:, None], jnp.arange(spec.kv_len, dtype=jnp.int32)[None, :]
     keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos, kv_pos))
     if operands.bias is not None:
@@ -31,7 +29,7 @@ def _keep(spec: AttentionSpec, operands: Operands) -> Any:
     return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 
-def _scores(spec: AttentionSpec, operands: Operands, q: Any, k: Any, keep: Any) -> tuple[Any, float]:
+def _scores(spec: AttentionSpec, operands: Operands, q: Array, k: Array, keep: Array) -> tuple[Array, float]:
     """Scores, -inf where a pair does not attend, and their unit (see softmax.py)."""
     products = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST)
     (s, _), unit = softmax.scores(products, spec.scale, spec.softcap), softmax.unit(spec.scale, spec.softcap)
@@ -41,8 +39,8 @@ def _scores(spec: AttentionSpec, operands: Operands, q: Any, k: Any, keep: Any) 
     return jnp.where(keep, s, -jnp.inf), unit
 
 
-def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
-    if not spec.dropout_rate:
+def _drop(spec: AttentionSpec, seed: Int[Array, "2"] | None, p: Float[Array, "b h t s"]) -> Array:
+    if seed is None:
         return p
     batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
     kept = dropout.keep(seed, batch, head, q_pos, kv_pos, spec.dropout_rate)

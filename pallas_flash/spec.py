@@ -185,15 +185,15 @@ class AttentionSpec:
         """The shape of an array of this problem, in its layout."""
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
 
-    def anchor(self, operands: Operands) -> Any:
-        """`softmax.anchor` of the bias where the mask keeps it: (batch or 1, q_heads or 1, q_len or 1, 1)."""
+    def anchor(self, operands: Operands) -> Float[Array, "1|b 1|h 1|t 1"]:
+        """`softmax.anchor` of the bias where the mask keeps it."""
         assert operands.bias is not None
         bias: Array = jax.lax.stop_gradient(operands.bias)
         if isinstance(self.mask, masks.Full):
             return softmax.anchor(bias)
         kv_pos = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :]
 
-        def rows(first: Any) -> Any:
+        def rows(first: Int[Array, ""]) -> Array:
             q_pos = jnp.minimum(first + jnp.arange(ANCHOR_ROWS, dtype=jnp.int32), self.q_len - 1)
             keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos))
             part = bias if bias.shape[2] == 1 else jnp.take(bias, q_pos, axis=2)

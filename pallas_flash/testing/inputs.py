@@ -12,11 +12,14 @@ from pallas_flash import masks
 from pallas_flash.arrays import Array
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned",
+__all__ = ["Cotangents", "Normal", "attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned",
            "with_scores_of"]
 
 Normal = Callable[[int, tuple[int, ...], np.dtype], Any]
-"""(seed, shape, dtype) -> standard normal numbers."""
+"""(seed, shape, dtype) -> standard normal numbers, an array of NumPy's or of JAX's."""
+
+Cotangents = tuple[np.ndarray, np.ndarray]
+"""Of out and lse."""
 
 
 def host_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -64,7 +67,7 @@ def with_scores_of(size: float, operands: Operands) -> Operands:
     return operands._replace(q=grown(operands.q), k=grown(operands.k))
 
 
-def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> tuple[Any, Any]:
+def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> Cotangents:
     """Random cotangents of out (the spec's layout and dtype) and lse (batch, q_heads, q_len)."""
     return (normal(1000 + 2 * seed, spec.out_shape, spec.dtype),
             normal(1001 + 2 * seed, spec.lse_shape, spec.acc_dtype))
@@ -79,7 +82,7 @@ def attends(spec: AttentionSpec, operands: Operands) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _mask_keeps(mask: masks.Mask, q_len: int, kv_len: int) -> Any:
+def _mask_keeps(mask: masks.Mask, q_len: int, kv_len: int) -> Array:
     q_pos, kv_pos = jnp.arange(q_len, dtype=jnp.int32)[:, None], jnp.arange(kv_len, dtype=jnp.int32)[None, :]
     return masks.over_batch(mask, lambda part: part.keep(q_pos, kv_pos))
 

@@ -1,8 +1,6 @@
 """Forward: for each query tile, the online softmax over the key tiles that its mask needs (FlashAttention-2, Dao,
 2023)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +17,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     block_q = problem.schedule.block_q
 
-    def q_step(q_tile: Any, carry: Any) -> Any:
+    def q_step(q_tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, stats = carry
         out_tile, stats_tile = _attend(problem, q_tile)
         return (blocks.update_tile(out, out_tile, q_tile, block_q, problem.q_axis),
@@ -35,12 +33,12 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
                    stats=stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len])
 
 
-def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
+def _attend(problem: blocks.Problem, q_tile: Array) -> tuple[Array, Array]:
     """One query tile's out (in the subscripts of q) and statistics (b, k, g, 2, q)."""
     spec, v_subscripts = problem.spec, problem.k_subscripts.replace("d", "v")
     q = problem.q_tile(problem.q, q_tile)
 
-    def kv_step(kv_tile: Any, carry: Any, masked: bool) -> Any:
+    def kv_step(kv_tile: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         m_i, l_i, acc = carry
         tile = problem.scores(q, problem.kv_tile(problem.k, kv_tile), q_tile, kv_tile, masked)
         m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s, problem.unit)
