@@ -14,6 +14,11 @@ from typing import Annotated as Bool
 from typing import Annotated as Float
 from typing import Annotated as Int
 
+import jax
+import numpy as np
 from jax import Array
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "Shaped"]
+
+Shaped = Array | np.ndarray | jax.ShapeDtypeStruct
+"""What has a shape and a dtype."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, masks, softmax
-from pallas_flash.arrays import Array, Float, Int
+from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
 
 __all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results"]
@@ -133,9 +133,9 @@ class AttentionSpec:
     deterministic: bool
 
     @classmethod
-    def of(cls, q: Any, k: Any, v: Any, *, layout: Layout = "BLHD", mask: masks.Mask | None = None, bias: Any = None,
-           softcap: float | None = None, scale: float | None = None, dropout_rate: float = 0.0,
-           return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
+    def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
+           bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
+           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -235,12 +235,12 @@ class AttentionSpec:
                           *filter(None, extras)]) + ")"
 
 
-def _blhd(array: Any, layout: Layout) -> tuple[int, int, int, int]:
+def _blhd(array: Shaped, layout: Layout) -> tuple[int, int, int, int]:
     batch, a, b, dim = array.shape
     return (batch, a, b, dim) if layout == "BLHD" else (batch, b, a, dim)
 
 
-def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
+def _check_arrays(q: Shaped, k: Shaped, v: Shaped, layout: str) -> None:
     if layout not in get_args(Layout):
         raise errors.invalid(f"layout must be one of {get_args(Layout)}", f"{layout=}", "name the order of the axes")
     for name, array in (("query", q), ("key", k), ("value", v)):
@@ -256,7 +256,7 @@ def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
                                  f"query.dtype={q.dtype.name}, {name}.dtype={array.dtype.name}", "cast one of them")
 
 
-def _check_dtype(name: str, array: Any) -> None:
+def _check_dtype(name: str, array: Shaped) -> None:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         advice = "cast it"
@@ -295,7 +295,7 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
             raise errors.invalid(must, show(**shapes), do)
 
 
-def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
+def _check_numbers(softcap: float | None, scale: float | None, dropout_rate: float) -> None:
     def is_number(x: Any, smallest: float = -LARGEST_NUMBER) -> bool:
         real = isinstance(x, numbers.Real) and not isinstance(x, bool)
         return real and bool(x <= LARGEST_NUMBER and not x < smallest)
@@ -332,7 +332,7 @@ def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[s
                                      "pass an additive float mask as `bias`")
 
 
-def _check_bias(bias: Any, wanted: tuple[int, ...]) -> None:
+def _check_bias(bias: Shaped, wanted: tuple[int, ...]) -> None:
     if len(bias.shape) != 4 or any(size not in (1, full) for size, full in zip(bias.shape, wanted, strict=True)):
         raise errors.invalid(f"bias must have shape {wanted} (batch, q_heads, q_len, kv_len; each may be 1)",
                              f"bias.shape={tuple(bias.shape)}", "reshape it so that it broadcasts")
