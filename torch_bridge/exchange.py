@@ -327,31 +327,29 @@ def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     query = operands.query
     if not needs_stats:
         return Results(attend(operands, numbers), query.new_empty((0,), dtype=strides.stats_dtype(query)))
-    plan, (out, stats) = _forward(operands, numbers, True, num_kept=0)
-    return Results(_out(out, plan), stats)
+    return Results(*_attend_saving(operands, numbers, num_kept=0))
 
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     """`forward`'s out alone."""
-    plan, (out,) = _forward(operands, numbers, False, num_kept=0)
-    return _out(out, plan)
+    query, key, value, *others = operands
+    _check_place(query)
+    plan = plan_for(operands, numbers)
+    (out,) = _run(plan, plan.forward[False], (query, key, value), others)
+    return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
 
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, jax.Array]:
     """`forward`'s out, and its stats as an array of JAX for `gradients`."""
-    plan, (out, stats) = _forward(operands, numbers, True, num_kept=1)
-    return _out(out, plan), stats
+    return _attend_saving(operands, numbers, num_kept=1)
 
 
-def _forward(operands: Operands, numbers: Numbers, needs_stats: bool, num_kept: int) -> tuple[Plan, list[Any]]:
+def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple[torch.Tensor, Any]:
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
-    return plan, _run(plan, plan.forward[needs_stats], (query, key, value), others, num_kept=num_kept)
-
-
-def _out(out: torch.Tensor, plan: Plan) -> torch.Tensor:
-    return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
+    out, stats = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
+    return _with_strides(_in_layout(out, plan.layout), plan.out_strides), stats
 
 
 def stats_tensor(stats: jax.Array, like: torch.Tensor) -> torch.Tensor:
