@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from bench import environment, records
 from torch_bridge import exchange, ops, sdpa, views
 from torch_bridge import scaled_dot_product_attention as OURS
+from torch_bridge.arguments import Numbers, Operands, PerArray
 
 __all__ = ["main", "measure"]
 
@@ -96,29 +97,29 @@ def _obvious(*tensors: torch.Tensor) -> Callable[[], Any]:
 def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What a forward is made of, in order: the checks, and the exchange, which holds all that come after it."""
     q, k, v = _tensors(device, False, False)
-    problem, numbers = (q, k, v, None, None, None), (0, None, 0.0, False)
+    problem, numbers = Operands(q, k, v, None, None, None), Numbers(0, None, 0.0, False)
     plan = exchange.plan_for(problem, numbers)
-    arrays = exchange._arrays(problem[:3], plan.device)
+    arrays = exchange._arrays((q, k, v), plan.device)
     (out,) = plan.forward[False](*arrays)
     yield "check and normalise arguments", lambda: sdpa.prepare(q, k, v, None, 0.0, True, None, False)
     yield "exchange, forward", lambda: exchange.attend(problem, numbers)
     yield "plan", lambda: exchange.plan_for(problem, numbers)
-    yield "is it sharable, 3 tensors", lambda: exchange._shared(plan.layout, problem[:3], problem[3:])
-    yield "import 3 tensors", lambda: exchange._arrays(problem[:3], plan.device)
+    yield "is it sharable, 3 tensors", lambda: exchange._shared(plan.layout, (q, k, v), (None, None, None))
+    yield "import 3 tensors", lambda: exchange._arrays((q, k, v), plan.device)
     if device == "cuda":
         yield "view that carries the wait, if torch's stream is not at rest", lambda: views.after(q, plan.device)
     yield "jitted call, arrays known", lambda: plan.forward[False](*arrays)
-    yield "import 3 tensors and jitted call", lambda: plan.forward[False](*exchange._arrays(problem[:3], plan.device))
+    yield "import 3 tensors and jitted call", lambda: plan.forward[False](*exchange._arrays((q, k, v), plan.device))
     yield "export and release 1 tensor", lambda: exchange._tensors([out], q)
     result, stats = exchange.attend_saving(problem, numbers)
-    dout = torch.randn_like(result)
+    dout, needs = torch.randn_like(result), PerArray(True, True, True, False)
     yield "exchange, forward that saves lse", lambda: exchange.attend_saving(problem, numbers)
     yield "exchange, backward, in the thread of the call", lambda: exchange.gradients(
-        problem, numbers, (result, stats), dout, (True, True, True, False))
+        problem, numbers, (result, stats), dout, needs)
     tensors = (result, exchange.stats_tensor(stats, q))
     yield "operator, for calls that something intercepts", lambda: ops.attention(*problem, *numbers, False)
     yield "backward operator, likewise", lambda: ops.attention_backward(
-        *problem, *numbers, *tensors, dout, None, [True, True, True, False])
+        *problem, *numbers, *tensors, dout, None, [*needs])
 
 
 def measure(device: str, repeats: int) -> Iterator[dict[str, Any]]:

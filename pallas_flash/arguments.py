@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, masks
+from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -18,12 +19,10 @@ __all__ = [
     "reshape", "score_axes", "segments", "window_sides",
 ]
 
-Array = jax.Array | np.ndarray[Any, Any]
+Array = jax.Array | np.ndarray
 """What holds numbers: nothing is converted but these."""
 Integers = Array | int | Sequence[int]
 """Of each batch entry: an array, one number for all, or a list."""
-Shaped = Array | jax.ShapeDtypeStruct
-"""What has a shape and a dtype."""
 Ids = Array | Sequence[Sequence[int]]
 """(batch, length) integers."""
 
@@ -53,7 +52,7 @@ def names_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _no_keyword(function: str, name: str, known: list[str], keywords: dict[str, Any]) -> TypeError:
+def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[str, object]) -> TypeError:
     def meant(name: str) -> list[str]:
         return [clause for clause in _ELSEWHERE.get(name, ()) if clause.split("=")[0] in known]
 
@@ -73,7 +72,7 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: dict[str, 
     return errors.mistyped(f"{function}() has no argument `{name}`", f"{name}={shown}", do)
 
 
-def array(name: str, x: Any) -> Any:
+def array(name: str, x: Any) -> Shaped:
     """`x` unchanged if it is an array: converting to JAX would round float64 before it is checked."""
     if hasattr(x, "shape") and hasattr(getattr(x, "dtype", None), "name"):
         return x
@@ -85,7 +84,7 @@ def array(name: str, x: Any) -> Any:
     raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", do)
 
 
-def _listed(name: str, x: Any) -> Any:
+def _listed(name: str, x: object) -> Shaped:
     """Integers as a NumPy array if they are a number or in lists."""
     if not isinstance(x, int | float | list | tuple):
         return array(name, x)
@@ -99,7 +98,7 @@ def _listed(name: str, x: Any) -> Any:
     return found
 
 
-def reshape(x: Any, shape: tuple[int, ...]) -> Any:
+def reshape(x: Shaped, shape: tuple[int, ...]) -> Shaped:
     """An array, or what stands for one, in another shape."""
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
@@ -109,8 +108,8 @@ def score_axes(spec: AttentionSpec) -> dict[str, int]:
     return dict(batch=spec.batch, q_heads=spec.q_heads, q_len=spec.q_len, kv_len=spec.kv_len)
 
 
-def fitted(name: str, x: Any, axes: dict[str, int], exact: str = "",
-           do: str = "reshape it: missing axes are added in front") -> Any:
+def fitted(name: str, x: object, axes: dict[str, int], exact: str = "",
+           do: str = "reshape it: missing axes are added in front") -> Shaped:
     """`x` with all of `axes`, missing ones in front added with size 1; each may be 1 but `exact`; else `do`."""
     x = array(name, x)
     shape = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)
@@ -121,20 +120,20 @@ def fitted(name: str, x: Any, axes: dict[str, int], exact: str = "",
     return reshape(x, shape)
 
 
-def boolean(name: str, x: Any) -> Any:
+def boolean(name: str, x: Shaped) -> Shaped:
     """`x` unchanged if it is boolean."""
     if x.dtype != jnp.bool_:
         raise errors.invalid(f"{name} must be boolean", f"{name}.dtype={x.dtype}", "pass an additive mask as `bias`")
     return x
 
 
-def _integers(name: str, x: Any) -> Any:
+def _integers(name: str, x: Shaped) -> Shaped:
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise errors.invalid(f"{name} must hold integers", f"{name}.dtype={x.dtype}", "cast it to int32")
     return x
 
 
-def in_bounds(spec: AttentionSpec, **lengths: Any) -> masks.Mask:
+def in_bounds(spec: AttentionSpec, **lengths: object) -> masks.Mask:
     """What the lengths of queries and keys, in this order, leave; named as the caller's arguments."""
     if all(x is None for x in lengths.values()):
         return masks.Full()
@@ -142,20 +141,20 @@ def in_bounds(spec: AttentionSpec, **lengths: Any) -> masks.Mask:
     return masks.InBounds(*bounds)
 
 
-def _lengths(name: str, x: Any, spec: AttentionSpec, axis: str) -> Any:
+def _lengths(name: str, x: object, spec: AttentionSpec, axis: str) -> Shaped | int:
     if x is None:
         return masks.UNBOUNDED
-    x, do = _listed(name, x), "reshape it: missing axes are added in front"
-    if len(x.shape) > 1 and x.shape[-1] == getattr(spec, axis) > 1:
+    array, do = _listed(name, x), "reshape it: missing axes are added in front"
+    if len(array.shape) > 1 and array.shape[-1] == getattr(spec, axis) > 1:
         place = "None, None, :" if axis == "kv_len" else "None, :, None"
         do = ("count the real positions of each row; an array that marks them is a mask, "
               f"Dense((x != 0)[:, {place}]), or segment_ids, -1 at padding")
-    x = _integers(name, fitted(name, x, {"batch": spec.batch}, do=do))
-    masks.check_lengths(name, x)
-    return x
+    lengths = _integers(name, fitted(name, array, {"batch": spec.batch}, do=do))
+    masks.check_lengths(name, lengths)
+    return lengths
 
 
-def segments(spec: AttentionSpec, segment_ids: Any) -> masks.SegmentIds:
+def segments(spec: AttentionSpec, segment_ids: object) -> masks.SegmentIds:
     """The mask of an array of segment ids, or of a tuple of those of queries and keys."""
     lengths = (spec.q_len, spec.kv_len)
     if not isinstance(segment_ids, tuple):
@@ -171,7 +170,7 @@ def segments(spec: AttentionSpec, segment_ids: Any) -> masks.SegmentIds:
                               for i, (ids, length) in enumerate(zip(segment_ids, lengths))))
 
 
-def _segment_axis(name: str, ids: Any, batch: int, length: int) -> Any:
+def _segment_axis(name: str, ids: object, batch: int, length: int) -> Shaped:
     return _integers(name, fitted(name, _listed(name, ids), dict(batch=batch, length=length), exact="length"))
 
 
@@ -185,7 +184,7 @@ def window_sides(size: Any) -> tuple[int, int]:
     return int(left), int(right)
 
 
-def dropout_seed(spec: AttentionSpec, rng: Any) -> Any:
+def dropout_seed(spec: AttentionSpec, rng: Any) -> jax.Array | None:
     """(2,) uint32 from a PRNG key, or None where nothing is random."""
     if not spec.dropout_rate:
         return None

@@ -1,12 +1,13 @@
 """The public functions: arrays -> `AttentionSpec` -> `dispatch` -> the implementation, differentiable."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 
 from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, forks, masks
-from pallas_flash.arguments import Array, Ids, Integers, Shaped
+from pallas_flash.arguments import Array, Ids, Integers
+from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 
 __all__ = ["dot_product_attention", "explain", "flash_attention"]
@@ -111,12 +112,12 @@ def flash_attention(
     where = problem.where(spec, dropout_rng)
     decision = dispatch.decide(spec, where, implementation)
     seed = arguments.dropout_seed(spec, dropout_rng)
-    operands = _arrays(problem.operands)._replace(dropout_seed=seed)
+    operands = problem.operands(seed)
     _check_shards(operands)
     out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
-    if problem.unbatched:
-        out, lse = jax.tree.map(lambda x: x[0], (out, lse))
-    return (out, lse) if return_lse else out
+    if problem.inputs.unbatched:
+        out, lse = out[0], None if lse is None else lse[0]
+    return out if lse is None else (out, lse)
 
 
 @arguments.names_keywords
@@ -206,8 +207,8 @@ def dot_product_attention(
     if local_window_size is not None:
         rule = rule & masks.Window(*arguments.window_sides(local_window_size))
     if mask is not None:
-        mask = arguments.fitted("mask", mask, arguments.score_axes(shapes))
-        rule = rule & masks.Dense(arguments.boolean("mask", mask))
+        attend = arguments.fitted("mask", mask, arguments.score_axes(shapes))
+        rule = rule & masks.Dense(arguments.boolean("mask", attend))
     rule = rule & arguments.in_bounds(
         shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
     found = flash_attention(
@@ -219,14 +220,14 @@ def dot_product_attention(
 class _Inputs(NamedTuple):
     """query, key and value with four axes, the spec that they alone make, and whether a batch axis was added."""
 
-    q: Any
-    k: Any
-    v: Any
+    q: Shaped
+    k: Shaped
+    v: Shaped
     spec: AttentionSpec
     unbatched: bool
 
     @classmethod
-    def of(cls, query: Any, key: Any, value: Any, layout: Layout) -> "_Inputs":
+    def of(cls, query: object, key: object, value: object, layout: Layout) -> "_Inputs":
         arrays = {name: arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
         rank = len(arrays["query"].shape)
         unbatched = rank == 3
@@ -245,38 +246,56 @@ class _Inputs(NamedTuple):
 class _Problem(NamedTuple):
     """Checked, canonical arguments: operands with four axes, and what was given without a batch axis."""
 
-    operands: Operands
-    layout: Layout
-    unbatched: bool
+    inputs: _Inputs
+    bias: Shaped | None
+    mask: masks.Mask
 
-    def spec(self, **numbers: Any) -> AttentionSpec:
-        q, k, v, bias, mask, _ = self.operands
-        return AttentionSpec.of(q, k, v, layout=self.layout, mask=mask, bias=bias, **numbers)
+    def spec(self, *, scale: float | None, softcap: float | None, dropout_rate: float, return_lse: bool,
+             deterministic: bool) -> AttentionSpec:
+        inputs = self.inputs
+        return AttentionSpec.of(
+            inputs.q, inputs.k, inputs.v, layout=inputs.spec.layout, mask=self.mask, bias=self.bias, scale=scale,
+            softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse, deterministic=deterministic)
 
-    def where(self, spec: AttentionSpec, dropout_rng: Any) -> device.Device:
+    def where(self, spec: AttentionSpec, dropout_rng: object) -> device.Device:
         """Where the call runs: a dropout key that is used counts like the other arrays."""
-        return device.current((self.operands, dropout_rng if spec.dropout_rate else None))
+        q, k, v, *_ = self.inputs
+        return device.current((q, k, v, self.bias, self.mask, dropout_rng if spec.dropout_rate else None))
+
+    def operands(self, dropout_seed: jax.Array | None) -> Operands:
+        """As JAX arrays; raises where one has a shape and no values."""
+        q, k, v, *_ = self.inputs
+        return Operands(
+            q=_as_jax("query", q), k=_as_jax("key", k), v=_as_jax("value", v),
+            bias=None if self.bias is None else _as_jax("bias", self.bias), mask=_mask_as_jax(self.mask),
+            dropout_seed=dropout_seed)
 
 
-def _problem(inputs: _Inputs, *, mask: Any, bias: Any, segment_ids: Any, q_lengths: Any, kv_lengths: Any) -> _Problem:
+def _problem(inputs: _Inputs, *, mask: object, bias: object, segment_ids: object, q_lengths: object,
+             kv_lengths: object) -> _Problem:
     rule = masks.checked(mask) & arguments.in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if segment_ids is not None:
         rule = rule & arguments.segments(inputs.spec, segment_ids)
-    if bias is not None:
-        bias = arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
-    operands = Operands(inputs.q, inputs.k, inputs.v, bias, rule.canonical())
-    return _Problem(operands, inputs.spec.layout, inputs.unbatched)
+    fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
+    return _Problem(inputs, fitted, rule.canonical())
 
 
-def _arrays(operands: Operands) -> Operands:
-    """Operands as JAX arrays; raises where one has a shape and no values."""
-    parts = {"query": operands.q, "key": operands.k, "value": operands.v, "bias": operands.bias} | {
-        f"{type(part).__name__}.{name}": x for part in operands.mask.parts for name, x in part.array_fields().items()}
-    for name, x in parts.items():
-        if isinstance(x, jax.ShapeDtypeStruct | masks.ArrayField):
-            raise errors.invalid(f"{name} must hold values to compute with", f"type({name})={type(x).__name__}",
-                                 "ask explain() about shapes alone, or trace with jax.eval_shape or jax.jit(...).lower")
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), operands)
+def _require_values(name: str, x: object) -> None:
+    if isinstance(x, jax.ShapeDtypeStruct | masks.ArrayField):
+        raise errors.invalid(f"{name} must hold values to compute with", f"type({name})={type(x).__name__}",
+                             "ask explain() about shapes alone, or trace with jax.eval_shape or jax.jit(...).lower")
+
+
+def _mask_as_jax(mask: masks.Mask) -> masks.Mask:
+    for part in mask.parts:
+        for name, x in part.array_fields().items():
+            _require_values(f"{type(part).__name__}.{name}", x)
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), mask)
+
+
+def _as_jax(name: str, x: Shaped) -> jax.Array:
+    _require_values(name, x)
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _check_shards(operands: Operands) -> None:
@@ -284,7 +303,7 @@ def _check_shards(operands: Operands) -> None:
     if operands.dropout_seed is None:
         return
     sharded, seeds = ({axis for x in arrays for axis in compat.varying_axes(x) if jax.lax.axis_size(axis) > 1}
-                      for arrays in (operands[:3], [operands.dropout_seed]))
+                      for arrays in ((operands.q, operands.k, operands.v), (operands.dropout_seed,)))
     if shared := tuple(sorted(sharded - seeds)):
         raise errors.invalid(
             "dropout_rng must vary over the shard_map axes that query, key and value vary over, or shards drop alike",

@@ -17,8 +17,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from pallas_flash import device, dispatch, errors, sharding
+from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
-from pallas_flash.spec import AttentionSpec, Gradients, Operands
+from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
 __all__ = ["RESIDUAL_NAMES", "Target", "attend", "backward", "forward"]
 
@@ -41,43 +42,75 @@ def _on(where: Device | None) -> contextlib.AbstractContextManager[None]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))  # outside of jit: compile once
 def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device | None = None,
-            finite: bool = False) -> tuple[Any, Any]:
-    """(out, stats) of a spec by the named implementation; what it returns for empty axes needs no kernel.
+            finite: bool = False) -> Results[Array]:
+    """The results of a spec by the named implementation; what it returns for empty axes needs no kernel.
 
     `where` is the device, if it is not JAX's default. The statistics, lse and its rest (`AttentionSpec.stats_shape`),
     are those of the anchored scores (`AttentionSpec.anchor`): what `backward` takes, and `attend` turns into the
     caller's lse. `finite`: with the smallest number in place of -inf, which `backward` then undoes: `jax.debug_infs`
     looks at the results of programs.
     """
-    def run(operands: Operands) -> tuple[Any, Any]:
+    _check_operands(spec, operands)
+
+    def run(operands: Operands) -> Results[Array]:
         if spec.is_empty:
             nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-            return jnp.zeros(spec.out_shape, spec.dtype), jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2)
+            return Results(out=jnp.zeros(spec.out_shape, spec.dtype),
+                           stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
         with _on(where):
             return dispatch.get(name).forward(spec, operands)
 
-    def run_finite(operands: Operands) -> tuple[Any, Any]:
+    def run_finite(operands: Operands) -> Results[Array]:
         out, stats = run(operands)
-        return out, jnp.where(jnp.isneginf(stats), jnp.finfo(stats.dtype).min, stats)
+        return Results(out, jnp.where(jnp.isneginf(stats), jnp.finfo(stats.dtype).min, stats))
     return sharding.automatic(run_finite if finite else run, sharding.result_places(spec, operands), operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
-def backward(spec: AttentionSpec, name: str, operands: Operands, *saved: Any, where: Device | None = None,
-             finite: bool = False) -> Gradients:
-    """Cotangents of q, k, v and bias by the named implementation, from `saved`: out, stats, dout, dstats."""
-    def run(operands: Operands, *saved: Any) -> Gradients:
+def backward(spec: AttentionSpec, name: str, operands: Operands, results: Results[Array], cotangents: Results[Array], *,
+             where: Device | None = None, finite: bool = False) -> Gradients[Array]:
+    """The gradients by the named implementation, from what `forward` returned and the cotangents of that.
+
+    Raises:
+      ValueError: an array has another shape than the spec says. No implementation checks it again: there, it could
+        broadcast.
+    """
+    _check_operands(spec, operands)
+    _check_results(spec, results)
+    _check_results(spec, cotangents, "d")
+
+    def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
+        out, stats = results
         if finite:
-            out, stats, *cotangents = saved
-            saved = out, jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats), *cotangents
+            stats = jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats)
         if spec.is_empty:
-            return Gradients(*(None if x is None else jnp.zeros_like(x) for x in operands[:4]))
+            return operands.differentiable.gradients(jnp.zeros_like)
         with _on(where):
-            return dispatch.get(name).backward(spec, operands, *saved)
-    return sharding.automatic(run, sharding.gradient_places(operands), operands, *saved)
+            return dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
+    return sharding.automatic(run, sharding.gradient_places(operands), operands, results, cotangents)
 
 
-def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any, Any]:
+def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
+    wanted = spec.operand_shapes
+    for name, x in operands.differentiable._asdict().items():
+        _check_shape(spec, name, x, getattr(wanted, name))
+    _check_shape(spec, "dropout_seed", operands.dropout_seed, (2,) if spec.dropout_rate else None)
+
+
+def _check_results(spec: AttentionSpec, given: Results[Array], prefix: str = "") -> None:
+    _check_shape(spec, f"{prefix}out", given.out, spec.out_shape)
+    _check_shape(spec, f"{prefix}stats", given.stats, spec.stats_shape)
+
+
+def _check_shape(spec: AttentionSpec, name: str, array: Array | None, wanted: tuple[int, ...] | None) -> None:
+    shape = None if array is None else array.shape
+    if shape != wanted:
+        raise errors.invalid(f"{name} must have shape {wanted} in {spec}", f"{name}.shape={shape}",
+                             "pass the arrays that the spec was made from, and the results of its forward")
+
+
+def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
+        Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
     """(out, lse), differentiable with respect to q, k, v and bias; lse is None if the spec does not ask for it.
 
     Raises:
@@ -87,16 +120,17 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any
     if dispatch.get(target.name).differentiates_itself:
         out, stats = _forward(spec, target, operands)
     else:
-        differentiable = tuple(_reverse_mode_only(target.name, x) if isinstance(x, jax.core.Tracer) else x
-                               for x in operands[:4])
-        out, stats = _attend(spec, target, differentiable, operands[4:])
+        differentiable = jax.tree.map(
+            lambda x: _reverse_mode_only(target.name, x) if isinstance(x, jax.core.Tracer) else x,
+            operands.differentiable)
+        out, stats = _attend(spec, target, differentiable, operands.others)
     return out, _natural(spec, operands, stats) if spec.return_lse else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _natural(spec: AttentionSpec, operands: Operands, stats: Any) -> Any:
+def _natural(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h t"]:
     """The lse of the scores themselves from the statistics of the anchored ones."""
-    def run(operands: Operands, stats: Any) -> Any:
+    def run(operands: Operands, stats: Array) -> Array:
         lse = stats[:, :, 0]
         return lse if spec.is_empty or spec.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
     return sharding.automatic(run, sharding.lse_place(spec, operands), operands, stats)
@@ -146,12 +180,13 @@ def _differentiable_once(function: Any) -> Any:
     return once
 
 
-def _forward(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[Any, Any]:
+def _forward(spec: AttentionSpec, target: Target, operands: Operands) -> Results[Array]:
     return forward(spec, target.name, operands, where=target.device, finite=_is_finite(spec))
 
 
-def _backward(spec: AttentionSpec, target: Target, operands: Operands, *saved: Any) -> Gradients:
-    return backward(spec, target.name, operands, *saved, where=target.device, finite=_is_finite(spec))
+def _backward(spec: AttentionSpec, target: Target, operands: Operands, results: Results[Array],
+              cotangents: Results[Array]) -> Gradients[Array]:
+    return backward(spec, target.name, operands, results, cotangents, where=target.device, finite=_is_finite(spec))
 
 
 def _is_finite(spec: AttentionSpec) -> bool:
@@ -164,19 +199,26 @@ _backward_once = _differentiable_once(_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(spec: AttentionSpec, target: Target, differentiable: Any, others: Any) -> tuple[Any, Any]:
-    return _forward(spec, target, Operands(*differentiable, *others))
+def _attend(spec: AttentionSpec, target: Target, differentiable: Differentiable[Array],
+            others: Others) -> Results[Array]:
+    return _forward(spec, target, Operands.of(differentiable, others))
 
 
-def _attend_fwd(spec: AttentionSpec, target: Target, differentiable: Any, others: Any) -> tuple[Any, Any]:
-    operands = Operands(*differentiable, *others)
-    out, stats = _forward_once(spec, target, operands)
-    out, stats = (checkpoint_name(x, label) for x, label in zip((out, stats), RESIDUAL_NAMES, strict=True))
-    return (out, stats), (operands, out, stats)
+class _Residuals(NamedTuple):
+    operands: Operands
+    results: Results[Array]
 
 
-def _attend_bwd(spec: AttentionSpec, target: Target, residuals: Any, cotangents: Any) -> tuple[Any, None]:
-    return tuple(_backward_once(spec, target, *residuals, *cotangents)), None
+def _attend_fwd(spec: AttentionSpec, target: Target, differentiable: Differentiable[Array],
+                others: Others) -> tuple[Results[Array], _Residuals]:
+    operands = Operands.of(differentiable, others)
+    results = Results(*map(checkpoint_name, _forward_once(spec, target, operands), RESIDUAL_NAMES))
+    return results, _Residuals(operands, results)
+
+
+def _attend_bwd(spec: AttentionSpec, target: Target, residuals: _Residuals,
+                cotangents: Results[Array]) -> tuple[Differentiable[Array], None]:
+    return _backward_once(spec, target, *residuals, cotangents).as_operands(), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 from pallas_flash import errors
+from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import support as hopper
-from pallas_flash.spec import AttentionSpec
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Schedules", "decide", "explain", "get"]
 
@@ -52,13 +53,15 @@ class Implementation:
     modules: tuple[str, str]
     schedules: tuple[Schedules, Schedules] | None = None
 
-    def forward(self, *args: Any) -> Any:
-        """(spec, operands) -> (out, stats), see `AttentionSpec.stats_shape`."""
-        return import_module(self.modules[0]).forward(*args)
+    def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
+        """out and the statistics of rows."""
+        return import_module(self.modules[0]).forward(spec, operands)
 
-    def backward(self, *args: Any) -> Any:
-        """(spec, operands, out, stats, dout, dstats) -> Gradients."""
-        return import_module(self.modules[1]).backward(*args)
+    def backward(self, spec: AttentionSpec, operands: Operands, out: Float[Array, "b t h v"],
+                 stats: Float[Array, "b h 2 t"], dout: Float[Array, "b t h v"],
+                 dstats: Float[Array, "b h 2 t"]) -> Gradients[Array]:
+        """The gradients, from `forward`'s results and their cotangents, of whose statistics only that of lse counts."""
+        return import_module(self.modules[1]).backward(spec, operands, out, stats, dout, dstats)
 
 
 def _anything(spec: AttentionSpec, device: Device) -> list[str]:

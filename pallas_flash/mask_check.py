@@ -94,10 +94,10 @@ def _check_bounds(part: masks.Mask, method: str, keep: np.ndarray) -> None:
     if not part.has_arrays and not all(np.array_equal(np.broadcast_to(plain, lo.shape), traced[0, 0])
                                        for plain, traced in zip(ask(part, lo.astype(int), hi.astype(int)), found)):
         raise _differs(name)
-    found = masks.Bounds(*(np.broadcast_to(x, (*keep.shape[:2], len(pairs))) for x in found))
+    bounds = [np.broadcast_to(x, (*keep.shape[:2], len(pairs))) for x in found]
     for where in np.ndindex(keep.shape[0], keep.shape[1]):
         for i, interval in enumerate(pairs):
-            asked = _Asked(name, interval, where, masks.Bounds(*(int(x[where][i]) for x in found)))
+            asked = _Asked(name, interval, where, masks.Bounds(*(int(x[where][i]) for x in bounds)))
             asked.check(keep[where])
 
 

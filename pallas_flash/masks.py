@@ -22,6 +22,7 @@ written for one sequence. `position_axes` names the axes such a field has beyond
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
 import jax
@@ -36,27 +37,31 @@ __all__ = [
     "Window", "check_lengths", "checked", "maximum", "minimum", "over_batch", "where",
 ]
 
-def _numpy_for(*values: Any) -> Any:
+Positions = int | np.ndarray | jax.Array
+"""Of queries or keys: plain numbers, NumPy's or traced; and what is computed from them, booleans too."""
+
+
+def _numpy_for(*values: object) -> ModuleType:
     """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is
     JAX's."""
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
-def _are_plain(*values: Any) -> bool:
+def _are_plain(*values: object) -> bool:
     return all(isinstance(value, int | np.bool_) for value in values)
 
 
-def maximum(a: Any, b: Any) -> Any:
+def maximum(a: Positions, b: Positions) -> Positions:
     """Elementwise maximum of positions, plain or traced; plain numbers stay plain, without a type of their own."""
     return max(a, b) if _are_plain(a, b) else _numpy_for(a, b).maximum(a, b)
 
 
-def minimum(a: Any, b: Any) -> Any:
+def minimum(a: Positions, b: Positions) -> Positions:
     """Elementwise minimum of positions, plain or traced."""
     return min(a, b) if _are_plain(a, b) else _numpy_for(a, b).minimum(a, b)
 
 
-def where(condition: Any, a: Any, b: Any) -> Any:
+def where(condition: Positions, a: Positions, b: Positions) -> Positions:
     """Elementwise choice between positions, plain or traced."""
     if _are_plain(condition, a, b):
         return a if condition else b
@@ -66,10 +71,10 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 class Bounds(NamedTuple):
     """Half-open intervals of positions: outside [lo, hi) nothing attends, inside [full_lo, full_hi) everything does."""
 
-    lo: Any
-    full_lo: Any
-    full_hi: Any
-    hi: Any
+    lo: Positions
+    full_lo: Positions
+    full_hi: Positions
+    hi: Positions
 
     def __and__(self, other: "Bounds") -> "Bounds":
         return Bounds(maximum(self.lo, other.lo), maximum(self.full_lo, other.full_lo),
@@ -84,24 +89,24 @@ class Mask:
     broadcasts: ClassVar[bool] = False
     """Whether those axes may also have size 1, which then stands for all positions."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_pytree_with_keys(cls, _flatten, functools.partial(_unflatten, cls))
 
     __array_ufunc__ = None  # NumPy arrays leave `array & mask` to `__rand__`
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         """True where the query at `q_pos` attends to the key at `kv_pos`; the shapes broadcast."""
         raise NotImplementedError(f"{type(self).__name__} must define keep(q_pos, kv_pos)")
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         """Bounds on the keys, seen from the queries [q_lo, q_hi), an interval that is not empty.
 
         This one knows nothing: no tile is skipped, and each is masked.
         """
         return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         """Bounds on the queries, seen from the keys [kv_lo, kv_hi), an interval that is not empty; see `kv_bounds`."""
         return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
@@ -112,19 +117,19 @@ class Mask:
             return self
         return other if isinstance(self, Full) else And(self, other)
 
-    def __rand__(self, other: Any) -> "Mask":
+    def __rand__(self, other: object) -> "Mask":
         raise _not_a_mask("&", other, self)
 
-    def __or__(self, other: Any) -> NoReturn:
+    def __or__(self, other: object) -> NoReturn:
         raise _only_intersect("|", f"{_kind(self)} | {_kind(other)}")
 
-    def __ror__(self, other: Any) -> NoReturn:
+    def __ror__(self, other: object) -> NoReturn:
         raise _only_intersect("|", f"{_kind(other)} | {_kind(self)}")
 
-    def __xor__(self, other: Any) -> NoReturn:
+    def __xor__(self, other: object) -> NoReturn:
         raise _only_intersect("^", f"{_kind(self)} ^ {_kind(other)}")
 
-    def __rxor__(self, other: Any) -> NoReturn:
+    def __rxor__(self, other: object) -> NoReturn:
         raise _only_intersect("^", f"{_kind(other)} ^ {_kind(self)}")
 
     def __invert__(self) -> NoReturn:
@@ -166,11 +171,11 @@ class Mask:
         return jax.tree.map(ArrayField.of, self)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _not_a_mask(operator: str, a: Any, b: Any) -> TypeError:
+def _not_a_mask(operator: str, a: object, b: object) -> TypeError:
     return errors.mistyped(f"both sides of `{operator}` must be masks", f"types={_kind(a)} {operator} {_kind(b)}",
                            "wrap a boolean array, True attends: Causal() & Dense(array)")
 
@@ -216,7 +221,7 @@ def _check_integers(mask: Mask) -> None:
             object.__setattr__(mask, name, min(max(int(value), -limit(name)), limit(name)))
 
 
-def checked(mask: Any) -> Mask:
+def checked(mask: object) -> Mask:
     """`mask` itself, `Full()` for None; raises ValueError for anything that is not a mask."""
     if mask is None:
         return Full()
@@ -234,7 +239,7 @@ def checked(mask: Any) -> Mask:
     return mask
 
 
-def _int32(x: Any) -> jax.Array:
+def _int32(x: Positions) -> jax.Array:
     """As an array; positions as int32, also where JAX's own integers are 64 bits wide."""
     x = jnp.asarray(x)
     return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
@@ -266,13 +271,13 @@ def _with_equal_lead_axes(part: Mask) -> Mask:
 class Full(Mask):
     """Every query attends to every key."""
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         return (q_pos >= 0) & (kv_pos >= 0)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return Bounds(0, 0, UNBOUNDED, UNBOUNDED)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return Bounds(0, 0, UNBOUNDED, UNBOUNDED)
 
 
@@ -284,9 +289,9 @@ class Window(Mask):
     first query with the first key; kv_len - q_len: the last with the last). Each may be a per-batch integer array.
     """
 
-    left: Any = UNBOUNDED
-    right: Any = UNBOUNDED
-    offset: Any = 0
+    left: Positions = UNBOUNDED
+    right: Positions = UNBOUNDED
+    offset: Positions = 0
 
     def __post_init__(self) -> None:
         _check_integers(self)
@@ -294,20 +299,20 @@ class Window(Mask):
             raise errors.invalid("Window needs -left <= right", f"left={self.left}, right={self.right}",
                                  "give the number of keys on each side of the aligned one")
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         distance = kv_pos - (q_pos + self.offset)
         return (-self.left <= distance) & (distance <= self.right)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         first, last = q_lo + self.offset, q_hi - 1 + self.offset
         return Bounds(first - self.left, last - self.left, first + self.right + 1, last + self.right + 1)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         first, last = kv_lo - self.offset, kv_hi - 1 - self.offset
         return Bounds(first - self.right, last - self.right, first + self.left + 1, last + self.left + 1)
 
 
-def Causal(offset: Any = 0) -> Window:
+def Causal(offset: Positions = 0) -> Window:
     """The query at q attends to the keys up to q + offset. `offset = kv_len - q_len` aligns the last query with the
     last key."""
     return Window(right=0, offset=offset)
@@ -329,17 +334,17 @@ class InBounds(Mask):
         for name, lengths in _fields(self).items():
             check_lengths(f"InBounds.{name}", lengths)
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         return (q_pos < self.q_len) & (kv_pos < self.kv_len)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return _inside(q_lo, q_hi, self.q_len, self.kv_len)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return _inside(kv_lo, kv_hi, self.kv_len, self.q_len)
 
 
-def check_lengths(name: str, lengths: Any) -> None:
+def check_lengths(name: str, lengths: object) -> None:
     """Raises where a length is below 0 and its value is on the host."""
     known = on_host(lengths)
     if known is not None and known.size and known.min() < 0:
@@ -347,7 +352,7 @@ def check_lengths(name: str, lengths: Any) -> None:
                              f"min({name})={known.min()}", "pass the number of real positions")
 
 
-def _inside(lo: Any, hi: Any, length: Any, other_length: Any) -> Bounds:
+def _inside(lo: Positions, hi: Positions, length: Positions, other_length: Positions) -> Bounds:
     return Bounds(0, 0, where(hi <= length, other_length, 0), where(lo < length, other_length, 0))
 
 
@@ -360,13 +365,13 @@ class PrefixLM(Mask):
     def __post_init__(self) -> None:
         _check_integers(self)
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         return (kv_pos < self.prefix) | (kv_pos <= q_pos)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return Bounds(0, 0, maximum(self.prefix, q_lo + 1), maximum(self.prefix, q_hi))
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         lo = where(kv_lo < self.prefix, 0, kv_lo)
         full_lo = where(kv_hi <= self.prefix, 0, kv_hi - 1)
         return Bounds(lo, full_lo, UNBOUNDED, UNBOUNDED)
@@ -388,23 +393,23 @@ class SegmentIds(Mask):
     def __post_init__(self) -> None:
         _check_integers(self)
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         q_id, kv_id = _at(self.q_ids, q_pos), _at(self.kv_ids, kv_pos)
         return (q_id == kv_id) & (q_id >= 0)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return _segment_bounds(self.q_ids, q_lo, q_hi, self.kv_ids)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return _segment_bounds(self.kv_ids, kv_lo, kv_hi, self.q_ids)
 
 
-def _at(ids: Any, pos: Any) -> Any:
+def _at(ids: Any, pos: Positions) -> Positions:
     """ids[pos] with positions past the end read as the last one: kernels ask about padded tiles too."""
     return jnp.asarray(ids)[jnp.minimum(pos, ids.shape[-1] - 1)]
 
 
-def _segment_bounds(ids: Any, lo: Any, hi: Any, other_ids: Any) -> Bounds:
+def _segment_bounds(ids: Any, lo: Positions, hi: Positions, other_ids: Any) -> Bounds:
     """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among
     them."""
     ids, other_ids = jnp.asarray(ids), jnp.asarray(other_ids)
@@ -438,7 +443,7 @@ class Dense(Mask):
             raise errors.invalid("Dense.attend must be boolean", f"attend.dtype={dtype}",
                                  "compare integers with 0; pass an additive float mask as `bias`")
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         rows, columns = self.attend.shape
         return jnp.asarray(self.attend)[jnp.minimum(q_pos, rows - 1), jnp.minimum(kv_pos, columns - 1)]
 
@@ -460,11 +465,11 @@ class And(Mask):
     def canonical(self) -> Self:
         return dataclasses.replace(self, a=self.a.canonical(), b=self.b.canonical())
 
-    def keep(self, q_pos: Any, kv_pos: Any) -> Any:
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         return self.a.keep(q_pos, kv_pos) & self.b.keep(q_pos, kv_pos)
 
-    def kv_bounds(self, q_lo: Any, q_hi: Any) -> Bounds:
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return self.a.kv_bounds(q_lo, q_hi) & self.b.kv_bounds(q_lo, q_hi)
 
-    def q_bounds(self, kv_lo: Any, kv_hi: Any) -> Bounds:
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return self.a.q_bounds(kv_lo, kv_hi) & self.b.q_bounds(kv_lo, kv_hi)

@@ -6,23 +6,22 @@ padding stays there; NaN in a key that some queries attend to and others do not 
 the kernels.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_flash import dropout, masks, softmax
-from pallas_flash.spec import AttentionSpec, Gradients, Operands
+from pallas_flash.arrays import Array, Bool, Float, Int
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
 
-def _bhld(x: Any, spec: AttentionSpec) -> Any:
+def _bhld(x: Array, spec: AttentionSpec) -> Array:
     return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
 
 
-def _keep(spec: AttentionSpec, operands: Operands) -> Any:
-    """(batch, q_heads, q_len, kv_len) booleans; a bias of -inf masks too."""
+def _keep(spec: AttentionSpec, operands: Operands) -> Bool[Array, "b h t s"]:
+    """Which pairs attend; a bias of -inf masks too."""
     q_pos, kv_pos = jnp.arange(spec.q_len, dtype=jnp.int32)[:, None], jnp.arange(spec.kv_len, dtype=jnp.int32)[None, :]
     keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos, kv_pos))
     if operands.bias is not None:
@@ -30,7 +29,7 @@ def _keep(spec: AttentionSpec, operands: Operands) -> Any:
     return jnp.broadcast_to(keep, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len))
 
 
-def _scores(spec: AttentionSpec, operands: Operands, q: Any, k: Any, keep: Any) -> tuple[Any, float]:
+def _scores(spec: AttentionSpec, operands: Operands, q: Array, k: Array, keep: Array) -> tuple[Array, float]:
     """Scores, -inf where a pair does not attend, and their unit (see softmax.py)."""
     products = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST)
     (s, _), unit = softmax.scores(products, spec.scale, spec.softcap), softmax.unit(spec.scale, spec.softcap)
@@ -40,8 +39,8 @@ def _scores(spec: AttentionSpec, operands: Operands, q: Any, k: Any, keep: Any) 
     return jnp.where(keep, s, -jnp.inf), unit
 
 
-def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
-    if not spec.dropout_rate:
+def _drop(spec: AttentionSpec, seed: Int[Array, "2"] | None, p: Float[Array, "b h t s"]) -> Array:
+    if seed is None:
         return p
     batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
     kept = dropout.keep(seed, batch, head, q_pos, kv_pos, spec.dropout_rate)
@@ -49,14 +48,14 @@ def _drop(spec: AttentionSpec, seed: Any, p: Any) -> Any:
     return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
 
 
-def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input).
 
     Of the statistics only lse means something here: the backward computes the weights anew.
     """
     keep = _keep(spec, operands)
     zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))
-    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in operands[:3])
+    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, operands.k, operands.v))
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
     s, unit = _scores(spec, operands, q, k, keep)
@@ -68,12 +67,15 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
                      precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
-    return _bhld(out, spec).astype(spec.dtype), jnp.stack([lse, jnp.zeros_like(lse)], axis=2)
+    return Results(out=_bhld(out, spec).astype(spec.dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
-    """Cotangents of q, k, v and bias, by JAX's own differentiation of `forward`; out and stats are not needed."""
+def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+             dstats: Array) -> Gradients[Array]:
+    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; out and stats are not
+    needed.
+    """
     del out, stats
-    differentiable = operands[:3] if spec.bias is None else operands[:4]
-    _, vjp = jax.vjp(lambda *xs: forward(spec, Operands(*xs, *operands[len(xs):])), *differentiable)
-    return Gradients(*vjp((dout, dstats)))
+    _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), operands.differentiable)
+    (cotangents,) = vjp(Results(dout, dstats))
+    return cotangents.gradients(lambda x: x)

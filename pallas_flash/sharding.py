@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_flash import compat
-from pallas_flash.spec import AttentionSpec, Gradients, Operands
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["automatic", "gradient_places", "lse_place", "result_places", "vary_together"]
 
@@ -45,10 +45,10 @@ def automatic(function: Callable[..., Any], places: Any, *args: Any) -> Any:
         function, axes=axes, out_sharding=jax.tree.map(lambda place: NamedSharding(mesh, place), places))(*args)
 
 
-def result_places(spec: AttentionSpec, operands: Operands) -> tuple[PartitionSpec, PartitionSpec]:
+def result_places(spec: AttentionSpec, operands: Operands) -> Results[PartitionSpec]:
     """Of out and the rows' statistics: they lie where the query does."""
     batch, heads, length = lse_place(spec, operands)
-    return PartitionSpec(*_place(operands.q)[:3], None), PartitionSpec(batch, heads, None, length)
+    return Results(out=PartitionSpec(*_place(operands.q)[:3], None), stats=PartitionSpec(batch, heads, None, length))
 
 
 def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
@@ -56,9 +56,9 @@ def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
     return PartitionSpec(*(_place(operands.q)[spec.layout.index(axis)] for axis in "BHL"))
 
 
-def gradient_places(operands: Operands) -> Gradients:
+def gradient_places(operands: Operands) -> Gradients[PartitionSpec]:
     """Of the gradients: each lies where its operand does."""
-    return Gradients(*(None if x is None else _place(x) for x in operands[:4]))
+    return operands.differentiable.gradients(_place)
 
 
 def _place(array: Any) -> PartitionSpec:

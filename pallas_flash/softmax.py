@@ -12,10 +12,12 @@ its rest (`statistics`).
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash.arrays import Array
 
 __all__ = [
     "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "probabilities", "reference_point", "rescale", "scores", "statistics",
@@ -36,7 +38,7 @@ def unit(scale: float, softcap: float | None) -> float:
     return abs(scale) if abs(scale) >= SMALLEST_SCALE else 1.0
 
 
-def scores(x: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
+def scores(x: Array, scale: float, softcap: float | None) -> tuple[Array, Array | float]:
     """The scores of the products x in their `unit`, and the derivative of the soft cap.
 
     s * unit is scale * x, or softcap * tanh(scale * x / softcap).
@@ -52,7 +54,7 @@ def scores(x: Any, scale: float, softcap: float | None) -> tuple[Any, Any]:
 _FAR = 1e3
 
 
-def anchor(bias: Any) -> Any:
+def anchor(bias: Array) -> Array:
     """What to subtract from scores after the bias is added: the row's largest bias where that is far from 0, else 0.
 
     softmax does not change. It serves rows of finfo.min, some libraries' way to mask: score and bias round to the bias,
@@ -69,12 +71,12 @@ def anchor(bias: Any) -> Any:
     return jnp.where((jnp.abs(row_max) > _FAR) & jnp.isfinite(row_max), row_max, jnp.zeros_like(row_max))
 
 
-def _finite_or_zero(m_i: Any) -> Any:
+def _finite_or_zero(m_i: Array) -> Array:
     """A row maximum to subtract: 0 for a row that has seen no key, since -inf - -inf is NaN."""
     return jnp.where(m_i == -jnp.inf, jnp.zeros_like(m_i), m_i)
 
 
-def update(m_i: Any, l_i: Any, s: Any, unit: float) -> tuple[Any, Any, Any, Any]:
+def update(m_i: Array, l_i: Array, s: Array, unit: float) -> tuple[Array, Array, Array, Array]:
     """One step of the online softmax over a tile of scores.
 
     Args:
@@ -91,13 +93,13 @@ def update(m_i: Any, l_i: Any, s: Any, unit: float) -> tuple[Any, Any, Any, Any]
     return m_new, l_i * alpha + p.sum(axis=-1), alpha, p
 
 
-def rescale(l_i: Any) -> Any:
+def rescale(l_i: Array) -> Array:
     """1 / l_i, and 0 for rows that attend to nothing."""
     nothing = l_i == 0
     return jnp.where(nothing, jnp.zeros_like(l_i), 1 / jnp.where(nothing, jnp.ones_like(l_i), l_i))
 
 
-def reference_point(lse: Any, unit: float) -> Any:
+def reference_point(lse: Array, unit: float) -> Array:
     """lse in the unit of scores: what the backward's exponents are counted from.
 
     Rounded, with the last bit cleared: both directions must have the same number, and through an integer no compiler
@@ -108,7 +110,7 @@ def reference_point(lse: Any, unit: float) -> Any:
     return jax.lax.bitcast_convert_type(product & -2, lse.dtype)
 
 
-def statistics(m_i: Any, l_i: Any, unit: float, rounding: Any = 0.0) -> tuple[Any, Any]:
+def statistics(m_i: Array, l_i: Array, unit: float, rounding: Array | float = 0.0) -> tuple[Array, Array]:
     """What is kept of a row of scores s: lse, and its rest. exp2((s - m_i) unit log2(e) - rounding) sums up to l_i.
 
     lse is the natural logarithm of the sum of exp(s unit), -inf for rows that attend to nothing. In the unit of s,
@@ -122,7 +124,7 @@ def statistics(m_i: Any, l_i: Any, unit: float, rounding: Any = 0.0) -> tuple[An
     return jnp.where(nothing, jnp.full_like(l_i, -jnp.inf), lse), jnp.where(nothing, jnp.zeros_like(l_i), rest)
 
 
-def probabilities(s: Any, unit: float, lse: Any, rest: Any) -> Any:
+def probabilities(s: Array, unit: float, lse: Array, rest: Array) -> Array:
     """softmax(s unit) from saved statistics, at most 1; 0 on rows that attend to nothing.
 
     Args:
@@ -133,7 +135,7 @@ def probabilities(s: Any, unit: float, lse: Any, rest: Any) -> Any:
     return jnp.minimum(jnp.exp2(((s - start[..., None]) - rest[..., None]) * (unit * LOG2E)), 1)
 
 
-def delta(out: Any, dout: Any, dlse: Any, acc_dtype: Any) -> Any:
+def delta(out: Array, dout: Array, dlse: Array, acc_dtype: np.dtype) -> Array:
     """What the softmax's gradient subtracts from dP: sum(out * dout) - dlse (FlashAttention-2, Dao, 2023).
 
     Args:

@@ -1,12 +1,16 @@
-"""`AttentionSpec`: an attention problem, validated and hashable; `Operands`: the arrays of one call.
+"""`AttentionSpec`: an attention problem, validated and hashable; `Operands`, `Results` and `Gradients`: its arrays.
 
 A spec says everything about *what* is computed and nothing about how fast. It is valid by construction:
 `AttentionSpec.of` is the only way to make one, so nothing below this file checks shapes again.
+
+The arrays of a problem have names and no defaults: where one is forgotten, a type checker says so. One more array with
+a gradient is a field of `Differentiable`, `Operands` and `Gradients`.
 """
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -14,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, masks, softmax
+from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
 
-__all__ = ["AttentionSpec", "Gradients", "Layout", "Operands"]
+__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results"]
 
 Layout = Literal["BLHD", "BHLD"]
 """Order of the axes (batch, length, heads, dim) of query, key, value and out."""
@@ -29,24 +34,78 @@ LARGEST_NUMBER = 1e30
 """Of scale and softcap: their products with scores, and the inverse of a soft cap, are then normal float32 numbers."""
 
 
+class Gradients[T](NamedTuple):
+    """Cotangents of the differentiable operands, each in the shape and dtype of its operand; or one T for each."""
+
+    dq: T
+    dk: T
+    dv: T
+    dbias: T | None
+
+    def as_operands(self) -> "Differentiable[T]":
+        """The same in the structure of what they are cotangents of, as JAX wants them."""
+        return Differentiable(q=self.dq, k=self.dk, v=self.dv, bias=self.dbias)
+
+
+class Differentiable[T](NamedTuple):
+    """The operands that have a gradient; or one T for each."""
+
+    q: T
+    k: T
+    v: T
+    bias: T | None
+
+    def gradients[R](self, function: Callable[[T], R]) -> Gradients[R]:
+        """function(x) in the place of the gradient of each operand x that there is."""
+        return Gradients(dq=function(self.q), dk=function(self.k), dv=function(self.v),
+                         dbias=None if self.bias is None else function(self.bias))
+
+
 class Operands(NamedTuple):
     """The arrays of one call, in the layout of the spec; what a spec holds placeholders for."""
 
-    q: Any
-    k: Any
-    v: Any
-    bias: Any = None  # (batch or 1, q_heads or 1, q_len or 1, kv_len or 1), or None
-    mask: Any = masks.Full()  # canonical: array fields have leading axes (batch or 1, q_heads or 1)
-    dropout_seed: Any = None  # (2,) uint32, or None
+    q: Float[Array, "b t h d"]
+    k: Float[Array, "b s k d"]
+    v: Float[Array, "b s k v"]
+    bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
+    mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
+    dropout_seed: Int[Array, "2"] | None  # uint32
+
+    @property
+    def differentiable(self) -> Differentiable[Array]:
+        """Those that have a gradient."""
+        return Differentiable(q=self.q, k=self.k, v=self.v, bias=self.bias)
+
+    @property
+    def others(self) -> "Others":
+        """Those that have none."""
+        return Others(mask=self.mask, dropout_seed=self.dropout_seed)
+
+    @classmethod
+    def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
+        """The operands again from the two parts."""
+        q, k, v, bias = differentiable
+        mask, dropout_seed = others
+        return cls(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=dropout_seed)
 
 
-class Gradients(NamedTuple):
-    """Cotangents of the differentiable operands, each in the shape and dtype of its operand."""
+class Others(NamedTuple):
+    """The operands without a gradient."""
 
-    dq: Any
-    dk: Any
-    dv: Any
-    dbias: Any = None
+    mask: masks.Mask
+    dropout_seed: Int[Array, "2"] | None
+
+
+class Results[T](NamedTuple):
+    """What a forward computes, or the cotangents of it; or one T for each.
+
+    Attributes:
+      out: (b t h v), in the layout and dtype of the spec.
+      stats: (b h 2 t), of each row lse and its rest (`softmax.statistics`), in `AttentionSpec.acc_dtype`.
+    """
+
+    out: T
+    stats: T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +133,9 @@ class AttentionSpec:
     deterministic: bool
 
     @classmethod
-    def of(cls, q: Any, k: Any, v: Any, *, layout: Layout = "BLHD", mask: masks.Mask | None = None, bias: Any = None,
-           softcap: float | None = None, scale: float | None = None, dropout_rate: float = 0.0,
-           return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
+    def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
+           bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
+           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -126,14 +185,15 @@ class AttentionSpec:
         """The shape of an array of this problem, in its layout."""
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
 
-    def anchor(self, operands: Operands) -> Any:
-        """`softmax.anchor` of the bias where the mask keeps it: (batch or 1, q_heads or 1, q_len or 1, 1)."""
-        bias = jax.lax.stop_gradient(operands.bias)
+    def anchor(self, operands: Operands) -> Float[Array, "1|b 1|h 1|t 1"]:
+        """`softmax.anchor` of the bias where the mask keeps it."""
+        assert operands.bias is not None
+        bias: Array = jax.lax.stop_gradient(operands.bias)
         if isinstance(self.mask, masks.Full):
             return softmax.anchor(bias)
         kv_pos = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :]
 
-        def rows(first: Any) -> Any:
+        def rows(first: Int[Array, ""]) -> Array:
             q_pos = jnp.minimum(first + jnp.arange(ANCHOR_ROWS, dtype=jnp.int32), self.q_len - 1)
             keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos))
             part = bias if bias.shape[2] == 1 else jnp.take(bias, q_pos, axis=2)
@@ -153,6 +213,13 @@ class AttentionSpec:
         return self.batch, self.q_heads, self.q_len
 
     @property
+    def operand_shapes(self) -> Differentiable[tuple[int, ...]]:
+        """The shapes of the operands that have a gradient."""
+        return Differentiable(
+            q=self.shape(self.q_len, self.q_heads, self.d), k=self.shape(self.kv_len, self.kv_heads, self.d),
+            v=self.shape(self.kv_len, self.kv_heads, self.d_v), bias=None if self.bias is None else self.bias.shape)
+
+    @property
     def stats_shape(self) -> tuple[int, int, int, int]:
         """The shape of what the forward keeps of each row for the backward: lse and its rest (`softmax.statistics`)."""
         return self.batch, self.q_heads, 2, self.q_len
@@ -168,12 +235,12 @@ class AttentionSpec:
                           *filter(None, extras)]) + ")"
 
 
-def _blhd(array: Any, layout: Layout) -> tuple[int, int, int, int]:
+def _blhd(array: Shaped, layout: Layout) -> tuple[int, int, int, int]:
     batch, a, b, dim = array.shape
     return (batch, a, b, dim) if layout == "BLHD" else (batch, b, a, dim)
 
 
-def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
+def _check_arrays(q: Shaped, k: Shaped, v: Shaped, layout: str) -> None:
     if layout not in get_args(Layout):
         raise errors.invalid(f"layout must be one of {get_args(Layout)}", f"{layout=}", "name the order of the axes")
     for name, array in (("query", q), ("key", k), ("value", v)):
@@ -189,7 +256,7 @@ def _check_arrays(q: Any, k: Any, v: Any, layout: str) -> None:
                                  f"query.dtype={q.dtype.name}, {name}.dtype={array.dtype.name}", "cast one of them")
 
 
-def _check_dtype(name: str, array: Any) -> None:
+def _check_dtype(name: str, array: Shaped) -> None:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         advice = "cast it"
@@ -228,7 +295,7 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
             raise errors.invalid(must, show(**shapes), do)
 
 
-def _check_numbers(softcap: Any, scale: Any, dropout_rate: Any) -> None:
+def _check_numbers(softcap: float | None, scale: float | None, dropout_rate: float) -> None:
     def is_number(x: Any, smallest: float = -LARGEST_NUMBER) -> bool:
         real = isinstance(x, numbers.Real) and not isinstance(x, bool)
         return real and bool(x <= LARGEST_NUMBER and not x < smallest)
@@ -265,7 +332,7 @@ def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[s
                                      "pass an additive float mask as `bias`")
 
 
-def _check_bias(bias: Any, wanted: tuple[int, ...]) -> None:
+def _check_bias(bias: Shaped, wanted: tuple[int, ...]) -> None:
     if len(bias.shape) != 4 or any(size not in (1, full) for size, full in zip(bias.shape, wanted, strict=True)):
         raise errors.invalid(f"bias must have shape {wanted} (batch, q_heads, q_len, kv_len; each may be 1)",
                              f"bias.shape={tuple(bias.shape)}", "reshape it so that it broadcasts")

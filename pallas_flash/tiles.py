@@ -5,13 +5,14 @@ The tiles of one axis that a tile of the other axis needs form one interval, spl
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks
+from pallas_flash.masks import Positions
 
 __all__ = [
     "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "smallest_covering", "sweep",
@@ -21,14 +22,22 @@ __all__ = [
 Carry = TypeVar("Carry")
 
 
-def _div(a: Any, b: int) -> Any:
+def _div(a: Positions, b: int) -> Positions:
     """a // b for a >= 0. Traced, a division as the machine does it: rounding towards minus infinity would cost more, in
     a kernel and in compiling it.
     """
     return jax.lax.div(a, jnp.asarray(b, a.dtype)) if isinstance(a, jax.Array) else a // b
 
 
-def cdiv(a: Any, b: int) -> Any:
+@overload
+def cdiv(a: int, b: int) -> int: ...
+
+
+@overload
+def cdiv(a: Positions, b: int) -> Positions: ...
+
+
+def cdiv(a: Positions, b: int) -> Positions:
     """Ceiling of a / b for a >= 0."""
     return _div(a + b - 1, b)
 
@@ -42,12 +51,12 @@ class TileRange(NamedTuple):
     stop: Any
 
 
-def interval(tile: Any, block: int, length: int) -> tuple[Any, Any]:
+def interval(tile: Positions, block: int, length: int) -> tuple[Positions, Positions]:
     """The positions [lo, hi) of a tile, clamped to the real length: what a mask is asked about."""
     return tile * block, masks.minimum((tile + 1) * block, length)
 
 
-def _clip(x: Any, lo: Any, hi: Any) -> Any:
+def _clip(x: Positions, lo: Positions, hi: Positions) -> Positions:
     return masks.minimum(masks.maximum(x, lo), hi)
 
 
@@ -67,26 +76,27 @@ def union(bounds: masks.Bounds) -> masks.Bounds:
     """Bounds that hold for every element of batched bounds: what a loop shared by a batch must cover."""
     if isinstance(bounds.lo, int | np.integer):
         return bounds
-    return masks.Bounds(bounds.lo.min(), bounds.full_lo.max(), bounds.full_hi.min(), bounds.hi.max())
+    lo, full_lo, full_hi, hi = (x if isinstance(x, jax.Array) else np.asarray(x) for x in bounds)
+    return masks.Bounds(lo.min(), full_lo.max(), full_hi.min(), hi.max())
 
 
 def _shared_bounds(mask: masks.Mask, question: Callable[[masks.Mask], masks.Bounds]) -> masks.Bounds:
     return union(masks.over_batch(mask, question)) if mask.has_arrays else question(mask)
 
 
-def kv_tiles(mask: masks.Mask, q_interval: tuple[Any, Any], block_kv: int, kv_len: int) -> TileRange:
+def kv_tiles(mask: masks.Mask, q_interval: tuple[Positions, Positions], block_kv: int, kv_len: int) -> TileRange:
     """The key tiles that the queries of `q_interval` need, for all (batch, head) at once."""
     bounds = _shared_bounds(mask, lambda part: part.kv_bounds(*q_interval))
     return tile_range(bounds, block_kv, cdiv(kv_len, block_kv))
 
 
-def q_tiles(mask: masks.Mask, kv_interval: tuple[Any, Any], block_q: int, q_len: int) -> TileRange:
+def q_tiles(mask: masks.Mask, kv_interval: tuple[Positions, Positions], block_q: int, q_len: int) -> TileRange:
     """The query tiles that the keys of `kv_interval` need, for all (batch, head) at once."""
     bounds = _shared_bounds(mask, lambda part: part.q_bounds(*kv_interval))
     return tile_range(bounds, block_q, cdiv(q_len, block_q))
 
 
-def sweep(tiles: TileRange, step: Callable[[Any, Carry, bool], Carry], carry: Carry) -> Carry:
+def sweep(tiles: TileRange, step: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
     """Runs `step(tile, carry, masked)` over a range, with masked=False over its full tiles."""
     segments = ((tiles.start, tiles.full_start, True), (tiles.full_start, tiles.full_stop, False),
                 (tiles.full_stop, tiles.stop, True))
@@ -131,5 +141,8 @@ def attended_pairs(mask: masks.Mask, q_len: int, kv_len: int) -> int:
     exact = (lo >= hi) | ((full_lo <= lo) & (full_hi >= hi))
     counted = int(np.sum(np.maximum(hi - lo, 0)[exact], dtype=np.int64))
     kv_pos = np.arange(kv_len)[None, :]
-    return counted + sum(int(np.sum(mask.keep(pos[rows][:, None], kv_pos)[~exact[rows]], dtype=np.int64))
-                         for rows in _row_chunks(q_len, kv_len) if not exact[rows].all())
+    for rows in _row_chunks(q_len, kv_len):
+        if not exact[rows].all():
+            kept = np.asarray(mask.keep(pos[rows][:, None], kv_pos))
+            counted += int(np.sum(kept[~exact[rows]], dtype=np.int64))
+    return counted

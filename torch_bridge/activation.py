@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torch_bridge import ops
+from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["activate"]
 
@@ -55,9 +56,11 @@ def _register() -> _Handle:
     return _Handle(library)
 
 
-def _causal_offset(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int | None:
+def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: float | None,
+             dropout_p: float) -> Numbers:
     """Causal means aligned at the end for this operator; its callers make the lengths equal for any other meaning."""
-    return key.shape[2] - query.shape[2] if is_causal else None
+    return Numbers(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
+                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
@@ -69,8 +72,9 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
     seed = ops.draw_seed(query) if dropout_p > 0 else None
-    out, stats = ops.attention(query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale,
-                               dropout_p, torch.are_deterministic_algorithms_enabled(), True)
+    out, stats = ops.attention(*Attention(
+        Operands(query, key, value, mask=None, bias=None, seed=seed),
+        _numbers(query, key, is_causal, scale, dropout_p), needs_stats=True).flat())
     lse, empty = stats.movedim(2, 0).contiguous()[0], query.new_empty((0,))
     state = query.new_zeros((2,), dtype=torch.int64) if seed is None else seed.to(torch.int64)
     offset = query.new_empty((), dtype=torch.uint64)
@@ -83,12 +87,15 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
               scale: float | None = None) -> tuple[torch.Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
     seed = philox_seed.view(torch.int64).to(torch.int32) if dropout_p > 0 else None
-    call = (query, key, value, None, None, seed, _causal_offset(query, key, is_causal), scale, dropout_p,
-            torch.are_deterministic_algorithms_enabled())
+    operands = Operands(query, key, value, mask=None, bias=None, seed=seed)
+    numbers = _numbers(query, key, is_causal, scale, dropout_p)
     size = logsumexp.numel()
     if logsumexp.is_contiguous() and logsumexp.untyped_storage().nbytes() == 2 * size * logsumexp.element_size():
         both = logsumexp.as_strided((2, *logsumexp.shape), (size, *logsumexp.stride()), 0)
         stats = both.movedim(0, 2).contiguous()
     else:  # a copy, of lse alone
-        out, stats = ops.attention(*call, True)
-    return ops.attention_backward(*call, out, stats, grad_out, None, [True, True, True, False])[:3]
+        out, stats = ops.attention(*Attention(operands, numbers, needs_stats=True).flat())
+    grads = PerArray(*ops.attention_backward(*AttentionBackward(
+        operands, numbers, Results(out, stats), Cotangents(dout=grad_out, dstats=None),
+        needs=PerArray(query=True, key=True, value=True, bias=False)).flat()))
+    return grads.query, grads.key, grads.value

@@ -17,7 +17,7 @@ forward mode: a tangent would be dropped without a word.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -27,19 +27,27 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torch_bridge import ops
+from torch_bridge.arguments import (
+    Attention,
+    AttentionBackward,
+    AttentionDoubleBackward,
+    Cotangents,
+    Numbers,
+    Operands,
+    PerArray,
+    Results,
+)
 
 __all__ = ["functional_attention"]
 
-_ARRAYS = (0, 1, 2, 4)  # query, key, value, bias among an operator's arguments
-
-
-def functional_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     """`attention`, which saves its stats also where a transform hides from the caller that something requires grad."""
-    needs_stats = args[10] or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
-    return ops.attention(*args[:10], needs_stats)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        needs_stats = True
+    return Results(*ops.attention(*Attention(operands, numbers, needs_stats).flat()))
 
 
-def _below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
+def _below_autograd(operator: ops.Operator, keys: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
@@ -51,8 +59,8 @@ class _Call(NamedTuple):
     user's choice, and record nothing in silence: so they run in the modes that the kernel met.
     """
 
-    operator: Any
-    keys: Any
+    operator: ops.Operator
+    keys: torch._C.DispatchKeySet
     grad_mode: bool
     forward_mode: bool
 
@@ -74,13 +82,13 @@ def _require_forward_mode(query: torch.Tensor) -> None:
             "torch's math backend (torch.nn.attention.sdpa_kernel).")
 
 
-def _tangents(tangents: Sequence[torch.Tensor | None], of: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+_Tangents = PerArray[torch.Tensor | None]
+
+
+def _tangents(given: _Tangents, of: _Tangents) -> _Tangents:
     """Those that have the shape of their tensors: (0,) stands for a gradient that was not needed, None for zero."""
-    return [None if x is None or t is None or t.shape != x.shape else t for x, t in zip(of, tangents, strict=True)]
-
-
-def _arrays(tensors: Sequence[Any]) -> list[Any]:
-    return [tensors[i] for i in _ARRAYS]
+    return PerArray(*(None if x is None or t is None or t.shape != x.shape else t
+                      for x, t in zip(of, given, strict=True)))
 
 
 def _primals(tensors: Sequence[Any]) -> list[Any]:
@@ -92,33 +100,36 @@ class _Attention(_SingleLevelFunction):
     """`attention`: its arguments, and the dispatch keys of the call."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
         *args, ctx.call = given
         out, stats = ctx.call.below_autograd(args)
+        operands, ctx.numbers, _ = Attention.of(args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:6], out, stats)
-        ctx.save_for_forward(*args[:6], out, stats)
-        ctx.numbers = args[6:10]
+        ctx.save_for_backward(*operands, out, stats)
+        ctx.save_for_forward(*operands, out, stats)
         return out, stats
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple:
-        *problem, out, stats = ctx.saved_tensors
-        needs = _arrays(ctx.needs_input_grad)
+    def backward(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        *tensors, out, stats = ctx.saved_tensors
+        operands, needs = Operands._make(tensors), PerArray.among(ctx.needs_input_grad)
         if stats.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
-            out, stats = ops.attention(*problem, *ctx.numbers, True)
-        grads = ops.attention_backward(*problem, *ctx.numbers, out, stats, dout, dstats, needs)
-        dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return dq, dk, dv, None, dbias, *[None] * 7
+            out, stats = ops.attention(*Attention(operands, ctx.numbers, needs_stats=True).flat())
+        grads = ops.attention_backward(*AttentionBackward(
+            operands, ctx.numbers, Results(out, stats), Cotangents(dout, dstats), needs).flat())
+        wanted = PerArray(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
+        return wanted.among_arguments(len(ctx.needs_input_grad))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
         with ctx.call.modes():
-            *problem, out, stats = _primals(ctx.saved_tensors)
-            _require_forward_mode(problem[0])
-            dout, dstats = torch.zeros_like(out), None if stats.dim() == 1 else torch.zeros_like(stats)
-            *_, t_out, t_stats = ops.attention_double_backward(
-                *problem, *ctx.numbers, *_tangents(_arrays(tangents), _arrays(problem)), dout, dstats)
+            *tensors, out, stats = _primals(ctx.saved_tensors)
+            operands = Operands._make(tensors)
+            _require_forward_mode(operands.query)
+            of_x = _tangents(PerArray.among(tangents), operands.differentiable)
+            cotangents = Cotangents(torch.zeros_like(out), None if stats.dim() == 1 else torch.zeros_like(stats))
+            *_, t_out, t_stats = ops.attention_double_backward(*AttentionDoubleBackward(
+                operands, ctx.numbers, of_x, cotangents).flat())
             return t_out, t_stats
 
 
@@ -129,36 +140,44 @@ class _Backward(_SingleLevelFunction):
     def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
         *args, ctx.call = given
         grads = ctx.call.below_autograd(args)
+        operands, ctx.numbers, results, cotangents, ctx.needs = AttentionBackward.of(args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:6], *args[12:14])
-        ctx.save_for_forward(*args[:6], *args[10:14])
-        ctx.numbers, ctx.needs = args[6:10], args[14]
+        ctx.save_for_backward(*operands, *cotangents)
+        ctx.save_for_forward(*operands, *results, *cotangents)
         return grads
 
     @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple:
-        *problem, dout, dstats = ctx.saved_tensors
-        ops.require_float64(problem[0])
-        grads = ops.attention_double_backward(
-            *problem, *ctx.numbers, *_tangents(tangents, _arrays(problem)), dout, dstats)
-        needs = [ctx.needs_input_grad[i] for i in (*_ARRAYS, 12, 13)]
-        *of_x, of_dout, of_dstats = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return *of_x[:3], None, of_x[3], *[None] * 7, of_dout, of_dstats, None, None
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        *tensors, dout, dstats = ctx.saved_tensors
+        operands = Operands._make(tensors)
+        ops.require_float64(operands.query)
+        of_x = _tangents(PerArray(*tangents), operands.differentiable)
+        *grads, of_dout, of_dstats = ops.attention_double_backward(*AttentionDoubleBackward(
+            operands, ctx.numbers, of_x, Cotangents(dout, dstats)).flat())
+        *_, needs_dout, needs_dstats, _, _ = ctx.needs_input_grad  # the last are `needs` and the call
+        needs = PerArray.among(ctx.needs_input_grad)
+        wanted = PerArray(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
+        return (*wanted.among_arguments(len(ctx.needs_input_grad) - 4), of_dout if needs_dout else None,
+                of_dstats if needs_dstats else None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
         with ctx.call.modes():
-            *problem, out, stats, dout, dstats = _primals(ctx.saved_tensors)
-            _require_forward_mode(problem[0])
-            t_dout, t_dstats = tangents[12:14]
-            of_x = _tangents(_arrays(tangents), _arrays(problem))
+            *tensors, out, stats, dout, dstats = _primals(ctx.saved_tensors)
+            operands = Operands._make(tensors)
+            _require_forward_mode(operands.query)
+            *_, t_dout, t_dstats, _, _ = tangents
+            of_x = _tangents(PerArray.among(tangents), operands.differentiable)
             terms = []
             if any(t is not None for t in of_x):
-                terms.append(ops.attention_double_backward(*problem, *ctx.numbers, *of_x, dout, dstats)[:4])
+                terms.append(PerArray(*ops.attention_double_backward(*AttentionDoubleBackward(
+                    operands, ctx.numbers, of_x, Cotangents(dout, dstats)).flat())[:len(of_x)]))
             if t_dout is not None or t_dstats is not None:
-                terms.append(ops.attention_backward(*problem, *ctx.numbers, out, stats, t_dout, t_dstats, ctx.needs))
-            return tuple(_sum([term[i] for term in terms], x) if needed else problem[0].new_zeros((0,))
-                         for i, (needed, x) in enumerate(zip(ctx.needs, _arrays(problem), strict=True)))
+                terms.append(PerArray(*ops.attention_backward(*AttentionBackward(
+                    operands, ctx.numbers, Results(out, stats), Cotangents(t_dout, t_dstats), ctx.needs).flat())))
+            return tuple(
+                _sum([term[i] for term in terms], x) if needed and x is not None else operands.query.new_zeros((0,))
+                for i, (needed, x) in enumerate(zip(ctx.needs, operands.differentiable, strict=True)))
 
 
 def _sum(terms: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -174,7 +193,7 @@ class _DoubleBackward(_SingleLevelFunction):
         return ctx.call.below_autograd(args)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
+    def backward(ctx: Any, *_: Any) -> NoReturn:
         raise NotImplementedError(
             "scaled_dot_product_attention has no derivative of its second derivatives or of forward mode: none of the "
             "third order, no jvp of a jvp, no backward of a jvp. For a Hessian use torch.func.hessian, torch.func.jvp "
@@ -184,8 +203,8 @@ class _DoubleBackward(_SingleLevelFunction):
     jvp = backward
 
 
-def _register(operator: Any, function: Any) -> None:
-    def kernel(keys: Any, *args: Any) -> Any:
+def _register(operator: ops.Operator, function: Any) -> None:
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         is_recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         # A tangent would be seen by `apply` alone, and costs nothing there if there is none.
         if is_recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -196,7 +215,7 @@ def _register(operator: Any, function: Any) -> None:
     ops.library.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
-def _kept_seed(keys: Any, *args: Any) -> torch.Tensor:
+def _kept_seed(keys: torch._C.DispatchKeySet, *args: Any) -> torch.Tensor:
     """`dropout_seed`, marked for partitioners of a traced graph as a value to save.
 
     They draw again in the backward whatever they find cheaper to compute than to save, whether it is random or not:

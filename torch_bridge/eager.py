@@ -11,12 +11,14 @@ compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most cal
 The statistics of rows, which only the backward reads, stay an array of JAX between the two.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops
+from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["attend"]
 
@@ -30,54 +32,57 @@ _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
 
 
-def attend(tensors: tuple[Any, ...], numbers: tuple[Any, ...], needs_grad: bool) -> torch.Tensor:
-    """out (batch, q_heads, q_len, d_v) of an operator's arguments without the seed of dropout, which is drawn here.
+def attend(operands: Operands, numbers: Numbers, needs_grad: bool) -> torch.Tensor:
+    """out (batch, q_heads, q_len, d_v) of an operator's arguments; the seed of dropout is drawn here.
 
     Args:
-      tensors: query, key, value; mask and bias or None.
-      numbers: causal_offset, scale, dropout_p, deterministic.
+      operands: without a seed.
+      numbers: beside them.
       needs_grad: a derivative will be taken.
     """
-    query, _, value, *_ = tensors
-    drops = numbers[2] > 0
-    if (not torch.compiler.is_compiling() and _is_plain(tensors) and (query.is_cuda or query.is_cpu)
-            and query.numel() and value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD))):
-        problem = (*tensors, ops.draw_seed(query) if drops else None)
+    query = operands.query
+    if (not torch.compiler.is_compiling() and _is_plain(operands) and (query.is_cuda or query.is_cpu)
+            and query.numel() and operands.value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD))):
+        if numbers.dropout_p > 0:
+            operands = operands.with_seed(ops.draw_seed(query))
         if needs_grad:
-            return _Attention.apply(*problem, *numbers)
-        return ops.exchange().attend(problem, numbers)
-    seed = ops.dropout_seed(query, ()) if drops else None
-    return derivatives.functional_attention(*tensors, seed, *numbers, needs_grad)[0]
+            return _Attention.apply(*operands, numbers)
+        return ops.exchange().attend(operands, numbers)
+    if numbers.dropout_p > 0:
+        operands = operands.with_seed(ops.dropout_seed(query, ()))
+    return derivatives.functional_attention(operands, numbers, needs_grad).out
 
 
-def _is_plain(tensors: Any) -> bool:
+def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether operations on these tensors, or None, go to the kernels of their device and to autograd alone."""
     return (not _included_keys().raw_repr() & ~_PLAIN_KEYS and forward_ad._current_level < 0
             and not torch._C._len_torch_function_stack() and all(type(x) in _PLAIN_TYPES for x in tensors))
 
 
 class _Attention(torch.autograd.Function):
-    """The operator's forward and backward, without the dispatcher."""
+    """The operator's forward and backward, without the dispatcher: of operands, and of the numbers as one argument."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
-        problem, ctx.numbers = args[:6], args[6:]
-        out, ctx.stats = ops.exchange().attend_saving(problem, ctx.numbers)
+        *tensors, ctx.numbers = args
+        operands = Operands._make(tensors)
+        out, ctx.stats = ops.exchange().attend_saving(operands, ctx.numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*problem, out)
+        ctx.save_for_backward(*operands, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None) -> tuple:
-        *problem, out = ctx.saved_tensors
+    def backward(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        *tensors, out = ctx.saved_tensors
         if dout is None:
-            return (None,) * 10
-        flags, crossing = ctx.needs_input_grad, ops.exchange()
-        needs = (flags[0], flags[1], flags[2], flags[4])
-        if torch.is_grad_enabled() or not _is_plain((*problem, out, dout)):  # second derivatives, batches of dout
-            stats = crossing.stats_tensor(ctx.stats, out)
-            grads = ops.attention_backward(*problem, *ctx.numbers, out, stats, dout, None, list(needs))
+            return (None,) * len(ctx.needs_input_grad)
+        operands, crossing = Operands._make(tensors), ops.exchange()
+        needs = PerArray.among(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or not _is_plain((*operands, out, dout)):  # second derivatives, batches of dout
+            results = Results(out, crossing.stats_tensor(ctx.stats, out))
+            grads = ops.attention_backward(*AttentionBackward(
+                operands, ctx.numbers, results, Cotangents(dout, None), needs).flat())
         else:
-            grads = crossing.gradients(problem, ctx.numbers, (out, ctx.stats), dout, needs)
-        dq, dk, dv, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return dq, dk, dv, None, dbias, None, None, None, None, None
+            grads = crossing.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
+        wanted = PerArray(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
+        return wanted.among_arguments(len(ctx.needs_input_grad))

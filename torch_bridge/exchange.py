@@ -13,7 +13,7 @@ operands: views.py. How long results live: lifetime.py.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,10 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_flash import autodiff, compat, device, dispatch, forks, masks
-from pallas_flash.spec import AttentionSpec, Layout, Operands
+from pallas_flash import spec as specs
+from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Layout
 from torch_bridge import context, lifetime, streams, strides, views
+from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
            "gradients", "jax_device", "plan_for", "stats_tensor"]
@@ -37,6 +39,9 @@ _DTYPES = {
     torch.float64: np.dtype(np.float64), torch.bool: np.dtype(bool), torch.int32: np.dtype(np.int32),
 }
 _MAX_PLANS = 4096
+_LIKE_QUERY = PerArray(query=True, key=True, value=True, bias=False)
+_COTANGENT_LIKE_QUERY = (True, False)  # of dout and dstats
+"""Which arrays have their axes in the order of the layout; the others are as the scores."""
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -49,27 +54,21 @@ class Plan(NamedTuple):
     decision: dispatch.Decision
     device: jax.Device
     out_strides: tuple[int, int, int, int]  # of (batch, heads, length, dim)
-    grad_strides: tuple[tuple[int, ...] | None, ...]  # of dq, dk, dv, dbias
-    forward: "_Variants"  # of arrays, by whether stats is needed
-    backward: "_Variants"  # of arrays, by which gradients are needed and which cotangents given
+    grad_strides: PerArray[tuple[int, ...] | None]
+    forward: "_Variants[bool]"  # of arrays, by whether stats is needed
+    backward: "_Variants[_Given]"  # of arrays
 
     @property
     def layout(self) -> Layout:
         return self.spec.layout
 
 
-Problem = Sequence[Any]
-"""query, key, value (batch, heads, length, dim); mask, bias (each axis 1 or full) or None; seed (2,) int32 or None."""
-
-Numbers = tuple[int | None, float | None, float, bool]
-"""causal_offset, scale, dropout_p, deterministic."""
-
-_plans: dict[tuple, Plan] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
-def plan_for(problem: Problem, numbers: Numbers) -> Plan:
+def plan_for(operands: Operands, numbers: Numbers) -> Plan:
     """The plan of a call, from a table where it has been seen."""
-    query, key, value, mask, bias, _ = problem
+    query, key, value, mask, bias, _ = operands
     name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
             query.device, mask if mask is None else mask.shape,
             bias if bias is None else (bias.shape, bias.stride(), bias.dtype),
@@ -78,12 +77,12 @@ def plan_for(problem: Problem, numbers: Numbers) -> Plan:
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        plan = _plans[name] = _make_plan(problem, numbers)
+        plan = _plans[name] = _make_plan(operands, numbers)
     return plan
 
 
-def _make_plan(problem: Problem, numbers: Numbers) -> Plan:
-    query, key, value, mask, bias, _ = problem
+def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
+    query, key, value, mask, bias, _ = operands
     causal_offset, scale, dropout_p, deterministic = numbers
     layout = _layout(query, key, value)
     rule: masks.Mask = masks.Full() if causal_offset is None else masks.Causal(int(causal_offset))
@@ -98,7 +97,7 @@ def _make_plan(problem: Problem, numbers: Numbers) -> Plan:
     decision = dispatch.decide(spec, device.of(where))
     name = decision.implementation.name
     return Plan(spec, decision, where, strides.like_query(query, value.shape[3]),
-                tuple(None if x is None else _strides_like(x) for x in (query, key, value, bias)),
+                PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
                 _jitted_forward(spec, name, where), _jitted_backward(spec, name, where))
 
 
@@ -124,7 +123,7 @@ def _abstract(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(tensor.shape), _DTYPES[tensor.dtype])
 
 
-def _precision(query: torch.Tensor) -> Any:
+def _precision(query: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """64-bit JAX for the time of a float64 call, whatever the process has chosen."""
     return jax.enable_x64(True) if query.dtype == torch.float64 else contextlib.nullcontext()
 
@@ -149,30 +148,36 @@ def jax_device(device: torch.device) -> jax.Device:
 # Each is traced once for a spec. keep_unused: the first operand may carry the wait for torch's stream, so it stays.
 
 
-def _operands(spec: AttentionSpec, arrays: Sequence[Any]) -> tuple[Operands, Sequence[Any]]:
-    """The operands at the front of flat arrays (see `_shared`), and the arrays after them."""
-    (q, k, v), rest = arrays[:3], list(arrays[3:])
-    rule, bias, seed = spec.mask, None, None
-    if spec.mask.has_arrays:
-        attend = rest.pop(0)
-        rule = jax.tree.map(lambda _: attend, spec.mask)
-    if spec.bias is not None:
-        bias = rest.pop(0)
-    if spec.dropout_rate:
-        seed = jax.lax.bitcast_convert_type(rest.pop(0), jnp.uint32)
-    return Operands(q, k, v, bias, rule, seed), rest
+def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operands:
+    """The operands at the front of flat arrays: those that there are, in the order of `Operands` (see `_shared`)."""
+    q, k, v = next(arrays), next(arrays), next(arrays)
+    rule = spec.mask
+    if rule.has_arrays:
+        attend = next(arrays)
+        rule = jax.tree.map(lambda _: attend, rule)
+    bias = None if spec.bias is None else next(arrays)
+    seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
+    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed)
 
 
-class _Variants(dict[Any, Callable[..., Any]]):
+class _Given(NamedTuple):
+    """What a backward is asked for, and handed."""
+
+    needs: PerArray[bool]
+    has_dout: bool
+    has_dstats: bool
+
+
+class _Variants[N](dict[N, Callable[..., list[jax.Array]]]):
     """Jitted functions by what is needed of them, each made when it is first asked for."""
 
-    def __init__(self, function: Callable[..., Any], where: jax.Device) -> None:
+    def __init__(self, function: Callable[[N, Iterator[jax.Array]], list[jax.Array]], where: jax.Device) -> None:
         self._function, self._where = function, where
 
-    def __missing__(self, needs: Any) -> Callable[..., Any]:
-        def on_device(*arrays: Any) -> Any:
+    def __missing__(self, needs: N) -> Callable[..., list[jax.Array]]:
+        def on_device(*arrays: jax.Array) -> list[jax.Array]:
             with jax.default_device(self._where):  # while tracing: what kernels ask about "the" device
-                results = self._function(needs, *arrays)
+                results = self._function(needs, iter(arrays))
             assert not {*map(id, results)} & {*map(id, arrays)}, "an operand as a result would be memory nobody holds"
             return results
         self[needs] = jax.jit(on_device, keep_unused=True)
@@ -180,26 +185,29 @@ class _Variants(dict[Any, Callable[..., Any]]):
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
-    def attention(needs_stats: bool, *arrays: Any) -> Any:
-        out, stats = autodiff.forward(spec, name, _operands(spec, arrays)[0])
-        return (out, stats) if needs_stats else (out,)
+def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants[bool]:
+    def attention(needs_stats: bool, arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        results = autodiff.forward(spec, name, _operands(spec, arrays))
+        return [results.out, results.stats] if needs_stats else [results.out]
     return _Variants(attention, where)
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants:
-    def gradients(needs: tuple[bool, ...], *arrays: Any) -> Any:
-        operands, (out, *cotangents, stats) = _operands(spec, arrays)
-        dout, dstats = _cotangents(cotangents, needs[4:], out, stats)
-        grads = autodiff.backward(spec, name, operands, out, stats, dout, dstats)
-        return tuple(grad for grad, needed in zip(grads, needs[:4], strict=True) if needed)
+def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants[_Given]:
+    def gradients(given: _Given, arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        operands, out = _operands(spec, arrays), next(arrays)
+        dout = next(arrays) if given.has_dout else jnp.zeros_like(out)
+        dstats = next(arrays) if given.has_dstats else None
+        results = specs.Results(out=out, stats=next(arrays))
+        cotangents = specs.Results(
+            out=dout, stats=jnp.zeros_like(results.stats) if dstats is None else dstats)
+        grads = _per_array(autodiff.backward(spec, name, operands, results, cotangents))
+        return [grad for grad, needed in zip(grads, given.needs, strict=True) if needed and grad is not None]
     return _Variants(gradients, where)
 
 
-def _cotangents(given: Sequence[Any], present: Sequence[bool], out: Any, stats: Any) -> list[Any]:
-    rest = iter(given)
-    return [next(rest) if there else jnp.zeros_like(like) for there, like in zip(present, (out, stats), strict=True)]
+def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
+    return PerArray(query=grads.dq, key=grads.dk, value=grads.dv, bias=grads.dbias)
 
 
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
@@ -312,30 +320,35 @@ def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor
 # --- what the operators call -----------------------------------------------------------------------------------------
 
 
-def forward(problem: Problem, numbers: Numbers, needs_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     """out (batch, q_heads, q_len, d_v), stored as query is, and what the backward needs of each row: stats
     (batch, q_heads, 2, q_len), or (0,) if not needed.
     """
-    query = problem[0]
+    query = operands.query
     if not needs_stats:
-        return attend(problem, numbers), query.new_empty((0,), dtype=strides.stats_dtype(query))
-    out, stats = attend_saving(problem, numbers, num_kept=0)
-    return out, stats
+        return Results(attend(operands, numbers), query.new_empty((0,), dtype=strides.stats_dtype(query)))
+    return Results(*_attend_saving(operands, numbers, num_kept=0))
 
 
-def attend(problem: Problem, numbers: Numbers) -> torch.Tensor:
+def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     """`forward`'s out alone."""
-    _check_place(problem[0])
-    plan = plan_for(problem, numbers)
-    (out,) = _run(plan, plan.forward[False], problem[:3], problem[3:])
+    query, key, value, *others = operands
+    _check_place(query)
+    plan = plan_for(operands, numbers)
+    (out,) = _run(plan, plan.forward[False], (query, key, value), others)
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
 
 
-def attend_saving(problem: Problem, numbers: Numbers, num_kept: int = 1) -> tuple[torch.Tensor, Any]:
-    """`forward`'s out, and its stats as an array of JAX (a tensor if nothing is kept) for `gradients`."""
-    _check_place(problem[0])
-    plan = plan_for(problem, numbers)
-    out, stats = _run(plan, plan.forward[True], problem[:3], problem[3:], num_kept=num_kept)
+def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, jax.Array]:
+    """`forward`'s out, and its stats as an array of JAX for `gradients`."""
+    return _attend_saving(operands, numbers, num_kept=1)
+
+
+def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple[torch.Tensor, Any]:
+    query, key, value, *others = operands
+    _check_place(query)
+    plan = plan_for(operands, numbers)
+    out, stats = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides), stats
 
 
@@ -345,75 +358,76 @@ def stats_tensor(stats: jax.Array, like: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def backward(problem: Problem, numbers: Numbers, results: Sequence[torch.Tensor],
-             cotangents: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv, dbias) with the storage order of their tensors; (0,) in place of those not needed.
+def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents,
+             needs: PerArray[bool]) -> PerArray[torch.Tensor]:
+    """The gradients with the storage order of their tensors; (0,) in place of those not needed.
 
     Args:
-      problem, numbers: the forward's.
-      results: its out and stats.
-      cotangents: dout and dstats; None is zero.
+      operands, numbers: the forward's.
+      results: what it returned.
+      cotangents: those of the results.
       needs: which gradients are needed.
     """
-    out, stats = results
-    grads = _gradients(problem, numbers, out, (*cotangents, stats), (), (*needs, *(x is not None for x in cotangents)))
-    return tuple(problem[0].new_empty((0,)) if grad is None else grad for grad in grads)
+    dout, dstats = cotangents
+    given = _Given(needs, dout is not None, dstats is not None)
+    grads = _gradients(operands, numbers, results.out, (dout, dstats, results.stats), (), given)
+    return PerArray(*(operands.query.new_empty((0,)) if grad is None else grad for grad in grads))
 
 
-def gradients(problem: Problem, numbers: Numbers, results: tuple[torch.Tensor, jax.Array], dout: torch.Tensor,
-              needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor, jax.Array], dout: torch.Tensor,
+              needs: PerArray[bool]) -> PerArray[torch.Tensor | None]:
     """`backward` with the results of `attend_saving`; None in place of the gradients that are not needed."""
     out, stats = results
-    return _gradients(problem, numbers, out, (dout,), (stats,), (*needs, True, False))
+    return _gradients(operands, numbers, out, (dout,), (stats,), _Given(needs, True, False))
 
 
-def _gradients(problem: Problem, numbers: Numbers, out: torch.Tensor, others: Sequence[torch.Tensor | None],
-               known: Sequence[jax.Array], needs: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
-    """(dq, dk, dv, dbias), or None.
+def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: Sequence[torch.Tensor | None],
+               known: Sequence[jax.Array], given: _Given) -> PerArray[torch.Tensor | None]:
+    """The gradients that are needed.
 
     Args:
-      problem, numbers, out: the forward's.
+      operands, numbers, out: the forward's.
       others, known: dout, dstats and stats in this order: tensors, arrays.
-      needs: which gradients are needed, and which of dout and dstats are given.
+      given: which gradients are needed, and which of dout and dstats are there.
     """
-    _check_place(problem[0])
-    plan = plan_for(problem, numbers)
-    if problem[4] is None:
-        needs = (*needs[:3], False, *needs[4:])
+    query, key, value, *arrays = operands
+    _check_place(query)
+    plan = plan_for(operands, numbers)
+    if given.needs.bias and operands.bias is None:
+        given = given._replace(needs=given.needs._replace(bias=False))
     dout, *others = others
     moved = (_in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout))
-    rest = iter(_run(plan, plan.backward[tuple(needs)], problem[:3], (*problem[3:], *moved, *others), known))
-    return tuple(_gradient(next(rest), i, plan) if needed else None for i, needed in enumerate(needs[:4]))
+    rest = iter(_run(plan, plan.backward[given], (query, key, value), (*arrays, *moved, *others), known))
+    return PerArray(*(
+        _with_strides(_in_layout(next(rest), plan.layout) if like_query else next(rest), wanted)
+        if needed and wanted is not None else None
+        for needed, wanted, like_query in zip(given.needs, plan.grad_strides, _LIKE_QUERY, strict=True)))
 
 
-def _gradient(grad: torch.Tensor, i: int, plan: Plan) -> torch.Tensor:
-    wanted = plan.grad_strides[i]
-    assert wanted is not None
-    return _with_strides(_in_layout(grad, plan.layout) if i < 3 else grad, wanted)
-
-
-def double_backward(problem: Problem, numbers: Numbers, tangents: Sequence[torch.Tensor | None],
-                    cotangents: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[torch.Tensor | None],
+                    cotangents: Cotangents) -> tuple[torch.Tensor, ...]:
     """The derivative of `backward`, by JAX through the reference implementation; float64.
 
     Args:
-      problem, numbers: the forward's.
-      tangents: cotangents of dq, dk, dv, dbias; None is zero.
-      cotangents: dout and dstats, as `backward` had them.
+      operands, numbers: the forward's.
+      tangents: cotangents of the gradients; None is zero.
+      cotangents: as `backward` had them.
 
     Returns:
-      Gradients of query, key, value, bias, dout, dstats; (0,) for those that are None.
+      Gradients of the arrays and of the cotangents, in this order; (0,) for those that are None.
     """
-    query, bias = problem[0], problem[4]
+    query, key, value, *arrays = operands
     _check_place(query)
-    plan = plan_for(problem, numbers)
+    plan = plan_for(operands, numbers)
     present = tuple(x is not None for x in (*tangents, *cotangents))
-    *first, dout = (x if x is None else _in_layout(x, plan.layout) for x in (*tangents[:3], cotangents[0]))
+    inputs = (*operands.differentiable, *cotangents)
+    layouts = [plan.layout if like_query else "BHLD" for like_query in (*_LIKE_QUERY, *_COTANGENT_LIKE_QUERY)]
+    moved = [None if x is None else _in_layout(x, layout)
+             for x, layout in zip((*tangents, *cotangents), layouts, strict=True)]
     derivative = _jitted_double_backward(plan.spec, plan.device)[present]
-    rest = iter(_run(plan, derivative, problem[:3], (*problem[3:], *first, tangents[3], dout, cotangents[1])))
-    targets = (*problem[:3], bias, *cotangents)
-    return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, "BHLD" if i in (3, 5) else plan.layout)
-                 for i, x in enumerate(targets))
+    rest = iter(_run(plan, derivative, (query, key, value), (*arrays, *moved)))
+    return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, layout)
+                 for x, layout in zip(inputs, layouts, strict=True))
 
 
 def _like(result: torch.Tensor, target: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -421,23 +435,26 @@ def _like(result: torch.Tensor, target: torch.Tensor, layout: Layout) -> torch.T
 
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants:
-    def derivative(needs: tuple[bool, ...], *arrays: Any) -> Any:
-        operands, rest = _operands(spec, arrays)
-        given = iter(rest)
-        tangents, cotangents = ([next(given) if there else None for there in part] for part in (needs[:4], needs[4:]))
-        inputs = [*operands[:4], *cotangents]
-        places = [i for i, x in enumerate(inputs) if x is not None]
+def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants[tuple[bool, ...]]:
+    def derivative(present: tuple[bool, ...], arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        operands = _operands(spec, arrays)
+        *tangents, dout, dstats = (next(arrays) if there else None for there in present)
 
-        def first(*values: Any) -> list[Any]:
-            full: list[Any] = [None] * len(inputs)
-            for i, x in zip(places, values, strict=True):
-                full[i] = x
-            problem = operands._replace(q=full[0], k=full[1], v=full[2], bias=full[3])
+        def first(given: Differentiable[jax.Array], dout: Any, dstats: Any) -> Gradients[jax.Array]:
+            problem = specs.Operands.of(given, operands.others)
             results = autodiff.forward(spec, "reference", problem)
-            dout, dstats = (jnp.zeros_like(y) if x is None else x for x, y in zip(full[4:], results, strict=True))
-            return [x for x in autodiff.backward(spec, "reference", problem, *results, dout, dstats) if x is not None]
-        grads, vjp = jax.vjp(first, *(inputs[i] for i in places))
-        wanted = [x for x, operand in zip(tangents, operands[:4], strict=True) if operand is not None]
-        return vjp([jnp.zeros_like(g) if x is None else x for x, g in zip(wanted, grads, strict=True)])
+            cotangents = specs.Results(out=jnp.zeros_like(results.out) if dout is None else dout,
+                                             stats=jnp.zeros_like(results.stats) if dstats is None else dstats)
+            return autodiff.backward(spec, "reference", problem, results, cotangents)
+        grads, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
+        of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), grads))
+        return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
+                if x is not None]
     return _Variants(derivative, where)
+
+
+def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) -> Gradients[jax.Array]:
+    """Tangents of gradients, zero where there is none."""
+    of = lambda tangent, grad: jnp.zeros_like(grad) if tangent is None else tangent
+    return Gradients(dq=of(given.query, grads.dq), dk=of(given.key, grads.dk), dv=of(given.value, grads.dv),
+                     dbias=None if grads.dbias is None else of(given.bias, grads.dbias))

@@ -16,22 +16,21 @@ def explain(
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if 0 in call.query.shape[:3] or 0 in call.value.shape:
+    query, key, value, mask, bias, _ = call.operands
+    if call.operands.is_empty:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    problem = (call.query, call.key, call.value, call.mask, call.bias, None)
-    plan = exchange.plan_for(problem, (call.causal_offset, call.scale, call.dropout_p,
-                                       torch.are_deterministic_algorithms_enabled()))
+    plan = exchange.plan_for(call.operands, call.numbers)
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
     lines = [str(plan.decision), f"layout {plan.layout}: read and written as {order} storage"]
-    named = {"query": (call.query, plan.layout), "key": (call.key, plan.layout), "value": (call.value, plan.layout),
-             "attn_mask": (call.mask if call.bias is None else call.bias, "BHLD")}
+    named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),
+             "attn_mask": (mask if bias is None else bias, "BHLD")}
     for name, (tensor, layout) in named.items():
         if tensor is not None:
             reason = exchange.copy_reason(tensor, layout)
             lines.append(f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}")
-    out = torch.empty_strided(call.query.shape[:3] + call.value.shape[3:], plan.out_strides, device="meta")
+    out = torch.empty_strided(query.shape[:3] + value.shape[3:], plan.out_strides, device="meta")
     same = (out if plan.layout == "BHLD" else out.transpose(1, 2)).is_contiguous()
     lines.append(f"out: {'JAX memory, not copied' if same else 'copied into the storage order of query'}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@
     pallas_flash::attention_double_backward  the derivative of that; float64 only
     pallas_flash::dropout_seed               two numbers from torch's generator
 
-How they are differentiated: derivatives.py.
+Their arguments: arguments.py. How they are differentiated: derivatives.py.
 
 Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for
 (stats, or a gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that
@@ -13,28 +13,19 @@ computes.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from torch_bridge import strides
+from torch_bridge.arguments import SCHEMAS, Attention, AttentionBackward, AttentionDoubleBackward, PerArray
 
 __all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "exchange",
            "library", "require_float64"]
 
 NAMESPACE = "pallas_flash"
-PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? seed"
-NUMBERS = "SymInt? causal_offset, float? scale, float dropout_p, bool deterministic"
-SCHEMAS = {
-    "attention": f"({PROBLEM}, {NUMBERS}, bool needs_stats) -> (Tensor, Tensor)",
-    "attention_backward": f"({PROBLEM}, {NUMBERS}, Tensor out, Tensor stats, Tensor? dout, Tensor? dstats,"
-                          " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attention_double_backward": f"({PROBLEM}, {NUMBERS}, Tensor? ddq, Tensor? ddk, Tensor? ddv, Tensor? ddbias,"
-                                 " Tensor? dout, Tensor? dstats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "dropout_seed": "(Tensor like, SymInt[] lead) -> Tensor",
-}
-
 library = torch.library.Library(NAMESPACE, "DEF")
 # A graph must hand over the strides that the fake version saw; and JAX's streams cannot be captured in a CUDA graph.
 _tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides", "cudagraph_unsafe")
@@ -43,45 +34,44 @@ _RANDOM = [torch.Tag.nondeterministic_seeded]
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=_tags + _RANDOM * (_name == "dropout_seed"))
 
-attention = torch.ops.pallas_flash.attention.default
-attention_backward = torch.ops.pallas_flash.attention_backward.default
-attention_double_backward = torch.ops.pallas_flash.attention_double_backward.default
+type Operator = torch._ops.OpOverload[..., tuple[torch.Tensor, ...]]
+
+attention: Operator = torch.ops.pallas_flash.attention.default
+attention_backward: Operator = torch.ops.pallas_flash.attention_backward.default
+attention_double_backward: Operator = torch.ops.pallas_flash.attention_double_backward.default
 dropout_seed = torch.ops.pallas_flash.dropout_seed.default
 
 
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def exchange() -> Any:
+def exchange() -> ModuleType:
     """The module that imports JAX, when the first call needs it."""
     from torch_bridge import exchange as module
     return module
 
 
-def _is_empty(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """True if there is no output element or no key: results are known without JAX."""
-    return 0 in query.shape[:3] or 0 in value.shape
-
-
-def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if _is_empty(args[0], args[2]):
+def _attention(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = Attention.of(args)
+    if call.operands.is_empty:
         out, stats = _fake_attention(*args)
         return out.zero_(), stats.fill_(-torch.inf)  # of both numbers of each row: nobody reads them
-    return exchange().forward(args[:6], args[6:10], args[10])
+    return exchange().forward(*call)
 
 
 def _attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    *_, dout, dstats, needs = args
-    if _is_empty(args[0], args[2]) or (dout is None and dstats is None):
+    call = AttentionBackward.of(args)
+    if call.operands.is_empty or all(x is None for x in call.cotangents):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    return exchange().backward(args[:6], args[6:10], args[10:12], (dout, dstats), needs)
+    return exchange().backward(*call)
 
 
 def _attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    require_float64(args[0])
-    if _is_empty(args[0], args[2]):
+    call = AttentionDoubleBackward.of(args)
+    require_float64(call.operands.query)
+    if call.operands.is_empty:
         return tuple(grad.zero_() for grad in _fake_attention_double_backward(*args))
-    return exchange().double_backward(args[:6], args[6:10], args[10:14], args[14:])
+    return exchange().double_backward(*call)
 
 
 def require_float64(query: torch.Tensor) -> None:
@@ -107,30 +97,30 @@ for _key in ("CPU", "CUDA"):
 # --- fake versions: shapes, dtypes and exact strides -----------------------------------------------------------------
 
 
-def _gradients(tensors: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor]:
+def _gradients(like: Sequence[torch.Tensor | None], needs: Sequence[bool],
+               query: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Uninitialised gradients with the storage order of their tensors, and (0,) in place of those not needed."""
-    query = tensors[0]
-    assert query is not None
-    return [torch.empty_like(tensor) if needed and tensor is not None else query.new_empty((0,))
-            for tensor, needed in zip(tensors, needs, strict=True)]
+    return tuple(torch.empty_like(tensor) if needed and tensor is not None else query.new_empty((0,))
+                 for tensor, needed in zip(like, needs, strict=True))
 
 
-def _fake_attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    query, _, value, *_, needs_stats = args
-    out = query.new_empty_strided((*query.shape[:3], value.shape[3]), strides.like_query(query, value.shape[3]))
-    stats = (*query.shape[:2], 2, query.shape[2]) if needs_stats else (0,)
+def _fake_attention(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = Attention.of(args)
+    query, d_v = call.operands.query, call.operands.value.shape[3]
+    out = query.new_empty_strided((*query.shape[:3], d_v), strides.like_query(query, d_v))
+    stats = (*query.shape[:2], 2, query.shape[2]) if call.needs_stats else (0,)
     return out, query.new_empty(stats, dtype=strides.stats_dtype(query))
 
 
 def _fake_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    query, key, value, _, bias, *_, needs = args
-    return tuple(_gradients((query, key, value, bias), needs))
+    call = AttentionBackward.of(args)
+    return _gradients(call.operands.differentiable, call.needs, call.operands.query)
 
 
 def _fake_attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    query, key, value, _, bias, *_, dout, dstats = args
-    tensors = (query, key, value, bias, dout, dstats)
-    return tuple(_gradients(tensors, [tensor is not None for tensor in tensors]))
+    call = AttentionDoubleBackward.of(args)
+    like = (*call.operands.differentiable, *call.cotangents)
+    return _gradients(like, [x is not None for x in like], call.operands.query)
 
 
 def _fake_dropout_seed(like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
@@ -167,36 +157,43 @@ def _from_batch(grad: torch.Tensor, tensor: torch.Tensor | None, size: int, batc
     return grad.sum(1, keepdim=True) if tensor.shape[1] == 1 and batch > 1 else grad
 
 
-def _one_by_one(operator: Any, size: int, args: Sequence[Any]) -> tuple:
+def _one_by_one(operator: Operator, size: int, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """The results of each mapped element, stacked: dropout draws by batch index, so elements cannot share a batch."""
     results = [operator(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in args)) for i in range(size)]
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
 
-def _vmap_attention(info: Any, in_dims: tuple, *args: Any) -> tuple:
+_Mapped = tuple[tuple[torch.Tensor, ...], tuple[int, ...]]
+"""The results of a vmap rule, and the mapped axis of each."""
+
+
+def _vmap_attention(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
     size = info.batch_size
     args = tuple(_mapped_first(args, in_dims, size))
-    if args[5] is not None:
+    operands = Attention.of(args).operands
+    if operands.seed is not None:
         return _one_by_one(attention, size, args), (0, 0)
-    batch = args[0].shape[1]
+    batch = operands.query.shape[1]
     out, stats = attention(*(_into_batch(arg, batch) for arg in args))
     stats = stats.expand(size, 0) if stats.dim() == 1 else stats.unflatten(0, (size, batch))
     return (out.unflatten(0, (size, batch)), stats), (0, 0)
 
 
-def _vmap_attention_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    size = info.batch_size
-    args = tuple(_mapped_first(args, (*in_dims[:14], None), size))
-    if args[5] is not None:
-        return _one_by_one(attention_backward, size, args), (0, 0, 0, 0)
-    batch = args[0].shape[1]
+def _vmap_attention_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
+    size, axes = info.batch_size, (0,) * len(PerArray._fields)
+    args = tuple(_mapped_first(args, (*in_dims[:-1], None), size))  # torch has one for each of the flags in `needs`
+    operands = AttentionBackward.of(args).operands
+    if operands.seed is not None:
+        return _one_by_one(attention_backward, size, args), axes
+    batch = operands.query.shape[1]
     grads = attention_backward(*(_into_batch(arg, batch) for arg in args))
-    return tuple(_from_batch(grad, args[i], size, batch) for grad, i in zip(grads, (0, 1, 2, 4), strict=True)), (0,) * 4
+    return tuple(_from_batch(grad, x, size, batch)
+                 for grad, x in zip(grads, operands.differentiable, strict=True)), axes
 
 
-def _vmap_attention_double_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    args = tuple(_mapped_first(args, in_dims, info.batch_size))
-    return _one_by_one(attention_double_backward, info.batch_size, args), (0,) * 6
+def _vmap_attention_double_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
+    results = _one_by_one(attention_double_backward, info.batch_size, _mapped_first(args, in_dims, info.batch_size))
+    return results, (0,) * len(results)
 
 
 torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=library)

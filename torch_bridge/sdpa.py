@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Never
 import torch
 
 from torch_bridge import eager, messages
+from torch_bridge.arguments import Numbers, Operands
 
 __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
@@ -20,14 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Call(NamedTuple):
     """One call with its axes merged to four, as the operator takes it."""
 
-    query: torch.Tensor  # (batch, q_heads, q_len, d)
-    key: torch.Tensor  # (batch, kv_heads, kv_len, d)
-    value: torch.Tensor  # (batch, kv_heads, kv_len, d_v)
-    mask: torch.Tensor | None  # booleans, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1)
-    bias: torch.Tensor | None  # floats, added to the scores; shaped like a mask
-    causal_offset: int | None  # a query at i attends to the keys up to i + offset; None: to all
-    scale: float | None
-    dropout_p: float
+    operands: Operands  # without a seed
+    numbers: Numbers
     out_shape: tuple[int, ...] | None  # None: four axes, as the operator returns them
 
 
@@ -63,12 +58,11 @@ def scaled_dot_product_attention(
     if unknown:
         raise messages.unknown_keyword(next(iter(unknown)))
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape = call
+    query, key, value, _, bias, _ = call.operands
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
                                               or (bias is not None and bias.requires_grad))
-    out = eager.attend((query, key, value, mask, bias),
-                       (causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), needs_grad)
-    return out if out_shape is None else out.reshape(out_shape)
+    out = eager.attend(call.operands, call.numbers, needs_grad)
+    return out if call.out_shape is None else out.reshape(call.out_shape)
 
 
 # `**unknown` is there for its message alone: who asks for the signature is told torch's.
@@ -108,7 +102,8 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
         out_shape = (*lead, *query.shape[1:3], value.shape[3])[-rank:]
     if query.shape[3] == 0:  # no products at all: one of zeros has the same scores
         query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
-    return Call(query, key, value, mask, bias, causal_offset, scale, dropout_p, out_shape)
+    return Call(Operands(query, key, value, mask, bias, None),
+                Numbers(causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), out_shape)
 
 
 def _number(name: str, value: Any) -> float:

@@ -12,7 +12,6 @@ all of it counts twice: the oracle, float64 too, errs as much as they do.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,14 +34,15 @@ class Budget:
       acc_roundoff: the same for the accumulation.
     """
 
-    oracle: Results
-    baseline: Results
-    magnitude: Results
-    roundoff: Results
+    oracle: Results[np.ndarray]
+    baseline: Results[np.ndarray]
+    magnitude: Results[np.ndarray]
+    roundoff: Results[float]
     acc_roundoff: float
 
     @classmethod
-    def of(cls, spec: AttentionSpec, operands: Operands, cotangents: tuple[Any, Any], oracle: Results) -> "Budget":
+    def of(cls, spec: AttentionSpec, operands: Operands, cotangents: tuple[np.ndarray, np.ndarray],
+           oracle: Results[np.ndarray]) -> "Budget":
         """The budget of a problem whose results in float64, for the same (rounded) inputs, are `oracle`."""
         baseline, magnitude = textbook.attention(spec, operands, *cotangents)
         u, u_acc = (float(jnp.finfo(dtype).eps) / 2 for dtype in (spec.dtype, spec.acc_dtype))
@@ -62,14 +62,14 @@ class Budget:
         """The results that there are: dbias only with a bias."""
         return [name for name in Results._fields if getattr(self.oracle, name) is not None]
 
-    def used(self, results: Results) -> dict[str, float]:
+    def used(self, results: Results[np.ndarray]) -> dict[str, float]:
         """For each result, the share of its budget that its error takes.
 
         At most 1 where it is right; infinite where it is NaN, or not zero where it must be.
         """
         return {name: self._share(name, getattr(results, name)) for name in self.names}
 
-    def _errors(self, name: str, result: Any) -> np.ndarray:
+    def _errors(self, name: str, result: np.ndarray) -> np.ndarray:
         """The error of each element in units of its magnitude; infinite where the result must be exact and is not."""
         oracle, magnitude = (np.asarray(getattr(x, name), np.float64) for x in (self.oracle, self.magnitude))
         smallest = float(jnp.finfo(getattr(self.baseline, name).dtype).smallest_subnormal)
@@ -82,7 +82,7 @@ class Budget:
         errors = difference / np.where(magnitude > 0, magnitude, 1)
         return np.where(exact, 0, np.where(finite & (magnitude > 0), errors, np.inf))
 
-    def _share(self, name: str, result: Any) -> float:
+    def _share(self, name: str, result: np.ndarray) -> float:
         errors, allowed = self._errors(name, result), self._errors(name, getattr(self.baseline, name))
         if errors.size == 0:
             return 0.0

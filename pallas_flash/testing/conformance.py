@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 from pallas_flash import device, dispatch, flash_attention
-from pallas_flash.spec import Operands
+from pallas_flash.arrays import Array
+from pallas_flash.spec import Differentiable, Operands
 from pallas_flash.testing import inputs
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
@@ -17,7 +17,7 @@ from pallas_flash.testing.textbook import Results
 __all__ = ["budget", "compiled", "oracle", "random_case", "supports"]
 
 
-def _fast_to_compile() -> dict[str, Any]:
+def _fast_to_compile() -> dict[str, bool | int]:
     """Nearly all the time of a small problem goes into compiling it, and what XLA makes of it need not be fast."""
     if jax.default_backend() != "cpu":
         return {"xla_gpu_autotune_level": 0}
@@ -25,13 +25,16 @@ def _fast_to_compile() -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)  # a program takes some 200 of the 65,530 memory maps that Linux gives a process
-def compiled(problem: Problem, implementation: dispatch.Name | None) -> Callable[[Operands, tuple[Any, Any]], Results]:
+def compiled(problem: Problem,
+             implementation: dispatch.Name | None) -> Callable[[Operands, inputs.Cotangents], Results[Array]]:
     """A jitted function of operands and the cotangents of (out, lse) that computes everything."""
-    def run(operands: Operands, cotangents: tuple[Any, Any]) -> Results:
-        def call(q: Any, k: Any, v: Any, bias: Any) -> Any:
+    def run(operands: Operands, cotangents: inputs.Cotangents) -> Results[Array]:
+        def call(given: Differentiable[Array]) -> tuple[Array, Array]:
+            q, k, v, bias = given
             return flash_attention(q, k, v, bias=bias, implementation=implementation, **problem.keywords(operands))
-        (out, lse), vjp = jax.vjp(call, *operands[:4])
-        return Results(out, lse, *vjp(cotangents))
+        (out, lse), vjp = jax.vjp(call, operands.differentiable)
+        (found,) = vjp(cotangents)
+        return Results(out=out, lse=lse, dq=found.q, dk=found.k, dv=found.v, dbias=found.bias)
     return jax.jit(run, compiler_options=_fast_to_compile())
 
 
@@ -43,7 +46,7 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def oracle(problem: Problem, operands: Operands, cotangents: tuple[Any, Any]) -> Results:
+def oracle(problem: Problem, operands: Operands, cotangents: inputs.Cotangents) -> Results[np.ndarray]:
     """What `reference` computes in float64 from the same numbers, as numpy arrays."""
     in_float64 = lambda x: x if x.dtype.kind in "iub" else np.asarray(x, np.float64)
     with jax.enable_x64(True), jax.default_device(_cpu()):
@@ -51,7 +54,7 @@ def oracle(problem: Problem, operands: Operands, cotangents: tuple[Any, Any]) ->
         return jax.tree.map(np.asarray, exact)
 
 
-def budget(problem: Problem, dtype: str, operands: Operands, cotangents: tuple[Any, Any]) -> Budget:
+def budget(problem: Problem, dtype: str, operands: Operands, cotangents: inputs.Cotangents) -> Budget:
     """The error budget of a problem in a dtype. float64 needs JAX's 64-bit mode."""
     return Budget.of(problem.spec(dtype), operands, cotangents, oracle(problem, operands, cotangents))
 
@@ -61,6 +64,6 @@ def supports(problem: Problem, dtype: str, implementation: str) -> bool:
     return not dispatch.get(implementation).why_not(problem.spec(dtype), device.current())
 
 
-def random_case(problem: Problem, dtype: str, seed: int = 0) -> tuple[Operands, tuple[Any, Any]]:
+def random_case(problem: Problem, dtype: str, seed: int = 0) -> tuple[Operands, inputs.Cotangents]:
     """Operands and cotangents of a problem in a dtype."""
     return problem.operands(dtype, seed=seed), inputs.cotangents(problem.spec(dtype), seed=seed)

@@ -2,20 +2,24 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks
+from pallas_flash.arrays import Array
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned",
+__all__ = ["Cotangents", "Normal", "attends", "cotangents", "device_normal", "host_normal", "operands", "poisoned",
            "with_scores_of"]
 
 Normal = Callable[[int, tuple[int, ...], np.dtype], Any]
-"""(seed, shape, dtype) -> standard normal numbers."""
+"""(seed, shape, dtype) -> standard normal numbers, an array of NumPy's or of JAX's."""
+
+Cotangents = tuple[np.ndarray, np.ndarray]
+"""Of out and lse."""
 
 
 def host_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -52,7 +56,8 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
         if bias_masks:
             bias[np.random.default_rng(seed).random(bias.shape) < 0.2] = -np.inf
     dropout_seed = np.array([0x9E3779B9, seed], np.uint32) if spec.dropout_rate else None
-    return Operands(q, k, v, bias, mask.canonical(), dropout_seed)
+    return Operands(q=q, k=k, v=v, bias=cast(Array | None, bias), mask=mask.canonical(),
+                    dropout_seed=cast(Array | None, dropout_seed))
 
 
 def with_scores_of(size: float, operands: Operands) -> Operands:
@@ -62,7 +67,7 @@ def with_scores_of(size: float, operands: Operands) -> Operands:
     return operands._replace(q=grown(operands.q), k=grown(operands.k))
 
 
-def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> tuple[Any, Any]:
+def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> Cotangents:
     """Random cotangents of out (the spec's layout and dtype) and lse (batch, q_heads, q_len)."""
     return (normal(1000 + 2 * seed, spec.out_shape, spec.dtype),
             normal(1001 + 2 * seed, spec.lse_shape, spec.acc_dtype))
@@ -77,7 +82,7 @@ def attends(spec: AttentionSpec, operands: Operands) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _mask_keeps(mask: masks.Mask, q_len: int, kv_len: int) -> Any:
+def _mask_keeps(mask: masks.Mask, q_len: int, kv_len: int) -> Array:
     q_pos, kv_pos = jnp.arange(q_len, dtype=jnp.int32)[:, None], jnp.arange(kv_len, dtype=jnp.int32)[None, :]
     return masks.over_batch(mask, lambda part: part.keep(q_pos, kv_pos))
 
@@ -97,11 +102,11 @@ def poisoned(spec: AttentionSpec, operands: Operands, value: float = np.nan) -> 
     if bias is not None:
         axes = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
         unused = np.broadcast_to(~keep.any(axis=axes, keepdims=True), bias.shape) & (bias != -np.inf)
-        bias = np.where(unused, np.asarray(value, bias.dtype), bias)
+        bias = cast(Array, np.where(unused, np.asarray(value, bias.dtype), bias))
     return operands._replace(q=q, k=k, v=v, bias=bias)
 
 
-def _overwritten(array: np.ndarray, idle: np.ndarray, value: float, spec: AttentionSpec) -> np.ndarray:
+def _overwritten(array: Array, idle: np.ndarray, value: float, spec: AttentionSpec) -> Array:
     """`idle` is (batch, heads, length)."""
     rows = idle if spec.layout == "BHLD" else idle.swapaxes(1, 2)
-    return np.where(rows[..., None], np.asarray(value, array.dtype), array)
+    return cast(Array, np.where(rows[..., None], np.asarray(value, array.dtype), array))

@@ -7,44 +7,46 @@ It shares no code with the kernels or with `reference` but the mask's `keep` and
 precision it rounds where the kernels do: P, dS and O to the input's dtype, everything else in the accumulation dtype.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import dropout
+from pallas_flash.arrays import Array
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs
 
 __all__ = ["Results", "attention"]
 
 
-class Results(NamedTuple):
-    """Everything that a call computes, forward and backward."""
+class Results[T](NamedTuple):
+    """Everything that a call computes, forward and backward; or one T for each."""
 
-    out: Any
-    lse: Any
-    dq: Any
-    dk: Any
-    dv: Any
-    dbias: Any = None
+    out: T
+    lse: T
+    dq: T
+    dk: T
+    dv: T
+    dbias: T | None
 
 
 class _Terms(NamedTuple):
     """Arrays of the problem, heads before length and key heads repeated; P and what its gradient needs."""
 
-    q: Any
-    k: Any
-    v: Any
-    dout: Any
-    p: Any
-    factor: Any  # dropout: 0 or 1 / (1 - rate)
-    slope: Any  # the soft cap's derivative
-    out: Any
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dout: np.ndarray
+    p: np.ndarray
+    factor: np.ndarray  # dropout: 0 or 1 / (1 - rate)
+    slope: np.ndarray  # the soft cap's derivative
+    out: np.ndarray
 
 
-def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> tuple[Results, Results]:
+def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
+              dlse: np.ndarray) -> tuple[Results[np.ndarray], Results[np.ndarray]]:
     """The results in the precision of `spec`, and a magnitude for each element of each.
 
     The magnitude of a sum is the root of the sum of its squared terms: relative errors of one roundoff in every term,
@@ -54,7 +56,7 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
     acc = spec.acc_dtype
     rounded = lambda x: x.astype(spec.dtype).astype(acc)
     keep = inputs.attends(spec, operands)
-    q, k, v, dout = (_bhld(x, spec).astype(acc) for x in (*operands[:3], dout))
+    q, k, v, dout = (_bhld(np.asarray(x), spec).astype(acc) for x in (operands.q, operands.k, operands.v, dout))
     k, v = (np.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = (np.where(keep.any(axis=axis)[..., None], x, 0) for x, axis in ((q, 3), (k, 2), (v, 2)))
 
@@ -75,7 +77,8 @@ def attention(spec: AttentionSpec, operands: Operands, dout: Any, dlse: Any) -> 
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
 
 
-def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: Any, dlse: Any, row_size: Any) -> Results:
+def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.ndarray,
+                row_size: np.ndarray) -> Results[np.ndarray]:
     """The magnitude of each result, in float64. `row_size` is 1 + max(|S|, |lse|), the condition of exp; 0 if empty."""
     # Squares of everything: products then add up squared terms.
     q, k, v, dout, p, factor, slope, out = (np.square(x, dtype=np.float64) for x in terms)
@@ -90,7 +93,7 @@ def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: Any, dlse: Any, row_si
     squares = (p * factor @ v, ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
                _group_sum((p * factor).swapaxes(-1, -2) @ dout, spec))
     out_size, dq, dk, dv = map(np.sqrt, squares)
-    return Results(out_size, row_size, dq, dk, dv, None if spec.bias is None else np.sqrt(_bias_sum(ds, spec)))
+    return Results(out_size, row_size, dq, dk, dv, None if (dbias := _bias_sum(ds, spec)) is None else np.sqrt(dbias))
 
 
 def _underflow(spec: AttentionSpec) -> float:
@@ -99,11 +102,12 @@ def _underflow(spec: AttentionSpec) -> float:
     return max(float(dtype.smallest_normal), float(acc.smallest_normal) / float(acc.eps), 1e-150)
 
 
-def _bhld(x: Any, spec: AttentionSpec) -> Any:
+def _bhld(x: np.ndarray, spec: AttentionSpec) -> np.ndarray:
     return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
 
 
-def _scores(spec: AttentionSpec, q: Any, k: Any, bias: Any, keep: Any) -> tuple[Any, Any]:
+def _scores(spec: AttentionSpec, q: np.ndarray, k: np.ndarray, bias: Array | None,
+            keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """S, -inf where a pair does not attend, and the derivative of the soft cap."""
     s, slope = q @ k.swapaxes(-1, -2) * q.dtype.type(spec.scale), np.ones((), q.dtype)
     if spec.softcap is not None:
@@ -114,7 +118,7 @@ def _scores(spec: AttentionSpec, q: Any, k: Any, bias: Any, keep: Any) -> tuple[
     return np.where(keep, s, -np.inf), slope
 
 
-def _softmax(s: Any) -> tuple[Any, Any, Any]:
+def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P, lse (0 on rows that attend to nothing), and which rows those are."""
     row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
     nothing = row_max == -np.inf
@@ -124,35 +128,35 @@ def _softmax(s: Any) -> tuple[Any, Any, Any]:
     return p / row_sum, (row_max + np.log(row_sum))[..., 0], nothing[..., 0]
 
 
-def _dropout_factor(spec: AttentionSpec, seed: Any, acc: np.dtype) -> Any:
+def _dropout_factor(spec: AttentionSpec, seed: Array | None, acc: np.dtype) -> np.ndarray:
     """0 or 1 / (1 - rate) for each weight; 1 without dropout."""
-    if not spec.dropout_rate:
+    if seed is None:
         return np.ones((), acc)
     grid = np.ogrid[: spec.batch, : spec.q_heads, : spec.q_len, : spec.kv_len]
     kept = jax.jit(dropout.keep, static_argnums=5)(seed, *grid, spec.dropout_rate)
     return np.where(kept, 1 / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else 0, 0).astype(acc)
 
 
-def _group_sum(x: Any, spec: AttentionSpec) -> Any:
+def _group_sum(x: np.ndarray, spec: AttentionSpec) -> np.ndarray:
     """Sums over the query heads that share a key head."""
     return x.reshape(spec.batch, spec.kv_heads, spec.group, *x.shape[2:]).sum(axis=2)
 
 
-def _bias_sum(ds: Any, spec: AttentionSpec) -> Any:
+def _bias_sum(ds: np.ndarray, spec: AttentionSpec) -> np.ndarray | None:
     """Sums over the axes along which the bias is broadcast; None without a bias."""
     if spec.bias is None:
         return None
     return ds.sum(axis=tuple(axis for axis, size in enumerate(spec.bias.shape) if size == 1), keepdims=True)
 
 
-def _rounded(results: Results, spec: AttentionSpec) -> Results:
+def _rounded(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.ndarray]:
     """What leaves a kernel in the dtype of its operand, rounded to it."""
     round_to_input = lambda x: x.astype(spec.dtype)
-    dbias = None if spec.bias is None else results.dbias.astype(spec.bias.dtype)
+    dbias = None if results.dbias is None or spec.bias is None else results.dbias.astype(spec.bias.dtype)
     return results._replace(out=round_to_input(results.out), dq=round_to_input(results.dq),
                             dk=round_to_input(results.dk), dv=round_to_input(results.dv), dbias=dbias)
 
 
-def _in_layout(results: Results, spec: AttentionSpec) -> Results:
+def _in_layout(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.ndarray]:
     return results._replace(out=_bhld(results.out, spec), dq=_bhld(results.dq, spec), dk=_bhld(results.dk, spec),
                             dv=_bhld(results.dv, spec))

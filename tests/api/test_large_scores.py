@@ -112,7 +112,7 @@ def check_all(dtype, dims, length, mask, sizes=SIZES, only=None, **numbers):
 def exact_results(problem, operands, cotangents, nudge=None, steps=1):
     """Results and magnitudes in float64; the scores change as those of `oracle`, by a bias."""
     spec = problem.spec("float64")
-    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (*operands[:3], *cotangents))
+    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (operands.q, operands.k, operands.v, *cotangents))
     bias = np.zeros((1, 1, 1, 1)) if operands.bias is None else np.asarray(operands.bias, np.float64)
     if nudge is not None:
         wide_q, wide_k = (x if problem.layout == "BHLD" else x.swapaxes(1, 2) for x in (q, k))

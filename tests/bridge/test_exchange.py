@@ -10,6 +10,7 @@ import torch
 import torch_bridge
 from bridge.problems import OURS, TORCH, heads_inside
 from torch_bridge import exchange
+from torch_bridge.arguments import Numbers, Operands, PerArray
 
 B, H, L, E = 2, 4, 16, 32
 SHAPE = (B, H, L, E)
@@ -124,9 +125,9 @@ def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     x, stats = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 2, 512), jnp.float32)
     problem = spec.AttentionSpec.of(x, x, x, layout=layout, mask=masks.Full() & masks.Causal(0))
     where = jax.devices("cpu")[0]
+    given = exchange._Given(PerArray(query=True, key=True, value=True, bias=False), has_dout=True, has_dstats=False)
     programs = [(exchange._jitted_forward(problem, "hopper", where)[True], (x, x, x)),
-                (exchange._jitted_backward(problem, "hopper", where)[True, True, True, False, True, False],
-                 (x, x, x, x, x, stats))]
+                (exchange._jitted_backward(problem, "hopper", where)[given], (x, x, x, x, x, stats))]
     for function, arguments in programs:
         with device.assume(device.H100):
             text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -183,7 +184,7 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(exchange, "_MAX_PLANS", 3)
     for length in range(1, 6):
         x = torch.randn(1, 1, 4, 4).expand(length, -1, -1, -1).contiguous()
-        exchange.plan_for((x, x, x, None, None, None), (None, 1.0, 0.0, False))
+        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False))
     assert len(exchange._plans) <= 3
 
 

@@ -12,7 +12,7 @@ from pallas_flash.kernels.hopper.backward import gradients as backward_kernels
 from pallas_flash.kernels.hopper.batching import vmappable
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.sealing import partitioned
-from pallas_flash.spec import AttentionSpec, Gradients, Operands
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
@@ -28,21 +28,27 @@ def _forward_on(num_sms: int) -> Any:
 
 
 @vmappable
-def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32."""
     run = _forward_on(device.current().num_sms)
-    out, stats = partitioned(run, "query key key -> query row", spec, *operands[:3])
-    return out, stats
+    out, stats = partitioned(run, "query key key -> query row", spec, operands.q, operands.k, operands.v)
+    return Results(out, stats)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(spec: AttentionSpec, q: Any, k: Any, v: Any, *saved: Any) -> tuple[Any, ...]:
-    return backward_kernels.backward(spec, Operands(q, k, v, None, spec.mask, None), *saved)[:3]
+def _backward(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array,
+              *saved: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    operands = Operands(q=q, k=k, v=v, bias=None, mask=spec.mask, dropout_seed=None)
+    out, stats, dout, dstats = saved
+    gradients = backward_kernels.backward(spec, operands, out, stats, dout, dstats)
+    return gradients.dq, gradients.dk, gradients.dv
 
 
 @vmappable
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
+def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
+             dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and dtype."""
     roles = "query key key query row query row -> query key key"
-    dq, dk, dv = partitioned(_backward, roles, spec, *operands[:3], out, stats, dout, dstats)
-    return Gradients(dq, dk, dv)
+    arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
+    dq, dk, dv = partitioned(_backward, roles, spec, *arrays)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None)

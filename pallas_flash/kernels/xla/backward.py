@@ -4,21 +4,23 @@ With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS 
 other, so the sums have one order and the gradients are the same bits on every run.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import compat, softmax, tiles
+from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any) -> Gradients:
-    """Cotangents of q, k, v and bias.
+def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+             dstats: Array) -> Gradients[Array]:
+    """Cotangents of the differentiable operands.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
@@ -29,35 +31,39 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
     saved = _saved(problem, out, stats, dout, dstats)
     acc = spec.acc_dtype
 
-    def kv_step(kv_tile: Any, carry: Any) -> Any:
+    def kv_step(kv_tile: Array, carry: _Sums) -> _Sums:
         dq, dk, dv, dbias = carry
         dk_tile, dv_tile, dq, dbias = _key_tile(problem, saved, kv_tile, dq, dbias)
         update = lambda whole, tile: blocks.update_tile(
             whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
         return dq, update(dk, dk_tile), update(dv, dv_tile), dbias
 
-    dbias = None if spec.bias is None else jnp.zeros(problem.bias.shape, acc)
+    dbias = None if problem.bias is None else jnp.zeros(problem.bias.shape, acc)
     start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
              jnp.zeros(problem.v.shape, spec.dtype), dbias)
     start = compat.vary_like(start, operands, dout, dstats)
     dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
-    if spec.bias is not None:
-        dbias = dbias[tuple(slice(size) for size in spec.bias.shape)].astype(operands.bias.dtype)
-    return Gradients(dq, cut(dk, spec.kv_len), cut(dv, spec.kv_len), dbias)
+    if operands.bias is not None and dbias is not None:
+        dbias = dbias[tuple(slice(size) for size in operands.bias.shape)].astype(operands.bias.dtype)
+    return Gradients(dq=dq, dk=cut(dk, spec.kv_len), dv=cut(dv, spec.kv_len), dbias=dbias)
+
+
+_Sums = tuple[Array, Array, Array, Array | None]
+"""Of gradients, dbias the last."""
 
 
 class _Saved(NamedTuple):
     """What the forward kept and the cotangent of out, padded to whole tiles; rows are (b, k, g, q)."""
 
-    dout: Any  # its heads split
-    lse: Any
-    rest: Any
-    delta: Any
+    dout: Float[Array, "b q k g v"]  # in the layout "BLHD"
+    lse: Float[Array, "b k g q"]
+    rest: Float[Array, "b k g q"]
+    delta: Float[Array, "b k g q"]
 
 
-def _saved(problem: blocks.Problem, out: Any, stats: Any, dout: Any, dstats: Any) -> _Saved:
+def _saved(problem: blocks.Problem, out: Array, stats: Array, dout: Array, dstats: Array) -> _Saved:
     spec, padded = problem.spec, problem.num_q_tiles * problem.schedule.block_q
     lse, rest, dlse = stats[:, :, 0], stats[:, :, 1], dstats[:, :, 0]
     axis = spec.layout.index("L")
@@ -67,13 +73,13 @@ def _saved(problem: blocks.Problem, out: Any, stats: Any, dout: Any, dstats: Any
     return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(rest), rows(delta))
 
 
-def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Any, dq: Any,
-              dbias: Any) -> tuple[Any, ...]:
-    """One key tile's dk and dv, and what it adds to dq and dbias."""
+def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, dq: Array,
+              dbias: Array | None) -> _Sums:
+    """One key tile's dk and dv, and dq and dbias with what it adds to them."""
     block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
     k, v = problem.kv_tile(problem.k, kv_tile), problem.kv_tile(problem.v, kv_tile)
 
-    def q_step(q_tile: Any, carry: Any, masked: bool) -> Any:
+    def q_step(q_tile: Array, carry: _Sums, masked: bool) -> _Sums:
         dk, dv, dq, dbias = carry
         dk_part, dv_part, dq_part, ds = _tile_gradients(problem, saved, k, v, q_tile, kv_tile, masked)
         dq = blocks.update_tile(dq, problem.q_tile(dq, q_tile) + dq_part, q_tile, block_q, problem.q_axis)
@@ -89,12 +95,13 @@ def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Any, dq: Any,
     return tiles.sweep(q_tiles, q_step, start)
 
 
-def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Any, v: Any, q_tile: Any, kv_tile: Any,
-                    masked: bool) -> tuple[Any, Any, Any, Any]:
+def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Array, v: Array, q_tile: Array, kv_tile: Array,
+                    masked: bool) -> tuple[Array, Array, Array, Array]:
     """dk, dv, dq of one tile in the subscripts of k, v and q, and dS before scale and soft cap, (b, k, g, q, s)."""
     spec = problem.spec
     q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(saved.dout, q_tile)
-    lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3) for x in saved[1:])
+    lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3)
+                        for x in (saved.lse, saved.rest, saved.delta))
     q_sub, k_sub = problem.q_subscripts, problem.k_subscripts
     o_sub, v_sub = q_sub.replace("d", "v"), k_sub.replace("d", "v")
     tile = problem.scores(q, k, q_tile, kv_tile, masked)
@@ -112,7 +119,7 @@ def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Any, v: Any, q_ti
             product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds)
 
 
-def _add_dbias(problem: blocks.Problem, dbias: Any, ds: Any, q_tile: Any, kv_tile: Any) -> Any:
+def _add_dbias(problem: blocks.Problem, dbias: Array, ds: Array, q_tile: Array, kv_tile: Array) -> Array:
     """Adds dS, summed over the axes along which the bias is broadcast."""
     spec = problem.spec
     ds = ds.reshape(spec.batch, spec.q_heads, *ds.shape[3:])

@@ -7,12 +7,14 @@ head of the group, q and s positions of query and key, d and v dims. Statistics 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash import dropout, masks, softmax, tiles
+from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.kernels.xla.schedule import Schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -22,10 +24,10 @@ __all__ = ["Problem", "Tile", "masked_product", "prepare"]
 class Tile(NamedTuple):
     """Scores of one tile and what its gradient needs."""
 
-    s: Any  # (b, k, g, q, s): scores in `Problem.unit`, -inf where a pair does not attend
-    keep: Any  # (b or 1, k or 1, g or 1, q, s) booleans, or None: every pair of the tile attends
-    dropped: Any  # factor of each weight: 0 or 1 / (1 - rate); None without dropout
-    slope: Any  # derivative of the soft cap
+    s: Float[Array, "b k g q s"]  # scores in `Problem.unit`, -inf where a pair does not attend
+    keep: Bool[Array, "1|b 1|k 1|g q s"] | None  # None: every pair of the tile attends
+    dropped: Float[Array, "b k g q s"] | None  # factor of each weight: 0 or 1 / (1 - rate); None without dropout
+    slope: Float[Array, "b k g q s"] | float  # derivative of the soft cap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Problem:
 
     spec: AttentionSpec
     schedule: Schedule
-    q: Any
-    k: Any
-    v: Any
-    bias: Any
-    anchor: Any
+    q: Float[Array, "b q k g d"]  # in the layout "BLHD", as all of these
+    k: Float[Array, "b s k d"]
+    v: Float[Array, "b s k v"]
+    bias: Float[Array, "1|b 1|h 1|q 1|s"] | None
+    anchor: Float[Array, "1|b 1|h 1|q 1"] | None  # there is one where there is a bias
     mask: masks.Mask
-    seed: Any
+    seed: Int[Array, "2"] | None
 
     @property
     def unit(self) -> float:
@@ -72,31 +74,31 @@ class Problem:
     def num_kv_tiles(self) -> int:
         return tiles.cdiv(self.spec.kv_len, self.schedule.block_kv)
 
-    def q_tile(self, array: Any, tile: Any) -> Any:
+    def q_tile(self, array: Array, tile: Array) -> Array:
         """One tile of q, out or dout."""
         return slice_tile(array, tile, self.schedule.block_q, self.q_axis)
 
-    def kv_tile(self, array: Any, tile: Any) -> Any:
+    def kv_tile(self, array: Array, tile: Array) -> Array:
         """One tile of k or v."""
         return slice_tile(array, tile, self.schedule.block_kv, self.kv_axis)
 
-    def einsum(self, subscripts: str, a: Any, b: Any) -> Any:
+    def einsum(self, subscripts: str, a: Array, b: Array) -> Array:
         """A product accumulated in the spec's accumulation type; fp32 is never rounded to tf32 or bf16."""
         precision = jax.lax.Precision.HIGHEST if self.spec.dtype.itemsize > 2 else None
         return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=self.spec.acc_dtype)
 
-    def split_heads(self, x: Any) -> Any:
+    def split_heads(self, x: Array) -> Array:
         """(b or 1, h or 1, ...) -> (b or 1, k or 1, g or 1, ...)."""
         heads = (1, 1) if x.shape[1] == 1 else (self.spec.kv_heads, self.spec.group)
         return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
-    def positions(self, q_tile: Any, kv_tile: Any) -> tuple[Any, Any]:
+    def positions(self, q_tile: Array, kv_tile: Array) -> tuple[Array, Array]:
         """Positions of a tile's queries (q, 1) and keys (1, s)."""
         rows = q_tile * self.schedule.block_q + jnp.arange(self.schedule.block_q, dtype=jnp.int32)
         columns = kv_tile * self.schedule.block_kv + jnp.arange(self.schedule.block_kv, dtype=jnp.int32)
         return rows[:, None], columns[None, :]
 
-    def scores(self, q: Any, k: Any, q_tile: Any, kv_tile: Any, masked: bool) -> Tile:
+    def scores(self, q: Array, k: Array, q_tile: Array, kv_tile: Array, masked: bool) -> Tile:
         """The scores of tile (q_tile, kv_tile), from one tile of q and one of k."""
         products = self.einsum(f"{self.q_subscripts},{self.k_subscripts}->bkgqs", q, k)
         s, slope = softmax.scores(products, self.spec.scale, self.spec.softcap)
@@ -104,7 +106,7 @@ class Problem:
         keep = None
         if masked:
             keep = self.split_heads(masks.over_batch(self.mask, lambda part: part.keep(q_pos, kv_pos)))
-        if self.bias is not None:
+        if self.bias is not None and self.anchor is not None:
             bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
                             for x in (self.bias, self.anchor))
             s, attends = s * softmax.unit(self.spec.scale, self.spec.softcap) + bias - anchor, bias != -jnp.inf
@@ -114,16 +116,16 @@ class Problem:
             s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
         return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
 
-    def bias_tile(self, bias: Any, q_tile: Any, kv_tile: Any) -> Any:
+    def bias_tile(self, bias: Array, q_tile: Array, kv_tile: Array) -> Array:
         """The part of a bias that a tile needs: (b or 1, h or 1, q or 1, s or 1)."""
         for axis, tile, block in ((2, q_tile, self.schedule.block_q), (3, kv_tile, self.schedule.block_kv)):
             if bias.shape[axis] != 1:
                 bias = slice_tile(bias, tile, block, axis)
         return bias
 
-    def _dropped(self, q_pos: Any, kv_pos: Any, dtype: Any) -> Any:
+    def _dropped(self, q_pos: Array, kv_pos: Array, dtype: np.dtype) -> Array | None:
         rate = self.spec.dropout_rate
-        if not rate:
+        if self.seed is None:
             return None
         batch = jnp.arange(self.spec.batch)[:, None, None, None]
         head = jnp.arange(self.spec.q_heads)[:, None, None]
@@ -131,17 +133,17 @@ class Problem:
         return jnp.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0).astype(dtype)
 
 
-def slice_tile(array: Any, tile: Any, block: int, axis: int) -> Any:
+def slice_tile(array: Array, tile: Array, block: int, axis: int) -> Array:
     """Positions [tile * block, (tile + 1) * block) of an axis."""
     return jax.lax.dynamic_slice_in_dim(array, tile * block, block, axis)
 
 
-def update_tile(array: Any, values: Any, tile: Any, block: int, axis: int) -> Any:
+def update_tile(array: Array, values: Array, tile: Array, block: int, axis: int) -> Array:
     """`array` with one tile of an axis replaced."""
     return jax.lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), tile * block, axis)
 
 
-def pad(array: Any, length: int, axis: int, value: float = 0.0) -> Any:
+def pad(array: Array, length: int, axis: int, value: float = 0.0) -> Array:
     """`array` with an axis padded to `length`."""
     missing = length - array.shape[axis]
     if not missing:
@@ -149,14 +151,14 @@ def pad(array: Any, length: int, axis: int, value: float = 0.0) -> Any:
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)], constant_values=value)
 
 
-def _pad_bias(bias: Any, q_len: int, kv_len: int) -> Any:
+def _pad_bias(bias: Array, q_len: int, kv_len: int) -> Array:
     for axis, length in ((2, q_len), (3, kv_len)):
         if bias.shape[axis] != 1:
             bias = pad(bias, length, axis)
     return bias
 
 
-def split_q_heads(x: Any, spec: AttentionSpec) -> Any:
+def split_q_heads(x: Array, spec: AttentionSpec) -> Array:
     """q, out or dout with its heads split into (kv_heads, group)."""
     axis = spec.layout.index("H")
     return x.reshape(*x.shape[:axis], spec.kv_heads, spec.group, *x.shape[axis + 1:])
@@ -173,7 +175,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     q_len = tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q
     kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
     bias, anchor = None, None
-    if spec.bias is not None:
+    if operands.bias is not None:
         bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
     ragged = q_len != spec.q_len or kv_len != spec.kv_len
     return Problem(
@@ -187,7 +189,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
 
 
-def masked_product(problem: Problem, subscripts: str, weights: Any, keep: Any, values: Any) -> Any:
+def masked_product(problem: Problem, subscripts: str, weights: Array, keep: Array | None, values: Array) -> Array:
     """A product in which NaN and infinity of `values` reach only the pairs of `keep`.
 
     `weights` are 0 where not kept, but 0 * inf is NaN: the finite part is multiplied, and what is not finite is

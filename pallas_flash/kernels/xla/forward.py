@@ -1,24 +1,23 @@
 """Forward: for each query tile, the online softmax over the key tiles that its mask needs (FlashAttention-2, Dao,
 2023)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_flash import compat, softmax, tiles
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.xla import blocks, schedule
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["forward"]
 
 
-def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input)."""
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     block_q = problem.schedule.block_q
 
-    def q_step(q_tile: Any, carry: Any) -> Any:
+    def q_step(q_tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, stats = carry
         out_tile, stats_tile = _attend(problem, q_tile)
         return (blocks.update_tile(out, out_tile, q_tile, block_q, problem.q_axis),
@@ -30,15 +29,16 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Any, Any]:
     start = compat.vary_like((out, stats), operands)
     out, stats = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
     out = jax.lax.slice_in_dim(out, 0, spec.q_len, axis=problem.q_axis)
-    return out.reshape(spec.out_shape), stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len]
+    return Results(out=out.reshape(spec.out_shape),
+                   stats=stats.reshape(*spec.stats_shape[:3], padded)[..., :spec.q_len])
 
 
-def _attend(problem: blocks.Problem, q_tile: Any) -> tuple[Any, Any]:
+def _attend(problem: blocks.Problem, q_tile: Array) -> tuple[Array, Array]:
     """One query tile's out (in the subscripts of q) and statistics (b, k, g, 2, q)."""
     spec, v_subscripts = problem.spec, problem.k_subscripts.replace("d", "v")
     q = problem.q_tile(problem.q, q_tile)
 
-    def kv_step(kv_tile: Any, carry: Any, masked: bool) -> Any:
+    def kv_step(kv_tile: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         m_i, l_i, acc = carry
         tile = problem.scores(q, problem.kv_tile(problem.k, kv_tile), q_tile, kv_tile, masked)
         m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s, problem.unit)

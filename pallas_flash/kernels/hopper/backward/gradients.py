@@ -14,8 +14,8 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout: Any, dstats: Any,
-             schedule: BackwardSchedule | None = None) -> Gradients:
+def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
+             dstats: jax.Array, schedule: BackwardSchedule | None = None) -> Gradients[jax.Array]:
     """Cotangents of q, k and v.
 
     Args:
@@ -36,20 +36,21 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
     launch: Any = kernel.launch
     dk, dv = launch(spec, schedule.kv)(*arrays)
     assert schedule.dq is not None
-    return Gradients(dq_kernel.launch(spec, schedule.dq)(*arrays), dk, dv)
+    return Gradients(dq=dq_kernel.launch(spec, schedule.dq)(*arrays), dk=dk, dv=dv, dbias=None)
 
 
-def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: list[Any]) -> Gradients:
+def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...],
+           zeros: list[Any]) -> Gradients[jax.Array]:
     assert isinstance(schedule.kv, KvSchedule)
     launch, finish = kv.launch(spec, schedule.kv), prepare.launch_finish(spec, schedule.kv)
     if schedule.kv.ordered:
         turns = jax.new_ref(jnp.zeros(schedules.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
         dk, dv, sums = launch(*arrays, turns)
-        return Gradients(finish(sums), dk, dv)
+        return Gradients(dq=finish(sums), dk=dk, dv=dv, dbias=None)
     (sums,) = zeros
     ref = jax.new_ref(sums)
     dk, dv = launch(*arrays, ref)
-    return Gradients(finish(ref[...]), dk, dv)
+    return Gradients(dq=finish(ref[...]), dk=dk, dv=dv, dbias=None)
 
 
 def _without_idle_queries(spec: AttentionSpec, x: Any, lse: Any) -> Any:
