@@ -161,8 +161,8 @@ def _our_schedule(name: str, problem: Problem, direction: str) -> str:
 def _default_schedule(module: str, pass_: str, spec: Any) -> str:
     package = importlib.import_module(module.rpartition(".")[0])
     if package.__name__.endswith(".hopper"):
-        from pallas_flash.kernels.hopper import backward_schedule, schedule
-        return str(schedule.default_forward(spec) if pass_ == "forward" else backward_schedule.default_backward(spec))
+        from pallas_flash.kernels.hopper import defaults
+        return str(getattr(defaults, f"default_{pass_}")(spec))
     return str(importlib.import_module(f"{package.__name__}.schedule").default(spec))
 
 

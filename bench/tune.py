@@ -6,7 +6,6 @@ a user's call: what is found becomes a row of the default table, with the record
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from bench import records, run, timing
 from bench.check import Check
 from bench.contestants import OURS, inputs_of
 from pallas_flash import device
+from pallas_flash.kernels.hopper import defaults, rules
 from pallas_flash.testing.problems import Problem
 
 __all__ = ["candidates", "rows", "sweep", "vary"]
@@ -37,14 +37,8 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "dq.block_kv": (32, 48, 64, 80, 96, 112, 128), "dq.warpgroups": (1, 2, 3), "dq.k_stages": (1, 2, 3),
         "dq.v_stages": (1, 2, 3), "dq.behind": (False, True), "dq.pinned": (False, True), "dq.opaque": (False, True)},
 }
-# (module with the table, its function, the rules): the functions are looked up when they are used
-HOMES = {"forward": ("pallas_flash.kernels.hopper.schedule", "default_forward", "forward_problems"),
-         "backward": ("pallas_flash.kernels.hopper.backward_schedule", "default_backward", "backward_problems")}
-
-
-def _home(kernel: str) -> tuple[Any, str, str]:
-    module, default, rules = HOMES[kernel]
-    return importlib.import_module(module), default, rules
+HOMES = {"forward": "default_forward", "backward": "default_backward"}
+"""The functions of `defaults`: they are looked up when they are used."""
 
 
 def vary(schedule: Any, changes: dict[str, Any]) -> Any:
@@ -63,8 +57,7 @@ def vary(schedule: Any, changes: dict[str, Any]) -> Any:
 
 def candidates(kernel: str, problem: Problem, crossed: list[str]) -> list[Any]:
     """The default, and every legal schedule that differs from it in the crossed fields, or in any one field if none."""
-    module, default, rules = _home(kernel)
-    start, spec, grid = getattr(module, default)(problem.spec()), problem.spec(), GRIDS[kernel]
+    start, spec, grid = getattr(defaults, HOMES[kernel])(problem.spec()), problem.spec(), GRIDS[kernel]
     unknown = [name for name in crossed if name not in grid]
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}; the fields of {kernel} are {', '.join(grid)}")
@@ -73,21 +66,20 @@ def candidates(kernel: str, problem: Problem, crossed: list[str]) -> list[Any]:
     else:
         changes = [{name: value} for name, values in grid.items() for value in values]
     found = [schedule for change in changes if (schedule := vary(start, change)) is not None]
-    legal = [schedule for schedule in found if not getattr(module, rules)(spec, schedule, device.H100.smem_bytes)]
+    legal = [schedule for schedule in found if not rules.reasons_against(spec, schedule, device.H100.smem_bytes)]
     return list(dict.fromkeys([start, *legal]))
 
 
 @contextlib.contextmanager
 def scheduled(kernel: str, schedule: Any) -> Iterator[None]:
     """Makes `schedule` the default of a kernel; what was traced with another one is forgotten."""
-    module, default, _ = _home(kernel)
-    original = getattr(module, default)
-    setattr(module, default, lambda *args, **kwargs: schedule)
+    original = getattr(defaults, HOMES[kernel])
+    setattr(defaults, HOMES[kernel], lambda *args, **kwargs: schedule)
     jax.clear_caches()
     try:
         yield
     finally:
-        setattr(module, default, original)
+        setattr(defaults, HOMES[kernel], original)
         jax.clear_caches()
 
 

@@ -149,6 +149,18 @@ def test_dispatch_reads_no_mosaic():
         assert not any("pallas" in name.split(".") or "mlir" in name for file in files for name in imports(tree(file)))
 
 
+FLOORS = ("schedule", "work", "memory", "rules", "defaults")
+"""What says how fast, from the ground up: each module imports only those before it, and no Mosaic."""
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_floors_stand_on_those_before(floor):
+    source = tree(ROOT / f"pallas_flash/kernels/hopper/{floor}.py")
+    own = {target[2] for target in ours(source) if target[0] == "kernels"}
+    assert own <= set(FLOORS[:FLOORS.index(floor)])
+    assert not any("pallas" in name.split(".") or "mlir" in name for name in imports(source))
+
+
 def test_importing_pulls_in_neither_frameworks_nor_mosaic():
     program = f"import sys, pallas_flash; print(*sorted({{'flax', 'torch', {MOSAIC!r}}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench import check, cli, contestants, environment, plots, records, report, run, timing, tune
+from pallas_flash.kernels.hopper import defaults, rules
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
 from pallas_flash.testing.problems import Problem
@@ -330,11 +331,10 @@ def test_unknown_problems_are_an_error():
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_candidates_are_legal_and_start_with_the_default(kernel):
     problem = problems.find("causal-d128-s2048")
-    module, default, rules = tune._home(kernel)
     found = tune.candidates(kernel, problem, [])
-    assert found[0] == getattr(module, default)(problem.spec())
+    assert found[0] == getattr(defaults, f"default_{kernel}")(problem.spec())
     assert len(found) > 5 and len(set(found)) == len(found)
-    assert all(not getattr(module, rules)(problem.spec(), schedule, 232_448) for schedule in found)
+    assert all(not rules.reasons_against(problem.spec(), schedule, 232_448) for schedule in found)
 
 
 def test_crossed_fields_are_combined():
@@ -347,13 +347,12 @@ def test_crossed_fields_are_combined():
 
 def test_a_schedule_is_the_default_only_while_it_is_tried(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need theirs
-    module, default, _ = tune._home("forward")
     spec = problems.find("causal-d128-s2048").spec()
-    original = getattr(module, default)(spec)
+    original = defaults.default_forward(spec)
     other = tune.vary(original, {"num_stages": original.num_stages + 1})
     with tune.scheduled("forward", other):
-        assert getattr(module, default)(spec) == other
-    assert getattr(module, default)(spec) == original
+        assert defaults.default_forward(spec) == other
+    assert defaults.default_forward(spec) == original
 
 
 def test_vary_reaches_into_parts():

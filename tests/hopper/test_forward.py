@@ -14,8 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, reference
-from pallas_flash.kernels.hopper import barriers
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import barriers, defaults, rules, work
 from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -114,9 +113,9 @@ def not_again(block, tile, rows):
 
 
 def run(case, spec, q, k, v):
-    schedule = dataclasses.replace(schedules.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
-    assert schedules.forward_problems(spec, schedule, 232_448) == []
-    table = jnp.asarray(schedules.forward_table(spec, schedule))
+    schedule = dataclasses.replace(defaults.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    table = jnp.asarray(work.forward_table(spec, schedule))
     with barriers.interpreted(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         out, stats = forward.launch(spec, schedule)(q, k, v, table)
         out.block_until_ready()

@@ -16,13 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, DqSchedule, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
 from pallas_flash.spec import AttentionSpec
@@ -37,7 +35,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: DqSchedule
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq
-    smem: dict[str, Any]  # schedules.dq_buffers
+    smem: dict[str, Any]  # memory.dq_buffers
     bars: dict[str, Any]
     batch: Any
     head: Any
@@ -127,11 +125,11 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     """What dP is multiplied with."""
     spec, schedule, tiles = block.spec, block.schedule, block.kv_tiles
     first, partial = (rows.first, kv_tile * schedule.block_kv), None
-    if schedules.dq_work(spec, schedule).partial:
+    if work.dq_work(spec, schedule).partial:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
     corrections = grad_tiles.Corrections(
         partial, rows.large,
-        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1),
+        functools.partial(grad_tiles.masked, mask=work.kv_mask(spec, schedule), first=first, keys_dim=1),
         functools.partial(without_rounding, block, rows))
     lse_log2 = across(rows.lse_log2, schedule.block_kv)
     _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
@@ -188,7 +186,7 @@ def gradient_behind(block: Block, rows: Rows) -> Any:
         return dq
 
     nothing = lambda: products.zeros(block.spec.d)
-    return lax.cond(block.steps > 0, run, nothing) if schedules.dq_work(block.spec, block.schedule).empty else run()
+    return lax.cond(block.steps > 0, run, nothing) if work.dq_work(block.spec, block.schedule).empty else run()
 
 
 def repaired(block: Block, rows: Rows, dq: Any) -> Any:
@@ -196,7 +194,7 @@ def repaired(block: Block, rows: Rows, dq: Any) -> Any:
 
     Rows that start from NaN, because they attend to what is not finite, stay NaN: nothing is repaired for them.
     """
-    if not schedules.dq_work(block.spec, block.schedule).partial:
+    if not work.dq_work(block.spec, block.schedule).partial:
         return dq
     hopeless = across(jnp.isnan(rows.lse_log2), block.spec.d)
     spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
@@ -208,7 +206,7 @@ def again(block: Block, rows: Rows) -> Any:
 
     Some columns after the others: with all of them at once something would be spilled, also for the loop above.
     """
-    spec, mask, block_kv = block.spec, schedules.kv_mask(block.spec, block.schedule), block.schedule.block_kv
+    spec, mask, block_kv = block.spec, work.kv_mask(block.spec, block.schedule), block.schedule.block_kv
     own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
@@ -248,7 +246,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
 def scratch(spec: AttentionSpec, s: DqSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block."""
     smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
-            for name, shape in schedules.dq_buffers(spec, s).items()}
+            for name, shape in memory.dq_buffers(spec, s).items()}
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     bars = {"q_full": plgpu.Barrier(num_arrivals=d + d_v, num_barriers=s.warpgroups)}
     for name, count, slots in (("k", d, s.k_stages), ("v", d_v, s.v_stages)):
@@ -260,13 +258,13 @@ def scratch(spec: AttentionSpec, s: DqSchedule) -> tuple[dict[str, Any], dict[st
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array]:
     """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dq."""
     smem, bars = scratch(spec, schedule)
-    work = schedules.dq_work(spec, schedule)
+    blocks = work.dq_work(spec, schedule)
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
-        head, q_tile = work.place(lax.axis_index("block"))
+        head, q_tile = blocks.place(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        kv_tiles = schedules.kv_range(spec, schedule, q_tile)
+        kv_tiles = work.kv_range(spec, schedule, q_tile)
         block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
         warpgroup = lax.axis_index("warpgroup")
 
@@ -280,5 +278,5 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     return plgpu.kernel(
         attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
-        scratch_types=(smem, bars), grid=(work.blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1,
+        scratch_types=(smem, bars), grid=(blocks.blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1,
         thread_name="warpgroup", compiler_params=grad_tiles.COMPILER)

@@ -22,16 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
-from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, KvSchedule, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -43,7 +41,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: Any  # KvSchedule, or the SplitSchedule of `kv_split`
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
-    smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
+    smem: dict[str, Any]  # memory.kv_buffers, stats, dq
     bars: dict[str, Any]
     batch: Any
     kv_head: Any
@@ -268,7 +266,7 @@ def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, 
     """What `run` returns, or zeros for key tiles that no query needs, if there are such."""
     spec = block.spec
     nothing = lambda: (products.zeros(spec.d), products.zeros(spec.d_v))
-    empty = schedules.kv_work(spec, block.schedule).empty
+    empty = work.kv_work(spec, block.schedule).empty
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
 
 
@@ -356,7 +354,7 @@ def dq_role(block: Block) -> None:
     spec, s, bars = block.spec, block.schedule, block.bars
     plgpu.set_max_registers(s.registers[1], action="decrease")
     plgpu.barrier_wait(bars["kv_full"])
-    pieces = schedules.dq_pieces(spec, s)
+    pieces = memory.dq_pieces(spec, s)
 
     @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
@@ -378,8 +376,8 @@ def dq_role(block: Block) -> None:
 def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block. A full barrier counts chunks, a free one warpgroups."""
     smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
-            for name, shape in schedules.kv_buffers(spec, s).items()}
-    smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
+            for name, shape in memory.kv_buffers(spec, s).items()}
+    smem["stats"] = plgpu.SMEM(memory.stats_shape(s), jnp.float32)
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
             "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
@@ -389,7 +387,7 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
     if barriers.is_interpreted():  # where named barriers do nothing
         bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
     if s.dq != "none":
-        handed = s.dq_slots * schedules.dq_pieces(spec, s)
+        handed = s.dq_slots * memory.dq_pieces(spec, s)
         smem["dq"] = plgpu.SMEM((handed, CHUNK * CHUNK // 256, 256), jnp.float32)
         for name in ("dq_full", "dq_free"):
             bars[name] = plgpu.Barrier(num_barriers=handed)
@@ -400,9 +398,9 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
 
 def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> Block:
     """This block's key tile."""
-    head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
+    head, kv_tile = work.kv_work(spec, s).place(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
-    q_tiles = schedules.q_range(spec, s, kv_tile)
+    q_tiles = work.q_range(spec, s, kv_tile)
     gmem, smem, bars = refs
     return Block(spec, s, gmem, smem, bars, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
 
@@ -412,7 +410,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
     fused form of one more.
 
     It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
-    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
+    dq's float32 sums (`memory.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
     q_heads, q_tiles) int32, and the sums are returned, too.
     """
     smem, bars = scratch(spec, schedule)
@@ -439,10 +437,10 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
             load_role(block)
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
-    sums = [jax.ShapeDtypeStruct(schedules.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
+    sums = [jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
         attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums), scratch_types=(smem, bars),
-        grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",),
+        grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

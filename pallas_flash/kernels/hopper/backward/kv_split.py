@@ -19,16 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.kv import Block, Step
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
-from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
-from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.kernels.hopper.schedule import ROWS, SplitSchedule, chunks
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -144,8 +142,8 @@ def compute_role(block: Block, warpgroup: int) -> None:
 def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block."""
     smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=products.CHUNKED)
-            for name, shape in schedules.split_buffers(spec, s).items()}
-    smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
+            for name, shape in memory.split_buffers(spec, s).items()}
+    smem["stats"] = plgpu.SMEM(memory.stats_shape(s), jnp.float32)
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
             "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
@@ -175,6 +173,6 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(
         attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
-        grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
+        grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

@@ -15,8 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums, over_chunks
@@ -28,7 +27,7 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
     """Zeros for rows that are not finite among the warpgroup's 64 keys ("k" in names) and values ("v"); whether there
     were such, or None where no tile needs the mask. A barrier of the warpgroup.
     """
-    if not schedules.kv_work(block.spec, block.schedule).partial:
+    if not work.kv_work(block.spec, block.schedule).partial:
         return None
     dtype, rows = block.spec.dtype, pl.ds(warpgroup * ROWS, ROWS)
     refs = [block.smem[name].at[:, rows] for name in names]

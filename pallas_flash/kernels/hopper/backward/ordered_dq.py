@@ -10,7 +10,7 @@ have added to it. The first one writes instead, so that nothing need be zeroed. 
 started before it, so there is no deadlock (FlashAttention-3's deterministic mode waits in the same way).
 
 That a turn has passed is known about 2 us after an addition started: it must have arrived in memory. So that nobody
-waits that long, few blocks of a head are at work at a time (`backward_schedule.kv_work`), the order of a head's key
+waits that long, few blocks of a head are at work at a time (`work.kv_work`), the order of a head's key
 tiles keeps them apart, and a block makes the next tiles while one waits in its slot.
 """
 
@@ -24,8 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import div, rem
 
@@ -34,7 +33,7 @@ __all__ = ["add_dq", "hand_dq_over"]
 
 def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
     """Writes a 64 x 64 piece of the dq of the step with that number to its slot."""
-    index = rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
+    index = rem(step, block.schedule.dq_slots) * memory.dq_pieces(block.spec, block.schedule) + piece
     plgpu.barrier_wait(block.bars["dq_free"].at[index])
     grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[index])
     grad_products.fence()
@@ -44,7 +43,7 @@ def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
 def add_dq(block: Any, slot: int) -> None:
     """The warp that takes a slot of dq to global memory: every `dq_slots`-th step."""
     s, steps = block.schedule, block.walk.steps
-    pieces = schedules.dq_pieces(block.spec, s)
+    pieces = memory.dq_pieces(block.spec, s)
 
     def free(i: Any) -> None:
         @pl.when(i < steps)
@@ -55,7 +54,7 @@ def add_dq(block: Any, slot: int) -> None:
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            place = schedules.turn(block.spec, s, at[1], block.kv_tile)
+            place = work.turn(block.spec, s, at[1], block.kv_tile)
             await_turn(block, *at, place)
             first = place == 0
         for piece in range(pieces):

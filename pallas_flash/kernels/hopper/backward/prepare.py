@@ -9,13 +9,11 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, memory, products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, BackwardSchedule, KvSchedule, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large, score_unit
 from pallas_flash.spec import AttentionSpec
 
@@ -59,7 +57,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
     shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, len(Statistics), padded)]
     if schedule.fused and not schedule.kv.ordered:
         assert isinstance(schedule.kv, KvSchedule)
-        shapes.append(schedules.dq_acc_shape(spec, schedule.kv))
+        shapes.append(memory.dq_acc_shape(spec, schedule.kv))
 
     def attention_backward_prepare(out: Any, dout: Any, saved: Any, dsaved: Any, *refs: Any) -> None:
         stats, *sums, smem, full = refs
@@ -101,7 +99,7 @@ def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, place: tuple[Any, A
 def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:
     """The kernel that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
-    shape = schedules.dq_acc_shape(spec, schedule)
+    shape = memory.dq_acc_shape(spec, schedule)
     count = shape[2] * per_tile
 
     def attention_backward_finish(acc: Any, dq: Any, smem: Any) -> None:

@@ -8,8 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
@@ -64,9 +63,9 @@ def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift:
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
     corrections = grad_tiles.Corrections(
-        block.walk.partial(step.tile) if schedules.kv_work(spec, schedule).partial else None,
+        block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None,
         lse.is_large,
-        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=0),
+        functools.partial(grad_tiles.masked, mask=work.kv_mask(spec, schedule), first=first, keys_dim=0),
         functools.partial(without_rounding, block, step), schedule.apart)
     lse_log2 = lax.broadcast_in_dim(lse.log2, (ROWS, schedule.block_q), [1])
     p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections, shift)

@@ -37,8 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -53,7 +52,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     rescaled,
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, chunks, rem
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import across
 from pallas_flash.spec import AttentionSpec
@@ -115,7 +114,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     s = plgpu.layout_cast(products.ready(s, 0), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
-    if schedules.steps(block.spec, block.schedule).first_masked:
+    if work.steps(block.spec, block.schedule).first_masked:
         s = masked(block, s, rows.first, kv_tile)
     return first_softmax(s, unit, block.spec.dtype)
 
@@ -167,7 +166,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
-    if schedules.steps(block.spec, block.schedule).later_masked:
+    if work.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
 
@@ -202,7 +201,7 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
         products.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     out = plgpu.layout_cast(acc, products.TILE) * across(softmax.rescale(l_i), acc.shape[1])
     out = out.astype(block.spec.dtype)
-    count = schedules.chunks(block.spec.d_v)
+    count = chunks(block.spec.d_v)
     at_once = block.schedule.out_chunks or count
     for chunk in range(0, count, at_once):
         last = min(chunk + at_once, count)
@@ -263,10 +262,10 @@ def end_row(block: Block) -> None:
 def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     """One tile, by one compute warpgroup."""
     rows = rows_of(block, tile, warpgroup)
-    seen, buffer = schedules.steps(block.spec, block.schedule), rem(tile.turn, block.schedule.query_buffers)
+    seen, buffer = work.steps(block.spec, block.schedule), rem(tile.turn, block.schedule.query_buffers)
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
     if block.schedule.q_registers:
-        width = CHUNK * schedules.chunks(block.spec.d)
+        width = CHUNK * chunks(block.spec.d)
         rows = rows._replace(held=products.load_chunks(rows.q(), 0, width, block.spec.dtype))
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
@@ -316,7 +315,7 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
     """The buffers and barriers of a block. A buffer is full when each of its chunks has come, free when each warpgroup
     says so.
     """
-    shapes = {name: buffer.shape for name, buffer in schedules.forward_buffers(spec, schedule).items()}
+    shapes = {name: buffer.shape for name, buffer in memory.forward_buffers(spec, schedule).items()}
     smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
     bars = {}
     for name in ("q", "k", "v"):
@@ -329,13 +328,13 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
 
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of a spec: a function of q, k, v in the spec's layout and of `schedules.forward_table(spec,
+    """The kernel of a spec: a function of q, k, v in the spec's layout and of `work.forward_table(spec,
     schedule)`.
 
     It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
     """
     smem, bars = scratch(spec, schedule)
-    blocks, slots = schedules.forward_table(spec, schedule).shape
+    blocks, slots = work.forward_table(spec, schedule).shape
     results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import barriers, products, work
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.schedule import ROWS, div
@@ -35,7 +34,7 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
       l_i: (64,).
       acc: (64, d_v) in the layout ACC.
     """
-    spec, seen, maxima = block.spec, schedules.steps(block.spec, block.schedule), block.schedule.maxima
+    spec, seen, maxima = block.spec, work.steps(block.spec, block.schedule), block.schedule.maxima
     partial = seen.first_masked or seen.later_masked or maxima > 0
     if not (partial or may_be_large(spec)):
         return None
@@ -59,7 +58,7 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     """The online softmax over the keys that each row attends to, one by one: l_i, (64,), and the sum of weighted
     values, (64, d_v).
     """
-    spec, mask = block.spec, schedules.forward_mask(block.spec, block.schedule)
+    spec, mask = block.spec, work.forward_mask(block.spec, block.schedule)
     unit = score_unit(spec)
     own = RowsAtRest(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.hopper import barriers
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import barriers, work
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
 from pallas_flash.spec import AttentionSpec
 
@@ -28,7 +27,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: ForwardSchedule
     gmem: dict[str, Any]  # q, k, v, table, out, stats; given_up, with `maxima`
-    smem: dict[str, Any]  # schedules.forward_buffers
+    smem: dict[str, Any]  # memory.forward_buffers
     bars: dict[str, Any]  # the barriers
 
     @property
@@ -55,22 +54,22 @@ class Tile(NamedTuple):
         return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
 
 
-def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
-    """Runs `work` on every tile in this block's row of the table, and once more on those that were given up; returns
+def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
+    """Runs `body` on every tile in this block's row of the table, and once more on those that were given up; returns
     how many tiles and steps there were.
 
     Args:
       gather: comes back when every compute warpgroup has come to the end of the row.
     """
-    row, q_tiles = lax.axis_index("block"), schedules.q_tiles(block.spec, block.schedule)
+    row, q_tiles = lax.axis_index("block"), work.q_tiles(block.spec, block.schedule)
 
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, place, again, turn, step = carry
         following = block.gmem["table"][row, place + 1]  # asked for early: it comes from global memory
         head, index = div(number, q_tiles), rem(number, q_tiles)
-        lo, hi = schedules.kv_range(block.spec, block.schedule, index)
+        lo, hi = work.loaded_tiles(block.spec, block.schedule, index)
         batch, head = div(head, block.spec.q_heads), rem(head, block.spec.q_heads)
-        work(Tile(batch, head, index, lo, hi, turn, step, place, again))
+        body(Tile(batch, head, index, lo, hi, turn, step, place, again))
         at = following, place + 1, again
         if block.schedule.maxima:
             at = lax.cond((following < 0) | (again != 0), functools.partial(given_up_from, block, gather),
@@ -140,7 +139,7 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
 
     s = block.schedule
-    needed = schedules.row_tiles(block.spec, s, tile.index, warpgroup)
+    needed = work.row_tiles(block.spec, s, tile.index, warpgroup)
     slack: Any = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv

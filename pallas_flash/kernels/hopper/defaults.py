@@ -1,0 +1,133 @@
+"""The default schedules: measured tables."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import device
+from pallas_flash.kernels.hopper.schedule import (
+    ROWS,
+    BackwardSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+    chunks,
+)
+from pallas_flash.kernels.hopper.work import every_row_block, has_order, loaded_tiles, makespan, q_ranges, q_tiles
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["default_backward", "default_forward"]
+
+_SHORT_ROWS = 1280
+_SHORT_SEQUENCE = 1024
+_WORTH = 1.05  # what zeros, their passes and the plain form's atomics cost, about
+
+
+def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
+    """The schedule of a spec: a table by head size.
+
+    Up to 64, 128 and 256, and 192 with values of 128: measured, docs/notes/hopper_forward.md, 2026-11-22 and
+    2026-11-25 (`maxima` and sections too); others up to 192: by analogy.
+    """
+    widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
+    narrow_values = chunks(spec.d_v) <= 2
+    rows = (
+        (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
+        (128, ForwardSchedule(block_kv=128, q_registers=True)),
+        (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
+              ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
+        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
+    )
+    schedule = next(schedule for limit, schedule in rows if widest <= limit)
+    maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0
+    # 16 MiB of keys stay in L2, 32 do not, where there are many queries and outputs to a key between two uses of it:
+    # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
+    short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
+    section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
+    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
+    """Whether all query tiles walk over the same key tiles."""
+    if spec.q_len == 0:
+        return True
+    return all(np.unique(end).size == 1 for end in loaded_tiles(spec, schedule, np.arange(q_tiles(spec, schedule))))
+
+
+@functools.lru_cache(maxsize=256)
+def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """How often the row maximum is taken. Never looking pays where rows walk over many tiles; where there are short
+    rows too, the output's error is theirs, and the long ones may round a little more.
+    """
+    if spec.q_len == 0:
+        return 0
+    start, *_, stop = every_row_block(spec, schedule)
+    shortest, longest = np.min(stop - start), np.max(stop - start)
+    if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
+        return 0
+    pos = np.arange(spec.q_len)
+    last = np.broadcast_to(np.minimum(spec.mask.kv_bounds(pos, pos + 1).hi, spec.kv_len), pos.shape) - 1
+    if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
+        return 0  # a row that meets its first key late, where nobody looks, would be given up
+    return 2 if 4 * shortest <= longest else 4
+
+
+def default_backward(spec: AttentionSpec) -> BackwardSchedule:
+    """The schedule of a spec: a table by head size.
+
+    Heads of 64 and 128 take the fused form: in order if gradients are to repeat, and also where that saves more passes
+    over memory than it waits: in sequences that are not long, of which there are many tiles. Two kernels where the
+    fused form does not exist, or where gradients are to repeat and the mask gives no order.
+
+    Measured, docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25; head sizes between the table's: by analogy.
+    """
+    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
+    if widest == spec.d and spec.d in (64, 128):
+        fused = _default_fused(spec, capped)
+        if fused is not None:
+            return BackwardSchedule(fused)
+    if widest <= 64:  # a soft cap takes registers: what is chosen with one is what spills nothing
+        return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
+                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, behind=True))
+    if widest <= 128:
+        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, behind=True))
+    v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
+                                                        v_stages=v_stages))
+
+
+def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
+    """The fused form for heads of 64 or 128."""
+    if spec.d == 64:
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
+    else:  # unpinned it would spill with a soft cap
+        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True)
+    ordered = _in_turns(plain, spec.kv_len)
+    if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
+        return ordered
+    return None if spec.deterministic else plain
+
+
+def _in_turns(plain: KvSchedule, kv_len: int) -> KvSchedule:
+    """The schedule in turns. L2 does not hold what the blocks of a large section share; in a small one more blocks of a
+    head are at work at a time, and wait for each other. Blocks in ascending order walk in step, and share what they
+    read, but each waits for the one before it; in long sequences that is little beside its length. Measured,
+    docs/notes/hopper_backward.md, 2026-11-25.
+    """
+    mebibytes, longest_last = (16, 2) if kv_len <= 1024 else (32, 2) if kv_len <= 4096 else (64, 4)
+    return dataclasses.replace(plain, ordered=True, longest_last=longest_last, section_bytes=mebibytes << 20)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedule) -> bool:
+    """Whether the blocks of a query tile, which add one after the other, are done before all others are (an addition
+    takes about as long as two steps), and the order of turns leaves the SMs hardly more idle than that of lengths.
+    """
+    needed = q_ranges(spec, ordered)
+    steps = (needed.stop - needed.start).sum() * spec.batch * spec.q_heads
+    return (spec.kv_len <= 2048 and bool(steps >= 2 * needed.start.size * device.H100.num_sms)
+            and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))
