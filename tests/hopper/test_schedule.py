@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import defaults, memory, rules, work
-from pallas_flash.kernels.hopper.forward import kernel as forward
-from pallas_flash.kernels.hopper.schedule import ROWS, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper import defaults, memory, rules, scratch, work
+from pallas_flash.kernels.hopper.schedule import ROWS, DqSchedule, ForwardSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec
 
 H100_SMEM = 232_448
@@ -190,13 +189,27 @@ def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
     assert defaults.default_forward(make_spec(1000, 2048, masks.Causal(1048))).section_bytes == 32 << 20
 
 
+def assert_smem_bytes(described, smem_bytes):
+    """Shared memory as described is what the kernel allocates, and `smem_bytes` adds it up."""
+    smem, bars = scratch.allocate(described)
+    assert len(smem) == len(described.buffers) and len(bars) == len(described.barriers), "a name is there twice"
+    data = sum(math.ceil(math.prod(x.shape) * x.dtype.itemsize / 1024) * 1024 for x in smem.values())
+    barriers = 8 * sum(math.prod(bar.num_barriers) for bar in bars.values())
+    assert data + barriers <= smem_bytes < data + barriers + 1024
+
+
 @pytest.mark.parametrize("change", [
     {}, dict(maxima=2), dict(query_buffers=1, out_chunks=0), dict(out_chunks=1, num_stages=1), dict(block_kv=48)])
 @pytest.mark.parametrize("d", (40, 64, 128, 192, 256))
-def test_smem_bytes_is_what_the_kernel_allocates(d, change):
+def test_smem_bytes_is_what_the_forward_allocates(d, change):
     spec = make_spec(500, 500, d=d, d_v=min(d, 128))
     schedule = dataclasses.replace(defaults.default_forward(spec), **change)
-    smem, bars = forward.scratch(spec, schedule)
-    data = sum(math.ceil(math.prod(buffer.shape) * 2 / 1024) * 1024 for buffer in smem.values())
-    barriers = 8 * sum(math.prod(bar.num_barriers) for bar in bars.values())
-    assert data + barriers <= memory.forward_smem_bytes(spec, schedule) < data + barriers + 1024
+    assert_smem_bytes(memory.forward_memory(spec, schedule), memory.smem_bytes(spec, schedule))
+
+
+@pytest.mark.parametrize(("d", "schedule", "described"), [
+    (128, KvSchedule(), memory.kv_memory), (64, KvSchedule(dq="own", dq_slots=3), memory.kv_memory),
+    (256, SplitSchedule(p_slots=4), memory.split_memory), (96, DqSchedule(k_stages=3), memory.dq_memory)], ids=str)
+def test_smem_bytes_is_what_the_backward_allocates(d, schedule, described):
+    spec = make_spec(500, 500, d=d)
+    assert_smem_bytes(described(spec, schedule), memory.smem_bytes(spec, schedule))

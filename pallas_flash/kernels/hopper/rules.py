@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_flash.kernels.hopper.memory import dq_pieces, forward_smem_bytes, smem_bytes
+from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS,
@@ -36,7 +36,7 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSch
 
 
 def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> _Rules:
-    needed = forward_smem_bytes(spec, s)
+    needed = smem_bytes(spec, s)
     registers = (s.block_kv * 3 // 2 + spec.d_v) // 2 + 16 * chunks(spec.d) * s.q_registers
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),

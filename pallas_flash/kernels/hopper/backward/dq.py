@@ -20,8 +20,9 @@ from pallas_flash.kernels.hopper import barriers, memory, products, work
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, DqSchedule, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, DqSchedule, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
+from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
@@ -35,7 +36,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: DqSchedule
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq
-    smem: dict[str, Any]  # memory.dq_buffers
+    smem: dict[str, Any]  # memory.dq_memory
     bars: dict[str, Any]
     batch: Any
     head: Any
@@ -243,21 +244,8 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def scratch(spec: AttentionSpec, s: DqSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
-            for name, shape in memory.dq_buffers(spec, s).items()}
-    d, d_v = chunks(spec.d), chunks(spec.d_v)
-    bars = {"q_full": plgpu.Barrier(num_arrivals=d + d_v, num_barriers=s.warpgroups)}
-    for name, count, slots in (("k", d, s.k_stages), ("v", d_v, s.v_stages)):
-        bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=slots)
-    return smem, bars
-
-
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array]:
     """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dq."""
-    smem, bars = scratch(spec, schedule)
     blocks = work.dq_work(spec, schedule)
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
@@ -278,5 +266,5 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     return plgpu.kernel(
         attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
-        scratch_types=(smem, bars), grid=(blocks.blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1,
-        thread_name="warpgroup", compiler_params=grad_tiles.COMPILER)
+        scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
+        num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=grad_tiles.COMPILER)

@@ -29,7 +29,9 @@ from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, KvSchedule, chunks, div, rem
+from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -41,7 +43,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: Any  # KvSchedule, or the SplitSchedule of `kv_split`
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
-    smem: dict[str, Any]  # memory.kv_buffers, stats, dq
+    smem: dict[str, Any]  # memory.kv_memory, or memory.split_memory
     bars: dict[str, Any]
     batch: Any
     kv_head: Any
@@ -373,26 +375,11 @@ def dq_role(block: Block) -> None:
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
-def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block. A full barrier counts chunks, a free one warpgroups."""
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
-            for name, shape in memory.kv_buffers(spec, s).items()}
-    smem["stats"] = plgpu.SMEM(memory.stats_shape(s), jnp.float32)
-    d, d_v = chunks(spec.d), chunks(spec.d_v)
-    bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
-            "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
-            "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
-    for name in ("q_free", "dout_free"):
-        bars[name] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.num_stages)
+def scratch(own: Memory, s: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The buffers and barriers of a block; interpreted, also a barrier at which warpgroups meet."""
+    smem, bars = allocate(own)
     if barriers.is_interpreted():  # where named barriers do nothing
         bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
-    if s.dq != "none":
-        handed = s.dq_slots * memory.dq_pieces(spec, s)
-        smem["dq"] = plgpu.SMEM((handed, CHUNK * CHUNK // 256, 256), jnp.float32)
-        for name in ("dq_full", "dq_free"):
-            bars[name] = plgpu.Barrier(num_barriers=handed)
-        bars["ds_full"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.ds_slots)
-        bars["ds_free"] = plgpu.Barrier(num_arrivals=1 if s.dq == "own" else s.warpgroups, num_barriers=s.ds_slots)
     return smem, bars
 
 
@@ -413,7 +400,6 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
     dq's float32 sums (`memory.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
     q_heads, q_tiles) int32, and the sums are returned, too.
     """
-    smem, bars = scratch(spec, schedule)
     fused, ordered = schedule.dq != "none", schedule.ordered
 
     def attention_backward_kv(*refs: Any) -> None:
@@ -439,7 +425,8 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     sums = [jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
-        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums), scratch_types=(smem, bars),
+        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums),
+        scratch_types=scratch(memory.kv_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)

@@ -26,7 +26,7 @@ from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.kv import Block, Step
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
-from pallas_flash.kernels.hopper.schedule import ROWS, SplitSchedule, chunks
+from pallas_flash.kernels.hopper.schedule import ROWS, SplitSchedule
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -139,28 +139,8 @@ def compute_role(block: Block, warpgroup: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=products.CHUNKED)
-            for name, shape in memory.split_buffers(spec, s).items()}
-    smem["stats"] = plgpu.SMEM(memory.stats_shape(s), jnp.float32)
-    d, d_v = chunks(spec.d), chunks(spec.d_v)
-    bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
-            "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
-            "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
-    for name in ("q_free", "dout_free"):
-        bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
-    for name in ("p_full", "p_free"):
-        bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
-    if barriers.is_interpreted():
-        bars["met"] = plgpu.Barrier(num_arrivals=2)
-    return smem, bars
-
-
 def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
     """The kernel of a spec: a function of q, k, v, dout, and statistics; it returns dk and dv."""
-    smem, bars = scratch(spec, schedule)
-
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
@@ -172,7 +152,8 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(
-        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
+        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)),
+        scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

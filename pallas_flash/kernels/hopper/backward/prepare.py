@@ -15,6 +15,7 @@ from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, BackwardSchedule, KvSchedule, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large, score_unit
+from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish", "launch_prepare"]
@@ -60,19 +61,19 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
         shapes.append(memory.dq_acc_shape(spec, schedule.kv))
 
     def attention_backward_prepare(out: Any, dout: Any, saved: Any, dsaved: Any, *refs: Any) -> None:
-        stats, *sums, smem, full = refs
+        stats, *sums, smem, bars = refs
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS
         for i, source in enumerate((out, dout)):
-            grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
+            grad_tiles.load_tile(spec, source, (batch, q_head, first), smem["rows"].at[i], bars["full"])
         if sums:
             zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
         lse = products.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
         rest = products.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
         dlse = products.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
-        plgpu.barrier_wait(full)
-        chunk = lambda i, c: products.load_chunks(smem.at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
+        plgpu.barrier_wait(bars["full"])
+        chunk = lambda i, c: products.load_chunks(smem["rows"].at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
         delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse
         store = lambda row, x: products.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
         for row, x in statistics(spec, lse, rest, delta).items():
@@ -80,8 +81,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
 
     kernel = plgpu.kernel(
         attention_backward_prepare, out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        scratch_types=(plgpu.SMEM((2, columns, ROWS, CHUNK), spec.dtype, transforms=products.CHUNKED),
-                       plgpu.Barrier(num_arrivals=2 * columns)),
+        scratch_types=allocate(memory.prepare_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))
@@ -102,7 +102,7 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
     shape = memory.dq_acc_shape(spec, schedule)
     count = shape[2] * per_tile
 
-    def attention_backward_finish(acc: Any, dq: Any, smem: Any) -> None:
+    def attention_backward_finish(acc: Any, dq: Any, smem: Any, _: Any) -> None:
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
@@ -110,16 +110,16 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
         for column in range(columns):
             piece = acc.at[batch, q_head, tile, row * columns + column]
             x = (grad_products.from_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
-            products.store_chunks(x, smem.at[column:column + 1])
+            products.store_chunks(x, smem["dq"].at[column:column + 1])
         plgpu.commit_smem()
         for column in range(columns):
             target = grad_tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
-            plgpu.copy_smem_to_gmem(smem.at[column], target)
+            plgpu.copy_smem_to_gmem(smem["dq"].at[column], target)
         plgpu.wait_smem_to_gmem(0)
 
     dq_type = jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype)
     return plgpu.kernel(
         attention_backward_finish, out_type=dq_type,
-        scratch_types=(plgpu.SMEM((columns, CHUNK, CHUNK), spec.dtype, transforms=products.CHUNKED),),
+        scratch_types=allocate(memory.finish_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)

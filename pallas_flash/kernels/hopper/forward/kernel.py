@@ -54,6 +54,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, chunks, rem
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
+from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import across
 from pallas_flash.spec import AttentionSpec
 
@@ -311,29 +312,12 @@ def compute(block: Block, warpgroup: Any) -> None:
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block. A buffer is full when each of its chunks has come, free when each warpgroup
-    says so.
-    """
-    shapes = {name: buffer.shape for name, buffer in memory.forward_buffers(spec, schedule).items()}
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
-    bars = {}
-    for name in ("q", "k", "v"):
-        slots, count = shapes[name][:2]
-        bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=schedule.warpgroups, num_barriers=slots)
-    if schedule.maxima:
-        bars["row_done"] = plgpu.Barrier(num_arrivals=schedule.warpgroups)
-    return smem, bars
-
-
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of a spec: a function of q, k, v in the spec's layout and of `work.forward_table(spec,
     schedule)`.
 
     It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
     """
-    smem, bars = scratch(spec, schedule)
     blocks, slots = work.forward_table(spec, schedule).shape
     results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
@@ -357,7 +341,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
     kernel = plgpu.kernel(
         attention_forward,
         out_type=tuple(results.values()),
-        scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
+        scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,

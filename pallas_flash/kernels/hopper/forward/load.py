@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, memory
+from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile, global_chunk
 from pallas_flash.kernels.hopper.schedule import div, rem
 
@@ -16,9 +16,10 @@ __all__ = ["load"]
 
 def load_chunks(block: Block, name: str, place: tuple[Any, Any, Any], slot: Any, full: Any) -> None:
     """Starts to load one tile of q, k or v into a slot of its buffer."""
-    _, count, rows, _ = memory.forward_buffers(block.spec, block.schedule)[name].shape
+    buffer = block.smem[name]
+    _, count, rows, _ = buffer.shape
     for chunk in range(count):
-        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), block.smem[name].at[slot, chunk], full)
+        plgpu.copy_gmem_to_smem(global_chunk(block, name, place, rows, chunk), buffer.at[slot, chunk], full)
 
 
 def load_query(block: Block, tile: Tile) -> None:

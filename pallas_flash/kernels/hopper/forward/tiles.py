@@ -27,7 +27,7 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: ForwardSchedule
     gmem: dict[str, Any]  # q, k, v, table, out, stats; given_up, with `maxima`
-    smem: dict[str, Any]  # memory.forward_buffers
+    smem: dict[str, Any]  # memory.forward_memory
     bars: dict[str, Any]  # the barriers
 
     @property
