@@ -165,14 +165,14 @@ def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     spec = Problem("turns", "order", d=64, d_v=64, dtypes=("bfloat16",), **options).spec()
     schedule = KvSchedule(dq="own", ordered=True, **{"section_bytes": 4 << 20} | fields)
     assert work.has_order(spec, schedule)
-    blocks = work.kv_work(spec, schedule)
-    heads, kv_tiles = (np.asarray(x) for x in blocks.place(np.arange(blocks.blocks)))
+    blocks, mask = work.kv_work(spec, schedule), work.worst_case(spec, schedule)
+    heads, kv_tiles = (np.asarray(x) for x in blocks.head_and_tile(np.arange(blocks.blocks)))
     assert len({*zip(heads.tolist(), kv_tiles.tolist())}) == blocks.blocks == blocks.heads * blocks.tiles
-    start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in work.q_range(spec, schedule, kv_tiles))
+    start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in work.q_range(mask, spec, schedule, kv_tiles))
     for q_tile in range(-(-spec.q_len // schedule.block_q)):
         for head in range(blocks.heads):
             comes = (heads == head) & (start <= q_tile) & (q_tile < stop)
-            turns = np.asarray(work.turn(spec, schedule, q_tile, kv_tiles[comes]))
+            turns = np.asarray(work.additions_before(mask, spec, schedule, q_tile, kv_tiles[comes]))
             np.testing.assert_array_equal(turns, np.arange(comes.sum()))
 
 
@@ -182,7 +182,7 @@ def test_the_order_of_additions_does_not_depend_on_the_place_in_a_batch():
                    mask=CAUSAL, dtypes=("bfloat16",)).spec()
     for section_bytes in (1, 1 << 20, 32 << 20):
         blocks = work.kv_work(spec, KvSchedule(dq="own", ordered=True, section_bytes=section_bytes))
-        heads, kv_tiles = (np.asarray(x) for x in blocks.place(np.arange(blocks.blocks)))
+        heads, kv_tiles = (np.asarray(x) for x in blocks.head_and_tile(np.arange(blocks.blocks)))
         orders = {tuple(kv_tiles[heads == head].tolist()) for head in range(blocks.heads)}
         assert len(orders) == 1, (section_bytes, orders)
 

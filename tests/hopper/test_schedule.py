@@ -46,7 +46,7 @@ def test_blocks_share_the_work_evenly():
     schedule = defaults.default_forward(spec)
     table = work.forward_table(spec, schedule)
     index = np.where(table >= 0, table, 0) % work.q_tiles(spec, schedule)
-    lo, hi = work.loaded_tiles(spec, schedule, index)
+    lo, hi = work.loaded_tiles(work.worst_case(spec, schedule), spec, schedule, index)
     loads = np.where(table >= 0, hi - lo, 0).sum(axis=1)
     assert loads.max() <= 1.01 * loads.mean()
 
@@ -61,12 +61,12 @@ def kept(spec):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
     spec, block = make_spec(*shape, mask), schedule.block_kv
-    keep, seen = kept(spec), work.steps(spec, schedule)
+    keep, seen, worst = kept(spec), work.steps(spec, schedule), work.worst_case(spec, schedule)
     for q_tile in range(work.q_tiles(spec, schedule)):
-        lo, hi = work.loaded_tiles(spec, schedule, q_tile)
+        lo, hi = work.loaded_tiles(worst, spec, schedule, q_tile)
         assert 0 <= lo < hi <= math.ceil(spec.kv_len / block)
         for warpgroup in range(schedule.warpgroups):
-            start, full_start, full_stop, stop = work.row_tiles(spec, schedule, q_tile, warpgroup)
+            start, full_start, full_stop, stop = work.row_tiles(worst, spec, schedule, q_tile, warpgroup)
             assert lo <= start < stop <= hi
             assert seen.skips_above or stop == hi
             assert seen.skips_below or start == lo
@@ -120,12 +120,12 @@ def test_masks_are_asked_about_intervals_that_are_not_empty(length, d, determini
 
 def has_order(spec, schedule):
     """`work.has_order`, one key tile after the other."""
-    tiles_of = [set() for _ in range(-(-spec.q_len // schedule.block_q))]
+    mask, tiles_of = work.worst_case(spec, schedule), [set() for _ in range(-(-spec.q_len // schedule.block_q))]
     for kv_tile in range(-(-spec.kv_len // schedule.block_kv)):
-        start, _, _, stop = work.q_range(spec, schedule, kv_tile)
+        start, _, _, stop = work.q_range(mask, spec, schedule, kv_tile)
         for q_tile in range(start, stop):
             tiles_of[q_tile].add(kv_tile)
-    wanted = (work.kv_range(spec, schedule, q_tile) for q_tile in range(len(tiles_of)))
+    wanted = (work.kv_range(mask, spec, schedule, q_tile) for q_tile in range(len(tiles_of)))
     return all(found and found == set(range(start, stop)) for found, (start, _, _, stop) in zip(tiles_of, wanted))
 
 

@@ -16,7 +16,14 @@ from pallas_flash.kernels.hopper.schedule import (
     SplitSchedule,
     chunks,
 )
-from pallas_flash.kernels.hopper.work import every_row_block, has_order, loaded_tiles, makespan, q_ranges, q_tiles
+from pallas_flash.kernels.hopper.work import (
+    every_loaded,
+    every_q_range,
+    every_row_block,
+    has_order,
+    makespan,
+    worst_case,
+)
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["default_backward", "default_forward"]
@@ -55,7 +62,7 @@ def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
     """Whether all query tiles walk over the same key tiles."""
     if spec.q_len == 0:
         return True
-    return all(np.unique(end).size == 1 for end in loaded_tiles(spec, schedule, np.arange(q_tiles(spec, schedule))))
+    return all(np.unique(end).size == 1 for end in every_loaded(spec, schedule))
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,7 +77,8 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
         return 0
     pos = np.arange(spec.q_len)
-    last = np.broadcast_to(np.minimum(spec.mask.kv_bounds(pos, pos + 1).hi, spec.kv_len), pos.shape) - 1
+    stops = worst_case(spec, schedule).kv_bounds(pos, pos + 1).hi
+    last = np.broadcast_to(np.minimum(stops, spec.kv_len), pos.shape) - 1
     if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
         return 0  # a row that meets its first key late, where nobody looks, would be given up
     return 2 if 4 * shortest <= longest else 4
@@ -127,7 +135,7 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedul
     """Whether the blocks of a query tile, which add one after the other, are done before all others are (an addition
     takes about as long as two steps), and the order of turns leaves the SMs hardly more idle than that of lengths.
     """
-    needed = q_ranges(spec, ordered)
+    needed = every_q_range(spec, ordered)
     steps = (needed.stop - needed.start).sum() * spec.batch * spec.q_heads
     return (spec.kv_len <= 2048 and bool(steps >= 2 * needed.start.size * device.H100.num_sms)
             and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))

@@ -130,7 +130,7 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
     corrections = grad_tiles.Corrections(
         partial, rows.large,
-        functools.partial(grad_tiles.masked, mask=work.kv_mask(spec, schedule), first=first, keys_dim=1),
+        functools.partial(grad_tiles.masked, mask=work.worst_case(spec, schedule), first=first, keys_dim=1),
         functools.partial(without_rounding, block, rows))
     lse_log2 = across(rows.lse_log2, schedule.block_kv)
     _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
@@ -207,7 +207,7 @@ def again(block: Block, rows: Rows) -> Any:
 
     Some columns after the others: with all of them at once something would be spilled, also for the loop above.
     """
-    spec, mask, block_kv = block.spec, work.kv_mask(block.spec, block.schedule), block.schedule.block_kv
+    spec, mask, block_kv = block.spec, work.worst_case(block.spec, block.schedule), block.schedule.block_kv
     own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
@@ -250,9 +250,9 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
-        head, q_tile = blocks.place(lax.axis_index("block"))
+        head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        kv_tiles = work.kv_range(spec, schedule, q_tile)
+        kv_tiles = work.kv_range(work.worst_case(spec, schedule), spec, schedule, q_tile)
         block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
         warpgroup = lax.axis_index("warpgroup")
 

@@ -385,9 +385,9 @@ def scratch(own: Memory, s: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> Block:
     """This block's key tile."""
-    head, kv_tile = work.kv_work(spec, s).place(lax.axis_index("block"))
+    head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
-    q_tiles = work.q_range(spec, s, kv_tile)
+    q_tiles = work.q_range(work.worst_case(spec, s), spec, s, kv_tile)
     gmem, smem, bars = refs
     return Block(spec, s, gmem, smem, bars, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
 

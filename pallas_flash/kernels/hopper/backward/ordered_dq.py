@@ -54,7 +54,7 @@ def add_dq(block: Any, slot: int) -> None:
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            place = work.turn(block.spec, s, at[1], block.kv_tile)
+            place = work.additions_before(work.worst_case(block.spec, s), block.spec, s, at[1], block.kv_tile)
             await_turn(block, *at, place)
             first = place == 0
         for piece in range(pieces):

@@ -65,7 +65,7 @@ def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift:
     corrections = grad_tiles.Corrections(
         block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None,
         lse.is_large,
-        functools.partial(grad_tiles.masked, mask=work.kv_mask(spec, schedule), first=first, keys_dim=0),
+        functools.partial(grad_tiles.masked, mask=work.worst_case(spec, schedule), first=first, keys_dim=0),
         functools.partial(without_rounding, block, step), schedule.apart)
     lse_log2 = lax.broadcast_in_dim(lse.log2, (ROWS, schedule.block_q), [1])
     p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections, shift)

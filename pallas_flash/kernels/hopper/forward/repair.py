@@ -58,7 +58,7 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     """The online softmax over the keys that each row attends to, one by one: l_i, (64,), and the sum of weighted
     values, (64, d_v).
     """
-    spec, mask = block.spec, work.forward_mask(block.spec, block.schedule)
+    spec, mask = block.spec, work.worst_case(block.spec, block.schedule)
     unit = score_unit(spec)
     own = RowsAtRest(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 

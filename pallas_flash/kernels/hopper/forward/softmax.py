@@ -66,7 +66,7 @@ def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
     """s with -inf where the mask does not keep a pair."""
     q_pos = products.positions(s.shape[1], 0, first_row)
     kv_pos = products.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return jnp.where(work.forward_mask(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
+    return jnp.where(work.worst_case(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
 
 
 def column_sums(p: Any) -> Any:

@@ -67,7 +67,7 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
         number, place, again, turn, step = carry
         following = block.gmem["table"][row, place + 1]  # asked for early: it comes from global memory
         head, index = div(number, q_tiles), rem(number, q_tiles)
-        lo, hi = work.loaded_tiles(block.spec, block.schedule, index)
+        lo, hi = work.loaded_tiles(work.worst_case(block.spec, block.schedule), block.spec, block.schedule, index)
         batch, head = div(head, block.spec.q_heads), rem(head, block.spec.q_heads)
         body(Tile(batch, head, index, lo, hi, turn, step, place, again))
         at = following, place + 1, again
@@ -139,7 +139,7 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
 
     s = block.schedule
-    needed = work.row_tiles(block.spec, s, tile.index, warpgroup)
+    needed = work.row_tiles(work.worst_case(block.spec, s), block.spec, s, tile.index, warpgroup)
     slack: Any = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
