@@ -31,10 +31,11 @@ CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared"))
 ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))
 SLOTS = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))
-OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
-OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", dq_slots=3, ordered=True))
+OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True))
+OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
-BEHIND = BackwardSchedule(KvSchedule(num_stages=4, order="behind"), DqSchedule(block_kv=64, k_stages=4, behind=True))
+PIPELINED = BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
+                             DqSchedule(block_kv=64, k_stages=4, pipelined=True))
 SPLIT = BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=1))
 SMALL = dict(batch=1, q_heads=1, kv_heads=1)
 
@@ -52,7 +53,7 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
     "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),
     "two": (TWO, dict(q_len=150, kv_len=100, d=64, d_v=64, q_heads=2, mask=masks.Causal(-20))),
-    "two-behind-float16": (BEHIND, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
+    "two-pipelined-float16": (PIPELINED, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
                                         dtypes=("float16",))),
     "two-softcap": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, softcap=3.0)),
     "two-tiny-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=1e-40)),  # lse / scale is no float32
@@ -213,8 +214,8 @@ def test_only_the_longest_blocks_come_last():
 
 DEADLOCKS = {  # a slot that is freed one step later, and only one of them
     "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", ds_slots=1))),
-    "own-behind": (64, BackwardSchedule(KvSchedule(dq="own", order="behind", num_stages=1))),
-    "dq-behind": (64, BackwardSchedule(KvSchedule(), DqSchedule(behind=True, k_stages=1))),
+    "own-pipelined": (64, BackwardSchedule(KvSchedule(dq="own", pipelined=True, num_stages=1))),
+    "dq-pipelined": (64, BackwardSchedule(KvSchedule(), DqSchedule(pipelined=True, k_stages=1))),
 }
 
 

@@ -77,11 +77,11 @@ BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
     "shared-dq-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))),
     "shared-ordered": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", ordered=True))),
     "own-ordered": ((64, 64), BackwardSchedule(KvSchedule(dq="own", dq_slots=3, ordered=True))),
-    "own-in-turn": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
+    "own-unpipelined": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
     "own-three-warpgroups": ((64, 64), BackwardSchedule(KvSchedule(warpgroups=3, num_stages=2, dq="own"))),
     "two-kernels": ((128, 128), BackwardSchedule(KvSchedule(), DqSchedule())),
-    "two-kernels-behind": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
-                                                      DqSchedule(block_kv=64, k_stages=4, behind=True))),
+    "two-kernels-pipelined": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
+                                                         DqSchedule(block_kv=64, k_stages=4, pipelined=True))),
     "split": ((192, 128), BackwardSchedule(SplitSchedule(p_slots=1), DqSchedule())),
 }
 

@@ -1,4 +1,4 @@
-"""The default schedules: measured tables."""
+"""The default schedules: tables by head size, whose rows cite the measurements that put them there."""
 
 import dataclasses
 import functools
@@ -28,16 +28,19 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = ["default_backward", "default_forward"]
 
-_SHORT_ROWS = 1280
-_SHORT_SEQUENCE = 1024
-_WORTH = 1.05  # what zeros, their passes and the plain form's atomics cost, about
+_SHORT_ROWS = 1280  # keys
+_SHORT_SEQUENCE = 1024  # keys
+_WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
 def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
-    """The schedule of a spec: a table by head size.
+    """Returns the forward's schedule of a spec, from a table by head size.
 
-    Up to 64, 128 and 256, and 192 with values of 128: measured, docs/notes/hopper_forward.md, 2026-11-22 and
-    2026-11-25 (`maxima` and sections too); others up to 192: by analogy.
+    Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
+    (`maxima` and sections too). By analogy: other head sizes up to 192.
+
+    Args:
+      num_sms: the device's streaming multiprocessors: blocks of the grid.
     """
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
@@ -67,8 +70,8 @@ def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
-    """How often the row maximum is taken. Never looking pays where rows walk over many tiles; where there are short
-    rows too, the output's error is theirs, and the long ones may round a little more.
+    """Returns `ForwardSchedule.maxima`: how often the row maximum is taken. Taking it rarely pays where rows walk over
+    many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
     """
     if spec.q_len == 0:
         return 0
@@ -80,50 +83,52 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     stops = worst_case(spec, schedule).kv_bounds(pos, pos + 1).hi
     last = np.broadcast_to(np.minimum(stops, spec.kv_len), pos.shape) - 1
     if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
-        return 0  # a row that meets its first key late, where nobody looks, would be given up
+        return 0  # a row that meets its first key at a step without a maximum would be given up
     return 2 if 4 * shortest <= longest else 4
 
 
 def default_backward(spec: AttentionSpec) -> BackwardSchedule:
-    """The schedule of a spec: a table by head size.
+    """Returns the backward's schedule of a spec, from a table by head size.
 
-    Heads of 64 and 128 take the fused form: in order if gradients are to repeat, and also where that saves more passes
-    over memory than it waits: in sequences that are not long, of which there are many tiles. Two kernels where the
-    fused form does not exist, or where gradients are to repeat and the mask gives no order.
+    Heads of 64 and 128 take the fused form: `ordered` if gradients are to repeat, and also where that saves more time
+    in passes over memory than blocks spend waiting: in sequences that are not long, if there are many tiles. Two
+    kernels where the fused form does not exist, or where gradients are to repeat and the mask gives no order.
 
-    Measured, docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25; head sizes between the table's: by analogy.
+    Measured: docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25. By analogy: head sizes between the table's.
     """
     widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
     if widest == spec.d and spec.d in (64, 128):
         fused = _default_fused(spec, capped)
         if fused is not None:
             return BackwardSchedule(fused)
-    if widest <= 64:  # a soft cap takes registers: what is chosen with one is what spills nothing
+    if widest <= 64:  # with a soft cap, which takes registers: what spills nothing
         return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
-                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, behind=True))
+                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
-        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, behind=True))
+        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
     return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
                                                         v_stages=v_stages))
 
 
 def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
-    """The fused form for heads of 64 or 128."""
+    """Returns the fused form for heads of 64 or 128; None if gradients are to repeat and the mask gives no order."""
     if spec.d == 64:
-        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, order="in turn" if capped else "behind", pinned=False)
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False)
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True)
-    ordered = _in_turns(plain, spec.kv_len)
+    ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
 
 
-def _in_turns(plain: KvSchedule, kv_len: int) -> KvSchedule:
-    """The schedule in turns. L2 does not hold what the blocks of a large section share; in a small one more blocks of a
-    head are at work at a time, and wait for each other. Blocks in ascending order walk in step, and share what they
-    read, but each waits for the one before it; in long sequences that is little beside its length. Measured,
+def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:
+    """Returns the `ordered` schedule that corresponds to a plain one.
+
+    L2 does not hold what the blocks of a large section share; in a small one more blocks of a head are at work at a
+    time, and wait for each other. Blocks in ascending order walk in step, and share what they read, but each waits for
+    the one before it; in long sequences that is little beside a block's length. Measured:
     docs/notes/hopper_backward.md, 2026-11-25.
     """
     mebibytes, longest_last = (16, 2) if kv_len <= 1024 else (32, 2) if kv_len <= 4096 else (64, 4)
@@ -132,8 +137,9 @@ def _in_turns(plain: KvSchedule, kv_len: int) -> KvSchedule:
 
 @functools.lru_cache(maxsize=256)
 def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedule) -> bool:
-    """Whether the blocks of a query tile, which add one after the other, are done before all others are (an addition
-    takes about as long as two steps), and the order of turns leaves the SMs hardly more idle than that of lengths.
+    """Whether `ordered` costs little: the blocks that add to a query tile, one after the other, are done before all
+    others are (an addition takes about as long as two steps), and the SMs are hardly more idle than with the longest
+    blocks first.
     """
     needed = every_q_range(spec, ordered)
     steps = (needed.stop - needed.start).sum() * spec.batch * spec.q_heads

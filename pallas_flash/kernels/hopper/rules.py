@@ -1,4 +1,4 @@
-"""Reasons against a schedule: what a kernel cannot run."""
+"""Reasons against a schedule: what the kernels cannot run, or would not fit."""
 
 import jax.numpy as jnp
 
@@ -23,7 +23,7 @@ _Rules = tuple[tuple[bool, str], ...]
 
 
 def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, smem_limit: int) -> list[str]:
-    """Why the kernels of a schedule cannot run a spec; empty if they can.
+    """Returns why the kernels cannot run a spec with a schedule; an empty list if they can.
 
     Args:
       smem_limit: bytes of shared memory that a block may have.
@@ -68,12 +68,12 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
         (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
         (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
-        (s.dq != "shared" or s.order == "in turn", f"{s.order=} needs another dq"),
+        (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
         (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
          f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
-        (s.order != "behind" or s.num_stages > 1, f"{s.order=} needs {s.num_stages=} to be 2 or 4"),
+        (not s.pipelined or s.num_stages > 1, f"{s.pipelined=} needs {s.num_stages=} to be 2 or 4"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )
 
@@ -90,7 +90,7 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
         (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
         (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
-        (not s.behind or s.k_stages > 1, f"{s.behind=} needs {s.k_stages=} to be 2 or more"),
+        (not s.pipelined or s.k_stages > 1, f"{s.pipelined=} needs {s.k_stages=} to be 2 or more"),
         (held + 16 <= s.registers[0], f"dq and scores need {held} registers a thread of {s.registers[0]}"),
     )
 
@@ -100,7 +100,7 @@ def _backward_rules(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit:
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
              (not (schedule.fused and spec.deterministic) or kv.ordered,
-              "deterministic gradients need turns, or the form of two kernels")]
+              "deterministic gradients need `ordered`, or the form of two kernels")]
     rules += [] if dq is None else _dq_rules(spec, dq)
     for s in (kv, dq):
         if s is not None:

@@ -1,12 +1,13 @@
-"""How fast, never what: the tile sizes and pipeline depths of the Hopper kernels, and the units they are counted in.
+"""Schedules: the tile sizes and pipeline depths of the Hopper kernels, and the units they are counted in. A schedule
+says how fast, never what: it changes no result beyond rounding.
 
-The lowest floor: `work` (which tiles a block walks), `memory` (its buffers and barriers), `rules` (reasons against a
-schedule) and `defaults` (measured tables) stand on it, each importing only those before it. No Mosaic in any of them.
+On this file stand, each importing only those before it and none of them Mosaic: `work` (which tiles a block walks),
+`memory` (its buffers and barriers), `rules` (reasons against a schedule) and `defaults` (measured tables).
 
 The backward has two forms. Fused: one kernel walks the query tiles of each key tile, keeps dk and dv in registers and
-adds its part of dq to float32 memory; five products a tile; the order of those additions is the machine's, or
-`ordered`. Two kernels: dk and dv from key tiles, dq from query tiles; seven products, no memory of its own, and the
-same bits on every run.
+adds its part of dq to sums in global memory, float32: five products a tile. The order of those additions is
+nondeterministic, unless the schedule is `ordered`. Two kernels: dk and dv from key tiles, dq from query tiles: seven
+products a tile, no memory of their own, and the same bits on every run.
 """
 
 import dataclasses
@@ -25,7 +26,10 @@ __all__ = [
 ]
 
 CHUNK = 64
+"""Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, the widest swizzle."""
+
 ROWS = 64
+"""Rows of a product that a warpgroup holds: the M of wgmma."""
 
 
 def div(a: Any, b: int) -> Any:
@@ -39,36 +43,38 @@ def rem(a: Any, b: int) -> Any:
 
 
 def chunks(dim: int) -> int:
-    """Chunks of 64 columns that hold `dim` columns."""
+    """The number of chunks of 64 columns that hold `dim` columns."""
     return tiles.cdiv(dim, CHUNK)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSchedule:
-    """The forward kernel's shape: one block for each SM takes tile after tile.
+    """The forward kernel's schedule: one block for each SM takes tile after tile.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
       warpgroups: compute warpgroups, of 64 query rows each.
       num_stages: slots of the ring of key tiles, and of that of value tiles.
       query_buffers: query tiles in shared memory; with 2, the next one is loaded while this one is used.
-      out_chunks: 64-column chunks of the output buffer of a warpgroup; fewer than the output has: written in turns; 0:
-        the output is written over the query, which then cannot be replaced before it has left.
+      out_chunks: 64-column chunks of the output buffer of a warpgroup. If the output has more, they are written one
+        group after the other. 0: the output is written over the query, whose buffer is free only afterwards.
       pingpong: the warpgroups take turns at the tensor cores.
       maxima: the row maximum is taken at the steps i = 1, 2, 3, ... whose lowest set bit is more than i / maxima (2:
-        1, 2, 4, 8, ...; 4: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...), and not looked at in the others: weights then reach far
-        beyond 1, which bf16 can hold; tiles in which they reach too far are given up and done again, with a maximum in
-        each step. 0: looked at in every step, with a slack.
-      slack: without `maxima`, a warp multiplies its accumulator when the maximum of a row grows by more than 2^slack. 0
+        1, 2, 4, 8, ...; 4: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...); at the other steps it is not computed. Weights then
+        reach far beyond 1, which bf16 can hold. Tiles in which they reach too far are given up and computed again, with
+        a maximum at each step. 0: the maximum is computed at every step, and `slack` says when it is taken.
+      slack: without `maxima`, a warp rescales its accumulator when the maximum of a row grows by more than 2^slack. 0
         keeps the largest weight of a row at 1, which bf16 holds exactly; above 0 there are fewer rescales, and the
         largest weight is rounded like the others.
-      long_slack, long_keys: the slack of rows that walk over more than so many keys, where single weights matter less.
-      held_columns: so many columns of weights are computed before the waits for the next key tile and for the product
-        that they overlap, the others after them, while the first are rounded. The first wait is a branch, above which
-        they stay. 0: the compiler waits for the product where it likes, and the next step for its key tile.
-      opaque: index the query through an opaque scalar (`barriers.opaque`).
+      long_slack, long_keys: the slack of rows that walk over more than `long_keys` keys, where single weights matter
+        less.
+      held_columns: columns of weights that are computed before the waits for the next key tile and for the product
+        that they overlap; the others are computed after, while the first are rounded. The first wait is a branch, which
+        the compiler moves nothing across. 0: the compiler waits for the product where it likes, and the next step for
+        its key tile.
+      opaque: the query is indexed through an opaque scalar (`barriers.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
-      section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
+      section_bytes: bytes of keys and values of a section of heads, so that they stay in L2 while their tiles are
         worked on.
       q_registers: the query is held in registers.
     """
@@ -101,24 +107,27 @@ class ForwardSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class KvSchedule:
-    """dk and dv, and dq in the fused form: each compute warpgroup keeps dk and dv of 64 keys in registers.
+    """The kernel of dk and dv, in the fused form also of dq: each compute warpgroup keeps dk and dv of 64 keys in
+    registers.
 
     Attributes:
       block_q: queries of a tile: 64 or 128.
       warpgroups: compute warpgroups, of 64 keys each.
       num_stages: slots of the ring of query and dout tiles.
-      dq: who multiplies dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute warpgroups, one
-        64 x 64 piece each, one step later, so that they need not meet), or "own" (one more warpgroup).
+      dq: which warpgroups multiply dS with the keys: "none" (dq has a kernel of its own), "shared" (the compute
+        warpgroups, a 64 x 64 piece each, one step later, so that they need not meet), or "own" (one more warpgroup).
       ds_slots: slots of the buffer through which dS goes to that product.
-      dq_slots: slots of the buffer through which dq goes to memory (`backward.ordered_dq`).
-      ordered: the blocks of a head add to dq in one order, so that gradients repeat bit by bit.
+      dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
+      ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
-      order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
-      pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
-      apart: tiles that need a mask, or exact exponents, have exponentials of their own: no branch stands between the
-        exponents and the exponentials of the others.
-      section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
+      pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
+        with its own.
+      pinned: the exponentials stay above the next wait for a product (`barriers.pin`).
+      opaque: keys and values are indexed through `barriers.opaque`.
+      apart: tiles that need a mask, or exact exponents, have exponentials of their own, so that no branch stands
+        between the exponents and the exponentials of the others.
+      section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
     """
 
     block_q: int = 64
@@ -129,7 +138,7 @@ class KvSchedule:
     dq_slots: int = 1
     ordered: bool = False
     longest_last: int = 2
-    order: Literal["in turn", "behind"] = "in turn"
+    pipelined: bool = False
     pinned: bool = True
     opaque: bool = True
     apart: bool = False
@@ -141,7 +150,7 @@ class KvSchedule:
 
     @property
     def registers(self) -> tuple[int, ...]:
-        """Registers a thread of a compute warpgroup, of that of dq where there is one, and of the loading one."""
+        """Registers a thread of the compute warpgroups, of the one of dq if there is one, and of the loading one."""
         if self.dq == "own":
             return (208, 72, 24) if self.warpgroups == 2 else (144, 56, 24)
         return (160, 32) if self.warpgroups == 3 else (240, 24)
@@ -149,7 +158,8 @@ class KvSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class SplitSchedule:
-    """dk and dv of wide heads: one warpgroup keeps dv of 64 keys, another dk; the first hands P to the second.
+    """The kernel of dk and dv of wide heads: one warpgroup keeps dv of 64 keys, another dk; the first hands P to the
+    second.
 
     Attributes:
       num_stages: slots of the ring of query and dout tiles (64 queries each).
@@ -174,22 +184,23 @@ class SplitSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class DqSchedule:
-    """dq in a kernel of its own: each compute warpgroup keeps dq of 64 queries in registers.
+    """The kernel of dq in the form of two kernels: each compute warpgroup keeps dq of 64 queries in registers.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
       warpgroups: compute warpgroups, of 64 queries each.
       k_stages, v_stages: slots of the rings of key tiles and of value tiles.
-      behind: a tile's dq is multiplied during the next tile's softmax.
-      pinned, opaque: see `KvSchedule`; here the queries and douts are what does not change.
-      section_bytes: keys and values that the heads worked on at a time may have.
+      pipelined: a tile's product for dq is computed during the next tile's softmax.
+      pinned: see `KvSchedule`.
+      opaque: queries and douts are indexed through `barriers.opaque`.
+      section_bytes: bytes of keys and values of the heads that are worked on at a time.
     """
 
     block_kv: int = 64
     warpgroups: int = 2
     k_stages: int = 2
     v_stages: int = 2
-    behind: bool = False
+    pipelined: bool = False
     pinned: bool = True
     opaque: bool = True
     section_bytes: int = 32 << 20
@@ -200,12 +211,13 @@ class DqSchedule:
 
     @property
     def registers(self) -> tuple[int, int]:
+        """Registers a thread of the compute warpgroups and of the loading one."""
         return (160, 32) if self.warpgroups == 3 else (240, 24)
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardSchedule:
-    """`dq` is None in the fused form, where `kv` writes dq too."""
+    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too."""
 
     kv: KvSchedule | SplitSchedule
     dq: DqSchedule | None = None
@@ -216,8 +228,9 @@ class BackwardSchedule:
 
     @property
     def padded_q_block(self) -> int:
-        """The row statistics are padded to a multiple of this."""
+        """Queries to a multiple of which the row statistics are padded."""
         return math.lcm(self.kv.block_q, 1 if self.dq is None else self.dq.block_q)
 
     def padded_q(self, spec: AttentionSpec) -> int:
+        """The padded number of queries."""
         return tiles.cdiv(spec.q_len, self.padded_q_block) * self.padded_q_block

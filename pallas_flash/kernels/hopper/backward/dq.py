@@ -237,7 +237,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
     rows = Rows(warpgroup, first, lse_log2, delta, any_large(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
-    dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
+    dq = (gradient_behind if s.pipelined else gradient_in_turn)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, products.TILE))
     dq = (dq * spec.scale).astype(spec.dtype)
     grad_tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"], (block.batch, block.head, first))

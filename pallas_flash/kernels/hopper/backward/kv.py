@@ -335,7 +335,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
     spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
-    in_order = {"in turn": gradients_in_turn, "behind": gradients_behind}[s.order]
+    in_order = gradients_behind if s.pipelined else gradients_in_turn
     gradients = gradients_with_late_dq if s.dq == "shared" else in_order
     dk, dv = gradients(block, warpgroup)
     if s.dq != "none":
