@@ -8,18 +8,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import products
+from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RowsAtRest", "across", "no_sums", "over_chunks"]
-
-
-def across(x: Any, columns: int) -> Any:
-    """(64,) -> (64, columns)."""
-    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+__all__ = ["RowsAtRest", "over_chunks"]
 
 
 def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
@@ -34,11 +28,6 @@ def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> A
     return body(whole, rest, carry) if rest else carry
 
 
-def no_sums() -> Any:
-    """(64,) zeros in the layout ROWS: sums over columns, to begin with."""
-    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS)
-
-
 class RowsAtRest(NamedTuple):
     """64 queries in shared memory, and one head's keys and values in global memory."""
 
@@ -51,13 +40,13 @@ class RowsAtRest(NamedTuple):
         """One position's columns from `first` on, in every row: (64, columns) float32."""
         batch, head = self.head
         place = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
-        x = products.load_row(self.gmem[name], place, first, columns).astype(jnp.float32)
+        x = registers.load_row(self.gmem[name], place, first, columns).astype(jnp.float32)
         return lax.broadcast_in_dim(x, (ROWS, columns), [1])
 
     def dot(self, own: str, other: str, dim: int, position: Any) -> Any:
         """The product of each of the 64 rows with one position's row: (64,) float32."""
         def add(chunk: Any, columns: int, total: Any) -> Any:
-            x = products.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
+            x = registers.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
             return total + (x.astype(jnp.float32) * self.row(other, position, chunk * CHUNK, columns)).sum(axis=1)
 
-        return over_chunks(dim, add, no_sums())
+        return over_chunks(dim, add, registers.row_zeros())

@@ -17,14 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
@@ -106,7 +105,7 @@ def load_role(block: Block) -> None:
 def statistic(block: Block, first: Any, row: Statistics) -> Any:
     """A row of the statistics of the 64 queries from `first` on: (64,)."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS)]
-    return plgpu.load(stats, layout=products.ROWS, optimized=False)
+    return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
 
 
 def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
@@ -114,13 +113,13 @@ def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), products.ROWS)  # not IDLE
+    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
 def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
     """Exponents, (64, columns) or (64,), exact."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
-    return y + (across(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
+    return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
 def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
@@ -133,10 +132,10 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
         partial, rows.large,
         functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1),
         functools.partial(without_rounding, block, rows))
-    lse_log2 = across(rows.lse_log2, schedule.block_kv)
-    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
+    lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
+    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, corrections)
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)
+        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), registers.TILE)
     return p
 
 
@@ -152,15 +151,15 @@ def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any,
     """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
-    from_delta = grad_products.spread_rows(rows.delta, s.block_kv)
+    from_delta = wgmma.settled(registers.spread(rows.delta, s.block_kv))
     plgpu.barrier_wait(bars["k_full"].at[slot])
-    scores = products.scores(rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
+    scores = wgmma.multiply_transposed(rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
     if last is not None:
-        dq = products.accumulate(dq, last, keys_of(block, i - 1))
+        dq = wgmma.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
-    dp = grad_products.scores(from_delta, rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v)
-    p = tile_weights(block, rows, block.kv_tiles.stop - 1 - i, products.ready(scores, 1 if last is None else 2))
-    ds = p * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    dp = wgmma.multiply_transposed(rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v, from_delta)
+    p = tile_weights(block, rows, block.kv_tiles.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
+    ds = p * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     plgpu.barrier_arrive(bars["v_free"].at[v_slot])
     if last is not None:
         free_keys(block, i - 1)
@@ -171,23 +170,23 @@ def gradient_in_turn(block: Block, rows: Rows) -> Any:
     """dq of a warpgroup's rows."""
     def step(i: Any, dq: Any) -> Any:
         ds, dq = one_step(block, rows, i, None, dq)
-        dq = products.ready(products.accumulate(dq, ds, keys_of(block, i)), 0)
+        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, i)), 0)
         free_keys(block, i)
         return dq
 
-    return lax.fori_loop(0, block.steps, step, products.zeros(block.spec.d))
+    return lax.fori_loop(0, block.steps, step, registers.zeros(block.spec.d))
 
 
 def gradient_behind(block: Block, rows: Rows) -> Any:
     """The same, each tile's dq multiplied during the next tile's softmax."""
     def run() -> Any:
-        ds, dq = one_step(block, rows, jnp.int32(0), None, grad_products.zeros(block.spec.d))
+        ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
         ds, dq = lax.fori_loop(1, block.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
-        dq = products.ready(products.accumulate(dq, ds, keys_of(block, block.steps - 1)), 0)
+        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, block.steps - 1)), 0)
         free_keys(block, block.steps - 1)
         return dq
 
-    nothing = lambda: products.zeros(block.spec.d)
+    nothing = lambda: registers.zeros(block.spec.d)
     return lax.cond(block.steps > 0, run, nothing) if schedules.dq_work(block.spec, block.schedule).empty else run()
 
 
@@ -198,8 +197,8 @@ def repaired(block: Block, rows: Rows, dq: Any) -> Any:
     """
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
-    hopeless = across(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
+    hopeless = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
+    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), registers.TILE)
     return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
 
 
@@ -218,16 +217,16 @@ def again(block: Block, rows: Rows) -> Any:
         _, p = grad_tiles.weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, corrections)
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
-        keep = mask.keep(products.positions(columns, 0, rows.first), position)
-        return acc + jnp.where(keep, across(ds, columns) * own.row("k", position, first, columns), 0.0)
+        keep = mask.keep(registers.positions(columns, 0, rows.first), position)
+        return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Any:
         zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
         kv_pos = (barriers.scalar(block.kv_tiles.start * block_kv),
                   barriers.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
-        return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, products.TILE))
+        return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
-    return products.beside([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
+    return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
 
 
 def compute_role(block: Block, warpgroup: Any) -> None:
@@ -239,7 +238,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     rows = Rows(warpgroup, first, lse_log2, delta, any_large(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
-    dq = repaired(block, rows, plgpu.layout_cast(dq, products.TILE))
+    dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
     dq = (dq * spec.scale).astype(spec.dtype)
     grad_tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"], (block.batch, block.head, first))
     plgpu.wait_smem_to_gmem(0)
@@ -247,7 +246,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
 
 def scratch(spec: AttentionSpec, s: DqSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
+    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=registers.CHUNKED)
             for name, shape in schedules.dq_buffers(spec, s).items()}
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     bars = {"q_full": plgpu.Barrier(num_arrivals=d + d_v, num_barriers=s.warpgroups)}

@@ -23,8 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
@@ -121,13 +120,14 @@ def own_rows(block: Block, name: str, warpgroup: Any) -> Any:
 
 def issue_scores(block: Block, warpgroup: Any, slot: Any) -> Any:
     """K Q^T of a slot, in flight."""
-    return products.scores(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
+    return wgmma.multiply_transposed(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
 
 
 def issue_dp(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
     """dP^T - delta of a slot, in flight."""
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
-    return grad_products.scores(start, own_rows(block, "v", warpgroup), block.smem["dout"].at[slot], block.spec.d_v)
+    values, douts = own_rows(block, "v", warpgroup), block.smem["dout"].at[slot]
+    return wgmma.multiply_transposed(values, douts, block.spec.d_v, start)
 
 
 def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
@@ -139,7 +139,7 @@ def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
     """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
     row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
     ds = block.smem["ds"].at[step.slot(block.schedule.ds_slots), row]
-    return grad_products.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
+    return wgmma.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
 
 def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
@@ -150,8 +150,8 @@ def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
     def _() -> None:
         plgpu.barrier_wait(block.bars["ds_free"].at[step.slot(slots)])
 
-    products.store_chunks(ds, ds_rows(block, warpgroup, step))
-    grad_products.fence()
+    registers.store_chunks(ds, ds_rows(block, warpgroup, step))
+    wgmma.fence()
     plgpu.barrier_arrive(block.bars["ds_full"].at[step.slot(slots)])
 
 
@@ -184,8 +184,8 @@ def weights_in_turn(block: Block, warpgroup: Any, step: Step) -> Weights:
     lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
     s = issue_scores(block, warpgroup, slot)
     dp = issue_dp(block, warpgroup, slot, from_delta)
-    p, slope = tile_weights(block, warpgroup, step, lse, products.ready(s, 1))
-    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
+    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
@@ -195,11 +195,11 @@ def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> 
     w = weights_in_turn(block, warpgroup, step)
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step, w.ds)
-    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
-    dk = products.accumulate(dk, w.ds, block.smem["q"].at[slot])
-    dv = products.ready(dv, 1)
+    dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
+    dk = wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot])
+    dv = wgmma.ready(dv, 1)
     plgpu.barrier_arrive(bars["dout_free"].at[slot])
-    dk = products.ready(dk, 0)
+    dk = wgmma.ready(dk, 0)
     plgpu.barrier_arrive(bars["q_free"].at[slot])
     return dk, dv
 
@@ -211,7 +211,7 @@ def gradients_in_turn(block: Block, warpgroup: Any) -> tuple[Any, Any]:
         dk, dv = step_in_turn(block, warpgroup, Step(i, *at), dk, dv)
         return block.walk.next(*at), dk, dv
 
-    start = block.walk.first, products.zeros(block.spec.d), products.zeros(block.spec.d_v)
+    start = block.walk.first, registers.zeros(block.spec.d), registers.zeros(block.spec.d_v)
     return lax.fori_loop(0, block.walk.steps, step, start)[1:]
 
 
@@ -231,15 +231,15 @@ def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: 
     bars, slot, before = block.bars, step.slot(block.schedule.num_stages), Step(step.index - 1, None, None)
     w = weights_in_turn(block, warpgroup, step)
     hand_ds_over(block, warpgroup, step, w.ds)
-    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
+    dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     if late:
         dq = issue_late_dq(block, warpgroup, before)
-    dk = products.accumulate(dk, w.ds, block.smem["q"].at[slot])
-    dv = products.ready(dv, 1 + late)
+    dk = wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot])
+    dv = wgmma.ready(dv, 1 + late)
     plgpu.barrier_arrive(bars["dout_free"].at[slot])
     if late:
-        finish_late_dq(block, warpgroup, before, products.ready(dq, 1))
-    dk = products.ready(dk, 0)
+        finish_late_dq(block, warpgroup, before, wgmma.ready(dq, 1))
+    dk = wgmma.ready(dk, 0)
     plgpu.barrier_arrive(bars["q_free"].at[slot])
     return dk, dv
 
@@ -249,7 +249,7 @@ def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
     spec, walk, first = block.spec, block.walk, block.walk.first
 
     def run() -> tuple[Any, Any]:
-        sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
+        sums = wgmma.settled(registers.zeros(spec.d)), wgmma.settled(registers.zeros(spec.d_v))
         sums = step_with_late_dq(block, warpgroup, Step(jnp.int32(0), *first), False, *sums)
 
         def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -258,7 +258,7 @@ def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
 
         _, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), sums))
         last = Step(walk.steps - 1, None, None)
-        finish_late_dq(block, warpgroup, last, products.ready(issue_late_dq(block, warpgroup, last), 0))
+        finish_late_dq(block, warpgroup, last, wgmma.ready(issue_late_dq(block, warpgroup, last), 0))
         return sums
 
     return _where_work(block, run)
@@ -267,15 +267,15 @@ def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
 def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """What `run` returns, or zeros for key tiles that no query needs, if there are such."""
     spec = block.spec
-    nothing = lambda: (products.zeros(spec.d), products.zeros(spec.d_v))
+    nothing = lambda: (registers.zeros(spec.d), registers.zeros(spec.d_v))
     empty = schedules.kv_work(spec, block.schedule).empty
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
 
 
 def multiply_weights(block: Block, w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
     """Issues dk + dS^T Q and dv + P^T dO of a slot."""
-    dv = products.accumulate(dv, w.p, block.smem["dout"].at[slot])
-    return products.accumulate(dk, w.ds, block.smem["q"].at[slot]), dv
+    dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
+    return wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot]), dv
 
 
 def free_slot(block: Block, slot: Any) -> None:
@@ -297,8 +297,8 @@ def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
     if last is not None:
         sums = multiply_weights(block, last, before, *sums)
     dp = issue_dp(block, warpgroup, slot, from_delta)
-    p, slope = tile_weights(block, warpgroup, step, lse, products.ready(s, 1 if last is None else 3))
-    ds = slope * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
+    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     if last is not None:
         free_slot(block, before)
     w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
@@ -312,7 +312,7 @@ def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
     spec, walk, first = block.spec, block.walk, block.walk.first
 
     def run() -> tuple[Any, Any]:
-        sums = grad_products.zeros(spec.d), grad_products.zeros(spec.d_v)
+        sums = wgmma.settled(registers.zeros(spec.d)), wgmma.settled(registers.zeros(spec.d_v))
         w, sums = step_behind(block, warpgroup, Step(jnp.int32(0), *first), None, sums)
 
         def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -322,7 +322,7 @@ def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
         _, w, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), w, sums))
         slot = rem(walk.steps - 1, block.schedule.num_stages)
         dk, dv = multiply_weights(block, w, slot, *sums)
-        dk, dv = products.ready(dk, 0), products.ready(dv, 0)
+        dk, dv = wgmma.ready(dk, 0), wgmma.ready(dv, 0)
         free_slot(block, slot)
         return dk, dv
 
@@ -343,7 +343,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
         meet(block)  # the others' last dq has been multiplied: keys may be written over
     place = (block.batch, block.kv_head, block.kv_tile * s.block_kv + warpgroup * ROWS)
     rows = pl.ds(warpgroup * ROWS, ROWS)
-    dk, dv = (plgpu.layout_cast(x, products.TILE) for x in (dk, dv))
+    dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.dq != "none":
         dk, dv = unknown(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
@@ -365,7 +365,7 @@ def dq_role(block: Block) -> None:
         for piece in range(pieces):
             row, column = divmod(piece, chunks(spec.d))
             keys = block.smem["k"].at[pl.ds(barriers.opaque(column), 1)]
-            dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
+            dq = wgmma.ready(wgmma.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
             hand_dq_over(block, i, piece, dq)
@@ -377,7 +377,7 @@ def dq_role(block: Block) -> None:
 
 def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block. A full barrier counts chunks, a free one warpgroups."""
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
+    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=registers.CHUNKED)
             for name, shape in schedules.kv_buffers(spec, s).items()}
     smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
     d, d_v = chunks(spec.d), chunks(spec.d_v)

@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import kv as kv
-from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.kv import Block, Step
@@ -44,7 +43,7 @@ def whole(block: Block, name: str) -> Any:
 
 def scores(block: Block, slot: Any) -> Any:
     """Issues K Q^T of a slot, whose query must have come."""
-    return products.scores(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
+    return wgmma.multiply_transposed(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
 def hand_p_over(block: Block, step: Step, p: Any) -> None:
@@ -54,7 +53,7 @@ def hand_p_over(block: Block, step: Step, p: Any) -> None:
     def _() -> None:
         plgpu.barrier_wait(block.bars["p_free"].at[slot])
 
-    products.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
+    registers.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
@@ -74,8 +73,8 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
     """dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; its dout is freed."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
-    p = grad_products.load_chunk(block.smem["p"].at[slot, 0])
-    dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p = registers.load_chunk(block.smem["p"].at[slot, 0])
+    dp = plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     plgpu.barrier_arrive(block.bars["p_free"].at[slot])
     free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
@@ -88,11 +87,11 @@ def dv_step(block: Block, step: Step, dv: Any) -> Any:
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse = weights.lse_of(block, slot)
-    s = products.ready(scores(block, slot), 0)
+    s = wgmma.ready(scores(block, slot), 0)
     free(block, "q", slot)
     p = weights_of(block, step, lse, s)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
-    dv = products.ready(products.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
+    dv = wgmma.ready(wgmma.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
     free(block, "dout", slot)
     return dv
 
@@ -103,9 +102,9 @@ def dk_step(block: Block, step: Step, dk: Any) -> Any:
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
     start = weights.start_of_dp(block, slot)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
-    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
+    dp = wgmma.multiply_transposed(whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v, start)
     ds = take_ds(block, step, dp)
-    dk = products.ready(products.accumulate(dk, ds, block.smem["q"].at[slot]), 0)
+    dk = wgmma.ready(wgmma.accumulate(dk, ds, block.smem["q"].at[slot]), 0)
     free(block, "q", slot)
     return dk
 
@@ -119,8 +118,8 @@ def gradient(block: Block, warpgroup: int) -> Any:
         at, acc = carry
         return block.walk.next(*at), one_step(block, Step(i, *at), acc)
 
-    start = block.walk.first, grad_products.zeros(columns)
-    return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], products.TILE)
+    start = block.walk.first, wgmma.settled(registers.zeros(columns))
+    return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], registers.TILE)
 
 
 def compute_role(block: Block, warpgroup: int) -> None:
@@ -143,7 +142,7 @@ def compute_role(block: Block, warpgroup: int) -> None:
 
 def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
     """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=products.CHUNKED)
+    smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=registers.CHUNKED)
             for name, shape in schedules.split_buffers(spec, s).items()}
     smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
     d, d_v = chunks(spec.d), chunks(spec.d_v)

@@ -16,10 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums, over_chunks
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, over_chunks
 
 __all__ = ["unknown", "without_bad_rows"]
 
@@ -32,10 +31,10 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
         return None
     dtype, rows = block.spec.dtype, pl.ds(warpgroup * ROWS, ROWS)
     refs = [block.smem[name].at[:, rows] for name in names]
-    pieces = [grad_products.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
+    pieces = [registers.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
               for chunk in range(ref.shape[0])]
     nothing = functools.reduce(jnp.add, [x * jnp.zeros((), dtype) for x in pieces]).astype(jnp.float32)
-    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, products.TILE)
+    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, registers.TILE)
 
     @pl.when(spoiled)
     def _() -> None:
@@ -49,17 +48,17 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
 def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
     """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
     piece = lambda chunk: ref.at[pl.ds(chunk, 1)]
-    load = lambda chunk: products.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
+    load = lambda chunk: registers.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
 
     def mark(chunk: Any, _: int, marks: Any) -> Any:
         bad = jnp.where(jnp.abs(load(chunk)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
         return jnp.maximum(marks, bad.max(axis=1))
 
-    bad = across(over_chunks(ref.shape[0] * CHUNK, mark, no_sums()), CHUNK) > 0
+    bad = registers.spread(over_chunks(ref.shape[0] * CHUNK, mark, registers.row_zeros()), CHUNK) > 0
 
     @pl.loop(jnp.int32(0), jnp.int32(ref.shape[0]))
     def _(chunk: Any) -> None:
-        products.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
+        registers.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
 def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
@@ -71,9 +70,9 @@ def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
-        bad = over_chunks(spec.d, add, no_sums())  # 0 or NaN, the same in all rows
-        here = lambda x: products.positions(x.shape[1], 0, first) == position
-        dk, dv = (jnp.where(here(x) & (x != 0), x + across(bad, x.shape[1]), x) for x in sums)
+        bad = over_chunks(spec.d, add, registers.row_zeros())  # 0 or NaN, the same in all rows
+        here = lambda x: registers.positions(x.shape[1], 0, first) == position
+        dk, dv = (jnp.where(here(x) & (x != 0), x + registers.spread(bad, x.shape[1]), x) for x in sums)
         return dk, dv
 
     last = jnp.minimum(first + ROWS, spec.kv_len)

@@ -14,6 +14,7 @@ waits that long, few blocks of a head are at work at a time (`backward_schedule.
 tiles keeps them apart, and a block makes the next tiles while one waits in its slot.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,8 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
@@ -36,8 +36,8 @@ def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
     """Writes a 64 x 64 piece of the dq of the step with that number to its slot."""
     index = rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
     plgpu.barrier_wait(block.bars["dq_free"].at[index])
-    grad_products.store_linear(plgpu.layout_cast(dq, products.TILE), block.smem["dq"].at[index])
-    grad_products.fence()
+    registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[index])
+    wgmma.fence()
     plgpu.barrier_arrive(block.bars["dq_full"].at[index])
 
 
@@ -61,7 +61,7 @@ def add_dq(block: Any, slot: int) -> None:
         for piece in range(pieces):
             source, target = block.smem["dq"].at[slot * pieces + piece], block.gmem["dq"].at[block.batch, *at, piece]
             plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
-            grad_products.add_to_global(source, target, first)
+            add_to_global(source, target, first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         free((i + 1) * s.dq_slots + slot)
         if s.ordered:
@@ -73,6 +73,20 @@ def add_dq(block: Any, slot: int) -> None:
     count = div(steps + (s.dq_slots - 1 - slot), s.dq_slots)
     lax.fori_loop(jnp.int32(0), count, step, block.walk.skip(slot, *block.walk.first))
     plgpu.wait_smem_to_gmem(0)
+
+
+def add_to_global(source: Any, target: Any, first: Any = None) -> None:
+    """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
+    `plgpu.wait_smem_to_gmem` waits for it.
+    """
+    if barriers.is_interpreted():
+        target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
+        return
+    add = functools.partial(plgpu.copy_smem_to_gmem, source, target, reduction_op="add")
+    if first is None:
+        add()
+    else:
+        lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
 def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:

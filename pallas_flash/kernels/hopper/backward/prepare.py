@@ -10,8 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
@@ -33,7 +32,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
     lse = jnp.where(known, lse, jnp.nan)
     lse_log2 = grad_tiles.with_mark(jnp.where(nothing, grad_tiles.IDLE, lse * softmax.LOG2E), any_large(spec, lse))
     reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
-    rounding = barriers.multiply_add(reference, -unit, lse_log2, products.ROWS) - rest * unit
+    rounding = barriers.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
     return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
@@ -45,7 +44,7 @@ def any_large(spec: AttentionSpec, lse: Any) -> Any:
     size = jnp.abs(lse)
     large = (size * softmax.LOG2E > largest(spec)) & (size < jnp.inf)
     marks = jnp.where(large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
-    return barriers.any_nonfinite_in_warpgroup(marks, products.ROWS)
+    return barriers.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
 
 
 def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[..., tuple[jax.Array, ...]]:
@@ -70,19 +69,19 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
             grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
         if sums:
             zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
-        lse = products.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
-        rest = products.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
-        dlse = products.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
+        lse = registers.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
+        rest = registers.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
+        dlse = registers.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
         plgpu.barrier_wait(full)
-        chunk = lambda i, c: products.load_chunks(smem.at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
+        chunk = lambda i, c: registers.load_chunks(smem.at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
         delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse
-        store = lambda row, x: products.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
+        store = lambda row, x: registers.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
         for row, x in statistics(spec, lse, rest, delta).items():
             store(row, x)
 
     kernel = plgpu.kernel(
         attention_backward_prepare, out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        scratch_types=(plgpu.SMEM((2, columns, ROWS, CHUNK), spec.dtype, transforms=products.CHUNKED),
+        scratch_types=(plgpu.SMEM((2, columns, ROWS, CHUNK), spec.dtype, transforms=registers.CHUNKED),
                        plgpu.Barrier(num_arrivals=2 * columns)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)
@@ -95,7 +94,7 @@ def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, place: tuple[Any, A
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     tile, row = div(rows, per_tile), rem(rows, per_tile)
     for column in range(columns):
-        grad_products.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
+        registers.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
 
 
 def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:
@@ -111,8 +110,8 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
         tile, row = div(rows, per_tile), rem(rows, per_tile)
         for column in range(columns):
             piece = acc.at[batch, q_head, tile, row * columns + column]
-            x = (grad_products.from_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
-            products.store_chunks(x, smem.at[column:column + 1])
+            x = (registers.load_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
+            registers.store_chunks(x, smem.at[column:column + 1])
         plgpu.commit_smem()
         for column in range(columns):
             target = grad_tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
@@ -122,6 +121,6 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
     dq_type = jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype)
     return plgpu.kernel(
         attention_backward_finish, out_type=dq_type,
-        scratch_types=(plgpu.SMEM((columns, CHUNK, CHUNK), spec.dtype, transforms=products.CHUNKED),),
+        scratch_types=(plgpu.SMEM((columns, CHUNK, CHUNK), spec.dtype, transforms=registers.CHUNKED),),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=grad_tiles.COMPILER)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.spec import AttentionSpec
@@ -99,7 +99,7 @@ def load_tile(spec: AttentionSpec, source: Any, place: tuple[Any, Any, Any], tar
 
 def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, place: tuple[Any, Any, Any]) -> None:
     """Writes x, (64, columns) in the layout TILE, to global memory through (chunks, 64, 64) of shared memory."""
-    products.store_chunks(x, buffer)
+    registers.store_chunks(x, buffer)
     plgpu.commit_smem()
     count = buffer.shape[0]
     for chunk in range(count):
@@ -122,8 +122,8 @@ def masked(s: Any, mask: masks.Mask, first: tuple[Any, Any], keys_dim: int) -> A
       first: position of the first query and of the first key.
       keys_dim: the axis of s that runs over keys.
     """
-    q_pos = products.positions(s.shape[1], 1 - keys_dim, first[0])
-    kv_pos = products.positions(s.shape[1], keys_dim, first[1])
+    q_pos = registers.positions(s.shape[1], 1 - keys_dim, first[0])
+    kv_pos = registers.positions(s.shape[1], keys_dim, first[1])
     return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
 
 

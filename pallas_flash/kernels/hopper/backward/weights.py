@@ -9,8 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.schedule import ROWS
@@ -31,10 +30,11 @@ def lse_of(block: Any, slot: Any) -> Lse:
     for this, too (5 % in heads of 64).
     """
     stats = block.smem["stats"].at[slot, int(Statistics.LSE)]
-    log2 = plgpu.load(stats, layout=products.COLUMNS)
+    log2 = plgpu.load(stats, layout=registers.COLUMN_LAYOUT)
     if not may_be_large(block.spec):
         return Lse(log2, None)
-    marks = (grad_tiles.is_marked(plgpu.load(stats.at[pl.ds(i, 8)], layout=products.COLUMNS), products.COLUMNS)
+    layout = registers.COLUMN_LAYOUT
+    marks = (grad_tiles.is_marked(plgpu.load(stats.at[pl.ds(i, 8)], layout=layout), layout)
              for i in range(0, block.schedule.block_q, ROWS))
     return Lse(log2, functools.reduce(jnp.logical_or, marks))
 
@@ -42,7 +42,7 @@ def lse_of(block: Any, slot: Any) -> Lse:
 def start_of_dp(block: Any, slot: Any) -> Any:
     """-delta of a slot's queries, in every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
-    return grad_products.spread_columns(plgpu.load(stats, layout=products.COLUMNS))
+    return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
 
 
 def without_rounding(block: Any, step: Any, y: Any) -> Any:
@@ -53,10 +53,10 @@ def without_rounding(block: Any, step: Any, y: Any) -> Any:
     place = (block.batch, step.head, int(Statistics.ROUNDING))
 
     def part(column: int) -> Any:
-        rounding = products.load_row(block.gmem["stats"], place, first + column, 8)
+        rounding = registers.load_row(block.gmem["stats"], place, first + column, 8)
         return y[:, column:column + 8] + lax.broadcast_in_dim(rounding, (ROWS, 8), [1])
 
-    return products.beside([part(column) for column in range(0, block.schedule.block_q, 8)])
+    return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
 def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift:
         functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=0),
         functools.partial(without_rounding, block, step), schedule.apart)
     lse_log2 = lax.broadcast_in_dim(lse.log2, (ROWS, schedule.block_q), [1])
-    p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections, shift)
+    p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, corrections, shift)
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
+        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), registers.TILE)
     return p, slope

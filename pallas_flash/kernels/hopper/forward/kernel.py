@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
@@ -55,7 +55,6 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
-from pallas_flash.kernels.hopper.slow_rows import across
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -110,9 +109,9 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
+    s = wgmma.multiply_transposed(rows.queries, block.smem["k"].at[slot], block.spec.d)
     pass_turn(block, rows.warpgroup)
-    s = plgpu.layout_cast(products.ready(s, 0), products.TILE)
+    s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).first_masked:
@@ -132,10 +131,10 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
     acc = rescaled(state, acc)
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
-    acc = products.accumulate(acc, state.p, block.smem["v"].at[slot])
+    acc = wgmma.accumulate(acc, state.p, block.smem["v"].at[slot])
 
     def wait(acc: Any) -> Any:
-        acc = products.ready(acc, 0)
+        acc = wgmma.ready(acc, 0)
         plgpu.barrier_arrive(block.bars["v_free"].at[slot])
         return acc
 
@@ -160,11 +159,11 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     if not block.schedule.held_columns:
         plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
+    s = wgmma.multiply_transposed(rows.queries, block.smem["k"].at[slot], block.spec.d)
     acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
     maximum = next_maximum(block, tile, rows, kv_tile, state)
-    s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
+    s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).later_masked:
@@ -190,7 +189,7 @@ class Sums(NamedTuple):
 def sums_of(block: Block, state: Softmax) -> Sums:
     """The sums after the last tile."""
     m_i, start = state.maximum
-    rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, products.ROWS)
+    rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
@@ -199,8 +198,8 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
     m_i, rounding, l_i = sums
     head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
-        products.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
-    out = plgpu.layout_cast(acc, products.TILE) * across(softmax.rescale(l_i), acc.shape[1])
+        registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
+    out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(softmax.rescale(l_i), acc.shape[1])
     out = out.astype(block.spec.dtype)
     count = schedules.chunks(block.spec.d_v)
     at_once = block.schedule.out_chunks or count
@@ -208,7 +207,7 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
         last = min(chunk + at_once, count)
         source = block.smem["out"].at[rows.warpgroup] if block.schedule.out_chunks else rows.q()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        products.store_chunks(out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)], source)
+        registers.store_chunks(out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)], source)
         plgpu.commit_smem()
         for i in range(chunk, last):
             place = (tile.batch, tile.head, rows.first)
@@ -247,10 +246,10 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> 
         # m_i stays: it is one of the products that the backward makes again. Summed up another way, they err.
         lost = overflowed(block.spec, state.maximum)
         new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
-        return new, acc * across(new.l_i * softmax.rescale(l_i), acc.shape[1])
+        return new, acc * registers.spread(new.l_i * softmax.rescale(l_i), acc.shape[1])
 
-    sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, products.TILE))
-    return sums, plgpu.layout_cast(acc, products.ACC)
+    sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, registers.TILE))
+    return sums, plgpu.layout_cast(acc, registers.ACC)
 
 
 def end_row(block: Block) -> None:
@@ -267,10 +266,10 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
     if block.schedule.q_registers:
         width = CHUNK * schedules.chunks(block.spec.d)
-        rows = rows._replace(held=products.load_chunks(rows.q(), 0, width, block.spec.dtype))
+        rows = rows._replace(held=registers.load_chunks(rows.q(), 0, width, block.spec.dtype))
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
-    state, acc = first_step(block, tile, rows), products.zeros(block.spec.d_v)
+    state, acc = first_step(block, tile, rows), registers.zeros(block.spec.d_v)
     if block.schedule.held_columns:
         await_keys(block, tile, rows, rows.stop - 2)
 
@@ -317,7 +316,7 @@ def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, A
     says so.
     """
     shapes = {name: buffer.shape for name, buffer in schedules.forward_buffers(spec, schedule).items()}
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
+    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=registers.CHUNKED) for name, shape in shapes.items()}
     bars = {}
     for name in ("q", "k", "v"):
         slots, count = shapes[name][:2]

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums
+from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["again", "is_spoiled", "overflowed"]
@@ -45,9 +45,10 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
     suspect = jnp.where(too_large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
     if partial:
         hopeless = jnp.isnan(l_i) & jnp.logical_not(too_large)
-        sums = jnp.where(across(hopeless, spec.d_v), 0.0, plgpu.layout_cast(acc, products.TILE))
-        return barriers.any_nonfinite_in_warpgroup(jnp.where(across(too_large, spec.d_v), jnp.inf, sums), products.TILE)
-    return barriers.any_nonfinite_in_warpgroup(suspect, products.ROWS)
+        sums = jnp.where(registers.spread(hopeless, spec.d_v), 0.0, plgpu.layout_cast(acc, registers.TILE))
+        sums = jnp.where(registers.spread(too_large, spec.d_v), jnp.inf, sums)
+        return barriers.any_nonfinite_in_warpgroup(sums, registers.TILE)
+    return barriers.any_nonfinite_in_warpgroup(suspect, registers.ROW_LAYOUT)
 
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:
@@ -65,16 +66,16 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
 
     def add(position: Any, sums: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         m_i, l_i, acc = sums
-        keep = lambda columns: mask.keep(products.positions(columns, 0, rows.first), position)
+        keep = lambda columns: mask.keep(registers.positions(columns, 0, rows.first), position)
         s = scaled(spec, own.dot("q", "k", spec.d, position))
-        s = jnp.where(keep(8), across(s, 8), -jnp.inf).max(axis=1)
+        s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)
-        values = jnp.where(keep(spec.d_v), across(p, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
-        return m_new, l_i * alpha + p, acc * across(alpha, spec.d_v) + values
+        values = jnp.where(keep(spec.d_v), registers.spread(p, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
+        return m_new, l_i * alpha + p, acc * registers.spread(alpha, spec.d_v) + values
 
     block_kv = block.schedule.block_kv
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, spec.d_v), jnp.float32), products.TILE)
-    start = no_sums() + lowest(unit), no_sums(), zeros
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, spec.d_v), jnp.float32), registers.TILE)
+    start = registers.row_zeros() + lowest(unit), registers.row_zeros(), zeros
     return lax.fori_loop(barriers.scalar(first), barriers.scalar(stop), add, start)[1:]

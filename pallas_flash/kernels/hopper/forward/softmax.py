@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.tiles import Block
-from pallas_flash.kernels.hopper.slow_rows import across
 
 __all__ = [
     "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "masked", "maximum_at_times",
@@ -43,7 +42,7 @@ class Maximum(NamedTuple):
 
 def maximum_of(m_i: Any, unit: float) -> Maximum:
     """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
-    return Maximum(m_i, barriers.multiply(m_i, unit, products.ROWS))
+    return Maximum(m_i, barriers.multiply(m_i, unit, registers.ROW_LAYOUT))
 
 
 class Softmax(NamedTuple):
@@ -65,8 +64,8 @@ def lowest(unit: float) -> float:
 
 def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
     """s with -inf where the mask does not keep a pair."""
-    q_pos = products.positions(s.shape[1], 0, first_row)
-    kv_pos = products.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
+    q_pos = registers.positions(s.shape[1], 0, first_row)
+    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
     return jnp.where(schedules.forward_mask(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
 
 
@@ -78,8 +77,8 @@ def column_sums(p: Any) -> Any:
 def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
     first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
-    p = jnp.exp2(s * unit - across(first.start, s.shape[1]))
-    alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), products.ROWS)
+    p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
+    alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
     return Softmax(first, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
@@ -91,15 +90,15 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
     """
     (m_i, start), row_max = state.maximum, s.max(axis=1)
     within = row_max - m_i <= slack * (1 / unit)
-    grew = barriers.any_in_warp(jnp.logical_not(within), products.ROWS)  # so that NaN counts as growth
-    everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
+    grew = barriers.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
+    everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), registers.ROW_LAYOUT)
     new = maximum_of(jnp.maximum(m_i, row_max), unit)
     return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
 
 
 def is_heavy(state: Softmax) -> Any:
     """Whether a row of this warp has left its m_i far behind."""
-    return barriers.any_in_warp(state.l_i > HEAVY, products.TILE)
+    return barriers.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
 def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Maximum, Any]:
@@ -138,15 +137,15 @@ def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..
     """
     s, unit = scores
     new, grew = maximum(state, s, unit)
-    weights = lambda s: jnp.exp2(s * unit - across(new.start, s.shape[1]))
+    weights = lambda s: jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
     dtype, split = state.p.dtype, held_columns or s.shape[1]
     parts = [weights(s[:, :split])]
     acc = wait()
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))
     alpha = jnp.exp2(state.maximum.start - new.start)
-    l_i = state.l_i * across(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
-    return Softmax(new, l_i, products.beside([p.astype(dtype) for p in parts]), alpha, grew), acc
+    l_i = state.l_i * registers.spread(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
+    return Softmax(new, l_i, registers.concatenate([p.astype(dtype) for p in parts]), alpha, grew), acc
 
 
 def rescaled(state: Softmax, acc: Any) -> Any:
@@ -154,7 +153,7 @@ def rescaled(state: Softmax, acc: Any) -> Any:
     issued with the next product.
     """
     def multiply(acc: Any) -> Any:
-        tile = plgpu.layout_cast(acc, products.TILE)
-        return plgpu.layout_cast(tile * across(state.alpha, acc.shape[1]), products.ACC)
+        tile = plgpu.layout_cast(acc, registers.TILE)
+        return plgpu.layout_cast(tile * registers.spread(state.alpha, acc.shape[1]), registers.ACC)
 
     return lax.cond(state.grew, multiply, lambda acc: acc, acc)

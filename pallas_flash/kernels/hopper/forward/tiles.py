@@ -130,6 +130,11 @@ class Rows(NamedTuple):
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
+    @property
+    def queries(self) -> Any:
+        """The rows' queries, in registers or in shared memory."""
+        return self.q() if self.held is None else self.held
+
 
 def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
     """The rows of a warpgroup in a tile."""
