@@ -4,6 +4,7 @@ Tiles in shared memory are (chunks, rows, 64): columns in chunks of 64, a row of
 swizzles. Plain functions of `jax.numpy` do for the rest.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper.schedule import CHUNK
 
 __all__ = [
-    "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "chunk_bytes", "concatenate",
-    "load_chunk", "load_chunks", "load_linear", "load_row", "load_row_stats", "positions", "row_zeros", "spread",
-    "stack", "store_chunks", "store_linear", "store_row_stats", "store_zeros", "zeros",
+    "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "chunk_bytes", "column_sums",
+    "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row", "load_row_stats", "positions", "row_zeros",
+    "spread", "stack", "store_chunks", "store_linear", "store_row_stats", "store_zeros", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
@@ -57,6 +58,11 @@ def spread(x: Any, columns: int) -> Any:
 def stack(x: Any) -> Any:
     """(n,) -> (64, n), every row of which is x."""
     return lax.broadcast_in_dim(x, (64, x.shape[0]), [1])
+
+
+def column_sums(x: Any) -> Any:
+    """(64, n) -> (64, 8): sums of every eighth column, without crossing threads."""
+    return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
 
 
 def concatenate(parts: list[Any]) -> Any:

@@ -19,10 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
-from pallas_flash.kernels.hopper.scores import largest, may_be_large
+from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
@@ -108,12 +109,12 @@ def statistic(block: Block, first: Any, row: Statistics) -> Any:
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
 
 
-def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
-    """Whether a query of 64 is large: the same in a warp, so not a branch around products."""
+def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
+    """Whether a query of a warp's 16 is large, so not a branch around products; None if none ever is."""
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
+    return barriers.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
 def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
@@ -128,14 +129,12 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     first, partial = (rows.first, kv_tile * schedule.block_kv), None
     if schedules.dq_work(spec, schedule).partial:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
-    corrections = grad_tiles.Corrections(
-        partial, rows.large,
-        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1),
-        functools.partial(without_rounding, block, rows))
+    pairs = Pairs(schedules.kv_mask(spec, schedule), first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
-    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, corrections)
+    large = Large(rows.large, functools.partial(without_rounding, block, rows))
+    _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), registers.TILE)
+        barriers.pin(registers.column_sums(p), registers.TILE)
     return p
 
 
@@ -212,9 +211,8 @@ def again(block: Block, rows: Rows) -> Any:
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
     def add(first: int, position: Any, acc: Any) -> Any:
-        exact = functools.partial(without_rounding, block, rows)
-        corrections = grad_tiles.Corrections(None, rows.large, lambda y: y, exact)
-        _, p = grad_tiles.weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, corrections)
+        large = Large(rows.large, functools.partial(without_rounding, block, rows))
+        _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = mask.keep(registers.positions(columns, 0, rows.first), position)
@@ -235,7 +233,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     plgpu.set_max_registers(s.registers[0], action="increase")
     first = block.q_tile * s.block_q + warpgroup * ROWS
     lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
-    rows = Rows(warpgroup, first, lse_log2, delta, any_large(spec, lse_log2))
+    rows = Rows(warpgroup, first, lse_log2, delta, any_large_in_warp(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))

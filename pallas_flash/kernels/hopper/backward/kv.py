@@ -27,7 +27,8 @@ from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
+from pallas_flash.kernels.hopper.backward.statistics import LOADED
+from pallas_flash.kernels.hopper.backward.tiles import Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem

@@ -12,10 +12,10 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
+from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
-from pallas_flash.kernels.hopper.scores import largest, may_be_large, score_unit
+from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish", "launch_prepare"]
@@ -30,7 +30,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
     """
     nothing, known, unit = lse == -jnp.inf, jnp.abs(delta) < jnp.inf, score_unit(spec)
     lse = jnp.where(known, lse, jnp.nan)
-    lse_log2 = grad_tiles.with_mark(jnp.where(nothing, grad_tiles.IDLE, lse * softmax.LOG2E), any_large(spec, lse))
+    lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
     reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
     rounding = barriers.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
     return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
@@ -42,7 +42,7 @@ def any_large(spec: AttentionSpec, lse: Any) -> Any:
     if not may_be_large(spec):
         return jnp.bool_(False)
     size = jnp.abs(lse)
-    large = (size * softmax.LOG2E > largest(spec)) & (size < jnp.inf)
+    large = is_large(spec, size * softmax.LOG2E) & (size < jnp.inf)
     marks = jnp.where(large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
     return barriers.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
 

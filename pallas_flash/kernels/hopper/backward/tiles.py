@@ -1,44 +1,18 @@
-"""What the backward kernels share: the walk over tiles, tiles in global memory, weights from scores.
+"""What the backward kernels share: the walk over tiles, tiles in global memory."""
 
-The statistics of a query are three numbers (`Statistics`). P = exp2(scale log2(e) S - lse log2(e)), where product and
-difference are one instruction, rounded once; the accumulator of dP starts at -delta, so that dS = P * dP. Where one of
-64 queries is large (`scores`), lse log2(e) is rounded too much, and what it lost is added to the exponents of all 64:
-they are exact where S is what it was in the forward, to the bit. That one is, the last bit of all 64 numbers says.
-"""
-
-import enum
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import masks
 from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.schedule import CHUNK
-from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPILER", "IDLE", "LOADED", "Corrections", "Statistics", "Walk", "chunk_of", "drain", "is_marked",
-           "load_tile", "store_tile", "weights", "with_mark"]
+__all__ = ["COMPILER", "Walk", "chunk_of", "drain", "load_tile", "store_tile"]
 
-
-class Statistics(enum.IntEnum):
-    """What is known of each query, float32, by the row of the array (batch, q_heads, 3, padded length) that has it."""
-
-    LSE = 0  # lse log2(e), IDLE where a query attends to nothing; the last bit is 1 if one of 64 queries is large
-    DELTA = 1  # -delta
-    ROUNDING = 2  # how much more LSE is than it should be
-
-
-IDLE = 3e38
-"""Finite: its last bit must be free."""
-
-LOADED = (Statistics.LSE, Statistics.DELTA)
-"""What comes to shared memory with each tile; the third is read where it is needed, which is rare."""
 
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
                                 lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -112,68 +86,3 @@ def drain(free: Any, slots: int, steps: Any) -> None:
     if barriers.is_interpreted():
         for slot in range(slots):
             pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-
-
-def masked(s: Any, mask: masks.Mask, first: tuple[Any, Any], keys_dim: int) -> Any:
-    """s with -inf where the mask does not keep a pair.
-
-    Args:
-      s: scores whose product with a positive number is the exponent.
-      first: position of the first query and of the first key.
-      keys_dim: the axis of s that runs over keys.
-    """
-    q_pos = registers.positions(s.shape[1], 1 - keys_dim, first[0])
-    kv_pos = registers.positions(s.shape[1], keys_dim, first[1])
-    return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
-
-
-def with_mark(lse_log2: Any, large: Any) -> Any:
-    """lse log2(e) with its last bit set if `large`, a scalar, else cleared."""
-    bits = lax.bitcast_convert_type(lse_log2, jnp.int32)
-    return lax.bitcast_convert_type(jnp.where(large, bits | 1, bits & -2), jnp.float32)
-
-
-def is_marked(lse_log2: Any, layout: Any) -> Any:
-    """Whether one of 64 queries is large, from any of their numbers; the same in every thread of a warp."""
-    return barriers.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)
-
-
-class Corrections(NamedTuple):
-    """What few tiles need beside exp2 of their exponents: exact ones where queries are large, the mask.
-
-    One branch for all of it: nothing else may stand between products in flight.
-    """
-
-    partial: Any  # whether the tile needs the mask; None if no tile does
-    large: Any  # whether a query is large (`scores`); None if none ever is
-    mask: Callable[[Any], Any]  # of exponents: -inf where no pair attends
-    exact: Callable[[Any], Any]  # of exponents, where queries are large
-    apart: bool = False  # tiles that need something compute their exponentials, too, in the branch (`KvSchedule`)
-
-    def weights(self, s: Any, exponents: Callable[[Any], Any], power: Callable[[Any], Any]) -> Any:
-        """power(exponents(s)), corrected."""
-        flags = [flag for flag in (self.partial, self.large) if flag is not None]
-        if not flags:
-            return power(exponents(s))
-        needed = functools.reduce(jnp.logical_or, flags)
-        if not self.apart:
-            return power(lax.cond(needed, self._corrected, lambda y: y, exponents(s)))
-        return lax.cond(needed, lambda s: power(self._corrected(exponents(s))), lambda s: power(exponents(s)), s)
-
-    def _corrected(self, y: Any) -> Any:
-        if self.large is not None:
-            y = lax.cond(self.large, self.exact, lambda y: y, y)
-        return y if self.partial is None else self.mask(y)
-
-
-def weights(spec: AttentionSpec, x: Any, lse_log2: Any, corrections: Corrections,
-            shift: float = 0.0) -> tuple[Any, Any]:
-    """P, and P times the slope of the soft cap, from a tile of products of queries and keys; both times 2^shift.
-
-    Args:
-      x: in the layout TILE.
-      lse_log2: in the shape of x.
-    """
-    s, unit = scaled(spec, x), score_unit(spec)
-    p = corrections.weights(s, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
-    return p, p if spec.softcap is None else jnp.where(p == 0, 0.0, p * (1 - s * s))

@@ -46,7 +46,6 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     Softmax,
     first_softmax,
     is_heavy,
-    masked,
     maximum_at_times,
     maximum_within,
     next_softmax,
@@ -54,7 +53,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
-from pallas_flash.kernels.hopper.scores import scaled, score_unit
+from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -115,8 +114,15 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).first_masked:
-        s = masked(block, s, rows.first, kv_tile)
+        s = without_hidden(block, rows, kv_tile, s)
     return first_softmax(s, unit, block.spec.dtype)
+
+
+def without_hidden(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
+    """Scores of the rows and a key tile, -inf where the mask does not keep a pair."""
+    q_pos = registers.positions(s.shape[1], 0, rows.first)
+    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
+    return masked(s, schedules.forward_mask(block.spec, block.schedule), q_pos, kv_pos)
 
 
 def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
@@ -168,7 +174,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
-        s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
+        s = lax.cond(partial, functools.partial(without_hidden, block, rows, kv_tile), lambda s: s, s)
 
     def wait() -> Any:
         if block.schedule.held_columns:

@@ -39,16 +39,17 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
     partial = seen.first_masked or seen.later_masked or maxima > 0
     if not (partial or may_be_large(spec)):
         return None
-    too_large = overflowed(spec, maximum) if may_be_large(spec) else l_i < 0
+    nowhere = l_i < 0
+    too_large = overflowed(spec, maximum) if may_be_large(spec) else nowhere
     if maxima:
         too_large = too_large | given_up(maximum.m_i, l_i)
-    suspect = jnp.where(too_large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
-    if partial:
-        hopeless = jnp.isnan(l_i) & jnp.logical_not(too_large)
-        sums = jnp.where(registers.spread(hopeless, spec.d_v), 0.0, plgpu.layout_cast(acc, registers.TILE))
-        sums = jnp.where(registers.spread(too_large, spec.d_v), jnp.inf, sums)
-        return barriers.any_nonfinite_in_warpgroup(sums, registers.TILE)
-    return barriers.any_nonfinite_in_warpgroup(suspect, registers.ROW_LAYOUT)
+    if not partial:
+        marks = jnp.where(too_large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
+        return barriers.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
+    is_nan = jnp.isnan(l_i) & jnp.logical_not(too_large)
+    sums = jnp.where(registers.spread(is_nan, spec.d_v), 0.0, plgpu.layout_cast(acc, registers.TILE))
+    sums = jnp.where(registers.spread(too_large, spec.d_v), jnp.inf, sums)
+    return barriers.any_nonfinite_in_warpgroup(sums, registers.TILE)
 
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:

@@ -17,11 +17,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import barriers, registers
-from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward.tiles import Block
 
 __all__ = [
-    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "masked", "maximum_at_times",
+    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
     "maximum_within", "next_softmax", "rescaled",
 ]
 
@@ -62,24 +60,12 @@ def lowest(unit: float) -> float:
     return -3e38 / max(unit, 1.0)
 
 
-def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
-    """s with -inf where the mask does not keep a pair."""
-    q_pos = registers.positions(s.shape[1], 0, first_row)
-    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return jnp.where(schedules.forward_mask(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
-
-
-def column_sums(p: Any) -> Any:
-    """(64, n) -> (64, 8): sums of every eighth column, without crossing threads."""
-    return functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, p.shape[1], 8)])
-
-
 def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
     first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
     p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
     alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
-    return Softmax(first, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
+    return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
 def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Maximum, Any]:
@@ -144,7 +130,7 @@ def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))
     alpha = jnp.exp2(state.maximum.start - new.start)
-    l_i = state.l_i * registers.spread(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
+    l_i = state.l_i * registers.spread(alpha, 8) + functools.reduce(jnp.add, map(registers.column_sums, parts))
     return Softmax(new, l_i, registers.concatenate([p.astype(dtype) for p in parts]), alpha, grew), acc
 
 
