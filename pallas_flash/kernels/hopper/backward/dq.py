@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
@@ -39,6 +40,7 @@ class Block(NamedTuple):
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq
     smem: dict[str, Any]  # schedules.dq_buffers
     bars: dict[str, Any]
+    mask: masks.Mask
     batch: Any
     head: Any
     q_tile: Any
@@ -129,7 +131,7 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     first, partial = (rows.first, kv_tile * schedule.block_kv), None
     if schedules.dq_work(spec, schedule).partial:
         partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
-    pairs = Pairs(schedules.kv_mask(spec, schedule), first, 1, partial)
+    pairs = Pairs(block.mask, first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
     _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
@@ -206,7 +208,7 @@ def again(block: Block, rows: Rows) -> Any:
 
     Some columns after the others: with all of them at once something would be spilled, also for the loop above.
     """
-    spec, mask, block_kv = block.spec, schedules.kv_mask(block.spec, block.schedule), block.schedule.block_kv
+    spec, block_kv = block.spec, block.schedule.block_kv
     own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
@@ -215,7 +217,7 @@ def again(block: Block, rows: Rows) -> Any:
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
-        keep = mask.keep(registers.positions(columns, 0, rows.first), position)
+        keep = block.mask.keep(registers.positions(columns, 0, rows.first), position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Any:
@@ -264,7 +266,8 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
         head, q_tile = work.place(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         kv_tiles = schedules.kv_range(spec, schedule, q_tile)
-        block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
+        mask = schedules.kv_mask(spec, schedule)
+        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, kv_tiles)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
@@ -45,6 +46,7 @@ class Block(NamedTuple):
     gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
     smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
     bars: dict[str, Any]
+    mask: masks.Mask
     batch: Any
     kv_head: Any
     kv_tile: Any
@@ -405,7 +407,8 @@ def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> B
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     q_tiles = schedules.q_range(spec, s, kv_tile)
     gmem, smem, bars = refs
-    return Block(spec, s, gmem, smem, bars, batch, kv_head, kv_tile, Walk(kv_head * spec.group, spec.group, *q_tiles))
+    walk = Walk(kv_head * spec.group, spec.group, *q_tiles)
+    return Block(spec, s, gmem, smem, bars, schedules.kv_mask(spec, s), batch, kv_head, kv_tile, walk)
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:

@@ -130,7 +130,7 @@ def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift:
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
     partial = block.walk.partial(step.tile) if schedules.kv_work(spec, schedule).partial else None
-    pairs = Pairs(schedules.kv_mask(spec, schedule), first, 0, partial)
+    pairs = Pairs(block.mask, first, 0, partial)
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)

@@ -114,15 +114,15 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).first_masked:
-        s = without_hidden(block, rows, kv_tile, s)
+        s = without_hidden(block, tile, rows, kv_tile, s)
     return first_softmax(s, unit, block.spec.dtype)
 
 
-def without_hidden(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
+def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Any, s: Any) -> Any:
     """Scores of the rows and a key tile, -inf where the mask does not keep a pair."""
     q_pos = registers.positions(s.shape[1], 0, rows.first)
     kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return masked(s, schedules.forward_mask(block.spec, block.schedule), q_pos, kv_pos)
+    return masked(s, tile.mask, q_pos, kv_pos)
 
 
 def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
@@ -174,7 +174,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if schedules.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
-        s = lax.cond(partial, functools.partial(without_hidden, block, rows, kv_tile), lambda s: s, s)
+        s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)
 
     def wait() -> Any:
         if block.schedule.held_columns:

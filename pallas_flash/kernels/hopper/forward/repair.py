@@ -61,13 +61,12 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     """The online softmax over the keys that each row attends to, one by one: l_i, (64,), and the sum of weighted
     values, (64, d_v).
     """
-    spec, mask = block.spec, schedules.forward_mask(block.spec, block.schedule)
-    unit = score_unit(spec)
+    spec, unit = block.spec, score_unit(block.spec)
     own = RowsAtRest(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 
     def add(position: Any, sums: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         m_i, l_i, acc = sums
-        keep = lambda columns: mask.keep(registers.positions(columns, 0, rows.first), position)
+        keep = lambda columns: tile.mask.keep(registers.positions(columns, 0, rows.first), position)
         s = scaled(spec, own.dot("q", "k", spec.d, position))
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_flash import masks
 from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
@@ -36,6 +37,10 @@ class Block(NamedTuple):
         """The slot of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1
 
+    def mask_of(self, batch: Any, head: Any) -> masks.Mask:
+        """The mask of a batch entry and a query head; the same for all of them as long as no mask holds arrays."""
+        return schedules.forward_mask(self.spec, self.schedule)
+
 
 class Tile(NamedTuple):
     """A query tile at work."""
@@ -49,6 +54,7 @@ class Tile(NamedTuple):
     step: Any  # how many steps of the rings came before it
     place: Any  # in this block's row of the table
     again: Any  # 1 if it was given up before, else 0
+    mask: masks.Mask
 
     def slot(self, kv_tile: Any, num_stages: int) -> Any:
         """The slot of the rings that holds a key tile."""
@@ -70,7 +76,7 @@ def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[
         head, index = div(number, q_tiles), rem(number, q_tiles)
         lo, hi = schedules.kv_range(block.spec, block.schedule, index)
         batch, head = div(head, block.spec.q_heads), rem(head, block.spec.q_heads)
-        work(Tile(batch, head, index, lo, hi, turn, step, place, again))
+        work(Tile(batch, head, index, lo, hi, turn, step, place, again, block.mask_of(batch, head)))
         at = following, place + 1, again
         if block.schedule.maxima:
             at = lax.cond((following < 0) | (again != 0), functools.partial(given_up_from, block, gather),
