@@ -16,39 +16,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
 from pallas_flash.spec import AttentionSpec
-from pallas_flash.tiles import TileRange
 
 __all__ = ["launch"]
-
-
-class Block(NamedTuple):
-    """What the roles of one block share."""
-
-    spec: AttentionSpec
-    schedule: DqSchedule
-    gmem: dict[str, Any]  # q, k, v, dout, stats, dq
-    smem: dict[str, Any]  # schedules.dq_buffers
-    bars: dict[str, Any]
-    mask: masks.Mask
-    batch: Any
-    head: Any
-    q_tile: Any
-    kv_tiles: TileRange
-
-    @property
-    def steps(self) -> Any:
-        return self.kv_tiles.stop - self.kv_tiles.start
 
 
 class Rows(NamedTuple):
@@ -60,17 +40,17 @@ class Rows(NamedTuple):
     delta: Any  # (64,): -delta
     large: Any  # whether some are large (`scores`); None if none ever is
 
-    def own(self, block: Block, name: str) -> Any:
+    def own(self, block: Block[DqSchedule], name: str) -> Any:
         """The warpgroup's queries or douts, (chunks, 64, 64)."""
         return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
-def load_ring(block: Block, name: str, slots: int) -> None:
+def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
     """Loads the key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
     spec = block.spec
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
 
-    @pl.loop(0, block.steps)
+    @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
         slot = rem(i, slots)
 
@@ -78,13 +58,13 @@ def load_ring(block: Block, name: str, slots: int) -> None:
         def _() -> None:
             plgpu.barrier_wait(free.at[slot])
 
-        place = (block.batch, div(block.head, spec.group), (block.kv_tiles.stop - 1 - i) * block.schedule.block_kv)
+        place = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
         grad_tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
 
-    grad_tiles.drain(free, slots, block.steps)
+    grad_tiles.drain(free, slots, block.walk.steps)
 
 
-def load_role(block: Block) -> None:
+def load_role(block: Block[DqSchedule]) -> None:
     """The loading warpgroup: one warp for the queries, douts and keys, one for the values."""
     s = block.schedule
     plgpu.set_max_registers(s.registers[1], action="decrease")
@@ -94,7 +74,7 @@ def load_role(block: Block) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             for i in range(s.warpgroups):
-                place = (block.batch, block.head, block.q_tile * s.block_q + i * ROWS)
+                place = (block.batch, block.head, block.tile * s.block_q + i * ROWS)
                 full = block.bars["q_full"].at[i]
                 for name in ("q", "dout"):
                     grad_tiles.load_tile(block.spec, block.gmem[name], place, block.smem[name].at[i], full)
@@ -105,7 +85,7 @@ def load_role(block: Block) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: Block, first: Any, row: Statistics) -> Any:
+def statistic(block: Block[DqSchedule], first: Any, row: Statistics) -> Any:
     """A row of the statistics of the 64 queries from `first` on: (64,)."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
@@ -119,18 +99,16 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
     return barriers.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
-def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
+def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
     """Exponents, (64, columns) or (64,), exact."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
-def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
+def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> Any:
     """What dP is multiplied with."""
-    spec, schedule, tiles = block.spec, block.schedule, block.kv_tiles
-    first, partial = (rows.first, kv_tile * schedule.block_kv), None
-    if schedules.dq_work(spec, schedule).partial:
-        partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
+    spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
+    partial = block.walk.partial(kv_tile) if schedules.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
@@ -140,15 +118,15 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     return p
 
 
-def free_keys(block: Block, i: Any) -> None:
+def free_keys(block: Block[DqSchedule], i: Any) -> None:
     plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
 
 
-def keys_of(block: Block, i: Any) -> Any:
+def keys_of(block: Block[DqSchedule], i: Any) -> Any:
     return block.smem["k"].at[rem(i, block.schedule.k_stages)]
 
 
-def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
+def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
     """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
@@ -159,7 +137,7 @@ def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any,
         dq = wgmma.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
     dp = wgmma.multiply_transposed(rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v, from_delta)
-    p = tile_weights(block, rows, block.kv_tiles.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
+    p = tile_weights(block, rows, block.walk.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
     ds = p * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     plgpu.barrier_arrive(bars["v_free"].at[v_slot])
     if last is not None:
@@ -167,7 +145,7 @@ def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any,
     return ds.astype(spec.dtype), dq
 
 
-def gradient_in_turn(block: Block, rows: Rows) -> Any:
+def gradient_in_turn(block: Block[DqSchedule], rows: Rows) -> Any:
     """dq of a warpgroup's rows."""
     def step(i: Any, dq: Any) -> Any:
         ds, dq = one_step(block, rows, i, None, dq)
@@ -175,23 +153,24 @@ def gradient_in_turn(block: Block, rows: Rows) -> Any:
         free_keys(block, i)
         return dq
 
-    return lax.fori_loop(0, block.steps, step, registers.zeros(block.spec.d))
+    return lax.fori_loop(0, block.walk.steps, step, registers.zeros(block.spec.d))
 
 
-def gradient_behind(block: Block, rows: Rows) -> Any:
+def gradient_behind(block: Block[DqSchedule], rows: Rows) -> Any:
     """The same, each tile's dq multiplied during the next tile's softmax."""
     def run() -> Any:
         ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
-        ds, dq = lax.fori_loop(1, block.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
-        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, block.steps - 1)), 0)
-        free_keys(block, block.steps - 1)
+        ds, dq = lax.fori_loop(1, block.walk.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
+        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, block.walk.steps - 1)), 0)
+        free_keys(block, block.walk.steps - 1)
         return dq
 
-    nothing = lambda: registers.zeros(block.spec.d)
-    return lax.cond(block.steps > 0, run, nothing) if schedules.dq_work(block.spec, block.schedule).empty else run()
+    if not schedules.dq_work(block.spec, block.schedule).empty:
+        return run()
+    return lax.cond(block.walk.steps > 0, run, lambda: registers.zeros(block.spec.d))
 
 
-def repaired(block: Block, rows: Rows, dq: Any) -> Any:
+def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
     """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN).
 
     Rows that start from NaN, because they attend to what is not finite, stay NaN: nothing is repaired for them.
@@ -203,7 +182,7 @@ def repaired(block: Block, rows: Rows, dq: Any) -> Any:
     return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
 
 
-def again(block: Block, rows: Rows) -> Any:
+def again(block: Block[DqSchedule], rows: Rows) -> Any:
     """The sum of dS k over the keys that each row attends to, (64, d), a key at a time and without tensor cores.
 
     Some columns after the others: with all of them at once something would be spilled, also for the loop above.
@@ -222,18 +201,18 @@ def again(block: Block, rows: Rows) -> Any:
 
     def columns_from(first: int) -> Any:
         zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
-        kv_pos = (barriers.scalar(block.kv_tiles.start * block_kv),
-                  barriers.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
+        kv_pos = (barriers.scalar(block.walk.start * block_kv),
+                  barriers.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
         return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
     return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
 
 
-def compute_role(block: Block, warpgroup: Any) -> None:
+def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
     """A compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
-    first = block.q_tile * s.block_q + warpgroup * ROWS
+    first = block.tile * s.block_q + warpgroup * ROWS
     lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
     rows = Rows(warpgroup, first, lse_log2, delta, any_large_in_warp(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
@@ -265,9 +244,8 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
         head, q_tile = work.place(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        kv_tiles = schedules.kv_range(spec, schedule, q_tile)
-        mask = schedules.kv_mask(spec, schedule)
-        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, kv_tiles)
+        mask, walk = schedules.kv_mask(spec, schedule), Walk(q_head, 1, *schedules.kv_range(spec, schedule, q_tile))
+        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, walk)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)

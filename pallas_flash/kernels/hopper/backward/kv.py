@@ -22,83 +22,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.backward.statistics import LOADED
-from pallas_flash.kernels.hopper.backward.tiles import Walk
+from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock, Step, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
-from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
+from pallas_flash.kernels.hopper.backward_schedule import KvSchedule, SplitSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
 
 
-class Block(NamedTuple):
-    """What the roles of one block share."""
-
-    spec: AttentionSpec
-    schedule: Any  # KvSchedule, or the SplitSchedule of `kv_split`
-    gmem: dict[str, Any]  # q, k, v, dout, stats, dq, turns, dk, dv
-    smem: dict[str, Any]  # schedules.kv_buffers, stats, dq
-    bars: dict[str, Any]
-    mask: masks.Mask
-    batch: Any
-    kv_head: Any
-    kv_tile: Any
-    walk: Walk
-
-
-class Step(NamedTuple):
-    """One query tile, for one query head."""
-
-    index: Any  # how many steps came before it
-    head: Any
-    tile: Any
-
-    def slot(self, slots: int) -> Any:
-        return rem(self.index, slots)
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-def load(block: Block) -> None:
-    """Keys and values once; then queries with their statistics, and douts, as slots become free."""
-    spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
-    keys = (block.batch, block.kv_head, block.kv_tile * s.block_kv)
-    grad_tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
-    grad_tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
-
-    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
-        head, tile = at
-        slot, place = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
-
-        def load_next(name: str, stats: bool) -> None:
-            full, free = bars[f"{name}_full"].at[slot], bars[f"{name}_free"].at[slot]
-
-            @pl.when(i >= s.num_stages)
-            def _() -> None:
-                plgpu.barrier_wait(free)
-
-            grad_tiles.load_tile(spec, gmem[name], place, smem[name].at[slot], full)
-            if stats:
-                source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
-                plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)
-
-        load_next("q", True)
-        load_next("dout", False)
-        return block.walk.next(head, tile)
-
-    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
-    for name in ("q_free", "dout_free"):
-        grad_tiles.drain(bars[name], s.num_stages, block.walk.steps)
-
-
-def load_role(block: Block) -> None:
+def load_role(block: Block[KvSchedule]) -> None:
     """The loading warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
@@ -115,50 +54,50 @@ def load_role(block: Block) -> None:
 
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
 
-def own_rows(block: Block, name: str, warpgroup: Any) -> Any:
+def own_rows(block: Block[KvSchedule], name: str, warpgroup: Any) -> Any:
     """A compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
     index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
     return block.smem[name].at[:, pl.ds(index * ROWS, ROWS)]
 
 
-def issue_scores(block: Block, warpgroup: Any, slot: Any) -> Any:
+def issue_scores(block: Block[KvSchedule], warpgroup: Any, slot: Any) -> Any:
     """K Q^T of a slot, in flight."""
     return wgmma.multiply_transposed(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
 
 
-def issue_dp(block: Block, warpgroup: Any, slot: Any, start: Any) -> Any:
+def issue_dp(block: Block[KvSchedule], warpgroup: Any, slot: Any, start: Any) -> Any:
     """dP^T - delta of a slot, in flight."""
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     values, douts = own_rows(block, "v", warpgroup), block.smem["dout"].at[slot]
     return wgmma.multiply_transposed(values, douts, block.spec.d_v, start)
 
 
-def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
+def ds_rows(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
     """Where a warpgroup's 64 rows of dS^T go: (chunks of queries, 64, 64)."""
-    return block.smem["ds"].at[step.slot(block.schedule.ds_slots), :, pl.ds(warpgroup * ROWS, ROWS)]
+    return block.smem["ds"].at[rem(index, block.schedule.ds_slots), :, pl.ds(warpgroup * ROWS, ROWS)]
 
 
-def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
+def issue_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
     """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
     row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
-    ds = block.smem["ds"].at[step.slot(block.schedule.ds_slots), row]
+    ds = block.smem["ds"].at[rem(index, block.schedule.ds_slots), row]
     return wgmma.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
 
-def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
+def hand_ds_over(block: Block[KvSchedule], warpgroup: Any, index: Any, ds: Any) -> None:
     """dS^T to the warpgroup that multiplies it with the keys."""
     slots = block.schedule.ds_slots
 
-    @pl.when(step.index >= slots)
+    @pl.when(index >= slots)
     def _() -> None:
-        plgpu.barrier_wait(block.bars["ds_free"].at[step.slot(slots)])
+        plgpu.barrier_wait(block.bars["ds_free"].at[rem(index, slots)])
 
-    registers.store_chunks(ds, ds_rows(block, warpgroup, step))
+    registers.store_chunks(ds, ds_rows(block, warpgroup, index))
     wgmma.fence()
-    plgpu.barrier_arrive(block.bars["ds_full"].at[step.slot(slots)])
+    plgpu.barrier_arrive(block.bars["ds_full"].at[rem(index, slots)])
 
 
-def meet(block: Block) -> None:
+def meet(block: KeyBlock) -> None:
     """Waits until every compute warpgroup, and that of dq, has come here."""
     if barriers.is_interpreted():
         plgpu.barrier_arrive(block.bars["met"])
@@ -168,7 +107,7 @@ def meet(block: Block) -> None:
     barriers.named_sync(barriers.first_free(roles + 1), roles * barriers.WARPGROUP)
 
 
-def meeting_roles(s: Any) -> int:
+def meeting_roles(s: KvSchedule | SplitSchedule) -> int:
     """The warpgroups that meet: all but the loading one."""
     return s.warpgroups + len(s.registers) - 2
 
@@ -180,7 +119,7 @@ class Weights(NamedTuple):
     ds: Any
 
 
-def weights_in_turn(block: Block, warpgroup: Any, step: Step) -> Weights:
+def weights_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step) -> Weights:
     """The weights of a step's tile; nothing is left in flight."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
@@ -192,12 +131,12 @@ def weights_in_turn(block: Block, warpgroup: Any, step: Step) -> Weights:
     return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
-def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
+def step_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
     """One step that leaves nothing in flight."""
     slot, bars = step.slot(block.schedule.num_stages), block.bars
     w = weights_in_turn(block, warpgroup, step)
     if block.schedule.dq == "own":
-        hand_ds_over(block, warpgroup, step, w.ds)
+        hand_ds_over(block, warpgroup, step.index, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     dk = wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot])
     dv = wgmma.ready(dv, 1)
@@ -207,7 +146,7 @@ def step_in_turn(block: Block, warpgroup: Any, step: Step, dk: Any, dv: Any) -> 
     return dk, dv
 
 
-def gradients_in_turn(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+def gradients_in_turn(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
     """dk and dv of a compute warpgroup."""
     def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         at, dk, dv = carry
@@ -218,22 +157,23 @@ def gradients_in_turn(block: Block, warpgroup: Any) -> tuple[Any, Any]:
     return lax.fori_loop(0, block.walk.steps, step, start)[1:]
 
 
-def issue_late_dq(block: Block, warpgroup: Any, step: Step) -> Any:
+def issue_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
     """The warpgroup's piece of dq of an earlier step, in flight."""
-    plgpu.barrier_wait(block.bars["ds_full"].at[step.slot(block.schedule.ds_slots)])
-    return issue_dq(block, warpgroup, step)
+    plgpu.barrier_wait(block.bars["ds_full"].at[rem(index, block.schedule.ds_slots)])
+    return issue_dq(block, warpgroup, index)
 
 
-def finish_late_dq(block: Block, warpgroup: Any, step: Step, dq: Any) -> None:
-    plgpu.barrier_arrive(block.bars["ds_free"].at[step.slot(block.schedule.ds_slots)])
-    hand_dq_over(block, step.index, warpgroup, dq)
+def finish_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any, dq: Any) -> None:
+    plgpu.barrier_arrive(block.bars["ds_free"].at[rem(index, block.schedule.ds_slots)])
+    hand_dq_over(block, index, warpgroup, dq)
 
 
-def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: Any, dv: Any) -> tuple[Any, Any]:
+def step_with_late_dq(block: Block[KvSchedule], warpgroup: Any, step: Step, late: bool, dk: Any,
+                      dv: Any) -> tuple[Any, Any]:
     """One step, and dq of the step before (`late`), whose dS the other warpgroups wrote long ago: nobody waits."""
-    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), Step(step.index - 1, None, None)
+    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), step.index - 1
     w = weights_in_turn(block, warpgroup, step)
-    hand_ds_over(block, warpgroup, step, w.ds)
+    hand_ds_over(block, warpgroup, step.index, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     if late:
         dq = issue_late_dq(block, warpgroup, before)
@@ -247,7 +187,7 @@ def step_with_late_dq(block: Block, warpgroup: Any, step: Step, late: bool, dk: 
     return dk, dv
 
 
-def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
     """dk and dv of a compute warpgroup; dq of each tile is multiplied one step later."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
@@ -260,14 +200,14 @@ def gradients_with_late_dq(block: Block, warpgroup: Any) -> tuple[Any, Any]:
             return walk.next(*at), step_with_late_dq(block, warpgroup, Step(i, *at), True, *sums)
 
         _, sums = lax.fori_loop(1, walk.steps, step, (walk.next(*first), sums))
-        last = Step(walk.steps - 1, None, None)
+        last = walk.steps - 1
         finish_late_dq(block, warpgroup, last, wgmma.ready(issue_late_dq(block, warpgroup, last), 0))
         return sums
 
     return _where_work(block, run)
 
 
-def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+def _where_work(block: Block[KvSchedule], run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """What `run` returns, or zeros for key tiles that no query needs, if there are such."""
     spec = block.spec
     nothing = lambda: (registers.zeros(spec.d), registers.zeros(spec.d_v))
@@ -275,18 +215,18 @@ def _where_work(block: Block, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, 
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
 
 
-def multiply_weights(block: Block, w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+def multiply_weights(block: Block[KvSchedule], w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
     """Issues dk + dS^T Q and dv + P^T dO of a slot."""
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     return wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot]), dv
 
 
-def free_slot(block: Block, slot: Any) -> None:
+def free_slot(block: Block[KvSchedule], slot: Any) -> None:
     plgpu.barrier_arrive(block.bars["dout_free"].at[slot])
     plgpu.barrier_arrive(block.bars["q_free"].at[slot])
 
 
-def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
+def step_behind(block: Block[KvSchedule], warpgroup: Any, step: Step, last: Weights | None,
                 sums: tuple[Any, Any]) -> tuple[Weights, tuple[Any, Any]]:
     """One step: the weights of its tile, while dk and dv of the tile before are multiplied.
 
@@ -306,11 +246,11 @@ def step_behind(block: Block, warpgroup: Any, step: Step, last: Weights | None,
         free_slot(block, before)
     w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
     if block.schedule.dq == "own":
-        hand_ds_over(block, warpgroup, step, w.ds)
+        hand_ds_over(block, warpgroup, step.index, w.ds)
     return w, sums
 
 
-def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
+def gradients_behind(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
     """dk and dv of a compute warpgroup, each tile's multiplied during the next tile's softmax."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
@@ -332,7 +272,7 @@ def gradients_behind(block: Block, warpgroup: Any) -> tuple[Any, Any]:
     return _where_work(block, run)
 
 
-def compute_role(block: Block, warpgroup: Any) -> None:
+def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
     """A compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
@@ -344,7 +284,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     if s.dq != "none":
         grad_tiles.drain(block.bars["ds_free"], s.ds_slots, block.walk.steps)
         meet(block)  # the others' last dq has been multiplied: keys may be written over
-    place = (block.batch, block.kv_head, block.kv_tile * s.block_kv + warpgroup * ROWS)
+    place = (block.batch, block.head, block.tile * s.block_kv + warpgroup * ROWS)
     rows = pl.ds(warpgroup * ROWS, ROWS)
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.dq != "none":
@@ -354,7 +294,7 @@ def compute_role(block: Block, warpgroup: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def dq_role(block: Block) -> None:
+def dq_role(block: Block[KvSchedule]) -> None:
     """The warpgroup that makes dq of every step from the others' dS."""
     spec, s, bars = block.spec, block.schedule, block.bars
     plgpu.set_max_registers(s.registers[1], action="decrease")
@@ -401,8 +341,8 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
     return smem, bars
 
 
-def block_of(spec: AttentionSpec, s: Any, refs: tuple[dict[str, Any], ...]) -> Block:
-    """This block's key tile."""
+def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tuple[dict[str, Any], ...]) -> Block[S]:
+    """A block of a grid that keeps keys."""
     head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     q_tiles = schedules.q_range(spec, s, kv_tile)

@@ -24,8 +24,9 @@ from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
-from pallas_flash.kernels.hopper.backward.kv import Block, Step
+from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
+from pallas_flash.kernels.hopper.backward.tiles import Block, Step
 from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
 from pallas_flash.kernels.hopper.schedule import ROWS, chunks
 from pallas_flash.spec import AttentionSpec
@@ -36,17 +37,26 @@ SHIFT = 15
 """P is kept times 2^15: at most 2^15, so float16 holds it, and down to 2^-29 with all its bits."""
 
 
-def whole(block: Block, name: str) -> Any:
+def load_role(block: Block[SplitSchedule]) -> None:
+    """The loading warpgroup."""
+    plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        pl.when(warp == 0)(functools.partial(load, block))
+
+
+def whole(block: Block[SplitSchedule], name: str) -> Any:
     """The block's keys or values, (chunks, 64, 64), indexed so that their descriptors are made where they are used."""
     return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
 
 
-def scores(block: Block, slot: Any) -> Any:
+def scores(block: Block[SplitSchedule], slot: Any) -> Any:
     """Issues K Q^T of a slot, whose query must have come."""
     return wgmma.multiply_transposed(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
-def hand_p_over(block: Block, step: Step, p: Any) -> None:
+def hand_p_over(block: Block[SplitSchedule], step: Step, p: Any) -> None:
     slot = step.slot(block.schedule.p_slots)
 
     @pl.when(step.index >= block.schedule.p_slots)
@@ -57,19 +67,19 @@ def hand_p_over(block: Block, step: Step, p: Any) -> None:
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
-def free(block: Block, name: str, slot: Any) -> None:
+def free(block: Block[SplitSchedule], name: str, slot: Any) -> None:
     """Frees the query or the dout of a slot, as far as this warpgroup is concerned."""
     plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
-def weights_of(block: Block, step: Step, lse: weights.Lse, s: Any) -> Any:
+def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Any) -> Any:
     """P^T of a tile's scores in the input's type, and handed over."""
     p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
     return p.astype(block.spec.dtype)
 
 
-def take_ds(block: Block, step: Step, dp: Any) -> Any:
+def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
     """dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; its dout is freed."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
@@ -82,7 +92,7 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
     return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
 
 
-def dv_step(block: Block, step: Step, dv: Any) -> Any:
+def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
     """S^T, P^T and dv of a tile."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
@@ -96,7 +106,7 @@ def dv_step(block: Block, step: Step, dv: Any) -> Any:
     return dv
 
 
-def dk_step(block: Block, step: Step, dk: Any) -> Any:
+def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
     """dP^T, dS^T and dk of a tile."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
@@ -109,7 +119,7 @@ def dk_step(block: Block, step: Step, dk: Any) -> Any:
     return dk
 
 
-def gradient(block: Block, warpgroup: int) -> Any:
+def gradient(block: Block[SplitSchedule], warpgroup: int) -> Any:
     """dv (warpgroup 0) or dk (1), in the layout TILE: a sum over the walk's steps."""
     columns = (block.spec.d_v, block.spec.d)[warpgroup]
     one_step: Any = (dv_step, dk_step)[warpgroup]
@@ -122,7 +132,7 @@ def gradient(block: Block, warpgroup: int) -> Any:
     return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], registers.TILE)
 
 
-def compute_role(block: Block, warpgroup: int) -> None:
+def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
     """The warpgroup of dv (0) or of dk (1)."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
@@ -135,7 +145,7 @@ def compute_role(block: Block, warpgroup: int) -> None:
     if warpgroup == 0:
         grad_tiles.drain(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over
-    name, place = "vk"[warpgroup], (block.batch, block.kv_head, block.kv_tile * s.block_kv)
+    name, place = "vk"[warpgroup], (block.batch, block.head, block.tile * s.block_kv)
     grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], place)
     plgpu.wait_smem_to_gmem(0)
 
@@ -169,7 +179,7 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
         warpgroup = lax.axis_index("warpgroup")
         for i in range(2):
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
-        pl.when(warpgroup == 2)(functools.partial(kv.load_role, block))
+        pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(

@@ -17,13 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, over_chunks
 
 __all__ = ["unknown", "without_bad_rows"]
 
 
-def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
+def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
     """Zeros for rows that are not finite among the warpgroup's 64 keys ("k" in names) and values ("v"); whether there
     were such, or None where no tile needs the mask. A barrier of the warpgroup.
     """
@@ -61,12 +62,12 @@ def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
         registers.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
-def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+def unknown(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
     """dk and dv, in the layout TILE, with NaN for the keys that are not finite and that some query attends to."""
     if spoiled is None:
         return dk, dv
-    spec, first = block.spec, block.kv_tile * block.schedule.block_kv + warpgroup * ROWS
-    keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
+    spec, first = block.spec, block.tile * block.schedule.block_kv + warpgroup * ROWS
+    keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)

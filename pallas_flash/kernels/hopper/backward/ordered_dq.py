@@ -27,21 +27,23 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
+from pallas_flash.kernels.hopper.backward.tiles import Block
+from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.schedule import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
 
 
-def hand_dq_over(block: Any, step: Any, piece: Any, dq: Any) -> None:
-    """Writes a 64 x 64 piece of the dq of the step with that number to its slot."""
-    index = rem(step, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
-    plgpu.barrier_wait(block.bars["dq_free"].at[index])
-    registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[index])
+def hand_dq_over(block: Block[KvSchedule], index: Any, piece: Any, dq: Any) -> None:
+    """Writes a 64 x 64 piece of dq of the step with that index to its slot."""
+    place = rem(index, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
+    plgpu.barrier_wait(block.bars["dq_free"].at[place])
+    registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[place])
     wgmma.fence()
-    plgpu.barrier_arrive(block.bars["dq_full"].at[index])
+    plgpu.barrier_arrive(block.bars["dq_full"].at[place])
 
 
-def add_dq(block: Any, slot: int) -> None:
+def add_dq(block: Block[KvSchedule], slot: int) -> None:
     """The warp that takes a slot of dq to global memory: every `dq_slots`-th step."""
     s, steps = block.schedule, block.walk.steps
     pieces = schedules.dq_pieces(block.spec, s)
@@ -55,7 +57,7 @@ def add_dq(block: Any, slot: int) -> None:
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            place = schedules.turn(block.spec, s, at[1], block.kv_tile)
+            place = schedules.turn(block.spec, s, at[1], block.tile)
             await_turn(block, *at, place)
             first = place == 0
         for piece in range(pieces):
@@ -89,7 +91,7 @@ def add_to_global(source: Any, target: Any, first: Any = None) -> None:
         lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
-def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
+def await_turn(block: Block[KvSchedule], head: Any, tile: Any, place: Any) -> None:
     """Waits until `place` blocks have added to a query tile: then this block's addition, by TMA, comes after theirs.
 
     All lanes look. Interpreted, blocks run one after the other: one that does not find its turn makes dq NaN.
@@ -104,7 +106,7 @@ def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
                 "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
-def pass_turn(block: Any, head: Any, tile: Any) -> None:
+def pass_turn(block: Block[KvSchedule], head: Any, tile: Any) -> None:
     """Counts this block: what this warp has added to the query tile has arrived in memory."""
     if barriers.is_interpreted():
         block.gmem["turns"][block.batch, head, tile] += 1
@@ -114,7 +116,7 @@ def pass_turn(block: Any, head: Any, tile: Any) -> None:
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
-def _at_counter(block: Any, head: Any, tile: Any, number: Any, ptx: str) -> None:
+def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, ptx: str) -> None:
     """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4))
     def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the backward kernels share: the walk over tiles, tiles in global memory."""
+"""What the roles of a backward kernel share: a block, its walk over tiles, its steps; tiles in global memory."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import masks
 from pallas_flash.kernels.hopper import barriers, registers
-from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.hopper.backward_schedule import KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, rem
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPILER", "Walk", "chunk_of", "drain", "load_tile", "store_tile"]
+__all__ = ["COMPILER", "Block", "KeyBlock", "Step", "Walk", "chunk_of", "drain", "load_tile", "store_tile"]
 
 
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
@@ -19,7 +21,7 @@ COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, 
 
 
 class Walk(NamedTuple):
-    """A block's steps: for each of `heads` query heads from `head` on, the tiles [start, stop)."""
+    """A block's steps: for each of `heads` query heads from `head` on, the tiles [start, stop) of the other axis."""
 
     head: Any
     heads: int
@@ -30,6 +32,7 @@ class Walk(NamedTuple):
 
     @property
     def steps(self) -> Any:
+        """How many there are; none where stop <= start."""
         return self.heads * (self.stop - self.start)
 
     @property
@@ -53,6 +56,39 @@ class Walk(NamedTuple):
     def partial(self, tile: Any) -> Any:
         """True where a tile needs the mask."""
         return (tile < self.full_start) | (tile >= self.full_stop)
+
+
+class Block[S](NamedTuple):
+    """What the roles of one block share. It keeps one tile, of keys or (in `backward.dq`) of queries, and walks over
+    tiles of the other axis.
+    """
+
+    spec: AttentionSpec
+    schedule: S
+    gmem: dict[str, Any]  # arrays in global memory, by name
+    smem: dict[str, Any]  # buffers in shared memory
+    bars: dict[str, Any]  # barriers
+    mask: masks.Mask
+    batch: Any
+    head: Any  # of the tile that it keeps: a key head, or a query head
+    tile: Any
+    walk: Walk
+
+
+type KeyBlock = Block[KvSchedule] | Block[SplitSchedule]
+"""A block that keeps keys."""
+
+
+class Step(NamedTuple):
+    """One query tile of a walk, for one query head."""
+
+    index: Any  # how many steps came before it
+    head: Any
+    tile: Any
+
+    def slot(self, slots: int) -> Any:
+        """Where a ring of so many slots holds what belongs to the step."""
+        return rem(self.index, slots)
 
 
 def chunk_of(spec: AttentionSpec, ref: Any, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:

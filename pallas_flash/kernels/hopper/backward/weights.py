@@ -13,6 +13,7 @@ from pallas_flash import masks
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, wgmma
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
 from pallas_flash.kernels.hopper.schedule import ROWS
 from pallas_flash.kernels.hopper.scores import masked, may_be_large, scaled, score_unit, slope
 from pallas_flash.spec import AttentionSpec
@@ -91,7 +92,7 @@ class Lse(NamedTuple):
     is_large: Any  # whether one is large (`scores`); None if none ever is
 
 
-def lse_of(block: Any, slot: Any) -> Lse:
+def lse_of(block: KeyBlock, slot: Any) -> Lse:
     """lse of a slot's queries, which must have come. Loaded before products are issued: what waits for them would wait
     for this, too (5 % in heads of 64).
     """
@@ -105,13 +106,13 @@ def lse_of(block: Any, slot: Any) -> Lse:
     return Lse(log2, functools.reduce(jnp.logical_or, marks))
 
 
-def start_of_dp(block: Any, slot: Any) -> Any:
+def start_of_dp(block: KeyBlock, slot: Any) -> Any:
     """-delta of a slot's queries, in every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
     return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
 
 
-def without_rounding(block: Any, step: Any, y: Any) -> Any:
+def without_rounding(block: KeyBlock, step: Step, y: Any) -> Any:
     """Exponents of a step, (64, block_q), exact. Some columns after the others: with all of them at once something
     would be spilled, also for tiles that never come here.
     """
@@ -125,10 +126,10 @@ def without_rounding(block: Any, step: Any, y: Any) -> Any:
     return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
-def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
+def tile_weights(block: KeyBlock, warpgroup: Any, step: Step, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
     """P^T and what dP^T is multiplied with, from K Q^T; times 2^shift."""
     spec, schedule = block.spec, block.schedule
-    first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
+    first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS
     partial = block.walk.partial(step.tile) if schedules.kv_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 0, partial)
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
