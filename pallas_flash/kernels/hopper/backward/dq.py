@@ -17,8 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers, wgmma
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
@@ -52,16 +51,11 @@ def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
 
     @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
-        slot = rem(i, slots)
-
-        @pl.when(i >= slots)
-        def _() -> None:
-            plgpu.barrier_wait(free.at[slot])
-
+        slot = tiles.await_free(free, slots, i)
         place = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
-        grad_tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
+        tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
 
-    grad_tiles.drain(free, slots, block.walk.steps)
+    tiles.see_last_phases(free, slots, block.walk.steps)
 
 
 def load_role(block: Block[DqSchedule]) -> None:
@@ -77,7 +71,7 @@ def load_role(block: Block[DqSchedule]) -> None:
                 place = (block.batch, block.head, block.tile * s.block_q + i * ROWS)
                 full = block.bars["q_full"].at[i]
                 for name in ("q", "dout"):
-                    grad_tiles.load_tile(block.spec, block.gmem[name], place, block.smem[name].at[i], full)
+                    tiles.load_tile(block.spec, block.gmem[name], place, block.smem[name].at[i], full)
             load_ring(block, "k", s.k_stages)
 
         @pl.when(warp == 1)
@@ -219,7 +213,8 @@ def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
     dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
     dq = (dq * spec.scale).astype(spec.dtype)
-    grad_tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"], (block.batch, block.head, first))
+    tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"],
+                     (block.batch, block.head, first, 0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -259,4 +254,4 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
     return plgpu.kernel(
         attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
         scratch_types=(smem, bars), grid=(work.blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1,
-        thread_name="warpgroup", compiler_params=grad_tiles.COMPILER)
+        thread_name="warpgroup", compiler_params=tiles.COMPILER)

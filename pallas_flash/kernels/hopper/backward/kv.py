@@ -23,8 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers, wgmma
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
@@ -282,15 +281,15 @@ def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
     gradients = gradients_with_late_dq if s.dq == "shared" else in_order
     dk, dv = gradients(block, warpgroup)
     if s.dq != "none":
-        grad_tiles.drain(block.bars["ds_free"], s.ds_slots, block.walk.steps)
+        tiles.see_last_phases(block.bars["ds_free"], s.ds_slots, block.walk.steps)
         meet(block)  # the others' last dq has been multiplied: keys may be written over
-    place = (block.batch, block.head, block.tile * s.block_kv + warpgroup * ROWS)
+    index = block.batch, block.head, block.tile * s.block_kv + warpgroup * ROWS, 0
     rows = pl.ds(warpgroup * ROWS, ROWS)
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.dq != "none":
         dk, dv = unknown(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
-        grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], place)
+        tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -388,5 +387,5 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
         attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums), scratch_types=(smem, bars),
         grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
-        compiler_params=grad_tiles.COMPILER)
+        compiler_params=tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

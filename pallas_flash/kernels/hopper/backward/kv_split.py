@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers, wgmma
+from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward import kv as kv
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
@@ -143,10 +142,10 @@ def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
     dk_unit = spec.scale * (1 if spec.dtype == jnp.float16 else unshift)
     x = gradient(block, warpgroup) * (unshift, dk_unit)[warpgroup]
     if warpgroup == 0:
-        grad_tiles.drain(block.bars["p_free"], s.p_slots, block.walk.steps)
+        tiles.see_last_phases(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over
-    name, place = "vk"[warpgroup], (block.batch, block.head, block.tile * s.block_kv)
-    grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], place)
+    name, index = "vk"[warpgroup], (block.batch, block.head, block.tile * s.block_kv, 0)
+    tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -185,5 +184,5 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
     kernel = plgpu.kernel(
         attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
         grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
-        compiler_params=grad_tiles.COMPILER)
+        compiler_params=tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

@@ -10,8 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
+from pallas_flash.kernels.hopper import barriers, registers, tiles
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
@@ -66,7 +65,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
         head, rows = div(block, count), rem(block, count)
         batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS
         for i, source in enumerate((out, dout)):
-            grad_tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
+            tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
         if sums:
             zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
         lse = registers.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
@@ -84,7 +83,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
         scratch_types=(plgpu.SMEM((2, columns, ROWS, CHUNK), spec.dtype, transforms=registers.CHUNKED),
                        plgpu.Barrier(num_arrivals=2 * columns)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
-        compiler_params=grad_tiles.COMPILER)
+        compiler_params=tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))
 
 
@@ -114,7 +113,7 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
             registers.store_chunks(x, smem.at[column:column + 1])
         plgpu.commit_smem()
         for column in range(columns):
-            target = grad_tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
+            target = tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
             plgpu.copy_smem_to_gmem(smem.at[column], target)
         plgpu.wait_smem_to_gmem(0)
 
@@ -123,4 +122,4 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
         attention_backward_finish, out_type=dq_type,
         scratch_types=(plgpu.SMEM((columns, CHUNK, CHUNK), spec.dtype, transforms=registers.CHUNKED),),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
-        compiler_params=grad_tiles.COMPILER)
+        compiler_params=tiles.COMPILER)

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, registers, wgmma
+from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
@@ -51,8 +51,8 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     next_softmax,
     rescaled,
 )
-from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
+from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
+from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, rem
 from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.spec import AttentionSpec
 
@@ -213,12 +213,8 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
         last = min(chunk + at_once, count)
         source = block.smem["out"].at[rows.warpgroup] if block.schedule.out_chunks else rows.q()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        registers.store_chunks(out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)], source)
-        plgpu.commit_smem()
-        for i in range(chunk, last):
-            place = (tile.batch, tile.head, rows.first)
-            target = global_chunk(block, "out", place, ROWS, i)
-            plgpu.copy_smem_to_gmem(source.at[i - chunk], target, commit_group=i == last - 1)
+        piece = out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)]
+        tiles.store_tile(block.spec, piece, source, block.gmem["out"], (tile.batch, tile.head, rows.first, chunk))
 
 
 def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
@@ -365,7 +361,5 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
         out_type=tuple(results.values()),
         scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane))
+        compiler_params=tiles.COMPILER)
     return lambda q, k, v, table: tuple(kernel(q, k, v, table))[:2]

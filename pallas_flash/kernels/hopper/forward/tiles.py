@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from pallas_flash import masks
 from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
+from pallas_flash.kernels.hopper.schedule import ROWS, ForwardSchedule, div, rem
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Block", "Rows", "Tile", "for_each_tile", "global_chunk", "rows_of"]
+__all__ = ["Block", "Rows", "Tile", "for_each_tile", "rows_of"]
 
 
 class Block(NamedTuple):
@@ -109,18 +109,6 @@ def given_up_from(block: Block, gather: Callable[[], None], number: Any, place: 
     number, place = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
                                    lambda at: (table[row, at[1] + 1], at[1] + 1), at)
     return number, place, jnp.int32(1)
-
-
-def global_chunk(block: Block, name: str, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
-    """A (rows, 64) piece of q, k, v or out, from (batch, head, first row); TMA fills and clips what lies outside the
-    array.
-    """
-    batch, head, first = place
-    nothing = lax.axis_index("block") * 0  # traced: Pallas refuses plain indices that leave the array
-    columns = pl.ds(chunk * CHUNK + nothing, CHUNK)
-    if block.spec.layout == "BLHD":
-        return block.gmem[name].at[batch, pl.ds(first, rows), head, columns]
-    return block.gmem[name].at[batch, head, pl.ds(first, rows), columns]
 
 
 class Rows(NamedTuple):
