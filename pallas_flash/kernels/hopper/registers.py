@@ -51,22 +51,22 @@ def row_zeros() -> Any:
 
 
 def spread(x: Any, columns: int) -> Any:
-    """(64,) -> (64, columns), every column of which is x."""
+    """Spreads x, (64,), over columns: (64, columns), every column of which is x."""
     return lax.broadcast_in_dim(x, (64, columns), [0])
 
 
 def stack(x: Any) -> Any:
-    """(n,) -> (64, n), every row of which is x."""
+    """Stacks x, (n,), 64 times: (64, n), every row of which is x."""
     return lax.broadcast_in_dim(x, (64, x.shape[0]), [1])
 
 
 def column_sums(x: Any) -> Any:
-    """(64, n) -> (64, 8): sums of every eighth column, without crossing threads."""
+    """Sums of every eighth column, (64, n) -> (64, 8), which no two threads share."""
     return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
 
 
 def concatenate(parts: list[Any]) -> Any:
-    """Arrays (64, n) of one dtype in the layout TILE, side by side."""
+    """Joins arrays (64, n) of one dtype, in the layout TILE, along their columns."""
     if barriers.is_interpreted() or len(parts) == 1:
         return jnp.concatenate(parts, axis=1)
     shape = (64, sum(part.shape[1] for part in parts))
@@ -81,10 +81,10 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 def positions(columns: int, axis: int, first: Any) -> Any:
-    """(64, columns) int32 in the layout TILE: first + the index along `axis`; made where it is used, from one register
-    a row.
+    """Makes first + the index along `axis`, (64, columns) int32 in the layout TILE, where it is used.
 
-    `plgpu.broadcasted_iota` would do, but its values do not change in a loop, and LLVM keeps (and spills) all of them.
+    It takes one register a row. Values of `plgpu.broadcasted_iota` do not change in a loop, so LLVM would keep, and
+    spill, all of them.
     """
     if barriers.is_interpreted():
         return first + lax.broadcasted_iota(jnp.int32, (64, columns), axis)
@@ -130,8 +130,9 @@ def store_chunks(x: Any, ref: Any) -> None:
 
 
 def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
-    """Columns from `first` on of ref, (chunks, 64, 64) in shared memory, as (64, columns) in the layout TILE; both
-    multiples of 8.
+    """Loads columns of ref, (chunks, 64, 64) in shared memory: (64, columns) in the layout TILE.
+
+    `first`, where they begin, and their number are multiples of 8.
     """
     if barriers.is_interpreted():
         return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
@@ -159,7 +160,7 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
 
 
 def load_chunk(ref: Any) -> Any:
-    """(64, 64) of one chunk of shared memory, in the layout TILE, by ldmatrix."""
+    """Loads one chunk of shared memory by ldmatrix: (64, 64) in the layout TILE."""
     if barriers.is_interpreted():
         return ref[...]
 
@@ -194,7 +195,7 @@ def store_linear(x: Any, ref: Any) -> None:
 
 
 def load_linear(ref: Any, columns: int) -> Any:
-    """(columns / 4, 256) float32 in global memory, as `store_linear` orders it -> (64, columns) in the layout TILE."""
+    """Loads what `store_linear` has written, from global memory: (64, columns) float32 in the layout TILE."""
     shape = _linear_shape(columns)
     if barriers.is_interpreted():
         return ref[...].reshape(64, columns)
@@ -221,19 +222,19 @@ def store_zeros(ref: Any) -> None:
         zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
 
 
-def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
-    """ref[place][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
+def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
+    """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
     multiples of 8.
     """
     if barriers.is_interpreted():
-        return ref[*place, pl.ds(first, columns)]
+        return ref[*index, pl.ds(first, columns)]
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4),
                        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMN_LAYOUT))
-    def load(_: Any, ref: ir.Value, *place: Any) -> Any:
+    def load(_: Any, ref: ir.Value, *indices: Any) -> Any:
         i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
-        a, b, c, first = (arith.extui(i64, index.registers.item()) for index in place)
+        a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
         row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
         *_, quarter = _thread()  # columns 8 j + 2 quarter + 0, 1
@@ -247,20 +248,22 @@ def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) ->
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, *map(barriers.scalar, (*place, first)))
+    return load(ref, *map(barriers.scalar, (*index, first)))
 
 
 def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
-    """ref[row, first + i] for the rows i that lie below `length`, and `otherwise` for those past it: (64,) float32 in
-    ROW_LAYOUT.
+    """Loads ref[row, first + i] where that lies below `length`, and `otherwise` where it does not.
 
     Args:
       ref: (rows, length) float32 in global memory, in any shape that flattens to it.
       row, first: int32 scalars.
+
+    Returns:
+      (64,) float32 in ROW_LAYOUT.
     """
     if barriers.is_interpreted():
-        place = _unravelled(row, ref.shape[:-1])
-        at = lambda i: jnp.where(first + i < length, ref[*place, jnp.minimum(first + i, length - 1)], otherwise)
+        index = _unravelled(row, ref.shape[:-1])
+        at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
         return jnp.stack([at(i) for i in range(64)])
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), barriers.SCALAR, barriers.SCALAR),
@@ -269,7 +272,7 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
         layout, f32 = ROW_LAYOUT.to_mgpu(), ir.F32Type.get()
         registers = np.empty(layout.registers_shape((64,)), dtype=object)
         missing = mgpu.utils.c(otherwise, f32)
-        for i, (index, inside, _) in enumerate(_row_places(row.registers.item(), first.registers.item(), length,
+        for i, (index, inside, _) in enumerate(_row_elements(row.registers.item(), first.registers.item(), length,
                                                            registers.size)):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
             flag = arith.extui(barriers.i32(), inside)
@@ -282,8 +285,7 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
 
 
 def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
-    """ref[row, first + i] = x[i] for the rows i that lie below `length`; straight from registers, as TMA wants 16-byte
-    strides.
+    """Stores x[i] to ref[row, first + i] where that lies below `length`; from registers, as TMA wants 16-byte strides.
 
     Args:
       x: (64,) float32 in ROW_LAYOUT.
@@ -297,8 +299,8 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
     @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, plgpu.RefType(), barriers.SCALAR, barriers.SCALAR))
     def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
         registers = list(x.registers.flat)
-        places = _row_places(row.registers.item(), first.registers.item(), length, len(registers))
-        for register, (index, inside, leads) in zip(registers, places):
+        elements = _row_elements(row.registers.item(), first.registers.item(), length, len(registers))
+        for register, (index, inside, leads) in zip(registers, elements):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.F32Type.get())
             mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
                                   predicate=arith.andi(leads, inside), has_side_effects=True)
@@ -307,17 +309,17 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
 
 
 def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
-    place = _unravelled(row, ref.shape[:-1])
+    index = _unravelled(row, ref.shape[:-1])
 
     def write(i: Any, _: None) -> None:
         @pl.when(first + i < length)
         def inside() -> None:
-            ref[*place, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
+            ref[*index, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
 
     lax.fori_loop(0, x.shape[0], write, None)
 
 
-def _row_places(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
+def _row_elements(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
     """For each register of ROW_LAYOUT: its index in (rows, length), whether it lies below `length`, and whether this
     thread is the first of the four that hold it.
     """
@@ -336,11 +338,11 @@ def _row_places(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
 
 def _unravelled(row: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """The indices of a flat row number in `shape`."""
-    places: list[Any] = []
+    indices: list[Any] = []
     for size in reversed(shape[1:]):
-        places.insert(0, lax.rem(row, size))
+        indices.insert(0, lax.rem(row, size))
         row = lax.div(row, size)
-    return row, *places
+    return row, *indices
 
 
 def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:

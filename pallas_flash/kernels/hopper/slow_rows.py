@@ -1,5 +1,6 @@
-"""Sums over keys without tensor cores, a key at a time: what repairs a tile in which 0 * NaN has become NaN. Slow, and
-exact to rounding.
+"""Sums over keys without tensor cores, one key at a time: slow, and exact to rounding.
+
+They repair tiles in which 0 * NaN has become NaN.
 """
 
 from collections.abc import Callable
@@ -10,15 +11,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RowsAtRest", "over_chunks"]
+__all__ = ["SlowRows", "over_chunks"]
 
 
 def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """carry = body(chunk, columns, carry) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
-    is slow and rare, and would be most of a kernel's code, and of the time to compile it.
+    """Runs carry = body(chunk, columns, carry) for each chunk of a row of `dim` columns.
+
+    It is a loop, not unrolled: its bodies are slow and rare, and would be most of a kernel's code and compile time.
     """
     whole, rest = divmod(dim, CHUNK)
     if whole > 1:
@@ -28,7 +30,7 @@ def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> A
     return body(whole, rest, carry) if rest else carry
 
 
-class RowsAtRest(NamedTuple):
+class SlowRows(NamedTuple):
     """64 queries in shared memory, and one head's keys and values in global memory."""
 
     spec: AttentionSpec
@@ -37,14 +39,14 @@ class RowsAtRest(NamedTuple):
     head: tuple[Any, Any]  # batch, kv_head
 
     def row(self, name: str, position: Any, first: Any, columns: int) -> Any:
-        """One position's columns from `first` on, in every row: (64, columns) float32."""
+        """Loads columns of one key or value into every row: (64, columns) float32."""
         batch, head = self.head
-        place = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
-        x = registers.load_row(self.gmem[name], place, first, columns).astype(jnp.float32)
-        return lax.broadcast_in_dim(x, (ROWS, columns), [1])
+        index = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
+        x = registers.load_row(self.gmem[name], index, first, columns).astype(jnp.float32)
+        return registers.stack(x)
 
     def dot(self, own: str, other: str, dim: int, position: Any) -> Any:
-        """The product of each of the 64 rows with one position's row: (64,) float32."""
+        """Multiplies each of the 64 rows in shared memory with one row in global memory: (64,) float32."""
         def add(chunk: Any, columns: int, total: Any) -> Any:
             x = registers.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
             return total + (x.astype(jnp.float32) * self.row(other, position, chunk * CHUNK, columns)).sum(axis=1)

@@ -24,7 +24,7 @@ from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pai
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
+from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     large: Any  # whether some are large (`scores`); None if none ever is
 
     def own(self, block: Block[DqSchedule], name: str) -> Any:
-        """The warpgroup's queries or douts, (chunks, 64, 64)."""
+        """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
         return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
@@ -52,14 +52,14 @@ def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
     @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
         slot = tiles.await_free(free, slots, i)
-        place = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
-        tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
+        index = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
+        tiles.load_tile(spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
 
     tiles.see_last_phases(free, slots, block.walk.steps)
 
 
 def load_role(block: Block[DqSchedule]) -> None:
-    """The loading warpgroup: one warp for the queries, douts and keys, one for the values."""
+    """Runs the loading warpgroup: one warp loads queries, douts and keys, another values."""
     s = block.schedule
     plgpu.set_max_registers(s.registers[1], action="decrease")
 
@@ -68,10 +68,10 @@ def load_role(block: Block[DqSchedule]) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             for i in range(s.warpgroups):
-                place = (block.batch, block.head, block.tile * s.block_q + i * ROWS)
+                index = (block.batch, block.head, block.tile * s.block_q + i * ROWS)
                 full = block.bars["q_full"].at[i]
                 for name in ("q", "dout"):
-                    tiles.load_tile(block.spec, block.gmem[name], place, block.smem[name].at[i], full)
+                    tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[i], full)
             load_ring(block, "k", s.k_stages)
 
         @pl.when(warp == 1)
@@ -80,13 +80,13 @@ def load_role(block: Block[DqSchedule]) -> None:
 
 
 def statistic(block: Block[DqSchedule], first: Any, row: Statistics) -> Any:
-    """A row of the statistics of the 64 queries from `first` on: (64,)."""
+    """Loads a row of the statistics of the 64 queries from `first` on: (64,)."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
 
 
 def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
-    """Whether a query of a warp's 16 is large, so not a branch around products; None if none ever is."""
+    """Whether one of a warp's 16 queries is large; None if none ever is. A branch on it must not hold a product."""
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
@@ -94,13 +94,13 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
 
 
 def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
-    """Exponents, (64, columns) or (64,), exact."""
+    """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
 def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> Any:
-    """What dP is multiplied with."""
+    """Computes what dP is multiplied with, from scores: P times the slope of the soft cap."""
     spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
     partial = block.walk.partial(kv_tile) if schedules.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
@@ -121,7 +121,7 @@ def keys_of(block: Block[DqSchedule], i: Any) -> Any:
 
 
 def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
-    """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
+    """Computes dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
     from_delta = wgmma.settled(registers.spread(rows.delta, s.block_kv))
@@ -139,8 +139,8 @@ def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -
     return ds.astype(spec.dtype), dq
 
 
-def gradient_in_turn(block: Block[DqSchedule], rows: Rows) -> Any:
-    """dq of a warpgroup's rows."""
+def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Any:
+    """Computes dq of a warpgroup's rows; each step ends with its product."""
     def step(i: Any, dq: Any) -> Any:
         ds, dq = one_step(block, rows, i, None, dq)
         dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, i)), 0)
@@ -151,7 +151,7 @@ def gradient_in_turn(block: Block[DqSchedule], rows: Rows) -> Any:
 
 
 def gradient_behind(block: Block[DqSchedule], rows: Rows) -> Any:
-    """The same, each tile's dq multiplied during the next tile's softmax."""
+    """Computes the same; each tile's dq is multiplied during the next tile's softmax."""
     def run() -> Any:
         ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
         ds, dq = lax.fori_loop(1, block.walk.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
@@ -165,24 +165,24 @@ def gradient_behind(block: Block[DqSchedule], rows: Rows) -> Any:
 
 
 def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
-    """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN).
+    """Returns dq, recomputed without the keys that the mask hides if some element is not finite (0 * NaN is NaN).
 
-    Rows that start from NaN, because they attend to what is not finite, stay NaN: nothing is repaired for them.
+    Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted.
     """
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
-    hopeless = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), registers.TILE)
-    return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
+    is_nan = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
+    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
+    return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
-def again(block: Block[DqSchedule], rows: Rows) -> Any:
-    """The sum of dS k over the keys that each row attends to, (64, d), a key at a time and without tensor cores.
+def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
+    """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
 
-    Some columns after the others: with all of them at once something would be spilled, also for the loop above.
+    It sums 128 columns at a time: with all at once registers would be spilled, in the kernel's main loop, too.
     """
     spec, block_kv = block.spec, block.schedule.block_kv
-    own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
+    own = SlowRows(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
     def add(first: int, position: Any, acc: Any) -> Any:
@@ -203,14 +203,14 @@ def again(block: Block[DqSchedule], rows: Rows) -> Any:
 
 
 def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
-    """A compute warpgroup."""
+    """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     first = block.tile * s.block_q + warpgroup * ROWS
     lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
     rows = Rows(warpgroup, first, lse_log2, delta, any_large_in_warp(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
-    dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
+    dq = (gradient_behind if s.behind else gradient_unpipelined)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
     dq = (dq * spec.scale).astype(spec.dtype)
     tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"],

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward.load import load
-from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
+from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock, Step, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
@@ -37,7 +37,7 @@ __all__ = ["launch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
-    """The loading warpgroup."""
+    """Runs the loading warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
     @plgpu.warp_map
@@ -54,37 +54,37 @@ def load_role(block: Block[KvSchedule]) -> None:
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
 
 def own_rows(block: Block[KvSchedule], name: str, warpgroup: Any) -> Any:
-    """A compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
+    """Selects a compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
     index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
     return block.smem[name].at[:, pl.ds(index * ROWS, ROWS)]
 
 
 def issue_scores(block: Block[KvSchedule], warpgroup: Any, slot: Any) -> Any:
-    """K Q^T of a slot, in flight."""
+    """Issues K Q^T of a slot, whose query must have come."""
     return wgmma.multiply_transposed(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
 
 
 def issue_dp(block: Block[KvSchedule], warpgroup: Any, slot: Any, start: Any) -> Any:
-    """dP^T - delta of a slot, in flight."""
+    """Issues dP^T - delta of a slot."""
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     values, douts = own_rows(block, "v", warpgroup), block.smem["dout"].at[slot]
     return wgmma.multiply_transposed(values, douts, block.spec.d_v, start)
 
 
 def ds_rows(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
-    """Where a warpgroup's 64 rows of dS^T go: (chunks of queries, 64, 64)."""
+    """Selects where a warpgroup's 64 rows of dS^T go: (chunks of queries, 64, 64)."""
     return block.smem["ds"].at[rem(index, block.schedule.ds_slots), :, pl.ds(warpgroup * ROWS, ROWS)]
 
 
 def issue_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
-    """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
+    """Issues the warpgroup's piece of dq = dS K: some 64 queries, some 64 columns."""
     row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
     ds = block.smem["ds"].at[rem(index, block.schedule.ds_slots), row]
     return wgmma.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
 
 def hand_ds_over(block: Block[KvSchedule], warpgroup: Any, index: Any, ds: Any) -> None:
-    """dS^T to the warpgroup that multiplies it with the keys."""
+    """Hands dS^T to the warpgroup that multiplies it with the keys."""
     slots = block.schedule.ds_slots
 
     @pl.when(index >= slots)
@@ -97,7 +97,7 @@ def hand_ds_over(block: Block[KvSchedule], warpgroup: Any, index: Any, ds: Any) 
 
 
 def meet(block: KeyBlock) -> None:
-    """Waits until every compute warpgroup, and that of dq, has come here."""
+    """Waits until every compute warpgroup, and that of dq, has reached this point."""
     if barriers.is_interpreted():
         plgpu.barrier_arrive(block.bars["met"])
         plgpu.barrier_wait(block.bars["met"])
@@ -107,7 +107,7 @@ def meet(block: KeyBlock) -> None:
 
 
 def meeting_roles(s: KvSchedule | SplitSchedule) -> int:
-    """The warpgroups that meet: all but the loading one."""
+    """Counts the warpgroups that meet: all but the loading one."""
     return s.warpgroups + len(s.registers) - 2
 
 
@@ -118,8 +118,8 @@ class Weights(NamedTuple):
     ds: Any
 
 
-def weights_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step) -> Weights:
-    """The weights of a step's tile; nothing is left in flight."""
+def weights_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step) -> Weights:
+    """Computes the weights of a step's tile; nothing is left in flight."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
@@ -130,10 +130,10 @@ def weights_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step) -> Wei
     return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
-def step_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
-    """One step that leaves nothing in flight."""
+def step_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """Runs one step, and leaves nothing in flight."""
     slot, bars = step.slot(block.schedule.num_stages), block.bars
-    w = weights_in_turn(block, warpgroup, step)
+    w = weights_unpipelined(block, warpgroup, step)
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.index, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
@@ -145,11 +145,11 @@ def step_in_turn(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: Any, 
     return dk, dv
 
 
-def gradients_in_turn(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
-    """dk and dv of a compute warpgroup."""
+def gradients_unpipelined(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
+    """Computes dk and dv of a compute warpgroup; each step ends with its products."""
     def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         at, dk, dv = carry
-        dk, dv = step_in_turn(block, warpgroup, Step(i, *at), dk, dv)
+        dk, dv = step_unpipelined(block, warpgroup, Step(i, *at), dk, dv)
         return block.walk.next(*at), dk, dv
 
     start = block.walk.first, registers.zeros(block.spec.d), registers.zeros(block.spec.d_v)
@@ -157,7 +157,7 @@ def gradients_in_turn(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, An
 
 
 def issue_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
-    """The warpgroup's piece of dq of an earlier step, in flight."""
+    """Issues the warpgroup's piece of dq of an earlier step."""
     plgpu.barrier_wait(block.bars["ds_full"].at[rem(index, block.schedule.ds_slots)])
     return issue_dq(block, warpgroup, index)
 
@@ -169,9 +169,9 @@ def finish_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any, dq: Any
 
 def step_with_late_dq(block: Block[KvSchedule], warpgroup: Any, step: Step, late: bool, dk: Any,
                       dv: Any) -> tuple[Any, Any]:
-    """One step, and dq of the step before (`late`), whose dS the other warpgroups wrote long ago: nobody waits."""
+    """Runs one step, and dq of the step before (`late`), whose dS the other warpgroups have written meanwhile."""
     bars, slot, before = block.bars, step.slot(block.schedule.num_stages), step.index - 1
-    w = weights_in_turn(block, warpgroup, step)
+    w = weights_unpipelined(block, warpgroup, step)
     hand_ds_over(block, warpgroup, step.index, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     if late:
@@ -187,7 +187,7 @@ def step_with_late_dq(block: Block[KvSchedule], warpgroup: Any, step: Step, late
 
 
 def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
-    """dk and dv of a compute warpgroup; dq of each tile is multiplied one step later."""
+    """Computes dk and dv of a compute warpgroup; dq of each tile is multiplied one step later."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
     def run() -> tuple[Any, Any]:
@@ -207,7 +207,7 @@ def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Any) -> tuple[An
 
 
 def _where_work(block: Block[KvSchedule], run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """What `run` returns, or zeros for key tiles that no query needs, if there are such."""
+    """Returns what `run` does, or zeros for key tiles that no query needs, if there are such."""
     spec = block.spec
     nothing = lambda: (registers.zeros(spec.d), registers.zeros(spec.d_v))
     empty = schedules.kv_work(spec, block.schedule).empty
@@ -227,7 +227,7 @@ def free_slot(block: Block[KvSchedule], slot: Any) -> None:
 
 def step_behind(block: Block[KvSchedule], warpgroup: Any, step: Step, last: Weights | None,
                 sums: tuple[Any, Any]) -> tuple[Weights, tuple[Any, Any]]:
-    """One step: the weights of its tile, while dk and dv of the tile before are multiplied.
+    """Computes the weights of a step's tile, while dk and dv of the tile before are multiplied.
 
     All products are issued at once and none is left in flight: over the loop's back edge ptxas loses count of them.
     """
@@ -250,7 +250,7 @@ def step_behind(block: Block[KvSchedule], warpgroup: Any, step: Step, last: Weig
 
 
 def gradients_behind(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
-    """dk and dv of a compute warpgroup, each tile's multiplied during the next tile's softmax."""
+    """Computes dk and dv of a compute warpgroup; each tile's are multiplied during the next tile's softmax."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
     def run() -> tuple[Any, Any]:
@@ -272,13 +272,13 @@ def gradients_behind(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any
 
 
 def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
-    """A compute warpgroup."""
+    """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
     spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
-    in_order = {"in turn": gradients_in_turn, "behind": gradients_behind}[s.order]
-    gradients = gradients_with_late_dq if s.dq == "shared" else in_order
+    by_order = {"in turn": gradients_unpipelined, "behind": gradients_behind}
+    gradients = gradients_with_late_dq if s.dq == "shared" else by_order[s.order]
     dk, dv = gradients(block, warpgroup)
     if s.dq != "none":
         tiles.see_last_phases(block.bars["ds_free"], s.ds_slots, block.walk.steps)
@@ -287,14 +287,14 @@ def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
     rows = pl.ds(warpgroup * ROWS, ROWS)
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.dq != "none":
-        dk, dv = unknown(block, warpgroup, spoiled, dk, dv)
+        dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
         tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
 
 def dq_role(block: Block[KvSchedule]) -> None:
-    """The warpgroup that makes dq of every step from the others' dS."""
+    """Runs the warpgroup that makes dq of every step from the others' dS."""
     spec, s, bars = block.spec, block.schedule, block.bars
     plgpu.set_max_registers(s.registers[1], action="decrease")
     plgpu.barrier_wait(bars["kv_full"])
@@ -355,14 +355,14 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
     fused form of one more.
 
     It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
-    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds; where they take turns, a reference to zeros, (batch,
-    q_heads, q_tiles) int32, and the sums are returned, too.
+    dq's float32 sums (`schedules.dq_acc_shape`), to which it adds. If `ordered`, it is a reference to zeros, (batch,
+    q_heads, q_tiles) int32, which count additions, and the sums are returned, too.
     """
     smem, bars = scratch(spec, schedule)
     fused, ordered = schedule.dq != "none", schedule.ordered
 
     def attention_backward_kv(*refs: Any) -> None:
-        last = ["turns"] * ordered or ["dq"] * fused
+        last = ["additions"] * ordered or ["dq"] * fused
         names = ["q", "k", "v", "dout", "stats", *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))

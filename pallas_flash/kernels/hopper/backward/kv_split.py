@@ -37,7 +37,7 @@ SHIFT = 15
 
 
 def load_role(block: Block[SplitSchedule]) -> None:
-    """The loading warpgroup."""
+    """Runs the loading warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
     @plgpu.warp_map
@@ -46,7 +46,7 @@ def load_role(block: Block[SplitSchedule]) -> None:
 
 
 def whole(block: Block[SplitSchedule], name: str) -> Any:
-    """The block's keys or values, (chunks, 64, 64), indexed so that their descriptors are made where they are used."""
+    """Selects the block's keys or values, (chunks, 64, 64), so that their descriptors are made where they are used."""
     return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
 
 
@@ -72,14 +72,14 @@ def free(block: Block[SplitSchedule], name: str, slot: Any) -> None:
 
 
 def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Any) -> Any:
-    """P^T of a tile's scores in the input's type, and handed over."""
+    """Computes P^T of a tile's scores in the input's type, and hands it over."""
     p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
     return p.astype(block.spec.dtype)
 
 
 def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
-    """dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; its dout is freed."""
+    """Computes dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; frees its dout."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
     p = registers.load_chunk(block.smem["p"].at[slot, 0])
@@ -92,7 +92,7 @@ def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
 
 
 def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
-    """S^T, P^T and dv of a tile."""
+    """Adds a tile to dv: S^T, P^T, and dv + P^T dO."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse = weights.lse_of(block, slot)
@@ -106,7 +106,7 @@ def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
 
 
 def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
-    """dP^T, dS^T and dk of a tile."""
+    """Adds a tile to dk: dP^T, dS^T, and dk + dS^T Q."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
     start = weights.start_of_dp(block, slot)
@@ -119,7 +119,7 @@ def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
 
 
 def gradient(block: Block[SplitSchedule], warpgroup: int) -> Any:
-    """dv (warpgroup 0) or dk (1), in the layout TILE: a sum over the walk's steps."""
+    """Sums dv (warpgroup 0) or dk (1) over the walk's steps, in the layout TILE."""
     columns = (block.spec.d_v, block.spec.d)[warpgroup]
     one_step: Any = (dv_step, dk_step)[warpgroup]
 
@@ -132,7 +132,7 @@ def gradient(block: Block[SplitSchedule], warpgroup: int) -> Any:
 
 
 def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
-    """The warpgroup of dv (0) or of dk (1)."""
+    """Runs the warpgroup of dv (0) or of dk (1)."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])

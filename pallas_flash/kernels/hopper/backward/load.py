@@ -14,7 +14,7 @@ __all__ = ["load"]
 
 
 def load(block: KeyBlock) -> None:
-    """Keys and values once; then queries with their statistics, and douts, as slots become free."""
+    """Loads keys and values once; then queries with their statistics, and douts, as slots become free."""
     spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
     keys = (block.batch, block.head, block.tile * s.block_kv)
     tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])

@@ -2,7 +2,7 @@
 
 dP = dO V^T is wanted only where P is not 0, and dq = dS K sums over all keys of a tile, also over those that a query
 does not attend to. So rows that are not finite are replaced by zeros in shared memory, when the block begins. A query
-that attends to such a key has out or lse that are not finite, and gets NaN from those (see `backward_small.starts`).
+that attends to such a key has out or lse that are not finite, and gets NaN from those (`backward.prepare.statistics`).
 There is one exception: a key with -inf whose weight is 0. Nothing but its own dk and dv depends on it then: they become
 NaN.
 """
@@ -19,14 +19,15 @@ from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import barriers, registers
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, over_chunks
+from pallas_flash.kernels.hopper.slow_rows import SlowRows, over_chunks
 
-__all__ = ["unknown", "without_bad_rows"]
+__all__ = ["mark_nonfinite", "without_bad_rows"]
 
 
 def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
-    """Zeros for rows that are not finite among the warpgroup's 64 keys ("k" in names) and values ("v"); whether there
-    were such, or None where no tile needs the mask. A barrier of the warpgroup.
+    """Overwrites rows that are not finite with zeros, among the warpgroup's 64 keys ("k" in names) and values ("v").
+
+    Returns whether there were such, or None where no tile needs the mask. A barrier of the warpgroup.
     """
     if not schedules.kv_work(block.spec, block.schedule).partial:
         return None
@@ -47,7 +48,7 @@ def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
 
 
 def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
-    """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
+    """Overwrites rows of ref, (chunks, 64, 64) in shared memory, that are not finite with zeros."""
     piece = lambda chunk: ref.at[pl.ds(chunk, 1)]
     load = lambda chunk: registers.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
 
@@ -62,12 +63,12 @@ def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
         registers.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
-def unknown(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
-    """dk and dv, in the layout TILE, with NaN for the keys that are not finite and that some query attends to."""
+def mark_nonfinite(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """Sets dk and dv, in the layout TILE, to NaN for keys that are not finite and that some query attends to."""
     if spoiled is None:
         return dk, dv
     spec, first = block.spec, block.tile * block.schedule.block_kv + warpgroup * ROWS
-    keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
+    keys = SlowRows(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
@@ -77,6 +78,6 @@ def unknown(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> 
         return dk, dv
 
     last = jnp.minimum(first + ROWS, spec.kv_len)
-    again = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
-    dk, dv = lax.cond(spoiled, again, lambda sums: sums, (dk, dv))
+    marked = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
+    dk, dv = lax.cond(spoiled, marked, lambda sums: sums, (dk, dv))
     return dk, dv

@@ -1,17 +1,19 @@
-"""How the fused form adds to dq's float32 sums in global memory: by TMA, a query tile at a time, in turns if `ordered`.
+"""How the fused form adds to dq's float32 sums in global memory: by TMA, one query tile at a time; in one order if
+`ordered`.
 
-Slots. The tiles of dq that a block makes come through slots of shared memory, each in the care of a warp of its own,
-which waits until the slot is full, starts to add it to memory, and frees it as soon as it has been read. In a slot,
-dq_full and dq_free are barriers for each 64 x 64 piece.
+Slots. The tiles of dq that a block makes come through slots of shared memory. Each slot has a warp, which waits until
+the slot is full, starts to add it to global memory, and frees it as soon as it has been read. In a slot, dq_full and
+dq_free are barriers for each 64 x 64 piece.
 
-Turns. Additions in float32 round, so their order shows. If `ordered`, the blocks of a head come to each query tile in
-the order in which they were started, so that gradients repeat bit by bit: a counter for each query tile says how many
-have added to it. The first one writes instead, so that nothing need be zeroed. A block waits only for blocks that
-started before it, so there is no deadlock (FlashAttention-3's deterministic mode waits in the same way).
+Order. Additions in float32 round, so the result depends on their order, which is nondeterministic. If `ordered`, the
+blocks of a head add to each query tile in the order in which they were started, so that gradients repeat bit by bit: a
+counter for each query tile says how many have added to it. The first one writes instead, so that nothing need be
+zeroed. A block waits only for blocks that started before it, so there is no deadlock (FlashAttention-3's deterministic
+mode waits in the same way).
 
-That a turn has passed is known about 2 us after an addition started: it must have arrived in memory. So that nobody
-waits that long, few blocks of a head are at work at a time (`backward_schedule.kv_work`), the order of a head's key
-tiles keeps them apart, and a block makes the next tiles while one waits in its slot.
+An addition is counted when it has arrived in memory, about 2 us after it started. To avoid that wait, few blocks of a
+head run at a time (`backward_schedule.kv_work`), the order of a head's key tiles keeps them apart, and a block makes
+the next tiles while one waits in its slot.
 """
 
 import functools
@@ -36,15 +38,15 @@ __all__ = ["add_dq", "hand_dq_over"]
 
 def hand_dq_over(block: Block[KvSchedule], index: Any, piece: Any, dq: Any) -> None:
     """Writes a 64 x 64 piece of dq of the step with that index to its slot."""
-    place = rem(index, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
-    plgpu.barrier_wait(block.bars["dq_free"].at[place])
-    registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[place])
+    piece_index = rem(index, block.schedule.dq_slots) * schedules.dq_pieces(block.spec, block.schedule) + piece
+    plgpu.barrier_wait(block.bars["dq_free"].at[piece_index])
+    registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[piece_index])
     wgmma.fence()
-    plgpu.barrier_arrive(block.bars["dq_full"].at[place])
+    plgpu.barrier_arrive(block.bars["dq_full"].at[piece_index])
 
 
 def add_dq(block: Block[KvSchedule], slot: int) -> None:
-    """The warp that takes a slot of dq to global memory: every `dq_slots`-th step."""
+    """Runs the warp of a slot, which adds dq of every `dq_slots`-th step to global memory."""
     s, steps = block.schedule, block.walk.steps
     pieces = schedules.dq_pieces(block.spec, s)
 
@@ -57,9 +59,9 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         first = None
         if s.ordered:
-            place = schedules.turn(block.spec, s, at[1], block.tile)
-            await_turn(block, *at, place)
-            first = place == 0
+            before = schedules.turn(block.spec, s, at[1], block.tile)
+            await_additions(block, *at, before)
+            first = before == 0
         for piece in range(pieces):
             source, target = block.smem["dq"].at[slot * pieces + piece], block.gmem["dq"].at[block.batch, *at, piece]
             plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
@@ -68,7 +70,7 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
         free((i + 1) * s.dq_slots + slot)
         if s.ordered:
             plgpu.wait_smem_to_gmem(0)
-            pass_turn(block, *at)
+            count_addition(block, *at)
         return block.walk.skip(s.dq_slots, *at)
 
     free(slot)
@@ -91,25 +93,25 @@ def add_to_global(source: Any, target: Any, first: Any = None) -> None:
         lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
-def await_turn(block: Block[KvSchedule], head: Any, tile: Any, place: Any) -> None:
-    """Waits until `place` blocks have added to a query tile: then this block's addition, by TMA, comes after theirs.
+def await_additions(block: Block[KvSchedule], head: Any, tile: Any, before: Any) -> None:
+    """Waits until `before` blocks have added to a query tile: this block's addition, by TMA, comes after theirs.
 
-    All lanes look. Interpreted, blocks run one after the other: one that does not find its turn makes dq NaN.
+    All lanes read the counter. Interpreted, blocks run one after the other: one that would have to wait makes dq NaN.
     """
     if barriers.is_interpreted():
-        in_turn = block.gmem["turns"][block.batch, head, tile] == place
+        is_next = block.gmem["additions"][block.batch, head, tile] == before
         dq = block.gmem["dq"].at[block.batch, head, tile]
-        dq[...] = jnp.where(in_turn, dq[...], jnp.nan)
+        dq[...] = jnp.where(is_next, dq[...], jnp.nan)
         return
-    _at_counter(block, head, tile, place,
+    _at_counter(block, head, tile, before,
                 "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
                 "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
-def pass_turn(block: Block[KvSchedule], head: Any, tile: Any) -> None:
-    """Counts this block: what this warp has added to the query tile has arrived in memory."""
+def count_addition(block: Block[KvSchedule], head: Any, tile: Any) -> None:
+    """Counts this block's addition to a query tile, which must have arrived in memory."""
     if barriers.is_interpreted():
-        block.gmem["turns"][block.batch, head, tile] += 1
+        block.gmem["additions"][block.batch, head, tile] += 1
         return
     _at_counter(block, head, tile, 1,
                 "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
@@ -121,13 +123,13 @@ def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, ptx
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4))
     def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
-        *place, number = (x.registers.item() for x in numbers)
+        *indices, number = (x.registers.item() for x in numbers)
         shape = ir.MemRefType(ref.type).shape
-        index = arith.extui(i64, place[0])
-        for size, x in zip(shape[1:], place[1:]):
+        index = arith.extui(i64, indices[0])
+        for size, x in zip(shape[1:], indices[1:]):
             index = arith.addi(arith.muli(index, mgpu.utils.c(size, i64)), arith.extui(i64, x))
         address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], barriers.i32())
         llvm.inline_asm(barriers.i32(), [address, number], ptx, "=r,l,r,~{memory}", has_side_effects=True,
                         convergent=True)
 
-    emit(block.gmem["turns"], *map(barriers.scalar, (block.batch, head, tile, number)))
+    emit(block.gmem["additions"], *map(barriers.scalar, (block.batch, head, tile, number)))

@@ -1,4 +1,4 @@
-"""What stands before and after the backward's large kernels: statistics of each query, dq from its float32 sums."""
+"""The backward's first kernel: it computes the statistics of each query, and zeroes dq's float32 sums."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,11 @@ from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch_finish", "launch_prepare"]
+__all__ = ["launch_prepare"]
 
 
 def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Statistics, Any]:
-    """The backward's statistics of 64 queries, from the forward's, each (64,). A barrier of the warpgroup.
+    """Computes the backward's statistics of 64 queries, each (64,), from the forward's. A barrier of the warpgroup.
 
     Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
     finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
@@ -37,7 +37,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
 
 
 def any_large(spec: AttentionSpec, lse: Any) -> Any:
-    """Whether a query of 64 is large. A barrier of the warpgroup."""
+    """Whether one of 64 queries is large. A barrier of the warpgroup."""
     if not may_be_large(spec):
         return jnp.bool_(False)
     size = jnp.abs(lse)
@@ -87,39 +87,10 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
     return lambda *arrays: tuple(kernel(*arrays))
 
 
-def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, place: tuple[Any, Any, Any]) -> None:
-    """Zeros for the float32 sums of 64 queries."""
-    batch, q_head, rows = place
+def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, index: tuple[Any, Any, Any]) -> None:
+    """Zeroes the float32 sums of 64 queries."""
+    batch, q_head, rows = index
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     tile, row = div(rows, per_tile), rem(rows, per_tile)
     for column in range(columns):
         registers.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
-
-
-def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:
-    """The kernel that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
-    per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
-    shape = schedules.dq_acc_shape(spec, schedule)
-    count = shape[2] * per_tile
-
-    def attention_backward_finish(acc: Any, dq: Any, smem: Any) -> None:
-        block = lax.axis_index("block")
-        head, rows = div(block, count), rem(block, count)
-        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        tile, row = div(rows, per_tile), rem(rows, per_tile)
-        for column in range(columns):
-            piece = acc.at[batch, q_head, tile, row * columns + column]
-            x = (registers.load_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
-            registers.store_chunks(x, smem.at[column:column + 1])
-        plgpu.commit_smem()
-        for column in range(columns):
-            target = tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
-            plgpu.copy_smem_to_gmem(smem.at[column], target)
-        plgpu.wait_smem_to_gmem(0)
-
-    dq_type = jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype)
-    return plgpu.kernel(
-        attention_backward_finish, out_type=dq_type,
-        scratch_types=(plgpu.SMEM((columns, CHUNK, CHUNK), spec.dtype, transforms=registers.CHUNKED),),
-        grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
-        compiler_params=tiles.COMPILER)

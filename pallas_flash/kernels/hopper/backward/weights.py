@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
     partial: Any  # whether the tile needs the mask; None if no tile does
 
     def masked(self, y: Any) -> Any:
-        """Exponents of the tile, -inf where the mask does not keep a pair."""
+        """Sets exponents to -inf where the mask does not keep a pair."""
         columns, (q_first, kv_first) = y.shape[1], self.first
         q_pos = registers.positions(columns, 1 - self.keys_dim, q_first)
         return masked(y, self.mask, q_pos, registers.positions(columns, self.keys_dim, kv_first))
@@ -44,9 +44,9 @@ class Large(NamedTuple):
 
 
 class Corrections(NamedTuple):
-    """What few tiles need beside exp2 of their exponents: exact ones where queries are large, the mask.
+    """What few tiles need beside exp2 of their exponents: exact exponents where queries are large, and the mask.
 
-    One branch for all of it: nothing else may stand between products in flight.
+    All of it is in one branch: nothing else may stand between products in flight.
     """
 
     large: Large
@@ -54,7 +54,7 @@ class Corrections(NamedTuple):
     apart: bool = False  # tiles that need something compute their exponentials, too, in the branch (`KvSchedule`)
 
     def weights(self, s: Any, exponents: Callable[[Any], Any], power: Callable[[Any], Any]) -> Any:
-        """power(exponents(s)), corrected."""
+        """Computes power(exponents(s)), corrected."""
         partial = None if self.pairs is None else self.pairs.partial
         flags = [flag for flag in (partial, self.large.needed) if flag is not None]
         if not flags:
@@ -74,7 +74,7 @@ class Corrections(NamedTuple):
 
 def weights(spec: AttentionSpec, x: Any, lse_log2: Any, corrections: Corrections,
             shift: float = 0.0) -> tuple[Any, Any]:
-    """P, and P times the slope of the soft cap, from a tile of products of queries and keys; both times 2^shift.
+    """Computes P, and P times the slope of the soft cap, from products of queries and keys; both times 2^shift.
 
     Args:
       x: in the layout TILE.
@@ -93,8 +93,9 @@ class Lse(NamedTuple):
 
 
 def lse_of(block: KeyBlock, slot: Any) -> Lse:
-    """lse of a slot's queries, which must have come. Loaded before products are issued: what waits for them would wait
-    for this, too (5 % in heads of 64).
+    """Loads lse of a slot's queries, which must have come.
+
+    It comes before products are issued: behind them, its latency would add to the wait for them (5 % in heads of 64).
     """
     stats = block.smem["stats"].at[slot, int(Statistics.LSE)]
     log2 = plgpu.load(stats, layout=registers.COLUMN_LAYOUT)
@@ -107,27 +108,28 @@ def lse_of(block: KeyBlock, slot: Any) -> Lse:
 
 
 def start_of_dp(block: KeyBlock, slot: Any) -> Any:
-    """-delta of a slot's queries, in every row of an accumulator."""
+    """Loads -delta of a slot's queries into every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
     return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
 
 
 def without_rounding(block: KeyBlock, step: Step, y: Any) -> Any:
-    """Exponents of a step, (64, block_q), exact. Some columns after the others: with all of them at once something
-    would be spilled, also for tiles that never come here.
+    """Adds to the exponents of a step, (64, block_q), what lse lost in its rounding.
+
+    It takes 8 columns at a time: with all at once registers would be spilled, for all tiles.
     """
     first = step.tile * block.schedule.block_q
-    place = (block.batch, step.head, int(Statistics.ROUNDING))
+    index = (block.batch, step.head, int(Statistics.ROUNDING))
 
     def part(column: int) -> Any:
-        rounding = registers.load_row(block.gmem["stats"], place, first + column, 8)
-        return y[:, column:column + 8] + lax.broadcast_in_dim(rounding, (ROWS, 8), [1])
+        rounding = registers.load_row(block.gmem["stats"], index, first + column, 8)
+        return y[:, column:column + 8] + registers.stack(rounding)
 
     return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
 def tile_weights(block: KeyBlock, warpgroup: Any, step: Step, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
-    """P^T and what dP^T is multiplied with, from K Q^T; times 2^shift."""
+    """Computes P^T and what dP^T is multiplied with, from K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS
     partial = block.walk.partial(step.tile) if schedules.kv_work(spec, schedule).partial else None

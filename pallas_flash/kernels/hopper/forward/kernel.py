@@ -40,7 +40,7 @@ from pallas_flash import softmax
 from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.load import load
-from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
+from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
     Maximum,
     Softmax,
@@ -89,7 +89,7 @@ def pass_turn(block: Block, warpgroup: Any) -> None:
 
 
 def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> None:
-    """Passes the steps of the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
+    """Passes over the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
     @pl.loop(jnp.int32(0), barriers.scalar(first - stop))
     def _(i: Any) -> None:
         slot = tile.slot(first - i, block.schedule.num_stages)
@@ -103,7 +103,7 @@ def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> Non
 # -- the steps of a tile ---------------------------------------------------------------------------------------------
 
 def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
-    """The last key tile of the rows: S and its softmax."""
+    """Computes S of the rows' last key tile and its softmax."""
     kv_tile, bars = rows.stop - 1, block.bars
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
@@ -119,7 +119,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Any, s: Any) -> Any:
-    """Scores of the rows and a key tile, -inf where the mask does not keep a pair."""
+    """Sets scores of a key tile to -inf where the mask does not keep a pair."""
     q_pos = registers.positions(s.shape[1], 0, rows.first)
     kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
     return masked(s, tile.mask, q_pos, kv_pos)
@@ -133,7 +133,7 @@ def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
 
 
 def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Any, Any]:
-    """Issues acc + P V of a key tile; also returns what waits for it: a function of acc that returns acc."""
+    """Issues acc + P V of a key tile; also returns the function that waits for it, from acc to acc."""
     acc = rescaled(state, acc)
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
@@ -149,18 +149,19 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
 
 def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any,
                  state: Softmax) -> Callable[..., tuple[Maximum, Any]]:
-    """How this step finds m_i, see `next_softmax`."""
+    """Chooses how this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
-    i, again = rows.stop - 1 - kv_tile, tile.again != 0
-    heavy = is_heavy(state) & jnp.logical_not(again)  # with all maxima only the rounding of start makes weights large
-    due = ((i & -i) * maxima > i) | heavy | again
+    i, is_redone = rows.stop - 1 - kv_tile, tile.is_redone != 0
+    # With all maxima, only the rounding of start makes weights large.
+    heavy = is_heavy(state) & jnp.logical_not(is_redone)
+    due = ((i & -i) * maxima > i) | heavy | is_redone
     return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
 def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
-    """S of this key tile while P V of the one after it is multiplied, then the softmax of S."""
+    """Computes S of a key tile while P V of the step before is multiplied, then the softmax of S."""
     bars, slot = block.bars, tile.slot(kv_tile, block.schedule.num_stages)
     if not block.schedule.held_columns:
         plgpu.barrier_wait(bars["k_full"].at[slot])
@@ -193,14 +194,14 @@ class Sums(NamedTuple):
 
 
 def sums_of(block: Block, state: Softmax) -> Sums:
-    """The sums after the last tile."""
+    """Adds up l_i after the last tile, and finds how far start was rounded."""
     m_i, start = state.maximum
     rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
-    """out = acc / l and the statistics, to global memory."""
+    """Writes out = acc / l_i and the statistics to global memory."""
     m_i, rounding, l_i = sums
     head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
@@ -218,22 +219,23 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
 
 
 def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
-    """Writes down, the first time, whether a tile has to be done again."""
-    place, flags = lax.axis_index("block"), block.gmem["given_up"]
+    """Records, in the first walk through the row, whether a tile has to be done again."""
+    row, flags = lax.axis_index("block"), block.gmem["given_up"]
 
-    @pl.when(tile.again == 0)
+    @pl.when(tile.is_redone == 0)
     def _() -> None:
-        flags[place, rows.warpgroup, tile.place] = spoiled.astype(jnp.int32)
+        flags[row, rows.warpgroup, tile.column] = spoiled.astype(jnp.int32)
 
         @pl.when(spoiled)
         def _some() -> None:
-            flags[place, rows.warpgroup, block.any_given_up] = jnp.int32(1)
+            flags[row, rows.warpgroup, block.any_given_up] = jnp.int32(1)
 
 
 def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> tuple[Sums, Any]:
-    """The sums and acc, (64, d_v) in the layout ACC: as they are, or computed again if a row is spoiled; but what can
-    be done again by all warpgroups together is only given up. The query must still be in shared memory. A barrier of
-    the warpgroup.
+    """Returns the sums and acc, (64, d_v) in the layout ACC, recomputed if a row is spoiled.
+
+    With `maxima`, a spoiled tile is only given up in the first walk, so that all warpgroups do it again together. The
+    query must still be in shared memory. A barrier of the warpgroup.
     """
     sums = sums_of(block, state)
     spoiled = is_spoiled(block, state.maximum, sums.l_i, acc)
@@ -241,11 +243,11 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> 
         return sums, acc
     if block.schedule.maxima:
         give_up(block, tile, rows, spoiled)
-        spoiled = spoiled & (tile.again != 0)
+        spoiled = spoiled & (tile.is_redone != 0)
 
     def repair(sums: Sums, acc: Any) -> tuple[Sums, Any]:
-        l_i, acc = again(block, tile, rows)
-        # m_i stays: it is one of the products that the backward makes again. Summed up another way, they err.
+        l_i, acc = recompute(block, tile, rows)
+        # m_i stays: the backward computes the same product, with the same rounding; a sum in another order differs.
         lost = overflowed(block.spec, state.maximum)
         new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
         return new, acc * registers.spread(new.l_i * softmax.rescale(l_i), acc.shape[1])
@@ -255,16 +257,16 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> 
 
 
 def end_row(block: Block) -> None:
-    """Waits until every compute warpgroup has come to the end of its row, and what they have stored has arrived."""
+    """Waits until every compute warpgroup has reached the end of its row, and what they have stored has arrived."""
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(block.bars["row_done"])
     plgpu.barrier_wait(block.bars["row_done"])
 
 
 def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
-    """One tile, by one compute warpgroup."""
+    """Computes a warpgroup's rows of a tile."""
     rows = rows_of(block, tile, warpgroup)
-    seen, buffer = schedules.steps(block.spec, block.schedule), rem(tile.turn, block.schedule.query_buffers)
+    seen, buffer = schedules.steps(block.spec, block.schedule), rem(tile.ordinal, block.schedule.query_buffers)
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
     if block.schedule.q_registers:
         width = CHUNK * schedules.chunks(block.spec.d)
@@ -293,7 +295,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
 
 
 def compute(block: Block, warpgroup: Any) -> None:
-    """A compute warpgroup."""
+    """Runs a compute warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[0], action="increase")
 
     @pl.when(warpgroup == block.schedule.warpgroups - 1)
@@ -306,7 +308,7 @@ def compute(block: Block, warpgroup: Any) -> None:
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        await_turn(block, warpgroup)  # the turn that nobody took: a barrier must not be left half full
+        await_turn(block, warpgroup)  # the last turn, which no warpgroup took: no barrier may be left half full
 
     plgpu.wait_smem_to_gmem(0)
 

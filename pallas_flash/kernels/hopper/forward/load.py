@@ -16,7 +16,7 @@ __all__ = ["load"]
 
 def load_query(block: Block, tile: Tile) -> None:
     """Loads the tile's queries, as soon as a buffer is free."""
-    slot = tiles.await_free(block.bars["q_free"], block.schedule.query_buffers, tile.turn)
+    slot = tiles.await_free(block.bars["q_free"], block.schedule.query_buffers, tile.ordinal)
     index = (tile.batch, tile.head, tile.index * block.schedule.block_q)
     tiles.load_tile(block.spec, block.gmem["q"], index, block.smem["q"].at[slot], block.bars["q_full"].at[slot])
 
@@ -34,12 +34,12 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
 
 
 def await_row(block: Block) -> None:
-    """Waits until every compute warpgroup has come to the end of its row."""
+    """Waits until every compute warpgroup has reached the end of its row."""
     plgpu.barrier_wait(block.bars["row_done"])
 
 
 def load(block: Block) -> None:
-    """The loading warpgroup."""
+    """Runs the loading warpgroup."""
     walk = functools.partial(for_each_tile, block, gather=functools.partial(await_row, block))
     plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
 
@@ -47,8 +47,8 @@ def load(block: Block) -> None:
     def _(warp: Any) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            turns, _ = walk(functools.partial(load_query, block))
-            tiles.drain(block.bars["q_free"], turns)
+            count, _ = walk(functools.partial(load_query, block))
+            tiles.drain(block.bars["q_free"], count)
 
         for number, name in enumerate(("k", "v"), 1):
             @pl.when(warp == number)

@@ -1,10 +1,10 @@
-"""Rows that a tile's arithmetic has spoiled, found at its end, and computed again without tensor cores.
+"""Rows that a tile's arithmetic has spoiled: found at the tile's end, and recomputed without tensor cores.
 
 A tile that the mask splits is multiplied whole, with weight 0 where the mask does not keep a pair, and 0 * NaN is NaN,
-also in a tensor core. And weights grow too large, or their sums with the values do, where scores jump far above an m_i
-that nobody looked at (`forward.softmax`): such a tile is done again first, with all maxima (`forward.tiles`). Rows that
-are spoiled even then, one warpgroup adds up again, a key at a time: slow, exact to rounding, and never run on finite
-values, unless their sums overflow, or weights do because scores are larger than 1e8 (`scores.overflows`).
+also in a tensor core. Weights, or their sums with the values, also overflow where scores jump far above an m_i that was
+not updated (`forward.softmax`): such a tile is first done again with all maxima (`forward.tiles`). Rows that are
+spoiled even then are recomputed by one warpgroup, a key at a time: slow, and exact to rounding. It never happens to
+finite values, unless their sums overflow, or weights do because scores are larger than 1e8 (`scores.overflows`).
 """
 
 from typing import Any
@@ -19,17 +19,16 @@ from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowes
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest
+from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["again", "is_spoiled", "overflowed"]
+__all__ = ["is_spoiled", "overflowed", "recompute"]
 
 
 def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
-    """Whether a row of this warpgroup may have to be computed again; None if none ever does. A barrier of the
-    warpgroup.
+    """Whether a row of this warpgroup may have to be recomputed; None if none ever does. A barrier of the warpgroup.
 
-    Rows whose sum of weights is NaN because their scores are stay NaN: nothing is done for them.
+    Rows whose sum of weights is NaN because their scores are NaN are legitimately NaN, and not counted.
 
     Args:
       l_i: (64,).
@@ -39,8 +38,8 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
     partial = seen.first_masked or seen.later_masked or maxima > 0
     if not (partial or may_be_large(spec)):
         return None
-    nowhere = l_i < 0
-    too_large = overflowed(spec, maximum) if may_be_large(spec) else nowhere
+    none = l_i < 0  # a sum of weights is never negative
+    too_large = overflowed(spec, maximum) if may_be_large(spec) else none
     if maxima:
         too_large = too_large | given_up(maximum.m_i, l_i)
     if not partial:
@@ -57,12 +56,14 @@ def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:
     return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
 
 
-def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
-    """The online softmax over the keys that each row attends to, one by one: l_i, (64,), and the sum of weighted
-    values, (64, d_v).
+def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
+    """Runs the online softmax over the keys that each row attends to, one by one.
+
+    Returns:
+      l_i, (64,), and the sum of weighted values, (64, d_v).
     """
     spec, unit = block.spec, score_unit(block.spec)
-    own = RowsAtRest(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
+    own = SlowRows(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 
     def add(position: Any, sums: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         m_i, l_i, acc = sums

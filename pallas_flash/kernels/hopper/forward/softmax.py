@@ -1,11 +1,14 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
 
-m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. What is
-near enough, there are two ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where
-it has fallen behind.
-`maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
-1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum. A tile with
-a row that has gone too far before that is given up, and done again with all maxima (`forward.tiles`).
+m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. There are
+two ways to keep m_i near enough.
+
+`maximum_within`: every step computes the tile's maximum, and m_i follows where it has fallen behind.
+
+`maximum_at_times`: some steps compute the maximum, and at the other steps it is not computed. bf16 and float32 hold
+weights far beyond 1, so a row's scores may rise above its m_i; where its sum says that they have, the next step
+computes the maximum. A tile with a row whose weights grow too large before that is given up, and done again with all
+maxima (`forward.tiles`).
 """
 
 import functools
@@ -24,7 +27,7 @@ __all__ = [
 ]
 
 HEAVY = 2.0**14
-"""A row sum above it says that scores have left m_i behind."""
+"""A row sum above it says that scores have risen far above m_i."""
 FULL = 2.0**90
 """A row sum above it is given up: to follow it, alpha would have to be so small that float32 flushes it to 0, and with
 it weights that count (2^-36 of the row's largest at this limit).
@@ -83,7 +86,7 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
 
 
 def is_heavy(state: Softmax) -> Any:
-    """Whether a row of this warp has left its m_i far behind."""
+    """Whether scores of a row of this warp have risen far above its m_i."""
     return barriers.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
@@ -92,8 +95,8 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
 
     Args:
       due: the same in every thread of a warp; true where the warp is heavy.
-      heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because the largest of
-        them was not looked at; infinite where they are given up.
+      heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because their maximum
+        was not computed; it is infinite where the row is given up.
     """
     def lifted(m_i: Any, l_i: Any) -> Any:
         l_i = l_i.max(axis=1)
