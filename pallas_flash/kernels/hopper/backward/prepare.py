@@ -67,7 +67,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
         for i, source in enumerate((out, dout)):
             tiles.load_tile(spec, source, (batch, q_head, first), smem.at[i], full)
         if sums:
-            zero_sums(spec, schedule.kv, sums[0], (batch, q_head, rows))
+            zero_sums(spec, schedule.kv.block_q, sums[0], (batch, q_head, rows))
         lse = registers.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
@@ -87,10 +87,10 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
     return lambda *arrays: tuple(kernel(*arrays))
 
 
-def zero_sums(spec: AttentionSpec, schedule: Any, sums: Any, index: tuple[Any, Any, Any]) -> None:
+def zero_sums(spec: AttentionSpec, block_q: int, sums: Any, index: tuple[Any, Any, Any]) -> None:
     """Zeroes the float32 sums of 64 queries."""
     batch, q_head, rows = index
-    per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
+    per_tile, columns = block_q // CHUNK, chunks(spec.d)
     tile, row = div(rows, per_tile), rem(rows, per_tile)
     for column in range(columns):
         registers.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
