@@ -81,7 +81,7 @@ class Races(gpu_callbacks.GPURaceDetectionState):
 def is_atomic(buffer_key, source_info):
     in_global_memory = buffer_key.memory_space_id == 0
     place = "" if source_info is None else source_info_util.summarize(source_info)
-    return in_global_memory and any(name in place for name in ("add_to_global", "await_turn", "pass_turn"))
+    return in_global_memory and any(name in place for name in ("add_to_global", "await_additions", "count_addition"))
 
 
 def interpreted(schedule, spec, operands, saved):

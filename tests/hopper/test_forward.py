@@ -106,8 +106,8 @@ def operands(case):
     return [jnp.asarray(x).astype(case.dtype) for x in (q, k, v * case.v_scale)]
 
 
-def not_again(block, tile, rows):
-    """In place of `forward.repair.again`, where nothing needs it."""
+def recompute_nothing(block, tile, rows):
+    """In place of `forward.repair.recompute`, where nothing needs it."""
     nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)
     return nan(64), nan(64, block.spec.d_v)
 
@@ -132,7 +132,7 @@ def rows_last(case, x):
 def test_kernel_agrees_with_the_oracle(name, monkeypatch):
     case = CASES[name]
     if not (case.bad_keys or case.repaired):
-        monkeypatch.setattr(forward, "again", not_again)
+        monkeypatch.setattr(forward, "recompute", recompute_nothing)
     if not (case.given_up or case.bad_keys):
         monkeypatch.setattr(forward, "give_up", give_nothing_up)
     check(case)

@@ -11,7 +11,13 @@ import pytest
 
 from pallas_flash import masks
 from pallas_flash.kernels.hopper import defaults, memory, rules, scratch, work
-from pallas_flash.kernels.hopper.schedule import ROWS, DqSchedule, ForwardSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import (
+    ROWS_PER_WARPGROUP,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+)
 from pallas_flash.spec import AttentionSpec
 
 H100_SMEM = 232_448
@@ -70,8 +76,8 @@ def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
             assert lo <= start < stop <= hi
             assert seen.skips_above or stop == hi
             assert seen.skips_below or start == lo
-            first = (q_tile * schedule.warpgroups + warpgroup) * ROWS
-            rows = keep[first:first + ROWS]
+            first = (q_tile * schedule.warpgroups + warpgroup) * ROWS_PER_WARPGROUP
+            rows = keep[first:first + ROWS_PER_WARPGROUP]
             assert not rows[:, :start * block].any()
             assert not rows[:, stop * block:].any()
             for tile in range(start, stop):

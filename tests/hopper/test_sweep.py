@@ -15,7 +15,7 @@ from agreement import assert_within, with_rest
 from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, dispatch
 from pallas_flash.kernels.hopper import calls, rules
 from pallas_flash.kernels.hopper.backward import gradients as backward
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import Operands
 from pallas_flash.testing import conformance, textbook

@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_flash import device
 from pallas_flash.kernels.hopper.schedule import (
-    ROWS,
+    ROWS_PER_WARPGROUP,
     BackwardSchedule,
     DqSchedule,
     ForwardSchedule,
@@ -82,7 +82,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     pos = np.arange(spec.q_len)
     stops = worst_case(spec, schedule).kv_bounds(pos, pos + 1).hi
     last = np.broadcast_to(np.minimum(stops, spec.kv_len), pos.shape) - 1
-    if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS] - 2)):
+    if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS_PER_WARPGROUP] - 2)):
         return 0  # a row that meets its first key at a step without a maximum would be given up
     return 2 if 4 * shortest <= longest else 4
 

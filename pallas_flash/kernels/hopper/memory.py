@@ -13,7 +13,7 @@ import numpy as np
 from pallas_flash import tiles
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
-    ROWS,
+    ROWS_PER_WARPGROUP,
     DqSchedule,
     ForwardSchedule,
     KvSchedule,
@@ -84,7 +84,7 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
                Buffer("k", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
                Buffer("v", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
     if s.out_chunks:
-        buffers.append(Buffer("out", (s.warpgroups, min(s.out_chunks, d_v), ROWS, CHUNK), spec.dtype))
+        buffers.append(Buffer("out", (s.warpgroups, min(s.out_chunks, d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
     barriers = [*_ring("q", d, s.warpgroups, s.query_buffers), *_ring("k", d, s.warpgroups, s.num_stages),
                 *_ring("v", d_v, s.warpgroups, s.num_stages)]
     if s.maxima:
@@ -132,8 +132,8 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
     """A query and a dout for each warpgroup, which arrive together; rings of keys and values."""
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     return Memory(
-        (Buffer("q", (s.warpgroups, d, ROWS, CHUNK), spec.dtype),
-         Buffer("dout", (s.warpgroups, d_v, ROWS, CHUNK), spec.dtype),
+        (Buffer("q", (s.warpgroups, d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+         Buffer("dout", (s.warpgroups, d_v, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
          Buffer("k", (s.k_stages, d, s.block_kv, CHUNK), spec.dtype),
          Buffer("v", (s.v_stages, d_v, s.block_kv, CHUNK), spec.dtype)),
         (Barrier("q_full", d + d_v, s.warpgroups),
@@ -142,13 +142,13 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
     """64 rows of out and of dout, which arrive together."""
-    columns = chunks(spec.d_v)
-    return Memory((Buffer("rows", (2, columns, ROWS, CHUNK), spec.dtype),), (Barrier("full", 2 * columns),))
+    rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:
     """64 rows of dq."""
-    return Memory((Buffer("dq", (chunks(spec.d), ROWS, CHUNK), spec.dtype),))
+    return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
 
 
 _PIECE = 16, 256

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
-    ROWS,
+    ROWS_PER_WARPGROUP,
     BackwardSchedule,
     DqSchedule,
     ForwardSchedule,
@@ -50,8 +50,9 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
         (s.maxima == 0 or spec.dtype == jnp.bfloat16,
          f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
         (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
-        (s.maxima == 0 or s.block_kv >= ROWS,
-         f"{s.maxima=} needs {s.block_kv=} of at least {ROWS}: a row meets its first key in the first two steps"),
+        (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
+         f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
+         "two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
 

@@ -21,14 +21,14 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KvSchedule", "SplitSchedule", "chunks",
-    "div", "rem",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KvSchedule", "SplitSchedule",
+    "chunks", "div", "rem",
 ]
 
 CHUNK = 64
 """Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, the widest swizzle."""
 
-ROWS = 64
+ROWS_PER_WARPGROUP = 64
 """Rows of a product that a warpgroup holds: the M of wgmma."""
 
 
@@ -97,7 +97,7 @@ class ForwardSchedule:
 
     @property
     def block_q(self) -> int:
-        return ROWS * self.warpgroups
+        return ROWS_PER_WARPGROUP * self.warpgroups
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -146,7 +146,7 @@ class KvSchedule:
 
     @property
     def block_kv(self) -> int:
-        return ROWS * self.warpgroups
+        return ROWS_PER_WARPGROUP * self.warpgroups
 
     @property
     def registers(self) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class SplitSchedule:
     section_bytes: int = 32 << 20
 
     block_q = 64
-    block_kv = ROWS
+    block_kv = ROWS_PER_WARPGROUP
     warpgroups = 2
     dq = "none"
     ordered = False
@@ -207,7 +207,7 @@ class DqSchedule:
 
     @property
     def block_q(self) -> int:
-        return ROWS * self.warpgroups
+        return ROWS_PER_WARPGROUP * self.warpgroups
 
     @property
     def registers(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_flash import device, masks, tiles
 from pallas_flash.kernels.hopper.schedule import (
-    ROWS,
+    ROWS_PER_WARPGROUP,
     DqSchedule,
     ForwardSchedule,
     KvSchedule,
@@ -56,8 +56,8 @@ def _forward_ends(spec: AttentionSpec, s: ForwardSchedule) -> dict[str, int]:
     """The keys' end, if the last key tile is ragged and the mask lets some query reach past it. Rows past the last
     query need no mask: they are never stored.
     """
-    first = np.arange(0, spec.q_len, ROWS)
-    reach = np.max(spec.mask.kv_bounds(first, np.minimum(first + ROWS, spec.q_len)).hi)
+    first = np.arange(0, spec.q_len, ROWS_PER_WARPGROUP)
+    reach = np.max(spec.mask.kv_bounds(first, np.minimum(first + ROWS_PER_WARPGROUP, spec.q_len)).hi)
     return {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv and reach > spec.kv_len else {}
 
 
@@ -103,10 +103,10 @@ def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, 
     """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, and among the query tile's
     `loaded_tiles`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
     """
-    block, real = q_tile * schedule.warpgroups + warpgroup, tiles.cdiv(spec.q_len, ROWS)
+    block, real = q_tile * schedule.warpgroups + warpgroup, tiles.cdiv(spec.q_len, ROWS_PER_WARPGROUP)
     if real % schedule.warpgroups:
         block = masks.minimum(block, real - 1)
-    rows = tiles.interval(block, ROWS, spec.q_len)
+    rows = tiles.interval(block, ROWS_PER_WARPGROUP, spec.q_len)
     needed = tiles.kv_tiles(mask, rows, schedule.block_kv, spec.kv_len)
     lo, hi = loaded_tiles(mask, spec, schedule, q_tile)
     stop = masks.minimum(masks.maximum(needed.stop, lo + 1), hi)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_flash.kernels.hopper import defaults, memory, work
 from pallas_flash.kernels.hopper.backward import dq as dq_kernel
 from pallas_flash.kernels.hopper.backward import kv, kv_split, prepare
+from pallas_flash.kernels.hopper.backward.finish import launch_finish
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
@@ -41,7 +42,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Any, stats: Any, dout
 
 def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...], zeros: list[Any]) -> Gradients:
     assert isinstance(schedule.kv, KvSchedule)
-    launch, finish = kv.launch(spec, schedule.kv), prepare.launch_finish(spec, schedule.kv)
+    launch, finish = kv.launch(spec, schedule.kv), launch_finish(spec, schedule.kv)
     if schedule.kv.ordered:
         turns = jax.new_ref(jnp.zeros(memory.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
         dk, dv, sums = launch(*arrays, turns)
