@@ -36,6 +36,9 @@ ARROWS = {
 """Which modules of pallas_flash each may import; those of a package may import each other."""
 FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
 
+ON_MOSAIC = {"hopper"}
+"""The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
+
 MOSAIC = "jax.experimental.pallas.mosaic_gpu"
 PRIVATE = "jax._" + "src"
 MAX_LINES = 480  # a file has about 400
@@ -88,8 +91,10 @@ def allowed(module, target):
     if module[0] == "testing":
         return target[0] != "kernels"
     if module[0] == "kernels":
-        own_package = target[:2] == module[:2]
-        return own_package or target[0] in FOR_KERNELS
+        if target[0] == "kernels":
+            own_package, shared = target[:2] == module[:2], target[1:2] == ("mosaic",)
+            return own_package or (shared and module[1] in ON_MOSAIC)
+        return target[0] in FOR_KERNELS
     if module[0] == "dispatch" and target[0] == "kernels":
         return len(target) > 2 and target[2] == "support"
     return target[0] in ARROWS[module[0]]
@@ -108,6 +113,12 @@ def test_arrows(path):
 @pytest.mark.parametrize(("module", "source"), [
     ("kernels.xla.forward", "from pallas_flash import autodiff"),
     ("kernels.xla.forward", "from pallas_flash.kernels.hopper import schedule"),
+    ("kernels.xla.forward", "from pallas_flash.kernels.mosaic import scheduling"),
+    ("kernels.hopper.calls", "from pallas_flash.kernels.xla import forward"),
+    ("kernels.mosaic.ptx", "from pallas_flash.kernels.hopper import schedule"),
+    ("kernels.mosaic.call", "from pallas_flash.kernels.xla.blocks import Blocks"),
+    ("kernels.mosaic.call", "from pallas_flash import autodiff"),
+    ("kernels.hopper.forward.kernel", "from pallas_flash.kernels import xla"),
     ("kernels.xla.forward", "def f():\n    import pallas_flash.dispatch"),
     ("masks", "from pallas_flash.tiles import cdiv"),
     ("softmax", "import pallas_flash"),

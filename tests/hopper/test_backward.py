@@ -20,9 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, scores
+from pallas_flash.kernels.hopper import scores
 from pallas_flash.kernels.hopper.backward import gradients as backward
 from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
@@ -92,7 +93,7 @@ def interpreted(schedule, spec, operands, saved):
         detectors.append(Races(**keywords))
         return detectors[-1]
 
-    with (barriers.interpreted(), unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
+    with (ptx.interpreted(), unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
           plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))):
         found = backward.backward(spec, operands, *saved, schedule=schedule)
         jax.block_until_ready(found)

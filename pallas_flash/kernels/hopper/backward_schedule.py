@@ -47,7 +47,7 @@ class KvSchedule:
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
-      pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
+      pinned, opaque: `ptx.pin` behind the exponentials; index keys and values through `ptx.opaque`.
       apart: tiles that need a mask, or exact exponents, have exponentials of their own: no branch stands between the
         exponents and the exponentials of the others.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = [
     "ACC", "CHUNK", "CHUNKED", "COLUMNS", "ROWS", "TILE", "accumulate", "beside", "load_chunks", "load_row",
@@ -57,7 +57,7 @@ def scores(q_ref: Any, k_ref: Any, d: int) -> Any:
     """
     keys = k_ref.shape[1]
     held = len(q_ref.shape) == 2
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         _in_flight.append((k_ref,) if held else (q_ref, k_ref))
         if held:
             k = jnp.swapaxes(k_ref[...], 0, 1).reshape(keys, -1)
@@ -113,7 +113,7 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
       v_ref: (chunks, keys, 64) in shared memory.
     """
     columns, keys = acc.shape[1], p.shape[1]
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         _in_flight.append((v_ref,))
         v = jnp.swapaxes(v_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
         return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
@@ -139,7 +139,7 @@ def ready(x: Any, pending: int) -> Any:
     """x, once at most `pending` products are in flight. The result of the wait depends on x, so no use of x moves above
     it.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         while len(_in_flight) > pending:  # a buffer is read until its product is done: let the race detector see that
             for ref in _in_flight.pop(0):
                 ref[...]
@@ -160,19 +160,19 @@ def positions(columns: int, axis: int, first: Any) -> Any:
 
     `plgpu.broadcasted_iota` would do, but its values do not change in a loop, and LLVM keeps (and spills) all of them.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return first + lax.broadcasted_iota(jnp.int32, (64, columns), axis)
 
-    @plgpu.inline_mgpu(arg_types=(barriers.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
+    @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
     def make(_: Any, first: Any) -> Any:
-        i32, pair = barriers.i32(), ir.VectorType.get((2,), barriers.i32())
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
         const = lambda value: mgpu.utils.c(value, i32)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
+        thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
         lane = arith.remui(thread, const(32))
         # registers (column / 8, row / 8 % 2): rows 16 warp + 8 i + lane / 4, columns 8 j + 2 (lane % 4) + 0, 1
         own = (arith.addi(arith.muli(arith.divui(thread, const(32)), const(16)), arith.divui(lane, const(4))),
                arith.muli(arith.remui(lane, const(4)), const(2)))[axis]
-        base = barriers.moved(arith.addi(first.registers.item(), own))
+        base = ptx.moved(arith.addi(first.registers.item(), own))
         layout = TILE.to_mgpu()
         registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
         flat = registers.reshape(columns // 8, 2)
@@ -181,7 +181,7 @@ def positions(columns: int, axis: int, first: Any) -> Any:
             flat[j, i] = vector.from_elements(pair, values)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
-    return make(barriers.scalar(first))
+    return make(ptx.scalar(first))
 
 
 def zeros(columns: int) -> Any:
@@ -194,7 +194,7 @@ def store_chunks(x: Any, ref: Any) -> None:
     anything.
     """
     columns = x.shape[1]
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - columns)))
         ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
         return
@@ -212,13 +212,13 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     """Columns from `first` on of ref, (chunks, 64, 64) in shared memory, as (64, columns) in the layout TILE; both
     multiples of 8.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
     def load(_: Any, ref: ir.Value) -> Any:
-        i32, pair = barriers.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
         const = lambda value: mgpu.utils.c(value, i32)
         warp, row, quarter = _place()
         start = arith.addi(arith.muli(warp, const(16 * CHUNK)), arith.addi(
@@ -239,7 +239,7 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
 
 def beside(parts: list[Any]) -> Any:
     """Arrays (64, n) of one dtype in the layout TILE, side by side."""
-    if barriers.is_interpreted() or len(parts) == 1:
+    if ptx.is_interpreted() or len(parts) == 1:
         return jnp.concatenate(parts, axis=1)
     shape = (64, sum(part.shape[1] for part in parts))
 
@@ -256,14 +256,14 @@ def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) ->
     """ref[place][first:first + columns] in the layout COLUMNS, from an array of four axes in global memory; both
     multiples of 8.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return ref[*place, pl.ds(first, columns)]
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
                        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMNS))
     def load(_: Any, ref: ir.Value, *place: Any) -> Any:
-        i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
         a, b, c, first = (arith.extui(i64, index.registers.item()) for index in place)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
         row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
@@ -278,7 +278,7 @@ def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) ->
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, *map(barriers.scalar, (*place, first)))
+    return load(ref, *map(ptx.scalar, (*place, first)))
 
 
 def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
@@ -289,12 +289,12 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
       ref: (rows, length) float32 in global memory, in any shape that flattens to it.
       row, first: int32 scalars.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         place = _unravelled(row, ref.shape[:-1])
         at = lambda i: jnp.where(first + i < length, ref[*place, jnp.minimum(first + i, length - 1)], otherwise)
         return jnp.stack([at(i) for i in range(64)])
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), barriers.SCALAR, barriers.SCALAR),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROWS))
     def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
         layout, f32 = ROWS.to_mgpu(), ir.F32Type.get()
@@ -303,22 +303,22 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
         for i, (index, inside, _) in enumerate(_row_places(row.registers.item(), first.registers.item(), length,
                                                            registers.size)):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
-            flag = arith.extui(barriers.i32(), inside)
-            ptx = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
-            value = llvm.inline_asm(f32, [address, flag, missing], ptx, "=&f,l,r,f", has_side_effects=True)
+            flag = arith.extui(ptx.i32(), inside)
+            asm = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
+            value = llvm.inline_asm(f32, [address, flag, missing], asm, "=&f,l,r,f", has_side_effects=True)
             registers.reshape(-1)[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, barriers.scalar(row), barriers.scalar(first))
+    return load(ref, ptx.scalar(row), ptx.scalar(first))
 
 
 def _row_places(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
     """For each register of the layout ROWS: its index in (rows, length), whether it lies below `length`, and whether
     this thread is the first of the four that hold it.
     """
-    i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+    i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
     const = lambda value: mgpu.utils.c(value, i32)
-    thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
+    thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
     lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
     leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, const(4)), const(0))
     base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
@@ -347,11 +347,11 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
       ref: (rows, length) float32 in global memory, in any shape that flattens to it.
       row, first: int32 scalars.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         _store_row_stats_interpreted(x, ref, row, first, length)
         return
 
-    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), barriers.SCALAR, barriers.SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
     def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
         registers = list(x.registers.flat)
         places = _row_places(row.registers.item(), first.registers.item(), length, len(registers))
@@ -360,7 +360,7 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
             mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
                                   predicate=arith.andi(leads, inside), has_side_effects=True)
 
-    store(x, ref, barriers.scalar(row), barriers.scalar(first))
+    store(x, ref, ptx.scalar(row), ptx.scalar(first))
 
 
 def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
@@ -378,8 +378,8 @@ def _place() -> tuple[ir.Value, ir.Value, ir.Value]:
     """Warp, row and quarter of a row of this thread in an 8-row group of the layout TILE; made where they are used, or
     LLVM would keep what follows from them through every loop.
     """
-    const = lambda value: mgpu.utils.c(value, barriers.i32())
-    thread = arith.remui(barriers.moved(mgpu.utils.thread_idx()), const(barriers.WARPGROUP))
+    const = lambda value: mgpu.utils.c(value, ptx.i32())
+    thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
     lane = arith.remui(thread, const(32))
     return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
 
@@ -416,7 +416,7 @@ def _advance(descriptor: ir.Value, offset_bytes: int) -> ir.Value:
 
 def _word(register: ir.Value) -> ir.Value:
     """Two 16-bit elements as one 32-bit word."""
-    return vector.extract(vector.bitcast(ir.VectorType.get((1,), barriers.i32()), register), [], [0])
+    return vector.extract(vector.bitcast(ir.VectorType.get((1,), ptx.i32()), register), [], [0])
 
 
 def _commit() -> None:
@@ -434,21 +434,21 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
     a_text = f"${next(numbers)}" if len(a) == 1 else "{" + ",".join(f"${next(numbers)}" for _ in a) + "}"
     out = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     tail = f"p, 1, 1, {'0, ' if len(a) == 1 else ''}{int(transpose_b)}"
-    ptx = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
+    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
            f"{element}.{element} {out}, {a_text}, ${next(numbers)}, {tail}; }}")
     kind_of_a = "l" if len(a) == 1 else "r"
     constraints = ",".join(["=f"] * count + [str(i) for i in range(len(acc))] + [kind_of_a] * len(a) + ["l"])
-    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*acc, *a, b], ptx, constraints,
+    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*acc, *a, b], asm, constraints,
                              asm_dialect=0, has_side_effects=True)
     return [llvm.extractvalue(vec, result, [i]) for i in range(count)]
 
 
-def _tied(registers: list[ir.Value], ptx: str) -> list[ir.Value]:
-    """`ptx` as a statement that reads and writes every register."""
+def _tied(registers: list[ir.Value], asm: str) -> list[ir.Value]:
+    """`asm` as a statement that reads and writes every register."""
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
     kind = registers[0].type
-    result = llvm.inline_asm(llvm.StructType.get_literal([kind] * count), registers, ptx, constraints, asm_dialect=0,
+    result = llvm.inline_asm(llvm.StructType.get_literal([kind] * count), registers, asm, constraints, asm_dialect=0,
                              has_side_effects=True)
     return [llvm.extractvalue(kind, result, [i]) for i in range(count)]
 

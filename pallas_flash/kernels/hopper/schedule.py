@@ -55,7 +55,7 @@ class ForwardSchedule:
       held_columns: so many columns of weights are computed before the waits for the next key tile and for the product
         that they overlap, the others after them, while the first are rounded. The first wait is a branch, above which
         they stay. 0: the compiler waits for the product where it likes, and the next step for its key tile.
-      opaque: index the query through an opaque scalar (`barriers.opaque`).
+      opaque: index the query through an opaque scalar (`ptx.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
         worked on.

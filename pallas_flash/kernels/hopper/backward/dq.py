@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
@@ -25,6 +25,7 @@ from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
@@ -60,7 +61,7 @@ class Rows(NamedTuple):
 
     def own(self, block: Block, name: str) -> Any:
         """The warpgroup's queries or douts, (chunks, 64, 64)."""
-        return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
+        return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
 def load_ring(block: Block, name: str, slots: int) -> None:
@@ -114,7 +115,7 @@ def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), products.ROWS)  # not IDLE
+    return ptx.any_in_warp((size > largest(spec)) & (size < 1e38), products.ROWS)  # not IDLE
 
 
 def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
@@ -136,7 +137,7 @@ def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
     lse_log2 = across(rows.lse_log2, schedule.block_kv)
     _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)
+        ptx.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)
     return p
 
 
@@ -199,7 +200,7 @@ def repaired(block: Block, rows: Rows, dq: Any) -> Any:
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
     hopeless = across(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
     return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
 
 
@@ -223,8 +224,8 @@ def again(block: Block, rows: Rows) -> Any:
 
     def columns_from(first: int) -> Any:
         zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
-        kv_pos = (barriers.scalar(block.kv_tiles.start * block_kv),
-                  barriers.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
+        kv_pos = (ptx.scalar(block.kv_tiles.start * block_kv),
+                  ptx.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
         return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, products.TILE))
 
     return products.beside([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.nonfinite import unknown, without_bad_rows
@@ -32,6 +32,7 @@ from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -115,7 +116,7 @@ def load_role(block: Block) -> None:
 
 def own_rows(block: Block, name: str, warpgroup: Any) -> Any:
     """A compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
-    index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
+    index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
     return block.smem[name].at[:, pl.ds(index * ROWS, ROWS)]
 
 
@@ -137,7 +138,7 @@ def ds_rows(block: Block, warpgroup: Any, step: Step) -> Any:
 
 def issue_dq(block: Block, warpgroup: Any, step: Step) -> Any:
     """The warpgroup's piece of dq = dS K, in flight: some 64 queries, some 64 columns."""
-    row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
+    row, column = div(warpgroup, chunks(block.spec.d)), rem(ptx.opaque(warpgroup), chunks(block.spec.d))
     ds = block.smem["ds"].at[step.slot(block.schedule.ds_slots), row]
     return grad_products.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
@@ -157,12 +158,12 @@ def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
 
 def meet(block: Block) -> None:
     """Waits until every compute warpgroup, and that of dq, has come here."""
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         plgpu.barrier_arrive(block.bars["met"])
         plgpu.barrier_wait(block.bars["met"])
         return
     roles = meeting_roles(block.schedule)
-    barriers.named_sync(barriers.first_free(roles + 1), roles * barriers.WARPGROUP)
+    ptx.named_sync(ptx.first_free(roles + 1), roles * ptx.WARPGROUP)
 
 
 def meeting_roles(s: Any) -> int:
@@ -364,7 +365,7 @@ def dq_role(block: Block) -> None:
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
             row, column = divmod(piece, chunks(spec.d))
-            keys = block.smem["k"].at[pl.ds(barriers.opaque(column), 1)]
+            keys = block.smem["k"].at[pl.ds(ptx.opaque(column), 1)]
             dq = products.ready(grad_products.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
@@ -386,7 +387,7 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
             "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
     for name in ("q_free", "dout_free"):
         bars[name] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.num_stages)
-    if barriers.is_interpreted():  # where named barriers do nothing
+    if ptx.is_interpreted():  # where named barriers do nothing
         bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
     if s.dq != "none":
         handed = s.dq_slots * schedules.dq_pieces(spec, s)

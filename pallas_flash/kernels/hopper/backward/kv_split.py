@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
@@ -29,6 +29,7 @@ from pallas_flash.kernels.hopper.backward.kv import Block, Step
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
 from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -39,7 +40,7 @@ SHIFT = 15
 
 def whole(block: Block, name: str) -> Any:
     """The block's keys or values, (chunks, 64, 64), indexed so that their descriptors are made where they are used."""
-    return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
+    return block.smem[name].at[:, pl.ds(ptx.opaque(0) * ROWS, ROWS)]
 
 
 def scores(block: Block, slot: Any) -> Any:
@@ -154,7 +155,7 @@ def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict
         bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
     for name in ("p_full", "p_free"):
         bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         bars["met"] = plgpu.Barrier(num_arrivals=2)
     return smem, bars
 

@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums, over_chunks
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["unknown", "without_bad_rows"]
 
@@ -35,7 +36,7 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
     pieces = [grad_products.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
               for chunk in range(ref.shape[0])]
     nothing = functools.reduce(jnp.add, [x * jnp.zeros((), dtype) for x in pieces]).astype(jnp.float32)
-    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, products.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(nothing, products.TILE)
 
     @pl.when(spoiled)
     def _() -> None:
@@ -77,6 +78,6 @@ def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple
         return dk, dv
 
     last = jnp.minimum(first + ROWS, spec.kv_len)
-    again = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
+    again = lambda sums: lax.fori_loop(ptx.scalar(first), ptx.scalar(last), mark, sums)
     dk, dv = lax.cond(spoiled, again, lambda sums: sums, (dk, dv))
     return dk, dv

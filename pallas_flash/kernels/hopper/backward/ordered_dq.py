@@ -25,9 +25,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import div, rem
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["add_dq", "hand_dq_over"]
 
@@ -80,7 +81,7 @@ def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
 
     All lanes look. Interpreted, blocks run one after the other: one that does not find its turn makes dq NaN.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         in_turn = block.gmem["turns"][block.batch, head, tile] == place
         dq = block.gmem["dq"].at[block.batch, head, tile]
         dq[...] = jnp.where(in_turn, dq[...], jnp.nan)
@@ -92,7 +93,7 @@ def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
 
 def pass_turn(block: Any, head: Any, tile: Any) -> None:
     """Counts this block: what this warp has added to the query tile has arrived in memory."""
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         block.gmem["turns"][block.batch, head, tile] += 1
         return
     _at_counter(block, head, tile, 1,
@@ -100,9 +101,9 @@ def pass_turn(block: Any, head: Any, tile: Any) -> None:
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
-def _at_counter(block: Any, head: Any, tile: Any, number: Any, ptx: str) -> None:
+def _at_counter(block: Any, head: Any, tile: Any, number: Any, asm: str) -> None:
     """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4))
     def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
         *place, number = (x.registers.item() for x in numbers)
@@ -110,8 +111,8 @@ def _at_counter(block: Any, head: Any, tile: Any, number: Any, ptx: str) -> None
         index = arith.extui(i64, place[0])
         for size, x in zip(shape[1:], place[1:]):
             index = arith.addi(arith.muli(index, mgpu.utils.c(size, i64)), arith.extui(i64, x))
-        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], barriers.i32())
-        llvm.inline_asm(barriers.i32(), [address, number], ptx, "=r,l,r,~{memory}", has_side_effects=True,
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ptx.i32())
+        llvm.inline_asm(ptx.i32(), [address, number], asm, "=r,l,r,~{memory}", has_side_effects=True,
                         convergent=True)
 
-    emit(block.gmem["turns"], *map(barriers.scalar, (block.batch, head, tile, number)))
+    emit(block.gmem["turns"], *map(ptx.scalar, (block.batch, head, tile, number)))

@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.products import ACC, CHUNK, CHUNKED, TILE
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["add_to_global", "fence", "from_linear", "load_chunk", "outer", "scores", "spread_columns",
            "spread_rows", "store_linear", "store_zeros", "zeros"]
@@ -43,7 +44,7 @@ def _settled(x: Any) -> Any:
     (C7517).
     """
     x = plgpu.layout_cast(plgpu.layout_cast(x, TILE), ACC)
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return x
 
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
@@ -68,7 +69,7 @@ def scores(start: Any, a_ref: Any, b_ref: Any, d: int) -> Any:
       d: the columns that count, rounded up to a multiple of 16; the rest of them must be zero.
     """
     n = b_ref.shape[1]
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         products._in_flight.append((a_ref, b_ref))
         return start + jnp.einsum("crd,cnd->rn", a_ref[...], b_ref[...], preferred_element_type=jnp.float32)
 
@@ -99,7 +100,7 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
       columns: how many of b's columns count; a multiple of 8.
     """
     keys = a_ref.shape[0]
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         products._in_flight.append((a_ref, b_ref))
         b = jnp.swapaxes(b_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
         return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
@@ -123,7 +124,7 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
 
 def fence() -> None:
     """Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier must follow."""
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return
 
     @plgpu.inline_mgpu()
@@ -135,7 +136,7 @@ def fence() -> None:
 
 def load_chunk(ref: Any) -> Any:
     """(64, 64) of one chunk of shared memory, in the layout TILE, by ldmatrix."""
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return ref[...]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
@@ -158,7 +159,7 @@ def store_linear(x: Any, ref: Any) -> None:
     Nothing moves between threads: each stores four of its own numbers at a time. `from_linear` reads that order back.
     """
     shape = _linear_shape(x.shape[1])
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         ref[...] = x.reshape(shape)
         return
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
@@ -175,7 +176,7 @@ def store_linear(x: Any, ref: Any) -> None:
 def from_linear(ref: Any, columns: int) -> Any:
     """(columns / 4, 256) float32 in global memory, as `store_linear` orders it -> (64, columns) in the layout TILE."""
     shape = _linear_shape(columns)
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         return ref[...].reshape(64, columns)
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
@@ -192,7 +193,7 @@ def from_linear(ref: Any, columns: int) -> Any:
 def store_zeros(ref: Any) -> None:
     """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
     zeros = jnp.zeros(ref.shape, jnp.float32)
-    ref[...] = zeros if barriers.is_interpreted() else plgpu.layout_cast(
+    ref[...] = zeros if ptx.is_interpreted() else plgpu.layout_cast(
         zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
 
 
@@ -200,7 +201,7 @@ def add_to_global(source: Any, target: Any, first: Any = None) -> None:
     """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
     `plgpu.wait_smem_to_gmem` waits for it.
     """
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
         return
     add = functools.partial(plgpu.copy_smem_to_gmem, source, target, reduction_op="add")
@@ -223,9 +224,9 @@ def _wgmma_transposed(acc: list[ir.Value] | None, a: ir.Value, b: ir.Value, n: i
     tied = [] if acc is None else acc
     out = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     first = count + len(tied)
-    ptx = (f"{{ .reg .pred p; setp.ne.b32 p, {int(acc is not None)}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
+    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(acc is not None)}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
            f"{element}.{element} {out}, ${first}, ${first + 1}, p, 1, 1, 1, 1; }}")
     constraints = ",".join(["=f"] * count + [str(i) for i in range(len(tied))] + ["l", "l"])
-    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*tied, a, b], ptx, constraints, asm_dialect=0,
+    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*tied, a, b], asm, constraints, asm_dialect=0,
                              has_side_effects=True)
     return [llvm.extractvalue(vec, result, [i]) for i in range(count)]

@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["COMPILER", "IDLE", "LOADED", "Corrections", "Statistics", "Walk", "chunk_of", "drain", "is_marked",
@@ -109,7 +110,7 @@ def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, place: tup
 
 def drain(free: Any, slots: int, steps: Any) -> None:
     """Waits for the last phase of each slot's barrier, which nobody needs: interpret mode wants every phase seen."""
-    if barriers.is_interpreted():
+    if ptx.is_interpreted():
         for slot in range(slots):
             pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
 
@@ -135,7 +136,7 @@ def with_mark(lse_log2: Any, large: Any) -> Any:
 
 def is_marked(lse_log2: Any, layout: Any) -> Any:
     """Whether one of 64 queries is large, from any of their numbers; the same in every thread of a warp."""
-    return barriers.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)
+    return ptx.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)
 
 
 class Corrections(NamedTuple):

@@ -9,12 +9,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.schedule import ROWS
 from pallas_flash.kernels.hopper.scores import may_be_large
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["Lse", "lse_of", "start_of_dp", "tile_weights"]
 
@@ -71,5 +72,5 @@ def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift:
     lse_log2 = lax.broadcast_in_dim(lse.log2, (ROWS, schedule.block_q), [1])
     p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections, shift)
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
+        ptx.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
     return p, slope

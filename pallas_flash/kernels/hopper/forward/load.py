@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile, global_chunk
 from pallas_flash.kernels.hopper.schedule import div, rem
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["load"]
 
@@ -41,7 +41,7 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
     kv_head = div(tile.head, block.spec.group)
 
-    @pl.loop(jnp.int32(0), barriers.scalar(tile.hi - tile.lo))
+    @pl.loop(jnp.int32(0), ptx.scalar(tile.hi - tile.lo))
     def _(i: Any) -> None:
         kv_tile = tile.hi - 1 - i
         slot = tile.slot(kv_tile, stages)

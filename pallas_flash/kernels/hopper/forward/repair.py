@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.schedule import ROWS, div
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["again", "is_spoiled", "overflowed"]
@@ -46,8 +47,8 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
     if partial:
         hopeless = jnp.isnan(l_i) & jnp.logical_not(too_large)
         sums = jnp.where(across(hopeless, spec.d_v), 0.0, plgpu.layout_cast(acc, products.TILE))
-        return barriers.any_nonfinite_in_warpgroup(jnp.where(across(too_large, spec.d_v), jnp.inf, sums), products.TILE)
-    return barriers.any_nonfinite_in_warpgroup(suspect, products.ROWS)
+        return ptx.any_nonfinite_in_warpgroup(jnp.where(across(too_large, spec.d_v), jnp.inf, sums), products.TILE)
+    return ptx.any_nonfinite_in_warpgroup(suspect, products.ROWS)
 
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:
@@ -77,4 +78,4 @@ def again(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, spec.d_v), jnp.float32), products.TILE)
     start = no_sums() + lowest(unit), no_sums(), zeros
-    return lax.fori_loop(barriers.scalar(first), barriers.scalar(stop), add, start)[1:]
+    return lax.fori_loop(ptx.scalar(first), ptx.scalar(stop), add, start)[1:]

@@ -1,4 +1,4 @@
-"""What Pallas has no word for on Hopper: named barriers, votes, opaque scalars, pins, a fused multiply-add; as inline
+"""What Pallas has no word for: named barriers, votes, opaque scalars, pins, a fused multiply-add; as inline
 PTX.
 
 Each function is also given a meaning under Pallas' GPU interpret mode (`interpreted()`), where a kernel runs on a CPU:
