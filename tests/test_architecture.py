@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -151,6 +152,13 @@ def test_jax_meets_torch_in_two_files():
 def test_the_bridge_imports_no_kernel():
     in_bridge = {path for path in importers("pallas_flash.kernels") if path.startswith("torch_bridge/")}
     assert not in_bridge, "a kernel is launched through one public function of pallas_flash"
+
+
+def test_kernels_do_not_ask_whether_they_are_interpreted():
+    """What the interpreter cannot run has a plain meaning (`interpreted_as`): only that decorator knows of the mode."""
+    mode = re.compile(r"_in_flight|is_interpret|\binterpreted\(|force_gpu_interpret_mode")
+    found = {path.relative_to(ROOT).as_posix() for path in SOURCES if mode.search(path.read_text())}
+    assert found == {"pallas_flash/kernels/mosaic/interpret.py"}
 
 
 def test_dispatch_reads_no_mosaic():

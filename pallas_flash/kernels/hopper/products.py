@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import interpret, ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 
 __all__ = [
     "ACC", "CHUNK", "CHUNKED", "COLUMNS", "ROWS", "TILE", "accumulate", "beside", "load_chunks", "load_row",
@@ -43,10 +44,17 @@ _K = 16
 _ROW_BYTES = 128
 _GROUP_BYTES = 8 * _ROW_BYTES
 
-_in_flight: list[tuple[Any, ...]] = []
-"""Operands of the products in flight, while a kernel is traced for interpret mode."""
+
+def _scores_plain(q_ref: Any, k_ref: Any, d: int) -> Any:
+    if len(q_ref.shape) == 2:
+        interpret.issue(k_ref)
+        k = jnp.swapaxes(k_ref[...], 0, 1).reshape(k_ref.shape[1], -1)
+        return jnp.dot(q_ref, k.T, preferred_element_type=jnp.float32)
+    interpret.issue(q_ref, k_ref)
+    return jnp.einsum("crd,ckd->rk", q_ref[...], k_ref[...], preferred_element_type=jnp.float32)
 
 
+@interpreted_as(_scores_plain)
 def scores(q_ref: Any, k_ref: Any, d: int) -> Any:
     """Issues q k^T: (64, keys) float32, in flight.
 
@@ -56,15 +64,7 @@ def scores(q_ref: Any, k_ref: Any, d: int) -> Any:
       d: the columns that count, rounded up to a multiple of 16; the rest of them must be zero.
     """
     keys = k_ref.shape[1]
-    held = len(q_ref.shape) == 2
-    if ptx.is_interpreted():
-        _in_flight.append((k_ref,) if held else (q_ref, k_ref))
-        if held:
-            k = jnp.swapaxes(k_ref[...], 0, 1).reshape(keys, -1)
-            return jnp.dot(q_ref, k.T, preferred_element_type=jnp.float32)
-        return jnp.einsum("crd,ckd->rk", q_ref[...], k_ref[...], preferred_element_type=jnp.float32)
-
-    if held:
+    if len(q_ref.shape) == 2:
         return _scores_held(q_ref, k_ref, d)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),) * 2,
@@ -104,6 +104,13 @@ def _scores_held(q: Any, k_ref: Any, d: int) -> Any:
     return issue(q, k_ref)
 
 
+def _accumulate_plain(acc: Any, p: Any, v_ref: Any) -> Any:
+    interpret.issue(v_ref)
+    v = jnp.swapaxes(v_ref[...], 0, 1).reshape(p.shape[1], -1)[:, :acc.shape[1]]
+    return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
+
+
+@interpreted_as(_accumulate_plain)
 def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     """Issues acc + p v: (64, columns) float32, in flight.
 
@@ -113,10 +120,6 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
       v_ref: (chunks, keys, 64) in shared memory.
     """
     columns, keys = acc.shape[1], p.shape[1]
-    if ptx.is_interpreted():
-        _in_flight.append((v_ref,))
-        v = jnp.swapaxes(v_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
-        return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
     @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
@@ -135,17 +138,17 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     return issue(acc, p, v_ref)
 
 
+def _ready_plain(x: Any, pending: int) -> Any:
+    interpret.wait(pending)
+    plgpu.commit_smem()  # plain reads stand for those of wgmma, which need no fence before TMA's next write
+    return x
+
+
+@interpreted_as(_ready_plain)
 def ready(x: Any, pending: int) -> Any:
     """x, once at most `pending` products are in flight. The result of the wait depends on x, so no use of x moves above
     it.
     """
-    if ptx.is_interpreted():
-        while len(_in_flight) > pending:  # a buffer is read until its product is done: let the race detector see that
-            for ref in _in_flight.pop(0):
-                ref[...]
-        plgpu.commit_smem()  # plain reads stand for wgmma's here, which need no fence before TMA's next write
-        return x
-
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def wait(_: Any, x: Any) -> Any:
         registers = _tied(list(x.registers.flat), f"wgmma.wait_group.sync.aligned {pending};")
@@ -154,15 +157,13 @@ def ready(x: Any, pending: int) -> Any:
     return wait(x)
 
 
+@interpreted_as(lambda columns, axis, first: first + lax.broadcasted_iota(jnp.int32, (64, columns), axis))
 def positions(columns: int, axis: int, first: Any) -> Any:
     """(64, columns) int32 in the layout TILE: first + the index along `axis`; made where it is used, from one register
     a row.
 
     `plgpu.broadcasted_iota` would do, but its values do not change in a loop, and LLVM keeps (and spills) all of them.
     """
-    if ptx.is_interpreted():
-        return first + lax.broadcasted_iota(jnp.int32, (64, columns), axis)
-
     @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
     def make(_: Any, first: Any) -> Any:
         i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
@@ -189,16 +190,17 @@ def zeros(columns: int) -> Any:
     return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), ACC)
 
 
+def _store_chunks_plain(x: Any, ref: Any) -> None:
+    padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - x.shape[1])))
+    ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
+
+
+@interpreted_as(_store_chunks_plain)
 def store_chunks(x: Any, ref: Any) -> None:
     """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x hold
     anything.
     """
     columns = x.shape[1]
-    if ptx.is_interpreted():
-        padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - columns)))
-        ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
-        return
-
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)))
     def store(_: Any, x: Any, ref: ir.Value) -> None:
         for chunk in range(-(-columns // CHUNK)):
@@ -208,13 +210,16 @@ def store_chunks(x: Any, ref: Any) -> None:
     store(x, ref)
 
 
+def _load_chunks_plain(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+    del dtype
+    return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
+
+
+@interpreted_as(_load_chunks_plain)
 def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     """Columns from `first` on of ref, (chunks, 64, 64) in shared memory, as (64, columns) in the layout TILE; both
     multiples of 8.
     """
-    if ptx.is_interpreted():
-        return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
     def load(_: Any, ref: ir.Value) -> Any:
@@ -237,10 +242,11 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     return load(ref)
 
 
+@interpreted_as(lambda parts: jnp.concatenate(parts, axis=1))
 def beside(parts: list[Any]) -> Any:
     """Arrays (64, n) of one dtype in the layout TILE, side by side."""
-    if ptx.is_interpreted() or len(parts) == 1:
-        return jnp.concatenate(parts, axis=1)
+    if len(parts) == 1:
+        return parts[0]
     shape = (64, sum(part.shape[1] for part in parts))
 
     @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts),
@@ -252,12 +258,11 @@ def beside(parts: list[Any]) -> Any:
     return join(*parts)
 
 
+@interpreted_as(lambda ref, place, first, columns: ref[*place, pl.ds(first, columns)])
 def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
     """ref[place][first:first + columns] in the layout COLUMNS, from an array of four axes in global memory; both
     multiples of 8.
     """
-    if ptx.is_interpreted():
-        return ref[*place, pl.ds(first, columns)]
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
@@ -281,6 +286,13 @@ def load_row(ref: Any, place: tuple[Any, Any, Any], first: Any, columns: int) ->
     return load(ref, *map(ptx.scalar, (*place, first)))
 
 
+def _load_row_stats_plain(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+    place = _unravelled(row, ref.shape[:-1])
+    at = lambda i: jnp.where(first + i < length, ref[*place, jnp.minimum(first + i, length - 1)], otherwise)
+    return jnp.stack([at(i) for i in range(64)])
+
+
+@interpreted_as(_load_row_stats_plain)
 def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
     """ref[row, first + i] for the rows i that lie below `length`, and `otherwise` for those past it: (64,) float32 in
     the layout ROWS.
@@ -289,11 +301,6 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
       ref: (rows, length) float32 in global memory, in any shape that flattens to it.
       row, first: int32 scalars.
     """
-    if ptx.is_interpreted():
-        place = _unravelled(row, ref.shape[:-1])
-        at = lambda i: jnp.where(first + i < length, ref[*place, jnp.minimum(first + i, length - 1)], otherwise)
-        return jnp.stack([at(i) for i in range(64)])
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROWS))
     def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
@@ -338,6 +345,18 @@ def _unravelled(row: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return row, *places
 
 
+def _store_row_stats_plain(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+    place = _unravelled(row, ref.shape[:-1])
+
+    def write(i: Any, _: None) -> None:
+        @pl.when(first + i < length)
+        def inside() -> None:
+            ref[*place, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+    lax.fori_loop(0, x.shape[0], write, None)
+
+
+@interpreted_as(_store_row_stats_plain)
 def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
     """ref[row, first + i] = x[i] for the rows i that lie below `length`; straight from registers, as TMA wants 16-byte
     strides.
@@ -347,10 +366,6 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
       ref: (rows, length) float32 in global memory, in any shape that flattens to it.
       row, first: int32 scalars.
     """
-    if ptx.is_interpreted():
-        _store_row_stats_interpreted(x, ref, row, first, length)
-        return
-
     @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
     def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
         registers = list(x.registers.flat)
@@ -361,17 +376,6 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
                                   predicate=arith.andi(leads, inside), has_side_effects=True)
 
     store(x, ref, ptx.scalar(row), ptx.scalar(first))
-
-
-def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
-    place = _unravelled(row, ref.shape[:-1])
-
-    def write(i: Any, _: None) -> None:
-        @pl.when(first + i < length)
-        def inside() -> None:
-            ref[*place, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-    lax.fori_loop(0, x.shape[0], write, None)
 
 
 def _place() -> tuple[ir.Value, ir.Value, ir.Value]:

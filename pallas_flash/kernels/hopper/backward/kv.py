@@ -33,6 +33,7 @@ from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, ti
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -156,12 +157,14 @@ def hand_ds_over(block: Block, warpgroup: Any, step: Step, ds: Any) -> None:
     plgpu.barrier_arrive(block.bars["ds_full"].at[step.slot(slots)])
 
 
+def _meet_plain(block: Block) -> None:
+    plgpu.barrier_arrive(block.bars["met"])
+    plgpu.barrier_wait(block.bars["met"])
+
+
+@interpreted_as(_meet_plain)
 def meet(block: Block) -> None:
     """Waits until every compute warpgroup, and that of dq, has come here."""
-    if ptx.is_interpreted():
-        plgpu.barrier_arrive(block.bars["met"])
-        plgpu.barrier_wait(block.bars["met"])
-        return
     roles = meeting_roles(block.schedule)
     ptx.named_sync(ptx.first_free(roles + 1), roles * ptx.WARPGROUP)
 
@@ -169,6 +172,12 @@ def meet(block: Block) -> None:
 def meeting_roles(s: Any) -> int:
     """The warpgroups that meet: all but the loading one."""
     return s.warpgroups + len(s.registers) - 2
+
+
+@interpreted_as(lambda s: {"met": plgpu.Barrier(num_arrivals=meeting_roles(s))})
+def meeting_barriers(s: Any) -> dict[str, Any]:
+    """The barriers that `meet` needs: none on a GPU, where it takes a named one."""
+    return {}
 
 
 class Weights(NamedTuple):
@@ -387,8 +396,7 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
             "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
     for name in ("q_free", "dout_free"):
         bars[name] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.num_stages)
-    if ptx.is_interpreted():  # where named barriers do nothing
-        bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
+    bars |= meeting_barriers(s)
     if s.dq != "none":
         handed = s.dq_slots * schedules.dq_pieces(spec, s)
         smem["dq"] = plgpu.SMEM((handed, CHUNK * CHUNK // 256, 256), jnp.float32)

@@ -155,9 +155,7 @@ def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict
         bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
     for name in ("p_full", "p_free"):
         bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
-    if ptx.is_interpreted():
-        bars["met"] = plgpu.Barrier(num_arrivals=2)
-    return smem, bars
+    return smem, bars | kv.meeting_barriers(s)
 
 
 def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:

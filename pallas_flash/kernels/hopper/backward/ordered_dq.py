@@ -29,6 +29,7 @@ from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.schedule import div, rem
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 
 __all__ = ["add_dq", "hand_dq_over"]
 
@@ -76,26 +77,31 @@ def add_dq(block: Any, slot: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def _await_turn_plain(block: Any, head: Any, tile: Any, place: Any) -> None:
+    """Makes dq NaN where it is not this block's turn: interpreted blocks run one after the other, in order."""
+    in_turn = block.gmem["turns"][block.batch, head, tile] == place
+    dq = block.gmem["dq"].at[block.batch, head, tile]
+    dq[...] = jnp.where(in_turn, dq[...], jnp.nan)
+
+
+@interpreted_as(_await_turn_plain)
 def await_turn(block: Any, head: Any, tile: Any, place: Any) -> None:
     """Waits until `place` blocks have added to a query tile: then this block's addition, by TMA, comes after theirs.
 
-    All lanes look. Interpreted, blocks run one after the other: one that does not find its turn makes dq NaN.
+    All lanes of the warp read the counter.
     """
-    if ptx.is_interpreted():
-        in_turn = block.gmem["turns"][block.batch, head, tile] == place
-        dq = block.gmem["dq"].at[block.batch, head, tile]
-        dq[...] = jnp.where(in_turn, dq[...], jnp.nan)
-        return
     _at_counter(block, head, tile, place,
                 "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
                 "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
+def _pass_turn_plain(block: Any, head: Any, tile: Any) -> None:
+    block.gmem["turns"][block.batch, head, tile] += 1
+
+
+@interpreted_as(_pass_turn_plain)
 def pass_turn(block: Any, head: Any, tile: Any) -> None:
     """Counts this block: what this warp has added to the query tile has arrived in memory."""
-    if ptx.is_interpreted():
-        block.gmem["turns"][block.batch, head, tile] += 1
-        return
     _at_counter(block, head, tile, 1,
                 "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")

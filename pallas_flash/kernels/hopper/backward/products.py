@@ -18,7 +18,8 @@ from jaxlib.mlir.dialects import llvm, nvvm
 
 from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.products import ACC, CHUNK, CHUNKED, TILE
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import interpret
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 
 __all__ = ["add_to_global", "fence", "from_linear", "load_chunk", "outer", "scores", "spread_columns",
            "spread_rows", "store_linear", "store_zeros", "zeros"]
@@ -37,6 +38,7 @@ def spread_rows(x: Any, columns: int) -> Any:
     return _settled(lax.broadcast_in_dim(x, (64, columns), [0]))
 
 
+@interpreted_as(lambda x: x)
 def _settled(x: Any) -> Any:
     """x in the layout ACC, each element in a register of its own from here on.
 
@@ -44,8 +46,6 @@ def _settled(x: Any) -> Any:
     (C7517).
     """
     x = plgpu.layout_cast(plgpu.layout_cast(x, TILE), ACC)
-    if ptx.is_interpreted():
-        return x
 
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def settle(_: Any, x: Any) -> Any:
@@ -59,6 +59,12 @@ def zeros(columns: int) -> Any:
     return _settled(jnp.zeros((64, columns), jnp.float32))
 
 
+def _scores_plain(start: Any, a_ref: Any, b_ref: Any, d: int) -> Any:
+    interpret.issue(a_ref, b_ref)
+    return start + jnp.einsum("crd,cnd->rn", a_ref[...], b_ref[...], preferred_element_type=jnp.float32)
+
+
+@interpreted_as(_scores_plain)
 def scores(start: Any, a_ref: Any, b_ref: Any, d: int) -> Any:
     """Issues start + a b^T: (64, n) float32, in flight.
 
@@ -69,9 +75,6 @@ def scores(start: Any, a_ref: Any, b_ref: Any, d: int) -> Any:
       d: the columns that count, rounded up to a multiple of 16; the rest of them must be zero.
     """
     n = b_ref.shape[1]
-    if ptx.is_interpreted():
-        products._in_flight.append((a_ref, b_ref))
-        return start + jnp.einsum("crd,cnd->rn", a_ref[...], b_ref[...], preferred_element_type=jnp.float32)
 
     @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, ACC))
@@ -91,6 +94,13 @@ def scores(start: Any, a_ref: Any, b_ref: Any, d: int) -> Any:
     return issue(start, a_ref, b_ref)
 
 
+def _outer_plain(a_ref: Any, b_ref: Any, columns: int) -> Any:
+    interpret.issue(a_ref, b_ref)
+    b = jnp.swapaxes(b_ref[...], 0, 1).reshape(a_ref.shape[0], -1)[:, :columns]
+    return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
+
+
+@interpreted_as(_outer_plain)
 def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
     """Issues a^T b: (64, columns) float32, in flight.
 
@@ -100,10 +110,6 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
       columns: how many of b's columns count; a multiple of 8.
     """
     keys = a_ref.shape[0]
-    if ptx.is_interpreted():
-        products._in_flight.append((a_ref, b_ref))
-        b = jnp.swapaxes(b_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
-        return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
@@ -122,11 +128,9 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
     return issue(a_ref, b_ref)
 
 
+@interpreted_as(lambda: None)
 def fence() -> None:
     """Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier must follow."""
-    if ptx.is_interpreted():
-        return
-
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
@@ -134,11 +138,9 @@ def fence() -> None:
     emit()
 
 
+@interpreted_as(lambda ref: ref[...])
 def load_chunk(ref: Any) -> Any:
     """(64, 64) of one chunk of shared memory, in the layout TILE, by ldmatrix."""
-    if ptx.is_interpreted():
-        return ref[...]
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, 64), ref.dtype, TILE))
     def load(_: Any, ref: ir.Value) -> Any:
@@ -153,15 +155,17 @@ def _linear_shape(columns: int) -> tuple[int, int]:
     return 64 * columns // 256, 256
 
 
+def _store_linear_plain(x: Any, ref: Any) -> None:
+    ref[...] = x.reshape(_linear_shape(x.shape[1]))
+
+
+@interpreted_as(_store_linear_plain)
 def store_linear(x: Any, ref: Any) -> None:
     """Writes x, (64, columns) float32 in the layout TILE, into ref, (columns / 4, 256), in the order of threads.
 
     Nothing moves between threads: each stores four of its own numbers at a time. `from_linear` reads that order back.
     """
     shape = _linear_shape(x.shape[1])
-    if ptx.is_interpreted():
-        ref[...] = x.reshape(shape)
-        return
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
@@ -173,11 +177,10 @@ def store_linear(x: Any, ref: Any) -> None:
     ref[...] = reinterpret(x)
 
 
+@interpreted_as(lambda ref, columns: ref[...].reshape(64, columns))
 def from_linear(ref: Any, columns: int) -> Any:
     """(columns / 4, 256) float32 in global memory, as `store_linear` orders it -> (64, columns) in the layout TILE."""
     shape = _linear_shape(columns)
-    if ptx.is_interpreted():
-        return ref[...].reshape(64, columns)
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
@@ -190,20 +193,26 @@ def from_linear(ref: Any, columns: int) -> Any:
     return reinterpret(plgpu.load(ref, layout=layout, optimized=False))
 
 
+def _store_zeros_plain(ref: Any) -> None:
+    ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+
+@interpreted_as(_store_zeros_plain)
 def store_zeros(ref: Any) -> None:
     """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
-    zeros = jnp.zeros(ref.shape, jnp.float32)
-    ref[...] = zeros if ptx.is_interpreted() else plgpu.layout_cast(
-        zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
+    layout = plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4)
+    ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), layout)
 
 
+def _add_to_global_plain(source: Any, target: Any, first: Any = None) -> None:
+    target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
+
+
+@interpreted_as(_add_to_global_plain)
 def add_to_global(source: Any, target: Any, first: Any = None) -> None:
     """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
     `plgpu.wait_smem_to_gmem` waits for it.
     """
-    if ptx.is_interpreted():
-        target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
-        return
     add = functools.partial(plgpu.copy_smem_to_gmem, source, target, reduction_op="add")
     if first is None:
         add()

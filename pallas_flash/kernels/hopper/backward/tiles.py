@@ -21,6 +21,7 @@ from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["COMPILER", "IDLE", "LOADED", "Corrections", "Statistics", "Walk", "chunk_of", "drain", "is_marked",
@@ -108,11 +109,16 @@ def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, place: tup
         plgpu.copy_smem_to_gmem(buffer.at[chunk], piece, commit_group=chunk == count - 1)
 
 
+def _drain_plain(free: Any, slots: int, steps: Any) -> None:
+    for slot in range(slots):
+        pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+
+
+@interpreted_as(_drain_plain)
 def drain(free: Any, slots: int, steps: Any) -> None:
-    """Waits for the last phase of each slot's barrier, which nobody needs: interpret mode wants every phase seen."""
-    if ptx.is_interpreted():
-        for slot in range(slots):
-            pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+    """Does nothing on a GPU; in interpret mode, which wants every phase of a barrier waited for, waits for the last
+    phase of each slot's.
+    """
 
 
 def masked(s: Any, mask: masks.Mask, first: tuple[Any, Any], keys_dim: int) -> Any:
