@@ -22,10 +22,11 @@ from pallas_flash.kernels.hopper.backward import products as grad_products
 from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward.tiles import Statistics
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.kernels.hopper.scores import largest, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 

@@ -31,9 +31,10 @@ from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import LOADED, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]

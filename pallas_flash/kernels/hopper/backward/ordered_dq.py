@@ -27,9 +27,9 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper.backward import products as grad_products
-from pallas_flash.kernels.hopper.schedule import div, rem
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
 

@@ -53,10 +53,11 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     rescaled,
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
 from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import across
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]

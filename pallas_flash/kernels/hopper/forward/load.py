@@ -9,8 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile, global_chunk
-from pallas_flash.kernels.hopper.schedule import div, rem
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 
 __all__ = ["load"]
 

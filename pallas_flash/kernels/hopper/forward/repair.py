@@ -17,10 +17,11 @@ from pallas_flash.kernels.hopper import products
 from pallas_flash.kernels.hopper import schedule as schedules
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
-from pallas_flash.kernels.hopper.schedule import ROWS, div
+from pallas_flash.kernels.hopper.schedule import ROWS
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["again", "is_spoiled", "overflowed"]

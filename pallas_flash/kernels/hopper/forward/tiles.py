@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Block", "Rows", "Tile", "for_each_tile", "global_chunk", "rows_of"]
