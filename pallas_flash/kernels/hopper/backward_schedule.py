@@ -9,23 +9,23 @@ Mosaic in here.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import device, masks, tiles
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, greedy, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
+from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "BackwardSchedule", "DqSchedule", "KvSchedule", "SplitSchedule", "Work", "backward_problems", "default_backward",
+    "BackwardSchedule", "DqSchedule", "KvSchedule", "SplitSchedule", "backward_problems", "default_backward",
     "dq_work", "kv_work", "makespan", "may_have_idle_queries", "smem_bytes",
 ]
 
 _ALIGNMENT = 1024
 _BLOCK_STEPS = 1.5  # a block's start and end cost about that many steps
-_BLOCKS_MODELLED = 20_000  # of a large grid, the first
 _WORTH = 1.05  # what zeros, their passes and the plain form's atomics cost, about
 _BARRIER_BYTES = 8
 _FILE_REGISTERS = 512  # of a thread of each warpgroup together: 65,536 / 128
@@ -47,7 +47,7 @@ class KvSchedule:
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       order: "in turn": each step ends with its dk and dv; "behind": they are multiplied during the next tile's softmax.
-      pinned, opaque: `barriers.pin` behind the exponentials; index keys and values through `barriers.opaque`.
+      pinned, opaque: `ptx.pin` behind the exponentials; index keys and values through `ptx.opaque`.
       apart: tiles that need a mask, or exact exponents, have exponentials of their own: no branch stands between the
         exponents and the exponentials of the others.
       section_bytes: what the heads that are worked on at a time may have of q, dout and dq, so that it stays in L2.
@@ -327,16 +327,10 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedul
 
 
 def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
-    """Steps until the last block has ended, if none waits and each SM takes the next block when it is free; of a large
-    grid, in proportion to its first sections.
-    """
-    work, q_tiles = kv_work(spec, s), _q_ranges(spec, s)
-    cost = (q_tiles.stop - q_tiles.start) * spec.group + _BLOCK_STEPS
-    order = np.concatenate([np.arange(work.ascending, work.tiles)[::-1], np.arange(work.ascending)])
-    sections = min(work.heads // work.section, math.ceil(_BLOCKS_MODELLED / (work.section * work.tiles)))
-    costs = np.tile(np.repeat(cost[order], work.section), sections)
-    loads = np.bincount(greedy(costs, device.H100.num_sms), weights=costs)
-    return float(loads.max()) * work.heads / (sections * work.section)
+    """Steps until the last block has ended (`scheduling.makespan`)."""
+    q_tiles = _q_ranges(spec, s)
+    steps = (q_tiles.stop - q_tiles.start) * spec.group + _BLOCK_STEPS
+    return scheduling.makespan(kv_work(spec, s), steps, device.H100.num_sms)
 
 
 # -- which tiles -------------------------------------------------------------------------------------------------------
@@ -363,46 +357,9 @@ def may_have_idle_queries(spec: AttentionSpec) -> bool:
     return not np.all(np.maximum(lo, full_lo) < np.minimum(hi, full_hi))
 
 
-class Work(NamedTuple):
-    """A kernel's blocks: one for each tile of its axis and each head, in sections of heads.
-
-    Some of the first tiles come last, in ascending order, and before them the others, in descending order: all or none
-    of them, where the longest tiles are to come first. It is the same for all heads: in turns (`KvSchedule.ordered`) it
-    is the order of additions, so it must not depend on a head's place.
-    """
-
-    heads: int  # (batch, head) pairs
-    tiles: int  # of the axis that stays
-    section: int  # heads of a section; divides `heads`
-    ascending: int  # how many
-    empty: bool  # some tile needs no tile of the other axis
-    partial: bool  # some tile of the other axis needs the mask
-
-    @property
-    def blocks(self) -> int:
-        return self.heads * self.tiles
-
-    def place(self, block: Any) -> tuple[Any, Any]:
-        """(head, tile) of a block."""
-        size = self.section * self.tiles
-        rest = rem(block, size)
-        tile, head = div(rest, self.section), div(block, size) * self.section + rem(rest, self.section)
-        descending = self.tiles - self.ascending
-        return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
-
-
-def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
-    """Heads in sections of so many bytes, so that what they read stays in L2, but of about as many blocks as there are
-    SMs: with fewer, the longest tiles of a later section would wait for the shortest ones of this one.
-    """
-    start, full_start, full_stop, stop = ranges
-    count = start.size
-    wanted = max(1, section_bytes // max(head_bytes, 1), device.H100.num_sms // count)
-    section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
-    length = stop - start
-    ascending = count if length[0] >= length[-1] else 0
-    return Work(heads, count, section, ascending, empty=bool(np.any(length <= 0)),
-                partial=bool(np.any((start < full_start) | (full_stop < stop))))
+def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> scheduling.Work:
+    """Blocks in sections of about so many bytes."""
+    return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
 
 
 def q_range(spec: AttentionSpec, s: Any, kv_tile: Any) -> tiles.TileRange:
@@ -449,7 +406,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
+def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> scheduling.Work:
     """The blocks of a kernel that keeps key tiles.
 
     In turns, descending: with a causal mask, or a window, the block of the tile before comes to each query tile later
@@ -466,7 +423,7 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
 
 
 @functools.lru_cache(maxsize=256)
-def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
+def dq_work(spec: AttentionSpec, s: DqSchedule) -> scheduling.Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
     return _work(spec.batch * spec.q_heads, _kv_ranges(spec, s), head_bytes, s.section_bytes)

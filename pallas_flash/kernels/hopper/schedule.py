@@ -7,27 +7,25 @@ kernel allocates exactly that, and `smem_bytes` adds it up.
 
 import dataclasses
 import functools
-import heapq
 import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_flash import masks, tiles
+from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "div", "forward_buffers", "forward_mask",
-    "forward_problems", "forward_table", "greedy", "kv_range", "q_tiles", "rem", "row_tiles", "smem_bytes", "steps",
+    "Buffer", "ForwardSchedule", "Steps", "chunks", "default_forward", "forward_buffers", "forward_mask",
+    "forward_problems", "forward_table", "kv_range", "q_tiles", "row_tiles", "smem_bytes", "steps",
 ]
 
 CHUNK = 64
 ROWS = 64
 _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
-_LARGEST_GREEDY_TABLE = 200_000
 _SHORT_ROWS = 1280
 _SHORT_SEQUENCE = 1024
 
@@ -55,7 +53,7 @@ class ForwardSchedule:
       held_columns: so many columns of weights are computed before the waits for the next key tile and for the product
         that they overlap, the others after them, while the first are rounded. The first wait is a branch, above which
         they stay. 0: the compiler waits for the product where it likes, and the next step for its key tile.
-      opaque: index the query through an opaque scalar (`barriers.opaque`).
+      opaque: index the query through an opaque scalar (`ptx.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: keys and values that a section of heads may have, so that they stay in L2 while their tiles are
         worked on.
@@ -86,16 +84,6 @@ class ForwardSchedule:
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one; 65,536 in all."""
         return (160, 32) if self.warpgroups == 3 else (240, 24)
-
-
-def div(a: Any, b: int) -> Any:
-    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
-
-
-def rem(a: Any, b: int) -> Any:
-    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.rem(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
 
 class Buffer(NamedTuple):
@@ -285,39 +273,7 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
     count = q_tiles(spec, schedule)
     lo, hi = (np.broadcast_to(x, (count,)) for x in kv_range(spec, schedule, np.arange(count)))
     cost = hi - lo + 1.5  # a tile's start and end cost about that many steps
-    order = _section_order(spec, schedule, np.argsort(-cost, kind="stable"))
-    blocks = min(schedule.num_blocks, order.size)
-    few = order.size <= _LARGEST_GREEDY_TABLE
-    owner = greedy(cost[order % count], blocks) if few else _snake(order.size, blocks)
-    counts = np.bincount(owner, minlength=blocks)
-    table = np.full((blocks, counts.max() + 1), -1, np.int32)
-    by_owner = np.argsort(owner, kind="stable")
-    slot = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    table[owner[by_owner], slot] = order[by_owner]
-    return table
-
-
-def _section_order(spec: AttentionSpec, schedule: ForwardSchedule, q_order: np.ndarray) -> np.ndarray:
-    """Flat tile numbers, section by section, the query tiles of a section in `q_order`."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v)
     section = max(1, schedule.section_bytes // max(head_bytes, 1)) * spec.group
-    heads = np.arange(spec.batch * spec.q_heads, dtype=np.int64)
-    return np.concatenate([(heads[None, i:i + section] * q_order.size + q_order[:, None]).ravel()
-                           for i in range(0, heads.size, section)])
-
-
-def greedy(costs: np.ndarray, blocks: int) -> np.ndarray:
-    """Each tile in turn to the block with the least work so far."""
-    loads = [(0.0, block) for block in range(blocks)]
-    owner = np.empty(costs.size, np.int64)
-    for i, cost in enumerate(costs.tolist()):
-        load, block = loads[0]
-        owner[i] = block
-        heapq.heapreplace(loads, (load + cost, block))
-    return owner
-
-
-def _snake(count: int, blocks: int) -> np.ndarray:
-    """Tiles dealt to the blocks forwards and backwards in turn."""
-    turn, place = np.divmod(np.arange(count), blocks)
-    return np.where(turn % 2, blocks - 1 - place, place)
+    order = scheduling.in_sections(spec.batch * spec.q_heads, section, np.argsort(-cost, kind="stable"))
+    return scheduling.table(order, cost[order % count], schedule.num_blocks)

@@ -17,14 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
+from pallas_flash.kernels.hopper import registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
 from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -41,7 +43,7 @@ class Rows(NamedTuple):
 
     def own(self, block: Block[DqSchedule], name: str) -> Any:
         """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
-        return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
+        return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
 def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
@@ -90,7 +92,7 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
+    return ptx.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
 def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
@@ -108,7 +110,7 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> 
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
     _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
     if schedule.pinned:
-        barriers.pin(registers.column_sums(p), registers.TILE)
+        ptx.pin(registers.column_sums(p), registers.TILE)
     return p
 
 
@@ -172,7 +174,7 @@ def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
     if not schedules.dq_work(block.spec, block.schedule).partial:
         return dq
     is_nan = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
     return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
@@ -195,8 +197,8 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
 
     def columns_from(first: int) -> Any:
         zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
-        kv_pos = (barriers.scalar(block.walk.start * block_kv),
-                  barriers.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
+        kv_pos = (ptx.scalar(block.walk.start * block_kv),
+                  ptx.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
         return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
     return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])

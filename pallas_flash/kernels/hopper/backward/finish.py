@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import backward_schedule as schedules
 from pallas_flash.kernels.hopper import registers, tiles
 from pallas_flash.kernels.hopper.backward_schedule import KvSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish"]

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, registers, tiles, wgmma
+from pallas_flash.kernels.hopper import registers, tiles, wgmma
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
@@ -28,6 +28,7 @@ from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward.tiles import Block, Step
 from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
 from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -47,7 +48,7 @@ def load_role(block: Block[SplitSchedule]) -> None:
 
 def whole(block: Block[SplitSchedule], name: str) -> Any:
     """Selects the block's keys or values, (chunks, 64, 64), so that their descriptors are made where they are used."""
-    return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
+    return block.smem[name].at[:, pl.ds(ptx.opaque(0) * ROWS, ROWS)]
 
 
 def scores(block: Block[SplitSchedule], slot: Any) -> Any:
@@ -162,9 +163,7 @@ def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict
         bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
     for name in ("p_full", "p_free"):
         bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
-    if barriers.is_interpreted():
-        bars["met"] = plgpu.Barrier(num_arrivals=2)
-    return smem, bars
+    return smem, bars | kv.meeting_barriers(s)
 
 
 def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
