@@ -16,12 +16,12 @@ import pytest
 from agreement import with_rest
 from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
-from pallas_flash.kernels.hopper import barriers, defaults, rules, scores, work
+from pallas_flash.kernels.hopper import defaults, rules, scores, work
 from pallas_flash.kernels.hopper.backward import gradients as backward
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic import interpret
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
@@ -92,8 +92,8 @@ def interpreted(schedule, spec, operands, saved):
         detectors.append(Races(**keywords))
         return detectors[-1]
 
-    with (barriers.interpreted(), unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
-          plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))):
+    with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
+          interpret.interpreted(detect_races=True)):
         found = backward.backward(spec, operands, *saved, schedule=schedule)
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"

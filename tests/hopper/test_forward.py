@@ -1,7 +1,7 @@
 """The Hopper forward kernel itself on a CPU: Pallas' GPU interpreter runs it, with its race detector, on small shapes.
 
-What the interpreter lacks (products with an operand in registers, named barriers, votes) has a plain meaning while
-`barriers.interpreted()` holds; roles, rings, barriers, masks, tails and indices are those of the real kernel.
+What the interpreter lacks (products with an operand in registers, named barriers, votes) has its plain meaning inside
+`interpreted()`; roles, rings, barriers, masks, tails and indices are those of the real kernel.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, reference
-from pallas_flash.kernels.hopper import barriers, defaults, rules, work
+from pallas_flash.kernels.hopper import defaults, rules, work
 from pallas_flash.kernels.hopper.forward import kernel as forward
+from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
 
 pytestmark = pytest.mark.interpreted
@@ -116,7 +116,7 @@ def run(case, spec, q, k, v):
     schedule = dataclasses.replace(defaults.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
     assert rules.reasons_against(spec, schedule, 232_448) == []
     table = jnp.asarray(work.forward_table(spec, schedule))
-    with barriers.interpreted(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted(detect_races=True):
         out, stats = forward.launch(spec, schedule)(q, k, v, table)
         out.block_until_ready()
     assert not gpu_callbacks.get_races().races_found

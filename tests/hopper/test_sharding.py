@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_flash import masks
 from pallas_flash.kernels.hopper import defaults, work
 from pallas_flash.kernels.hopper.forward import kernel as hopper_forward
-from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from pallas_flash import device
 from pallas_flash.kernels.hopper import defaults, work
 from pallas_flash.kernels.hopper.backward import gradients as backward_kernels
-from pallas_flash.kernels.hopper.batching import vmappable
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
-from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.kernels.mosaic.batching import vmappable
+from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward", "forward"]

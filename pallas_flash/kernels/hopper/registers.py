@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 
 __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "chunk_bytes", "column_sums",
@@ -65,10 +66,11 @@ def column_sums(x: Any) -> Any:
     return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
 
 
+@interpreted_as(lambda parts: jnp.concatenate(parts, axis=1))
 def concatenate(parts: list[Any]) -> Any:
     """Joins arrays (64, n) of one dtype, in the layout TILE, along their columns."""
-    if barriers.is_interpreted() or len(parts) == 1:
-        return jnp.concatenate(parts, axis=1)
+    if len(parts) == 1:
+        return parts[0]
     shape = (64, sum(part.shape[1] for part in parts))
 
     @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts),
@@ -80,25 +82,23 @@ def concatenate(parts: list[Any]) -> Any:
     return join(*parts)
 
 
+@interpreted_as(lambda columns, axis, first: first + lax.broadcasted_iota(jnp.int32, (64, columns), axis))
 def positions(columns: int, axis: int, first: Any) -> Any:
     """Makes first + the index along `axis`, (64, columns) int32 in the layout TILE, where it is used.
 
     It takes one register a row. Values of `plgpu.broadcasted_iota` do not change in a loop, so LLVM would keep, and
     spill, all of them.
     """
-    if barriers.is_interpreted():
-        return first + lax.broadcasted_iota(jnp.int32, (64, columns), axis)
-
-    @plgpu.inline_mgpu(arg_types=(barriers.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
+    @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
     def make(_: Any, first: Any) -> Any:
-        i32, pair = barriers.i32(), ir.VectorType.get((2,), barriers.i32())
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
         const = lambda value: mgpu.utils.c(value, i32)
-        thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
+        thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
         lane = arith.remui(thread, const(32))
         # registers (column / 8, row / 8 % 2): rows 16 warp + 8 i + lane / 4, columns 8 j + 2 (lane % 4) + 0, 1
         own = (arith.addi(arith.muli(arith.divui(thread, const(32)), const(16)), arith.divui(lane, const(4))),
                arith.muli(arith.remui(lane, const(4)), const(2)))[axis]
-        base = barriers.moved(arith.addi(first.registers.item(), own))
+        base = ptx.moved(arith.addi(first.registers.item(), own))
         layout = TILE.to_mgpu()
         registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
         flat = registers.reshape(columns // 8, 2)
@@ -107,19 +107,20 @@ def positions(columns: int, axis: int, first: Any) -> Any:
             flat[j, i] = vector.from_elements(pair, values)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
-    return make(barriers.scalar(first))
+    return make(ptx.scalar(first))
 
 
+def _store_chunks_plain(x: Any, ref: Any) -> None:
+    padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - x.shape[1])))
+    ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
+
+
+@interpreted_as(_store_chunks_plain)
 def store_chunks(x: Any, ref: Any) -> None:
     """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x hold
     anything.
     """
     columns = x.shape[1]
-    if barriers.is_interpreted():
-        padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - columns)))
-        ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
-        return
-
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)))
     def store(_: Any, x: Any, ref: ir.Value) -> None:
         for chunk in range(-(-columns // CHUNK)):
@@ -129,18 +130,21 @@ def store_chunks(x: Any, ref: Any) -> None:
     store(x, ref)
 
 
+def _load_chunks_plain(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+    del dtype
+    return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
+
+
+@interpreted_as(_load_chunks_plain)
 def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     """Loads columns of ref, (chunks, 64, 64) in shared memory: (64, columns) in the layout TILE.
 
     `first`, where they begin, and their number are multiples of 8.
     """
-    if barriers.is_interpreted():
-        return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
     def load(_: Any, ref: ir.Value) -> Any:
-        i32, pair = barriers.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
         const = lambda value: mgpu.utils.c(value, i32)
         warp, row, quarter = _thread()
         start = arith.addi(arith.muli(warp, const(16 * CHUNK)), arith.addi(
@@ -159,11 +163,9 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
     return load(ref)
 
 
+@interpreted_as(lambda ref: ref[...])
 def load_chunk(ref: Any) -> Any:
     """Loads one chunk of shared memory by ldmatrix: (64, 64) in the layout TILE."""
-    if barriers.is_interpreted():
-        return ref[...]
-
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, 64), ref.dtype, TILE))
     def load(_: Any, ref: ir.Value) -> Any:
@@ -174,15 +176,17 @@ def load_chunk(ref: Any) -> Any:
     return load(ref)
 
 
+def _store_linear_plain(x: Any, ref: Any) -> None:
+    ref[...] = x.reshape(_linear_shape(x.shape[1]))
+
+
+@interpreted_as(_store_linear_plain)
 def store_linear(x: Any, ref: Any) -> None:
     """Writes x, (64, columns) float32 in the layout TILE, into ref, (columns / 4, 256), in the order of threads.
 
     Nothing moves between threads: each stores four of its own numbers at a time. `load_linear` reads that order back.
     """
     shape = _linear_shape(x.shape[1])
-    if barriers.is_interpreted():
-        ref[...] = x.reshape(shape)
-        return
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
@@ -194,11 +198,10 @@ def store_linear(x: Any, ref: Any) -> None:
     ref[...] = reinterpret(x)
 
 
+@interpreted_as(lambda ref, columns: ref[...].reshape(64, columns))
 def load_linear(ref: Any, columns: int) -> Any:
     """Loads what `store_linear` has written, from global memory: (64, columns) float32 in the layout TILE."""
     shape = _linear_shape(columns)
-    if barriers.is_interpreted():
-        return ref[...].reshape(64, columns)
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
@@ -215,25 +218,28 @@ def _linear_shape(columns: int) -> tuple[int, int]:
     return 64 * columns // 256, 256
 
 
+def _store_zeros_plain(ref: Any) -> None:
+    ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+
+@interpreted_as(_store_zeros_plain)
 def store_zeros(ref: Any) -> None:
     """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
-    zeros = jnp.zeros(ref.shape, jnp.float32)
-    ref[...] = zeros if barriers.is_interpreted() else plgpu.layout_cast(
-        zeros, plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
+    layout = plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4)
+    ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), layout)
 
 
+@interpreted_as(lambda ref, index, first, columns: ref[*index, pl.ds(first, columns)])
 def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
     """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
     multiples of 8.
     """
-    if barriers.is_interpreted():
-        return ref[*index, pl.ds(first, columns)]
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
                        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMN_LAYOUT))
     def load(_: Any, ref: ir.Value, *indices: Any) -> Any:
-        i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
         a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
         row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
@@ -248,9 +254,16 @@ def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) ->
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, *map(barriers.scalar, (*index, first)))
+    return load(ref, *map(ptx.scalar, (*index, first)))
 
 
+def _load_row_stats_plain(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+    index = _unravelled(row, ref.shape[:-1])
+    at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
+    return jnp.stack([at(i) for i in range(64)])
+
+
+@interpreted_as(_load_row_stats_plain)
 def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
     """Loads ref[row, first + i] where that lies below `length`, and `otherwise` where it does not.
 
@@ -261,12 +274,7 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
     Returns:
       (64,) float32 in ROW_LAYOUT.
     """
-    if barriers.is_interpreted():
-        index = _unravelled(row, ref.shape[:-1])
-        at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
-        return jnp.stack([at(i) for i in range(64)])
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), barriers.SCALAR, barriers.SCALAR),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROW_LAYOUT))
     def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
         layout, f32 = ROW_LAYOUT.to_mgpu(), ir.F32Type.get()
@@ -275,40 +283,16 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
         for i, (index, inside, _) in enumerate(_row_elements(row.registers.item(), first.registers.item(), length,
                                                            registers.size)):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
-            flag = arith.extui(barriers.i32(), inside)
-            ptx = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
-            value = llvm.inline_asm(f32, [address, flag, missing], ptx, "=&f,l,r,f", has_side_effects=True)
+            flag = arith.extui(ptx.i32(), inside)
+            asm = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
+            value = llvm.inline_asm(f32, [address, flag, missing], asm, "=&f,l,r,f", has_side_effects=True)
             registers.reshape(-1)[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return load(ref, barriers.scalar(row), barriers.scalar(first))
+    return load(ref, ptx.scalar(row), ptx.scalar(first))
 
 
-def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
-    """Stores x[i] to ref[row, first + i] where that lies below `length`; from registers, as TMA wants 16-byte strides.
-
-    Args:
-      x: (64,) float32 in ROW_LAYOUT.
-      ref: (rows, length) float32 in global memory, in any shape that flattens to it.
-      row, first: int32 scalars.
-    """
-    if barriers.is_interpreted():
-        _store_row_stats_interpreted(x, ref, row, first, length)
-        return
-
-    @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, plgpu.RefType(), barriers.SCALAR, barriers.SCALAR))
-    def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
-        registers = list(x.registers.flat)
-        elements = _row_elements(row.registers.item(), first.registers.item(), length, len(registers))
-        for register, (index, inside, leads) in zip(registers, elements):
-            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.F32Type.get())
-            mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
-                                  predicate=arith.andi(leads, inside), has_side_effects=True)
-
-    store(x, ref, barriers.scalar(row), barriers.scalar(first))
-
-
-def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+def _store_row_stats_plain(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
     index = _unravelled(row, ref.shape[:-1])
 
     def write(i: Any, _: None) -> None:
@@ -319,13 +303,34 @@ def _store_row_stats_interpreted(x: Any, ref: Any, row: Any, first: Any, length:
     lax.fori_loop(0, x.shape[0], write, None)
 
 
+@interpreted_as(_store_row_stats_plain)
+def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+    """Stores x[i] to ref[row, first + i] where that lies below `length`; from registers, as TMA wants 16-byte strides.
+
+    Args:
+      x: (64,) float32 in ROW_LAYOUT.
+      ref: (rows, length) float32 in global memory, in any shape that flattens to it.
+      row, first: int32 scalars.
+    """
+    @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
+    def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
+        registers = list(x.registers.flat)
+        elements = _row_elements(row.registers.item(), first.registers.item(), length, len(registers))
+        for register, (index, inside, leads) in zip(registers, elements):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.F32Type.get())
+            mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
+                                  predicate=arith.andi(leads, inside), has_side_effects=True)
+
+    store(x, ref, ptx.scalar(row), ptx.scalar(first))
+
+
 def _row_elements(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
     """For each register of ROW_LAYOUT: its index in (rows, length), whether it lies below `length`, and whether this
     thread is the first of the four that hold it.
     """
-    i32, i64 = barriers.i32(), ir.IntegerType.get_signless(64)
+    i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
     const = lambda value: mgpu.utils.c(value, i32)
-    thread = arith.remui(mgpu.utils.thread_idx(), const(barriers.WARPGROUP))
+    thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
     lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
     leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, const(4)), const(0))
     base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
@@ -349,8 +354,8 @@ def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
     """Warp, row and quarter of a row of this thread in an 8-row group of the layout TILE; made where they are used, or
     LLVM would keep what follows from them through every loop.
     """
-    const = lambda value: mgpu.utils.c(value, barriers.i32())
-    thread = arith.remui(barriers.moved(mgpu.utils.thread_idx()), const(barriers.WARPGROUP))
+    const = lambda value: mgpu.utils.c(value, ptx.i32())
+    thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
     lane = arith.remui(thread, const(32))
     return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
 

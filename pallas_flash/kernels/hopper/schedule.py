@@ -12,17 +12,14 @@ products a tile, no memory of their own, and the same bits on every run.
 
 import dataclasses
 import math
-from typing import Any, Literal
-
-import jax.numpy as jnp
-from jax import lax
+from typing import Literal
 
 from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KvSchedule", "SplitSchedule",
-    "chunks", "div", "rem",
+    "chunks",
 ]
 
 CHUNK = 64
@@ -30,16 +27,6 @@ CHUNK = 64
 
 ROWS_PER_WARPGROUP = 64
 """Rows of a product that a warpgroup holds: the M of wgmma."""
-
-
-def div(a: Any, b: int) -> Any:
-    """a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
-
-
-def rem(a: Any, b: int) -> Any:
-    """a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
-    return lax.rem(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
 
 def chunks(dim: int) -> int:
@@ -72,7 +59,7 @@ class ForwardSchedule:
         that they overlap; the others are computed after, while the first are rounded. The first wait is a branch, which
         the compiler moves nothing across. 0: the compiler waits for the product where it likes, and the next step for
         its key tile.
-      opaque: the query is indexed through an opaque scalar (`barriers.opaque`).
+      opaque: the query is indexed through an opaque scalar (`ptx.opaque`).
       num_blocks: blocks of the grid: the SMs of the device.
       section_bytes: bytes of keys and values of a section of heads, so that they stay in L2 while their tiles are
         worked on.
@@ -123,8 +110,8 @@ class KvSchedule:
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
         with its own.
-      pinned: the exponentials stay above the next wait for a product (`barriers.pin`).
-      opaque: keys and values are indexed through `barriers.opaque`.
+      pinned: the exponentials stay above the next wait for a product (`ptx.pin`).
+      opaque: keys and values are indexed through `ptx.opaque`.
       apart: tiles that need a mask, or exact exponents, have exponentials of their own, so that no branch stands
         between the exponents and the exponentials of the others.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
@@ -192,7 +179,7 @@ class DqSchedule:
       k_stages, v_stages: slots of the rings of key tiles and of value tiles.
       pipelined: a tile's product for dq is computed during the next tile's softmax.
       pinned: see `KvSchedule`.
-      opaque: queries and douts are indexed through `barriers.opaque`.
+      opaque: queries and douts are indexed through `ptx.opaque`.
       section_bytes: bytes of keys and values of the heads that are worked on at a time.
     """
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, registers
-from pallas_flash.kernels.hopper.schedule import CHUNK, chunks, rem
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_tile", "see_last_phases", "store_tile"]
@@ -75,8 +77,13 @@ def drain(free: Any, used: Any) -> None:
         plgpu.barrier_wait(free.at[rem(i, slots)])
 
 
+def _see_last_phases_plain(free: Any, slots: int, used: Any) -> None:
+    for slot in range(slots):
+        pl.when(slot < used)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+
+
+@interpreted_as(_see_last_phases_plain)
 def see_last_phases(free: Any, slots: int, used: Any) -> None:
-    """Waits as `drain` does, but in interpret mode only, which wants every phase of a barrier seen."""
-    if barriers.is_interpreted():
-        for slot in range(slots):
-            pl.when(slot < used)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+    """Does nothing on a GPU; in interpret mode, which wants every phase of a barrier waited for, waits for the last
+    phase of each slot's.
+    """

@@ -19,19 +19,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm, vector
 
-from pallas_flash.kernels.hopper import barriers
 from pallas_flash.kernels.hopper.registers import ACC, CHUNKED, SWIZZLE_BYTES, TILE, chunk_bytes
 from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.mosaic import interpret, ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 
 __all__ = ["accumulate", "fence", "multiply_transposed", "outer", "ready", "settled"]
 
 _K = 16
 _GROUP_BYTES = 8 * SWIZZLE_BYTES
 
-_in_flight: list[tuple[Any, ...]] = []
-"""Operands of the products in flight, while a kernel is traced for interpret mode."""
+
+def _multiply_transposed_plain(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
+    del d  # the columns past it are zeros
+    held = len(a.shape) == 2
+    interpret.issue(*[a] * (not held), b_ref)
+    rows = a if held else jnp.swapaxes(a[...], 0, 1).reshape(64, -1)
+    columns = jnp.swapaxes(b_ref[...], 0, 1).reshape(b_ref.shape[1], -1)
+    product = jnp.dot(rows, columns.T, preferred_element_type=jnp.float32)
+    return product if start is None else start + product
 
 
+@interpreted_as(_multiply_transposed_plain)
 def multiply_transposed(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
     """Issues a b^T, or start + a b^T: (64, n) float32, in flight.
 
@@ -42,11 +51,6 @@ def multiply_transposed(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
       start: (64, n) float32 in the layout ACC, or None.
     """
     n, held = b_ref.shape[1], len(a.shape) == 2
-    if barriers.is_interpreted():
-        _in_flight.append((b_ref,) if held else (a, b_ref))
-        rows = a if held else jnp.swapaxes(a[...], 0, 1).reshape(64, -1)
-        product = jnp.dot(rows, jnp.swapaxes(b_ref[...], 0, 1).reshape(n, -1).T, preferred_element_type=jnp.float32)
-        return product if start is None else start + product
 
     @plgpu.inline_mgpu(
         arg_types=(TILE if held else plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED), *[ACC] * (start is not None)),
@@ -65,6 +69,13 @@ def multiply_transposed(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
     return issue(a, b_ref, *[start] * (start is not None))
 
 
+def _accumulate_plain(acc: Any, p: Any, v_ref: Any) -> Any:
+    interpret.issue(v_ref)
+    v = jnp.swapaxes(v_ref[...], 0, 1).reshape(p.shape[1], -1)[:, :acc.shape[1]]
+    return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
+
+
+@interpreted_as(_accumulate_plain)
 def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     """Issues acc + p v: (64, columns) float32, in flight.
 
@@ -74,10 +85,6 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
       v_ref: (chunks, keys, 64) in shared memory.
     """
     columns, keys = acc.shape[1], p.shape[1]
-    if barriers.is_interpreted():
-        _in_flight.append((v_ref,))
-        v = jnp.swapaxes(v_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
-        return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
     @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
@@ -95,6 +102,13 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     return issue(acc, p, v_ref)
 
 
+def _outer_plain(a_ref: Any, b_ref: Any, columns: int) -> Any:
+    interpret.issue(a_ref, b_ref)
+    b = jnp.swapaxes(b_ref[...], 0, 1).reshape(a_ref.shape[0], -1)[:, :columns]
+    return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
+
+
+@interpreted_as(_outer_plain)
 def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
     """Issues a^T b: (64, columns) float32, in flight.
 
@@ -104,10 +118,6 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
       columns: how many of b's columns count; a multiple of 8.
     """
     keys = a_ref.shape[0]
-    if barriers.is_interpreted():
-        _in_flight.append((a_ref, b_ref))
-        b = jnp.swapaxes(b_ref[...], 0, 1).reshape(keys, -1)[:, :columns]
-        return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
@@ -125,17 +135,17 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
     return issue(a_ref, b_ref)
 
 
+def _ready_plain(x: Any, pending: int) -> Any:
+    interpret.wait(pending)
+    plgpu.commit_smem()  # plain reads stand for those of wgmma, which need no fence before TMA's next write
+    return x
+
+
+@interpreted_as(_ready_plain)
 def ready(x: Any, pending: int) -> Any:
     """x, once at most `pending` products are in flight. The result of the wait depends on x, so no use of x moves above
     it.
     """
-    if barriers.is_interpreted():
-        while len(_in_flight) > pending:  # a buffer is read until its product is done: let the race detector see that
-            for ref in _in_flight.pop(0):
-                ref[...]
-        plgpu.commit_smem()  # plain reads stand for wgmma's here, which need no fence before TMA's next write
-        return x
-
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def wait(_: Any, x: Any) -> Any:
         registers = _tied(list(x.registers.flat), f"wgmma.wait_group.sync.aligned {pending};")
@@ -144,6 +154,7 @@ def ready(x: Any, pending: int) -> Any:
     return wait(x)
 
 
+@interpreted_as(lambda x: x)
 def settled(x: Any) -> Any:
     """x, (64, columns), in the layout ACC, each element in a register of its own from here on.
 
@@ -151,9 +162,6 @@ def settled(x: Any) -> Any:
     (C7517).
     """
     x = plgpu.layout_cast(plgpu.layout_cast(x, TILE), ACC)
-    if barriers.is_interpreted():
-        return x
-
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def settle(_: Any, x: Any) -> Any:
         return _as_accumulator(_tied(list(x.registers.flat), ""), x.shape[1])
@@ -161,11 +169,9 @@ def settled(x: Any) -> Any:
     return settle(x)
 
 
+@interpreted_as(lambda: None)
 def fence() -> None:
     """Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier must follow."""
-    if barriers.is_interpreted():
-        return
-
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
@@ -190,7 +196,7 @@ def _descriptors(ref: ir.Value) -> Callable[[int], ir.Value]:
 
 def _words(x: Any, first: int) -> list[ir.Value]:
     """16 columns of x, in the layout TILE and of a 16-bit type, as four 32-bit words of two elements."""
-    pair = ir.VectorType.get((1,), barriers.i32())
+    pair = ir.VectorType.get((1,), ptx.i32())
     return [vector.extract(vector.bitcast(pair, register), [], [0])
             for register in x[:, first:first + _K].registers.flat]
 
@@ -227,21 +233,21 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
     a_text = f"${next(numbers)}" if len(a) == 1 else "{" + ",".join(f"${next(numbers)}" for _ in a) + "}"
     out = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     flags = ", ".join(str(flag) for flag in (transposed if len(a) == 1 else transposed[1:]))
-    ptx = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
+    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
            f"{element}.{element} {out}, {a_text}, ${next(numbers)}, p, 1, 1, {flags}; }}")
     kind_of_a = "l" if len(a) == 1 else "r"
     constraints = ",".join(["=f"] * count + [str(i) for i in range(len(acc))] + [kind_of_a] * len(a) + ["l"])
-    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*acc, *a, b], ptx, constraints,
+    result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*acc, *a, b], asm, constraints,
                              asm_dialect=0, has_side_effects=True)
     return [llvm.extractvalue(vec, result, [i]) for i in range(count)]
 
 
-def _tied(registers: list[ir.Value], ptx: str) -> list[ir.Value]:
-    """`ptx` as a statement that reads and writes every register."""
+def _tied(registers: list[ir.Value], asm: str) -> list[ir.Value]:
+    """`asm` as a statement that reads and writes every register."""
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
     kind = registers[0].type
-    result = llvm.inline_asm(llvm.StructType.get_literal([kind] * count), registers, ptx, constraints, asm_dialect=0,
+    result = llvm.inline_asm(llvm.StructType.get_literal([kind] * count), registers, asm, constraints, asm_dialect=0,
                              has_side_effects=True)
     return [llvm.extractvalue(kind, result, [i]) for i in range(count)]
 

@@ -6,8 +6,6 @@ and which branches can be left out. The host asks one mask, `worst_case`.
 """
 
 import functools
-import heapq
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,13 +18,13 @@ from pallas_flash.kernels.hopper.schedule import (
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
-    div,
-    rem,
 )
+from pallas_flash.kernels.mosaic import scheduling
+from pallas_flash.kernels.mosaic.scheduling import Work
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Steps", "Work", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
+    "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
     "forward_table", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries",
     "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
 ]
@@ -34,9 +32,7 @@ __all__ = [
 _Schedule = ForwardSchedule | KvSchedule | SplitSchedule | DqSchedule
 _BackwardPart = KvSchedule | SplitSchedule | DqSchedule
 
-_BLOCKS_MODELLED = 20_000  # of a large grid, the first
 _BLOCK_STEPS = 1.5  # the start and end of a block, or of a tile in the forward, cost about that many steps
-_LARGEST_GREEDY_TABLE = 200_000
 
 
 # -- the mask ----------------------------------------------------------------------------------------------------------
@@ -164,25 +160,10 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
     """
     lo, hi = every_loaded(spec, schedule)
     cost = hi - lo + _BLOCK_STEPS
-    order = _section_order(spec, schedule, np.argsort(-cost, kind="stable"))
-    blocks = min(schedule.num_blocks, order.size)
-    few = order.size <= _LARGEST_GREEDY_TABLE
-    owner = greedy(cost[order % cost.size], blocks) if few else _snake(order.size, blocks)
-    counts = np.bincount(owner, minlength=blocks)
-    table = np.full((blocks, counts.max() + 1), -1, np.int32)
-    by_owner = np.argsort(owner, kind="stable")
-    slot = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    table[owner[by_owner], slot] = order[by_owner]
-    return table
-
-
-def _section_order(spec: AttentionSpec, schedule: ForwardSchedule, q_order: np.ndarray) -> np.ndarray:
-    """Flat tile numbers, section by section, the query tiles of a section in `q_order`."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v)
     section = max(1, schedule.section_bytes // max(head_bytes, 1)) * spec.group
-    heads = np.arange(spec.batch * spec.q_heads, dtype=np.int64)
-    return np.concatenate([(heads[None, i:i + section] * q_order.size + q_order[:, None]).ravel()
-                           for i in range(0, heads.size, section)])
+    order = scheduling.in_sections(spec.batch * spec.q_heads, section, np.argsort(-cost, kind="stable"))
+    return scheduling.table(order, cost[order % cost.size], schedule.num_blocks)
 
 
 # -- the backward ------------------------------------------------------------------------------------------------------
@@ -213,46 +194,9 @@ def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
 
 
-class Work(NamedTuple):
-    """A kernel's blocks: one for each tile of its axis and each head, in sections of heads.
-
-    Some of the first tiles come last, in ascending order, and before them the others, in descending order: all or none
-    of them, where the longest tiles are to come first. The order is the same for all heads: with `KvSchedule.ordered`
-    it is the order of additions, which must not depend on where in the batch a head is.
-    """
-
-    heads: int  # (batch, head) pairs
-    tiles: int  # of the axis that stays
-    section: int  # heads of a section; divides `heads`
-    ascending: int  # how many tiles come last, in ascending order
-    empty: bool  # whether some tile needs no tile of the other axis
-    partial: bool  # whether some tile of the other axis needs the mask
-
-    @property
-    def blocks(self) -> int:
-        return self.heads * self.tiles
-
-    def head_and_tile(self, block: Any) -> tuple[Any, Any]:
-        """The (batch, head) pair and the tile of a block."""
-        size = self.section * self.tiles
-        rest = rem(block, size)
-        tile, head = div(rest, self.section), div(block, size) * self.section + rem(rest, self.section)
-        descending = self.tiles - self.ascending
-        return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
-
-
 def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
-    """Heads in sections of at most `section_bytes`, so that what they read stays in L2, but of about as many blocks as
-    there are SMs: with fewer, the longest tiles of a later section would wait for the shortest ones of this one.
-    """
-    start, full_start, full_stop, stop = ranges
-    count = start.size
-    wanted = max(1, section_bytes // max(head_bytes, 1), device.H100.num_sms // count)
-    section = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
-    length = stop - start
-    ascending = count if length[0] >= length[-1] else 0
-    return Work(heads, count, section, ascending, empty=bool(np.any(length <= 0)),
-                partial=bool(np.any((start < full_start) | (full_stop < stop))))
+    """The blocks of a kernel in sections of about `section_bytes`."""
+    return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
 
 
 @functools.lru_cache(maxsize=256)
@@ -301,32 +245,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
 
 
 def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
-    """Steps until the last block has ended, if none waits and each SM takes the next block when it is free; of a large
-    grid, in proportion to its first sections.
-    """
-    work, needed = kv_work(spec, s), every_q_range(spec, s)
-    cost = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
-    order = np.concatenate([np.arange(work.ascending, work.tiles)[::-1], np.arange(work.ascending)])
-    sections = min(work.heads // work.section, math.ceil(_BLOCKS_MODELLED / (work.section * work.tiles)))
-    costs = np.tile(np.repeat(cost[order], work.section), sections)
-    loads = np.bincount(greedy(costs, device.H100.num_sms), weights=costs)
-    return float(loads.max()) * work.heads / (sections * work.section)
-
-
-# -- sharing out -------------------------------------------------------------------------------------------------------
-
-def greedy(costs: np.ndarray, blocks: int) -> np.ndarray:
-    """Each tile in turn to the block with the least work so far."""
-    loads = [(0.0, block) for block in range(blocks)]
-    owner = np.empty(costs.size, np.int64)
-    for i, cost in enumerate(costs.tolist()):
-        load, block = loads[0]
-        owner[i] = block
-        heapq.heapreplace(loads, (load + cost, block))
-    return owner
-
-
-def _snake(count: int, blocks: int) -> np.ndarray:
-    """Tiles dealt to the blocks forwards and backwards in turn."""
-    turn, place = np.divmod(np.arange(count), blocks)
-    return np.where(turn % 2, blocks - 1 - place, place)
+    """Steps until the last block has ended (`scheduling.makespan`)."""
+    needed = every_q_range(spec, s)
+    costs = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
+    return scheduling.makespan(kv_work(spec, s), costs, device.H100.num_sms)

@@ -16,14 +16,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -40,7 +42,7 @@ class Rows(NamedTuple):
 
     def own(self, block: Block[DqSchedule], name: str) -> Any:
         """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
-        return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
+        return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
 def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
@@ -89,7 +91,7 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
+    return ptx.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
 def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
@@ -107,7 +109,7 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> 
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
     _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
     if schedule.pinned:
-        barriers.pin(registers.column_sums(p), registers.TILE)
+        ptx.pin(registers.column_sums(p), registers.TILE)
     return p
 
 
@@ -171,7 +173,7 @@ def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
     if not work.dq_work(block.spec, block.schedule).partial:
         return dq
     is_nan = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
     return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
@@ -194,8 +196,8 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
 
     def columns_from(first: int) -> Any:
         zeros = jnp.zeros((ROWS_PER_WARPGROUP, min(2 * CHUNK, spec.d - first)), jnp.float32)
-        kv_pos = (barriers.scalar(block.walk.start * block_kv),
-                  barriers.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
+        kv_pos = (ptx.scalar(block.walk.start * block_kv),
+                  ptx.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
         return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
     return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])

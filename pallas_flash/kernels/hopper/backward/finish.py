@@ -8,8 +8,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import memory, registers, tiles
-from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_finish"]

@@ -22,15 +22,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock, Step, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.memory import Memory
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KvSchedule, SplitSchedule, chunks, div, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KvSchedule, SplitSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -55,7 +58,7 @@ def load_role(block: Block[KvSchedule]) -> None:
 
 def own_rows(block: Block[KvSchedule], name: str, warpgroup: Any) -> Any:
     """Selects a compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
-    index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
+    index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
     return block.smem[name].at[:, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
 
@@ -79,7 +82,7 @@ def ds_rows(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
 
 def issue_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
     """Issues the warpgroup's piece of dq = dS K: some 64 queries, some 64 columns."""
-    row, column = div(warpgroup, chunks(block.spec.d)), rem(barriers.opaque(warpgroup), chunks(block.spec.d))
+    row, column = div(warpgroup, chunks(block.spec.d)), rem(ptx.opaque(warpgroup), chunks(block.spec.d))
     ds = block.smem["ds"].at[rem(index, block.schedule.ds_slots), row]
     return wgmma.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
@@ -97,19 +100,27 @@ def hand_ds_over(block: Block[KvSchedule], warpgroup: Any, index: Any, ds: Any) 
     plgpu.barrier_arrive(block.bars["ds_full"].at[rem(index, slots)])
 
 
+def _meet_plain(block: KeyBlock) -> None:
+    plgpu.barrier_arrive(block.bars["met"])
+    plgpu.barrier_wait(block.bars["met"])
+
+
+@interpreted_as(_meet_plain)
 def meet(block: KeyBlock) -> None:
     """Waits until every compute warpgroup, and that of dq, has reached this point."""
-    if barriers.is_interpreted():
-        plgpu.barrier_arrive(block.bars["met"])
-        plgpu.barrier_wait(block.bars["met"])
-        return
     roles = meeting_roles(block.schedule)
-    barriers.named_sync(barriers.first_free(roles + 1), roles * barriers.WARPGROUP)
+    ptx.named_sync(ptx.first_free(roles + 1), roles * ptx.WARPGROUP)
 
 
 def meeting_roles(s: KvSchedule | SplitSchedule) -> int:
     """Counts the warpgroups that meet: all but the loading one."""
     return s.warpgroups + len(s.registers) - 2
+
+
+@interpreted_as(lambda s: {"met": plgpu.Barrier(num_arrivals=meeting_roles(s))})
+def meeting_barriers(s: KvSchedule | SplitSchedule) -> dict[str, Any]:
+    """The barriers that `meet` needs: none on a GPU, where it takes a named one."""
+    return {}
 
 
 class Weights(NamedTuple):
@@ -307,7 +318,7 @@ def dq_role(block: Block[KvSchedule]) -> None:
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
             row, column = divmod(piece, chunks(spec.d))
-            keys = block.smem["k"].at[pl.ds(barriers.opaque(column), 1)]
+            keys = block.smem["k"].at[pl.ds(ptx.opaque(column), 1)]
             dq = wgmma.ready(wgmma.outer(block.smem["ds"].at[slot, row], keys, CHUNK), 0)
             if piece == pieces - 1:
                 plgpu.barrier_arrive(bars["ds_free"].at[slot])
@@ -319,11 +330,9 @@ def dq_role(block: Block[KvSchedule]) -> None:
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 def scratch(own: Memory, s: KvSchedule | SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block; interpreted, also a barrier at which warpgroups meet."""
+    """The buffers and barriers of a block, and in interpret mode the barrier of `meet`."""
     smem, bars = allocate(own)
-    if barriers.is_interpreted():  # where named barriers do nothing
-        bars["met"] = plgpu.Barrier(num_arrivals=meeting_roles(s))
-    return smem, bars
+    return smem, bars | meeting_barriers(s)
 
 
 def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tuple[dict[str, Any], ...]) -> Block[S]:

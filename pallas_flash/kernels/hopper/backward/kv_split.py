@@ -19,13 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward.tiles import Block, Step
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -45,7 +46,7 @@ def load_role(block: Block[SplitSchedule]) -> None:
 
 def whole(block: Block[SplitSchedule], name: str) -> Any:
     """Selects the block's keys or values, (chunks, 64, 64), so that their descriptors are made where they are used."""
-    return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
+    return block.smem[name].at[:, pl.ds(ptx.opaque(0) * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
 
 def scores(block: Block[SplitSchedule], slot: Any) -> Any:

@@ -15,10 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, registers, work
+from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.slow_rows import SlowRows, over_chunks
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["mark_nonfinite", "without_bad_rows"]
 
@@ -35,7 +36,7 @@ def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
     pieces = [registers.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
               for chunk in range(ref.shape[0])]
     nothing = functools.reduce(jnp.add, [x * jnp.zeros((), dtype) for x in pieces]).astype(jnp.float32)
-    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, registers.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(nothing, registers.TILE)
 
     @pl.when(spoiled)
     def _() -> None:
@@ -77,6 +78,6 @@ def mark_nonfinite(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: A
         return dk, dv
 
     last = jnp.minimum(first + ROWS_PER_WARPGROUP, spec.kv_len)
-    marked = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
+    marked = lambda sums: lax.fori_loop(ptx.scalar(first), ptx.scalar(last), mark, sums)
     dk, dv = lax.cond(spoiled, marked, lambda sums: sums, (dk, dv))
     return dk, dv

@@ -27,9 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_flash.kernels.hopper import barriers, memory, registers, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.tiles import Block
-from pallas_flash.kernels.hopper.schedule import KvSchedule, div, rem
+from pallas_flash.kernels.hopper.schedule import KvSchedule
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 
 __all__ = ["add_dq", "hand_dq_over"]
 
@@ -77,13 +80,15 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def _add_to_global_plain(source: Any, target: Any, first: Any = None) -> None:
+    target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
+
+
+@interpreted_as(_add_to_global_plain)
 def add_to_global(source: Any, target: Any, first: Any = None) -> None:
     """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
     `plgpu.wait_smem_to_gmem` waits for it.
     """
-    if barriers.is_interpreted():
-        target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
-        return
     add = functools.partial(plgpu.copy_smem_to_gmem, source, target, reduction_op="add")
     if first is None:
         add()
@@ -91,34 +96,39 @@ def add_to_global(source: Any, target: Any, first: Any = None) -> None:
         lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
+def _await_additions_plain(block: Block[KvSchedule], head: Any, tile: Any, before: Any) -> None:
+    """Makes dq NaN where this block would have to wait: interpreted blocks run one after the other, in order."""
+    is_next = block.gmem["additions"][block.batch, head, tile] == before
+    dq = block.gmem["dq"].at[block.batch, head, tile]
+    dq[...] = jnp.where(is_next, dq[...], jnp.nan)
+
+
+@interpreted_as(_await_additions_plain)
 def await_additions(block: Block[KvSchedule], head: Any, tile: Any, before: Any) -> None:
     """Waits until `before` blocks have added to a query tile: this block's addition, by TMA, comes after theirs.
 
-    All lanes read the counter. Interpreted, blocks run one after the other: one that would have to wait makes dq NaN.
+    All lanes of the warp read the counter.
     """
-    if barriers.is_interpreted():
-        is_next = block.gmem["additions"][block.batch, head, tile] == before
-        dq = block.gmem["dq"].at[block.batch, head, tile]
-        dq[...] = jnp.where(is_next, dq[...], jnp.nan)
-        return
     _at_counter(block, head, tile, before,
                 "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
                 "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
+def _count_addition_plain(block: Block[KvSchedule], head: Any, tile: Any) -> None:
+    block.gmem["additions"][block.batch, head, tile] += 1
+
+
+@interpreted_as(_count_addition_plain)
 def count_addition(block: Block[KvSchedule], head: Any, tile: Any) -> None:
     """Counts this block's addition to a query tile, which must have arrived in memory."""
-    if barriers.is_interpreted():
-        block.gmem["additions"][block.batch, head, tile] += 1
-        return
     _at_counter(block, head, tile, 1,
                 "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
-def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, ptx: str) -> None:
+def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, asm: str) -> None:
     """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(barriers.SCALAR,) * 4))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4))
     def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:
         i64 = ir.IntegerType.get_signless(64)
         *indices, number = (x.registers.item() for x in numbers)
@@ -126,8 +136,8 @@ def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, ptx
         index = arith.extui(i64, indices[0])
         for size, x in zip(shape[1:], indices[1:]):
             index = arith.addi(arith.muli(index, mgpu.utils.c(size, i64)), arith.extui(i64, x))
-        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], barriers.i32())
-        llvm.inline_asm(barriers.i32(), [address, number], ptx, "=r,l,r,~{memory}", has_side_effects=True,
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ptx.i32())
+        llvm.inline_asm(ptx.i32(), [address, number], asm, "=r,l,r,~{memory}", has_side_effects=True,
                         convergent=True)
 
-    emit(block.gmem["additions"], *map(barriers.scalar, (block.batch, head, tile, number)))
+    emit(block.gmem["additions"], *map(ptx.scalar, (block.batch, head, tile, number)))

@@ -9,19 +9,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, memory, registers, tiles
+from pallas_flash.kernels.hopper import memory, registers, tiles
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
-from pallas_flash.kernels.hopper.schedule import (
-    CHUNK,
-    ROWS_PER_WARPGROUP,
-    BackwardSchedule,
-    KvSchedule,
-    chunks,
-    div,
-    rem,
-)
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch_prepare"]
@@ -38,7 +32,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
     lse = jnp.where(known, lse, jnp.nan)
     lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
     reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
-    rounding = barriers.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
+    rounding = ptx.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
     return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
@@ -50,7 +44,7 @@ def any_large(spec: AttentionSpec, lse: Any) -> Any:
     size = jnp.abs(lse)
     large = is_large(spec, size * softmax.LOG2E) & (size < jnp.inf)
     marks = jnp.where(large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
-    return barriers.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
+    return ptx.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
 
 
 def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[..., tuple[jax.Array, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash.kernels.hopper import barriers
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark"]
 
@@ -40,4 +40,4 @@ def with_mark(lse_log2: Any, large: Any) -> Any:
 
 def is_marked(lse_log2: Any, layout: Any) -> Any:
     """Whether one of 64 queries is large, from any of their numbers; the same in every thread of a warp."""
-    return barriers.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)
+    return ptx.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper.schedule import KvSchedule, SplitSchedule, rem
+from pallas_flash.kernels.hopper.schedule import KvSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Block", "KeyBlock", "Step", "Walk"]

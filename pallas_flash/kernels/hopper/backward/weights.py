@@ -10,11 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import barriers, registers, wgmma, work
+from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import masked, may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Corrections", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
@@ -138,5 +139,5 @@ def tile_weights(block: KeyBlock, warpgroup: Any, step: Step, lse: Lse, s: Any, 
     x = plgpu.layout_cast(s, registers.TILE)
     p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift)
     if schedule.pinned:
-        barriers.pin(registers.column_sums(p), registers.TILE)
+        ptx.pin(registers.column_sums(p), registers.TILE)
     return p, sloped

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -51,9 +51,11 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     rescaled,
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
-from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks, rem
+from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -63,7 +65,7 @@ __all__ = ["launch"]
 
 def order(block: Block, warpgroup: Any) -> Any:
     """The named barrier of a warpgroup's turn at the tensor cores."""
-    return barriers.first_free(block.schedule.warpgroups + 1) + warpgroup
+    return ptx.first_free(block.schedule.warpgroups + 1) + warpgroup
 
 
 def following(block: Block, warpgroup: Any) -> Any:
@@ -79,18 +81,18 @@ def takes_turns(block: Block) -> bool:
 def await_turn(block: Block, warpgroup: Any) -> None:
     """Waits for the warpgroup's turn at the tensor cores."""
     if takes_turns(block):
-        barriers.named_sync(order(block, warpgroup), 2 * barriers.WARPGROUP)
+        ptx.named_sync(order(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
 def pass_turn(block: Block, warpgroup: Any) -> None:
     """Ends the warpgroup's turn."""
     if takes_turns(block):
-        barriers.named_arrive(following(block, warpgroup), 2 * barriers.WARPGROUP)
+        ptx.named_arrive(following(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
 def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> None:
     """Passes over the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
-    @pl.loop(jnp.int32(0), barriers.scalar(first - stop))
+    @pl.loop(jnp.int32(0), ptx.scalar(first - stop))
     def _(i: Any) -> None:
         slot = tile.slot(first - i, block.schedule.num_stages)
         await_turn(block, warpgroup)
@@ -196,7 +198,7 @@ class Sums(NamedTuple):
 def sums_of(block: Block, state: Softmax) -> Sums:
     """Adds up l_i after the last tile, and finds how far start was rounded."""
     m_i, start = state.maximum
-    rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
+    rounding = ptx.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
@@ -280,7 +282,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     def step(i: Any, carry: tuple[Softmax, Any]) -> tuple[Softmax, Any]:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
 
-    state, acc = lax.fori_loop(jnp.int32(1), barriers.scalar(rows.stop - rows.start), step, (state, acc))
+    state, acc = lax.fori_loop(jnp.int32(1), ptx.scalar(rows.stop - rows.start), step, (state, acc))
     acc, values_ready = multiply_values(block, tile, rows.start, state, acc)
     acc = values_ready(acc)
     if seen.skips_below:

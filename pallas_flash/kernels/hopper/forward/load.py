@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, tiles
+from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
-from pallas_flash.kernels.hopper.schedule import div
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div
 
 __all__ = ["load"]
 
@@ -26,7 +27,7 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
     kv_head = div(tile.head, block.spec.group)
 
-    @pl.loop(jnp.int32(0), barriers.scalar(tile.hi - tile.lo))
+    @pl.loop(jnp.int32(0), ptx.scalar(tile.hi - tile.lo))
     def _(i: Any) -> None:
         slot = tiles.await_free(free, block.schedule.num_stages, tile.step + i)
         index = (tile.batch, kv_head, (tile.hi - 1 - i) * block.schedule.block_kv)

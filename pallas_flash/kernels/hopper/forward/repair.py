@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, registers, work
+from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, div
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["is_spoiled", "overflowed", "recompute"]
@@ -43,11 +45,11 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
         too_large = too_large | given_up(maximum.m_i, l_i)
     if not partial:
         marks = jnp.where(too_large, jnp.float32(jnp.inf), jnp.float32(0.0))  # float32 in 64-bit mode, too
-        return barriers.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
+        return ptx.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
     is_nan = jnp.isnan(l_i) & jnp.logical_not(too_large)
     sums = jnp.where(registers.spread(is_nan, spec.d_v), 0.0, plgpu.layout_cast(acc, registers.TILE))
     sums = jnp.where(registers.spread(too_large, spec.d_v), jnp.inf, sums)
-    return barriers.any_nonfinite_in_warpgroup(sums, registers.TILE)
+    return ptx.any_nonfinite_in_warpgroup(sums, registers.TILE)
 
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:
@@ -78,4 +80,4 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, spec.d_v), jnp.float32), registers.TILE)
     start = registers.row_zeros() + lowest(unit), registers.row_zeros(), zeros
-    return lax.fori_loop(barriers.scalar(first), barriers.scalar(stop), add, start)[1:]
+    return lax.fori_loop(ptx.scalar(first), ptx.scalar(stop), add, start)[1:]

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, registers
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = [
     "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
@@ -43,7 +44,7 @@ class Maximum(NamedTuple):
 
 def maximum_of(m_i: Any, unit: float) -> Maximum:
     """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
-    return Maximum(m_i, barriers.multiply(m_i, unit, registers.ROW_LAYOUT))
+    return Maximum(m_i, ptx.multiply(m_i, unit, registers.ROW_LAYOUT))
 
 
 class Softmax(NamedTuple):
@@ -79,7 +80,7 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
     """
     (m_i, start), row_max = state.maximum, s.max(axis=1)
     within = row_max - m_i <= slack * (1 / unit)
-    grew = barriers.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
+    grew = ptx.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
     everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), registers.ROW_LAYOUT)
     new = maximum_of(jnp.maximum(m_i, row_max), unit)
     return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
@@ -87,7 +88,7 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
 
 def is_heavy(state: Softmax) -> Any:
     """Whether scores of a row of this warp have risen far above its m_i."""
-    return barriers.any_in_warp(state.l_i > HEAVY, registers.TILE)
+    return ptx.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
 def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Maximum, Any]:

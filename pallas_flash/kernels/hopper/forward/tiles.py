@@ -15,8 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import barriers, work
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule, div, rem
+from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Block", "Rows", "Tile", "for_each_tile", "rows_of"]
@@ -83,7 +85,7 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
                           lambda *at: at, *at)
         # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
         # descriptors of wgmma would leave the uniform registers.
-        return *at, ordinal + 1, barriers.opaque(step + (hi - lo))
+        return *at, ordinal + 1, ptx.opaque(step + (hi - lo))
 
     none = jnp.int32(0)
     *_, count, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)
@@ -138,7 +140,7 @@ def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
     buffer = rem(tile.ordinal, block.schedule.query_buffers)
 
     def q() -> Any:
-        index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
+        index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
