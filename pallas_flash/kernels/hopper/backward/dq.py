@@ -266,7 +266,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
-        head, q_tile = work.place(lax.axis_index("block"))
+        head, q_tile = work.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         kv_tiles = schedules.kv_range(spec, schedule, q_tile)
         block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
