@@ -167,7 +167,7 @@ def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     schedule = KvSchedule(dq="own", ordered=True, **{"section_bytes": 4 << 20} | fields)
     assert schedules.has_order(spec, schedule)
     work = schedules.kv_work(spec, schedule)
-    heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
+    heads, kv_tiles = (np.asarray(x) for x in work.head_and_tile(np.arange(work.blocks)))
     assert len({*zip(heads.tolist(), kv_tiles.tolist())}) == work.blocks == work.heads * work.tiles
     start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in schedules.q_range(spec, schedule, kv_tiles))
     for q_tile in range(-(-spec.q_len // schedule.block_q)):
@@ -183,7 +183,7 @@ def test_the_order_of_additions_does_not_depend_on_the_place_in_a_batch():
                    mask=CAUSAL, dtypes=("bfloat16",)).spec()
     for section_bytes in (1, 1 << 20, 32 << 20):
         work = schedules.kv_work(spec, KvSchedule(dq="own", ordered=True, section_bytes=section_bytes))
-        heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
+        heads, kv_tiles = (np.asarray(x) for x in work.head_and_tile(np.arange(work.blocks)))
         orders = {tuple(kv_tiles[heads == head].tolist()) for head in range(work.heads)}
         assert len(orders) == 1, (section_bytes, orders)
 

@@ -103,8 +103,8 @@ class Work(NamedTuple):
     def blocks(self) -> int:
         return self.heads * self.tiles
 
-    def place(self, block: Any) -> tuple[Any, Any]:
-        """(head, tile) of a block."""
+    def head_and_tile(self, block: Any) -> tuple[Any, Any]:
+        """Returns the (batch, head) pair and the tile of a block."""
         size = self.section * self.tiles
         rest = rem(block, size)
         tile, head = div(rest, self.section), div(block, size) * self.section + rem(rest, self.section)

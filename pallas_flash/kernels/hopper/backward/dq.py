@@ -239,7 +239,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
-        head, q_tile = work.place(lax.axis_index("block"))
+        head, q_tile = work.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         mask, walk = schedules.kv_mask(spec, schedule), Walk(q_head, 1, *schedules.kv_range(spec, schedule, q_tile))
         block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, walk)

@@ -352,7 +352,7 @@ def scratch(spec: AttentionSpec, s: KvSchedule) -> tuple[dict[str, Any], dict[st
 
 def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tuple[dict[str, Any], ...]) -> Block[S]:
     """A block of a grid that keeps keys."""
-    head, kv_tile = schedules.kv_work(spec, s).place(lax.axis_index("block"))
+    head, kv_tile = schedules.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     q_tiles = schedules.q_range(spec, s, kv_tile)
     gmem, smem, bars = refs
