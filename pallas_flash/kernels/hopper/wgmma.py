@@ -225,7 +225,7 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
 
     Args:
       a: a descriptor, or four words of registers.
-      transposed: whether a and b are stored with columns along their rows; a may be in shared memory only.
+      transposed: whether a and b are stored with their columns as rows; what a says counts in shared memory only.
     """
     count = n // 2
     vec = ir.VectorType.get((1,), ir.F32Type.get())

@@ -104,7 +104,7 @@ class Work(NamedTuple):
         return self.heads * self.tiles
 
     def head_and_tile(self, block: Any) -> tuple[Any, Any]:
-        """The (batch, head) pair and the tile of a block."""
+        """Returns the (batch, head) pair and the tile of a block."""
         size = self.section * self.tiles
         rest = rem(block, size)
         tile, head = div(rest, self.section), div(block, size) * self.section + rem(rest, self.section)

@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.mosaic.scheduling import rem
 
 __all__ = ["load"]
 
@@ -22,9 +23,11 @@ def load(block: KeyBlock) -> None:
 
     def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
         head, tile = at
+        slot, index = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
+
         def load_next(name: str, stats: bool) -> None:
-            slot = tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
-            full, index = bars[f"{name}_full"].at[slot], (block.batch, head, tile * s.block_q)
+            tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
+            full = bars[f"{name}_full"].at[slot]
             tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
             if stats:
                 source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
