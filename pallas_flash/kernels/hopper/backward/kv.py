@@ -340,8 +340,9 @@ def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tu
     head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     mask = work.worst_case(spec, s)
+    q_tiles = work.q_range(mask, spec, s, kv_tile)
     gmem, smem, bars = refs
-    walk = Walk(kv_head * spec.group, spec.group, *work.q_range(mask, spec, s, kv_tile))
+    walk = Walk(kv_head * spec.group, spec.group, *q_tiles)
     return Block(spec, s, gmem, smem, bars, mask, batch, kv_head, kv_tile, walk)
 
 
