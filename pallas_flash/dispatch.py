@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pallas_flash import errors
 from pallas_flash.arrays import Array, Float
@@ -72,10 +72,10 @@ def _anything(spec: AttentionSpec, device: Device) -> list[str]:
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("hopper", "Mosaic GPU kernels for sm_90a", hopper.why_not, True, False,
                    ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls"),
-                   (Schedules("pallas_flash.kernels.hopper.schedule:default_forward",
-                              "pallas_flash.kernels.hopper.schedule:forward_problems"),
-                    Schedules("pallas_flash.kernels.hopper.backward_schedule:default_backward",
-                              "pallas_flash.kernels.hopper.backward_schedule:backward_problems"))),
+                   (Schedules("pallas_flash.kernels.hopper.defaults:default_forward",
+                              "pallas_flash.kernels.hopper.rules:reasons_against"),
+                    Schedules("pallas_flash.kernels.hopper.defaults:default_backward",
+                              "pallas_flash.kernels.hopper.rules:reasons_against"))),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),

@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,9 @@ ARROWS = {
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
 FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
+
+ON_MOSAIC = {"hopper"}
+"""The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
 
 MOSAIC = "jax.experimental.pallas.mosaic_gpu"
 PRIVATE = "jax._" + "src"
@@ -91,8 +95,10 @@ def allowed(module, target):
     if module[0] == "testing":
         return target[0] != "kernels"
     if module[0] == "kernels":
-        own_package = target[:2] == module[:2]
-        return own_package or target[0] in FOR_KERNELS
+        if target[0] == "kernels":
+            own_package, shared = target[:2] == module[:2], target[1:2] == ("mosaic",)
+            return own_package or (shared and module[1] in ON_MOSAIC)
+        return target[0] in FOR_KERNELS
     if module[0] == "dispatch" and target[0] == "kernels":
         return len(target) > 2 and target[2] == "support"
     return target[0] in ARROWS[module[0]]
@@ -111,6 +117,12 @@ def test_arrows(path):
 @pytest.mark.parametrize(("module", "source"), [
     ("kernels.xla.forward", "from pallas_flash import autodiff"),
     ("kernels.xla.forward", "from pallas_flash.kernels.hopper import schedule"),
+    ("kernels.xla.forward", "from pallas_flash.kernels.mosaic import scheduling"),
+    ("kernels.hopper.calls", "from pallas_flash.kernels.xla import forward"),
+    ("kernels.mosaic.ptx", "from pallas_flash.kernels.hopper import schedule"),
+    ("kernels.mosaic.call", "from pallas_flash.kernels.xla.blocks import Blocks"),
+    ("kernels.mosaic.call", "from pallas_flash import autodiff"),
+    ("kernels.hopper.forward.kernel", "from pallas_flash.kernels import xla"),
     ("kernels.xla.forward", "def f():\n    import pallas_flash.dispatch"),
     ("masks", "from pallas_flash.tiles import cdiv"),
     ("softmax", "import pallas_flash"),
@@ -145,11 +157,42 @@ def test_the_bridge_imports_no_kernel():
     assert not in_bridge, "a kernel is launched through one public function of pallas_flash"
 
 
+def test_kernels_do_not_ask_whether_they_are_interpreted():
+    """What the interpreter cannot run has a plain meaning (`interpreted_as`): only that decorator knows of the mode."""
+    mode = re.compile(r"_in_flight|is_interpret|\binterpreted\(|force_gpu_interpret_mode")
+    found = {path.relative_to(ROOT).as_posix() for path in SOURCES if mode.search(path.read_text())}
+    assert found == {"pallas_flash/kernels/mosaic/interpret.py"}
+
+
+def kernel_sources(path):
+    """A file of a kernels package, and what it imports of kernels packages, directly or not."""
+    found, files = set(), [path]
+    while files:
+        found.add(file := files.pop())
+        for target in ours(tree(file)):
+            if target[0] == "kernels":
+                parents = [ROOT / "pallas_flash" / pathlib.Path(*target[:n]) for n in range(2, len(target) + 1)]
+                files += {parent.with_suffix(".py") for parent in parents if parent.with_suffix(".py").exists()} - found
+    return found
+
+
 def test_dispatch_reads_no_mosaic():
-    """What dispatch imports of a kernels package, and what that imports of its own, are read on any machine."""
+    """What dispatch imports of a kernels package, and what that imports in turn, are read on any machine."""
     for path in ROOT.glob("pallas_flash/kernels/*/support.py"):
-        files = [path] + [path.with_name(f"{target[2]}.py") for target in ours(tree(path)) if target[0] == "kernels"]
+        files = kernel_sources(path)
         assert not any("pallas" in name.split(".") or "mlir" in name for file in files for name in imports(tree(file)))
+
+
+FLOORS = ("schedule", "work", "memory", "rules", "defaults")
+"""What says how fast, from the ground up: each module imports only those before it, and no Mosaic."""
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_floors_stand_on_those_before(floor):
+    source = tree(ROOT / f"pallas_flash/kernels/hopper/{floor}.py")
+    own = {target[2] for target in ours(source) if target[:2] == ("kernels", "hopper")}
+    assert own <= set(FLOORS[:FLOORS.index(floor)])
+    assert not any("pallas" in name.split(".") or "mlir" in name for name in imports(source))
 
 
 def test_importing_pulls_in_neither_frameworks_nor_mosaic():

@@ -16,13 +16,12 @@ import pytest
 from agreement import with_rest
 from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, scores
+from pallas_flash.kernels.hopper import defaults, rules, scores, work
 from pallas_flash.kernels.hopper.backward import gradients as backward
-from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic import interpret
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
@@ -32,10 +31,11 @@ CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared"))
 ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))
 SLOTS = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))
-OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind"))
-OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", order="behind", dq_slots=3, ordered=True))
+OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True))
+OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
-BEHIND = BackwardSchedule(KvSchedule(num_stages=4, order="behind"), DqSchedule(block_kv=64, k_stages=4, behind=True))
+PIPELINED = BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
+                             DqSchedule(block_kv=64, k_stages=4, pipelined=True))
 SPLIT = BackwardSchedule(SplitSchedule(), DqSchedule(v_stages=1))
 SMALL = dict(batch=1, q_heads=1, kv_heads=1)
 
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
     "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),
     "two": (TWO, dict(q_len=150, kv_len=100, d=64, d_v=64, q_heads=2, mask=masks.Causal(-20))),
-    "two-behind-float16": (BEHIND, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
+    "two-pipelined-float16": (PIPELINED, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
                                         dtypes=("float16",))),
     "two-softcap": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, softcap=3.0)),
     "two-tiny-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=1e-40)),  # lse / scale is no float32
@@ -81,7 +81,7 @@ class Races(gpu_callbacks.GPURaceDetectionState):
 def is_atomic(buffer_key, source_info):
     in_global_memory = buffer_key.memory_space_id == 0
     place = "" if source_info is None else source_info_util.summarize(source_info)
-    return in_global_memory and any(name in place for name in ("add_to_global", "await_turn", "pass_turn"))
+    return in_global_memory and any(name in place for name in ("add_to_global", "await_additions", "count_addition"))
 
 
 def interpreted(schedule, spec, operands, saved):
@@ -92,8 +92,8 @@ def interpreted(schedule, spec, operands, saved):
         detectors.append(Races(**keywords))
         return detectors[-1]
 
-    with (barriers.interpreted(), unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
-          plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))):
+    with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
+          interpret.interpreted(detect_races=True)):
         found = backward.backward(spec, operands, *saved, schedule=schedule)
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"
@@ -135,7 +135,7 @@ def test_kernels_agree_with_the_oracle(name):
     schedule, problem = problem_of(name)
     operands, (dout, dlse), budget, saved = truth(problem)
     spec = problem.spec()
-    assert schedules.backward_problems(spec, schedule, 232_448) == []
+    assert rules.reasons_against(spec, schedule, 232_448) == []
     operands = jax.tree.map(jnp.asarray, operands)
     found = interpreted(schedule, spec, operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
@@ -165,15 +165,15 @@ def test_turns_of_a_query_tile_are_the_order_in_which_blocks_start(name):
     fields = {name: options.pop(name) for name in ("section_bytes", "longest_last") if name in options}
     spec = Problem("turns", "order", d=64, d_v=64, dtypes=("bfloat16",), **options).spec()
     schedule = KvSchedule(dq="own", ordered=True, **{"section_bytes": 4 << 20} | fields)
-    assert schedules.has_order(spec, schedule)
-    work = schedules.kv_work(spec, schedule)
-    heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
-    assert len({*zip(heads.tolist(), kv_tiles.tolist())}) == work.blocks == work.heads * work.tiles
-    start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in schedules.q_range(spec, schedule, kv_tiles))
+    assert work.has_order(spec, schedule)
+    blocks, mask = work.kv_work(spec, schedule), work.worst_case(spec, schedule)
+    heads, kv_tiles = (np.asarray(x) for x in blocks.head_and_tile(np.arange(blocks.blocks)))
+    assert len({*zip(heads.tolist(), kv_tiles.tolist())}) == blocks.blocks == blocks.heads * blocks.tiles
+    start, _, _, stop = (np.broadcast_to(x, kv_tiles.shape) for x in work.q_range(mask, spec, schedule, kv_tiles))
     for q_tile in range(-(-spec.q_len // schedule.block_q)):
-        for head in range(work.heads):
+        for head in range(blocks.heads):
             comes = (heads == head) & (start <= q_tile) & (q_tile < stop)
-            turns = np.asarray(schedules.turn(spec, schedule, q_tile, kv_tiles[comes]))
+            turns = np.asarray(work.additions_before(mask, spec, schedule, q_tile, kv_tiles[comes]))
             np.testing.assert_array_equal(turns, np.arange(comes.sum()))
 
 
@@ -182,16 +182,16 @@ def test_the_order_of_additions_does_not_depend_on_the_place_in_a_batch():
     spec = Problem("places", "order", batch=6, q_heads=2, kv_heads=2, q_len=1500, kv_len=1500, d=64, d_v=64,
                    mask=CAUSAL, dtypes=("bfloat16",)).spec()
     for section_bytes in (1, 1 << 20, 32 << 20):
-        work = schedules.kv_work(spec, KvSchedule(dq="own", ordered=True, section_bytes=section_bytes))
-        heads, kv_tiles = (np.asarray(x) for x in work.place(np.arange(work.blocks)))
-        orders = {tuple(kv_tiles[heads == head].tolist()) for head in range(work.heads)}
+        blocks = work.kv_work(spec, KvSchedule(dq="own", ordered=True, section_bytes=section_bytes))
+        heads, kv_tiles = (np.asarray(x) for x in blocks.head_and_tile(np.arange(blocks.blocks)))
+        orders = {tuple(kv_tiles[heads == head].tolist()) for head in range(blocks.heads)}
         assert len(orders) == 1, (section_bytes, orders)
 
 
 def test_a_mask_that_leaves_queries_without_keys_has_no_order():
     problem = Problem("idle", "order", q_len=1500, kv_len=1500, d=64, d_v=64, mask=masks.Causal(-500),
                       dtypes=("bfloat16",), **SMALL)
-    assert not schedules.has_order(problem.spec(), KvSchedule(dq="own", ordered=True))
+    assert not work.has_order(problem.spec(), KvSchedule(dq="own", ordered=True))
 
 
 @pytest.mark.parametrize("d", range(8, 257, 8))
@@ -201,7 +201,7 @@ def test_default_is_legal(d, deterministic):
         problem = Problem("any", "sizes", q_len=length, kv_len=length, d=d, d_v=d_v, mask=CAUSAL,
                           deterministic=deterministic, dtypes=("bfloat16",), **SMALL)
         spec = problem.spec()
-        assert schedules.backward_problems(spec, schedules.default_backward(spec), 232_448) == []
+        assert rules.reasons_against(spec, defaults.default_backward(spec), 232_448) == []
 
 
 def test_only_the_longest_blocks_come_last():
@@ -209,13 +209,13 @@ def test_only_the_longest_blocks_come_last():
     schedule = KvSchedule(dq="own", ordered=True, longest_last=4)
     spec = lambda mask: Problem("lengths", "order", q_len=1024, kv_len=1024, d=64, d_v=64, mask=mask,
                                 dtypes=("bfloat16",), **SMALL).spec()
-    assert [schedules.kv_work(spec(mask), schedule).ascending for mask in (CAUSAL, masks.Window(left=0))] == [4, 0]
+    assert [work.kv_work(spec(mask), schedule).ascending for mask in (CAUSAL, masks.Window(left=0))] == [4, 0]
 
 
 DEADLOCKS = {  # a slot that is freed one step later, and only one of them
     "late-dq": (128, BackwardSchedule(KvSchedule(dq="shared", ds_slots=1))),
-    "own-behind": (64, BackwardSchedule(KvSchedule(dq="own", order="behind", num_stages=1))),
-    "dq-behind": (64, BackwardSchedule(KvSchedule(), DqSchedule(behind=True, k_stages=1))),
+    "own-pipelined": (64, BackwardSchedule(KvSchedule(dq="own", pipelined=True, num_stages=1))),
+    "dq-pipelined": (64, BackwardSchedule(KvSchedule(), DqSchedule(pipelined=True, k_stages=1))),
 }
 
 
@@ -224,8 +224,8 @@ def test_schedules_that_would_wait_for_themselves_are_illegal(name):
     d, schedule = DEADLOCKS[name]
     spec = Problem(name, "deadlocks", q_len=300, kv_len=300, d=d, d_v=d, mask=CAUSAL, dtypes=("bfloat16",),
                    **SMALL).spec()
-    (problem,) = schedules.backward_problems(spec, schedule, 232_448)
-    assert "=1 to be 2" in problem
+    (reason,) = rules.reasons_against(spec, schedule, 232_448)
+    assert "=1 to be 2" in reason
 
 
 @pytest.mark.parametrize("array", ["k", "v"])
@@ -349,10 +349,10 @@ GROUPED = [(8, 2048, 16, 4), (8, 2048, 8, 2), (2, 2048, 32, 8), (1, 2048, 16, 16
 def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic):
     array = jax.ShapeDtypeStruct((16384 // length, length, 2048 // d, d), jnp.bfloat16)
     spec = AttentionSpec.of(array, array, array, mask=masks.Causal(), deterministic=deterministic)
-    schedule = schedules.default_backward(spec).kv
+    schedule = defaults.default_backward(spec).kv
     assert schedule.ordered == (deterministic or length <= 2048)
     assert schedule.section_bytes == (mebibytes if schedule.ordered else 32) << 20
-    assert schedules.kv_work(spec, schedule).ascending == length // schedule.block_kv // (
+    assert work.kv_work(spec, schedule).ascending == length // schedule.block_kv // (
         1 if not schedule.ordered else 4 if length <= 4096 else 2)
 
 
@@ -363,9 +363,9 @@ def test_few_blocks_leave_no_sm_idle(size, d):
     batch, length, q_heads, kv_heads = size
     array = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, d), jnp.bfloat16)
     spec = AttentionSpec.of(array(q_heads), array(kv_heads), array(kv_heads), mask=masks.Causal())
-    schedule = schedules.default_backward(spec).kv
+    schedule = defaults.default_backward(spec).kv
     assert not schedule.ordered
     tiles = length // schedule.block_kv
     steps = sum(range(1, tiles + 1)) * schedule.block_kv // schedule.block_q * batch * q_heads
-    assert schedules.makespan(spec, schedule) <= 1.15 * steps / 132
-    assert schedules.default_backward(dataclasses.replace(spec, deterministic=True)).kv.ordered
+    assert work.makespan(spec, schedule) <= 1.15 * steps / 132
+    assert defaults.default_backward(dataclasses.replace(spec, deterministic=True)).kv.ordered

@@ -1,7 +1,7 @@
 """The Hopper forward kernel itself on a CPU: Pallas' GPU interpreter runs it, with its race detector, on small shapes.
 
-What the interpreter lacks (products with an operand in registers, named barriers, votes) has a plain meaning while
-`barriers.interpreted()` holds; roles, rings, barriers, masks, tails and indices are those of the real kernel.
+What the interpreter lacks (products with an operand in registers, named barriers, votes) has its plain meaning inside
+`interpreted()`; roles, rings, barriers, masks, tails and indices are those of the real kernel.
 """
 
 import dataclasses
@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, reference
-from pallas_flash.kernels.hopper import barriers
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import defaults, rules, work
 from pallas_flash.kernels.hopper.forward import kernel as forward
+from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
 
 pytestmark = pytest.mark.interpreted
@@ -107,17 +106,17 @@ def operands(case):
     return [jnp.asarray(x).astype(case.dtype) for x in (q, k, v * case.v_scale)]
 
 
-def not_again(block, tile, rows):
-    """In place of `forward.repair.again`, where nothing needs it."""
+def recompute_nothing(block, tile, rows):
+    """In place of `forward.repair.recompute`, where nothing needs it."""
     nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)
     return nan(64), nan(64, block.spec.d_v)
 
 
 def run(case, spec, q, k, v):
-    schedule = dataclasses.replace(schedules.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
-    assert schedules.forward_problems(spec, schedule, 232_448) == []
-    table = jnp.asarray(schedules.forward_table(spec, schedule))
-    with barriers.interpreted(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    schedule = dataclasses.replace(defaults.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    table = jnp.asarray(work.forward_table(spec, schedule))
+    with interpreted(detect_races=True):
         out, stats = forward.launch(spec, schedule)(q, k, v, table)
         out.block_until_ready()
     assert not gpu_callbacks.get_races().races_found
@@ -133,7 +132,7 @@ def rows_last(case, x):
 def test_kernel_agrees_with_the_oracle(name, monkeypatch):
     case = CASES[name]
     if not (case.bad_keys or case.repaired):
-        monkeypatch.setattr(forward, "again", not_again)
+        monkeypatch.setattr(forward, "recompute", recompute_nothing)
     if not (case.given_up or case.bad_keys):
         monkeypatch.setattr(forward, "give_up", give_nothing_up)
     check(case)

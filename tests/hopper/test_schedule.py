@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import backward_schedule
-from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward import kernel as forward
-from pallas_flash.kernels.hopper.schedule import ROWS, ForwardSchedule
+from pallas_flash.kernels.hopper import defaults, memory, rules, scratch, work
+from pallas_flash.kernels.hopper.schedule import (
+    ROWS_PER_WARPGROUP,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+)
 from pallas_flash.spec import AttentionSpec
 
 H100_SMEM = 232_448
@@ -35,8 +39,8 @@ def make_spec(q_len, kv_len, mask=None, d=64, d_v=None, batch=2, heads=(4, 2)):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_table_has_every_tile_once(schedule, shape):
     spec = make_spec(*shape)
-    table = schedules.forward_table(spec, schedule)
-    tiles = spec.batch * spec.q_heads * schedules.q_tiles(spec, schedule)
+    table = work.forward_table(spec, schedule)
+    tiles = spec.batch * spec.q_heads * work.q_tiles(spec, schedule)
     assert (table[:, -1] == -1).all()
     assert sorted(table[table >= 0]) == list(range(tiles))
     assert ((table[:, 1:] < 0) | (table[:, :-1] >= 0)).all(), "a tile after the end of a row is never reached"
@@ -45,12 +49,12 @@ def test_table_has_every_tile_once(schedule, shape):
 
 def test_blocks_share_the_work_evenly():
     spec = make_spec(16384, 16384, d=128, batch=1, heads=(16, 16))
-    schedule = schedules.default_forward(spec)
-    table = schedules.forward_table(spec, schedule)
-    index = np.where(table >= 0, table, 0) % schedules.q_tiles(spec, schedule)
-    lo, hi = schedules.kv_range(spec, schedule, index)
-    work = np.where(table >= 0, hi - lo, 0).sum(axis=1)
-    assert work.max() <= 1.01 * work.mean()
+    schedule = defaults.default_forward(spec)
+    table = work.forward_table(spec, schedule)
+    index = np.where(table >= 0, table, 0) % work.q_tiles(spec, schedule)
+    lo, hi = work.loaded_tiles(work.worst_case(spec, schedule), spec, schedule, index)
+    loads = np.where(table >= 0, hi - lo, 0).sum(axis=1)
+    assert loads.max() <= 1.01 * loads.mean()
 
 
 def kept(spec):
@@ -63,17 +67,17 @@ def kept(spec):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
     spec, block = make_spec(*shape, mask), schedule.block_kv
-    keep, seen = kept(spec), schedules.steps(spec, schedule)
-    for q_tile in range(schedules.q_tiles(spec, schedule)):
-        lo, hi = schedules.kv_range(spec, schedule, q_tile)
+    keep, seen, worst = kept(spec), work.steps(spec, schedule), work.worst_case(spec, schedule)
+    for q_tile in range(work.q_tiles(spec, schedule)):
+        lo, hi = work.loaded_tiles(worst, spec, schedule, q_tile)
         assert 0 <= lo < hi <= math.ceil(spec.kv_len / block)
         for warpgroup in range(schedule.warpgroups):
-            start, full_start, full_stop, stop = schedules.row_tiles(spec, schedule, q_tile, warpgroup)
+            start, full_start, full_stop, stop = work.row_tiles(worst, spec, schedule, q_tile, warpgroup)
             assert lo <= start < stop <= hi
             assert seen.skips_above or stop == hi
             assert seen.skips_below or start == lo
-            first = (q_tile * schedule.warpgroups + warpgroup) * ROWS
-            rows = keep[first:first + ROWS]
+            first = (q_tile * schedule.warpgroups + warpgroup) * ROWS_PER_WARPGROUP
+            rows = keep[first:first + ROWS_PER_WARPGROUP]
             assert not rows[:, :start * block].any()
             assert not rows[:, stop * block:].any()
             for tile in range(start, stop):
@@ -109,47 +113,47 @@ class Asked(masks.Mask):
 def test_masks_are_asked_about_intervals_that_are_not_empty(length, d, deterministic):
     """Regression: of 65 queries in a tile of 128, those of the second warpgroup were [128, 65)."""
     spec = dataclasses.replace(make_spec(length, length, Asked(40, length), d=d), deterministic=deterministic)
-    for schedule in (schedules.default_forward(spec), *SCHEDULES):
-        schedules.steps(spec, schedule)
-        schedules.forward_table(spec, schedule)
-    chosen = backward_schedule.default_backward(spec)
-    assert backward_schedule.backward_problems(spec, chosen, H100_SMEM) == []
-    backward_schedule.kv_work(spec, chosen.kv)
-    backward_schedule.may_have_idle_queries(spec)
+    for schedule in (defaults.default_forward(spec), *SCHEDULES):
+        work.steps(spec, schedule)
+        work.forward_table(spec, schedule)
+    chosen = defaults.default_backward(spec)
+    assert rules.reasons_against(spec, chosen, H100_SMEM) == []
+    work.kv_work(spec, chosen.kv)
+    work.may_have_idle_queries(spec)
     if chosen.dq is not None:
-        backward_schedule.dq_work(spec, chosen.dq)
+        work.dq_work(spec, chosen.dq)
 
 
 def has_order(spec, schedule):
-    """`backward_schedule.has_order`, one key tile after the other."""
-    tiles_of = [set() for _ in range(-(-spec.q_len // schedule.block_q))]
+    """`work.has_order`, one key tile after the other."""
+    mask, tiles_of = work.worst_case(spec, schedule), [set() for _ in range(-(-spec.q_len // schedule.block_q))]
     for kv_tile in range(-(-spec.kv_len // schedule.block_kv)):
-        start, _, _, stop = backward_schedule.q_range(spec, schedule, kv_tile)
+        start, _, _, stop = work.q_range(mask, spec, schedule, kv_tile)
         for q_tile in range(start, stop):
             tiles_of[q_tile].add(kv_tile)
-    wanted = (backward_schedule.kv_range(spec, schedule, q_tile) for q_tile in range(len(tiles_of)))
+    wanted = (work.kv_range(mask, spec, schedule, q_tile) for q_tile in range(len(tiles_of)))
     return all(found and found == set(range(start, stop)) for found, (start, _, _, stop) in zip(tiles_of, wanted))
 
 
 @pytest.mark.parametrize("mask", [*MASKS, masks.PrefixLM(33) & masks.Window(20, 5)], ids=str)
 def test_has_order(mask):
     for (q_len, kv_len), schedule in itertools.product(SHAPES, (
-            backward_schedule.KvSchedule(), backward_schedule.KvSchedule(block_q=128, warpgroups=3))):
+            KvSchedule(), KvSchedule(block_q=128, warpgroups=3))):
         spec = make_spec(q_len, kv_len, mask)
-        assert backward_schedule.has_order(spec, schedule) == has_order(spec, schedule), f"{spec}"
+        assert work.has_order(spec, schedule) == has_order(spec, schedule), f"{spec}"
 
 
 def test_has_order_takes_no_time_in_long_sequences():
     """Regression: it was quadratic in the number of tiles, 3.7 s for these."""
     spec, start = make_spec(1 << 22, 1 << 22, masks.Full(), d=128, batch=1, heads=(1, 1)), time.process_time()
-    assert backward_schedule.has_order(spec, backward_schedule.KvSchedule())
+    assert work.has_order(spec, KvSchedule())
     assert time.process_time() - start < 1
 
 
 def test_rows_past_the_end_change_no_schedule():
     """They walk with the last real rows, so that nothing is compiled for them alone."""
     for mask in MASKS:
-        real, tail = (schedules.steps(make_spec(n, 300, mask), dataclasses.replace(SMALL, warpgroups=3))
+        real, tail = (work.steps(make_spec(n, 300, mask), dataclasses.replace(SMALL, warpgroups=3))
                       for n in (192, 180))
         assert real == tail
 
@@ -158,7 +162,7 @@ def test_rows_past_the_end_change_no_schedule():
 @pytest.mark.parametrize("d_v", (8, 64, 72, 128, 192, 256))
 def test_default_is_legal(d, d_v):
     spec = make_spec(1000, 1000, d=d, d_v=d_v)
-    assert schedules.forward_problems(spec, schedules.default_forward(spec), H100_SMEM) == []
+    assert rules.reasons_against(spec, defaults.default_forward(spec), H100_SMEM) == []
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -166,8 +170,8 @@ def test_default_is_legal(d, d_v):
     (dict(num_stages=8), "bytes of shared memory"), (dict(block_kv=256), "registers")])
 def test_illegal_schedules_say_why(change, reason):
     spec = make_spec(1000, 1000, d=128)
-    schedule = dataclasses.replace(schedules.default_forward(spec), **change)
-    assert any(reason in problem for problem in schedules.forward_problems(spec, schedule, H100_SMEM))
+    schedule = dataclasses.replace(defaults.default_forward(spec), **change)
+    assert any(reason in against for against in rules.reasons_against(spec, schedule, H100_SMEM))
 
 
 @pytest.mark.parametrize(("length", "mask", "mebibytes"), [
@@ -175,29 +179,43 @@ def test_illegal_schedules_say_why(change, reason):
     (2048, masks.Full(), 16), (2100, masks.Full(), 32)])
 @pytest.mark.parametrize("d", (64, 128, 256))
 def test_sections_are_small_where_little_is_shared_or_all(d, length, mask, mebibytes):
-    assert schedules.default_forward(make_spec(length, length, mask, d=d)).section_bytes == mebibytes << 20
+    assert defaults.default_forward(make_spec(length, length, mask, d=d)).section_bytes == mebibytes << 20
 
 
 @pytest.mark.parametrize(("d", "d_v", "block_kv", "maxima"), [
     (64, 64, 128, 2), (128, 128, 128, 2), (192, 128, 128, 2), (136, 40, 128, 2), (192, 192, 96, 0), (128, 192, 96, 0),
     (256, 256, 64, 0)])
 def test_wide_heads_have_smaller_key_tiles(d, d_v, block_kv, maxima):
-    schedule = schedules.default_forward(make_spec(2048, 2048, d=d, d_v=d_v))
+    schedule = defaults.default_forward(make_spec(2048, 2048, d=d, d_v=d_v))
     assert (schedule.block_kv, schedule.maxima) == (block_kv, maxima)
 
 
 def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
-    assert schedules.default_forward(make_spec(100, 2048, masks.Causal(1900))).section_bytes == 16 << 20
-    assert schedules.default_forward(make_spec(1000, 2048, masks.Causal(1048))).section_bytes == 32 << 20
+    assert defaults.default_forward(make_spec(100, 2048, masks.Causal(1900))).section_bytes == 16 << 20
+    assert defaults.default_forward(make_spec(1000, 2048, masks.Causal(1048))).section_bytes == 32 << 20
+
+
+def assert_smem_bytes(described, smem_bytes):
+    """Shared memory as described is what the kernel allocates, and `smem_bytes` adds it up."""
+    smem, bars = scratch.allocate(described)
+    assert len(smem) == len(described.buffers) and len(bars) == len(described.barriers), "a name is there twice"
+    data = sum(math.ceil(math.prod(x.shape) * x.dtype.itemsize / 1024) * 1024 for x in smem.values())
+    barriers = 8 * sum(math.prod(bar.num_barriers) for bar in bars.values())
+    assert data + barriers <= smem_bytes < data + barriers + 1024
 
 
 @pytest.mark.parametrize("change", [
     {}, dict(maxima=2), dict(query_buffers=1, out_chunks=0), dict(out_chunks=1, num_stages=1), dict(block_kv=48)])
 @pytest.mark.parametrize("d", (40, 64, 128, 192, 256))
-def test_smem_bytes_is_what_the_kernel_allocates(d, change):
+def test_smem_bytes_is_what_the_forward_allocates(d, change):
     spec = make_spec(500, 500, d=d, d_v=min(d, 128))
-    schedule = dataclasses.replace(schedules.default_forward(spec), **change)
-    smem, bars = forward.scratch(spec, schedule)
-    data = sum(math.ceil(math.prod(buffer.shape) * 2 / 1024) * 1024 for buffer in smem.values())
-    barriers = 8 * sum(math.prod(bar.num_barriers) for bar in bars.values())
-    assert data + barriers <= schedules.smem_bytes(spec, schedule) < data + barriers + 1024
+    schedule = dataclasses.replace(defaults.default_forward(spec), **change)
+    assert_smem_bytes(memory.forward_memory(spec, schedule), memory.smem_bytes(spec, schedule))
+
+
+@pytest.mark.parametrize(("d", "schedule", "described"), [
+    (128, KvSchedule(), memory.kv_memory), (64, KvSchedule(dq="own", dq_slots=3), memory.kv_memory),
+    (256, SplitSchedule(p_slots=4), memory.split_memory), (96, DqSchedule(k_stages=3), memory.dq_memory)], ids=str)
+def test_smem_bytes_is_what_the_backward_allocates(d, schedule, described):
+    spec = make_spec(500, 500, d=d)
+    assert_smem_bytes(described(spec, schedule), memory.smem_bytes(spec, schedule))

@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import defaults, work
 from pallas_flash.kernels.hopper.forward import kernel as hopper_forward
-from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs
@@ -113,8 +113,8 @@ def test_a_shards_spec_is_that_of_its_arrays():
 def test_the_kernel_is_lowered_for_a_shard():
     """The partitioner asks for a shard's kernel and gets it; a CPU has no use for it."""
     def launch(spec, q, k, v):
-        schedule = schedules.default_forward(spec)
-        return hopper_forward.launch(spec, schedule)(q, k, v, jnp.asarray(schedules.forward_table(spec, schedule)))
+        schedule = defaults.default_forward(spec)
+        return hopper_forward.launch(spec, schedule)(q, k, v, jnp.asarray(work.forward_table(spec, schedule)))
     place = NamedSharding(mesh_of(x=2, y=4), P("x", None, "y"))
     q = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=place)
     spec = AttentionSpec.of(q, q, q, mask=masks.Causal())

@@ -13,11 +13,10 @@ import pytest
 from agreement import assert_within, with_rest
 
 from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, dispatch
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import calls
+from pallas_flash.kernels.hopper import calls, rules
 from pallas_flash.kernels.hopper.backward import gradients as backward
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import Operands
 from pallas_flash.testing import conformance, textbook
 from pallas_flash.testing.budget import Budget
@@ -78,11 +77,11 @@ BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
     "shared-dq-slots": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))),
     "shared-ordered": ((128, 128), BackwardSchedule(KvSchedule(dq="shared", ordered=True))),
     "own-ordered": ((64, 64), BackwardSchedule(KvSchedule(dq="own", dq_slots=3, ordered=True))),
-    "own-in-turn": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
+    "own-unpipelined": ((64, 64), BackwardSchedule(KvSchedule(num_stages=2, dq="own"))),
     "own-three-warpgroups": ((64, 64), BackwardSchedule(KvSchedule(warpgroups=3, num_stages=2, dq="own"))),
     "two-kernels": ((128, 128), BackwardSchedule(KvSchedule(), DqSchedule())),
-    "two-kernels-behind": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, order="behind"),
-                                                      DqSchedule(block_kv=64, k_stages=4, behind=True))),
+    "two-kernels-pipelined": ((64, 64), BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
+                                                         DqSchedule(block_kv=64, k_stages=4, pipelined=True))),
     "split": ((192, 128), BackwardSchedule(SplitSchedule(p_slots=1), DqSchedule())),
 }
 
@@ -92,7 +91,7 @@ def test_legal_schedules_agree(name):
     dims, schedule = BACKWARD[name]
     problem = problem_of(f"schedule-{name}", dims, q_heads=4, q_len=700, kv_len=700)
     spec, (operands, (dout, dlse)) = problem.spec(), conformance.random_case(problem, "bfloat16")
-    assert schedules.backward_problems(spec, schedule, 232_448) == []
+    assert rules.reasons_against(spec, schedule, 232_448) == []
     budget = budget_of(problem, operands, (dout, dlse))
     saved = dispatch.get("hopper").forward(spec, jax.tree.map(jnp.asarray, operands))
     run = jax.jit(lambda *arrays: backward.backward(spec, operands._replace(q=arrays[0], k=arrays[1], v=arrays[2]),

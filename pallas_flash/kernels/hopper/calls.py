@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import device
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import defaults, work
 from pallas_flash.kernels.hopper.backward import gradients as backward_kernels
-from pallas_flash.kernels.hopper.batching import vmappable
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
-from pallas_flash.kernels.hopper.sealing import partitioned
+from pallas_flash.kernels.mosaic.batching import vmappable
+from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -21,8 +21,8 @@ __all__ = ["backward", "forward"]
 def _forward_on(num_sms: int) -> Any:
     """The forward for a device, chosen when a call is traced, and the same object for the same device."""
     def run(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
-        schedule = schedules.default_forward(spec, num_sms)
-        table = jnp.asarray(schedules.forward_table(spec, schedule))
+        schedule = defaults.default_forward(spec, num_sms)
+        table = jnp.asarray(work.forward_table(spec, schedule))
         return forward_kernel.launch(spec, schedule)(q, k, v, table)
     return run
 

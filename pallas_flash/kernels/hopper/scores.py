@@ -1,22 +1,22 @@
-"""Scores in registers, forward and backward: from the products of queries and keys to exponents.
+"""Scores in registers, forward and backward: scale, soft cap and mask, and the soft cap's slope.
 
 A score is s * unit (`softmax.unit`), and its weight exp2(s * unit * log2(e) - start). Product and difference are one
 instruction, and start is a rounded number: m_i in the forward, lse in the backward. In the forward the rounding is one
 factor for all weights of a row. It cancels in O / l_i and is taken out of lse at the end (`forward.sums_of`), unless it
 is so large that weights overflow (`overflows`). In the backward, what lse lost is added to exponents of rows for which
-it begins to show beside the rounding of weights: they are called large (`largest`).
+it begins to show beside the rounding of weights: they are called large (`is_large`).
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_flash import softmax
+from pallas_flash import masks, softmax
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["EXACT_CAP", "largest", "may_be_large", "overflows", "scaled", "score_unit"]
+__all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope"]
 
-EXACT_CAP = 128.0
+_EXACT_CAP = 128.0
 """A larger soft cap needs a tanh whose relative error is small: 1 - 2 / (e^2x + 1) errs by about 2^-22."""
 
 _SERIES = (-0.333332993, 0.133319582, -0.0537866835, 0.0208053842, -0.00590586795)
@@ -24,23 +24,7 @@ _SERIES = (-0.333332993, 0.133319582, -0.0537866835, 0.0208053842, -0.0059058679
 _SERIES_END = 0.6
 
 
-def largest(spec: AttentionSpec) -> float:
-    """The largest |lse| log2(e) of a row that is not large: 2^12 in bfloat16, 2^9 in float16.
-
-    There, lse is rounded by at most 2^-12 (2^-15): a sixteenth of what the rounding of weights does.
-    """
-    return 2.0**20 * float(jnp.finfo(spec.dtype).eps) * 0.5
-
-
-def overflows(spec: AttentionSpec, start: Any) -> Any:
-    """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
-    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64
-
-
-def may_be_large(spec: AttentionSpec) -> bool:
-    """Whether a row may be large: a soft cap keeps scores below it."""
-    return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
-
+# -- from products to exponents ----------------------------------------------------------------------------------------
 
 def score_unit(spec: AttentionSpec) -> float:
     """The unit of scores, times log2(e): what makes exponents of base 2 of them."""
@@ -49,12 +33,27 @@ def score_unit(spec: AttentionSpec) -> float:
 
 def scaled(spec: AttentionSpec, x: Any) -> Any:
     """Scores in their unit, from the products x of queries and keys."""
-    if spec.softcap is not None:
-        return tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > EXACT_CAP)
-    return softmax.scores(x, spec.scale, None)[0]
+    if spec.softcap is None:
+        return softmax.scores(x, spec.scale, None)[0]
+    return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
 
 
-def tanh(x: Any, exact: bool) -> Any:
+def slope(spec: AttentionSpec, s: Any, p: Any) -> Any:
+    """The weights p of scores s, times the derivative of the soft cap."""
+    return p if spec.softcap is None else jnp.where(p == 0, 0.0, p * (1 - s * s))
+
+
+def masked(s: Any, mask: masks.Mask, q_pos: Any, kv_pos: Any) -> Any:
+    """Scores or exponents, -inf where the mask does not keep a pair.
+
+    Args:
+      s: (64, n) in the layout TILE.
+      q_pos, kv_pos: the positions of the pairs, in the shape of s.
+    """
+    return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
+
+
+def _tanh(x: Any, exact: bool) -> Any:
     """tanh from exp2: the hardware's has 11 bits. If `exact`, with a small relative error, too."""
     t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
     if not exact:
@@ -64,3 +63,28 @@ def tanh(x: Any, exact: bool) -> Any:
     for coefficient in _SERIES[-2::-1]:
         series = series * y + coefficient
     return jnp.where(jnp.abs(x) < _SERIES_END, x + x * y * series, t)
+
+
+# -- large scores ------------------------------------------------------------------------------------------------------
+
+def largest(spec: AttentionSpec) -> float:
+    """The largest |lse| log2(e) of a row that is not large: 2^12 in bfloat16, 2^9 in float16.
+
+    There, lse is rounded by at most 2^-12 (2^-15): a sixteenth of what the rounding of weights does.
+    """
+    return 2.0**19 * float(jnp.finfo(spec.dtype).eps)
+
+
+def may_be_large(spec: AttentionSpec) -> bool:
+    """Whether a row may be large: a soft cap keeps scores below it."""
+    return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
+
+
+def is_large(spec: AttentionSpec, size_log2: Any) -> Any:
+    """Flags of rows that are large, from |lse| log2(e); also of those that attend to nothing, whose lse is infinite."""
+    return size_log2 > largest(spec)
+
+
+def overflows(spec: AttentionSpec, start: Any) -> Any:
+    """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
+    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64

@@ -1,5 +1,6 @@
-"""Sums over keys without tensor cores, a key at a time: what repairs a tile in which 0 * NaN has become NaN. Slow, and
-exact to rounding.
+"""Sums over keys without tensor cores, one key at a time: slow, and exact to rounding.
+
+They repair tiles in which 0 * NaN has become NaN.
 """
 
 from collections.abc import Callable
@@ -8,23 +9,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import products
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RowsAtRest", "across", "no_sums", "over_chunks"]
-
-
-def across(x: Any, columns: int) -> Any:
-    """(64,) -> (64, columns)."""
-    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+__all__ = ["SlowRows", "over_chunks"]
 
 
 def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """carry = body(chunk, columns, carry) for each chunk of a row of `dim` columns. A loop, not a list: what it is for
-    is slow and rare, and would be most of a kernel's code, and of the time to compile it.
+    """Runs carry = body(chunk, columns, carry) for each chunk of a row of `dim` columns.
+
+    It is a loop, not unrolled: its bodies are slow and rare, and would be most of a kernel's code and compile time.
     """
     whole, rest = divmod(dim, CHUNK)
     if whole > 1:
@@ -34,12 +30,7 @@ def over_chunks(dim: int, body: Callable[[Any, int, Any], Any], carry: Any) -> A
     return body(whole, rest, carry) if rest else carry
 
 
-def no_sums() -> Any:
-    """(64,) zeros in the layout ROWS: sums over columns, to begin with."""
-    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), products.ROWS)
-
-
-class RowsAtRest(NamedTuple):
+class SlowRows(NamedTuple):
     """64 queries in shared memory, and one head's keys and values in global memory."""
 
     spec: AttentionSpec
@@ -48,16 +39,16 @@ class RowsAtRest(NamedTuple):
     head: tuple[Any, Any]  # batch, kv_head
 
     def row(self, name: str, position: Any, first: Any, columns: int) -> Any:
-        """One position's columns from `first` on, in every row: (64, columns) float32."""
+        """Loads columns of one key or value into every row: (64, columns) float32."""
         batch, head = self.head
-        place = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
-        x = products.load_row(self.gmem[name], place, first, columns).astype(jnp.float32)
-        return lax.broadcast_in_dim(x, (ROWS, columns), [1])
+        index = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
+        x = registers.load_row(self.gmem[name], index, first, columns).astype(jnp.float32)
+        return registers.stack(x)
 
     def dot(self, own: str, other: str, dim: int, position: Any) -> Any:
-        """The product of each of the 64 rows with one position's row: (64,) float32."""
+        """Multiplies each of the 64 rows in shared memory with one row in global memory: (64,) float32."""
         def add(chunk: Any, columns: int, total: Any) -> Any:
-            x = products.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
+            x = registers.load_chunks(self.smem[own].at[pl.ds(chunk, 1)], 0, columns, self.spec.dtype)
             return total + (x.astype(jnp.float32) * self.row(other, position, chunk * CHUNK, columns)).sum(axis=1)
 
-        return over_chunks(dim, add, no_sums())
+        return over_chunks(dim, add, registers.row_zeros())

@@ -16,37 +16,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.backward_schedule import DqSchedule
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, chunks, div, rem
-from pallas_flash.kernels.hopper.scores import largest, may_be_large
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
+from pallas_flash.kernels.hopper.scores import is_large, may_be_large
+from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.hopper.slow_rows import SlowRows
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
-from pallas_flash.tiles import TileRange
 
 __all__ = ["launch"]
-
-
-class Block(NamedTuple):
-    """What the roles of one block share."""
-
-    spec: AttentionSpec
-    schedule: DqSchedule
-    gmem: dict[str, Any]  # q, k, v, dout, stats, dq
-    smem: dict[str, Any]  # schedules.dq_buffers
-    bars: dict[str, Any]
-    batch: Any
-    head: Any
-    q_tile: Any
-    kv_tiles: TileRange
-
-    @property
-    def steps(self) -> Any:
-        return self.kv_tiles.stop - self.kv_tiles.start
 
 
 class Rows(NamedTuple):
@@ -58,32 +40,27 @@ class Rows(NamedTuple):
     delta: Any  # (64,): -delta
     large: Any  # whether some are large (`scores`); None if none ever is
 
-    def own(self, block: Block, name: str) -> Any:
-        """The warpgroup's queries or douts, (chunks, 64, 64)."""
-        return block.smem[name].at[barriers.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
+    def own(self, block: Block[DqSchedule], name: str) -> Any:
+        """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
+        return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
 
-def load_ring(block: Block, name: str, slots: int) -> None:
+def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
     """Loads the key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
     spec = block.spec
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
 
-    @pl.loop(0, block.steps)
+    @pl.loop(0, block.walk.steps)
     def _(i: Any) -> None:
-        slot = rem(i, slots)
+        slot = tiles.await_free(free, slots, i)
+        index = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
+        tiles.load_tile(spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
 
-        @pl.when(i >= slots)
-        def _() -> None:
-            plgpu.barrier_wait(free.at[slot])
-
-        place = (block.batch, div(block.head, spec.group), (block.kv_tiles.stop - 1 - i) * block.schedule.block_kv)
-        grad_tiles.load_tile(spec, block.gmem[name], place, block.smem[name].at[slot], full.at[slot])
-
-    grad_tiles.drain(free, slots, block.steps)
+    tiles.see_last_phases(free, slots, block.walk.steps)
 
 
-def load_role(block: Block) -> None:
-    """The loading warpgroup: one warp for the queries, douts and keys, one for the values."""
+def load_role(block: Block[DqSchedule]) -> None:
+    """Runs the loading warpgroup: one warp loads queries, douts and keys, another values."""
     s = block.schedule
     plgpu.set_max_registers(s.registers[1], action="decrease")
 
@@ -92,10 +69,10 @@ def load_role(block: Block) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             for i in range(s.warpgroups):
-                place = (block.batch, block.head, block.q_tile * s.block_q + i * ROWS)
+                index = (block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP)
                 full = block.bars["q_full"].at[i]
                 for name in ("q", "dout"):
-                    grad_tiles.load_tile(block.spec, block.gmem[name], place, block.smem[name].at[i], full)
+                    tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[i], full)
             load_ring(block, "k", s.k_stages)
 
         @pl.when(warp == 1)
@@ -103,171 +80,156 @@ def load_role(block: Block) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: Block, first: Any, row: Statistics) -> Any:
-    """A row of the statistics of the 64 queries from `first` on: (64,)."""
-    stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS)]
-    return plgpu.load(stats, layout=products.ROWS, optimized=False)
+def statistic(block: Block[DqSchedule], first: Any, row: Statistics) -> Any:
+    """Loads a row of the statistics of the 64 queries from `first` on: (64,)."""
+    stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS_PER_WARPGROUP)]
+    return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
 
 
-def any_large(spec: AttentionSpec, lse_log2: Any) -> Any:
-    """Whether a query of 64 is large: the same in a warp, so not a branch around products."""
+def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
+    """Whether one of a warp's 16 queries is large; None if none ever is. A branch on it must not hold a product."""
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return barriers.any_in_warp((size > largest(spec)) & (size < 1e38), products.ROWS)  # not IDLE
+    return ptx.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
-def without_rounding(block: Block, rows: Rows, y: Any) -> Any:
-    """Exponents, (64, columns) or (64,), exact."""
+def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
+    """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
-    return y + (across(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
+    return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
-def tile_weights(block: Block, rows: Rows, kv_tile: Any, s: Any) -> Any:
-    """What dP is multiplied with."""
-    spec, schedule, tiles = block.spec, block.schedule, block.kv_tiles
-    first, partial = (rows.first, kv_tile * schedule.block_kv), None
-    if schedules.dq_work(spec, schedule).partial:
-        partial = (kv_tile < tiles.full_start) | (kv_tile >= tiles.full_stop)
-    corrections = grad_tiles.Corrections(
-        partial, rows.large,
-        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=1),
-        functools.partial(without_rounding, block, rows))
-    lse_log2 = across(rows.lse_log2, schedule.block_kv)
-    _, p = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections)
+def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> Any:
+    """Computes what dP is multiplied with, from scores: P times the slope of the soft cap."""
+    spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
+    partial = block.walk.partial(kv_tile) if work.dq_work(spec, schedule).partial else None
+    pairs = Pairs(block.mask, first, 1, partial)
+    lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
+    large = Large(rows.large, functools.partial(without_rounding, block, rows))
+    _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_kv, 8)]), products.TILE)
+        ptx.pin(registers.column_sums(p), registers.TILE)
     return p
 
 
-def free_keys(block: Block, i: Any) -> None:
+def free_keys(block: Block[DqSchedule], i: Any) -> None:
     plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
 
 
-def keys_of(block: Block, i: Any) -> Any:
+def keys_of(block: Block[DqSchedule], i: Any) -> Any:
     return block.smem["k"].at[rem(i, block.schedule.k_stages)]
 
 
-def one_step(block: Block, rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
-    """dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
+def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
+    """Computes dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
-    from_delta = grad_products.spread_rows(rows.delta, s.block_kv)
+    from_delta = wgmma.settled(registers.spread(rows.delta, s.block_kv))
     plgpu.barrier_wait(bars["k_full"].at[slot])
-    scores = products.scores(rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
+    scores = wgmma.multiply_transposed(rows.own(block, "q"), block.smem["k"].at[slot], spec.d)
     if last is not None:
-        dq = products.accumulate(dq, last, keys_of(block, i - 1))
+        dq = wgmma.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
-    dp = grad_products.scores(from_delta, rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v)
-    p = tile_weights(block, rows, block.kv_tiles.stop - 1 - i, products.ready(scores, 1 if last is None else 2))
-    ds = p * plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    dp = wgmma.multiply_transposed(rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v, from_delta)
+    p = tile_weights(block, rows, block.walk.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
+    ds = p * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     plgpu.barrier_arrive(bars["v_free"].at[v_slot])
     if last is not None:
         free_keys(block, i - 1)
     return ds.astype(spec.dtype), dq
 
 
-def gradient_in_turn(block: Block, rows: Rows) -> Any:
-    """dq of a warpgroup's rows."""
+def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Any:
+    """Computes dq of a warpgroup's rows; each step ends with its product."""
     def step(i: Any, dq: Any) -> Any:
         ds, dq = one_step(block, rows, i, None, dq)
-        dq = products.ready(products.accumulate(dq, ds, keys_of(block, i)), 0)
+        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, i)), 0)
         free_keys(block, i)
         return dq
 
-    return lax.fori_loop(0, block.steps, step, products.zeros(block.spec.d))
+    return lax.fori_loop(0, block.walk.steps, step, registers.zeros(block.spec.d))
 
 
-def gradient_behind(block: Block, rows: Rows) -> Any:
-    """The same, each tile's dq multiplied during the next tile's softmax."""
+def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Any:
+    """Computes the same; each tile's dq is multiplied during the next tile's softmax."""
     def run() -> Any:
-        ds, dq = one_step(block, rows, jnp.int32(0), None, grad_products.zeros(block.spec.d))
-        ds, dq = lax.fori_loop(1, block.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
-        dq = products.ready(products.accumulate(dq, ds, keys_of(block, block.steps - 1)), 0)
-        free_keys(block, block.steps - 1)
+        ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
+        ds, dq = lax.fori_loop(1, block.walk.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
+        dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, block.walk.steps - 1)), 0)
+        free_keys(block, block.walk.steps - 1)
         return dq
 
-    nothing = lambda: products.zeros(block.spec.d)
-    return lax.cond(block.steps > 0, run, nothing) if schedules.dq_work(block.spec, block.schedule).empty else run()
+    if not work.dq_work(block.spec, block.schedule).empty:
+        return run()
+    return lax.cond(block.walk.steps > 0, run, lambda: registers.zeros(block.spec.d))
 
 
-def repaired(block: Block, rows: Rows, dq: Any) -> Any:
-    """dq, or the same sums without the keys that the mask hides, if some element is not finite (0 * NaN is NaN).
+def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
+    """Returns dq, recomputed without the keys that the mask hides if some element is not finite (0 * NaN is NaN).
 
-    Rows that start from NaN, because they attend to what is not finite, stay NaN: nothing is repaired for them.
+    Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted.
     """
-    if not schedules.dq_work(block.spec, block.schedule).partial:
+    if not work.dq_work(block.spec, block.schedule).partial:
         return dq
-    hopeless = across(jnp.isnan(rows.lse_log2), block.spec.d)
-    spoiled = barriers.any_nonfinite_in_warpgroup(jnp.where(hopeless, 0.0, dq), products.TILE)
-    return lax.cond(spoiled, lambda dq: again(block, rows), lambda dq: dq, dq)
+    is_nan = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
+    spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
+    return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
-def again(block: Block, rows: Rows) -> Any:
-    """The sum of dS k over the keys that each row attends to, (64, d), a key at a time and without tensor cores.
+def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
+    """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
 
-    Some columns after the others: with all of them at once something would be spilled, also for the loop above.
+    It sums 128 columns at a time: with all at once registers would be spilled, in the kernel's main loop, too.
     """
-    spec, mask, block_kv = block.spec, schedules.kv_mask(block.spec, block.schedule), block.schedule.block_kv
-    own = RowsAtRest(spec, {name: rows.own(block, name) for name in ("q", "dout")},
+    spec, block_kv = block.spec, block.schedule.block_kv
+    own = SlowRows(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
     def add(first: int, position: Any, acc: Any) -> Any:
-        exact = functools.partial(without_rounding, block, rows)
-        corrections = grad_tiles.Corrections(None, rows.large, lambda y: y, exact)
-        _, p = grad_tiles.weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, corrections)
+        large = Large(rows.large, functools.partial(without_rounding, block, rows))
+        _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
-        keep = mask.keep(products.positions(columns, 0, rows.first), position)
-        return acc + jnp.where(keep, across(ds, columns) * own.row("k", position, first, columns), 0.0)
+        keep = block.mask.keep(registers.positions(columns, 0, rows.first), position)
+        return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Any:
-        zeros = jnp.zeros((ROWS, min(2 * CHUNK, spec.d - first)), jnp.float32)
-        kv_pos = (barriers.scalar(block.kv_tiles.start * block_kv),
-                  barriers.scalar(jnp.minimum(block.kv_tiles.stop * block_kv, spec.kv_len)))
-        return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, products.TILE))
+        zeros = jnp.zeros((ROWS_PER_WARPGROUP, min(2 * CHUNK, spec.d - first)), jnp.float32)
+        kv_pos = (ptx.scalar(block.walk.start * block_kv),
+                  ptx.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
+        return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
-    return products.beside([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
+    return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
 
 
-def compute_role(block: Block, warpgroup: Any) -> None:
-    """A compute warpgroup."""
+def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
+    """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
-    first = block.q_tile * s.block_q + warpgroup * ROWS
+    first = block.tile * s.block_q + warpgroup * ROWS_PER_WARPGROUP
     lse_log2, delta = (statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
-    rows = Rows(warpgroup, first, lse_log2, delta, any_large(spec, lse_log2))
+    rows = Rows(warpgroup, first, lse_log2, delta, any_large_in_warp(spec, lse_log2))
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
-    dq = (gradient_behind if s.behind else gradient_in_turn)(block, rows)
-    dq = repaired(block, rows, plgpu.layout_cast(dq, products.TILE))
+    dq = (gradient_pipelined if s.pipelined else gradient_unpipelined)(block, rows)
+    dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
     dq = (dq * spec.scale).astype(spec.dtype)
-    grad_tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"], (block.batch, block.head, first))
+    tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"],
+                     (block.batch, block.head, first, 0))
     plgpu.wait_smem_to_gmem(0)
-
-
-def scratch(spec: AttentionSpec, s: DqSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED)
-            for name, shape in schedules.dq_buffers(spec, s).items()}
-    d, d_v = chunks(spec.d), chunks(spec.d_v)
-    bars = {"q_full": plgpu.Barrier(num_arrivals=d + d_v, num_barriers=s.warpgroups)}
-    for name, count, slots in (("k", d, s.k_stages), ("v", d_v, s.v_stages)):
-        bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=slots)
-    return smem, bars
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array]:
     """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dq."""
-    smem, bars = scratch(spec, schedule)
-    work = schedules.dq_work(spec, schedule)
+    blocks = work.dq_work(spec, schedule)
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
-        head, q_tile = work.place(lax.axis_index("block"))
+        head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        kv_tiles = schedules.kv_range(spec, schedule, q_tile)
-        block = Block(spec, schedule, gmem, smem, bars, batch, q_head, q_tile, kv_tiles)
+        mask = work.worst_case(spec, schedule)
+        walk = Walk(q_head, 1, *work.kv_range(mask, spec, schedule, q_tile))
+        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, walk)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -280,5 +242,5 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
 
     return plgpu.kernel(
         attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
-        scratch_types=(smem, bars), grid=(work.blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1,
-        thread_name="warpgroup", compiler_params=grad_tiles.COMPILER)
+        scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
+        num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
+from pallas_flash.kernels.hopper import defaults, memory, work
 from pallas_flash.kernels.hopper.backward import dq as dq_kernel
 from pallas_flash.kernels.hopper.backward import kv, kv_split, prepare
-from pallas_flash.kernels.hopper.backward_schedule import BackwardSchedule, KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.backward.finish import launch_finish
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
 
 __all__ = ["backward"]
@@ -24,9 +25,9 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
         (`spec.stats_shape`), float32.
     """
     assert stats.shape == dstats.shape == spec.stats_shape, (stats.shape, dstats.shape, spec.stats_shape)
-    schedule = schedule or schedules.default_backward(spec)
+    schedule = schedule or defaults.default_backward(spec)
     q = operands.q
-    if schedules.may_have_idle_queries(spec):
+    if work.may_have_idle_queries(spec):
         q, dout = (_without_idle_queries(spec, x, stats[:, :, 0]) for x in (q, dout))
     stats, *sums = prepare.launch_prepare(spec, schedule)(out, dout, stats, dstats)
     arrays = q, operands.k, operands.v, dout, stats
@@ -42,9 +43,9 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
 def _fused(spec: AttentionSpec, schedule: BackwardSchedule, arrays: tuple[Any, ...],
            zeros: list[Any]) -> Gradients[jax.Array]:
     assert isinstance(schedule.kv, KvSchedule)
-    launch, finish = kv.launch(spec, schedule.kv), prepare.launch_finish(spec, schedule.kv)
+    launch, finish = kv.launch(spec, schedule.kv), launch_finish(spec, schedule.kv)
     if schedule.kv.ordered:
-        turns = jax.new_ref(jnp.zeros(schedules.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
+        turns = jax.new_ref(jnp.zeros(memory.dq_acc_shape(spec, schedule.kv)[:3], jnp.int32))
         dk, dv, sums = launch(*arrays, turns)
         return Gradients(dq=finish(sums), dk=dk, dv=dv, dbias=None)
     (sums,) = zeros

@@ -19,16 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward import kv as kv
-from pallas_flash.kernels.hopper.backward import products as grad_products
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
 from pallas_flash.kernels.hopper.backward import weights as weights
-from pallas_flash.kernels.hopper.backward.kv import Block, Step
+from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
-from pallas_flash.kernels.hopper.backward_schedule import SplitSchedule
-from pallas_flash.kernels.hopper.schedule import ROWS, chunks
+from pallas_flash.kernels.hopper.backward.tiles import Block, Step
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -37,45 +35,54 @@ SHIFT = 15
 """P is kept times 2^15: at most 2^15, so float16 holds it, and down to 2^-29 with all its bits."""
 
 
-def whole(block: Block, name: str) -> Any:
-    """The block's keys or values, (chunks, 64, 64), indexed so that their descriptors are made where they are used."""
-    return block.smem[name].at[:, pl.ds(barriers.opaque(0) * ROWS, ROWS)]
+def load_role(block: Block[SplitSchedule]) -> None:
+    """Runs the loading warpgroup."""
+    plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        pl.when(warp == 0)(functools.partial(load, block))
 
 
-def scores(block: Block, slot: Any) -> Any:
+def whole(block: Block[SplitSchedule], name: str) -> Any:
+    """Selects the block's keys or values, (chunks, 64, 64), so that their descriptors are made where they are used."""
+    return block.smem[name].at[:, pl.ds(ptx.opaque(0) * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
+
+
+def scores(block: Block[SplitSchedule], slot: Any) -> Any:
     """Issues K Q^T of a slot, whose query must have come."""
-    return products.scores(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
+    return wgmma.multiply_transposed(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
-def hand_p_over(block: Block, step: Step, p: Any) -> None:
+def hand_p_over(block: Block[SplitSchedule], step: Step, p: Any) -> None:
     slot = step.slot(block.schedule.p_slots)
 
     @pl.when(step.index >= block.schedule.p_slots)
     def _() -> None:
         plgpu.barrier_wait(block.bars["p_free"].at[slot])
 
-    products.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
+    registers.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
-def free(block: Block, name: str, slot: Any) -> None:
+def free(block: Block[SplitSchedule], name: str, slot: Any) -> None:
     """Frees the query or the dout of a slot, as far as this warpgroup is concerned."""
     plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
-def weights_of(block: Block, step: Step, lse: weights.Lse, s: Any) -> Any:
-    """P^T of a tile's scores in the input's type, and handed over."""
+def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Any) -> Any:
+    """Computes P^T of a tile's scores in the input's type, and hands it over."""
     p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
     return p.astype(block.spec.dtype)
 
 
-def take_ds(block: Block, step: Step, dp: Any) -> Any:
-    """dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; its dout is freed."""
+def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
+    """Computes dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; frees its dout."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
-    p = grad_products.load_chunk(block.smem["p"].at[slot, 0])
-    dp = plgpu.layout_cast(products.ready(dp, 0), products.TILE)
+    p = registers.load_chunk(block.smem["p"].at[slot, 0])
+    dp = plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
     plgpu.barrier_arrive(block.bars["p_free"].at[slot])
     free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
@@ -83,35 +90,35 @@ def take_ds(block: Block, step: Step, dp: Any) -> Any:
     return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
 
 
-def dv_step(block: Block, step: Step, dv: Any) -> Any:
-    """S^T, P^T and dv of a tile."""
+def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
+    """Adds a tile to dv: S^T, P^T, and dv + P^T dO."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse = weights.lse_of(block, slot)
-    s = products.ready(scores(block, slot), 0)
+    s = wgmma.ready(scores(block, slot), 0)
     free(block, "q", slot)
     p = weights_of(block, step, lse, s)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
-    dv = products.ready(products.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
+    dv = wgmma.ready(wgmma.accumulate(dv, p, block.smem["dout"].at[slot]), 0)
     free(block, "dout", slot)
     return dv
 
 
-def dk_step(block: Block, step: Step, dk: Any) -> Any:
-    """dP^T, dS^T and dk of a tile."""
+def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
+    """Adds a tile to dk: dP^T, dS^T, and dk + dS^T Q."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
     start = weights.start_of_dp(block, slot)
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
-    dp = grad_products.scores(start, whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v)
+    dp = wgmma.multiply_transposed(whole(block, "v"), block.smem["dout"].at[slot], block.spec.d_v, start)
     ds = take_ds(block, step, dp)
-    dk = products.ready(products.accumulate(dk, ds, block.smem["q"].at[slot]), 0)
+    dk = wgmma.ready(wgmma.accumulate(dk, ds, block.smem["q"].at[slot]), 0)
     free(block, "q", slot)
     return dk
 
 
-def gradient(block: Block, warpgroup: int) -> Any:
-    """dv (warpgroup 0) or dk (1), in the layout TILE: a sum over the walk's steps."""
+def gradient(block: Block[SplitSchedule], warpgroup: int) -> Any:
+    """Sums dv (warpgroup 0) or dk (1) over the walk's steps, in the layout TILE."""
     columns = (block.spec.d_v, block.spec.d)[warpgroup]
     one_step: Any = (dv_step, dk_step)[warpgroup]
 
@@ -119,12 +126,12 @@ def gradient(block: Block, warpgroup: int) -> Any:
         at, acc = carry
         return block.walk.next(*at), one_step(block, Step(i, *at), acc)
 
-    start = block.walk.first, grad_products.zeros(columns)
-    return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], products.TILE)
+    start = block.walk.first, wgmma.settled(registers.zeros(columns))
+    return plgpu.layout_cast(lax.fori_loop(0, block.walk.steps, step, start)[1], registers.TILE)
 
 
-def compute_role(block: Block, warpgroup: int) -> None:
-    """The warpgroup of dv (0) or of dk (1)."""
+def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
+    """Runs the warpgroup of dv (0) or of dk (1)."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
@@ -134,35 +141,15 @@ def compute_role(block: Block, warpgroup: int) -> None:
     dk_unit = spec.scale * (1 if spec.dtype == jnp.float16 else unshift)
     x = gradient(block, warpgroup) * (unshift, dk_unit)[warpgroup]
     if warpgroup == 0:
-        grad_tiles.drain(block.bars["p_free"], s.p_slots, block.walk.steps)
+        tiles.see_last_phases(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over
-    name, place = "vk"[warpgroup], (block.batch, block.kv_head, block.kv_tile * s.block_kv)
-    grad_tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], place)
+    name, index = "vk"[warpgroup], (block.batch, block.head, block.tile * s.block_kv, 0)
+    tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
-
-
-def scratch(spec: AttentionSpec, s: SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block."""
-    smem = {name: plgpu.SMEM(shape, jnp.float16 if name == "p" else spec.dtype, transforms=products.CHUNKED)
-            for name, shape in schedules.split_buffers(spec, s).items()}
-    smem["stats"] = plgpu.SMEM(schedules.stats_shape(s), jnp.float32)
-    d, d_v = chunks(spec.d), chunks(spec.d_v)
-    bars = {"kv_full": plgpu.Barrier(num_arrivals=d + d_v),
-            "q_full": plgpu.Barrier(num_arrivals=d + 1, num_barriers=s.num_stages),
-            "dout_full": plgpu.Barrier(num_arrivals=d_v, num_barriers=s.num_stages)}
-    for name in ("q_free", "dout_free"):
-        bars[name] = plgpu.Barrier(num_arrivals=2, num_barriers=s.num_stages)
-    for name in ("p_full", "p_free"):
-        bars[name] = plgpu.Barrier(num_barriers=s.p_slots)
-    if barriers.is_interpreted():
-        bars["met"] = plgpu.Barrier(num_arrivals=2)
-    return smem, bars
 
 
 def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
     """The kernel of a spec: a function of q, k, v, dout, and statistics; it returns dk and dv."""
-    smem, bars = scratch(spec, schedule)
-
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
@@ -170,11 +157,12 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
         warpgroup = lax.axis_index("warpgroup")
         for i in range(2):
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
-        pl.when(warpgroup == 2)(functools.partial(kv.load_role, block))
+        pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
     shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(
-        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)), scratch_types=(smem, bars),
-        grid=(schedules.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
-        compiler_params=grad_tiles.COMPILER)
+        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)),
+        scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
+        grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
+        compiler_params=tiles.COMPILER)
     return lambda *arrays: tuple(kernel(*arrays))

@@ -2,7 +2,7 @@
 
 dP = dO V^T is wanted only where P is not 0, and dq = dS K sums over all keys of a tile, also over those that a query
 does not attend to. So rows that are not finite are replaced by zeros in shared memory, when the block begins. A query
-that attends to such a key has out or lse that are not finite, and gets NaN from those (see `backward_small.starts`).
+that attends to such a key has out or lse that are not finite, and gets NaN from those (`backward.prepare.statistics`).
 There is one exception: a key with -inf whose weight is 0. Nothing but its own dk and dv depends on it then: they become
 NaN.
 """
@@ -15,27 +15,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS
-from pallas_flash.kernels.hopper.slow_rows import RowsAtRest, across, no_sums, over_chunks
+from pallas_flash.kernels.hopper import registers, work
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.slow_rows import SlowRows, over_chunks
+from pallas_flash.kernels.mosaic import ptx
 
-__all__ = ["unknown", "without_bad_rows"]
+__all__ = ["mark_nonfinite", "without_bad_rows"]
 
 
-def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
-    """Zeros for rows that are not finite among the warpgroup's 64 keys ("k" in names) and values ("v"); whether there
-    were such, or None where no tile needs the mask. A barrier of the warpgroup.
+def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
+    """Overwrites rows that are not finite with zeros, among the warpgroup's 64 keys ("k" in names) and values ("v").
+
+    Returns whether there were such, or None where no tile needs the mask. A barrier of the warpgroup.
     """
-    if not schedules.kv_work(block.spec, block.schedule).partial:
+    if not work.kv_work(block.spec, block.schedule).partial:
         return None
-    dtype, rows = block.spec.dtype, pl.ds(warpgroup * ROWS, ROWS)
+    dtype, rows = block.spec.dtype, pl.ds(warpgroup * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)
     refs = [block.smem[name].at[:, rows] for name in names]
-    pieces = [grad_products.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
+    pieces = [registers.load_chunk(block.smem[name].at[chunk, rows]) for name, ref in zip(names, refs)
               for chunk in range(ref.shape[0])]
     nothing = functools.reduce(jnp.add, [x * jnp.zeros((), dtype) for x in pieces]).astype(jnp.float32)
-    spoiled = barriers.any_nonfinite_in_warpgroup(nothing, products.TILE)
+    spoiled = ptx.any_nonfinite_in_warpgroup(nothing, registers.TILE)
 
     @pl.when(spoiled)
     def _() -> None:
@@ -47,36 +48,36 @@ def without_bad_rows(block: Any, names: str, warpgroup: Any) -> Any:
 
 
 def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
-    """Zeros for the rows of ref, (chunks, 64, 64) in shared memory, that are not finite."""
+    """Overwrites rows of ref, (chunks, 64, 64) in shared memory, that are not finite with zeros."""
     piece = lambda chunk: ref.at[pl.ds(chunk, 1)]
-    load = lambda chunk: products.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
+    load = lambda chunk: registers.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
 
     def mark(chunk: Any, _: int, marks: Any) -> Any:
         bad = jnp.where(jnp.abs(load(chunk)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
         return jnp.maximum(marks, bad.max(axis=1))
 
-    bad = across(over_chunks(ref.shape[0] * CHUNK, mark, no_sums()), CHUNK) > 0
+    bad = registers.spread(over_chunks(ref.shape[0] * CHUNK, mark, registers.row_zeros()), CHUNK) > 0
 
     @pl.loop(jnp.int32(0), jnp.int32(ref.shape[0]))
     def _(chunk: Any) -> None:
-        products.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
+        registers.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
-def unknown(block: Any, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
-    """dk and dv, in the layout TILE, with NaN for the keys that are not finite and that some query attends to."""
+def mark_nonfinite(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+    """Sets dk and dv, in the layout TILE, to NaN for keys that are not finite and that some query attends to."""
     if spoiled is None:
         return dk, dv
-    spec, first = block.spec, block.kv_tile * block.schedule.block_kv + warpgroup * ROWS
-    keys = RowsAtRest(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.kv_head))
+    spec, first = block.spec, block.tile * block.schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
+    keys = SlowRows(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
 
     def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
-        bad = over_chunks(spec.d, add, no_sums())  # 0 or NaN, the same in all rows
-        here = lambda x: products.positions(x.shape[1], 0, first) == position
-        dk, dv = (jnp.where(here(x) & (x != 0), x + across(bad, x.shape[1]), x) for x in sums)
+        bad = over_chunks(spec.d, add, registers.row_zeros())  # 0 or NaN, the same in all rows
+        here = lambda x: registers.positions(x.shape[1], 0, first) == position
+        dk, dv = (jnp.where(here(x) & (x != 0), x + registers.spread(bad, x.shape[1]), x) for x in sums)
         return dk, dv
 
-    last = jnp.minimum(first + ROWS, spec.kv_len)
-    again = lambda sums: lax.fori_loop(barriers.scalar(first), barriers.scalar(last), mark, sums)
-    dk, dv = lax.cond(spoiled, again, lambda sums: sums, (dk, dv))
+    last = jnp.minimum(first + ROWS_PER_WARPGROUP, spec.kv_len)
+    marked = lambda sums: lax.fori_loop(ptx.scalar(first), ptx.scalar(last), mark, sums)
+    dk, dv = lax.cond(spoiled, marked, lambda sums: sums, (dk, dv))
     return dk, dv

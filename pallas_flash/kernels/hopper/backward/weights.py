@@ -1,6 +1,7 @@
-"""P^T of a tile in the kernels that keep keys: from K Q^T and the statistics that came with the queries."""
+"""P of a tile from products and statistics; in the kernels that keep keys P^T, from K Q^T."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,15 +9,80 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import backward_schedule as schedules
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper.backward import products as grad_products
-from pallas_flash.kernels.hopper.backward import tiles as grad_tiles
-from pallas_flash.kernels.hopper.backward.tiles import Statistics
-from pallas_flash.kernels.hopper.schedule import ROWS
-from pallas_flash.kernels.hopper.scores import may_be_large
+from pallas_flash import masks
+from pallas_flash.kernels.hopper import registers, wgmma, work
+from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.scores import masked, may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Lse", "lse_of", "start_of_dp", "tile_weights"]
+__all__ = ["Corrections", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
+
+
+class Pairs(NamedTuple):
+    """The pairs of a (64, n) tile of scores."""
+
+    mask: masks.Mask
+    first: tuple[Any, Any]  # position of the first query and of the first key
+    keys_dim: int  # the axis that runs over keys
+    partial: Any  # whether the tile needs the mask; None if no tile does
+
+    def masked(self, y: Any) -> Any:
+        """Sets exponents to -inf where the mask does not keep a pair."""
+        columns, (q_first, kv_first) = y.shape[1], self.first
+        q_pos = registers.positions(columns, 1 - self.keys_dim, q_first)
+        return masked(y, self.mask, q_pos, registers.positions(columns, self.keys_dim, kv_first))
+
+
+class Large(NamedTuple):
+    """Exact exponents for tiles in which a query is large (`scores`)."""
+
+    needed: Any  # whether one is; None if none ever is
+    exact: Callable[[Any], Any]  # from exponents
+
+
+class Corrections(NamedTuple):
+    """What few tiles need beside exp2 of their exponents: exact exponents where queries are large, and the mask.
+
+    All of it is in one branch: nothing else may stand between products in flight.
+    """
+
+    large: Large
+    pairs: Pairs | None = None  # None: all are kept
+    apart: bool = False  # tiles that need something compute their exponentials, too, in the branch (`KvSchedule`)
+
+    def weights(self, s: Any, exponents: Callable[[Any], Any], power: Callable[[Any], Any]) -> Any:
+        """Computes power(exponents(s)), corrected."""
+        partial = None if self.pairs is None else self.pairs.partial
+        flags = [flag for flag in (partial, self.large.needed) if flag is not None]
+        if not flags:
+            return power(exponents(s))
+        needed = functools.reduce(jnp.logical_or, flags)
+        if not self.apart:
+            return power(lax.cond(needed, self._corrected, lambda y: y, exponents(s)))
+        return lax.cond(needed, lambda s: power(self._corrected(exponents(s))), lambda s: power(exponents(s)), s)
+
+    def _corrected(self, y: Any) -> Any:
+        if self.large.needed is not None:
+            y = lax.cond(self.large.needed, self.large.exact, lambda y: y, y)
+        if self.pairs is None or self.pairs.partial is None:
+            return y
+        return self.pairs.masked(y)
+
+
+def weights(spec: AttentionSpec, x: Any, lse_log2: Any, corrections: Corrections,
+            shift: float = 0.0) -> tuple[Any, Any]:
+    """Computes P, and P times the slope of the soft cap, from products of queries and keys; both times 2^shift.
+
+    Args:
+      x: in the layout TILE.
+      lse_log2: in the shape of x.
+    """
+    s, unit = scaled(spec, x), score_unit(spec)
+    p = corrections.weights(s, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
+    return p, slope(spec, s, p)
 
 
 class Lse(NamedTuple):
@@ -26,50 +92,52 @@ class Lse(NamedTuple):
     is_large: Any  # whether one is large (`scores`); None if none ever is
 
 
-def lse_of(block: Any, slot: Any) -> Lse:
-    """lse of a slot's queries, which must have come. Loaded before products are issued: what waits for them would wait
-    for this, too (5 % in heads of 64).
+def lse_of(block: KeyBlock, slot: Any) -> Lse:
+    """Loads lse of a slot's queries, which must have come.
+
+    It comes before products are issued: behind them, its latency would add to the wait for them (5 % in heads of 64).
     """
     stats = block.smem["stats"].at[slot, int(Statistics.LSE)]
-    log2 = plgpu.load(stats, layout=products.COLUMNS)
+    log2 = plgpu.load(stats, layout=registers.COLUMN_LAYOUT)
     if not may_be_large(block.spec):
         return Lse(log2, None)
-    marks = (grad_tiles.is_marked(plgpu.load(stats.at[pl.ds(i, 8)], layout=products.COLUMNS), products.COLUMNS)
-             for i in range(0, block.schedule.block_q, ROWS))
+    layout = registers.COLUMN_LAYOUT
+    marks = (is_marked(plgpu.load(stats.at[pl.ds(i, 8)], layout=layout), layout)
+             for i in range(0, block.schedule.block_q, ROWS_PER_WARPGROUP))
     return Lse(log2, functools.reduce(jnp.logical_or, marks))
 
 
-def start_of_dp(block: Any, slot: Any) -> Any:
-    """-delta of a slot's queries, in every row of an accumulator."""
+def start_of_dp(block: KeyBlock, slot: Any) -> Any:
+    """Loads -delta of a slot's queries into every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
-    return grad_products.spread_columns(plgpu.load(stats, layout=products.COLUMNS))
+    return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
 
 
-def without_rounding(block: Any, step: Any, y: Any) -> Any:
-    """Exponents of a step, (64, block_q), exact. Some columns after the others: with all of them at once something
-    would be spilled, also for tiles that never come here.
+def without_rounding(block: KeyBlock, step: Step, y: Any) -> Any:
+    """Adds to the exponents of a step, (64, block_q), what lse lost in its rounding.
+
+    It takes 8 columns at a time: with all at once registers would be spilled, for all tiles.
     """
     first = step.tile * block.schedule.block_q
-    place = (block.batch, step.head, int(Statistics.ROUNDING))
+    index = (block.batch, step.head, int(Statistics.ROUNDING))
 
     def part(column: int) -> Any:
-        rounding = products.load_row(block.gmem["stats"], place, first + column, 8)
-        return y[:, column:column + 8] + lax.broadcast_in_dim(rounding, (ROWS, 8), [1])
+        rounding = registers.load_row(block.gmem["stats"], index, first + column, 8)
+        return y[:, column:column + 8] + registers.stack(rounding)
 
-    return products.beside([part(column) for column in range(0, block.schedule.block_q, 8)])
+    return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
-def tile_weights(block: Any, warpgroup: Any, step: Any, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
-    """P^T and what dP^T is multiplied with, from K Q^T; times 2^shift."""
+def tile_weights(block: KeyBlock, warpgroup: Any, step: Step, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
+    """Computes P^T and what dP^T is multiplied with, from K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
-    first = step.tile * schedule.block_q, block.kv_tile * schedule.block_kv + warpgroup * ROWS
-    corrections = grad_tiles.Corrections(
-        block.walk.partial(step.tile) if schedules.kv_work(spec, schedule).partial else None,
-        lse.is_large,
-        functools.partial(grad_tiles.masked, mask=schedules.kv_mask(spec, schedule), first=first, keys_dim=0),
-        functools.partial(without_rounding, block, step), schedule.apart)
-    lse_log2 = lax.broadcast_in_dim(lse.log2, (ROWS, schedule.block_q), [1])
-    p, slope = grad_tiles.weights(spec, plgpu.layout_cast(s, products.TILE), lse_log2, corrections, shift)
+    first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
+    partial = block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None
+    pairs = Pairs(block.mask, first, 0, partial)
+    large = Large(lse.is_large, functools.partial(without_rounding, block, step))
+    corrections = Corrections(large, pairs, schedule.apart)
+    x = plgpu.layout_cast(s, registers.TILE)
+    p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift)
     if schedule.pinned:
-        barriers.pin(functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, schedule.block_q, 8)]), products.TILE)
-    return p, slope
+        ptx.pin(registers.column_sums(p), registers.TILE)
+    return p, sloped

@@ -37,25 +37,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper import schedule as schedules
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
-from pallas_flash.kernels.hopper.forward.repair import again, is_spoiled, overflowed
+from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
     Maximum,
     Softmax,
     first_softmax,
     is_heavy,
-    masked,
     maximum_at_times,
     maximum_within,
     next_softmax,
     rescaled,
 )
-from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, global_chunk, rows_of
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, rem
-from pallas_flash.kernels.hopper.scores import scaled, score_unit
-from pallas_flash.kernels.hopper.slow_rows import across
+from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
+from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
+from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
+from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -65,7 +65,7 @@ __all__ = ["launch"]
 
 def order(block: Block, warpgroup: Any) -> Any:
     """The named barrier of a warpgroup's turn at the tensor cores."""
-    return barriers.first_free(block.schedule.warpgroups + 1) + warpgroup
+    return ptx.first_free(block.schedule.warpgroups + 1) + warpgroup
 
 
 def following(block: Block, warpgroup: Any) -> Any:
@@ -81,18 +81,18 @@ def takes_turns(block: Block) -> bool:
 def await_turn(block: Block, warpgroup: Any) -> None:
     """Waits for the warpgroup's turn at the tensor cores."""
     if takes_turns(block):
-        barriers.named_sync(order(block, warpgroup), 2 * barriers.WARPGROUP)
+        ptx.named_sync(order(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
 def pass_turn(block: Block, warpgroup: Any) -> None:
     """Ends the warpgroup's turn."""
     if takes_turns(block):
-        barriers.named_arrive(following(block, warpgroup), 2 * barriers.WARPGROUP)
+        ptx.named_arrive(following(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
 def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> None:
-    """Passes the steps of the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
-    @pl.loop(jnp.int32(0), barriers.scalar(first - stop))
+    """Passes over the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
+    @pl.loop(jnp.int32(0), ptx.scalar(first - stop))
     def _(i: Any) -> None:
         slot = tile.slot(first - i, block.schedule.num_stages)
         await_turn(block, warpgroup)
@@ -105,19 +105,26 @@ def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> Non
 # -- the steps of a tile ---------------------------------------------------------------------------------------------
 
 def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
-    """The last key tile of the rows: S and its softmax."""
+    """Computes S of the rows' last key tile and its softmax."""
     kv_tile, bars = rows.stop - 1, block.bars
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
+    s = wgmma.multiply_transposed(rows.queries, block.smem["k"].at[slot], block.spec.d)
     pass_turn(block, rows.warpgroup)
-    s = plgpu.layout_cast(products.ready(s, 0), products.TILE)
+    s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
-    if schedules.steps(block.spec, block.schedule).first_masked:
-        s = masked(block, s, rows.first, kv_tile)
+    if work.steps(block.spec, block.schedule).first_masked:
+        s = without_hidden(block, tile, rows, kv_tile, s)
     return first_softmax(s, unit, block.spec.dtype)
+
+
+def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Any, s: Any) -> Any:
+    """Sets scores of a key tile to -inf where the mask does not keep a pair."""
+    q_pos = registers.positions(s.shape[1], 0, rows.first)
+    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
+    return masked(s, tile.mask, q_pos, kv_pos)
 
 
 def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
@@ -128,14 +135,14 @@ def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
 
 
 def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Any, Any]:
-    """Issues acc + P V of a key tile; also returns what waits for it: a function of acc that returns acc."""
+    """Issues acc + P V of a key tile; also returns the function that waits for it, from acc to acc."""
     acc = rescaled(state, acc)
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
-    acc = products.accumulate(acc, state.p, block.smem["v"].at[slot])
+    acc = wgmma.accumulate(acc, state.p, block.smem["v"].at[slot])
 
     def wait(acc: Any) -> Any:
-        acc = products.ready(acc, 0)
+        acc = wgmma.ready(acc, 0)
         plgpu.barrier_arrive(block.bars["v_free"].at[slot])
         return acc
 
@@ -144,32 +151,33 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
 
 def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any,
                  state: Softmax) -> Callable[..., tuple[Maximum, Any]]:
-    """How this step finds m_i, see `next_softmax`."""
+    """Chooses how this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
-    i, again = rows.stop - 1 - kv_tile, tile.again != 0
-    heavy = is_heavy(state) & jnp.logical_not(again)  # with all maxima only the rounding of start makes weights large
-    due = ((i & -i) * maxima > i) | heavy | again
+    i, is_redone = rows.stop - 1 - kv_tile, tile.is_redone != 0
+    # With all maxima, only the rounding of start makes weights large.
+    heavy = is_heavy(state) & jnp.logical_not(is_redone)
+    due = ((i & -i) * maxima > i) | heavy | is_redone
     return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
 def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
-    """S of this key tile while P V of the one after it is multiplied, then the softmax of S."""
+    """Computes S of a key tile while P V of the step before is multiplied, then the softmax of S."""
     bars, slot = block.bars, tile.slot(kv_tile, block.schedule.num_stages)
     if not block.schedule.held_columns:
         plgpu.barrier_wait(bars["k_full"].at[slot])
     await_turn(block, rows.warpgroup)
-    s = products.scores(rows.q() if rows.held is None else rows.held, block.smem["k"].at[slot], block.spec.d)
+    s = wgmma.multiply_transposed(rows.queries, block.smem["k"].at[slot], block.spec.d)
     acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
     maximum = next_maximum(block, tile, rows, kv_tile, state)
-    s = plgpu.layout_cast(products.ready(s, 1), products.TILE)
+    s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     s, unit = scaled(block.spec, s), score_unit(block.spec)
-    if schedules.steps(block.spec, block.schedule).later_masked:
+    if work.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
-        s = lax.cond(partial, lambda s: masked(block, s, rows.first, kv_tile), lambda s: s, s)
+        s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)
 
     def wait() -> Any:
         if block.schedule.held_columns:
@@ -188,51 +196,48 @@ class Sums(NamedTuple):
 
 
 def sums_of(block: Block, state: Softmax) -> Sums:
-    """The sums after the last tile."""
+    """Adds up l_i after the last tile, and finds how far start was rounded."""
     m_i, start = state.maximum
-    rounding = barriers.multiply_add(m_i, -score_unit(block.spec), start, products.ROWS)
+    rounding = ptx.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
-    """out = acc / l and the statistics, to global memory."""
+    """Writes out = acc / l_i and the statistics to global memory."""
     m_i, rounding, l_i = sums
     head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
-        products.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
-    out = plgpu.layout_cast(acc, products.TILE) * across(softmax.rescale(l_i), acc.shape[1])
+        registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
+    out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(softmax.rescale(l_i), acc.shape[1])
     out = out.astype(block.spec.dtype)
-    count = schedules.chunks(block.spec.d_v)
+    count = chunks(block.spec.d_v)
     at_once = block.schedule.out_chunks or count
     for chunk in range(0, count, at_once):
         last = min(chunk + at_once, count)
         source = block.smem["out"].at[rows.warpgroup] if block.schedule.out_chunks else rows.q()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        products.store_chunks(out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)], source)
-        plgpu.commit_smem()
-        for i in range(chunk, last):
-            place = (tile.batch, tile.head, rows.first)
-            target = global_chunk(block, "out", place, ROWS, i)
-            plgpu.copy_smem_to_gmem(source.at[i - chunk], target, commit_group=i == last - 1)
+        piece = out[:, chunk * CHUNK:min(last * CHUNK, block.spec.d_v)]
+        tiles.store_tile(block.spec, piece, source, block.gmem["out"], (tile.batch, tile.head, rows.first, chunk))
 
 
 def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
-    """Writes down, the first time, whether a tile has to be done again."""
-    place, flags = lax.axis_index("block"), block.gmem["given_up"]
+    """Records, in the first walk through the row, whether a tile has to be done again."""
+    row, flags = lax.axis_index("block"), block.gmem["given_up"]
 
-    @pl.when(tile.again == 0)
+    @pl.when(tile.is_redone == 0)
     def _() -> None:
-        flags[place, rows.warpgroup, tile.place] = spoiled.astype(jnp.int32)
+        flags[row, rows.warpgroup, tile.column] = spoiled.astype(jnp.int32)
 
         @pl.when(spoiled)
         def _some() -> None:
-            flags[place, rows.warpgroup, block.any_given_up] = jnp.int32(1)
+            flags[row, rows.warpgroup, block.any_given_up] = jnp.int32(1)
 
 
 def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> tuple[Sums, Any]:
-    """The sums and acc, (64, d_v) in the layout ACC: as they are, or computed again if a row is spoiled; but what can
-    be done again by all warpgroups together is only given up. The query must still be in shared memory. A barrier of
-    the warpgroup.
+    """Returns the sums and acc, (64, d_v) in the layout ACC, recomputed if a row is spoiled.
+
+    With `maxima`, a spoiled tile is only given up in the first walk, so that all warpgroups do it again together. The
+    query must still be in shared memory. A barrier of the warpgroup.
     """
     sums = sums_of(block, state)
     spoiled = is_spoiled(block, state.maximum, sums.l_i, acc)
@@ -240,44 +245,44 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> 
         return sums, acc
     if block.schedule.maxima:
         give_up(block, tile, rows, spoiled)
-        spoiled = spoiled & (tile.again != 0)
+        spoiled = spoiled & (tile.is_redone != 0)
 
     def repair(sums: Sums, acc: Any) -> tuple[Sums, Any]:
-        l_i, acc = again(block, tile, rows)
-        # m_i stays: it is one of the products that the backward makes again. Summed up another way, they err.
+        l_i, acc = recompute(block, tile, rows)
+        # m_i stays: the backward computes the same product, with the same rounding; a sum in another order differs.
         lost = overflowed(block.spec, state.maximum)
         new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
-        return new, acc * across(new.l_i * softmax.rescale(l_i), acc.shape[1])
+        return new, acc * registers.spread(new.l_i * softmax.rescale(l_i), acc.shape[1])
 
-    sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, products.TILE))
-    return sums, plgpu.layout_cast(acc, products.ACC)
+    sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, registers.TILE))
+    return sums, plgpu.layout_cast(acc, registers.ACC)
 
 
 def end_row(block: Block) -> None:
-    """Waits until every compute warpgroup has come to the end of its row, and what they have stored has arrived."""
+    """Waits until every compute warpgroup has reached the end of its row, and what they have stored has arrived."""
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(block.bars["row_done"])
     plgpu.barrier_wait(block.bars["row_done"])
 
 
 def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
-    """One tile, by one compute warpgroup."""
+    """Computes a warpgroup's rows of a tile."""
     rows = rows_of(block, tile, warpgroup)
-    seen, buffer = schedules.steps(block.spec, block.schedule), rem(tile.turn, block.schedule.query_buffers)
+    seen, buffer = work.steps(block.spec, block.schedule), rem(tile.ordinal, block.schedule.query_buffers)
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
     if block.schedule.q_registers:
-        width = CHUNK * schedules.chunks(block.spec.d)
-        rows = rows._replace(held=products.load_chunks(rows.q(), 0, width, block.spec.dtype))
+        width = CHUNK * chunks(block.spec.d)
+        rows = rows._replace(held=registers.load_chunks(rows.q(), 0, width, block.spec.dtype))
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
-    state, acc = first_step(block, tile, rows), products.zeros(block.spec.d_v)
+    state, acc = first_step(block, tile, rows), registers.zeros(block.spec.d_v)
     if block.schedule.held_columns:
         await_keys(block, tile, rows, rows.stop - 2)
 
     def step(i: Any, carry: tuple[Softmax, Any]) -> tuple[Softmax, Any]:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
 
-    state, acc = lax.fori_loop(jnp.int32(1), barriers.scalar(rows.stop - rows.start), step, (state, acc))
+    state, acc = lax.fori_loop(jnp.int32(1), ptx.scalar(rows.stop - rows.start), step, (state, acc))
     acc, values_ready = multiply_values(block, tile, rows.start, state, acc)
     acc = values_ready(acc)
     if seen.skips_below:
@@ -292,7 +297,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
 
 
 def compute(block: Block, warpgroup: Any) -> None:
-    """A compute warpgroup."""
+    """Runs a compute warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[0], action="increase")
 
     @pl.when(warpgroup == block.schedule.warpgroups - 1)
@@ -305,37 +310,20 @@ def compute(block: Block, warpgroup: Any) -> None:
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        await_turn(block, warpgroup)  # the turn that nobody took: a barrier must not be left half full
+        await_turn(block, warpgroup)  # the last turn, which no warpgroup took: no barrier may be left half full
 
     plgpu.wait_smem_to_gmem(0)
 
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def scratch(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The buffers and barriers of a block. A buffer is full when each of its chunks has come, free when each warpgroup
-    says so.
-    """
-    shapes = {name: buffer.shape for name, buffer in schedules.forward_buffers(spec, schedule).items()}
-    smem = {name: plgpu.SMEM(shape, spec.dtype, transforms=products.CHUNKED) for name, shape in shapes.items()}
-    bars = {}
-    for name in ("q", "k", "v"):
-        slots, count = shapes[name][:2]
-        bars[f"{name}_full"] = plgpu.Barrier(num_arrivals=count, num_barriers=slots)
-        bars[f"{name}_free"] = plgpu.Barrier(num_arrivals=schedule.warpgroups, num_barriers=slots)
-    if schedule.maxima:
-        bars["row_done"] = plgpu.Barrier(num_arrivals=schedule.warpgroups)
-    return smem, bars
-
-
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of a spec: a function of q, k, v in the spec's layout and of `schedules.forward_table(spec,
+    """The kernel of a spec: a function of q, k, v in the spec's layout and of `work.forward_table(spec,
     schedule)`.
 
     It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
     """
-    smem, bars = scratch(spec, schedule)
-    blocks, slots = schedules.forward_table(spec, schedule).shape
+    blocks, slots = work.forward_table(spec, schedule).shape
     results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
@@ -358,9 +346,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
     kernel = plgpu.kernel(
         attention_forward,
         out_type=tuple(results.values()),
-        scratch_types=(smem, bars), grid=(blocks,), grid_names=("block",),
+        scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane))
+        compiler_params=tiles.COMPILER)
     return lambda q, k, v, table: tuple(kernel(q, k, v, table))[:2]

@@ -1,11 +1,14 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
 
-m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. What is
-near enough, there are two ways to find. `maximum_within`: the maximum of each tile is looked at, and m_i follows where
-it has fallen behind.
-`maximum_at_times`: it is taken at some steps, and at the others nobody looks. bf16 and float32 hold weights far beyond
-1, so that a row may leave its m_i behind; where its sum says that it has, the next step takes the maximum. A tile with
-a row that has gone too far before that is given up, and done again with all maxima (`forward.tiles`).
+m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. There are
+two ways to keep m_i near enough.
+
+`maximum_within`: every step computes the tile's maximum, and m_i follows where it has fallen behind.
+
+`maximum_at_times`: some steps compute the maximum, and at the other steps it is not computed. bf16 and float32 hold
+weights far beyond 1, so a row's scores may rise above its m_i; where its sum says that they have, the next step
+computes the maximum. A tile with a row whose weights grow too large before that is given up, and done again with all
+maxima (`forward.tiles`).
 """
 
 import functools
@@ -16,18 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import barriers, products
-from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.forward.tiles import Block
-from pallas_flash.kernels.hopper.slow_rows import across
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.mosaic import ptx
 
 __all__ = [
-    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "masked", "maximum_at_times",
+    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
     "maximum_within", "next_softmax", "rescaled",
 ]
 
 HEAVY = 2.0**14
-"""A row sum above it says that scores have left m_i behind."""
+"""A row sum above it says that scores have risen far above m_i."""
 FULL = 2.0**90
 """A row sum above it is given up: to follow it, alpha would have to be so small that float32 flushes it to 0, and with
 it weights that count (2^-36 of the row's largest at this limit).
@@ -43,7 +44,7 @@ class Maximum(NamedTuple):
 
 def maximum_of(m_i: Any, unit: float) -> Maximum:
     """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
-    return Maximum(m_i, barriers.multiply(m_i, unit, products.ROWS))
+    return Maximum(m_i, ptx.multiply(m_i, unit, registers.ROW_LAYOUT))
 
 
 class Softmax(NamedTuple):
@@ -63,24 +64,12 @@ def lowest(unit: float) -> float:
     return -3e38 / max(unit, 1.0)
 
 
-def masked(block: Block, s: Any, first_row: Any, kv_tile: Any) -> Any:
-    """s with -inf where the mask does not keep a pair."""
-    q_pos = products.positions(s.shape[1], 0, first_row)
-    kv_pos = products.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return jnp.where(schedules.forward_mask(block.spec, block.schedule).keep(q_pos, kv_pos), s, -jnp.inf)
-
-
-def column_sums(p: Any) -> Any:
-    """(64, n) -> (64, 8): sums of every eighth column, without crossing threads."""
-    return functools.reduce(jnp.add, [p[:, i:i + 8] for i in range(0, p.shape[1], 8)])
-
-
 def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     """The state after the first tile of scores."""
     first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
-    p = jnp.exp2(s * unit - across(first.start, s.shape[1]))
-    alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), products.ROWS)
-    return Softmax(first, column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
+    p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
+    alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
+    return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
 def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Maximum, Any]:
@@ -91,15 +80,15 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
     """
     (m_i, start), row_max = state.maximum, s.max(axis=1)
     within = row_max - m_i <= slack * (1 / unit)
-    grew = barriers.any_in_warp(jnp.logical_not(within), products.ROWS)  # so that NaN counts as growth
-    everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), products.ROWS)
+    grew = ptx.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
+    everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), registers.ROW_LAYOUT)
     new = maximum_of(jnp.maximum(m_i, row_max), unit)
     return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
 
 
 def is_heavy(state: Softmax) -> Any:
-    """Whether a row of this warp has left its m_i far behind."""
-    return barriers.any_in_warp(state.l_i > HEAVY, products.TILE)
+    """Whether scores of a row of this warp have risen far above its m_i."""
+    return ptx.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
 def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Maximum, Any]:
@@ -107,8 +96,8 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
 
     Args:
       due: the same in every thread of a warp; true where the warp is heavy.
-      heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because the largest of
-        them was not looked at; infinite where they are given up.
+      heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because their maximum
+        was not computed; it is infinite where the row is given up.
     """
     def lifted(m_i: Any, l_i: Any) -> Any:
         l_i = l_i.max(axis=1)
@@ -138,15 +127,15 @@ def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..
     """
     s, unit = scores
     new, grew = maximum(state, s, unit)
-    weights = lambda s: jnp.exp2(s * unit - across(new.start, s.shape[1]))
+    weights = lambda s: jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
     dtype, split = state.p.dtype, held_columns or s.shape[1]
     parts = [weights(s[:, :split])]
     acc = wait()
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))
     alpha = jnp.exp2(state.maximum.start - new.start)
-    l_i = state.l_i * across(alpha, 8) + functools.reduce(jnp.add, map(column_sums, parts))
-    return Softmax(new, l_i, products.beside([p.astype(dtype) for p in parts]), alpha, grew), acc
+    l_i = state.l_i * registers.spread(alpha, 8) + functools.reduce(jnp.add, map(registers.column_sums, parts))
+    return Softmax(new, l_i, registers.concatenate([p.astype(dtype) for p in parts]), alpha, grew), acc
 
 
 def rescaled(state: Softmax, acc: Any) -> Any:
@@ -154,7 +143,7 @@ def rescaled(state: Softmax, acc: Any) -> Any:
     issued with the next product.
     """
     def multiply(acc: Any) -> Any:
-        tile = plgpu.layout_cast(acc, products.TILE)
-        return plgpu.layout_cast(tile * across(state.alpha, acc.shape[1]), products.ACC)
+        tile = plgpu.layout_cast(acc, registers.TILE)
+        return plgpu.layout_cast(tile * registers.spread(state.alpha, acc.shape[1]), registers.ACC)
 
     return lax.cond(state.grew, multiply, lambda acc: acc, acc)

@@ -1,9 +1,9 @@
-"""What the roles of the forward kernel share: a block's references, the tiles it works on, and their places in memory.
+"""What the roles of the forward kernel share: a block's references, the tiles it works on, and a warpgroup's rows.
 
 A block's tiles are those in its row of the table. Where the schedule has `maxima`, the block walks through its row a
-second time, and stops at the tiles that some warpgroup gave up (`forward.softmax`): all maxima are taken in those. That
-a tile was given up is written to `given_up`, (blocks, warpgroups, slots) int32 in global memory, at its place in the
-row; the last slot says whether any was.
+second time, and stops at the tiles that some warpgroup gave up (`forward.softmax`): in those, every step takes the
+maximum. `given_up`, (blocks, warpgroups, columns) int32 in global memory, says for each column of the table whether its
+tile was given up; its last column says whether any was.
 """
 
 import functools
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.hopper import barriers
-from pallas_flash.kernels.hopper import schedule as schedules
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS, ForwardSchedule, div, rem
+from pallas_flash import masks
+from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Block", "Rows", "Tile", "for_each_tile", "global_chunk", "rows_of"]
+__all__ = ["Block", "Rows", "Tile", "for_each_tile", "rows_of"]
 
 
 class Block(NamedTuple):
@@ -28,70 +30,79 @@ class Block(NamedTuple):
     spec: AttentionSpec
     schedule: ForwardSchedule
     gmem: dict[str, Any]  # q, k, v, table, out, stats; given_up, with `maxima`
-    smem: dict[str, Any]  # schedules.forward_buffers
+    smem: dict[str, Any]  # memory.forward_memory
     bars: dict[str, Any]  # the barriers
 
     @property
     def any_given_up(self) -> int:
-        """The slot of `given_up` that says whether any tile was."""
+        """The column of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1
+
+    def mask_of(self, pair: Any) -> masks.Mask:
+        """The mask of a pair batch * q_heads + head: the same for all of them as long as no mask holds arrays."""
+        return work.worst_case(self.spec, self.schedule)
 
 
 class Tile(NamedTuple):
-    """A query tile at work."""
+    """A query tile that a block works on."""
 
     batch: Any
     head: Any
     index: Any  # of the query tile
     lo: Any  # key tiles [lo, hi)
     hi: Any
-    turn: Any  # how many tiles came before it in this block
+    ordinal: Any  # how many tiles came before it in this block
     step: Any  # how many steps of the rings came before it
-    place: Any  # in this block's row of the table
-    again: Any  # 1 if it was given up before, else 0
+    column: Any  # of this block's row of the table
+    is_redone: Any  # 1 if it was given up before, else 0
+    mask: masks.Mask
 
     def slot(self, kv_tile: Any, num_stages: int) -> Any:
         """The slot of the rings that holds a key tile."""
         return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
 
 
-def for_each_tile(block: Block, work: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
-    """Runs `work` on every tile in this block's row of the table, and once more on those that were given up; returns
+def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
+    """Runs `body` on every tile in this block's row of the table, and once more on those that were given up; returns
     how many tiles and steps there were.
 
     Args:
-      gather: comes back when every compute warpgroup has come to the end of the row.
+      gather: waits until every compute warpgroup has reached the end of the row.
     """
-    row, q_tiles = lax.axis_index("block"), schedules.q_tiles(block.spec, block.schedule)
+    row, q_tiles = lax.axis_index("block"), work.q_tiles(block.spec, block.schedule)
 
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, place, again, turn, step = carry
-        following = block.gmem["table"][row, place + 1]  # asked for early: it comes from global memory
-        head, index = div(number, q_tiles), rem(number, q_tiles)
-        lo, hi = schedules.kv_range(block.spec, block.schedule, index)
-        batch, head = div(head, block.spec.q_heads), rem(head, block.spec.q_heads)
-        work(Tile(batch, head, index, lo, hi, turn, step, place, again))
-        at = following, place + 1, again
+        number, column, is_redone, ordinal, step = carry
+        following = block.gmem["table"][row, column + 1]  # loaded early, as it comes from global memory
+        pair, index = div(number, q_tiles), rem(number, q_tiles)
+        mask = block.mask_of(pair)
+        lo, hi = work.loaded_tiles(mask, block.spec, block.schedule, index)
+        batch, head = div(pair, block.spec.q_heads), rem(pair, block.spec.q_heads)
+        body(Tile(batch, head, index, lo, hi, ordinal, step, column, is_redone, mask))
+        at = following, column + 1, is_redone
         if block.schedule.maxima:
-            at = lax.cond((following < 0) | (again != 0), functools.partial(given_up_from, block, gather),
+            at = lax.cond((following < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
                           lambda *at: at, *at)
         # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
         # descriptors of wgmma would leave the uniform registers.
-        return *at, turn + 1, barriers.opaque(step + (hi - lo))
+        return *at, ordinal + 1, ptx.opaque(step + (hi - lo))
 
     none = jnp.int32(0)
-    *_, turns, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)
-    return turns, steps
+    *_, count, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)
+    return count, steps
 
 
-def given_up_from(block: Block, gather: Callable[[], None], number: Any, place: Any, again: Any) -> tuple[Any, ...]:
-    """The first tile from a place on (from the start, if `again` is 0) that was given up: its number, negative if there
-    is none; its place; 1.
+def given_up_from(block: Block, gather: Callable[[], None], number: Any, column: Any,
+                  is_redone: Any) -> tuple[Any, ...]:
+    """Finds the first tile from a column on (from the start, if `is_redone` is 0) that was given up.
+
+    Returns:
+      Its number, negative if there is none; its column; 1.
     """
     row, table, given_up = lax.axis_index("block"), block.gmem["table"], block.gmem["given_up"]
 
-    def is_given_up(place: Any) -> Any:
-        flags = [given_up[row, warpgroup, place] for warpgroup in range(block.schedule.warpgroups)]
+    def is_given_up(column: Any) -> Any:
+        flags = [given_up[row, warpgroup, column] for warpgroup in range(block.schedule.warpgroups)]
         return functools.reduce(jnp.maximum, flags) != 0
 
     def start() -> tuple[Any, Any]:
@@ -99,22 +110,10 @@ def given_up_from(block: Block, gather: Callable[[], None], number: Any, place: 
         first = jnp.where(is_given_up(block.any_given_up), table[row, 0], -1)
         return first, jnp.int32(0)
 
-    at = lax.cond(again == 0, start, lambda: (number, place))
-    number, place = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
+    at = lax.cond(is_redone == 0, start, lambda: (number, column))
+    number, column = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
                                    lambda at: (table[row, at[1] + 1], at[1] + 1), at)
-    return number, place, jnp.int32(1)
-
-
-def global_chunk(block: Block, name: str, place: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
-    """A (rows, 64) piece of q, k, v or out, from (batch, head, first row); TMA fills and clips what lies outside the
-    array.
-    """
-    batch, head, first = place
-    nothing = lax.axis_index("block") * 0  # traced: Pallas refuses plain indices that leave the array
-    columns = pl.ds(chunk * CHUNK + nothing, CHUNK)
-    if block.spec.layout == "BLHD":
-        return block.gmem[name].at[batch, pl.ds(first, rows), head, columns]
-    return block.gmem[name].at[batch, head, pl.ds(first, rows), columns]
+    return number, column, jnp.int32(1)
 
 
 class Rows(NamedTuple):
@@ -130,19 +129,24 @@ class Rows(NamedTuple):
     q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
     held: Any = None  # (64, d) of the input's type, where the query is kept in registers
 
+    @property
+    def queries(self) -> Any:
+        """The rows' queries, in registers or in shared memory."""
+        return self.q() if self.held is None else self.held
+
 
 def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
     """The rows of a warpgroup in a tile."""
-    buffer = rem(tile.turn, block.schedule.query_buffers)
+    buffer = rem(tile.ordinal, block.schedule.query_buffers)
 
     def q() -> Any:
-        index = barriers.opaque(warpgroup) if block.schedule.opaque else warpgroup
-        return block.smem["q"].at[buffer, :, pl.ds(index * ROWS, ROWS)]
+        index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
+        return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
-    needed = schedules.row_tiles(block.spec, s, tile.index, warpgroup)
+    needed = work.row_tiles(tile.mask, block.spec, s, tile.index, warpgroup)
     slack: Any = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
         slack = jnp.where(is_long, jnp.float32(s.long_slack), jnp.float32(s.slack))
-    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS, *needed, slack, q)
+    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS_PER_WARPGROUP, *needed, slack, q)

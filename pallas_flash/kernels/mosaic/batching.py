@@ -20,10 +20,10 @@ __all__ = ["vmappable"]
 
 
 def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(spec, operands, *arrays)`, where every array has the batch as its leading axis, made mappable by
+    """Makes `function(spec, operands, *arrays)`, in which the batch is the leading axis of every array, mappable by
     vmap.
 
-    JAX may map a program long after it was traced: `device.current()` is then still what it was.
+    JAX may map a program long after it was traced: `function` still sees the `device.current()` of the first trace.
     """
     @functools.lru_cache(maxsize=1024)
     def for_spec(spec: AttentionSpec, where: Device) -> Callable[..., Any]:
@@ -43,8 +43,9 @@ def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fold(axis_size: int, batch: int, x: Any, mapped: bool) -> Any:
-    """(axis_size, b, ...) or (b, ...) -> (axis_size * batch, ...); (1, ...) stays where nothing tells elements
-    apart."""
+    """(axis_size, b, ...), or (b, ...) if not mapped -> (axis_size * batch, ...). An array that is not mapped and has
+    no batch of its own (b = 1 < batch) stays as it is.
+    """
     if not mapped:
         if x.shape[0] != batch:
             return x

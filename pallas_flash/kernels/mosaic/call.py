@@ -1,17 +1,17 @@
 """A kernel call as one primitive, so that it runs inside `shard_map`, and so that `jit` splits it over devices.
 
 Inside `shard_map`. Mosaic kernels refuse references that vary over manual mesh axes, and inside `shard_map` every
-operand does. A primitive of our own carries that through: outside it the results vary like the operands, inside it the
-kernel is lowered without the marks. It computes on each device's own shard, so nothing is lost.
+operand varies. The primitive hides this: its results vary like its operands, and the kernel in it is lowered without
+the marks. Each device computes its own shard, so the result is the same.
 
 Under `jit` with automatic axes. XLA cannot look into a kernel and would gather its operands on every device.
-`partitioned` says which axes of the operands and results are batch and heads; XLA splits those as it likes, and each
-device calls the kernel of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key
-head, each sums the gradients of its query heads, and then they sum theirs.
+`partitioned` says which axes of the operands and results are batch and heads; XLA may split those, and each device
+calls the kernel of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key head,
+each sums the gradients over its own query heads, and an all-reduce adds these sums.
 
-What is not split, and so gathered: any call exported by `jax.export`, and any inside a `shard_map` that leaves some
-axes automatic. What JAX's `custom_partitioning` costs: a program with such a call is lowered for real devices (an
-abstract mesh is refused) and for one mesh; split programs are not found again in the persistent compilation cache.
+Two kinds of calls are gathered, not split: those exported by `jax.export`, and those inside a `shard_map` that leaves
+some axes automatic. JAX's `custom_partitioning` has two costs: a program with such a call is lowered for real devices
+(an abstract mesh is refused) and for one mesh, and split programs are not found in the persistent compilation cache.
 """
 
 import dataclasses
@@ -31,27 +31,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["partitioned", "sealed"]
+__all__ = ["partitioned"]
 
 _kernel_p = Primitive("pallas_flash_kernel")
 _kernel_p.multiple_results = True
 compat.lower_with_devices(_kernel_p)
 
 
-def sealed(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """function(*arrays), lowered as it is outside of `shard_map`.
+def _unpartitioned(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+    """Calls function(*arrays) as one primitive that is never split; lowered as it is outside `shard_map`.
 
-    `function` must be the same object for the same computation: it is part of what JAX caches by.
+    `function` must be the same object for the same computation: JAX's caches compare it.
     """
     return tuple(_kernel_p.bind(*arrays, function=function, split=None))
 
 
 def partitioned(function: Callable[..., tuple[Any, ...]], roles: str, spec: AttentionSpec,
                 *arrays: Any) -> tuple[Any, ...]:
-    """function(spec, *arrays), as `sealed`; on several devices, each calls `function` with its shard's spec and arrays.
+    """Calls function(spec, *arrays) as one primitive; where XLA splits it over devices, each device calls `function`
+    with its own shard's spec and arrays.
 
     Args:
-      function: the same object for the same computation. What depends on the spec (a table of tiles) it makes itself.
+      function: the same object for the same computation. It makes what depends on the spec (a table of tiles) itself.
       roles: of the arrays and of the results, as in "query key key -> query row":
         query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
@@ -147,14 +148,14 @@ class Split:
         sizes = {"r": self.spec.group} if grouped else {}
         return text, sizes | dict(need_replication_factors=tuple(f"w{i}" for i in range(next(whole))))
 
-    def places(self, mesh: Mesh, arrays: Any) -> dict[str, tuple[str, ...]]:
+    def mesh_axes(self, mesh: Mesh, arrays: Any) -> dict[str, tuple[str, ...]]:
         """The mesh axes that split batch, q_heads and kv_heads: those of the first array that is split there, as far
         as they divide.
         """
         found: dict[str, tuple[str, ...]] = {}
         for role, array in arrays:
-            place = (*array.sharding.spec, *[None] * len(array.shape))
-            for axis, names in zip(self.axes(role, len(array.shape)), place):
+            partition = (*array.sharding.spec, *[None] * len(array.shape))
+            for axis, names in zip(self.axes(role, len(array.shape)), partition):
                 if names:
                     found.setdefault(axis, (names,) if isinstance(names, str) else tuple(names))
         spec, heads = self.spec, found.get("q_heads", found.get("kv_heads", ()))
@@ -164,21 +165,24 @@ class Split:
                 "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
 
     def partition(self, mesh: Mesh, arrays: Any, results: Any) -> tuple[Any, ...]:
-        """What `custom_partitioning` asks for: the mesh, a shard's computation, and where results and arrays lie."""
+        """Returns what `custom_partitioning` asks for: the mesh, the computation of a shard, and the shardings of
+        results and of arrays.
+        """
         roles = self.names
-        places = self.places(mesh, [*zip(roles[0], arrays, strict=True), *zip(roles[1], results, strict=True)])
-        counts = {axis: getattr(self.spec, axis) // _size(mesh, names) for axis, names in places.items() if axis}
+        mesh_axes = self.mesh_axes(mesh, [*zip(roles[0], arrays, strict=True), *zip(roles[1], results, strict=True)])
+        counts = {axis: getattr(self.spec, axis) // _size(mesh, names) for axis, names in mesh_axes.items() if axis}
         local = dataclasses.replace(self.spec, **counts)
-        sharers = places["q_heads"][len(places["kv_heads"]):]
+        sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
 
         def shard(*arrays: Any) -> tuple[Any, ...]:
-            found = sealed(_for_spec(self.function, local), *arrays)
+            found = _unpartitioned(_for_spec(self.function, local), *arrays)
             return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
 
-        def lie(role: str, array: Any) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(places[axis] or None for axis in self.axes(role, array.ndim))))
+        def sharding(role: str, array: Any) -> NamedSharding:
+            split = (mesh_axes[axis] or None for axis in self.axes(role, array.ndim))
+            return NamedSharding(mesh, PartitionSpec(*split))
 
-        return mesh, shard, tuple(map(lie, roles[1], results)), tuple(map(lie, roles[0], arrays))
+        return mesh, shard, tuple(map(sharding, roles[1], results)), tuple(map(sharding, roles[0], arrays))
 
 
 def _summed(x: Any, axes: tuple[str, ...]) -> Any:
@@ -196,6 +200,7 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _splitting(split: Split) -> Callable[..., Any]:
-    call = custom_partitioning(functools.partial(sealed, _for_spec(split.function, split.spec)))  # without constants
+    whole = functools.partial(_unpartitioned, _for_spec(split.function, split.spec))  # a primitive: it has no constants
+    call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)
     return call

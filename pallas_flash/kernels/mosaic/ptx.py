@@ -1,16 +1,10 @@
-"""What Pallas has no word for on Hopper: named barriers, votes, opaque scalars, pins, a fused multiply-add; as inline
-PTX.
+"""What Pallas has no function for, as inline PTX: named barriers, votes, opaque scalars, pins, a product and a
+multiply-add that are rounded once.
 
-Each function is also given a meaning under Pallas' GPU interpret mode (`interpreted()`), where a kernel runs on a CPU:
-barriers that only order work for speed do nothing, votes and opaque values are their plain meaning.
-
-Named barriers count threads. Ids 0 to the number of warpgroups belong to Mosaic; `FIRST_FREE` says where ours start.
+Named barriers count threads. Ids 0 to the number of warpgroups belong to Mosaic; `first_free` says where ours start.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,34 +16,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+
 __all__ = [
-    "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "interpreted",
-    "is_interpreted", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "SCALAR", "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved", "multiply",
+    "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
+"""The layout of one number that all threads hold."""
+
 _FLAG = plgpu.ShapeDtypeStruct((), jnp.bool_, SCALAR)
 _WHOLE_WARP = 0xFFFFFFFF
 
-_interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
 
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced inside run under `plgpu.force_gpu_interpret_mode`: no inline PTX."""
-    token = _interpreting.set(True)
-    try:
-        yield
-    finally:
-        _interpreting.reset(token)
-
-
-def is_interpreted() -> bool:
-    """True while a kernel is traced for interpret mode."""
-    return _interpreting.get()
+def scalar(x: Any) -> jax.Array:
+    """Returns x as a traced int32 scalar, also where x is a plain number."""
+    return jnp.asarray(x, jnp.int32)
 
 
 def i32() -> ir.Type:
@@ -62,10 +48,8 @@ def first_free(warpgroups: int) -> int:
     return warpgroups + 1
 
 
+@interpreted_as(lambda kind, number, threads: None)
 def _named_barrier(kind: str, number: Any, threads: int) -> None:
-    if is_interpreted():
-        return
-
     @plgpu.inline_mgpu(arg_types=(SCALAR,))
     def emit(_: Any, number: Any) -> None:
         mgpu.utils.inline_ptx(f"bar.{kind} $0, {threads};", number.registers.item(), has_side_effects=True,
@@ -86,15 +70,13 @@ def named_arrive(number: Any, threads: int) -> None:
     _named_barrier("arrive", number, threads)
 
 
+@interpreted_as(scalar)
 def opaque(x: Any) -> Any:
-    """The scalar x, as a value that the compiler knows nothing about.
+    """Returns the scalar x as a value of which the compiler knows nothing.
 
     LLVM moves descriptors that do not change out of a loop and spills them; indexed by an opaque scalar, they are made
     where they are used, in uniform registers.
     """
-    if is_interpreted():
-        return scalar(x)
-
     @plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
     def move(_: Any, x: Any) -> Any:
         return mgpu.FragmentedArray.splat(moved(x.registers.item()), (), is_signed=True)
@@ -103,12 +85,12 @@ def opaque(x: Any) -> Any:
 
 
 def moved(x: ir.Value) -> ir.Value:
-    """A 32-bit integer as a value that LLVM neither knows nor moves."""
+    """Returns a 32-bit integer as a value that LLVM neither knows nor moves."""
     return llvm.inline_asm(i32(), [x], "mov.u32 $0, $1;", "=r,r", has_side_effects=True)
 
 
 def _lane_flag(flags: Any) -> ir.Value:
-    """True if any of the flags that this thread holds is set."""
+    """Returns whether any of the flags that this thread holds is set."""
     bits = [vector.extract(register, [], [0]) for register in flags.registers.flat]
     return functools.reduce(arith.ori, bits)
 
@@ -120,15 +102,13 @@ def _or_in_warpgroup(flag: ir.Value) -> ir.Value:
         result_types=ir.IntegerType.get_signless(1), has_side_effects=True, convergent=True)
 
 
+@interpreted_as(lambda flags, layout: jnp.any(flags))
 def any_in_warp(flags: Any, layout: Any) -> Any:
-    """True in every thread of a warp where some flag is set: uniform over the warp, not over the warpgroup.
+    """Returns whether some flag of the warp is set: uniform over the warp, not over the warpgroup.
 
     A branch on it must not hold a collective of the warpgroup (wgmma and its fence, a barrier): the other warps may not
-    come.
+    take it.
     """
-    if is_interpreted():
-        return jnp.any(flags)
-
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
     def vote(_: Any, flags: Any) -> Any:
         vote = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _lane_flag(flags), "any")
@@ -137,13 +117,11 @@ def any_in_warp(flags: Any, layout: Any) -> Any:
     return vote(flags)
 
 
+@interpreted_as(lambda x, layout: jnp.logical_not(jnp.all(jnp.isfinite(x))))
 def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
-    """True in every thread of a warpgroup if some element of x is not finite (or their sums overflow). A barrier of the
-    warpgroup.
+    """Returns whether some element of x is not finite (or a sum of a thread's elements overflows), uniform over the
+    warpgroup. It is a barrier of the warpgroup, too.
     """
-    if is_interpreted():
-        return jnp.logical_not(jnp.all(jnp.isfinite(x)))
-
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
     def vote(_: Any, x: Any) -> Any:
         values = [vector.extract(register, [], [i]) for register in x.registers.flat
@@ -153,27 +131,29 @@ def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
             values = [arith.addf(a, b) for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
         largest = mgpu.utils.c(3.4e38, ir.F32Type.get())
         flag = arith.cmpf(arith.CmpFPredicate.UGT, math.absf(values[0]), largest)
-        # ptxas takes a vote for the same in all threads of a warp, and no barrier: a branch on that would diverge.
+        # ptxas knows that a vote is uniform over a warp. Of a barrier's result it does not: a branch would diverge.
         voted = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _or_in_warpgroup(flag), "any")
         return mgpu.FragmentedArray.splat(voted, (), is_signed=False)
 
     return vote(x)
 
 
+@interpreted_as(lambda a, b, c, layout: a * b + c)
 def multiply_add(a: Any, b: float, c: Any, layout: Any) -> Any:
-    """a b + c, rounded once, for float32 arrays of one axis; elsewhere it is the compiler's choice."""
-    return a * b + c if is_interpreted() else _each("fma.rn.f32 $0, $1, $2, $3;", layout, b, a, c)
+    """Returns a b + c, rounded once, of float32 arrays of one axis. Of a plain a * b + c the compiler decides."""
+    return _each("fma.rn.f32 $0, $1, $2, $3;", layout, b, a, c)
 
 
+@interpreted_as(lambda a, b, layout: a * b)
 def multiply(a: Any, b: float, layout: Any) -> Any:
-    """a b, rounded, for float32 arrays of one axis: a compiler may merge another product with a difference that it
-    goes into, and then does not round it.
+    """Returns a b, rounded, of a float32 array of one axis. A compiler may merge a plain a * b with a difference that
+    uses it, and then does not round it.
     """
-    return a * b if is_interpreted() else _each("mul.rn.f32 $0, $1, $2;", layout, b, a)
+    return _each("mul.rn.f32 $0, $1, $2;", layout, b, a)
 
 
 def _each(instruction: str, layout: Any, factor: float, a: Any, *others: Any) -> Any:
-    """`instruction` of each element of a, the factor, and the element of each other array."""
+    """Applies `instruction` to each element of a, the factor, and the elements of the other arrays."""
     @plgpu.inline_mgpu(arg_types=(layout,) * (1 + len(others)),
                        return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout))
     def emit(_: Any, a: Any, *others: Any) -> Any:
@@ -189,6 +169,7 @@ def _each(instruction: str, layout: Any, factor: float, a: Any, *others: Any) ->
     return emit(a, *others)
 
 
+@interpreted_as(lambda x, layout: None)
 def pin(x: Any, layout: Any) -> None:
     """Keeps what computes x (finite numbers below 1e38) above the next wgmma wait.
 
@@ -196,9 +177,6 @@ def pin(x: Any, layout: Any) -> None:
     taken and depends on every element ends the basic block; it is uniform over the warp, or every wgmma would be
     serialised (C7520). Should a score be so large that rounding makes an exponential overflow, the branch does no harm.
     """
-    if is_interpreted():
-        return
-
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
     def impossible(_: Any, x: Any) -> Any:
         values = [vector.extract(register, [], [i]) for register in x.registers.flat
@@ -215,8 +193,3 @@ def pin(x: Any, layout: Any) -> None:
             mgpu.utils.inline_ptx("nanosleep.u32 1;", has_side_effects=True)
 
         linger()
-
-
-def scalar(x: Any) -> jax.Array:
-    """x as a traced int32 scalar, also where x is a plain number."""
-    return jnp.asarray(x, jnp.int32)

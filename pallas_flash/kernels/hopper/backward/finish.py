@@ -1,0 +1,45 @@
+"""The backward's last kernel in the fused form: it makes dq of its float32 sums."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
+from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["launch_finish"]
+
+
+def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:
+    """The kernel that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
+    per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
+    shape = memory.dq_acc_shape(spec, schedule)
+    count = shape[2] * per_tile
+
+    def attention_backward_finish(acc: Any, dq: Any, smem: Any, _: Any) -> None:
+        block = lax.axis_index("block")
+        head, rows = div(block, count), rem(block, count)
+        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
+        tile, row = div(rows, per_tile), rem(rows, per_tile)
+        for column in range(columns):
+            piece = acc.at[batch, q_head, tile, row * columns + column]
+            x = (registers.load_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
+            registers.store_chunks(x, smem["dq"].at[column:column + 1])
+        plgpu.commit_smem()
+        for column in range(columns):
+            target = tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
+            plgpu.copy_smem_to_gmem(smem["dq"].at[column], target)
+        plgpu.wait_smem_to_gmem(0)
+
+    dq_type = jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype)
+    return plgpu.kernel(
+        attention_backward_finish, out_type=dq_type,
+        scratch_types=allocate(memory.finish_memory(spec)),
+        grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
+        compiler_params=tiles.COMPILER)

@@ -1,0 +1,42 @@
+"""The warp that loads in the kernels that keep keys."""
+
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash.kernels.hopper import tiles
+from pallas_flash.kernels.hopper.backward.statistics import LOADED
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.mosaic.scheduling import rem
+
+__all__ = ["load"]
+
+
+def load(block: KeyBlock) -> None:
+    """Loads keys and values once; then queries with their statistics, and douts, as slots become free."""
+    spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
+    keys = (block.batch, block.head, block.tile * s.block_kv)
+    tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
+    tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
+
+    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+        head, tile = at
+        slot, index = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
+
+        def load_next(name: str, stats: bool) -> None:
+            tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
+            full = bars[f"{name}_full"].at[slot]
+            tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
+            if stats:
+                source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
+                plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)
+
+        load_next("q", True)
+        load_next("dout", False)
+        return block.walk.next(head, tile)
+
+    lax.fori_loop(0, block.walk.steps, step, block.walk.first)
+    for name in ("q_free", "dout_free"):
+        tiles.see_last_phases(bars[name], s.num_stages, block.walk.steps)

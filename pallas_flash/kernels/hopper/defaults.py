@@ -1,0 +1,147 @@
+"""The default schedules: tables by head size, whose rows cite the measurements that put them there."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import device
+from pallas_flash.kernels.hopper.schedule import (
+    ROWS_PER_WARPGROUP,
+    BackwardSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+    chunks,
+)
+from pallas_flash.kernels.hopper.work import (
+    every_loaded,
+    every_q_range,
+    every_row_block,
+    has_order,
+    makespan,
+    worst_case,
+)
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["default_backward", "default_forward"]
+
+_SHORT_ROWS = 1280  # keys
+_SHORT_SEQUENCE = 1024  # keys
+_WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
+
+
+def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
+    """Returns the forward's schedule of a spec, from a table by head size.
+
+    Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
+    (`maxima` and sections too). By analogy: other head sizes up to 192.
+
+    Args:
+      num_sms: the device's streaming multiprocessors: blocks of the grid.
+    """
+    widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
+    narrow_values = chunks(spec.d_v) <= 2
+    rows = (
+        (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
+        (128, ForwardSchedule(block_kv=128, q_registers=True)),
+        (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
+              ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
+        (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
+    )
+    schedule = next(schedule for limit, schedule in rows if widest <= limit)
+    maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0
+    # 16 MiB of keys stay in L2, 32 do not, where there are many queries and outputs to a key between two uses of it:
+    # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
+    short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
+    section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
+    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_uniform(spec: AttentionSpec, schedule: ForwardSchedule) -> bool:
+    """Whether all query tiles walk over the same key tiles."""
+    if spec.q_len == 0:
+        return True
+    return all(np.unique(end).size == 1 for end in every_loaded(spec, schedule))
+
+
+@functools.lru_cache(maxsize=256)
+def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """Returns `ForwardSchedule.maxima`: how often the row maximum is taken. Taking it rarely pays where rows walk over
+    many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
+    """
+    if spec.q_len == 0:
+        return 0
+    start, *_, stop = every_row_block(spec, schedule)
+    shortest, longest = np.min(stop - start), np.max(stop - start)
+    if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
+        return 0
+    pos = np.arange(spec.q_len)
+    stops = worst_case(spec, schedule).kv_bounds(pos, pos + 1).hi
+    last = np.broadcast_to(np.minimum(stops, spec.kv_len), pos.shape) - 1
+    if np.any((last >= 0) & (last // schedule.block_kv < stop[pos // ROWS_PER_WARPGROUP] - 2)):
+        return 0  # a row that meets its first key at a step without a maximum would be given up
+    return 2 if 4 * shortest <= longest else 4
+
+
+def default_backward(spec: AttentionSpec) -> BackwardSchedule:
+    """Returns the backward's schedule of a spec, from a table by head size.
+
+    Heads of 64 and 128 take the fused form: `ordered` if gradients are to repeat, and also where that saves more time
+    in passes over memory than blocks spend waiting: in sequences that are not long, if there are many tiles. Two
+    kernels where the fused form does not exist, or where gradients are to repeat and the mask gives no order.
+
+    Measured: docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25. By analogy: head sizes between the table's.
+    """
+    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
+    if widest == spec.d and spec.d in (64, 128):
+        fused = _default_fused(spec, capped)
+        if fused is not None:
+            return BackwardSchedule(fused)
+    if widest <= 64:  # with a soft cap, which takes registers: what spills nothing
+        return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
+                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
+    if widest <= 128:
+        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
+    v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
+                                                        v_stages=v_stages))
+
+
+def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
+    """Returns the fused form for heads of 64 or 128; None if gradients are to repeat and the mask gives no order."""
+    if spec.d == 64:
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False)
+    else:  # unpinned it would spill with a soft cap
+        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True)
+    ordered = _in_order(plain, spec.kv_len)
+    if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
+        return ordered
+    return None if spec.deterministic else plain
+
+
+def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:
+    """Returns the `ordered` schedule that corresponds to a plain one.
+
+    L2 does not hold what the blocks of a large section share; in a small one more blocks of a head are at work at a
+    time, and wait for each other. Blocks in ascending order walk in step, and share what they read, but each waits for
+    the one before it; in long sequences that is little beside a block's length. Measured:
+    docs/notes/hopper_backward.md, 2026-11-25.
+    """
+    mebibytes, longest_last = (16, 2) if kv_len <= 1024 else (32, 2) if kv_len <= 4096 else (64, 4)
+    return dataclasses.replace(plain, ordered=True, longest_last=longest_last, section_bytes=mebibytes << 20)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedule) -> bool:
+    """Whether `ordered` costs little: the blocks that add to a query tile, one after the other, are done before all
+    others are (an addition takes about as long as two steps), and the SMs are hardly more idle than with the longest
+    blocks first.
+    """
+    needed = every_q_range(spec, ordered)
+    steps = (needed.stop - needed.start).sum() * spec.batch * spec.q_heads
+    return (spec.kv_len <= 2048 and bool(steps >= 2 * needed.start.size * device.H100.num_sms)
+            and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))

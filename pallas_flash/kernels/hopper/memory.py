@@ -1,0 +1,179 @@
+"""The memory of each kernel as data: the buffers and barriers of a block, from which both what the kernel allocates
+(`scratch.allocate`) and `smem_bytes` come, and the float32 sums in global memory through which dq goes.
+
+Tiles are kept in chunks of 64 columns: (chunks, rows, 64). A barrier is named for the state it announces. A full one
+waits for the chunks that TMA brings, or for the warpgroups that write; a free one for the warpgroups that have read.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_flash import tiles
+from pallas_flash.kernels.hopper.schedule import (
+    CHUNK,
+    ROWS_PER_WARPGROUP,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+    chunks,
+)
+from pallas_flash.spec import AttentionSpec
+
+__all__ = [
+    "Barrier", "Buffer", "Memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory", "forward_memory",
+    "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+]
+
+_ALIGNMENT = 1024
+"""Each buffer, and all barriers together, begin at a multiple of so many bytes."""
+_BARRIER_BYTES = 8
+_FLOAT32 = np.dtype("float32")
+_STATISTICS = 2  # of each query: where the scores and where dP start
+
+
+class Buffer(NamedTuple):
+    """An array in shared memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunked: bool = True  # (..., rows, 64) of a 16-bit type, swizzled as TMA writes it and wgmma reads it
+
+    @property
+    def smem_bytes(self) -> int:
+        return _aligned(math.prod(self.shape) * self.dtype.itemsize)
+
+
+class Barrier(NamedTuple):
+    """A barrier for each slot; each waits for so many arrivals."""
+
+    name: str
+    arrivals: int = 1
+    slots: int = 1
+
+
+class Memory(NamedTuple):
+    """What a block of one kernel has in shared memory."""
+
+    buffers: tuple[Buffer, ...]
+    barriers: tuple[Barrier, ...] = ()
+
+    @property
+    def smem_bytes(self) -> int:
+        """Bytes of a block, its barriers included."""
+        barriers = sum(barrier.slots for barrier in self.barriers)
+        return sum(buffer.smem_bytes for buffer in self.buffers) + _aligned(_BARRIER_BYTES * barriers)
+
+
+def _aligned(size: int) -> int:
+    return _ALIGNMENT * tiles.cdiv(size, _ALIGNMENT)
+
+
+def _ring(name: str, loads: int, readers: int, slots: int) -> tuple[Barrier, Barrier]:
+    """The barriers of a ring: a slot is full after so many loads, and free when so many warpgroups have read it."""
+    return Barrier(f"{name}_full", loads, slots), Barrier(f"{name}_free", readers, slots)
+
+
+def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
+    """Query, key and value tiles in rings; the output, a warpgroup's 64 rows each, where it is not the query's."""
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    buffers = [Buffer("q", (s.query_buffers, d, s.block_q, CHUNK), spec.dtype),
+               Buffer("k", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
+               Buffer("v", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+    if s.out_chunks:
+        buffers.append(Buffer("out", (s.warpgroups, min(s.out_chunks, d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
+    barriers = [*_ring("q", d, s.warpgroups, s.query_buffers), *_ring("k", d, s.warpgroups, s.num_stages),
+                *_ring("v", d_v, s.warpgroups, s.num_stages)]
+    if s.maxima:
+        barriers.append(Barrier("row_done", s.warpgroups))
+    return Memory(tuple(buffers), tuple(barriers))
+
+
+def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
+    """Keys and values, rings of queries and douts; in the fused form also dS and dq on their way.
+
+    dq is in pieces of 64 x 64, as they lie in `dq_acc_shape`; each slot's pieces have barriers of their own.
+    """
+    common = _kv_memory(spec, s, readers=s.warpgroups)
+    if s.dq == "none":
+        return common
+    handed = s.dq_slots * dq_pieces(spec, s)
+    readers = 1 if s.dq == "own" else s.warpgroups
+    buffers = (Buffer("ds", (s.ds_slots, s.block_q // CHUNK, s.block_kv, CHUNK), spec.dtype),
+               Buffer("dq", (handed, *_PIECE), _FLOAT32, chunked=False))
+    barriers = *_ring("dq", 1, 1, handed), *_ring("ds", s.warpgroups, readers, s.ds_slots)
+    return Memory(common.buffers + buffers, common.barriers + barriers)
+
+
+def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
+    """Keys and values, rings of queries and douts, which both warpgroups read, and P on its way from one to the other.
+    """
+    common = _kv_memory(spec, s, readers=2)
+    p = Buffer("p", (s.p_slots, s.block_q // CHUNK, s.block_kv, CHUNK), np.dtype("float16"))
+    return Memory((*common.buffers, p), common.barriers + _ring("p", 1, 1, s.p_slots))
+
+
+def _kv_memory(spec: AttentionSpec, s: KvSchedule | SplitSchedule, readers: int) -> Memory:
+    """What all kernels have that keep a key tile. The queries' statistics come with them, in a load of their own."""
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    return Memory(
+        (Buffer("q", (s.num_stages, d, s.block_q, CHUNK), spec.dtype),
+         Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype),
+         Buffer("k", (d, s.block_kv, CHUNK), spec.dtype), Buffer("v", (d_v, s.block_kv, CHUNK), spec.dtype),
+         Buffer("stats", (s.num_stages, _STATISTICS, s.block_q), _FLOAT32, chunked=False)),
+        (Barrier("kv_full", d + d_v),
+         *_ring("q", d + 1, readers, s.num_stages), *_ring("dout", d_v, readers, s.num_stages)))
+
+
+def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
+    """A query and a dout for each warpgroup, which arrive together; rings of keys and values."""
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    return Memory(
+        (Buffer("q", (s.warpgroups, d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+         Buffer("dout", (s.warpgroups, d_v, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+         Buffer("k", (s.k_stages, d, s.block_kv, CHUNK), spec.dtype),
+         Buffer("v", (s.v_stages, d_v, s.block_kv, CHUNK), spec.dtype)),
+        (Barrier("q_full", d + d_v, s.warpgroups),
+         *_ring("k", d, s.warpgroups, s.k_stages), *_ring("v", d_v, s.warpgroups, s.v_stages)))
+
+
+def prepare_memory(spec: AttentionSpec) -> Memory:
+    """64 rows of out and of dout, which arrive together."""
+    rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
+
+
+def finish_memory(spec: AttentionSpec) -> Memory:
+    """64 rows of dq."""
+    return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
+
+
+_PIECE = 16, 256
+"""64 x 64 float32 numbers of dq, in the order in which the threads of a warpgroup hold them."""
+
+
+def dq_pieces(spec: AttentionSpec, s: KvSchedule) -> int:
+    """64 x 64 pieces of a tile of dq."""
+    return s.block_q // CHUNK * chunks(spec.d)
+
+
+def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
+    """The shape of dq's float32 sums in the fused form: (batch, q_heads, query tiles, pieces, 16, 256)."""
+    return spec.batch, spec.q_heads, tiles.cdiv(spec.q_len, s.block_q), dq_pieces(spec, s), *_PIECE
+
+
+def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+    """Shared memory of a block, its barriers included."""
+    match s:
+        case ForwardSchedule():
+            memory = forward_memory(spec, s)
+        case KvSchedule():
+            memory = kv_memory(spec, s)
+        case SplitSchedule():
+            memory = split_memory(spec, s)
+        case DqSchedule():
+            memory = dq_memory(spec, s)
+    return memory.smem_bytes

@@ -1,0 +1,381 @@
+"""Arrays in the registers of a warpgroup: layouts, copies to and from memory, and helpers on 64 rows.
+
+Tiles in shared memory are (chunks, rows, 64): columns in chunks of 64, a row of a chunk being the 128 bytes that TMA
+swizzles. Plain functions of `jax.numpy` do for the rest.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+
+__all__ = [
+    "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "chunk_bytes", "column_sums",
+    "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row", "load_row_stats", "positions", "row_zeros",
+    "spread", "stack", "store_chunks", "store_linear", "store_row_stats", "store_zeros", "zeros",
+]
+
+SWIZZLE_BYTES = 128
+"""The widest swizzle: the bytes of a row of a chunk."""
+CHUNKED = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)  # type: ignore[abstract]
+"""Transforms of a buffer of shape (..., chunks, rows, 64)."""
+
+ACC = plgpu.Layout._WGMMA_ACC_32BIT
+"""(64, columns) as wgmma wants accumulators: one 32-bit register an element."""
+TILE = plgpu.Layout.WGMMA
+"""(64, columns), the same elements in the same threads, two to a vector."""
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+"""(64,): a number for each row of a tile."""
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
+"""(columns,): a number for each column of a tile."""
+
+
+def zeros(columns: int) -> Any:
+    """A (64, columns) accumulator of zeros."""
+    return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), ACC)
+
+
+def row_zeros() -> Any:
+    """(64,) float32 zeros in ROW_LAYOUT."""
+    return plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROW_LAYOUT)
+
+
+def spread(x: Any, columns: int) -> Any:
+    """Spreads x, (64,), over columns: (64, columns), every column of which is x."""
+    return lax.broadcast_in_dim(x, (64, columns), [0])
+
+
+def stack(x: Any) -> Any:
+    """Stacks x, (n,), 64 times: (64, n), every row of which is x."""
+    return lax.broadcast_in_dim(x, (64, x.shape[0]), [1])
+
+
+def column_sums(x: Any) -> Any:
+    """Sums of every eighth column, (64, n) -> (64, 8), which no two threads share."""
+    return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
+
+
+@interpreted_as(lambda parts: jnp.concatenate(parts, axis=1))
+def concatenate(parts: list[Any]) -> Any:
+    """Joins arrays (64, n) of one dtype, in the layout TILE, along their columns."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = (64, sum(part.shape[1] for part in parts))
+
+    @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts),
+                       return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, TILE))
+    def join(_: Any, *parts: Any) -> Any:
+        registers = np.concatenate([part.registers for part in parts], axis=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed)
+
+    return join(*parts)
+
+
+@interpreted_as(lambda columns, axis, first: first + lax.broadcasted_iota(jnp.int32, (64, columns), axis))
+def positions(columns: int, axis: int, first: Any) -> Any:
+    """Makes first + the index along `axis`, (64, columns) int32 in the layout TILE, where it is used.
+
+    It takes one register a row. Values of `plgpu.broadcasted_iota` do not change in a loop, so LLVM would keep, and
+    spill, all of them.
+    """
+    @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
+    def make(_: Any, first: Any) -> Any:
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
+        const = lambda value: mgpu.utils.c(value, i32)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
+        lane = arith.remui(thread, const(32))
+        # registers (column / 8, row / 8 % 2): rows 16 warp + 8 i + lane / 4, columns 8 j + 2 (lane % 4) + 0, 1
+        own = (arith.addi(arith.muli(arith.divui(thread, const(32)), const(16)), arith.divui(lane, const(4))),
+               arith.muli(arith.remui(lane, const(4)), const(2)))[axis]
+        base = ptx.moved(arith.addi(first.registers.item(), own))
+        layout = TILE.to_mgpu()
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 8, 2)
+        for j, i in np.ndindex(flat.shape):
+            values = [arith.addi(base, const(8 * i if axis == 0 else 8 * j + e)) for e in (0, 1)]
+            flat[j, i] = vector.from_elements(pair, values)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return make(ptx.scalar(first))
+
+
+def _store_chunks_plain(x: Any, ref: Any) -> None:
+    padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - x.shape[1])))
+    ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
+
+
+@interpreted_as(_store_chunks_plain)
+def store_chunks(x: Any, ref: Any) -> None:
+    """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x hold
+    anything.
+    """
+    columns = x.shape[1]
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)))
+    def store(_: Any, x: Any, ref: ir.Value) -> None:
+        for chunk in range(-(-columns // CHUNK)):
+            part = _padded(x[:, chunk * CHUNK:min((chunk + 1) * CHUNK, columns)])
+            part.store_tiled(_core_matrices(ref, chunk), swizzle=SWIZZLE_BYTES)
+
+    store(x, ref)
+
+
+def _load_chunks_plain(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+    del dtype
+    return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
+
+
+@interpreted_as(_load_chunks_plain)
+def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+    """Loads columns of ref, (chunks, 64, 64) in shared memory: (64, columns) in the layout TILE.
+
+    `first`, where they begin, and their number are multiples of 8.
+    """
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
+                       return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
+    def load(_: Any, ref: ir.Value) -> Any:
+        i32, pair = ptx.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        const = lambda value: mgpu.utils.c(value, i32)
+        warp, row, quarter = _thread()
+        start = arith.addi(arith.muli(warp, const(16 * CHUNK)), arith.addi(
+            arith.muli(row, const(CHUNK)), arith.muli(quarter, const(2))))
+        layout = TILE.to_mgpu()
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 8, 2)
+        for j, i in np.ndindex(flat.shape):
+            chunk, column = divmod(first + 8 * j, CHUNK)
+            swizzled = arith.muli(arith.xori(row, const(column // 8)), const(8))
+            index = arith.addi(arith.addi(start, swizzled), const(chunk * chunk_bytes(ref) // 2 + 8 * i * CHUNK))
+            flat[j, i] = llvm.load(pair, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index],
+                                                                 pair.element_type))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref)
+
+
+@interpreted_as(lambda ref: ref[...])
+def load_chunk(ref: Any) -> Any:
+    """Loads one chunk of shared memory by ldmatrix: (64, 64) in the layout TILE."""
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
+                       return_type=plgpu.ShapeDtypeStruct((64, 64), ref.dtype, TILE))
+    def load(_: Any, ref: ir.Value) -> Any:
+        rows = mgpu.memref_unfold(mgpu.memref_unfold(ref, 0, (None, 8)), 2, (None, CHUNK))
+        matrices = mgpu.memref_transpose(rows, (0, 2, 1, 3))
+        return mgpu.FragmentedArray.load_tiled(matrices, swizzle=SWIZZLE_BYTES, layout=TILE.to_mgpu())
+
+    return load(ref)
+
+
+def _store_linear_plain(x: Any, ref: Any) -> None:
+    ref[...] = x.reshape(_linear_shape(x.shape[1]))
+
+
+@interpreted_as(_store_linear_plain)
+def store_linear(x: Any, ref: Any) -> None:
+    """Writes x, (64, columns) float32 in the layout TILE, into ref, (columns / 4, 256), in the order of threads.
+
+    Nothing moves between threads: each stores four of its own numbers at a time. `load_linear` reads that order back.
+    """
+    shape = _linear_shape(x.shape[1])
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
+    def reinterpret(_: Any, x: Any) -> Any:
+        registers = list(x.registers.flat)
+        pairs = [mgpu.utils.vector_concat([a, b]) for a, b in zip(registers[::2], registers[1::2])]
+        return mgpu.FragmentedArray(_registers=np.array(pairs, dtype=object), _layout=layout.to_mgpu(), _is_signed=None)
+
+    ref[...] = reinterpret(x)
+
+
+@interpreted_as(lambda ref, columns: ref[...].reshape(64, columns))
+def load_linear(ref: Any, columns: int) -> Any:
+    """Loads what `store_linear` has written, from global memory: (64, columns) float32 in the layout TILE."""
+    shape = _linear_shape(columns)
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
+    def reinterpret(_: Any, x: Any) -> Any:
+        pairs = [mgpu.utils.vector_slice(register, slice(i, i + 2)) for register in x.registers.flat for i in (0, 2)]
+        tile = TILE.to_mgpu()
+        registers = np.array(pairs, dtype=object).reshape(tile.registers_shape((64, columns)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=tile, _is_signed=None)
+
+    return reinterpret(plgpu.load(ref, layout=layout, optimized=False))
+
+
+def _linear_shape(columns: int) -> tuple[int, int]:
+    return 64 * columns // 256, 256
+
+
+def _store_zeros_plain(ref: Any) -> None:
+    ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+
+@interpreted_as(_store_zeros_plain)
+def store_zeros(ref: Any) -> None:
+    """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
+    layout = plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4)
+    ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), layout)
+
+
+@interpreted_as(lambda ref, index, first, columns: ref[*index, pl.ds(first, columns)])
+def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
+    """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
+    multiples of 8.
+    """
+    dtype, (_, second, third, width) = ref.dtype, ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
+                       return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMN_LAYOUT))
+    def load(_: Any, ref: ir.Value, *indices: Any) -> Any:
+        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
+        a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
+        times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
+        row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
+        *_, quarter = _thread()  # columns 8 j + 2 quarter + 0, 1
+        row = arith.addi(row, arith.extui(i64, arith.muli(quarter, mgpu.utils.c(2, i32))))
+        element = ir.MemRefType(ref.type).element_type
+        layout = COLUMN_LAYOUT.to_mgpu()
+        registers = np.empty(layout.registers_shape((columns,)), dtype=object)
+        for j in range(columns // 8):
+            index = arith.addi(row, mgpu.utils.c(8 * j, i64))
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], element)
+            registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref, *map(ptx.scalar, (*index, first)))
+
+
+def _load_row_stats_plain(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+    index = _unravelled(row, ref.shape[:-1])
+    at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
+    return jnp.stack([at(i) for i in range(64)])
+
+
+@interpreted_as(_load_row_stats_plain)
+def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+    """Loads ref[row, first + i] where that lies below `length`, and `otherwise` where it does not.
+
+    Args:
+      ref: (rows, length) float32 in global memory, in any shape that flattens to it.
+      row, first: int32 scalars.
+
+    Returns:
+      (64,) float32 in ROW_LAYOUT.
+    """
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
+                       return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROW_LAYOUT))
+    def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
+        layout, f32 = ROW_LAYOUT.to_mgpu(), ir.F32Type.get()
+        registers = np.empty(layout.registers_shape((64,)), dtype=object)
+        missing = mgpu.utils.c(otherwise, f32)
+        for i, (index, inside, _) in enumerate(_row_elements(row.registers.item(), first.registers.item(), length,
+                                                           registers.size)):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
+            flag = arith.extui(ptx.i32(), inside)
+            asm = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
+            value = llvm.inline_asm(f32, [address, flag, missing], asm, "=&f,l,r,f", has_side_effects=True)
+            registers.reshape(-1)[i] = vector.from_elements(ir.VectorType.get((1,), f32), [value])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref, ptx.scalar(row), ptx.scalar(first))
+
+
+def _store_row_stats_plain(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+    index = _unravelled(row, ref.shape[:-1])
+
+    def write(i: Any, _: None) -> None:
+        @pl.when(first + i < length)
+        def inside() -> None:
+            ref[*index, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+    lax.fori_loop(0, x.shape[0], write, None)
+
+
+@interpreted_as(_store_row_stats_plain)
+def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+    """Stores x[i] to ref[row, first + i] where that lies below `length`; from registers, as TMA wants 16-byte strides.
+
+    Args:
+      x: (64,) float32 in ROW_LAYOUT.
+      ref: (rows, length) float32 in global memory, in any shape that flattens to it.
+      row, first: int32 scalars.
+    """
+    @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
+    def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
+        registers = list(x.registers.flat)
+        elements = _row_elements(row.registers.item(), first.registers.item(), length, len(registers))
+        for register, (index, inside, leads) in zip(registers, elements):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.F32Type.get())
+            mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(register, [], [0]),
+                                  predicate=arith.andi(leads, inside), has_side_effects=True)
+
+    store(x, ref, ptx.scalar(row), ptx.scalar(first))
+
+
+def _row_elements(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
+    """For each register of ROW_LAYOUT: its index in (rows, length), whether it lies below `length`, and whether this
+    thread is the first of the four that hold it.
+    """
+    i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
+    const = lambda value: mgpu.utils.c(value, i32)
+    thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
+    lane, warp = arith.remui(thread, const(32)), arith.divui(thread, const(32))
+    leads = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, const(4)), const(0))
+    base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
+    for i in range(count):  # rows 16 warp + 8 i + lane / 4, each in four lanes
+        local = arith.addi(arith.addi(arith.muli(warp, const(16)), const(8 * i)), arith.divui(lane, const(4)))
+        position = arith.addi(first, local)
+        inside = arith.cmpi(arith.CmpIPredicate.slt, position, const(length))
+        yield arith.addi(base, arith.extui(i64, position)), inside, leads
+
+
+def _unravelled(row: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The indices of a flat row number in `shape`."""
+    indices: list[Any] = []
+    for size in reversed(shape[1:]):
+        indices.insert(0, lax.rem(row, size))
+        row = lax.div(row, size)
+    return row, *indices
+
+
+def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Warp, row and quarter of a row of this thread in an 8-row group of the layout TILE; made where they are used, or
+    LLVM would keep what follows from them through every loop.
+    """
+    const = lambda value: mgpu.utils.c(value, ptx.i32())
+    thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
+    lane = arith.remui(thread, const(32))
+    return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
+
+
+def chunk_bytes(ref: ir.Value) -> int:
+    """Bytes from one chunk of columns to the next."""
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    return 2 * strides[0]
+
+
+def _core_matrices(ref: ir.Value, chunk: int) -> ir.Value:
+    """A chunk of a (chunks, rows, 64) buffer, as Mosaic's tiled loads and stores want it."""
+    rows = mgpu.memref_unfold(mgpu.memref_slice(ref, chunk), 0, (None, 8))  # (rows / 8, 8, 64)
+    return mgpu.memref_transpose(mgpu.memref_unfold(rows, 2, (None, CHUNK)), (0, 2, 1, 3))
+
+
+def _padded(x: Any) -> Any:
+    """x with columns of some value after its own, up to a whole chunk."""
+    missing = (CHUNK - x.shape[1]) // 8
+    if not missing:
+        return x
+    registers = np.concatenate([x.registers, np.repeat(x.registers[:, -1:], missing, axis=1)], axis=1)
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)

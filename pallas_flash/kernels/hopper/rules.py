@@ -1,0 +1,109 @@
+"""Reasons against a schedule: what the kernels cannot run, or would not fit."""
+
+import jax.numpy as jnp
+
+from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
+from pallas_flash.kernels.hopper.schedule import (
+    CHUNK,
+    ROWS_PER_WARPGROUP,
+    BackwardSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+    chunks,
+)
+from pallas_flash.kernels.hopper.work import has_order
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["reasons_against"]
+
+_Rules = tuple[tuple[bool, str], ...]
+"""What must hold, and what is said where it does not."""
+
+
+def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, smem_limit: int) -> list[str]:
+    """Returns why the kernels cannot run a spec with a schedule; an empty list if they can.
+
+    Args:
+      smem_limit: bytes of shared memory that a block may have.
+    """
+    if isinstance(schedule, ForwardSchedule):
+        rules = _forward_rules(spec, schedule, smem_limit)
+    else:
+        rules = _backward_rules(spec, schedule, smem_limit)
+    return [reason for holds, reason in rules if not holds]
+
+
+def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> _Rules:
+    needed = smem_bytes(spec, s)
+    registers = (s.block_kv * 3 // 2 + spec.d_v) // 2 + 16 * chunks(spec.d) * s.q_registers
+    return (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.num_stages >= 1 and s.query_buffers >= 1, f"{s.num_stages=} and {s.query_buffers=} must be positive"),
+        (s.out_chunks > 0 or chunks(spec.d_v) <= chunks(spec.d), f"{s.out_chunks=} needs d_v no wider than d"),
+        (registers + 32 <= s.registers[0],
+         f"scores, weights and accumulator need about {registers + 32} registers a thread, there are {s.registers[0]}"),
+        (s.held_columns % 16 == 0 and 0 <= s.held_columns <= s.block_kv,
+         f"{s.held_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
+        (s.maxima == 0 or spec.dtype == jnp.bfloat16,
+         f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
+        (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
+        (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
+         f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
+         "two steps"),
+        (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
+    )
+
+
+def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
+    held = (spec.d + spec.d_v + 2 * s.block_q) // 2
+    whole = spec.d % CHUNK == 0
+    return (
+        (s.block_q in (64, 128), f"{s.block_q=} must be 64 or 128"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
+        (s.ds_slots in (1, 2, 4), f"{s.ds_slots=} must be 1, 2 or 4"),
+        (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
+        (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
+        (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
+        (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
+        (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
+        (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
+        (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
+        (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
+         f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
+        (not s.pipelined or s.num_stages > 1, f"{s.pipelined=} needs {s.num_stages=} to be 2 or 4"),
+        (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
+    )
+
+
+def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> _Rules:
+    return ((s.num_stages in (1, 2, 4), f"{s.num_stages=} must be 1, 2 or 4"),
+            (s.p_slots in (1, 2, 4), f"{s.p_slots=} must be 1, 2 or 4"),
+            (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
+
+
+def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
+    held = (spec.d + 2 * s.block_kv) // 2
+    return (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
+        (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (not s.pipelined or s.k_stages > 1, f"{s.pipelined=} needs {s.k_stages=} to be 2 or more"),
+        (held + 16 <= s.registers[0], f"dq and scores need {held} registers a thread of {s.registers[0]}"),
+    )
+
+
+def _backward_rules(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit: int) -> _Rules:
+    kv, dq = schedule.kv, schedule.dq
+    rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
+             (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
+             (not (schedule.fused and spec.deterministic) or kv.ordered,
+              "deterministic gradients need `ordered`, or the form of two kernels")]
+    rules += [] if dq is None else _dq_rules(spec, dq)
+    for s in (kv, dq):
+        if s is not None:
+            rules.append(((needed := smem_bytes(spec, s)) <= smem_limit, f"{s} needs {needed} bytes of {smem_limit}"))
+    return tuple(rules)

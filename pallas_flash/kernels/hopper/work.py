@@ -1,0 +1,251 @@
+"""Which tiles a block walks.
+
+The mask is asked in two places. In a kernel, for the block's own tiles: the functions that take a `mask` work on traced
+numbers too. On the host, for everything that is decided before a kernel runs: tables, sections, the order of blocks,
+and which branches can be left out. The host asks one mask, `worst_case`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash import device, masks, tiles
+from pallas_flash.kernels.hopper.schedule import (
+    ROWS_PER_WARPGROUP,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+)
+from pallas_flash.kernels.mosaic import scheduling
+from pallas_flash.kernels.mosaic.scheduling import Work
+from pallas_flash.spec import AttentionSpec
+
+__all__ = [
+    "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
+    "forward_table", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries",
+    "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
+]
+
+_Schedule = ForwardSchedule | KvSchedule | SplitSchedule | DqSchedule
+_BackwardPart = KvSchedule | SplitSchedule | DqSchedule
+
+_BLOCK_STEPS = 1.5  # the start and end of a block, or of a tile in the forward, cost about that many steps
+
+
+# -- the mask ----------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=256)
+def worst_case(spec: AttentionSpec, s: _Schedule) -> masks.Mask:
+    """The spec's mask and the ends of ragged tiles.
+
+    What the host asks: it keeps every pair that a kernel's mask keeps for any batch entry and head. As long as masks
+    hold no arrays, it is also the kernels' mask.
+    """
+    ends = _forward_ends(spec, s) if isinstance(s, ForwardSchedule) else _backward_ends(spec, s)
+    return spec.mask & masks.InBounds(**ends) if ends else spec.mask
+
+
+def _forward_ends(spec: AttentionSpec, s: ForwardSchedule) -> dict[str, int]:
+    """The keys' end, if the last key tile is ragged and the mask lets some query reach past it. Rows past the last
+    query need no mask: they are never stored.
+    """
+    first = np.arange(0, spec.q_len, ROWS_PER_WARPGROUP)
+    reach = np.max(spec.mask.kv_bounds(first, np.minimum(first + ROWS_PER_WARPGROUP, spec.q_len)).hi)
+    return {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv and reach > spec.kv_len else {}
+
+
+def _backward_ends(spec: AttentionSpec, s: _BackwardPart) -> dict[str, int]:
+    """The keys' end, if the last key tile is ragged.
+
+    Queries past the end have weights of 0, but a NaN key makes them NaN. So the queries' end too, if the last query
+    tile is ragged, keys are not cleaned (`backward.nonfinite`), and the mask may keep a key for such queries alone.
+    """
+    ends = {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv else {}
+    keeps_bad_keys = not isinstance(s, DqSchedule) and s.dq == "none"
+    if keeps_bad_keys and spec.q_len % s.block_q and not isinstance(spec.mask, masks.Full):
+        ends["q_len"] = spec.q_len
+    return ends
+
+
+@functools.lru_cache(maxsize=256)
+def may_have_idle_queries(spec: AttentionSpec) -> bool:
+    """Whether the mask's bounds leave room for a query that attends to nothing."""
+    pos = np.arange(spec.q_len)
+    lo, full_lo, full_hi, hi = (np.broadcast_to(np.clip(x, 0, spec.kv_len), pos.shape)
+                                for x in spec.mask.kv_bounds(pos, pos + 1))
+    return not np.all(np.maximum(lo, full_lo) < np.minimum(hi, full_hi))
+
+
+# -- the forward -------------------------------------------------------------------------------------------------------
+
+def q_tiles(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """The number of query tiles of a sequence."""
+    return tiles.cdiv(spec.q_len, schedule.block_q)
+
+
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any) -> tuple[Any, Any]:
+    """The key tiles [lo, hi) that a query tile loads: at least one, so that rows without keys are written too."""
+    rows = tiles.interval(q_tile, schedule.block_q, spec.q_len)
+    needed = tiles.kv_tiles(mask, rows, schedule.block_kv, spec.kv_len)
+    lo = masks.minimum(needed.start, tiles.cdiv(spec.kv_len, schedule.block_kv) - 1)
+    return lo, masks.maximum(needed.stop, lo + 1)
+
+
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any,
+              warpgroup: Any) -> tiles.TileRange:
+    """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, and among the query tile's
+    `loaded_tiles`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
+    """
+    block, real = q_tile * schedule.warpgroups + warpgroup, tiles.cdiv(spec.q_len, ROWS_PER_WARPGROUP)
+    if real % schedule.warpgroups:
+        block = masks.minimum(block, real - 1)
+    rows = tiles.interval(block, ROWS_PER_WARPGROUP, spec.q_len)
+    needed = tiles.kv_tiles(mask, rows, schedule.block_kv, spec.kv_len)
+    lo, hi = loaded_tiles(mask, spec, schedule, q_tile)
+    stop = masks.minimum(masks.maximum(needed.stop, lo + 1), hi)
+    start = masks.maximum(masks.minimum(needed.start, stop - 1), lo)
+    return tiles.TileRange(start, needed.full_start, needed.full_stop, stop)
+
+
+def every_loaded(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """`loaded_tiles` of every query tile: (query tiles,) each."""
+    count = q_tiles(spec, schedule)
+    lo, hi = loaded_tiles(worst_case(spec, schedule), spec, schedule, np.arange(count))
+    return np.broadcast_to(lo, (count,)), np.broadcast_to(hi, (count,))
+
+
+def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.TileRange:
+    """`row_tiles` of every block of 64 rows: (query tiles * warpgroups,) each."""
+    q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
+    warpgroup = np.arange(q_tile.size) % schedule.warpgroups
+    needed = row_tiles(worst_case(spec, schedule), spec, schedule, q_tile, warpgroup)
+    return tiles.TileRange(*(np.broadcast_to(x, q_tile.shape) for x in needed))
+
+
+class Steps(NamedTuple):
+    """What some block of 64 rows meets: the kernel leaves out the code for what none does.
+
+    Key tiles are walked from the last to the first. `first_masked`: the tile walked first may be partial;
+    `later_masked`: one of the others; `skips_above`, `skips_below`: a warpgroup does not need the query tile's last,
+    first key tiles.
+    """
+
+    first_masked: bool
+    later_masked: bool
+    skips_above: bool
+    skips_below: bool
+
+
+@functools.lru_cache(maxsize=256)
+def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
+    """Asks the mask about every block of rows."""
+    start, full_start, full_stop, stop = every_row_block(spec, schedule)
+    lo, hi = (np.repeat(x, schedule.warpgroups) for x in every_loaded(spec, schedule))
+    first, others = stop - 1, stop - 1 > start
+    return Steps(
+        first_masked=bool(np.any((first >= full_stop) | (first < full_start))),
+        later_masked=bool(np.any(others & ((start < full_start) | (first - 1 >= full_stop)))),
+        skips_above=bool(np.any(stop < hi)), skips_below=bool(np.any(start > lo)))
+
+
+@functools.lru_cache(maxsize=64)
+def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
+    """Which tiles each block works on: (blocks, slots) int32 of flat tile numbers (batch, head, query tile), then -1.
+
+    Longest first, in sections of heads whose keys and values stay in L2 together; each tile goes to the block that is
+    free first. The last column is -1.
+    """
+    lo, hi = every_loaded(spec, schedule)
+    cost = hi - lo + _BLOCK_STEPS
+    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v)
+    section = max(1, schedule.section_bytes // max(head_bytes, 1)) * spec.group
+    order = scheduling.in_sections(spec.batch * spec.q_heads, section, np.argsort(-cost, kind="stable"))
+    return scheduling.table(order, cost[order % cost.size], schedule.num_blocks)
+
+
+# -- the backward ------------------------------------------------------------------------------------------------------
+
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Any) -> tiles.TileRange:
+    """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
+    must be masked.
+    """
+    return tiles.q_tiles(mask, (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv), s.block_q, spec.q_len)
+
+
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Any) -> tiles.TileRange:
+    """The key tiles that a query tile needs."""
+    return tiles.kv_tiles(mask, tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
+
+
+def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+    """`q_range` of every key tile: (key tiles,) each."""
+    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
+    needed = q_range(worst_case(spec, s), spec, s, kv_tile)
+    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), kv_tile.shape) for x in needed))
+
+
+def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+    """`kv_range` of every query tile: (query tiles,) each."""
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    needed = kv_range(worst_case(spec, s), spec, s, q_tile)
+    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
+
+
+def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
+    """The blocks of a kernel in sections of about `section_bytes`."""
+    return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
+
+
+@functools.lru_cache(maxsize=256)
+def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
+    """The blocks of a kernel that keeps key tiles.
+
+    If `ordered`, descending: with a causal mask, or a window, the block of the tile before reaches each query tile
+    later without waiting. But then the longest blocks may start last. So where they are much longer than others,
+    `longest_last` eighths of the tiles come after them, in ascending order.
+    """
+    needed = every_q_range(spec, s)
+    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
+    work = _work(spec.batch * spec.kv_heads, needed, head_bytes, s.section_bytes)
+    if not s.ordered:
+        return work
+    length = needed.stop - needed.start
+    return work._replace(ascending=work.ascending * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
+    """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
+    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
+    return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s.section_bytes)
+
+
+def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
+    first, _, _, stop = kv_range(mask, spec, s, q_tile)
+    split = kv_work(spec, s).ascending
+    return jnp.where(kv_tile >= split, stop - 1 - kv_tile,
+                     jnp.maximum(stop - jnp.maximum(first, split), 0) + kv_tile - first)
+
+
+@functools.lru_cache(maxsize=256)
+def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
+    """Whether the key tiles whose blocks add to a query tile are those that the mask's bounds name, and at least one:
+    then `additions_before` follows from a block's number.
+    """
+    needed, (start, _, _, stop) = every_q_range(spec, s), _every_kv_range(spec, s)
+    begin, end = needed.start, np.maximum(needed.start, needed.stop)
+    change = np.bincount(begin, minlength=start.size + 1) - np.bincount(end, minlength=start.size + 1)
+    count, kv_tile = np.cumsum(change)[:-1], np.arange(begin.size)
+    first, last = (sign * tiles.smallest_covering(begin, end, sign * kv_tile, start.size) for sign in (1, -1))
+    return bool(np.all((count > 0) & (first == start) & (last == stop - 1) & (count == stop - start)))
+
+
+def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
+    """Steps until the last block has ended (`scheduling.makespan`)."""
+    needed = every_q_range(spec, s)
+    costs = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
+    return scheduling.makespan(kv_work(spec, s), costs, device.H100.num_sms)
