@@ -215,7 +215,8 @@ def test_smem_bytes_is_what_the_forward_allocates(d, change):
 
 @pytest.mark.parametrize(("d", "schedule", "described"), [
     (128, KvSchedule(), memory.kv_memory), (64, KvSchedule(dq="own", dq_slots=3), memory.kv_memory),
-    (256, SplitSchedule(p_slots=4), memory.split_memory), (96, DqSchedule(k_stages=3), memory.dq_memory)], ids=str)
+    (256, SplitSchedule(p_slots=4), memory.split_memory), (96, DqSchedule(k_stages=3), memory.dq_memory)],
+    ids=lambda x: getattr(x, "__name__", str(x)))
 def test_smem_bytes_is_what_the_backward_allocates(d, schedule, described):
     spec = make_spec(500, 500, d=d)
     assert_smem_bytes(described(spec, schedule), memory.smem_bytes(spec, schedule))
