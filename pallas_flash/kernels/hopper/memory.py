@@ -16,6 +16,7 @@ from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     DqSchedule,
     ForwardSchedule,
+    KeySchedule,
     KvSchedule,
     SplitSchedule,
     chunks,
@@ -98,7 +99,7 @@ def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
     dq is in pieces of 64 x 64, as they lie in `dq_acc_shape`; each slot's pieces have barriers of their own.
     """
     common = _kv_memory(spec, s, readers=s.warpgroups)
-    if s.dq == "none":
+    if not s.makes_dq:
         return common
     handed = s.dq_slots * dq_pieces(spec, s)
     readers = 1 if s.dq == "own" else s.warpgroups
@@ -116,7 +117,7 @@ def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
     return Memory((*common.buffers, p), common.barriers + _ring("p", 1, 1, s.p_slots))
 
 
-def _kv_memory(spec: AttentionSpec, s: KvSchedule | SplitSchedule, readers: int) -> Memory:
+def _kv_memory(spec: AttentionSpec, s: KeySchedule, readers: int) -> Memory:
     """What all kernels have that keep a key tile. The queries' statistics come with them, in a load of their own."""
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     return Memory(

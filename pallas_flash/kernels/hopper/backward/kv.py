@@ -49,7 +49,7 @@ def load_role(block: Block[KvSchedule]) -> None:
         def _() -> None:
             load(block)
 
-        if block.schedule.dq != "none":
+        if block.schedule.makes_dq:
             for slot in range(block.schedule.dq_slots):
                 pl.when(warp == 1 + slot)(functools.partial(add_dq, block, slot))
 
@@ -288,17 +288,17 @@ def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
-    spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
+    spoiled = without_bad_rows(block, "kv" if s.makes_dq else "v", warpgroup)
     alone = gradients_pipelined if s.pipelined else gradients_unpipelined
     gradients = gradients_with_late_dq if s.dq == "shared" else alone
     dk, dv = gradients(block, warpgroup)
-    if s.dq != "none":
+    if s.makes_dq:
         tiles.see_last_phases(block.bars["ds_free"], s.ds_slots, block.walk.steps)
         meet(block)  # the others' last dq has been multiplied: keys may be written over
     index = block.batch, block.head, block.tile * s.block_kv + warpgroup * ROWS_PER_WARPGROUP, 0
     rows = pl.ds(warpgroup * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
-    if s.dq != "none":
+    if s.makes_dq:
         dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
         tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)

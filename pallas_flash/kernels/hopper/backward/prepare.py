@@ -74,7 +74,7 @@ def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[
         dlse = registers.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
         plgpu.barrier_wait(bars["full"])
         chunk = lambda i, c: registers.load_chunks(smem["rows"].at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
-        delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse
+        delta = sum((chunk(0, c) * chunk(1, c) for c in range(columns)), jnp.float32(0.0)).sum(axis=1) - dlse
         store = lambda row, x: registers.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
         for row, x in statistics(spec, lse, rest, delta).items():
             store(row, x)
