@@ -7,11 +7,10 @@ is so large that weights overflow (`overflows`). In the backward, what lse lost 
 it begins to show beside the rounding of weights: they are called large (`is_large`).
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from pallas_flash import masks, softmax
+from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope"]
@@ -31,19 +30,20 @@ def score_unit(spec: AttentionSpec) -> float:
     return softmax.unit(spec.scale, spec.softcap) * softmax.LOG2E
 
 
-def scaled(spec: AttentionSpec, x: Any) -> Any:
+def scaled(spec: AttentionSpec, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scores in their unit, from the products x of queries and keys."""
     if spec.softcap is None:
         return softmax.scores(x, spec.scale, None)[0]
     return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
 
 
-def slope(spec: AttentionSpec, s: Any, p: Any) -> Any:
+def slope(spec: AttentionSpec, s: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
     """The weights p of scores s, times the derivative of the soft cap."""
     return p if spec.softcap is None else jnp.where(p == 0, 0.0, p * (1 - s * s))
 
 
-def masked(s: Any, mask: masks.Mask, q_pos: Any, kv_pos: Any) -> Any:
+def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
+           kv_pos: Int[Array, "64 n"]) -> Float[Array, "64 n"]:
     """Scores or exponents, -inf where the mask does not keep a pair.
 
     Args:
@@ -53,7 +53,7 @@ def masked(s: Any, mask: masks.Mask, q_pos: Any, kv_pos: Any) -> Any:
     return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
 
 
-def _tanh(x: Any, exact: bool) -> Any:
+def _tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
     """tanh from exp2: the hardware's has 11 bits. If `exact`, with a small relative error, too."""
     t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
     if not exact:
@@ -80,11 +80,11 @@ def may_be_large(spec: AttentionSpec) -> bool:
     return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
 
 
-def is_large(spec: AttentionSpec, size_log2: Any) -> Any:
+def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array, "..."]:
     """Flags of rows that are large, from |lse| log2(e); also of those that attend to nothing, whose lse is infinite."""
     return size_log2 > largest(spec)
 
 
-def overflows(spec: AttentionSpec, start: Any) -> Any:
+def overflows(spec: AttentionSpec, start: Float[Array, "..."]) -> Bool[Array, "..."]:
     """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
     return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64

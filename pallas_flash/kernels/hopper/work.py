@@ -6,7 +6,7 @@ and which branches can be left out. The host asks one mask, `worst_case`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from pallas_flash.kernels.hopper.schedule import (
 )
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
+from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.masks import Positions
 from pallas_flash.spec import AttentionSpec
 
@@ -86,6 +87,16 @@ def may_have_idle_queries(spec: AttentionSpec) -> bool:
 def q_tiles(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """The number of query tiles of a sequence."""
     return tiles.cdiv(spec.q_len, schedule.block_q)
+
+
+@overload
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,
+                 q_tile: Index) -> tuple[Index, Index]: ...
+
+
+@overload
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,
+                 q_tile: Positions) -> tuple[Positions, Positions]: ...
 
 
 def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,

@@ -7,12 +7,13 @@ bit. That one is, the last bit of all 64 numbers says.
 """
 
 import enum
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.kernels.hopper.registers import PerColumn, PerRow
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Flag
 
 __all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark"]
 
@@ -32,12 +33,12 @@ LOADED = (Statistics.LSE, Statistics.DELTA)
 """What comes to shared memory with each tile; the third is read where it is needed, which is rare."""
 
 
-def with_mark(lse_log2: Any, large: Any) -> Any:
+def with_mark(lse_log2: PerRow, large: Flag) -> PerRow:
     """lse log2(e) with its last bit set if `large`, a scalar, else cleared."""
     bits = lax.bitcast_convert_type(lse_log2, jnp.int32)
     return lax.bitcast_convert_type(jnp.where(large, bits | 1, bits & -2), jnp.float32)
 
 
-def is_marked(lse_log2: Any, layout: Any) -> Any:
+def is_marked(lse_log2: PerColumn, layout: ptx.Layout) -> Flag:
     """Whether one of 64 queries is large, from any of their numbers; the same in every thread of a warp."""
     return ptx.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)
