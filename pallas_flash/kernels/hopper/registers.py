@@ -128,8 +128,8 @@ def _store_chunks_plain(x: Fragment, ref: Ref) -> None:
 
 @interpreted_as(_store_chunks_plain)
 def store_chunks(x: Fragment, ref: Ref) -> None:
-    """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x hold
-    anything.
+    """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x get
+    any value.
     """
     columns = x.shape[1]
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)))
@@ -387,7 +387,7 @@ def _core_matrices(ref: ir.Value, chunk: int) -> ir.Value:
 
 
 def _padded(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """x with columns of some value after its own, up to a whole chunk."""
+    """Adds columns of any value to x, up to a whole chunk."""
     missing = (CHUNK - x.shape[1]) // 8
     if not missing:
         return x

@@ -116,7 +116,7 @@ class KeySchedule(Hashable, Protocol):
 
     @property
     def makes_dq(self) -> bool:
-        """Whether it is the fused form."""
+        """Whether it is a kernel of dq, too: the fused form."""
 
     @property
     def ordered(self) -> bool: ...
@@ -198,6 +198,7 @@ class SplitSchedule:
     p_slots: int = 2
     section_bytes: int = 32 << 20
 
+    # What every KeySchedule says, and is fixed here.
     block_q: ClassVar[int] = 64
     block_kv: ClassVar[int] = ROWS_PER_WARPGROUP
     warpgroups: ClassVar[int] = 2

@@ -26,25 +26,25 @@ _SERIES_END = 0.6
 # -- from products to exponents ----------------------------------------------------------------------------------------
 
 def score_unit(spec: AttentionSpec) -> float:
-    """The unit of scores, times log2(e): what makes exponents of base 2 of them."""
+    """The unit of scores times log2(e). A score times it is an exponent of base 2."""
     return softmax.unit(spec.scale, spec.softcap) * softmax.LOG2E
 
 
 def scaled(spec: AttentionSpec, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Scores in their unit, from the products x of queries and keys."""
+    """Computes scores in their unit from the products x of queries and keys."""
     if spec.softcap is None:
         return softmax.scores(x, spec.scale, None)[0]
     return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
 
 
 def slope(spec: AttentionSpec, s: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The weights p of scores s, times the derivative of the soft cap."""
+    """Multiplies the weights p of scores s with the derivative of the soft cap."""
     return p if spec.softcap is None else jnp.where(p == 0, 0.0, p * (1 - s * s))
 
 
 def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
            kv_pos: Int[Array, "64 n"]) -> Float[Array, "64 n"]:
-    """Scores or exponents, -inf where the mask does not keep a pair.
+    """Sets scores or exponents to -inf where the mask does not keep a pair.
 
     Args:
       s: (64, n) in the layout TILE.
@@ -54,7 +54,7 @@ def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
 
 
 def _tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
-    """tanh from exp2: the hardware's has 11 bits. If `exact`, with a small relative error, too."""
+    """Computes tanh from exp2, as the hardware's tanh has 11 bits. If `exact`, its relative error is small, too."""
     t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
     if not exact:
         return t
@@ -86,5 +86,5 @@ def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array,
 
 
 def overflows(spec: AttentionSpec, start: Float[Array, "..."]) -> Bool[Array, "..."]:
-    """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
-    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64
+    """Flags of rows whose start is rounded by so much, 8 (float16) or 64 in base 2, that weights may overflow."""
+    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)

@@ -1,6 +1,6 @@
 """Sums over keys without tensor cores, one key at a time: slow, and exact to rounding.
 
-They repair tiles in which 0 * NaN has become NaN.
+They repair tiles in which a weight of 0 met a NaN: 0 * NaN is NaN.
 """
 
 from collections.abc import Callable

@@ -60,7 +60,7 @@ def store_tile(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,
 
 
 def await_free(free: Ref, slots: int, index: Index) -> Index:
-    """The slot of a ring that takes the tile with that index, once what was there before has been read."""
+    """Waits until tile number `index` of a ring has a slot: what was in it has been read. Returns the slot."""
     slot = rem(index, slots)
 
     @pl.when(index >= slots)

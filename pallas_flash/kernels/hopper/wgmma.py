@@ -159,8 +159,8 @@ def _ready_plain(x: Fragment, pending: int) -> Fragment:
 
 @interpreted_as(_ready_plain)
 def ready(x: Fragment, pending: int) -> Fragment:
-    """x, once at most `pending` products are in flight. The result of the wait depends on x, so no use of x moves above
-    it.
+    """Returns x once at most `pending` products are in flight. The result of the wait depends on x, so no use of x
+    moves above it.
     """
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def wait(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
@@ -172,9 +172,9 @@ def ready(x: Fragment, pending: int) -> Fragment:
 
 @interpreted_as(lambda x: x)
 def settled(x: Fragment) -> Fragment:
-    """x, (64, columns), in the layout ACC, each element in a register of its own from here on.
+    """Returns x, (64, columns), in the layout ACC, each element in a register of its own from here on.
 
-    Else copies would be made right before the product that needs them, where ptxas first waits for those in flight
+    Otherwise copies would be made right before the product that needs them, where ptxas first waits for those in flight
     (C7517).
     """
     x = plgpu.layout_cast(plgpu.layout_cast(x, TILE), ACC)
@@ -237,7 +237,7 @@ def _commit() -> None:
 
 def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element: str, *,
            transposed: tuple[int, int]) -> list[ir.Value]:
-    """One m64 n k16 instruction: acc + a b, or a b where acc is empty.
+    """Emits one m64 n k16 instruction: acc + a b, or a b where acc is empty.
 
     Args:
       a: a descriptor, or four words of registers.
@@ -259,7 +259,7 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
 
 
 def _tied(registers: list[ir.Value], asm: str) -> list[ir.Value]:
-    """`asm` as a statement that reads and writes every register."""
+    """Emits `asm` as a statement that reads and writes every register, and returns them."""
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
     kind = registers[0].type

@@ -260,7 +260,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
 
 
 def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
-    """Steps until the last block has ended (`scheduling.makespan`)."""
+    """The number of steps until the last block has ended (`scheduling.makespan`)."""
     needed = every_q_range(spec, s)
     costs = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
     return scheduling.makespan(kv_work(spec, s), costs, device.H100.num_sms)

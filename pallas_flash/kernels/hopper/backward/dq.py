@@ -104,7 +104,7 @@ def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Expo
 
 
 def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragment) -> Fragment:
-    """Computes what dP is multiplied with, from scores: P times the slope of the soft cap."""
+    """Computes P times the slope of the soft cap from s = Q K^T."""
     spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
     partial = block.walk.partial(kv_tile) if work.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
@@ -128,7 +128,11 @@ def keys_of(block: Block[DqSchedule], i: Index) -> Ref:
 
 def one_step(block: Block[DqSchedule], rows: Rows, i: Array, last: Fragment | None,
              dq: Fragment) -> tuple[Fragment, Fragment]:
-    """Computes dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
+    """Computes dS of a key tile, in the input's type, and adds the product of the step before to dq.
+
+    Args:
+      last: dS of the step before, in the input's type; None if there is nothing to add.
+    """
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
     from_delta = wgmma.settled(registers.spread(rows.delta, s.block_kv))
@@ -158,7 +162,7 @@ def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Fragment:
 
 
 def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Fragment:
-    """Computes the same; each tile's dq is multiplied during the next tile's softmax."""
+    """Computes dq of a warpgroup's rows; each tile's is multiplied during the next tile's softmax."""
     def run() -> Fragment:
         ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
         ds, dq = lax.fori_loop(1, block.walk.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))

@@ -39,7 +39,7 @@ from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch"]
+__all__ = ["block_of", "launch", "meet", "scratch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
@@ -189,7 +189,7 @@ def finish_late_dq(block: Block[KvSchedule], warpgroup: Index, ordinal: Index, d
 
 def step_with_late_dq(block: Block[KvSchedule], warpgroup: Index, step: Step, late: bool, dk: Fragment,
                       dv: Fragment) -> Sums:
-    """Runs one step, and dq of the step before (`late`), whose dS the other warpgroups have written meanwhile."""
+    """Runs one step; if `late`, also dq of the step before, whose dS the other warpgroups have written meanwhile."""
     bars, slot, before = block.bars, step.slot(block.schedule.num_stages), step.ordinal - 1
     w = weights_unpipelined(block, warpgroup, step)
     hand_ds_over(block, warpgroup, step.ordinal, w.ds)
@@ -227,7 +227,7 @@ def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Index) -> Sums:
 
 
 def _where_work(block: Block[KvSchedule], run: Callable[[], Sums]) -> Sums:
-    """Returns what `run` does, or zeros for key tiles that no query needs, if there are such."""
+    """Returns what `run` returns, or zeros where no query needs the key tile."""
     spec = block.spec
     nothing = lambda: (registers.zeros(spec.d), registers.zeros(spec.d_v))
     empty = work.kv_work(spec, block.schedule).empty
@@ -344,8 +344,13 @@ def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[
     return smem, bars | meeting_barriers(s)
 
 
-def block_of[S: KeySchedule](spec: AttentionSpec, s: S, refs: tuple[dict[str, Ref], ...]) -> Block[S]:
-    """A block of a grid that keeps keys."""
+def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
+                             refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[S]:
+    """The block of this program, of a grid that keeps keys.
+
+    Args:
+      refs: arrays in global memory, buffers in shared memory and barriers, by name.
+    """
     head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     mask = work.worst_case(spec, s)

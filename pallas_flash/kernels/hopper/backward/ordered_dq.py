@@ -129,7 +129,7 @@ def count_addition(block: Block[KvSchedule], head: Index, tile: Index) -> None:
 
 
 def _at_counter(block: Block[KvSchedule], head: Index, tile: Index, number: Index, asm: str) -> None:
-    """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
+    """Emits PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4))
     def emit(_: mgpu.LaunchContext, ref: ir.Value, *numbers: mgpu.FragmentedArray) -> None:
         i64 = ir.IntegerType.get_signless(64)

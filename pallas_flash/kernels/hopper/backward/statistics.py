@@ -3,7 +3,7 @@
 P = exp2(scale log2(e) S - lse log2(e)), where product and difference are one instruction, rounded once; the accumulator
 of dP starts at -delta, so that dS = P * dP. Where one of 64 queries is large (`scores`), lse log2(e) is rounded too
 much, and what it lost is added to the exponents of all 64: they are exact where S is what it was in the forward, to the
-bit. That one is, the last bit of all 64 numbers says.
+bit. The last bit of all 64 numbers says that one is.
 """
 
 import enum
@@ -27,14 +27,14 @@ class Statistics(enum.IntEnum):
 
 
 IDLE = 3e38
-"""Finite: its last bit must be free."""
+"""Stands for lse log2(e) of a query that attends to nothing. Finite, so that its last bit is free."""
 
 LOADED = (Statistics.LSE, Statistics.DELTA)
 """What comes to shared memory with each tile; the third is read where it is needed, which is rare."""
 
 
 def with_mark(lse_log2: PerRow, large: Flag) -> PerRow:
-    """lse log2(e) with its last bit set if `large`, a scalar, else cleared."""
+    """Sets the last bit of lse log2(e) if `large`, else clears it."""
     bits = lax.bitcast_convert_type(lse_log2, jnp.int32)
     return lax.bitcast_convert_type(jnp.where(large, bits | 1, bits & -2), jnp.float32)
 

@@ -30,7 +30,7 @@ class Walk(NamedTuple):
 
     @property
     def steps(self) -> Index:
-        """How many there are; none where stop <= start."""
+        """How many there are; not above 0 where stop <= start."""
         return self.heads * (self.stop - self.start)
 
     @property
@@ -85,5 +85,5 @@ class Step(NamedTuple):
     tile: Array
 
     def slot(self, slots: int) -> Index:
-        """Where a ring of so many slots holds what belongs to the step."""
+        """The slot that belongs to the step, in a ring of so many."""
         return rem(self.ordinal, slots)

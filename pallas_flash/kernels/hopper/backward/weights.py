@@ -20,7 +20,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
+__all__ = ["Corrections", "Exponents", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
 
 
 Exponents = Fragment | PerRow
@@ -50,7 +50,7 @@ class Large(NamedTuple):
 
 
 class Corrections(NamedTuple):
-    """What few tiles need beside exp2 of their exponents: exact exponents where queries are large, and the mask.
+    """Corrections to the exponents of few tiles: exact ones where queries are large, and the mask.
 
     All of it is in one branch: nothing else may stand between products in flight.
     """
@@ -137,7 +137,7 @@ def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
 
 def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fragment,
                  shift: float = 0.0) -> tuple[Fragment, Fragment]:
-    """Computes P^T and what dP^T is multiplied with, from K Q^T; both times 2^shift."""
+    """Computes P^T, and P^T times the slope of the soft cap, from s = K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
     partial = block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None

@@ -76,7 +76,7 @@ def following(block: Block, warpgroup: Index) -> Index:
 
 
 def takes_turns(block: Block) -> bool:
-    """Whether there are turns at all."""
+    """Whether the warpgroups take turns at the tensor cores."""
     return block.schedule.pingpong and block.schedule.warpgroups > 1
 
 
@@ -87,7 +87,7 @@ def await_turn(block: Block, warpgroup: Index) -> None:
 
 
 def pass_turn(block: Block, warpgroup: Index) -> None:
-    """Ends the warpgroup's turn."""
+    """Ends the warpgroup's turn, and begins the next one's."""
     if takes_turns(block):
         ptx.named_arrive(following(block, warpgroup), 2 * ptx.WARPGROUP)
 

@@ -54,7 +54,7 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: PerRow, acc: Fragment) -> Fl
 
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Bool[Array, "64"]:
-    """Rows whose weights may have overflowed by the rounding of their start: (64,) flags."""
+    """Flags of rows whose weights may have overflowed because their start is rounded."""
     return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
 
 

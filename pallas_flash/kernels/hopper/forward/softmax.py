@@ -40,14 +40,14 @@ it weights that count (2^-36 of the row's largest at this limit).
 
 
 class Maximum(NamedTuple):
-    """The row maximum of 64 rows, each (64,)."""
+    """The row maximum of 64 rows."""
 
     m_i: PerRow  # in the unit of scores
     start: PerRow  # m_i unit, rounded: what is subtracted from s unit
 
 
 def maximum_of(m_i: PerRow, unit: float) -> Maximum:
-    """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
+    """Adds the start to m_i. It is rounded here, once, so that alpha is exactly 1 where m_i stays."""
     return Maximum(m_i, ptx.multiply(m_i, unit, registers.ROW_LAYOUT))
 
 
@@ -68,8 +68,8 @@ their unit.
 
 
 def lowest(unit: float) -> float:
-    """m_i of rows that have seen no key: finite, and so is its product with the unit: its difference from -inf is not
-    NaN.
+    """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its
+    difference from -inf is not NaN.
     """
     return -3e38 / max(unit, 1.0)
 
@@ -123,7 +123,7 @@ def maximum_at_times(state: Softmax, s: Fragment, unit: float, due: Flag, heavy:
 
 
 def given_up(m_i: PerRow, l_i: PerRow) -> Bool[Array, "64"]:
-    """Rows whose weights grew too large: (64,) flags. Rows that are NaN by their scores are none of them."""
+    """Flags of rows whose weights grew too large. Rows that are NaN because their scores are do not count."""
     return (m_i == jnp.inf) | (l_i > FULL)
 
 
@@ -150,8 +150,8 @@ def next_softmax(state: Softmax, scores: tuple[Fragment, float], maximum: NextMa
 
 
 def rescaled(state: Softmax, acc: Fragment) -> Fragment:
-    """acc times alpha, if some row of the warp needs it. Only registers are touched: the fence that wgmma needs is
-    issued with the next product.
+    """Multiplies acc with alpha, if some row of the warp needs it. Only registers are touched: the fence that wgmma
+    needs is issued with the next product.
     """
     def multiply(acc: Fragment) -> Fragment:
         tile = plgpu.layout_cast(acc, registers.TILE)
