@@ -21,6 +21,7 @@ from pallas_flash.kernels.hopper.schedule import (
     SplitSchedule,
     chunks,
 )
+from pallas_flash.kernels.hopper.work import may_have_idle_queries
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -142,9 +143,12 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, which arrive together."""
+    """64 rows of out and of dout, and of q if it is copied, which arrive together."""
     rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
+    if not may_have_idle_queries(spec):
+        return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
+    q = Buffer("q", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows, q), (Barrier("full", 2 * chunks(spec.d_v) + chunks(spec.d)),))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:

@@ -20,17 +20,16 @@ __all__ = ["vmappable"]
 
 
 def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `function(spec, operands, *arrays)`, in which the batch is the leading axis of every array, mappable by
-    vmap.
+    """Makes a function(spec, operands, *arrays), which vmap can map, of `function(spec, device, operands, *arrays)`, in
+    which the batch is the leading axis of every array.
 
-    JAX may map a program long after it was traced: `function` still sees the `device.current()` of the first trace.
+    The device is `device.current()` when the call is traced; JAX may map the program long after.
     """
     @functools.lru_cache(maxsize=1024)
     def for_spec(spec: AttentionSpec, where: Device) -> Callable[..., Any]:
         @jax.custom_batching.custom_vmap
         def call(*args: Any) -> Any:
-            with device.assume(where):
-                return function(spec, *args)
+            return function(spec, where, *args)
 
         @call.def_vmap
         def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:

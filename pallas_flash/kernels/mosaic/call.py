@@ -6,8 +6,8 @@ the marks. Each device computes its own shard, so the result is the same.
 
 Under `jit` with automatic axes. XLA cannot look into a kernel and would gather its operands on every device.
 `partitioned` says which axes of the operands and results are batch and heads; XLA may split those, and each device
-calls the kernel of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key head,
-each sums the gradients over its own query heads, and an all-reduce adds these sums.
+runs the computation of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key
+head, each sums the gradients over its own query heads, and an all-reduce adds these sums.
 
 Two kinds of calls are gathered, not split: those exported by `jax.export`, and those inside a `shard_map` that leaves
 some axes automatic. JAX's `custom_partitioning` has two costs: a program with such a call is lowered for real devices
@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,33 +38,42 @@ _kernel_p.multiple_results = True
 compat.lower_with_devices(_kernel_p)
 
 
-def _unpartitioned(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """Calls function(*arrays) as one primitive that is never split; lowered as it is outside `shard_map`.
-
-    `function` must be the same object for the same computation: JAX's caches compare it.
+class Computation(Protocol):
+    """What runs as one primitive, as `launch.Pass` does. The same object for the same computation: JAX's caches compare
+    it.
     """
-    return tuple(_kernel_p.bind(*arrays, function=function, split=None))
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result: so nothing is traced to find them."""
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Computes the results."""
 
 
-def partitioned(function: Callable[..., tuple[Any, ...]], roles: str, spec: AttentionSpec,
-                *arrays: Any) -> tuple[Any, ...]:
-    """Calls function(spec, *arrays) as one primitive; where XLA splits it over devices, each device calls `function`
-    with its own shard's spec and arrays.
+type Build = Callable[[AttentionSpec], Computation]
+"""Makes the computation of a spec, with what depends on the spec (a table of tiles). It returns the same object for the
+same spec."""
+
+
+def _unpartitioned(computation: Computation, *arrays: Any) -> tuple[Any, ...]:
+    """Runs a computation as one primitive that is never split; lowered as it is outside `shard_map`."""
+    return tuple(_kernel_p.bind(*arrays, computation=computation, split=None))
+
+
+def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: Any) -> tuple[Any, ...]:
+    """Runs the computation of a spec as one primitive; where XLA splits it over devices, each device runs that of its
+    own shard's spec on its own shard's arrays.
 
     Args:
-      function: the same object for the same computation. It makes what depends on the spec (a table of tiles) itself.
+      build: the same object for the same computations.
       roles: of the arrays and of the results, as in "query key key -> query row":
         query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
         whole: anything of which every device takes all.
     """
-    return tuple(_kernel_p.bind(*arrays, function=_for_spec(function, spec), split=Split(function, roles, spec)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _for_spec(function: Callable[..., Any], spec: AttentionSpec) -> Callable[..., Any]:
-    return functools.partial(function, spec)
+    return tuple(_kernel_p.bind(*arrays, computation=build(spec), split=Split(build, roles, spec)))
 
 
 # -- the primitive ---------------------------------------------------------------------------------------------------
@@ -74,13 +83,19 @@ def _without_axes(aval: Any) -> Any:
 
 
 @_kernel_p.def_abstract_eval
-def _abstract(*avals: Any, function: Callable[..., Any], split: Any) -> list[Any]:
+def _abstract(*avals: Any, computation: Computation, split: Any) -> list[Any]:
     del split
-    results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return [avals[0].update(shape=r.shape, dtype=r.dtype) for r in results]
+    return [avals[0].update(shape=kind.shape, dtype=kind.dtype) for kind in computation.result_types]
 
 
-def _lower(ctx: Any, *args: Any, function: Callable[..., Any], split: "Split | None") -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _run(computation: Computation, *arrays: Any) -> tuple[Any, ...]:
+    """Runs a computation; `jit` keeps its trace, so that kernels are traced once for all programs that hold them."""
+    return computation(*arrays)
+
+
+def _lower(ctx: Any, *args: Any, computation: Computation, split: "Split | None") -> Any:
+    function: Callable[..., Any] = functools.partial(_run, computation)
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
     if split is not None and split.is_possible and _is_automatic(ctx.module_context):
@@ -105,7 +120,7 @@ _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.b
 class Split:
     """A call of `partitioned`. An axis is "batch", "q_heads", "kv_heads", or "" for those that stay whole."""
 
-    function: Callable[..., Any]
+    build: Build
     roles: str
     spec: AttentionSpec
 
@@ -175,7 +190,7 @@ class Split:
         sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
 
         def shard(*arrays: Any) -> tuple[Any, ...]:
-            found = _unpartitioned(_for_spec(self.function, local), *arrays)
+            found = _unpartitioned(self.build(local), *arrays)
             return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
 
         def sharding(role: str, array: Any) -> NamedSharding:
@@ -200,7 +215,7 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _splitting(split: Split) -> Callable[..., Any]:
-    whole = functools.partial(_unpartitioned, _for_spec(split.function, split.spec))  # a primitive: it has no constants
+    whole = functools.partial(_unpartitioned, split.build(split.spec))  # a primitive: it has no constants
     call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)
     return call

@@ -7,7 +7,6 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
@@ -229,8 +229,8 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array]:
-    """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dq."""
+def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
+    """The launch that makes dq of q, k, v, dout and the statistics."""
     blocks = work.dq_work(spec, schedule)
 
     def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
@@ -250,7 +250,9 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
         def _() -> None:
             load_role(block)
 
-    return plgpu.kernel(
-        attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
+    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype)}
+    kernel = plgpu.kernel(
+        attention_backward_dq, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
+    return Launch(kernel, ("q", "k", "v", "dout", "statistics"), outputs)

@@ -35,11 +35,12 @@ from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeyS
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["block_of", "launch", "meet", "scratch"]
+__all__ = ["INPUTS", "block_of", "gradient_types", "launch", "meet", "scratch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
@@ -344,6 +345,16 @@ def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[
     return smem, bars | meeting_barriers(s)
 
 
+INPUTS = "q", "k", "v", "dout", "statistics"
+"""The arrays that every kernel reads that keeps keys."""
+
+
+def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """What every kernel makes that keeps keys: dk and dv."""
+    _, k, v, _ = spec.operand_shapes
+    return {"dk": jax.ShapeDtypeStruct(k, spec.dtype), "dv": jax.ShapeDtypeStruct(v, spec.dtype)}
+
+
 def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
                              refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[S]:
     """The block of this program, of a grid that keeps keys.
@@ -360,15 +371,17 @@ def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
     return Block(spec, s, gmem, smem, bars, mask, batch, kv_head, kv_tile, walk)
 
 
-def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, the statistics that `backward.prepare` makes, and in the
-    fused form of one more.
+def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
+    """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
 
-    It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
-    dq's float32 sums (`memory.dq_acc_shape`), to which it adds. If `ordered`, it is a reference to zeros, (batch,
-    q_heads, q_tiles) int32, which count additions, and the sums are returned, too.
+    In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
+    (`memory.dq_acc_shape`). If `ordered`, it is the counts of additions, and the sums are made here.
     """
     fused, ordered = schedule.dq != "none", schedule.ordered
+    updates = ("additions",) * ordered or ("dq_sums",) * fused
+    outputs = gradient_types(spec)
+    if ordered:
+        outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
 
     def attention_backward_kv(*refs: Any) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
@@ -390,12 +403,10 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
         def _() -> None:
             load_role(block)
 
-    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
-    sums = [jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
-        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums),
+        attention_backward_kv, out_type=tuple(outputs.values()),
         scratch_types=scratch(memory.kv_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+    return Launch(kernel, (*INPUTS, *updates), outputs, updates)

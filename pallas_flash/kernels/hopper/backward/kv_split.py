@@ -10,10 +10,8 @@ p_free for slots of P.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -29,6 +27,7 @@ from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, Step
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -152,8 +151,10 @@ def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, and statistics; it returns dk and dv."""
+def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
+    """The launch that makes dk and dv of q, k, v, dout and the statistics."""
+    outputs = kv.gradient_types(spec)
+
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
@@ -163,10 +164,9 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
         pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
-    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(
-        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)),
+        attention_backward_split, out_type=tuple(outputs.values()),
         scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+    return Launch(kernel, kv.INPUTS, outputs)

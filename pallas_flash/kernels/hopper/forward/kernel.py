@@ -56,6 +56,7 @@ from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
@@ -320,22 +321,20 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of a spec: a function of q, k, v in the spec's layout and of `work.forward_table(spec,
-    schedule)`.
-
-    It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
+def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
+    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
+    spec's layout and of `work.forward_table(spec, schedule)`.
     """
+    inputs = "q", "k", "v", "table"
     blocks, slots = work.forward_table(spec, schedule).shape
-    results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
+    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
-        results["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
+        outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
-    def attention_forward(q: Any, k: Any, v: Any, table: Any, *rest: Any) -> None:
-        *outputs, smem, bars = rest
-        gmem = {"q": q, "k": k, "v": v, "table": table, **dict(zip(results, outputs, strict=True))}
-        block = Block(spec, schedule, gmem, smem, bars)
+    def attention_forward(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        block = Block(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem, bars)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -348,8 +347,8 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
 
     kernel = plgpu.kernel(
         attention_forward,
-        out_type=tuple(results.values()),
+        out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda q, k, v, table: tuple(kernel(q, k, v, table))[:2]
+    return Launch(kernel, inputs, outputs)
