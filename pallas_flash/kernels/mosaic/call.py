@@ -18,8 +18,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib.mlir import ir
 
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec
@@ -56,12 +57,12 @@ type Build = Callable[[AttentionSpec], Computation]
 same spec."""
 
 
-def _unpartitioned(computation: Computation, *arrays: Any) -> tuple[Any, ...]:
+def _unpartitioned(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Runs a computation as one primitive that is never split; lowered as it is outside `shard_map`."""
     return tuple(_kernel_p.bind(*arrays, computation=computation, split=None))
 
 
-def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: Any) -> tuple[Any, ...]:
+def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Runs the computation of a spec as one primitive; where XLA splits it over devices, each device runs that of its
     own shard's spec on its own shard's arrays.
 
@@ -78,24 +79,27 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: Any) -> 
 
 # -- the primitive ---------------------------------------------------------------------------------------------------
 
-def _without_axes(aval: Any) -> Any:
+def _without_axes(aval: jax.core.AbstractValue) -> jax.core.ShapedArray:
+    assert isinstance(aval, jax.core.ShapedArray)
     return jax.core.ShapedArray(aval.shape, aval.dtype)
 
 
 @_kernel_p.def_abstract_eval
-def _abstract(*avals: Any, computation: Computation, split: Any) -> list[Any]:
+def _abstract(*avals: jax.core.ShapedArray, computation: Computation,
+              split: "Split | None") -> list[jax.core.ShapedArray]:
     del split
     return [avals[0].update(shape=kind.shape, dtype=kind.dtype) for kind in computation.result_types]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(computation: Computation, *arrays: Any) -> tuple[Any, ...]:
+def _run(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Runs a computation; `jit` keeps its trace, so that kernels are traced once for all programs that hold them."""
     return computation(*arrays)
 
 
-def _lower(ctx: Any, *args: Any, computation: Computation, split: "Split | None") -> Any:
-    function: Callable[..., Any] = functools.partial(_run, computation)
+def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, computation: Computation,
+           split: "Split | None") -> Sequence[ir.Value | Sequence[ir.Value]]:
+    function: Callable[..., tuple[jax.Array, ...]] = functools.partial(_run, computation)
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
     if split is not None and split.is_possible and _is_automatic(ctx.module_context):
@@ -103,10 +107,10 @@ def _lower(ctx: Any, *args: Any, computation: Computation, split: "Split | None"
     return mlir.lower_fun(function, multiple_results=True)(plain, *args)
 
 
-def _is_automatic(context: Any) -> bool:
+def _is_automatic(context: mlir.ModuleContext) -> bool:
     """Whether XLA partitions the module for the devices of one mesh, in this process."""
     axes = context.axis_context
-    return (getattr(axes, "abstract_mesh", None) is not None and len(axes.device_assignment or ()) > 1
+    return (getattr(axes, "abstract_mesh", None) is not None and len(getattr(axes, "device_assignment", None) or ()) > 1
             and not context.lowering_parameters.for_export and jax.config.jax_use_shardy_partitioner)
 
 
@@ -115,6 +119,9 @@ _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.b
 
 
 # -- splitting -------------------------------------------------------------------------------------------------------
+
+type Shardings = tuple[NamedSharding, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -146,7 +153,8 @@ class Split:
             return ("batch", heads, *[""] * (rank - 2))
         return "batch", "", heads, ""
 
-    def rule(self, _: Mesh, arrays: Any, results: Any) -> tuple[str, dict[str, Any]]:
+    def rule(self, _: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
+             results: Sequence[jax.ShapeDtypeStruct]) -> tuple[str, dict[str, int | tuple[str, ...]]]:
         """Shardy's einsum-like rule: a letter for each axis that may be split, one of its own for each that must
         not be.
         """
@@ -154,7 +162,7 @@ class Split:
         q_heads, kv_heads = ("(g r)", "g") if grouped else ("h", "h" if self.spec.group == 1 else "")
         letters, whole = {"batch": "b", "q_heads": q_heads, "kv_heads": kv_heads, "": ""}, itertools.count()
 
-        def side(roles: list[str], types: Any) -> str:
+        def side(roles: list[str], types: Sequence[jax.ShapeDtypeStruct]) -> str:
             words = [[letters[axis] or f"w{next(whole)}" for axis in self.axes(role, len(kind.shape))]
                      for role, kind in zip(roles, types, strict=True)]
             return ", ".join(map(" ".join, words))
@@ -163,7 +171,7 @@ class Split:
         sizes = {"r": self.spec.group} if grouped else {}
         return text, sizes | dict(need_replication_factors=tuple(f"w{i}" for i in range(next(whole))))
 
-    def mesh_axes(self, mesh: Mesh, arrays: Any) -> dict[str, tuple[str, ...]]:
+    def mesh_axes(self, mesh: Mesh, arrays: list[tuple[str, jax.ShapeDtypeStruct]]) -> dict[str, tuple[str, ...]]:
         """The mesh axes that split batch, q_heads and kv_heads: those of the first array that is split there, as far
         as they divide.
         """
@@ -179,7 +187,9 @@ class Split:
         return {"": (), "batch": _dividing(mesh, found.get("batch", ()), spec.batch), "kv_heads": shared,
                 "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
 
-    def partition(self, mesh: Mesh, arrays: Any, results: Any) -> tuple[Any, ...]:
+    def partition(self, mesh: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
+                  results: Sequence[jax.ShapeDtypeStruct]) -> tuple[Mesh, Callable[..., tuple[jax.Array, ...]],
+                                                                    Shardings, Shardings]:
         """Returns what `custom_partitioning` asks for: the mesh, the computation of a shard, and the shardings of
         results and of arrays.
         """
@@ -189,18 +199,18 @@ class Split:
         local = dataclasses.replace(self.spec, **counts)
         sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
 
-        def shard(*arrays: Any) -> tuple[Any, ...]:
+        def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             found = _unpartitioned(self.build(local), *arrays)
             return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
 
-        def sharding(role: str, array: Any) -> NamedSharding:
+        def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
             split = (mesh_axes[axis] or None for axis in self.axes(role, array.ndim))
             return NamedSharding(mesh, PartitionSpec(*split))
 
         return mesh, shard, tuple(map(sharding, roles[1], results)), tuple(map(sharding, roles[0], arrays))
 
 
-def _summed(x: Any, axes: tuple[str, ...]) -> Any:
+def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
@@ -214,7 +224,7 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _splitting(split: Split) -> Callable[..., Any]:
+def _splitting(split: Split) -> Callable[..., tuple[jax.Array, ...]]:
     whole = functools.partial(_unpartitioned, split.build(split.spec))  # a primitive: it has no constants
     call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)

@@ -5,7 +5,7 @@ Between launches there is no other work: each reads arrays of the call, constant
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Launch(NamedTuple):
       updates: those of the inputs to which it writes in place.
     """
 
-    kernel: Callable[..., Any]
+    kernel: Callable[..., tuple[jax.Array, ...]]
     inputs: tuple[str, ...]
     outputs: dict[str, jax.ShapeDtypeStruct]
     updates: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Pass:
         for name, x in found.items():
             assert x.shape == self.inputs[name].shape, (name, x.shape, self.inputs[name].shape)
         found |= {name: jnp.asarray(x) for name, x in self.constants.items()}
-        updated: dict[str, Any] = {}
+        updated: dict[str, jax.Ref] = {}
 
         def value(name: str) -> jax.Array:
             return updated[name][...] if name in updated else found[name]

@@ -7,7 +7,7 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +233,8 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
     """The launch that makes dq of q, k, v, dout and the statistics."""
     blocks = work.dq_work(spec, schedule)
 
-    def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
+    def attention_backward_dq(q: Ref, k: Ref, v: Ref, dout: Ref, stats: Ref, dq: Ref, smem: dict[str, Ref],
+                              bars: dict[str, Ref]) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
         head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)

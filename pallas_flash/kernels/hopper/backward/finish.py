@@ -1,7 +1,5 @@
 """The backward's last kernel in the fused form: it makes dq of its float32 sums."""
 
-from typing import Any
-
 import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,6 +9,7 @@ from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -22,7 +21,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
     shape = memory.dq_acc_shape(spec, schedule)
     count = shape[2] * per_tile
 
-    def attention_backward_finish(acc: Any, dq: Any, smem: Any, _: Any) -> None:
+    def attention_backward_finish(acc: Ref, dq: Ref, smem: dict[str, Ref], _: dict[str, Ref]) -> None:
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)

@@ -12,21 +12,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
+from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
+from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
 
 
-def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Statistics, Any]:
-    """Computes the backward's statistics of 64 queries, each (64,), from the forward's. A barrier of the warpgroup.
+def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) -> dict[Statistics, PerRow]:
+    """Computes the backward's statistics of 64 queries from the forward's. A barrier of the warpgroup.
 
     Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
     finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
@@ -41,7 +44,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
 
-def any_large(spec: AttentionSpec, lse: Any) -> Any:
+def any_large(spec: AttentionSpec, lse: PerRow) -> Flag:
     """Whether one of 64 queries is large. A barrier of the warpgroup."""
     if not may_be_large(spec):
         return jnp.bool_(False)
@@ -109,7 +112,8 @@ def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, j
     return types
 
 
-def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Any], index: tuple[Any, Any, Any]) -> None:
+def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Ref],
+         index: tuple[Index, Index, Index]) -> None:
     """Zeroes the float32 sums of 64 queries, or the count of additions to their tile.
 
     Args:
@@ -127,13 +131,14 @@ def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Any], 
             gmem["additions"][batch, q_head, div(rows, per_tile)] = jnp.int32(0)
 
 
-def copy_clean(spec: AttentionSpec, buffer: Any, target: Any, index: tuple[Any, Any, Any], idle: Any) -> None:
+def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index, Index, Index],
+               idle: Bool[Array, "64"]) -> None:
     """Writes 64 rows of q or dout, which it overwrites in `buffer`, to their copy in global memory: with zeros where a
     query attends to nothing, so that whatever is there does not meet a weight of 0.
 
     Args:
       index: (batch, head, first row).
-      idle: (64,), whether a query attends to nothing.
+      idle: whether a query attends to nothing.
     """
     for chunk in range(buffer.shape[0]):
         x = registers.load_chunks(buffer, chunk * CHUNK, CHUNK, spec.dtype)
