@@ -6,7 +6,7 @@ and which branches can be left out. The host asks one mask, `worst_case`.
 """
 
 import functools
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,8 +108,18 @@ def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedul
     return lo, masks.maximum(needed.stop, lo + 1)
 
 
+@overload
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Index,
+              warpgroup: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: np.ndarray,
+              warpgroup: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
 def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Positions,
-              warpgroup: Positions) -> tiles.TileRange:
+              warpgroup: Positions) -> tiles.TileRange[Any]:
     """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, and among the query tile's
     `loaded_tiles`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
     """
@@ -131,7 +141,7 @@ def every_loaded(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[np.nda
     return np.broadcast_to(lo, (count,)), np.broadcast_to(hi, (count,))
 
 
-def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.TileRange:
+def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.TileRange[np.ndarray]:
     """`row_tiles` of every block of 64 rows: (query tiles * warpgroups,) each."""
     q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
     warpgroup = np.arange(q_tile.size) % schedule.warpgroups
@@ -182,33 +192,51 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
 
 # -- the backward ------------------------------------------------------------------------------------------------------
 
-def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Positions) -> tiles.TileRange:
+@overload
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
+            kv_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Positions) -> tiles.TileRange[Any]:
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
     return tiles.q_tiles(mask, (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv), s.block_q, spec.q_len)
 
 
-def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Positions) -> tiles.TileRange:
+@overload
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
+             q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Positions) -> tiles.TileRange[Any]:
     """The key tiles that a query tile needs."""
     return tiles.kv_tiles(mask, tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
-def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`q_range` of every key tile: (key tiles,) each."""
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
     needed = q_range(worst_case(spec, s), spec, s, kv_tile)
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), kv_tile.shape) for x in needed))
 
 
-def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`kv_range` of every query tile: (query tiles,) each."""
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
     needed = kv_range(worst_case(spec, s), spec, s, q_tile)
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
 
 
-def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
+def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, section_bytes: int) -> Work:
     """The blocks of a kernel in sections of about `section_bytes`."""
     return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
 
@@ -237,8 +265,8 @@ def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
     return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s.section_bytes)
 
 
-def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Positions,
-                     kv_tile: Positions) -> Array:
+def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,
+                     kv_tile: Index) -> Array:
     """How many blocks add to a query tile before that of a key tile, if `ordered`."""
     first, _, _, stop = kv_range(mask, spec, s, q_tile)
     split = kv_work(spec, s).ascending

@@ -115,7 +115,7 @@ class Work(NamedTuple):
         return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
 
 
-def work(heads: int, ranges: tiles.TileRange, section: int, num_sms: int) -> Work:
+def work(heads: int, ranges: tiles.TileRange[np.ndarray], section: int, num_sms: int) -> Work:
     """Returns the blocks of a kernel, the longest first.
 
     Args:

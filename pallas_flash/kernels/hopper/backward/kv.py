@@ -357,7 +357,7 @@ def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
 
 def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
                              refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[S]:
-    """The block of this program, of a grid that keeps keys.
+    """Finds which block runs, of a grid whose blocks keep keys.
 
     Args:
       refs: arrays in global memory, buffers in shared memory and barriers, by name.
