@@ -32,7 +32,7 @@ __all__ = [
 
 SWIZZLE_BYTES = 128
 """The widest swizzle: the bytes of a row of a chunk."""
-CHUNKED = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)  # type: ignore[abstract]
+CHUNKED = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)  # type: ignore[abstract]  # JAX leaves the body of `transform_array` empty
 """Transforms of a buffer of shape (..., chunks, rows, 64)."""
 
 ACC = plgpu.Layout._WGMMA_ACC_32BIT

@@ -1,7 +1,7 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
 
-m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. There are
-two ways to keep m_i near enough.
+m_i is in the unit of scores. It need not be the row's maximum, only not far below it: exp(-m_i) cancels in O / l_i.
+There are two ways to keep it near enough.
 
 `maximum_within`: every step computes the tile's maximum, and m_i follows where it has fallen behind.
 
