@@ -1,10 +1,10 @@
-"""Single arguments of the public functions: what is taken for each, and what is said of anything else."""
+"""Single arguments of the public functions: what each accepts, and the errors for anything else."""
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 Array = jax.Array | np.ndarray
-"""What holds numbers: nothing is converted but these."""
+"""What the public functions take as arrays."""
 Integers = Array | int | Sequence[int]
 """Of each batch entry: an array, one number for all, or a list."""
 Ids = Array | Sequence[Sequence[int]]
@@ -36,11 +36,11 @@ _ELSEWHERE = {
     "query_seq_lengths": ("q_lengths=",), "key_value_seq_lengths": ("kv_lengths=",),
     "q_lengths": ("query_seq_lengths=",), "kv_lengths": ("key_value_seq_lengths=",),
 }
-"""What other attention functions call it: what it is here, the first of those that a function has."""
+"""Names of arguments in other attention libraries -> what to pass here: the first that the function has."""
 
 
 def names_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which says of a keyword that it does not have which one is meant, as a TypeError of our form."""
+    """Wraps `function` so that an unknown keyword raises a TypeError that names the keyword that is meant."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -72,9 +72,13 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[st
     return errors.mistyped(f"{function}() has no argument `{name}`", f"{name}={shown}", do)
 
 
-def array(name: str, x: Any) -> Shaped:
-    """`x` unchanged if it is an array: converting to JAX would round float64 before it is checked."""
-    if hasattr(x, "shape") and hasattr(getattr(x, "dtype", None), "name"):
+def _is_array(x: object) -> TypeGuard[Shaped]:
+    return hasattr(x, "shape") and hasattr(getattr(x, "dtype", None), "name")
+
+
+def array(name: str, x: object) -> Shaped:
+    """Returns `x` unchanged if it is an array: converting to JAX would round float64 before it is checked."""
+    if _is_array(x):
         return x
     do = "pass a JAX or NumPy array"
     if errors.is_torch(x):
@@ -85,7 +89,7 @@ def array(name: str, x: Any) -> Shaped:
 
 
 def _listed(name: str, x: object) -> Shaped:
-    """Integers as a NumPy array if they are a number or in lists."""
+    """Converts a number, or lists of them, to a NumPy array of integers; returns an array unchanged."""
     if not isinstance(x, int | float | list | tuple):
         return array(name, x)
     try:
@@ -99,7 +103,7 @@ def _listed(name: str, x: object) -> Shaped:
 
 
 def reshape(x: Shaped, shape: tuple[int, ...]) -> Shaped:
-    """An array, or what stands for one, in another shape."""
+    """Reshapes an array, or the `ShapeDtypeStruct` that stands for one."""
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
 
@@ -110,7 +114,10 @@ def score_axes(spec: AttentionSpec) -> dict[str, int]:
 
 def fitted(name: str, x: object, axes: dict[str, int], exact: str = "",
            do: str = "reshape it: missing axes are added in front") -> Shaped:
-    """`x` with all of `axes`, missing ones in front added with size 1; each may be 1 but `exact`; else `do`."""
+    """Adds missing axes of size 1 in front of `x`, so that it has all of `axes`.
+
+    Raises ValueError, which ends in `do`, unless each axis has its size or, except for `exact`, size 1.
+    """
     x = array(name, x)
     shape = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)
     if len(shape) != len(axes) or any(
@@ -121,7 +128,7 @@ def fitted(name: str, x: object, axes: dict[str, int], exact: str = "",
 
 
 def boolean(name: str, x: Shaped) -> Shaped:
-    """`x` unchanged if it is boolean."""
+    """Returns `x` unchanged if it is boolean, else raises ValueError."""
     if x.dtype != jnp.bool_:
         raise errors.invalid(f"{name} must be boolean", f"{name}.dtype={x.dtype}", "pass an additive mask as `bias`")
     return x
@@ -133,12 +140,12 @@ def _integers(name: str, x: Shaped) -> Shaped:
     return x
 
 
-def in_bounds(spec: AttentionSpec, **lengths: object) -> masks.Mask:
-    """What the lengths of queries and keys, in this order, leave; named as the caller's arguments."""
-    if all(x is None for x in lengths.values()):
+def in_bounds(spec: AttentionSpec, q_lengths: object, kv_lengths: object,
+              names: tuple[str, str] = ("q_lengths", "kv_lengths")) -> masks.Mask:
+    """The mask of the lengths of queries and keys, each None for all; `names` are the caller's words for them."""
+    if q_lengths is None and kv_lengths is None:
         return masks.Full()
-    bounds = (_lengths(name, x, spec, axis) for (name, x), axis in zip(lengths.items(), ("q_len", "kv_len")))
-    return masks.InBounds(*bounds)
+    return masks.InBounds(_lengths(names[0], q_lengths, spec, "q_len"), _lengths(names[1], kv_lengths, spec, "kv_len"))
 
 
 def _lengths(name: str, x: object, spec: AttentionSpec, axis: str) -> Shaped | int:
@@ -155,7 +162,7 @@ def _lengths(name: str, x: object, spec: AttentionSpec, axis: str) -> Shaped | i
 
 
 def segments(spec: AttentionSpec, segment_ids: object) -> masks.SegmentIds:
-    """The mask of an array of segment ids, or of a tuple of those of queries and keys."""
+    """The mask of segment ids: one array for both sides, or a tuple (q_ids, kv_ids)."""
     lengths = (spec.q_len, spec.kv_len)
     if not isinstance(segment_ids, tuple):
         if spec.q_len != spec.kv_len:
@@ -174,14 +181,17 @@ def _segment_axis(name: str, ids: object, batch: int, length: int) -> Shaped:
     return _integers(name, fitted(name, _listed(name, ids), dict(batch=batch, length=length), exact="length"))
 
 
-def window_sides(size: Any) -> tuple[int, int]:
+def window_sides(size: object) -> tuple[int, int]:
     """(left, right) from `local_window_size`."""
     left, right = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
-    for side in (left, right):
-        if not isinstance(side, int | np.integer) or isinstance(side, bool) or side < 0:
-            raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
-                                 f"local_window_size={size!r}", "count the keys visible on each side")
-    return int(left), int(right)
+    if _is_count(left) and _is_count(right):
+        return int(left), int(right)
+    raise errors.invalid("local_window_size must be an integer >= 0 or a pair (left, right) of them",
+                         f"local_window_size={size!r}", "count the keys visible on each side")
+
+
+def _is_count(x: object) -> TypeGuard[int]:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= 0)
 
 
 def dropout_seed(spec: AttentionSpec, rng: Any) -> jax.Array | None:

@@ -201,7 +201,8 @@ def dot_product_attention(
       ValueError, RuntimeError, UnsupportedError: see `flash_attention`.
     """
     forks.require_no_fork("dot_product_attention")
-    errors.flags(is_causal=is_causal, return_residual=return_residual)
+    errors.require_bool("is_causal", is_causal)
+    errors.require_bool("return_residual", return_residual)
     shapes = _Inputs.of(query, key, value, "BLHD").spec
     rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
     if local_window_size is not None:
@@ -210,7 +211,7 @@ def dot_product_attention(
         attend = arguments.fitted("mask", mask, arguments.score_axes(shapes))
         rule = rule & masks.Dense(arguments.boolean("mask", attend))
     rule = rule & arguments.in_bounds(
-        shapes, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+        shapes, query_seq_lengths, key_value_seq_lengths, names=("query_seq_lengths", "key_value_seq_lengths"))
     found = flash_attention(
         query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, scale=scale, softcap=softcap,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=return_residual, implementation=implementation)
@@ -273,7 +274,7 @@ class _Problem(NamedTuple):
 
 def _problem(inputs: _Inputs, *, mask: object, bias: object, segment_ids: object, q_lengths: object,
              kv_lengths: object) -> _Problem:
-    rule = masks.checked(mask) & arguments.in_bounds(inputs.spec, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    rule = masks.checked(mask) & arguments.in_bounds(inputs.spec, q_lengths, kv_lengths)
     if segment_ids is not None:
         rule = rule & arguments.segments(inputs.spec, segment_ids)
     fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
@@ -290,7 +291,8 @@ def _mask_as_jax(mask: masks.Mask) -> masks.Mask:
     for part in mask.parts:
         for name, x in part.array_fields().items():
             _require_values(f"{type(part).__name__}.{name}", x)
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), mask)
+    with_jax: masks.Mask = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), mask)
+    return with_jax
 
 
 def _as_jax(name: str, x: Shaped) -> jax.Array:

@@ -1,5 +1,4 @@
-"""Differentiation: the custom_vjp around an implementation, its residuals and cotangents. The only file that knows
-about it.
+"""Differentiation: the custom_vjp around an implementation, its residuals and cotangents. No other file knows of it.
 
 The backward recomputes probabilities from q, k and lse (FlashAttention, Dao et al., 2022), so the residuals are the
 operands, out and the rows' statistics (lse and its rest, `softmax.statistics`); out and the statistics carry
@@ -8,7 +7,8 @@ operands, out and the rows' statistics (lse and its rest, `softmax.statistics`);
 
 import contextlib
 import functools
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -29,26 +29,26 @@ jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)."""
 
 
 class Target(NamedTuple):
-    """What runs, and for which device: schedules may depend on it, so a program is kept for each."""
+    """What runs a call, and on which device: schedules may depend on it, so JAX keeps a program for each."""
 
     name: str
     device: Device
 
 
 def _on(where: Device | None) -> contextlib.AbstractContextManager[None]:
-    """Kernels traced in this context ask `device.current()` and get `where`, or JAX's default."""
+    """A context in which `device.current()`, which kernels ask while traced, is `where`; for None, JAX's default."""
     return device.assume(where) if where is not None else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))  # outside of jit: compile once
 def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device | None = None,
             finite: bool = False) -> Results[Array]:
-    """The results of a spec by the named implementation; what it returns for empty axes needs no kernel.
+    """Runs the forward of the named implementation; where axes are empty, no kernel is needed.
 
     `where` is the device, if it is not JAX's default. The statistics, lse and its rest (`AttentionSpec.stats_shape`),
     are those of the anchored scores (`AttentionSpec.anchor`): what `backward` takes, and `attend` turns into the
-    caller's lse. `finite`: with the smallest number in place of -inf, which `backward` then undoes: `jax.debug_infs`
-    looks at the results of programs.
+    caller's lse. With `finite`, the statistics hold the smallest number in place of -inf, because `jax.debug_infs`
+    checks the results of programs; `backward` undoes it.
     """
     _check_operands(spec, operands)
 
@@ -69,10 +69,10 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
 def backward(spec: AttentionSpec, name: str, operands: Operands, results: Results[Array], cotangents: Results[Array], *,
              where: Device | None = None, finite: bool = False) -> Gradients[Array]:
-    """The gradients by the named implementation, from what `forward` returned and the cotangents of that.
+    """Runs the backward of the named implementation, on what `forward` returned and the cotangents of that.
 
     Raises:
-      ValueError: an array has another shape than the spec says. No implementation checks it again: there, it could
+      ValueError: an array has another shape than the spec says. No implementation checks again: a wrong shape could
         broadcast.
     """
     _check_operands(spec, operands)
@@ -129,7 +129,7 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
 
 @functools.partial(jax.jit, static_argnums=0)
 def _natural(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h t"]:
-    """The lse of the scores themselves from the statistics of the anchored ones."""
+    """Turns the statistics of the anchored scores into the lse of the scores themselves."""
     def run(operands: Operands, stats: Array) -> Array:
         lse = stats[:, :, 0]
         return lse if spec.is_empty or spec.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
@@ -141,19 +141,21 @@ def _no_derivative(name: str, what: str) -> errors.UnsupportedError:
                               'use implementation="reference", which has derivatives of any order and mode')
 
 
-def _reverse_mode_only(name: str, x: Any) -> Any:
-    """`x`, whose tangent can be transposed but not computed: forward mode, in whatever program, ends in our error and
-    not in JAX's, which names nothing.
+def _reverse_mode_only(name: str, x: Array) -> Array:
+    """Marks `x` so that its tangent can be transposed but not computed: forward mode then raises our error, in any
+    program, and not JAX's, which does not say what is missing.
     """
-    return _marked_p.bind(x, name=name)
+    marked: Array = _marked_p.bind(x, name=name)
+    return marked
 
 
-def _mark_tangent(primals: Any, tangents: Any, *, name: str) -> tuple[Any, Any]:
+def _mark_tangent(primals: Sequence[Array], tangents: Sequence[Array | ad.Zero], *,
+                  name: str) -> tuple[Array, Array | ad.Zero]:
     tangent = tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], name=name)
     return _marked_p.bind(primals[0], name=name), tangent
 
 
-def _refuse_tangent(*_: Any, name: str) -> NoReturn:
+def _refuse_tangent(*_: object, name: str) -> NoReturn:
     raise _no_derivative(name, "forward-mode derivatives (jvp, linearize, jacfwd)")
 
 
@@ -170,27 +172,30 @@ batching.primitive_batchers[_tangent_p] = _refuse_tangent
 ad.deflinear2(_tangent_p, lambda cotangent, _, name: [cotangent])
 
 
-def _differentiable_once(function: Any) -> Any:
-    """`function(spec, target, ...)` whose derivative is our error instead of one from inside a kernel's loops."""
+def _differentiable_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Makes the derivative of `function(spec, target, ...)` our error instead of one from inside a kernel's loops."""
     once = jax.custom_jvp(function, nondiff_argnums=(0, 1))
 
     @once.defjvp
-    def _refuse(spec: AttentionSpec, target: Target, primals: Any, tangents: Any) -> NoReturn:
+    def _refuse(spec: AttentionSpec, target: Target, primals: object, tangents: object) -> NoReturn:
         raise _no_derivative(target.name, "derivatives of a derivative")
     return once
 
 
 def _forward(spec: AttentionSpec, target: Target, operands: Operands) -> Results[Array]:
-    return forward(spec, target.name, operands, where=target.device, finite=_is_finite(spec))
+    results: Results[Array] = forward(spec, target.name, operands, where=target.device, finite=_is_finite(spec))
+    return results
 
 
 def _backward(spec: AttentionSpec, target: Target, operands: Operands, results: Results[Array],
               cotangents: Results[Array]) -> Gradients[Array]:
-    return backward(spec, target.name, operands, results, cotangents, where=target.device, finite=_is_finite(spec))
+    gradients: Gradients[Array] = backward(
+        spec, target.name, operands, results, cotangents, where=target.device, finite=_is_finite(spec))
+    return gradients
 
 
 def _is_finite(spec: AttentionSpec) -> bool:
-    """Whether no result of ours may be infinite that the caller has not asked for."""
+    """Whether results must be finite: `jax_debug_infs` is on, and the caller did not ask for lse, which may be -inf."""
     return bool(jax.config.jax_debug_infs) and not spec.return_lse
 
 

@@ -1,15 +1,20 @@
 """What differs between the supported JAX releases, and the only file that may touch `jax._src`; each use with its
 reason."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
+from jax.extend.core import Primitive
 
-__all__ = ["backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices", "to_dlpack", "vary_like",
-           "varying_axes"]
+__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices",
+           "to_dlpack", "vary_like", "varying_axes"]
+
+JaxDevice = jax.Device
+"""A device as JAX has it; what dispatch sees of it is `device.Device`."""
 
 
-def concrete(x: Any) -> jax.Array | None:
+def concrete(x: object) -> jax.Array | None:
     """The array whose values `x` is or, under `grad` and `vmap` outside of `jit`, stands for; None inside `jit`.
 
     Tracers of derivatives keep it as `primal`, those of vmap as `val`: JAX documents neither.
@@ -19,7 +24,7 @@ def concrete(x: Any) -> jax.Array | None:
     return x if isinstance(x, jax.Array) else None
 
 
-def varying_axes(array: Any) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
     """The `shard_map` axes over which an array varies (`vma` until JAX 0.10, the manual axis type since)."""
     aval = jax.typeof(array)
     if hasattr(aval, "vma"):
@@ -27,7 +32,7 @@ def varying_axes(array: Any) -> frozenset[str]:
     return frozenset(aval.manual_axis_type.varying)
 
 
-def vary_like[T](tree: T, *like: Any) -> T:
+def vary_like[T](tree: T, *like: object) -> T:
     """`tree` marked as varying over the `shard_map` axes over which any leaf of `like` varies.
 
     A loop's carry must vary over the same axes before and after a step; zeros made inside `shard_map` vary over none.
@@ -36,13 +41,14 @@ def vary_like[T](tree: T, *like: Any) -> T:
     if not axes:
         return tree
 
-    def mark(leaf: Any) -> Any:
+    def mark(leaf: jax.Array) -> jax.Array:
         missing = axes - varying_axes(leaf)
         return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
-    return jax.tree.map(mark, tree)
+    marked: T = jax.tree.map(mark, tree)
+    return marked
 
 
-def lower_with_devices(primitive: Any) -> None:
+def lower_with_devices(primitive: Primitive) -> None:
     """Tells JAX that the lowering of a primitive needs to know the devices and their mesh, as `custom_partitioning` in
     it does; there is no public way.
     """
@@ -53,7 +59,15 @@ def lower_with_devices(primitive: Any) -> None:
 # --- DLPack (torch_bridge) -------------------------------------------------------------------------------------------
 
 
-def from_dlpack(producer: Any, device: jax.Device, *, is_ordered: bool = True) -> jax.Array:
+class DLPackProducer(Protocol):
+    """What DLPack's protocol asks of an array that is handed over."""
+
+    def __dlpack__(self, *, stream: int | None) -> object: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+def from_dlpack(producer: DLPackProducer, device: jax.Device, *, is_ordered: bool = True) -> jax.Array:
     """A zero-copy JAX array on `device` from an object with `__dlpack__(stream=)` and `__dlpack_device__()`.
 
     The same as `jax.dlpack.from_dlpack(producer)` for a dense array, without its look-up of the device and without the
@@ -61,39 +75,41 @@ def from_dlpack(producer: Any, device: jax.Device, *, is_ordered: bool = True) -
     the producer gets no stream, and the runtime records no event, nor a callback after it, on one of its own.
     """
     if _import_capsule is None:
-        return jax.dlpack.from_dlpack(producer)
+        array: jax.Array = jax.dlpack.from_dlpack(producer)
+        return array
     has_stream = is_ordered and device.platform != "cpu"
     stream = device.get_stream_for_external_ready_events() if has_stream else None
     return _import_capsule(producer.__dlpack__(stream=stream), device, stream)
 
 
-def to_dlpack(array: Any, stream: int) -> Any:
+def to_dlpack(array: jax.Array, stream: int) -> object:
     """The "dltensor" capsule of a GPU array on one device; `stream`, CUDA's number of one, waits for the array.
 
     The same as `array.__dlpack__(stream=stream)` without its checks, which take 3 us for each result of a call.
     """
     if _export_capsule is None:
-        return array.__dlpack__(stream=stream)
+        return array.__dlpack__(stream=stream)  # type: ignore[call-arg]  # jax.Array's stub lacks it
     return _export_capsule(array, stream=stream)
 
 
 def _private(name: str) -> Any:
-    """A function of the runtime under `jax.dlpack`, or None where it is not the one of JAX 0.11."""
+    """The runtime's function of that name, which `jax.dlpack` calls in JAX 0.11; None in other releases."""
     if jax.__version_info__[:2] != (0, 11):
         return None
     try:
-        from jax._src.lib import _jax
+        from jax._src.lib import _jax  # type: ignore[attr-defined]
         return getattr(_jax, name, None)
     except ImportError:
         return None
 
 
-_import_capsule = _private("dlpack_managed_tensor_to_buffer")
-_export_capsule = _private("buffer_to_dlpack_managed_tensor")
+_import_capsule: Callable[[object, jax.Device, int | None], jax.Array] | None = _private(
+    "dlpack_managed_tensor_to_buffer")
+_export_capsule: Callable[..., object] | None = _private("buffer_to_dlpack_managed_tensor")
 
 
 def backends_are_initialized() -> bool:
-    """True if JAX has started its backends, so that settings read at the start no longer count. False if not known."""
+    """True if JAX has started its backends, after which their settings are fixed. False if that is not known."""
     try:
         from jax._src import xla_bridge
         return xla_bridge.backends_are_initialized()

@@ -5,7 +5,6 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -54,7 +53,7 @@ def of(device: jax.Device) -> Device:
     return Device("gpu", device.device_kind, (major, minor), device.core_count, smem_bytes)
 
 
-def current(arrays: Any = ()) -> Device:
+def current(arrays: object = ()) -> Device:
     """The device that a computation with `arrays` (a pytree) runs on here and now.
 
     It is the one `assume` names; else the one that an array is committed to, unless some have no values (inside `jit`:
@@ -70,7 +69,7 @@ def current(arrays: Any = ()) -> Device:
     return of(default if default is not None else jax.devices()[0])
 
 
-def _committed(arrays: Any) -> jax.Device | None:
+def _committed(arrays: object) -> jax.Device | None:
     """The first device of the first array that is committed to one; None if there is none, or inside `jit`."""
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
     found = [compat.concrete(leaf) for leaf in leaves]

@@ -55,13 +55,16 @@ class Implementation:
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
-        return import_module(self.modules[0]).forward(spec, operands)
+        results: Results[Array] = import_module(self.modules[0]).forward(spec, operands)
+        return results
 
     def backward(self, spec: AttentionSpec, operands: Operands, out: Float[Array, "b t h v"],
                  stats: Float[Array, "b h 2 t"], dout: Float[Array, "b t h v"],
                  dstats: Float[Array, "b h 2 t"]) -> Gradients[Array]:
         """The gradients, from `forward`'s results and their cotangents, of whose statistics only that of lse counts."""
-        return import_module(self.modules[1]).backward(spec, operands, out, stats, dout, dstats)
+        gradients: Gradients[Array] = import_module(self.modules[1]).backward(
+            spec, operands, out, stats, dout, dstats)
+        return gradients
 
 
 def _anything(spec: AttentionSpec, device: Device) -> list[str]:

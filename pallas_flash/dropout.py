@@ -1,26 +1,27 @@
 """Dropout's random bits: a function of (seed, batch, head, query position, key position) and of nothing else.
 
-So every implementation and every schedule drops the same entries, and the backward draws the forward's again. The
+So every implementation and every schedule drops the same entries, and the backward draws the forward's bits again. The
 generator is Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): additions, rotations
 and xors of 32-bit words only. 13 rounds pass BigCrush there; the key of a (batch, head) gets all 20.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 __all__ = ["keep", "threefry_2x32"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
+Integers = int | np.ndarray | Array
 
-def _rotate_left(x: Any, distance: int) -> Any:
+
+def _rotate_left(x: Array, distance: int) -> Array:
     return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
 
 
-def threefry_2x32(key: tuple[Any, Any], counter: tuple[Any, Any], rounds: int = 20) -> tuple[Any, Any]:
+def threefry_2x32(key: tuple[Array, Array], counter: tuple[Array, Array], rounds: int = 20) -> tuple[Array, Array]:
     """Two random words for each counter. All words are uint32 and broadcast together."""
     words = (*key, key[0] ^ key[1] ^ np.uint32(_PARITY))
     x0, x1 = counter[0] + words[0], counter[1] + words[1]
@@ -33,7 +34,7 @@ def threefry_2x32(key: tuple[Any, Any], counter: tuple[Any, Any], rounds: int = 
     return x0, x1
 
 
-def keep(seed: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any, rate: float) -> Any:
+def keep(seed: Array, batch: Integers, head: Integers, q_pos: Integers, kv_pos: Integers, rate: float) -> Array:
     """True where an attention weight is kept, with probability 1 - rate (to 2^-32).
 
     Args:

@@ -1,9 +1,8 @@
 """The errors of the project, and the form of their message: what must hold, what was given, what to do."""
 
 from collections.abc import Sequence
-from typing import Any
 
-__all__ = ["UnsupportedError", "flags", "invalid", "is_torch", "mistyped", "unsupported"]
+__all__ = ["UnsupportedError", "invalid", "is_torch", "mistyped", "require_bool", "unsupported"]
 
 
 class UnsupportedError(ValueError):
@@ -41,13 +40,12 @@ def unsupported(subject: str, reasons: Sequence[str], do: str) -> UnsupportedErr
     return UnsupportedError(f"{subject}: {'; '.join(reasons)}. {do[0].upper()}{do[1:]}.")
 
 
-def flags(**given: Any) -> None:
-    """Raises a ValueError for the first that is not a bool: any other object would count as True or False unasked."""
-    for name, value in given.items():
-        if type(value).__name__ not in ("bool", "bool_"):  # bool_: NumPy's
-            raise invalid(f"{name} must be True or False", f"{name}={value!r}", "pass a Python bool")
+def require_bool(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a bool: Python would take any other object as True or False."""
+    if type(value).__name__ not in ("bool", "bool_"):  # bool_: NumPy's
+        raise invalid(f"{name} must be True or False", f"{name}={value!r}", "pass a Python bool")
 
 
-def is_torch(value: Any) -> bool:
-    """Whether it is a PyTorch tensor; PyTorch is not imported."""
+def is_torch(value: object) -> bool:
+    """Whether `value` is a PyTorch tensor; does not import PyTorch."""
     return any(kind.__module__.split(".")[0] == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)

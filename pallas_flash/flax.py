@@ -33,14 +33,15 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_flash.attention import flash_attention
 from pallas_flash.dispatch import Name
-from pallas_flash.errors import flags, invalid, unsupported
+from pallas_flash.errors import invalid, require_bool, unsupported
 from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Mask, over_batch
 
@@ -78,7 +79,7 @@ def attention_fn(
       ModuleNotFoundError: in a call, if Flax is not installed.
       UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums.
     """
-    flags(deterministic_backward=deterministic_backward)
+    require_bool("deterministic_backward", deterministic_backward)
     if mask is not None and mask.has_arrays:
         raise invalid(
             "mask of attention_fn must be the same in every call",
@@ -109,9 +110,9 @@ class _AttentionFn:
         dropout_rng: jax.Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,  # nothing to raise, see the module's docstring
-        module: Any = None,
+        dtype: DTypeLike | None = None,
+        precision: object = None,  # nothing to raise, see the module's docstring
+        module: object = None,
         is_causal: bool = False,
         qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
@@ -146,7 +147,7 @@ dot_product_attention = attention_fn()
 """Stands in for `nnx.dot_product_attention` and `linen.dot_product_attention`."""
 
 
-def _promote(*arrays: jax.Array, dtype: Any) -> Sequence[jax.Array]:
+def _promote(*arrays: jax.Array, dtype: DTypeLike | None) -> Sequence[jax.Array]:
     """Casts all to `dtype`, or to the type that Flax infers."""
     try:
         from flax.linen.dtypes import promote_dtype
@@ -155,7 +156,7 @@ def _promote(*arrays: jax.Array, dtype: Any) -> Sequence[jax.Array]:
     return promote_dtype(*arrays, dtype=dtype)
 
 
-def _refuse_what_needs_weights(module: Any, *einsums: Any) -> None:
+def _refuse_what_needs_weights(module: object, *einsums: object) -> None:
     if module is not None:
         raise unsupported(
             "sow_weights=True",
@@ -217,8 +218,9 @@ def _merge_batch_of_rule(rule: Mask, batch: tuple[int, ...]) -> Mask:
         arrays = {
             name: array.reshape((math.prod(batch), *array.shape[len(batch) :]))
             for name, array in part.array_fields().items()
-            if tuple(jnp.shape(array)[: len(batch)]) == batch
-            and jnp.ndim(array) >= len(batch) + len(part.position_axes.get(name, ()))
+            if isinstance(array, jax.Array | np.ndarray)
+            and array.shape[: len(batch)] == batch
+            and array.ndim >= len(batch) + len(part.position_axes.get(name, ()))
         }
         return replace(part, **arrays)  # type: ignore[type-var]
 

@@ -86,7 +86,11 @@ def _check_bounds(part: masks.Mask, method: str, keep: np.ndarray) -> None:
     if not pairs:
         return
     lo, hi = np.array(pairs, np.int32).T
-    ask = lambda part, lo, hi: getattr(part, method)(lo, hi)
+
+    def ask(part: masks.Mask, lo: masks.Positions, hi: masks.Positions) -> masks.Bounds:
+        bounds: masks.Bounds = getattr(part, method)(lo, hi)
+        return bounds
+
     found = _traced(part, name, jax.vmap(ask, (None, 0, 0)), lo, hi)
     if any(x.dtype.kind not in "iu" for x in found):
         raise errors.invalid(f"{name} must return integers", f"dtypes={[x.dtype.name for x in found]}",

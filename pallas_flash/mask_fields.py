@@ -2,15 +2,18 @@
 
 import dataclasses
 import numbers
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors
+from pallas_flash.arrays import Shaped
 
-__all__ = ["UNBOUNDED", "ArrayField", "as_array", "is_static", "limit", "on_host", "with_lead_axes"]
+__all__ = ["UNBOUNDED", "ArrayField", "FieldArray", "as_array", "flatten", "is_static", "limit", "on_host",
+           "unflatten", "values", "with_lead_axes"]
 
 UNBOUNDED = 1 << 30
 """A distance beyond any sequence length, small enough to add to an int32 position."""
@@ -28,38 +31,46 @@ class ArrayField:
         return len(self.shape)
 
     @classmethod
-    def of(cls, array: Any) -> "ArrayField":
+    def of(cls, array: "FieldArray") -> "ArrayField":
         return cls(tuple(array.shape), np.dtype(array.dtype))
 
     def __str__(self) -> str:
         return f"{self.dtype.name}[{'x'.join(map(str, self.shape))}]"
 
 
-def is_static(value: Any) -> bool:
-    """Whether a field's value is a number or a name, part of what a program is compiled for, and not data."""
+FieldArray = Shaped | ArrayField
+"""What a field that holds data may be."""
+
+
+def is_static(value: object) -> bool:
+    """Whether a field's value is a number or a name, compiled into the program, and not data."""
     return isinstance(value, numbers.Integral | bool | str | None)
 
 
-def as_array(value: Any) -> Any:
-    """`value` itself if it is or stands for an array, else as one."""
+def as_array(value: object) -> FieldArray:
+    """Returns `value` if it is, or stands for, an array; else converts it to a NumPy array."""
     if errors.is_torch(value):
         raise errors.invalid("a mask must hold JAX or NumPy arrays", f"type={type(value).__name__}",
                              "convert it, or give PyTorch tensors to torch_bridge.scaled_dot_product_attention")
-    return value if hasattr(value, "dtype") else np.asarray(value)
+    return value if _is_array(value) else np.asarray(value)
 
 
-def on_host(value: Any) -> np.ndarray | None:
-    """The numbers of a Python number or a NumPy array; None of anything whose numbers it takes a device to know."""
+def _is_array(value: object) -> TypeGuard[FieldArray]:
+    return hasattr(value, "dtype")
+
+
+def on_host(value: object) -> np.ndarray | None:
+    """The values of a Python number or a NumPy array; None for anything whose values are on a device."""
     return np.asarray(value) if isinstance(value, numbers.Number | np.ndarray | np.generic) else None
 
 
 def limit(name: str) -> int:
-    """Positions beyond it are cut to it: those who say "unlimited" with the largest integer get sums that fit int32."""
+    """Where positions are clipped, so that sums fit int32 also if "unlimited" was given as the largest integer."""
     return UNBOUNDED // 2 if name == "offset" else UNBOUNDED
 
 
-def _cut(owner: str, name: str, array: Any, is_id: bool) -> Any:
-    """Integers that fit int32: positions cut at `limit`; ids that do not fit refused, where their values are known."""
+def _clipped(owner: str, name: str, array: jax.Array | np.ndarray, is_id: bool) -> jax.Array | np.ndarray:
+    """Clips positions at `limit`; raises ValueError for ids that do not fit int32, where their values are known."""
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.dtype.itemsize < 4:
         return array
     if not is_id:
@@ -73,12 +84,12 @@ def _cut(owner: str, name: str, array: Any, is_id: bool) -> Any:
     return array
 
 
-def _has_values(array: Any) -> bool:
+def _has_values(array: jax.Array | np.ndarray) -> bool:
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
-def with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> Any:
-    """A field's array with axes (batch or 1, heads or 1) in front of its position axes, integers as int32."""
+def with_lead_axes(owner: str, name: str, array: object, position_axes: int) -> FieldArray:
+    """Adds missing axes (batch or 1, heads or 1) in front of a field's position axes, and makes integers int32."""
     array = as_array(array)
     lead = array.ndim - position_axes
     if not 0 <= lead <= 2:
@@ -89,5 +100,33 @@ def with_lead_axes(owner: str, name: str, array: Any, position_axes: int) -> Any
     dtype = np.dtype(np.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array.dtype
     if isinstance(array, ArrayField | jax.ShapeDtypeStruct):
         return type(array)(shape, dtype)
-    array = _cut(owner, name, array, position_axes > 0).reshape(shape)
+    array = _clipped(owner, name, array, position_axes > 0).reshape(shape)
     return array if array.dtype == dtype else array.astype(dtype)
+
+
+def values(mask: object) -> dict[str, Any]:
+    """The values of a mask's fields, by name."""
+    return {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}  # type: ignore[arg-type]
+
+
+Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
+"""The names of the fields that hold data, and the other fields."""
+
+
+def flatten(mask: object) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], Static]:
+    """Splits a mask into the fields that hold data and the others, as JAX wants a pytree."""
+    fields = values(mask)
+    # JAX may have unflattened it with an axis number or a flag in place of an array, which must stay data.
+    names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not is_static(value))
+    static = tuple((name, value) for name, value in fields.items() if name not in names)
+    return [(jax.tree_util.GetAttrKey(name), fields[name]) for name in names], (names, static)
+
+
+def unflatten[M](cls: type[M], aux: Static, children: Iterable[object]) -> M:
+    """Makes a mask of what `flatten` returned."""
+    names, static = aux
+    mask = object.__new__(cls)  # __post_init__ checks arrays; a tree may hold anything in their place
+    for name, value in (*zip(names, children, strict=True), *static):
+        object.__setattr__(mask, name, value)
+    object.__setattr__(mask, "_data_names", names)
+    return mask

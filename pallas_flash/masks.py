@@ -12,25 +12,26 @@ functions `maximum`, `minimum`, `where` of this module; never a Python `if` on a
 and an interval is never empty; both may reach past the end of the sequence, into the padding of its last tile, so a
 table is read at `minimum(pos, length - 1)`.
 
-To write a new mask, subclass `Mask` as a frozen dataclass and define `keep`. Without bounds it is right and skips
-nothing; bounds that are wrong give wrong results: `pallas_flash.check_mask` compares them with `keep`. Integer fields
-are static.
-A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so they are always
-written for one sequence. `position_axes` names the axes such a field has beyond (batch, head): "q" or "kv" each.
+To write a new mask, subclass `Mask` as a frozen dataclass and define `keep`. Without bounds the mask is correct and no
+tile is skipped. Wrong bounds give wrong results: `pallas_flash.check_mask` compares them with `keep`. Integer fields
+are static. A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so methods
+are written for one sequence. `position_axes` names the axes such a field has beyond (batch, head), each "q" or "kv".
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import errors
-from pallas_flash.mask_fields import UNBOUNDED, ArrayField, as_array, is_static, limit, on_host, with_lead_axes
+from pallas_flash import errors, mask_fields
+from pallas_flash.arrays import Shaped
+from pallas_flash.mask_fields import UNBOUNDED, ArrayField, FieldArray, as_array, is_static, limit, on_host
 
 __all__ = [
     "And", "ArrayField", "Bounds", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds", "UNBOUNDED",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 Positions = int | np.ndarray | jax.Array
-"""Of queries or keys: plain numbers, NumPy's or traced; and what is computed from them, booleans too."""
+"""Positions of queries or keys, plain or traced, and what is computed from them, booleans included."""
 
 
 def _numpy_for(*values: object) -> ModuleType:
@@ -65,7 +66,8 @@ def where(condition: Positions, a: Positions, b: Positions) -> Positions:
     """Elementwise choice between positions, plain or traced."""
     if _are_plain(condition, a, b):
         return a if condition else b
-    return _numpy_for(condition, a, b).where(condition, a, b)
+    chosen: Positions = _numpy_for(condition, a, b).where(condition, a, b)
+    return chosen
 
 
 class Bounds(NamedTuple):
@@ -85,13 +87,14 @@ class Mask:
     """Base class; see the module's docstring for what a mask must define."""
 
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """For each array field, what its axes after (batch, head) run over: "q" or "kv"; none where it is not named."""
+    """For each array field, what its axes after (batch, head) run over, "q" or "kv"; fields not named have none."""
     broadcasts: ClassVar[bool] = False
-    """Whether those axes may also have size 1, which then stands for all positions."""
+    """Whether those axes may also have size 1, which means the same value at all positions."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        jax.tree_util.register_pytree_with_keys(cls, _flatten, functools.partial(_unflatten, cls))
+        jax.tree_util.register_pytree_with_keys(
+            cls, mask_fields.flatten, functools.partial(mask_fields.unflatten, cls))
 
     __array_ufunc__ = None  # NumPy arrays leave `array & mask` to `__rand__`
 
@@ -102,7 +105,7 @@ class Mask:
     def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         """Bounds on the keys, seen from the queries [q_lo, q_hi), an interval that is not empty.
 
-        This one knows nothing: no tile is skipped, and each is masked.
+        The default bounds nothing: no tile is skipped, and every tile is masked.
         """
         return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
 
@@ -138,7 +141,7 @@ class Mask:
     def __str__(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         shown = [f"{name}={value if is_static(value) else ArrayField.of(as_array(value))}"
-                 for name, value in _fields(self).items() if not is_static(value) or value != defaults[name]]
+                 for name, value in mask_fields.values(self).items() if not is_static(value) or value != defaults[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -148,12 +151,12 @@ class Mask:
 
     @property
     def has_arrays(self) -> bool:
-        """True if some field is data rather than a static number."""
+        """Whether any field is an array."""
         return bool(jax.tree.leaves(self))
 
-    def array_fields(self) -> dict[str, Any]:
+    def array_fields(self) -> dict[str, FieldArray]:
         """The fields that hold data, by name."""
-        return {name: value for name, value in _fields(self).items()
+        return {name: value for name, value in mask_fields.values(self).items()
                 if not is_static(value) and not isinstance(value, Mask)}
 
     def canonical(self) -> "Mask":
@@ -163,55 +166,34 @@ class Mask:
         heads).
         """
         return dataclasses.replace(self, **{  # type: ignore[type-var]
-            name: with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
+            name: mask_fields.with_lead_axes(type(self).__name__, name, value, len(self.position_axes.get(name, ())))
             for name, value in self.array_fields().items()})
 
     def with_placeholders(self) -> "Mask":
         """This mask with each array replaced by its `ArrayField`: hashable, what an `AttentionSpec` holds."""
-        return jax.tree.map(ArrayField.of, self)
+        placeholders: Mask = jax.tree.map(ArrayField.of, self)
+        return placeholders
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _not_a_mask(operator: str, a: object, b: object) -> TypeError:
-    return errors.mistyped(f"both sides of `{operator}` must be masks", f"types={_kind(a)} {operator} {_kind(b)}",
+def _not_a_mask(sign: str, a: object, b: object) -> TypeError:
+    return errors.mistyped(f"both sides of `{sign}` must be masks", f"types={_kind(a)} {sign} {_kind(b)}",
                            "wrap a boolean array, True attends: Causal() & Dense(array)")
 
 
-def _only_intersect(operator: str, given: str) -> TypeError:
+def _only_intersect(sign: str, given: str) -> TypeError:
     return errors.mistyped(
         "masks can only be intersected, with `&`", f"operator={given}",
         "write another combination as a class with its own `keep`, or as the boolean array Dense(array)"
-        + (", for instance Dense(a | b)" if operator == "|" else ""))
-
-
-def _fields(mask: Mask) -> dict[str, Any]:
-    return {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}  # type: ignore[arg-type]
-
-
-def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
-    fields = _fields(mask)
-    # What JAX unflattened keeps its structure: in place of an array there may be an axis number or a flag.
-    names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not is_static(value))
-    static = tuple((name, value) for name, value in fields.items() if name not in names)
-    return [(jax.tree_util.GetAttrKey(name), fields[name]) for name in names], (names, static)
-
-
-def _unflatten(cls: type[Mask], aux: Any, children: Any) -> Mask:
-    names, static = aux
-    mask = object.__new__(cls)  # __post_init__ checks arrays; a tree may hold anything in their place
-    for name, value in (*zip(names, children, strict=True), *static):
-        object.__setattr__(mask, name, value)
-    object.__setattr__(mask, "_data_names", names)
-    return mask
+        + (", for instance Dense(a | b)" if sign == "|" else ""))
 
 
 def _check_integers(mask: Mask) -> None:
-    """Raises unless every field is an integer or an array of integers: a position is nothing else. Cuts them at
-    `limit`."""
-    for name, value in _fields(mask).items():
+    """Raises ValueError unless every field is an integer or an integer array; clips integers at `limit`."""
+    for name, value in mask_fields.values(mask).items():
         dtype = as_array(value).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
             raise errors.invalid(f"{type(mask).__name__}.{name} must be an integer or an integer array",
@@ -240,31 +222,42 @@ def checked(mask: object) -> Mask:
 
 
 def _int32(x: Positions) -> jax.Array:
-    """As an array; positions as int32, also where JAX's own integers are 64 bits wide."""
+    """Converts to a JAX array, integers to int32, also in JAX's 64-bit mode."""
     x = jnp.asarray(x)
     return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
-def over_batch(mask: Mask, question: Callable[[Mask], Any]) -> Any:
-    """Asks `question` of the mask for every (batch, head) that its arrays tell apart.
+@overload
+def over_batch(mask: Mask, question: Callable[[Mask], Bounds]) -> Bounds: ...
 
-    Returns what `question` returns (a pytree of arrays), each leaf with two leading axes (batch or 1, heads or 1); the
-    parts of an intersection are asked apart and their answers joined with `&`. The mask must be `canonical()`.
+
+@overload
+def over_batch(mask: Mask, question: Callable[[Mask], Positions]) -> jax.Array: ...
+
+
+def over_batch(mask: Mask, question: Callable[[Mask], Bounds | Positions]) -> Bounds | jax.Array:
+    """Asks `question` of the mask for every (batch, head) for which its arrays differ.
+
+    Returns what `question` returns, each array with two leading axes (batch or 1, heads or 1); the parts of an
+    intersection are asked separately and their answers joined with `&`. The mask must be `canonical()`.
     """
-    def answer(part: Mask) -> Any:
-        return jax.tree.map(_int32, question(part))
+    def answer(part: Mask) -> Bounds | jax.Array:
+        answered: Bounds | jax.Array = jax.tree.map(_int32, question(part))
+        return answered
     answers = [jax.vmap(jax.vmap(answer))(_with_equal_lead_axes(part)) if part.has_arrays else
                jax.tree.map(lambda leaf: leaf[None, None], answer(part)) for part in mask.parts]
-    return functools.reduce(lambda a, b: a & b, answers)
+    joined: Bounds | jax.Array = functools.reduce(operator.and_, answers)
+    return joined
 
 
 def _with_equal_lead_axes(part: Mask) -> Mask:
-    """A canonical mask whose arrays have the same batch and heads: where one has 1 and another more, it is repeated.
+    """Repeats the arrays of a canonical mask so that all have the same batch and heads.
 
     NumPy's broadcast_shapes does not know a symbolic batch (`jax.export`).
     """
     lead = jnp.broadcast_shapes(*(leaf.shape[:2] for leaf in jax.tree.leaves(part)))
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
+    repeated: Mask = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape[2:])), part)
+    return repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,8 +315,8 @@ def Causal(offset: Positions = 0) -> Window:
 class InBounds(Mask):
     """Both positions lie inside the real (unpadded) sequences: q_pos < q_len and kv_pos < kv_len.
 
-    The lengths are numbers, or integer arrays (batch,) for sequences of different lengths in one padded batch. One
-    below 0 is refused where it is a number or in a NumPy array, and counts as 0 in a JAX array.
+    The lengths are numbers, or integer arrays (batch,) for sequences of different lengths in one padded batch. Negative
+    lengths raise where they are numbers or in a NumPy array, and count as 0 in a JAX array.
     """
 
     q_len: Any = UNBOUNDED
@@ -331,11 +324,12 @@ class InBounds(Mask):
 
     def __post_init__(self) -> None:
         _check_integers(self)
-        for name, lengths in _fields(self).items():
+        for name, lengths in mask_fields.values(self).items():
             check_lengths(f"InBounds.{name}", lengths)
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
-        return (q_pos < self.q_len) & (kv_pos < self.kv_len)
+        inside: Positions = (q_pos < self.q_len) & (kv_pos < self.kv_len)
+        return inside
 
     def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
         return _inside(q_lo, q_hi, self.q_len, self.kv_len)
@@ -345,7 +339,7 @@ class InBounds(Mask):
 
 
 def check_lengths(name: str, lengths: object) -> None:
-    """Raises where a length is below 0 and its value is on the host."""
+    """Raises ValueError for a negative length, if its value is on the host."""
     known = on_host(lengths)
     if known is not None and known.size and known.min() < 0:
         raise errors.invalid(f"{name} must be at least 0", f"{name}={known.min()}" if known.ndim == 0 else
@@ -360,7 +354,7 @@ def _inside(lo: Positions, hi: Positions, length: Positions, other_length: Posit
 class PrefixLM(Mask):
     """Bidirectional over the first `prefix` keys, causal after them. `prefix` may be an integer array (batch,)."""
 
-    prefix: Any
+    prefix: Positions
 
     def __post_init__(self) -> None:
         _check_integers(self)
@@ -386,8 +380,8 @@ class SegmentIds(Mask):
     decrease, padding comes last and both sides hold the same segments (how packing lays them out), else only sound.
     """
 
-    q_ids: Any
-    kv_ids: Any
+    q_ids: Shaped
+    kv_ids: Shaped
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {"q_ids": ("q",), "kv_ids": ("kv",)}
 
     def __post_init__(self) -> None:
@@ -404,12 +398,12 @@ class SegmentIds(Mask):
         return _segment_bounds(self.kv_ids, kv_lo, kv_hi, self.q_ids)
 
 
-def _at(ids: Any, pos: Positions) -> Positions:
-    """ids[pos] with positions past the end read as the last one: kernels ask about padded tiles too."""
+def _at(ids: Shaped, pos: Positions) -> Positions:
+    """ids[pos], the last id for positions past the end: kernels ask about padded tiles too."""
     return jnp.asarray(ids)[jnp.minimum(pos, ids.shape[-1] - 1)]
 
 
-def _segment_bounds(ids: Any, lo: Positions, hi: Positions, other_ids: Any) -> Bounds:
+def _segment_bounds(ids: Shaped, lo: Positions, hi: Positions, other_ids: Shaped) -> Bounds:
     """Bounds on the other axis for the positions [lo, hi) of this one, from the smallest and largest segment among
     them."""
     ids, other_ids = jnp.asarray(ids), jnp.asarray(other_ids)
@@ -430,10 +424,10 @@ def _segment_bounds(ids: Any, lo: Positions, hi: Positions, other_ids: Any) -> B
 class Dense(Mask):
     """A boolean array of shape (batch or 1, heads or 1, q_len or 1, kv_len or 1): True attends.
 
-    The array itself is O(q_len * kv_len); nothing is known about its tiles without reading it, so none is skipped.
+    The array itself is O(q_len * kv_len); which tiles are empty is unknown without reading it, so none is skipped.
     """
 
-    attend: Any
+    attend: Shaped
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {"attend": ("q", "kv")}
     broadcasts: ClassVar[bool] = True
 

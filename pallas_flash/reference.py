@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_flash import dropout, masks, softmax
 from pallas_flash.arrays import Array, Bool, Float, Int
-from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
+from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
@@ -54,10 +54,9 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     Of the statistics only lse means something here: the backward computes the weights anew.
     """
     keep = _keep(spec, operands)
-    zero_unused = lambda x, used: jnp.where(used[..., None], x, jnp.zeros_like(x))
     q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, operands.k, operands.v))
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
-    q, k, v = zero_unused(q, keep.any(axis=3)), zero_unused(k, keep.any(axis=2)), zero_unused(v, keep.any(axis=2))
+    q, k, v = (jnp.where(keep.any(axis=axis)[..., None], x, jnp.zeros_like(x)) for x, axis in ((q, 3), (k, 2), (v, 2)))
     s, unit = _scores(spec, operands, q, k, keep)
     row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))
     p = jnp.exp((s - jnp.where(row_max == -jnp.inf, 0.0, row_max)) * unit)
@@ -77,5 +76,6 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     """
     del out, stats
     _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), operands.differentiable)
+    cotangents: Differentiable[Array]
     (cotangents,) = vjp(Results(dout, dstats))
     return cotangents.gradients(lambda x: x)

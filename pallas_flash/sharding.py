@@ -8,10 +8,9 @@ has its own loop, and nothing is exchanged.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
@@ -20,7 +19,7 @@ __all__ = ["automatic", "gradient_places", "lse_place", "result_places", "vary_t
 
 
 def vary_together(operands: Operands) -> Operands:
-    """Operands that all vary over the `shard_map` axes over which any of them varies.
+    """Marks all operands as varying over the `shard_map` axes over which any of them varies.
 
     The cotangent of one that was shared by devices (a bias, a key head of several query heads) is then summed over
     them, by the transpose of this.
@@ -28,7 +27,7 @@ def vary_together(operands: Operands) -> Operands:
     return compat.vary_like(operands, operands)
 
 
-def automatic(function: Callable[..., Any], places: Any, *args: Any) -> Any:
+def automatic[*Args, R](function: Callable[[*Args], R], places: object, *args: *Args) -> R:
     """function(*args), with the mesh axes that args are explicitly sharded over made automatic inside.
 
     In explicit mode every operation of a kernel's loops would need a sharding; so only the results do.
@@ -41,30 +40,32 @@ def automatic(function: Callable[..., Any], places: Any, *args: Any) -> Any:
     if mesh is None:
         return function(*args)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
-    return jax.sharding.auto_axes(
+    results: R = jax.sharding.auto_axes(
         function, axes=axes, out_sharding=jax.tree.map(lambda place: NamedSharding(mesh, place), places))(*args)
+    return results
 
 
 def result_places(spec: AttentionSpec, operands: Operands) -> Results[PartitionSpec]:
-    """Of out and the rows' statistics: they lie where the query does."""
+    """Where out and the statistics of rows lie: as the query does."""
     batch, heads, length = lse_place(spec, operands)
     return Results(out=PartitionSpec(*_place(operands.q)[:3], None), stats=PartitionSpec(batch, heads, None, length))
 
 
 def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
-    """Of lse: it lies where the query does."""
+    """Where lse lies: as the query does."""
     return PartitionSpec(*(_place(operands.q)[spec.layout.index(axis)] for axis in "BHL"))
 
 
 def gradient_places(operands: Operands) -> Gradients[PartitionSpec]:
-    """Of the gradients: each lies where its operand does."""
+    """Where the gradients lie: each as its operand does."""
     return operands.differentiable.gradients(_place)
 
 
-def _place(array: Any) -> PartitionSpec:
-    return jax.typeof(array).sharding.spec
+def _place(array: jax.Array) -> PartitionSpec:
+    place: PartitionSpec = jax.typeof(array).sharding.spec
+    return place
 
 
-def _explicit_mesh(args: Any) -> Any:
+def _explicit_mesh(args: object) -> AbstractMesh | None:
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +153,8 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
-        errors.flags(return_lse=return_lse, deterministic=deterministic)
+        errors.require_bool("return_lse", return_lse)
+        errors.require_bool("deterministic", deterministic)
         mask = masks.checked(mask).canonical()
         lengths = {"q": q_len, "kv": kv_len}
         _check_mask_arrays(mask, batch, q_heads, lengths)
@@ -274,9 +275,9 @@ def _check_dtype(name: str, array: Shaped) -> None:
                              'call jax.config.update("jax_enable_x64", True) first, or cast to float32')
 
 
-def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], layout: str) -> None:
     """Shapes as (batch, length, heads, dim)."""
-    def show(**shapes: tuple) -> str:
+    def show(**shapes: tuple[int, ...]) -> str:
         order = (0, 1, 2, 3) if layout == "BLHD" else (0, 2, 1, 3)
         given = (f"{name}.shape={tuple(shape[i] for i in order)}" for name, shape in shapes.items())
         return f"{', '.join(given)} ({layout})"
@@ -296,9 +297,9 @@ def _check_shapes(q: tuple, k: tuple, v: tuple, layout: str) -> None:
 
 
 def _check_numbers(softcap: float | None, scale: float | None, dropout_rate: float) -> None:
-    def is_number(x: Any, smallest: float = -LARGEST_NUMBER) -> bool:
-        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
-        return real and bool(x <= LARGEST_NUMBER and not x < smallest)
+    def is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
+        return (isinstance(x, numbers.Real) and not isinstance(x, bool)
+                and bool(x <= LARGEST_NUMBER and not x < smallest))
     rules = (
         (scale is None or is_number(scale),
          f"scale must be a Python number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{scale=}",

@@ -1,11 +1,11 @@
-"""From positions to tiles: the only block arithmetic of the project, and the only shape of a loop over tiles.
+"""From positions to tiles: the only block arithmetic of the project, and the only form of a loop over tiles.
 
 The tiles of one axis that a tile of the other axis needs form one interval, split into three: partial, full, partial
 (`TileRange`). Full tiles need no mask. Everything works on plain and on traced numbers.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ Carry = TypeVar("Carry")
 
 
 def _div(a: Positions, b: int) -> Positions:
-    """a // b for a >= 0. Traced, a division as the machine does it: rounding towards minus infinity would cost more, in
-    a kernel and in compiling it.
+    """a // b for a >= 0. Traced, it is a division that truncates: rounding towards minus infinity costs more, in a
+    kernel and in compiling it.
     """
     return jax.lax.div(a, jnp.asarray(b, a.dtype)) if isinstance(a, jax.Array) else a // b
 
@@ -42,13 +42,13 @@ def cdiv(a: Positions, b: int) -> Positions:
     return _div(a + b - 1, b)
 
 
-class TileRange(NamedTuple):
+class TileRange[T](NamedTuple):
     """Tile indices: [start, full_start) partial, [full_start, full_stop) full, [full_stop, stop) partial."""
 
-    start: Any
-    full_start: Any
-    full_stop: Any
-    stop: Any
+    start: T
+    full_start: T
+    full_stop: T
+    stop: T
 
 
 def interval(tile: Positions, block: int, length: int) -> tuple[Positions, Positions]:
@@ -60,7 +60,7 @@ def _clip(x: Positions, lo: Positions, hi: Positions) -> Positions:
     return masks.minimum(masks.maximum(x, lo), hi)
 
 
-def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange:
+def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange[Positions]:
     """The tiles of `block` positions that `bounds` calls partial and full; the one place where positions become
     tiles."""
     end = num_tiles * block
@@ -84,19 +84,21 @@ def _shared_bounds(mask: masks.Mask, question: Callable[[masks.Mask], masks.Boun
     return union(masks.over_batch(mask, question)) if mask.has_arrays else question(mask)
 
 
-def kv_tiles(mask: masks.Mask, q_interval: tuple[Positions, Positions], block_kv: int, kv_len: int) -> TileRange:
+def kv_tiles(mask: masks.Mask, q_interval: tuple[Positions, Positions], block_kv: int,
+             kv_len: int) -> TileRange[Positions]:
     """The key tiles that the queries of `q_interval` need, for all (batch, head) at once."""
     bounds = _shared_bounds(mask, lambda part: part.kv_bounds(*q_interval))
     return tile_range(bounds, block_kv, cdiv(kv_len, block_kv))
 
 
-def q_tiles(mask: masks.Mask, kv_interval: tuple[Positions, Positions], block_q: int, q_len: int) -> TileRange:
+def q_tiles(mask: masks.Mask, kv_interval: tuple[Positions, Positions], block_q: int,
+            q_len: int) -> TileRange[Positions]:
     """The query tiles that the keys of `kv_interval` need, for all (batch, head) at once."""
     bounds = _shared_bounds(mask, lambda part: part.q_bounds(*kv_interval))
     return tile_range(bounds, block_q, cdiv(q_len, block_q))
 
 
-def sweep(tiles: TileRange, step: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
+def sweep(tiles: TileRange[Positions], step: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
     """Runs `step(tile, carry, masked)` over a range, with masked=False over its full tiles."""
     segments = ((tiles.start, tiles.full_start, True), (tiles.full_start, tiles.full_stop, False),
                 (tiles.full_stop, tiles.stop, True))
@@ -109,7 +111,7 @@ def sweep(tiles: TileRange, step: Callable[[jax.Array, Carry, bool], Carry], car
 
 
 def smallest_covering(begin: np.ndarray, end: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-    """Of each position, the smallest value whose interval [begin, end) covers it; the largest integer where none does.
+    """For each position, the smallest value whose interval [begin, end) covers it; the largest int64 where none does.
 
     Each interval is the union of two of length 2^level, which may overlap; those of a level are then halved, from the
     longest: O((size + intervals) log size).

@@ -6,7 +6,6 @@ calls have no mask: dense or causal, float16 or bfloat16, with dropout. Anything
 
 import importlib
 import warnings
-from typing import Any
 
 import torch
 
@@ -65,7 +64,7 @@ def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: flo
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
              is_causal: bool = False, return_debug_mask: bool = False, *,
-             scale: float | None = None) -> tuple[Any, ...]:
+             scale: float | None = None) -> tuple[torch.Tensor | int | None, ...]:
     """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state, and the rest
     of the statistics behind lse, in the same memory.
     """
@@ -82,8 +81,8 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
 
 
 def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
-              logsumexp: torch.Tensor, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float,
-              is_causal: bool, philox_seed: torch.Tensor, philox_offset: torch.Tensor, *,
+              logsumexp: torch.Tensor, cum_seq_q: torch.Tensor | None, cum_seq_k: torch.Tensor | None, max_q: int,
+              max_k: int, dropout_p: float, is_causal: bool, philox_seed: torch.Tensor, philox_offset: torch.Tensor, *,
               scale: float | None = None) -> tuple[torch.Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
     seed = philox_seed.view(torch.int64).to(torch.int32) if dropout_p > 0 else None

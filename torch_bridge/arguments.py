@@ -7,16 +7,19 @@ says so.
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, get_type_hints
+from typing import NamedTuple, Self, get_type_hints
 
 from torch import Tensor
 
-__all__ = ["SCHEMAS", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers", "Operands",
-           "PerArray", "Results"]
+__all__ = ["SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers",
+           "Operands", "PerArray", "Results"]
+
+Argument = Tensor | float | Sequence[bool] | None
+"""What an operator takes: tensors, numbers and flags."""
 
 
 class PerArray[T](NamedTuple):
-    """One thing for each tensor that has a gradient: the tensor, its gradient, a tangent, whether one is needed."""
+    """One thing for each tensor that has a gradient: the tensor, its gradient or tangent, whether one is needed."""
 
     query: T
     key: T
@@ -25,12 +28,12 @@ class PerArray[T](NamedTuple):
 
     @classmethod
     def among(cls, per_operand: Sequence[T]) -> "PerArray[T]":
-        """Of what is there for each operand, in the order of `Operands`, that of those with a gradient."""
+        """Selects those with a gradient from one thing for each operand, in the order of `Operands`."""
         return cls(*_with_gradient(per_operand))
 
     def among_arguments(self, count: int) -> tuple[T | None, ...]:
-        """In the places of an operator's first `count` arguments, None in those that have no gradient."""
-        return (*(getattr(self, name, None) for name in Operands._fields), *[None] * (count - len(Operands._fields)))
+        """These in the order of an operator's first `count` arguments, None for those that have no gradient."""
+        return (*_per_operand((*self, None)), *(None,) * (count - _NUM_OPERANDS))
 
 
 class Operands(NamedTuple):
@@ -59,11 +62,16 @@ class Operands(NamedTuple):
         return 0 in self.query.shape[:3] or 0 in self.value.shape
 
 
+_NUM_OPERANDS = len(Operands._fields)
 _with_gradient = operator.itemgetter(*map(Operands._fields.index, PerArray._fields))
+_NO_GRADIENT = len(PerArray._fields)
+_per_operand = operator.itemgetter(
+    *(PerArray._fields.index(name) if name in PerArray._fields else _NO_GRADIENT for name in Operands._fields))
+"""Of (*per_array, None), one for each operand."""
 
 
 class Numbers(NamedTuple):
-    """What a call is given beside tensors."""
+    """The arguments of a call that are not tensors."""
 
     causal_offset: int | None  # a query at i attends to the keys up to i + offset; None: to all
     scale: float | None
@@ -79,13 +87,16 @@ class Results(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Those of `Results`; None is zero."""
+    """The cotangents of `Results`; None is zero."""
 
     dout: Tensor | None
     dstats: Tensor | None
 
 
-_OPERANDS, _NUMBERS = len(Operands._fields), len(Operands._fields) + len(Numbers._fields)
+_NUMBERS = _NUM_OPERANDS + len(Numbers._fields)
+_RESULTS = _NUMBERS + len(Results._fields)
+_TANGENTS = _NUMBERS + len(PerArray._fields)
+"""Where the operands, the numbers, the results and the tangents end among the arguments."""
 
 
 class Attention(NamedTuple):
@@ -96,10 +107,10 @@ class Attention(NamedTuple):
     needs_stats: bool
 
     @classmethod
-    def of(cls, args: Sequence[Any]) -> Self:
-        return cls(Operands._make(args[:_OPERANDS]), Numbers._make(args[_OPERANDS:_NUMBERS]), *args[_NUMBERS:])
+    def of(cls, args: Sequence[object]) -> Self:
+        return cls(Operands._make(args[:_NUM_OPERANDS]), Numbers._make(args[_NUM_OPERANDS:_NUMBERS]), bool(args[-1]))
 
-    def flat(self) -> tuple[Any, ...]:
+    def flat(self) -> tuple[Argument, ...]:
         return *self.operands, *self.numbers, self.needs_stats
 
 
@@ -113,19 +124,18 @@ class AttentionBackward(NamedTuple):
     needs: PerArray[bool]
 
     @classmethod
-    def of(cls, args: Sequence[Any]) -> Self:
-        out, stats, dout, dstats, needs = args[_NUMBERS:]
-        return cls(Operands._make(args[:_OPERANDS]), Numbers._make(args[_OPERANDS:_NUMBERS]), Results(out, stats),
-                   Cotangents(dout, dstats), PerArray._make(needs))
+    def of(cls, args: Sequence[object]) -> Self:
+        needs = args[-1]
+        assert isinstance(needs, Sequence)
+        return cls(Operands._make(args[:_NUM_OPERANDS]), Numbers._make(args[_NUM_OPERANDS:_NUMBERS]),
+                   Results._make(args[_NUMBERS:_RESULTS]), Cotangents._make(args[_RESULTS:-1]), PerArray._make(needs))
 
-    def flat(self) -> tuple[Any, ...]:
+    def flat(self) -> tuple[Argument, ...]:
         return *self.operands, *self.numbers, *self.results, *self.cotangents, [*self.needs]
 
 
 class AttentionDoubleBackward(NamedTuple):
-    """The arguments of `attention_double_backward`: the forward's, tangents of the gradients, and the backward's
-    cotangents.
-    """
+    """The arguments of `attention_double_backward`: the forward's, the tangents, and the backward's cotangents."""
 
     operands: Operands
     numbers: Numbers
@@ -133,12 +143,11 @@ class AttentionDoubleBackward(NamedTuple):
     cotangents: Cotangents
 
     @classmethod
-    def of(cls, args: Sequence[Any]) -> Self:
-        *tangents, dout, dstats = args[_NUMBERS:]
-        return cls(Operands._make(args[:_OPERANDS]), Numbers._make(args[_OPERANDS:_NUMBERS]), PerArray._make(tangents),
-                   Cotangents(dout, dstats))
+    def of(cls, args: Sequence[object]) -> Self:
+        return cls(Operands._make(args[:_NUM_OPERANDS]), Numbers._make(args[_NUM_OPERANDS:_NUMBERS]),
+                   PerArray._make(args[_NUMBERS:_TANGENTS]), Cotangents._make(args[_TANGENTS:]))
 
-    def flat(self) -> tuple[Any, ...]:
+    def flat(self) -> tuple[Argument, ...]:
         return *self.operands, *self.numbers, *self.tangents, *self.cotangents
 
 
@@ -149,22 +158,22 @@ _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int | None: "SymInt?", flo
 _SHORT = {"query": "q", "key": "k", "value": "v"}
 
 
-def _declared(fields: type[tuple[Any, ...]]) -> str:
+def _declared(fields: type[tuple[object, ...]]) -> str:
     return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
-def _returned(fields: type[tuple[Any, ...]], more: int = 0) -> str:
+def _returned(fields: type[tuple[object, ...]], more: int = 0) -> str:
     return f"({', '.join(['Tensor'] * (len(get_type_hints(fields)) + more))})"
 
 
 _CALL = f"{_declared(Operands)}, {_declared(Numbers)}"
-_TANGENTS = ", ".join(f"Tensor? dd{_SHORT.get(name, name)}" for name in PerArray._fields)
+_DECLARED_TANGENTS = ", ".join(f"Tensor? dd{_SHORT.get(name, name)}" for name in PerArray._fields)
 
 SCHEMAS = {
     "attention": f"({_CALL}, bool needs_stats) -> {_returned(Results)}",
     "attention_backward": f"({_CALL}, {_declared(Results)}, {_declared(Cotangents)}, bool[] needs)"
                           f" -> {_returned(PerArray)}",
-    "attention_double_backward": f"({_CALL}, {_TANGENTS}, {_declared(Cotangents)})"
+    "attention_double_backward": f"({_CALL}, {_DECLARED_TANGENTS}, {_declared(Cotangents)})"
                                  f" -> {_returned(PerArray, len(Cotangents._fields))}",
     "dropout_seed": "(Tensor like, SymInt[] lead) -> Tensor",
 }

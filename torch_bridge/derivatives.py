@@ -11,13 +11,13 @@ to x it is H t, where H, the second derivative of <c, (out, stats)>, is symmetri
 of g, too, to which a tangent t_c of c adds g(x, t_c).
 
 A kernel calls a function of a single level of torch.func, as torch's own operators do, so that transforms nest. A
-plain `torch.autograd.Function` would start the transforms anew inside an operator, and `register_autograd` knows no
-forward mode: a tangent would be dropped without a word.
+plain `torch.autograd.Function` would start the transforms anew inside an operator, and `register_autograd` has no
+forward mode: tangents would be dropped silently.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -38,7 +38,8 @@ from torch_bridge.arguments import (
     Results,
 )
 
-__all__ = ["functional_attention"]
+__all__ = ["Context", "functional_attention"]
+
 
 def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     """`attention`, which saves its stats also where a transform hides from the caller that something requires grad."""
@@ -47,16 +48,17 @@ def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool
     return Results(*ops.attention(*Attention(operands, numbers, needs_stats).flat()))
 
 
-def _below_autograd(operator: ops.Operator, keys: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
+def _below_autograd[R](operator: torch._ops.OpOverload[..., R], keys: torch._C.DispatchKeySet,
+                       args: Sequence[object]) -> R:
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 class _Call(NamedTuple):
-    """What a kernel was called with beside its arguments.
+    """What a kernel was called with, apart from its arguments.
 
-    A function's forward and jvp run with recording switched off, which transforms further out would take for the
-    user's choice, and record nothing in silence: so they run in the modes that the kernel met.
+    autograd runs a function's forward and jvp with recording switched off. Outer transforms would take that for the
+    user's choice and record nothing, so both run in the modes in which the kernel was called.
     """
 
     operator: ops.Operator
@@ -69,9 +71,32 @@ class _Call(NamedTuple):
         with torch.set_grad_enabled(self.grad_mode), forward_ad._set_fwd_grad_enabled(self.forward_mode):
             yield
 
-    def below_autograd(self, args: Sequence[Any]) -> Any:
+    def below_autograd(self, args: Sequence[object]) -> tuple[torch.Tensor, ...]:
         with self.modes():
             return _below_autograd(self.operator, self.keys, args)
+
+
+class Context(Protocol):
+    """What autograd hands to the methods of a function; they keep what is not a tensor as its attributes."""
+
+    numbers: Numbers
+
+    @property
+    def saved_tensors(self) -> tuple[torch.Tensor, ...]: ...  # None where None was saved
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+class _Context(Context, Protocol):
+    call: _Call
+    needs: PerArray[bool]
+
+    def save_for_forward(self, *tensors: torch.Tensor | None) -> None: ...
 
 
 def _require_forward_mode(query: torch.Tensor) -> None:
@@ -86,22 +111,24 @@ _Tangents = PerArray[torch.Tensor | None]
 
 
 def _tangents(given: _Tangents, of: _Tangents) -> _Tangents:
-    """Those that have the shape of their tensors: (0,) stands for a gradient that was not needed, None for zero."""
+    """The tangents that have the shape of their tensors; None, zero, for others: (0,) marks an unneeded gradient."""
     return PerArray(*(None if x is None or t is None or t.shape != x.shape else t
                       for x, t in zip(of, given, strict=True)))
 
 
-def _primals(tensors: Sequence[Any]) -> list[Any]:
-    """The tensors without their tangents: a formula that saw those would be differentiated itself."""
+def _primals(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Drops the tangents of the tensors: with them, the formulas would be differentiated too."""
     return [None if x is None else forward_ad.unpack_dual(x, level=0).primal for x in tensors]
 
 
 class _Attention(_SingleLevelFunction):
-    """`attention`: its arguments, and the dispatch keys of the call."""
+    """`attention`, of its arguments and the `_Call`."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
-        *args, ctx.call = given
+    def forward(ctx: _Context, *given: object) -> tuple[torch.Tensor, ...]:
+        *args, call = given
+        assert isinstance(call, _Call)
+        ctx.call = call
         out, stats = ctx.call.below_autograd(args)
         operands, ctx.numbers, _ = Attention.of(args)
         ctx.set_materialize_grads(False)
@@ -110,7 +137,8 @@ class _Attention(_SingleLevelFunction):
         return out, stats
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Context, dout: torch.Tensor | None,
+                 dstats: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         *tensors, out, stats = ctx.saved_tensors
         operands, needs = Operands._make(tensors), PerArray.among(ctx.needs_input_grad)
         if stats.dim() == 1:  # not asked for: a transform hid from the caller that something requires grad
@@ -121,7 +149,7 @@ class _Attention(_SingleLevelFunction):
         return wanted.among_arguments(len(ctx.needs_input_grad))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
+    def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         with ctx.call.modes():
             *tensors, out, stats = _primals(ctx.saved_tensors)
             operands = Operands._make(tensors)
@@ -137,8 +165,10 @@ class _Backward(_SingleLevelFunction):
     """`attention_backward`. Its derivative is total: it goes through out and stats too, which are functions of x."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
-        *args, ctx.call = given
+    def forward(ctx: _Context, *given: object) -> tuple[torch.Tensor, ...]:
+        *args, call = given
+        assert isinstance(call, _Call)
+        ctx.call = call
         grads = ctx.call.below_autograd(args)
         operands, ctx.numbers, results, cotangents, ctx.needs = AttentionBackward.of(args)
         ctx.set_materialize_grads(False)
@@ -147,7 +177,7 @@ class _Backward(_SingleLevelFunction):
         return grads
 
     @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Context, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         *tensors, dout, dstats = ctx.saved_tensors
         operands = Operands._make(tensors)
         ops.require_float64(operands.query)
@@ -161,7 +191,7 @@ class _Backward(_SingleLevelFunction):
                 of_dstats if needs_dstats else None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
+    def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         with ctx.call.modes():
             *tensors, out, stats, dout, dstats = _primals(ctx.saved_tensors)
             operands = Operands._make(tensors)
@@ -188,12 +218,14 @@ class _DoubleBackward(_SingleLevelFunction):
     """`attention_double_backward`, which has no derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
-        *args, ctx.call = given
+    def forward(ctx: _Context, *given: object) -> tuple[torch.Tensor, ...]:
+        *args, call = given
+        assert isinstance(call, _Call)
+        ctx.call = call
         return ctx.call.below_autograd(args)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
+    def backward(ctx: _Context, *_: object) -> NoReturn:
         raise NotImplementedError(
             "scaled_dot_product_attention has no derivative of its second derivatives or of forward mode: none of the "
             "third order, no jvp of a jvp, no backward of a jvp. For a Hessian use torch.func.hessian, torch.func.jvp "
@@ -203,23 +235,25 @@ class _DoubleBackward(_SingleLevelFunction):
     jvp = backward
 
 
-def _register(operator: ops.Operator, function: Any) -> None:
-    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> None:
+    def kernel(keys: torch._C.DispatchKeySet, *args: object) -> tuple[torch.Tensor, ...]:
         is_recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        # A tangent would be seen by `apply` alone, and costs nothing there if there is none.
+        # Only `apply` can tell whether there is a tangent; without one it costs nothing.
         if is_recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-                return function.apply(*args, _Call(operator, keys, *modes))
+                results: tuple[torch.Tensor, ...] = function.apply(  # type: ignore[attr-defined]  # not in torch's stub
+                    *args, _Call(operator, keys, *modes))
+                return results
         return _below_autograd(operator, keys, args)
     ops.library.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
-def _kept_seed(keys: torch._C.DispatchKeySet, *args: Any) -> torch.Tensor:
-    """`dropout_seed`, marked for partitioners of a traced graph as a value to save.
+def _kept_seed(keys: torch._C.DispatchKeySet, *args: object) -> torch.Tensor:
+    """Draws `dropout_seed` and marks it, for partitioners of a traced graph, as a value to save.
 
-    They draw again in the backward whatever they find cheaper to compute than to save, whether it is random or not:
-    the gradients would be those of another dropout. With a budget of 0 they heed no mark.
+    A partitioner recomputes in the backward what is cheaper to compute than to save, random or not: the gradients would
+    belong to another dropout. With a memory budget of 0 it ignores the mark.
     """
     if fx_traceback.has_preserved_node_meta() and torch.is_grad_enabled() and _memory_budget() == 0:
         raise RuntimeError("scaled_dot_product_attention with dropout_p > 0 cannot be compiled for training with an "
@@ -229,7 +263,8 @@ def _kept_seed(keys: torch._C.DispatchKeySet, *args: Any) -> torch.Tensor:
     before = meta.get(_POLICY)
     meta[_POLICY] = CheckpointPolicy.MUST_SAVE
     try:
-        return _below_autograd(ops.dropout_seed, keys, args)
+        seed: torch.Tensor = _below_autograd(ops.dropout_seed, keys, args)
+        return seed
     finally:
         if before is None:
             del meta[_POLICY]
@@ -237,12 +272,13 @@ def _kept_seed(keys: torch._C.DispatchKeySet, *args: Any) -> torch.Tensor:
             meta[_POLICY] = before
 
 
-_POLICY = "recompute"  # where a node's metadata have its CheckpointPolicy
+_POLICY = "recompute"  # the key of the CheckpointPolicy in a node's metadata
 
 
 def _memory_budget() -> float:
     from torch._functorch import config
-    return config.activation_memory_budget
+    budget: float = config.activation_memory_budget
+    return budget
 
 
 ops.library.impl(ops.dropout_seed, _kept_seed, "Autograd", with_keyset=True)

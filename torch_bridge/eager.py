@@ -12,13 +12,16 @@ The statistics of rows, which only the backward reads, stay an array of JAX betw
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
+
+if TYPE_CHECKING:
+    from pallas_flash.arrays import Array
 
 __all__ = ["attend"]
 
@@ -46,8 +49,10 @@ def attend(operands: Operands, numbers: Numbers, needs_grad: bool) -> torch.Tens
         if numbers.dropout_p > 0:
             operands = operands.with_seed(ops.draw_seed(query))
         if needs_grad:
-            return _Attention.apply(*operands, numbers)
-        return ops.exchange().attend(operands, numbers)
+            out: torch.Tensor = _Attention.apply(*operands, numbers)
+            return out
+        from torch_bridge import exchange
+        return exchange.attend(operands, numbers)
     if numbers.dropout_p > 0:
         operands = operands.with_seed(ops.dropout_seed(query, ()))
     return derivatives.functional_attention(operands, numbers, needs_grad).out
@@ -59,30 +64,37 @@ def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
             and not torch._C._len_torch_function_stack() and all(type(x) in _PLAIN_TYPES for x in tensors))
 
 
+class _Context(derivatives.Context, Protocol):
+    stats: "Array"
+
+
 class _Attention(torch.autograd.Function):
     """The operator's forward and backward, without the dispatcher: of operands, and of the numbers as one argument."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+    def forward(ctx: _Context, *args: Any) -> torch.Tensor:
+        from torch_bridge import exchange
+
         *tensors, ctx.numbers = args
         operands = Operands._make(tensors)
-        out, ctx.stats = ops.exchange().attend_saving(operands, ctx.numbers)
+        out, ctx.stats = exchange.attend_saving(operands, ctx.numbers)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        *tensors, out = ctx.saved_tensors
+    def backward(ctx: _Context, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        from torch_bridge import exchange
+
+        flags, saved = ctx.needs_input_grad, ctx.saved_tensors
         if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        operands, crossing = Operands._make(tensors), ops.exchange()
-        needs = PerArray.among(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or not _is_plain((*operands, out, dout)):  # second derivatives, batches of dout
-            results = Results(out, crossing.stats_tensor(ctx.stats, out))
-            grads = ops.attention_backward(*AttentionBackward(
+            return (None,) * len(flags)
+        operands, out, needs = Operands._make(saved[:-1]), saved[-1], PerArray.among(flags)
+        if not torch.is_grad_enabled() and _is_plain((*saved, dout)):
+            grads = exchange.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
+        else:  # second derivatives, batches of dout
+            results = Results(out, exchange.stats_tensor(ctx.stats, out))
+            found = ops.attention_backward(*AttentionBackward(
                 operands, ctx.numbers, results, Cotangents(dout, None), needs).flat())
-        else:
-            grads = crossing.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
-        wanted = PerArray(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
-        return wanted.among_arguments(len(ctx.needs_input_grad))
+            grads = PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
+        return grads.among_arguments(len(flags))

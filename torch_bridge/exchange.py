@@ -1,26 +1,25 @@
 """torch tensors into JAX computations and back, through DLPack: layout, copies, order of streams.
 
-This file alone imports both runtimes. A call makes, or finds, a `Plan` for its shapes, strides, dtypes and numbers:
-spec, layout and a jitted function. Kernels take both layouts, so the plan picks the one in which the fewest elements
-are copied; a tensor that is dense in it (see `copy_reason`) is handed over as it is, any other is copied by torch
-first.
+Only this file imports both runtimes. A call makes, or finds, a `Plan` for its shapes, strides, dtypes and numbers:
+spec, layout and jitted functions. Kernels take both layouts, so the plan picks the one that copies the fewest elements;
+a tensor that is dense in it (see `copy_reason`) is shared as it is, any other is copied by torch first.
 
-Order on a GPU, without waiting on the host: unless torch's current stream is at rest, JAX's stream waits for it before
-it reads the first operand, hence before the kernel; torch's current stream waits for the results. Whatever torch queues
-there later, such as the reuse of the memory of an operand that was dropped, comes after the kernel. What JAX sees of
-operands: views.py. How long results live: lifetime.py.
+The GPU keeps the order, and the host never waits: unless torch's current stream is idle, JAX's stream waits for it
+before reading the first operand, hence before the kernel; torch's current stream waits for the results. Whatever torch
+queues there later, such as reuse of the memory of a dropped operand, comes after the kernel. How JAX sees operands:
+views.py. How long results live: lifetime.py.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from pallas_flash import autodiff, compat, device, dispatch, forks, masks
 from pallas_flash import spec as specs
@@ -161,7 +160,7 @@ def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operand
 
 
 class _Given(NamedTuple):
-    """What a backward is asked for, and handed."""
+    """Which gradients a backward is asked for, and which cotangents it is given."""
 
     needs: PerArray[bool]
     has_dout: bool
@@ -224,7 +223,7 @@ class _OnCpu:
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0
 
-    def __dlpack__(self, **_: Any) -> Any:
+    def __dlpack__(self, **_: object) -> object:
         return to_dlpack(self.tensor)
 
 
@@ -266,12 +265,13 @@ def _arrays(tensors: Sequence[torch.Tensor], where: jax.Device) -> list[jax.Arra
     return [views.ready(first, where), *(views.of(tensor, where) for tensor in rest)]
 
 
-def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor],
-         others: Sequence[torch.Tensor | None], known: Sequence[jax.Array] = (), num_kept: int = 0) -> list[Any]:
-    """The results of a jitted function of these tensors, and of JAX's own arrays after them.
+def _run(plan: Plan, function: Callable[..., list[jax.Array]], q_like: Sequence[torch.Tensor],
+         others: Sequence[torch.Tensor | None], known: Sequence[jax.Array] = (),
+         num_kept: int = 0) -> tuple[list[torch.Tensor], list[jax.Array]]:
+    """Calls a jitted function with these tensors, and with JAX's own arrays after them.
 
-    The last `num_kept` results stay arrays. torch's stream waits for them as well: when it may go on, everything has
-    been read.
+    Returns its results as tensors, and the last `num_kept` as arrays. torch's stream waits for those too, so whatever
+    it does next comes after all reads.
     """
     query = q_like[0]
     tensors = _shared(plan.layout, q_like, others)
@@ -286,7 +286,7 @@ def _run(plan: Plan, function: Callable[..., Any], q_like: Sequence[torch.Tensor
 
 
 def _check_place(query: torch.Tensor) -> None:
-    """Raises RuntimeError where JAX cannot compute: in a forked process, and inside a capture."""
+    """Raises RuntimeError where JAX cannot compute: in a forked process, and during CUDA graph capture."""
     forks.require_no_fork("scaled_dot_product_attention")
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("scaled_dot_product_attention through DLPack cannot be captured in a CUDA graph: JAX "
@@ -296,16 +296,18 @@ def _check_place(query: torch.Tensor) -> None:
 # --- tensors from arrays ---------------------------------------------------------------------------------------------
 
 
-def _tensors(arrays: Sequence[jax.Array], like: torch.Tensor, num_kept: int = 0) -> list[Any]:
-    """Tensors of arrays, the last `num_kept` left as they are, for torch's current stream on the device of `like`."""
+def _tensors(arrays: list[jax.Array], like: torch.Tensor,
+             num_kept: int = 0) -> tuple[list[torch.Tensor], list[jax.Array]]:
+    """Tensors of all arrays but the last `num_kept`, and those, for torch's current stream on the device of `like`."""
     count = len(arrays) - num_kept
     if like.is_cpu:
-        return [*(from_dlpack(array.__dlpack__()) for array in arrays[:count]), *arrays[count:]]
+        return [from_dlpack(array.__dlpack__()) for array in arrays[:count]], arrays[count:]
     stream = streams.current(like.device.index or 0)
     tensors = [lifetime.export(array, stream) for array in arrays[:count]]
-    for array in arrays[count:]:
+    kept = arrays[count:]
+    for array in kept:
         lifetime.order(array, stream)
-    return [*tensors, *arrays[count:]]
+    return tensors, kept
 
 
 def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
@@ -327,7 +329,8 @@ def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     query = operands.query
     if not needs_stats:
         return Results(attend(operands, numbers), query.new_empty((0,), dtype=strides.stats_dtype(query)))
-    return Results(*_attend_saving(operands, numbers, num_kept=0))
+    (out, stats), _ = _attend_saving(operands, numbers, num_kept=0)
+    return Results(out, stats)
 
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
@@ -335,26 +338,28 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
-    (out,) = _run(plan, plan.forward[False], (query, key, value), others)
+    (out,), _ = _run(plan, plan.forward[False], (query, key, value), others)
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
 
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, jax.Array]:
     """`forward`'s out, and its stats as an array of JAX for `gradients`."""
-    return _attend_saving(operands, numbers, num_kept=1)
+    (out,), (stats,) = _attend_saving(operands, numbers, num_kept=1)
+    return out, stats
 
 
-def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple[torch.Tensor, Any]:
+def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple[list[torch.Tensor], list[jax.Array]]:
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
-    out, stats = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
-    return _with_strides(_in_layout(out, plan.layout), plan.out_strides), stats
+    tensors, kept = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
+    tensors[0] = _with_strides(_in_layout(tensors[0], plan.layout), plan.out_strides)
+    return tensors, kept
 
 
 def stats_tensor(stats: jax.Array, like: torch.Tensor) -> torch.Tensor:
     """`attend_saving`'s stats as a tensor, on the device of `like`."""
-    (tensor,) = _tensors((stats,), like)
+    (tensor,), _ = _tensors([stats], like)
     return tensor
 
 
@@ -397,7 +402,8 @@ def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: 
         given = given._replace(needs=given.needs._replace(bias=False))
     dout, *others = others
     moved = (_in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout))
-    rest = iter(_run(plan, plan.backward[given], (query, key, value), (*arrays, *moved, *others), known))
+    grads, _ = _run(plan, plan.backward[given], (query, key, value), (*arrays, *moved, *others), known)
+    rest = iter(grads)
     return PerArray(*(
         _with_strides(_in_layout(next(rest), plan.layout) if like_query else next(rest), wanted)
         if needed and wanted is not None else None
@@ -425,7 +431,8 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
     moved = [None if x is None else _in_layout(x, layout)
              for x, layout in zip((*tangents, *cotangents), layouts, strict=True)]
     derivative = _jitted_double_backward(plan.spec, plan.device)[present]
-    rest = iter(_run(plan, derivative, (query, key, value), (*arrays, *moved)))
+    results, _ = _run(plan, derivative, (query, key, value), (*arrays, *moved))
+    rest = iter(results)
     return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, layout)
                  for x, layout in zip(inputs, layouts, strict=True))
 
@@ -440,21 +447,27 @@ def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants
         operands = _operands(spec, arrays)
         *tangents, dout, dstats = (next(arrays) if there else None for there in present)
 
-        def first(given: Differentiable[jax.Array], dout: Any, dstats: Any) -> Gradients[jax.Array]:
+        def first(given: Differentiable[jax.Array], dout: jax.Array | None,
+                  dstats: jax.Array | None) -> Gradients[jax.Array]:
             problem = specs.Operands.of(given, operands.others)
             results = autodiff.forward(spec, "reference", problem)
-            cotangents = specs.Results(out=jnp.zeros_like(results.out) if dout is None else dout,
-                                             stats=jnp.zeros_like(results.stats) if dstats is None else dstats)
-            return autodiff.backward(spec, "reference", problem, results, cotangents)
-        grads, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
-        of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), grads))
+            cotangents = specs.Results(out=_given_or_zero(dout, results.out),
+                                       stats=_given_or_zero(dstats, results.stats))
+            grads: Gradients[jax.Array] = autodiff.backward(spec, "reference", problem, results, cotangents)
+            return grads
+        found, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
+        of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), found))
         return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
                 if x is not None]
     return _Variants(derivative, where)
 
 
 def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) -> Gradients[jax.Array]:
-    """Tangents of gradients, zero where there is none."""
-    of = lambda tangent, grad: jnp.zeros_like(grad) if tangent is None else tangent
-    return Gradients(dq=of(given.query, grads.dq), dk=of(given.key, grads.dk), dv=of(given.value, grads.dv),
-                     dbias=None if grads.dbias is None else of(given.bias, grads.dbias))
+    """The tangents of gradients, zeros for those that are None."""
+    return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
+                     dv=_given_or_zero(given.value, grads.dv),
+                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias))
+
+
+def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:
+    return jnp.zeros_like(like) if array is None else array

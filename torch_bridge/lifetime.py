@@ -20,12 +20,14 @@ import atexit
 import collections
 import ctypes
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from pallas_flash import compat
+from pallas_flash.arrays import Array
 from torch_bridge import streams
 
 __all__ = ["collect", "export", "held_exports", "order"]
@@ -54,7 +56,7 @@ class _Export(NamedTuple):
 class _Released(NamedTuple):
     """Tensors that torch has dropped: their memory may go back when the events have passed."""
 
-    events: list[Any]
+    events: list[torch.cuda.Event]
     exports: list[_Export]
 
 
@@ -63,7 +65,7 @@ _dropped: dict[int, collections.deque[_Export]] = collections.defaultdict(collec
 _released: dict[int, collections.deque[_Released]] = collections.defaultdict(collections.deque)
 
 
-def export(array: Any, stream: Any) -> torch.Tensor:
+def export(array: Array, stream: torch.cuda.Stream) -> torch.Tensor:
     """A tensor over the memory of a GPU array, ordered after it on `stream`, torch's current stream on its device."""
     capsule = compat.to_dlpack(array, stream.cuda_stream or 1)  # 1 is CUDA's name for the default stream
     address = _capsule_pointer(capsule, b"dltensor")
@@ -74,7 +76,7 @@ def export(array: Any, stream: Any) -> torch.Tensor:
     return tensor
 
 
-def order(array: Any, stream: Any) -> None:
+def order(array: Array, stream: torch.cuda.Stream) -> None:
     """Lets `stream`, torch's current stream, wait for a GPU array that torch is not given."""
     compat.to_dlpack(array, stream.cuda_stream or 1)
 
@@ -92,7 +94,6 @@ def held_exports() -> int:
     return len(_exported) + sum(map(len, _dropped.values())) + sum(released)
 
 
-@_Deleter
 def _on_release(address: int) -> None:
     export = _exported.pop(address)
     index = export.device_index
@@ -107,7 +108,8 @@ def _on_release(address: int) -> None:
         _release(index, [export])
 
 
-_on_release_pointer = ctypes.cast(_on_release, ctypes.c_void_p).value
+_release_callback = _Deleter(_on_release)  # kept: the pointer does not keep it alive
+_on_release_pointer = ctypes.cast(_release_callback, ctypes.c_void_p).value
 
 
 def _release(index: int, exports: list[_Export]) -> None:
@@ -141,7 +143,7 @@ def _give_back(index: int) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _function(deleter: int) -> Any:
+def _function(deleter: int) -> Callable[[int], None]:
     return _Deleter(deleter)
 
 

@@ -3,7 +3,10 @@
 import os
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_flash.compat import JaxDevice
 
 __all__ = ["running_gpus", "share_with_torch"]
 
@@ -30,12 +33,13 @@ def _preallocated() -> list[tuple[str, float]]:
     return [(name, numbers.get("bytes_limit", 0) / 2**30) for name, numbers in stats]
 
 
-def running_gpus() -> list[Any]:
+def running_gpus() -> "list[JaxDevice]":
     """JAX's GPUs, if JAX is running; starts nothing, and does not import JAX."""
     if "jax" not in sys.modules:
         return []
+    import jax
+
     from pallas_flash import compat
 
-    jax: Any = sys.modules["jax"]
     running = compat.backends_are_initialized()
     return [device for device in jax.local_devices() if device.platform == "gpu"] if running else []

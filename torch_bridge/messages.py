@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ def unknown_keyword(name: str) -> TypeError:
                      "query, key, value, attn_mask, dropout_p, is_causal, scale and enable_gqa.")
 
 
-def without_unknown(function: Callable[..., Any]) -> inspect.Signature:
+def without_unknown(function: Callable[..., object]) -> inspect.Signature:
     """The signature of a function without its `**unknown`."""
     signature = inspect.signature(function)
     return signature.replace(parameters=[x for name, x in signature.parameters.items() if name != "unknown"])

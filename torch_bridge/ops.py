@@ -13,17 +13,16 @@ computes.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from torch_bridge import strides
 from torch_bridge.arguments import SCHEMAS, Attention, AttentionBackward, AttentionDoubleBackward, PerArray
 
-__all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "exchange",
-           "library", "require_float64"]
+__all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "library",
+           "require_float64"]
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -45,33 +44,30 @@ dropout_seed = torch.ops.pallas_flash.dropout_seed.default
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def exchange() -> ModuleType:
-    """The module that imports JAX, when the first call needs it."""
-    from torch_bridge import exchange as module
-    return module
-
-
-def _attention(*args: Any) -> tuple[torch.Tensor, ...]:
+def _attention(*args: object) -> tuple[torch.Tensor, ...]:
     call = Attention.of(args)
     if call.operands.is_empty:
         out, stats = _fake_attention(*args)
-        return out.zero_(), stats.fill_(-torch.inf)  # of both numbers of each row: nobody reads them
-    return exchange().forward(*call)
+        return out.zero_(), stats.fill_(-torch.inf)  # nothing reads the statistics
+    from torch_bridge import exchange  # imports JAX
+    return exchange.forward(*call)
 
 
-def _attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _attention_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionBackward.of(args)
     if call.operands.is_empty or all(x is None for x in call.cotangents):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    return exchange().backward(*call)
+    from torch_bridge import exchange
+    return exchange.backward(*call)
 
 
-def _attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionDoubleBackward.of(args)
     require_float64(call.operands.query)
     if call.operands.is_empty:
         return tuple(grad.zero_() for grad in _fake_attention_double_backward(*args))
-    return exchange().double_backward(*call)
+    from torch_bridge import exchange
+    return exchange.double_backward(*call)
 
 
 def require_float64(query: torch.Tensor) -> None:
@@ -104,7 +100,7 @@ def _gradients(like: Sequence[torch.Tensor | None], needs: Sequence[bool],
                  for tensor, needed in zip(like, needs, strict=True))
 
 
-def _fake_attention(*args: Any) -> tuple[torch.Tensor, ...]:
+def _fake_attention(*args: object) -> tuple[torch.Tensor, ...]:
     call = Attention.of(args)
     query, d_v = call.operands.query, call.operands.value.shape[3]
     out = query.new_empty_strided((*query.shape[:3], d_v), strides.like_query(query, d_v))
@@ -112,12 +108,12 @@ def _fake_attention(*args: Any) -> tuple[torch.Tensor, ...]:
     return out, query.new_empty(stats, dtype=strides.stats_dtype(query))
 
 
-def _fake_attention_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _fake_attention_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionBackward.of(args)
     return _gradients(call.operands.differentiable, call.needs, call.operands.query)
 
 
-def _fake_attention_double_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _fake_attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionDoubleBackward.of(args)
     like = (*call.operands.differentiable, *call.cotangents)
     return _gradients(like, [x is not None for x in like], call.operands.query)
@@ -136,38 +132,45 @@ torch.library.register_fake("pallas_flash::attention_double_backward", _fake_att
 # --- vmap: the mapped axis joins the batch ---------------------------------------------------------------------------
 
 
-def _mapped_first(args: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
-    """The arguments with the mapped axis of every tensor in front, broadcast where it has none; numbers as they are."""
+def _mapped_first(args: Sequence[object], axes: Sequence[int | None], size: int) -> list[object]:
+    """Moves the mapped axis of every tensor to the front, and expands those without one; numbers stay as they are."""
     return [arg if not isinstance(arg, torch.Tensor) else arg.expand(size, *arg.shape) if axis is None
             else arg.movedim(axis, 0) for arg, axis in zip(args, axes, strict=True)]
 
 
-def _into_batch(arg: Any, batch: int) -> Any:
-    """(size, batch or 1, ...) -> (size * batch, ...); numbers as they are."""
+def _into_batch(arg: object, batch: int) -> object:
+    """Reshapes (size, batch or 1, ...) to (size * batch, ...); numbers stay as they are."""
     if not isinstance(arg, torch.Tensor):
         return arg
     return arg.expand(-1, batch, *arg.shape[2:]).flatten(0, 1)
 
 
 def _from_batch(grad: torch.Tensor, tensor: torch.Tensor | None, size: int, batch: int) -> torch.Tensor:
-    """The gradient of a mapped tensor (size, batch or 1, ...) from that of its expanded, merged self."""
+    """Turns the gradient (size * batch, ...) of a merged tensor into that of the tensor (size, batch or 1, ...)."""
     if grad.dim() == 1 or tensor is None:
         return grad.expand(size, 0)
     grad = grad.unflatten(0, (size, batch))
     return grad.sum(1, keepdim=True) if tensor.shape[1] == 1 and batch > 1 else grad
 
 
-def _one_by_one(operator: Operator, size: int, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """The results of each mapped element, stacked: dropout draws by batch index, so elements cannot share a batch."""
+def _one_by_one(operator: Operator, size: int, args: Sequence[object]) -> tuple[torch.Tensor, ...]:
+    """Calls the operator once for each mapped element and stacks the results.
+
+    With dropout, elements cannot share a batch: the random bits depend on the batch index.
+    """
     results = [operator(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in args)) for i in range(size)]
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+class _VmapInfo(Protocol):
+    batch_size: int
 
 
 _Mapped = tuple[tuple[torch.Tensor, ...], tuple[int, ...]]
 """The results of a vmap rule, and the mapped axis of each."""
 
 
-def _vmap_attention(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
+def _vmap_attention(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     size = info.batch_size
     args = tuple(_mapped_first(args, in_dims, size))
     operands = Attention.of(args).operands
@@ -179,7 +182,7 @@ def _vmap_attention(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _
     return (out.unflatten(0, (size, batch)), stats), (0, 0)
 
 
-def _vmap_attention_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
+def _vmap_attention_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     size, axes = info.batch_size, (0,) * len(PerArray._fields)
     args = tuple(_mapped_first(args, (*in_dims[:-1], None), size))  # torch has one for each of the flags in `needs`
     operands = AttentionBackward.of(args).operands
@@ -191,7 +194,7 @@ def _vmap_attention_backward(info: Any, in_dims: tuple[int | None, ...], *args: 
                  for grad, x in zip(grads, operands.differentiable, strict=True)), axes
 
 
-def _vmap_attention_double_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> _Mapped:
+def _vmap_attention_double_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     results = _one_by_one(attention_double_backward, info.batch_size, _mapped_first(args, in_dims, info.batch_size))
     return results, (0,) * len(results)
 
@@ -201,19 +204,22 @@ torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_
 torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=library)
 
 
-def _vmap_dropout_seed(keys: Any, like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
+def _vmap_dropout_seed(keys: torch._C.DispatchKeySet, like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
     """One seed for all mapped elements, or one for each, as the caller of `torch.vmap` chose; or torch's error."""
-    interpreter: Any = retrieve_current_functorch_interpreter()
+    interpreter = retrieve_current_functorch_interpreter()
+    assert isinstance(interpreter, VmapInterpreter)
     randomness, level = interpreter.randomness(), interpreter.level()
     if randomness == "error":
         raise RuntimeError("vmap: called random operation scaled_dot_product_attention(dropout_p > 0) while in "
                            "randomness error mode. Pass randomness=\"same\" or randomness=\"different\" to vmap.")
     like, _ = torch._C._functorch._unwrap_batched(like, level)
-    with torch._C._ExcludeDispatchKeyGuard(_VMAP_KEYS):  # the next kernel hands the call to the transform further out
+    with torch._C._ExcludeDispatchKeyGuard(_VMAP_KEYS):  # so that the call goes to the next outer transform
         if randomness == "same":
-            return dropout_seed(like, lead)
+            shared: torch.Tensor = dropout_seed(like, lead)
+            return shared
         seeds = dropout_seed(like, (interpreter.batch_size(), *lead))
-    return torch._C._functorch._add_batch_dim(seeds, 0, level)
+    mapped: torch.Tensor = torch._C._functorch._add_batch_dim(seeds, 0, level)
+    return mapped
 
 
 _VMAP_KEYS = (torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)

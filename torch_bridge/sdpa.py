@@ -6,7 +6,7 @@ condition.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple, Never, SupportsFloat
 
 import torch
 
@@ -106,7 +106,7 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
                 Numbers(causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), out_shape)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: SupportsFloat) -> float:
     if not isinstance(value, (float, int)):
         is_single = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
         if not is_single:
@@ -157,7 +157,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
-def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple:
+def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Casts as autocast does for this function: every floating tensor except float64 to the autocast dtype."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
@@ -175,10 +175,11 @@ def _causal_offset(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal:
     if query.shape[-2] != q_len or key.shape[-2] != kv_len:
         raise RuntimeError(f"causal_lower_right({q_len}, {kv_len}) does not match query of length {query.shape[-2]} "
                            f"and key of length {key.shape[-2]}")
-    return kv_len - q_len
+    return int(kv_len - q_len)
 
 
-def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank: int, enable_gqa: bool) -> tuple:
+def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank: int,
+               enable_gqa: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Size]:
     """Four axes each, batch sizes equal, heads of key and value equal and dividing those of query; and the lead."""
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise IndexError("enable_gqa needs query, key and value of at least 3 dimensions, "
@@ -190,9 +191,9 @@ def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank
         lead = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
     except RuntimeError:
         raise messages.leading_axes(query, key, value, enable_gqa) from None
-    merged = (_merge(_with_heads(tensor, count, enable_gqa), lead)
-              for tensor, count in zip(tensors, heads, strict=True))
-    return *merged, lead
+    query, key, value = (_merge(_with_heads(tensor, count, enable_gqa), lead)
+                         for tensor, count in zip(tensors, heads, strict=True))
+    return query, key, value, lead
 
 
 def _broadcast_heads(q_heads: int, k_heads: int, v_heads: int) -> tuple[int, int, int]:

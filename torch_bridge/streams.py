@@ -7,7 +7,6 @@ State is changed by single operations of `dict` and `deque`, which are atomic: d
 """
 
 import collections
-from typing import Any
 
 import torch
 
@@ -16,11 +15,11 @@ __all__ = ["current", "is_known", "known", "record", "recycle"]
 # The number of the current stream on a device, as the code that inductor generates asks for it.
 _number = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
 
-_streams: dict[int, dict[int, Any]] = collections.defaultdict(dict)  # device's index -> number -> stream
-_events: dict[int, collections.deque[Any]] = collections.defaultdict(collections.deque)  # by device's index
+_streams: dict[int, dict[int, torch.cuda.Stream]] = collections.defaultdict(dict)  # by device's index, by number
+_events: dict[int, collections.deque[torch.cuda.Event]] = collections.defaultdict(collections.deque)  # by index
 
 
-def current(index: int) -> Any:
+def current(index: int) -> torch.cuda.Stream:
     """torch's current stream on a device; not to be called during a capture. One that torch made is known from now on.
 
     Those live as long as the process; a stream made outside (`ExternalStream`) may end at any time.
@@ -39,12 +38,12 @@ def is_known(index: int) -> bool:
     return _number(index) in _streams[index]
 
 
-def known(index: int) -> tuple[Any, ...]:
+def known(index: int) -> tuple[torch.cuda.Stream, ...]:
     """The streams of torch's own that were current on a device when `current` was asked."""
     return tuple(_streams[index].values())
 
 
-def record(stream: Any) -> Any:
+def record(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """An event at the end of what a stream now holds. It is given back with `recycle` when nobody asks it any more."""
     try:
         event = _events[stream.device_index].pop()
@@ -54,6 +53,6 @@ def record(stream: Any) -> Any:
     return event
 
 
-def recycle(index: int, event: Any) -> None:
+def recycle(index: int, event: torch.cuda.Event) -> None:
     """Lets `record` use an event again. Streams that were told to wait for it still wait for what it stood for."""
     _events[index].append(event)

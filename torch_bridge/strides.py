@@ -6,7 +6,6 @@ query, a gradient that of its input. Axes of size 1 and broadcast axes (stride 0
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -27,8 +26,8 @@ def dense(shape: Sequence[int], heads_inside: bool) -> tuple[int, int, int, int]
     return (plane, dim, heads * dim, 1) if heads_inside else (plane, length * dim, dim, 1)
 
 
-def _at_least_one(size: Any) -> Any:
-    return torch.sym_max(size, 1)
+def _at_least_one(size: int) -> int:
+    return torch.sym_max(size, 1)  # type: ignore[return-value]  # a SymInt, while torch traces
 
 
 def like_query(query: torch.Tensor, d_v: int) -> tuple[int, int, int, int]:

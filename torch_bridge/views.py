@@ -16,11 +16,13 @@ import collections
 import ctypes
 import functools
 import struct
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from pallas_flash import compat
+from pallas_flash.arrays import Array
+from pallas_flash.compat import JaxDevice
 from torch_bridge import streams
 
 __all__ = ["after", "kept_views", "of", "ready"]
@@ -34,11 +36,11 @@ _DTYPES = {  # DLPack's (code, bits)
     torch.bool: (6, 8), torch.int32: (0, 32),
 }
 
-_kept: dict[tuple, Any] = {}
-_recent: dict[torch.device, collections.deque[Any]] = {}
+_kept: dict[tuple[int, torch.Size, torch.dtype, torch.device], Array] = {}
+_recent: dict[torch.device, collections.deque[Array]] = {}
 
 
-def of(tensor: torch.Tensor, where: Any) -> Any:
+def of(tensor: torch.Tensor, where: JaxDevice) -> Array:
     """The view of a dense GPU tensor on `where`, JAX's device for it; made at the first call and kept."""
     name = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device)
     view = _kept.get(name)
@@ -49,7 +51,7 @@ def of(tensor: torch.Tensor, where: Any) -> Any:
     return view
 
 
-def after(tensor: torch.Tensor, where: Any) -> Any:
+def after(tensor: torch.Tensor, where: JaxDevice) -> Array:
     """A new view of a dense GPU tensor; what reads it waits for torch's current stream on that device."""
     view = compat.from_dlpack(_Producer(tensor, streams.current(_index(tensor))), where)
     # Released only when the computation that reads it has long begun, so that the release has nothing to wait for.
@@ -57,7 +59,7 @@ def after(tensor: torch.Tensor, where: Any) -> Any:
     return view
 
 
-def ready(tensor: torch.Tensor, where: Any) -> Any:
+def ready(tensor: torch.Tensor, where: JaxDevice) -> Array:
     """A view that may be read, by what is passed it, once torch's current stream has done what it holds now.
 
     A call that finds the stream at rest needs no order: all that torch has ever queued there is over. That is so
@@ -76,13 +78,13 @@ class _Producer:
 
     __slots__ = ("stream", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, stream: Any) -> None:
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         self.tensor, self.stream = tensor, stream
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return _CUDA, _index(self.tensor)
 
-    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         if self.stream is not None:
             if stream is None:
                 self.stream.synchronize()
@@ -98,7 +100,7 @@ def _index(tensor: torch.Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _external_stream(stream: int, device: torch.device) -> Any:
+def _external_stream(stream: int, device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.ExternalStream(stream, device)
 
 
@@ -114,7 +116,7 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
     ("PyCapsule_New", ctypes.pythonapi))
 
 
-def _capsule(tensor: torch.Tensor) -> Any:
+def _capsule(tensor: torch.Tensor) -> object:
     block = _block(tensor.shape, tensor.dtype, tensor.device)
     address = _malloc()(len(block))
     if address is None:
@@ -135,7 +137,7 @@ def _block(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bytes
 
 
 @functools.cache
-def _malloc() -> Any:
+def _malloc() -> Callable[[int], int | None]:
     malloc = ctypes.PyDLL(None).malloc
     malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     return malloc

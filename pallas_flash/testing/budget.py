@@ -89,9 +89,8 @@ class Budget:
         oracle, magnitude = (np.nan_to_num(np.asarray(getattr(x, name), np.float64), neginf=0) for x in (
             self.oracle, self.magnitude))
         last_rounding = getattr(self.roundoff, name) * abs(oracle) / np.where(magnitude > 0, magnitude, 1)
-        rms = lambda x: float(np.sqrt(np.mean(x * x)))
         worst = errors / (self.times * (allowed.max() + self.acc_roundoff + last_rounding))
-        typical = rms(errors) / (self.times * (rms(allowed) + self.acc_roundoff + rms(last_rounding)))
+        typical = _rms(errors) / (self.times * (_rms(allowed) + self.acc_roundoff + _rms(last_rounding)))
         return max(float(worst.max()), typical)
 
     def _check_baseline(self, name: str) -> None:
@@ -100,3 +99,7 @@ class Budget:
         limit = float(np.sqrt(2 * getattr(self.roundoff, name)))
         if not worst <= limit:
             raise AssertionError(f"the baseline of {name} errs by {worst:.1e} of its magnitude, more than {limit:.1e}")
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x * x)))

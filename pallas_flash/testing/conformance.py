@@ -51,7 +51,8 @@ def oracle(problem: Problem, operands: Operands, cotangents: inputs.Cotangents) 
     in_float64 = lambda x: x if x.dtype.kind in "iub" else np.asarray(x, np.float64)
     with jax.enable_x64(True), jax.default_device(_cpu()):
         exact = compiled(problem, "reference")(*jax.tree.map(in_float64, (operands, cotangents)))
-        return jax.tree.map(np.asarray, exact)
+        on_host: Results[np.ndarray] = jax.tree.map(np.asarray, exact)
+        return on_host
 
 
 def budget(problem: Problem, dtype: str, operands: Operands, cotangents: inputs.Cotangents) -> Budget:

@@ -1,4 +1,4 @@
-"""Inputs for a spec: seeded random operands and cotangents, and NaN where nothing may look."""
+"""Inputs for a spec: seeded random operands and cotangents, and NaN wherever it must not matter."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Normal = Callable[[int, tuple[int, ...], np.dtype], Any]
 """(seed, shape, dtype) -> standard normal numbers, an array of NumPy's or of JAX's."""
 
 Cotangents = tuple[np.ndarray, np.ndarray]
-"""Of out and lse."""
+"""The cotangents of out and lse."""
 
 
 def host_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -29,7 +29,8 @@ def host_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 def device_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     """Standard normal numbers made on the default device: for problems too large to send there."""
-    return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, dtype)
+    drawn: jax.Array = jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, dtype)
+    return drawn
 
 
 def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: float | None = None,
@@ -63,8 +64,9 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
 def with_scores_of(size: float, operands: Operands) -> Operands:
     """Random `operands` whose largest scores become about `size`, at a scale of 1 / sqrt(d)."""
     largest, factor = 0.9 * float(jnp.finfo(operands.q.dtype).max), np.sqrt(size / 3)
-    grown = lambda x: np.clip(factor * np.asarray(x, np.float64), -largest, largest).astype(x.dtype)
-    return operands._replace(q=grown(operands.q), k=grown(operands.k))
+    q, k = (np.clip(factor * np.asarray(x, np.float64), -largest, largest).astype(x.dtype)
+            for x in (operands.q, operands.k))
+    return operands._replace(q=q, k=k)
 
 
 def cotangents(spec: AttentionSpec, *, seed: int = 0, normal: Normal = host_normal) -> Cotangents:
@@ -88,7 +90,7 @@ def _mask_keeps(mask: masks.Mask, q_len: int, kv_len: int) -> Array:
 
 
 def poisoned(spec: AttentionSpec, operands: Operands, value: float = np.nan) -> Operands:
-    """`operands` with `value` wherever nothing may look: none of it may change a result.
+    """`operands` with `value` in every place that must not change a result.
 
     That is in queries that attend to nothing, in keys and values that no query attends to, and in the bias of pairs
     that do not attend.

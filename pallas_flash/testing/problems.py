@@ -1,4 +1,4 @@
-"""The catalogue: named attention problems, each with the reason why it is there. Tests and benchmarks iterate over it.
+"""The catalogue: named attention problems, each with the reason for it. Tests and benchmarks iterate over it.
 
     conformance   small; every implementation must get them right, forward and backward, in every dtype they list;
     large scores  conformance problems whose budget is what one step of float32 in each score changes: lse is as large
@@ -11,21 +11,43 @@ Lengths of conformance problems are a few tiles of every kernel (`LEN` = 150 and
 
 import dataclasses
 import fnmatch
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
 
+from pallas_flash.arrays import Array
 from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from pallas_flash.testing import inputs
 
-__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "LARGE_SCORES", "Problem", "find", "select"]
+__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "Keywords", "LARGE_SCORES", "Problem", "find", "select"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 HALF = ("bfloat16", "float16")
 LEN = 150
 FULL = Full()
+
+_Fields = dict[str, Any]
+"""Fields of a `Problem`, by name."""
+
+
+class _Options(TypedDict):
+    """The arguments of `AttentionSpec.of` that are not arrays."""
+
+    layout: Layout
+    mask: Mask
+    softcap: float | None
+    scale: float | None
+    dropout_rate: float
+    deterministic: bool
+
+
+class Keywords(_Options):
+    """The arguments of `flash_attention` that have no gradient."""
+
+    dropout_rng: Array | None
+    return_lse: Literal[True]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +56,7 @@ class Problem:
 
     Attributes:
       source: why it is in the catalogue.
-      dtypes: what it is run in.
+      dtypes: the dtypes it runs in.
       bias_dtype: None for that of query.
       bias_size, bias_masks, row_lse: see `inputs.operands`.
       score_size: see `inputs.with_scores_of`.
@@ -71,17 +93,19 @@ class Problem:
     def spec(self, dtype: str | None = None) -> AttentionSpec:
         """Its spec in a dtype, the first of `dtypes` if None. float64 needs JAX's 64-bit mode."""
         dtype = dtype or self.dtypes[0]
-        shape = lambda length, heads, dim: jax.ShapeDtypeStruct(
-            (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim), dtype)
+
+        def shape(length: int, heads: int, dim: int) -> jax.ShapeDtypeStruct:
+            inner = (length, heads) if self.layout == "BLHD" else (heads, length)
+            return jax.ShapeDtypeStruct((self.batch, *inner, dim), dtype)
         return AttentionSpec.of(
             shape(self.q_len, self.q_heads, self.d), shape(self.kv_len, self.kv_heads, self.d),
             shape(self.kv_len, self.kv_heads, self.d_v), return_lse=True, **self._options,
             bias=None if self.bias is None else jax.ShapeDtypeStruct(self.bias, self.bias_dtype or dtype))
 
     @property
-    def _options(self) -> dict[str, Any]:
-        return dict(layout=self.layout, mask=self.mask, softcap=self.softcap, scale=self.scale,
-                    dropout_rate=self.dropout_rate, deterministic=self.deterministic)
+    def _options(self) -> _Options:
+        return _Options(layout=self.layout, mask=self.mask, softcap=self.softcap, scale=self.scale,
+                        dropout_rate=self.dropout_rate, deterministic=self.deterministic)
 
     def operands(self, dtype: str | None = None, *, seed: int = 0,
                  normal: inputs.Normal = inputs.host_normal) -> Operands:
@@ -90,9 +114,9 @@ class Problem:
                                    bias_size=self.bias_size, bias_masks=self.bias_masks, normal=normal)
         return operands if self.score_size is None else inputs.with_scores_of(self.score_size, operands)
 
-    def keywords(self, operands: Operands) -> dict[str, Any]:
+    def keywords(self, operands: Operands) -> Keywords:
         """The keywords of `flash_attention(q, k, v, bias=..., **keywords)` for operands of this problem."""
-        return self._options | dict(mask=operands.mask, dropout_rng=operands.dropout_seed, return_lse=True)
+        return {**self._options, "mask": operands.mask, "dropout_rng": operands.dropout_seed, "return_lse": True}
 
 
 def _packed(*lengths: int) -> np.ndarray:
@@ -134,7 +158,7 @@ _MASKS = {
     "everywhere-masked": Window(left=5, right=5) & Window(left=-20, right=40),
 }
 
-_SHAPES: dict[str, dict[str, Any]] = {
+_SHAPES: dict[str, _Fields] = {
     "heads-first": dict(layout="BHLD"),
     "heads-first-gqa": dict(layout="BHLD", q_heads=4, kv_heads=2, d_v=24),
     "gqa": dict(q_heads=6, kv_heads=2),
@@ -158,14 +182,14 @@ _SHAPES: dict[str, dict[str, Any]] = {
                         mask=Window(left=600, right=0)),
 }
 
-_EMPTY: dict[str, dict[str, Any]] = {
+_EMPTY: dict[str, _Fields] = {
     "no-queries": dict(q_len=0), "no-keys": dict(kv_len=0), "no-batch": dict(batch=0), "no-value-dim": dict(d_v=0),
     "no-dim": dict(d=0),
 }
 
 _BIASES = [(b, h, q, kv) for b in (1, 2) for h in (1, 2) for q in (1, LEN) for kv in (1, LEN)]
 
-_FEATURES: dict[str, dict[str, Any]] = {
+_FEATURES: dict[str, _Fields] = {
     "bias": dict(bias=(2, 2, LEN, LEN), mask=Causal()),
     "bias-gqa": dict(bias=(1, 4, LEN, LEN), q_heads=4, layout="BHLD", mask=Causal()),
     "bias-masks": dict(bias=(2, 1, LEN, LEN), bias_masks=True),
@@ -191,7 +215,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
 def _conformance() -> list[Problem]:
     found = [Problem(f"mask-{name}", "every kind of mask, and intersections", mask=mask)
              for name, mask in _MASKS.items()]
-    found += [Problem(f"shape-{name}", "shapes that loops and tiles get wrong", **({"mask": Causal()} | options))
+    found += [Problem(f"shape-{name}", "shapes that loops and tiles get wrong", **(_Fields(mask=Causal()) | options))
               for name, options in _SHAPES.items()]
     found += [Problem(f"empty-{name}", "SEMANTICS: empty axes give empty or zero results", **options)
               for name, options in _EMPTY.items()]
@@ -200,7 +224,7 @@ def _conformance() -> list[Problem]:
     return found + [Problem(name, "every other field of the spec", **options) for name, options in _FEATURES.items()]
 
 
-_DEFECTS: dict[str, tuple[str, dict[str, Any]]] = {
+_DEFECTS: dict[str, tuple[str, _Fields]] = {
     "cudnn-nan-dq": (
         "pytorch #196678: NaN dq with a mask when S % 128 == 64 and a row's lse < -88.7",
         dict(batch=1, q_len=192, kv_len=192, d=64, d_v=64, bias=(1, 1, 192, 192), bias_masks=True, row_lse=120.0)),
@@ -232,7 +256,7 @@ DEFECTS: tuple[Problem, ...] = tuple(
 
 CONFORMANCE: tuple[Problem, ...] = (*_conformance(), *DEFECTS)
 
-_LARGE: dict[str, dict[str, Any]] = {
+_LARGE: dict[str, _Fields] = {
     "causal-gqa": dict(mask=Causal(), q_heads=4, layout="BHLD", d=64, d_v=64),
     "window": dict(mask=Window(left=40, right=20), d=64, d_v=64, batch=1),
     "bias": dict(bias=(1, 2, LEN, LEN), d=32),
@@ -248,14 +272,14 @@ TOKENS, HIDDEN = 16_384, 2_048
 
 def _benchmark(name: str, source: str, length: int, d: int, **options: Any) -> Problem:
     heads = HIDDEN // d
-    fields: dict[str, Any] = dict(
+    fields: _Fields = dict(
         batch=max(1, TOKENS // length), q_heads=heads, kv_heads=heads, q_len=length, kv_len=length, d=d, d_v=d,
         mask=Causal(), dtypes=("bfloat16",), tags=("gpu",))
     return Problem(name, source, **(fields | options))
 
 
 _MATRIX_SOURCE = "16,384 tokens, hidden size 2,048: what FlashAttention-2 and -3 are measured on"
-_VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+_VARIANTS: dict[str, tuple[str, int, _Fields]] = {
     "full-d64": ("no mask", 64, dict(mask=Full())),
     "full-d128": ("no mask", 128, dict(mask=Full())),
     "full-d256": ("no mask", 256, dict(mask=Full())),

@@ -54,7 +54,6 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
     may take from it, in roundoffs. Where the magnitude is 0 the result is exactly 0.
     """
     acc = spec.acc_dtype
-    rounded = lambda x: x.astype(spec.dtype).astype(acc)
     keep = inputs.attends(spec, operands)
     q, k, v, dout = (_bhld(np.asarray(x), spec).astype(acc) for x in (operands.q, operands.k, operands.v, dout))
     k, v = (np.repeat(x, spec.group, axis=1) for x in (k, v))
@@ -63,18 +62,23 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
     s, slope = _scores(spec, q, k, operands.bias, keep)
     p, lse, nothing = _softmax(s)
     factor = _dropout_factor(spec, operands.dropout_seed, acc)
-    out = rounded(rounded(p * factor) @ v)
+    out = _through(spec, _through(spec, p * factor) @ v)
 
     p = np.exp(s - lse[..., None])  # as a backward has it, which keeps lse alone
     dp = (dout @ v.swapaxes(-1, -2)) * factor
     ds = p * (dp - (out * dout).sum(-1)[..., None] + dlse[..., None])
-    ds_qk = rounded(ds * slope * acc.type(spec.scale))
+    ds_qk = _through(spec, ds * slope * acc.type(spec.scale))
     results = Results(out, np.where(nothing, -np.inf, lse), ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
-                      _group_sum(rounded(p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
+                      _group_sum(_through(spec, p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
     row_size = 1 + np.maximum(np.where(keep, abs(s), 0).max(-1, initial=0), abs(lse))
     terms = _Terms(q, k, v, dout, p, factor, slope, out)
     sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size))
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
+
+
+def _through(spec: AttentionSpec, x: np.ndarray) -> np.ndarray:
+    """Rounds to the spec's dtype, and back to its accumulation dtype."""
+    return x.astype(spec.dtype).astype(spec.acc_dtype)
 
 
 def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.ndarray,
@@ -150,11 +154,10 @@ def _bias_sum(ds: np.ndarray, spec: AttentionSpec) -> np.ndarray | None:
 
 
 def _rounded(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.ndarray]:
-    """What leaves a kernel in the dtype of its operand, rounded to it."""
-    round_to_input = lambda x: x.astype(spec.dtype)
+    """Rounds what leaves a kernel in the dtype of its operand to that dtype."""
+    out, dq, dk, dv = (x.astype(spec.dtype) for x in (results.out, results.dq, results.dk, results.dv))
     dbias = None if results.dbias is None or spec.bias is None else results.dbias.astype(spec.bias.dtype)
-    return results._replace(out=round_to_input(results.out), dq=round_to_input(results.dq),
-                            dk=round_to_input(results.dk), dv=round_to_input(results.dv), dbias=dbias)
+    return results._replace(out=out, dq=dq, dk=dk, dv=dv, dbias=dbias)
 
 
 def _in_layout(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.ndarray]:

@@ -18,11 +18,10 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import masks, softmax
-from pallas_flash.kernels.hopper import defaults, rules, scores, work
-from pallas_flash.kernels.hopper.backward import gradients as backward
+from pallas_flash.kernels.hopper import defaults, launches, rules, scores, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic import interpret
-from pallas_flash.spec import AttentionSpec
+from pallas_flash.spec import AttentionSpec, Gradients
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
@@ -94,7 +93,8 @@ def interpreted(schedule, spec, operands, saved):
 
     with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
           interpret.interpreted(detect_races=True)):
-        found = backward.backward(spec, operands, *saved, schedule=schedule)
+        dq, dk, dv = launches.backward(spec, schedule)(operands.q, operands.k, operands.v, *saved)
+        found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None)
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"
     assert not any(seen.races_found for seen in detectors)

@@ -13,7 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import masks, reference
-from pallas_flash.kernels.hopper import defaults, rules, work
+from pallas_flash.kernels.hopper import defaults, launches, rules
 from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
@@ -115,9 +115,8 @@ def recompute_nothing(block, tile, rows):
 def run(case, spec, q, k, v):
     schedule = dataclasses.replace(defaults.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
     assert rules.reasons_against(spec, schedule, 232_448) == []
-    table = jnp.asarray(work.forward_table(spec, schedule))
     with interpreted(detect_races=True):
-        out, stats = forward.launch(spec, schedule)(q, k, v, table)
+        out, stats = launches.forward(spec, schedule)(q, k, v)
         out.block_until_ready()
     assert not gpu_callbacks.get_races().races_found
     return out, stats

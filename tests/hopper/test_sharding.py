@@ -7,6 +7,7 @@ is all that the splitting knows.
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_flash import masks
-from pallas_flash.kernels.hopper import defaults, work
-from pallas_flash.kernels.hopper.forward import kernel as hopper_forward
+from pallas_flash.kernels.hopper import defaults, launches
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands
@@ -44,9 +44,36 @@ def backward_of(spec, q, k, v, *saved):
     return tuple(backward.backward(spec, Operands(q, k, v, None, spec.mask, None), *saved)[:3])
 
 
-def attention(spec, split):
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A function(spec, *arrays) with the results of these roles, in the place of a pass of launches."""
+
+    function: Callable
+    roles: str
+    spec: AttentionSpec
+
+    @property
+    def result_types(self):
+        spec = self.spec
+        shapes = dict(query=spec.out_shape, key=spec.shape(spec.kv_len, spec.kv_heads, spec.d), row=spec.stats_shape)
+        return tuple(jax.ShapeDtypeStruct(shapes[role], spec.dtype) for role in self.roles.split("->")[1].split())
+
+    def __call__(self, *arrays):
+        return self.function(self.spec, *arrays)
+
+
+@functools.cache
+def builder(function, roles):
+    """The same object for the same function, as `partitioned` wants it."""
+    return functools.partial(StandIn, function, roles)
+
+
+def split(function, roles, spec, *arrays):
+    return partitioned(builder(function, roles), roles, spec, *arrays)
+
+
+def attention(spec, call):
     """Everything about attention from q, k, v, dout and the cotangent of the statistics."""
-    call = partitioned if split else lambda function, _, spec, *arrays: function(spec, *arrays)
 
     def run(q, k, v, dout, dstats):
         out, stats = call(forward_of, FORWARD, spec, q, k, v)
@@ -89,10 +116,10 @@ CASES = {  # mesh, axes over (batch, query heads, key heads), heads, layout, col
 def test_batch_and_heads_are_split_without_communication(name):
     sizes, axes, heads, layout, collectives = CASES[name]
     spec, arrays = make(*heads, layout)
-    run = jax.jit(attention(spec, split=True))
+    run = jax.jit(attention(spec, split))
     there = placed(spec, mesh_of(**sizes), arrays, *axes)
     found = run(*there)
-    assert_agree(found, jax.jit(attention(spec, split=False))(*arrays))
+    assert_agree(found, jax.jit(attention(spec, lambda function, _, spec, *arrays: function(spec, *arrays)))(*arrays))
     assert set(COLLECTIVE.findall(run.lower(*there).compile().as_text())) == collectives
     assert found[0].sharding.is_equivalent_to(there[0].sharding, 4)
     assert found[3].sharding.is_equivalent_to(there[1].sharding, 4)
@@ -106,19 +133,17 @@ def test_a_shards_spec_is_that_of_its_arrays():
         seen.append((spec.batch, spec.q_heads, spec.kv_heads, q.shape, k.shape))
         return forward_of(spec, q, k, v)
     there = placed(spec, mesh_of(x=2, y=4), arrays, "x", "y", "y")[:3]
-    jax.jit(functools.partial(partitioned, record, FORWARD, spec)).lower(*there).compile()
+    jax.jit(functools.partial(split, record, FORWARD, spec)).lower(*there).compile()
     assert seen[-1] == (2, 2, 1, (2, 24, 2, 8), (2, 16, 1, 8))
 
 
 def test_the_kernel_is_lowered_for_a_shard():
     """The partitioner asks for a shard's kernel and gets it; a CPU has no use for it."""
-    def launch(spec, q, k, v):
-        schedule = defaults.default_forward(spec)
-        return hopper_forward.launch(spec, schedule)(q, k, v, jnp.asarray(work.forward_table(spec, schedule)))
+    build = functools.cache(lambda spec: launches.forward(spec, defaults.default_forward(spec)))
     place = NamedSharding(mesh_of(x=2, y=4), P("x", None, "y"))
     q = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=place)
     spec = AttentionSpec.of(q, q, q, mask=masks.Causal())
-    traced = jax.jit(functools.partial(partitioned, launch, FORWARD, spec)).trace(q, q, q)
+    traced = jax.jit(functools.partial(partitioned, build, FORWARD, spec)).trace(q, q, q)
     lowered = traced.lower(lowering_platforms=("cuda",))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"mosaic_gpu.* on a platform Host"):
         lowered.compile()
@@ -134,7 +159,7 @@ def test_a_functions_own_references_are_split_with_it():
         total[:, :16] += k
         return (total[...],)
     there = [jax.device_put(x, NamedSharding(mesh_of(x=4), P("x"))) for x in (q, k)]
-    run = functools.partial(partitioned, accumulate, "query key -> query", spec)
+    run = functools.partial(split, accumulate, "query key -> query", spec)
     assert_agree(jax.jit(run)(*there), accumulate(spec, q, k))
 
 
@@ -144,7 +169,7 @@ def test_what_cannot_be_split_is_gathered(place):
     spec, arrays = make(8, 2)
     mesh = mesh_of(x=8)
     there = [jax.device_put(arrays[0], NamedSharding(mesh, place)), *arrays[1:3]]
-    run = functools.partial(partitioned, forward_of, FORWARD, spec)
+    run = functools.partial(split, forward_of, FORWARD, spec)
     assert_agree(jax.jit(run)(*there), forward_of(spec, *arrays[:3]))
 
 
@@ -153,7 +178,7 @@ def test_under_shard_map_and_under_a_constraint():
     input.
     """
     spec, arrays = make(8, 4)
-    mesh, run = mesh_of(x=4), functools.partial(partitioned, forward_of, FORWARD)
+    mesh, run = mesh_of(x=4), functools.partial(split, forward_of, FORWARD)
     wanted = forward_of(spec, *arrays[:3])
     local = dataclasses.replace(spec, batch=1)
     mapped = jax.shard_map(functools.partial(run, local), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
@@ -166,7 +191,7 @@ def test_under_shard_map_and_under_a_constraint():
 
 def test_in_a_loop_and_in_explicit_mode_nothing_is_communicated():
     spec, arrays = make(8, 4)
-    run = functools.partial(partitioned, forward_of, FORWARD, spec)
+    run = functools.partial(split, forward_of, FORWARD, spec)
     wanted = jax.lax.scan(lambda q, _: (forward_of(spec, q, *arrays[1:3])[0], None), arrays[0], None, length=2)[0]
 
     def scanned(*arrays):
@@ -183,7 +208,7 @@ def test_in_a_loop_and_in_explicit_mode_nothing_is_communicated():
 
 def test_on_one_device_and_exported_nothing_is_split():
     spec, arrays = make(8, 4)
-    run = jax.jit(functools.partial(partitioned, forward_of, FORWARD, spec))
+    run = jax.jit(functools.partial(split, forward_of, FORWARD, spec))
     assert "CustomSPMDPartitioning" not in run.lower(*arrays[:3]).as_text()
     wanted = forward_of(spec, *arrays[:3])
     assert_agree(run(*arrays[:3]), wanted)
@@ -201,5 +226,5 @@ def test_problems_whose_shards_are_none_are_not_split():
     def lengths(spec, q, k, v):
         return tuple(forward.forward(spec, Operands(q, k, v, None, mask, None)))
     there = placed(spec, mesh_of(x=4), arrays, "x", None, None)[:3]
-    found = jax.jit(functools.partial(partitioned, lengths, FORWARD, with_lengths))(*there)
+    found = jax.jit(functools.partial(split, lengths, FORWARD, with_lengths))(*there)
     assert_agree(found, lengths(with_lengths, *arrays[:3]))

@@ -1,54 +1,48 @@
-"""What dispatch calls: a spec's kernels with their default schedules, under jit, vmap and shard_map."""
+"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map."""
 
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from pallas_flash import device
-from pallas_flash.kernels.hopper import defaults, work
-from pallas_flash.kernels.hopper.backward import gradients as backward_kernels
-from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
+from pallas_flash.device import Device
+from pallas_flash.kernels.hopper import defaults, launches
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import partitioned
+from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_pass(device: Device, spec: AttentionSpec) -> Pass:
+    return launches.forward(spec, defaults.default_forward(spec, device.num_sms))
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_pass(device: Device, spec: AttentionSpec) -> Pass:
+    del device
+    return launches.backward(spec, defaults.default_backward(spec))
+
+
 @functools.lru_cache(maxsize=8)
-def _forward_on(num_sms: int) -> Any:
-    """The forward for a device, chosen when a call is traced, and the same object for the same device."""
-    def run(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
-        schedule = defaults.default_forward(spec, num_sms)
-        table = jnp.asarray(work.forward_table(spec, schedule))
-        return forward_kernel.launch(spec, schedule)(q, k, v, table)
-    return run
+def _passes_on(device: Device) -> tuple[functools.partial[Pass], functools.partial[Pass]]:
+    return functools.partial(_forward_pass, device), functools.partial(_backward_pass, device)
 
 
 @vmappable
-def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
+def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32."""
-    run = _forward_on(device.current().num_sms)
-    out, stats = partitioned(run, "query key key -> query row", spec, operands.q, operands.k, operands.v)
+    roles = "query key key -> query row"
+    out, stats = partitioned(_passes_on(device)[0], roles, spec, operands.q, operands.k, operands.v)
     return Results(out, stats)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _backward(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array,
-              *saved: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    operands = Operands(q=q, k=k, v=v, bias=None, mask=spec.mask, dropout_seed=None)
-    out, stats, dout, dstats = saved
-    gradients = backward_kernels.backward(spec, operands, out, stats, dout, dstats)
-    return gradients.dq, gradients.dk, gradients.dv
-
-
 @vmappable
-def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
-             dstats: jax.Array) -> Gradients[jax.Array]:
+def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.Array, stats: jax.Array,
+             dout: jax.Array, dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and dtype."""
     roles = "query key key query row query row -> query key key"
     arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
-    dq, dk, dv = partitioned(_backward, roles, spec, *arrays)
+    dq, dk, dv = partitioned(_passes_on(device)[1], roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None)

@@ -16,10 +16,12 @@ from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     DqSchedule,
     ForwardSchedule,
+    KeySchedule,
     KvSchedule,
     SplitSchedule,
     chunks,
 )
+from pallas_flash.kernels.hopper.work import may_have_idle_queries
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -98,7 +100,7 @@ def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
     dq is in pieces of 64 x 64, as they lie in `dq_acc_shape`; each slot's pieces have barriers of their own.
     """
     common = _kv_memory(spec, s, readers=s.warpgroups)
-    if s.dq == "none":
+    if not s.makes_dq:
         return common
     handed = s.dq_slots * dq_pieces(spec, s)
     readers = 1 if s.dq == "own" else s.warpgroups
@@ -116,7 +118,7 @@ def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
     return Memory((*common.buffers, p), common.barriers + _ring("p", 1, 1, s.p_slots))
 
 
-def _kv_memory(spec: AttentionSpec, s: KvSchedule | SplitSchedule, readers: int) -> Memory:
+def _kv_memory(spec: AttentionSpec, s: KeySchedule, readers: int) -> Memory:
     """What all kernels have that keep a key tile. The queries' statistics come with them, in a load of their own."""
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     return Memory(
@@ -141,9 +143,12 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, which arrive together."""
+    """64 rows of out and of dout, and of q if it is copied, which arrive together."""
     rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
+    if not may_have_idle_queries(spec):
+        return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
+    q = Buffer("q", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows, q), (Barrier("full", 2 * chunks(spec.d_v) + chunks(spec.d)),))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:

@@ -5,7 +5,7 @@ swizzles. Plain functions of `jax.numpy` do for the rest.
 """
 
 import functools
-from typing import Any
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +16,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.masks import Positions
 
 __all__ = [
-    "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "chunk_bytes", "column_sums",
-    "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row", "load_row_stats", "positions", "row_zeros",
-    "spread", "stack", "store_chunks", "store_linear", "store_row_stats", "store_zeros", "zeros",
+    "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
+    "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
+    "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
+    "store_row_stats", "store_zeros", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
 """The widest swizzle: the bytes of a row of a chunk."""
-CHUNKED = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)  # type: ignore[abstract]
+CHUNKED = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)  # type: ignore[abstract]  # JAX leaves the body of `transform_array` empty
 """Transforms of a buffer of shape (..., chunks, rows, 64)."""
 
 ACC = plgpu.Layout._WGMMA_ACC_32BIT
@@ -40,34 +44,41 @@ ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 """(columns,): a number for each column of a tile."""
 
+Fragment = Float[Array, "64 n"]
+"""A tile in the registers of a warpgroup, in the layout TILE or ACC."""
+PerRow = Float[Array, "64"]
+"""A number for each row of a tile, in ROW_LAYOUT."""
+PerColumn = Float[Array, "n"]
+"""A number for each column of a tile, in COLUMN_LAYOUT."""
 
-def zeros(columns: int) -> Any:
+
+def zeros(columns: int) -> Fragment:
     """A (64, columns) accumulator of zeros."""
     return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), ACC)
 
 
-def row_zeros() -> Any:
+def row_zeros() -> PerRow:
     """(64,) float32 zeros in ROW_LAYOUT."""
     return plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROW_LAYOUT)
 
 
-def spread(x: Any, columns: int) -> Any:
+def spread(x: PerRow, columns: int) -> Fragment:
     """Spreads x, (64,), over columns: (64, columns), every column of which is x."""
     return lax.broadcast_in_dim(x, (64, columns), [0])
 
 
-def stack(x: Any) -> Any:
+def stack(x: PerColumn) -> Fragment:
     """Stacks x, (n,), 64 times: (64, n), every row of which is x."""
     return lax.broadcast_in_dim(x, (64, x.shape[0]), [1])
 
 
-def column_sums(x: Any) -> Any:
+def column_sums(x: Fragment) -> Fragment:
     """Sums of every eighth column, (64, n) -> (64, 8), which no two threads share."""
     return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
 
 
 @interpreted_as(lambda parts: jnp.concatenate(parts, axis=1))
-def concatenate(parts: list[Any]) -> Any:
+def concatenate(parts: list[Fragment]) -> Fragment:
     """Joins arrays (64, n) of one dtype, in the layout TILE, along their columns."""
     if len(parts) == 1:
         return parts[0]
@@ -75,7 +86,7 @@ def concatenate(parts: list[Any]) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts),
                        return_type=plgpu.ShapeDtypeStruct(shape, parts[0].dtype, TILE))
-    def join(_: Any, *parts: Any) -> Any:
+    def join(_: mgpu.LaunchContext, *parts: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         registers = np.concatenate([part.registers for part in parts], axis=1)
         return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed)
 
@@ -83,14 +94,14 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 @interpreted_as(lambda columns, axis, first: first + lax.broadcasted_iota(jnp.int32, (64, columns), axis))
-def positions(columns: int, axis: int, first: Any) -> Any:
+def positions(columns: int, axis: int, first: Positions) -> Int[Array, "64 n"]:
     """Makes first + the index along `axis`, (64, columns) int32 in the layout TILE, where it is used.
 
     It takes one register a row. Values of `plgpu.broadcasted_iota` do not change in a loop, so LLVM would keep, and
     spill, all of them.
     """
     @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
-    def make(_: Any, first: Any) -> Any:
+    def make(_: mgpu.LaunchContext, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
         const = lambda value: mgpu.utils.c(value, i32)
         thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
@@ -110,19 +121,19 @@ def positions(columns: int, axis: int, first: Any) -> Any:
     return make(ptx.scalar(first))
 
 
-def _store_chunks_plain(x: Any, ref: Any) -> None:
+def _store_chunks_plain(x: Fragment, ref: Ref) -> None:
     padded = jnp.pad(x, ((0, 0), (0, ref.shape[0] * CHUNK - x.shape[1])))
     ref[...] = jnp.swapaxes(padded.reshape(64, ref.shape[0], CHUNK), 0, 1)
 
 
 @interpreted_as(_store_chunks_plain)
-def store_chunks(x: Any, ref: Any) -> None:
-    """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x hold
-    anything.
+def store_chunks(x: Fragment, ref: Ref) -> None:
+    """Writes x, (64, columns) in the layout TILE, into ref, (chunks, 64, 64) in shared memory; columns past x get
+    any value.
     """
     columns = x.shape[1]
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(CHUNKED)))
-    def store(_: Any, x: Any, ref: ir.Value) -> None:
+    def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value) -> None:
         for chunk in range(-(-columns // CHUNK)):
             part = _padded(x[:, chunk * CHUNK:min((chunk + 1) * CHUNK, columns)])
             part.store_tiled(_core_matrices(ref, chunk), swizzle=SWIZZLE_BYTES)
@@ -130,20 +141,20 @@ def store_chunks(x: Any, ref: Any) -> None:
     store(x, ref)
 
 
-def _load_chunks_plain(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+def _load_chunks_plain(ref: Ref, first: int, columns: int, dtype: np.dtype) -> Fragment:
     del dtype
     return jnp.swapaxes(ref[...], 0, 1).reshape(64, -1)[:, first:first + columns]
 
 
 @interpreted_as(_load_chunks_plain)
-def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
+def load_chunks(ref: Ref, first: int, columns: int, dtype: np.dtype) -> Fragment:
     """Loads columns of ref, (chunks, 64, 64) in shared memory: (64, columns) in the layout TILE.
 
     `first`, where they begin, and their number are multiples of 8.
     """
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
-    def load(_: Any, ref: ir.Value) -> Any:
+    def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
         i32, pair = ptx.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
         const = lambda value: mgpu.utils.c(value, i32)
         warp, row, quarter = _thread()
@@ -164,11 +175,11 @@ def load_chunks(ref: Any, first: int, columns: int, dtype: Any) -> Any:
 
 
 @interpreted_as(lambda ref: ref[...])
-def load_chunk(ref: Any) -> Any:
+def load_chunk(ref: Ref) -> Fragment:
     """Loads one chunk of shared memory by ldmatrix: (64, 64) in the layout TILE."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
                        return_type=plgpu.ShapeDtypeStruct((64, 64), ref.dtype, TILE))
-    def load(_: Any, ref: ir.Value) -> Any:
+    def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
         rows = mgpu.memref_unfold(mgpu.memref_unfold(ref, 0, (None, 8)), 2, (None, CHUNK))
         matrices = mgpu.memref_transpose(rows, (0, 2, 1, 3))
         return mgpu.FragmentedArray.load_tiled(matrices, swizzle=SWIZZLE_BYTES, layout=TILE.to_mgpu())
@@ -176,12 +187,12 @@ def load_chunk(ref: Any) -> Any:
     return load(ref)
 
 
-def _store_linear_plain(x: Any, ref: Any) -> None:
+def _store_linear_plain(x: Fragment, ref: Ref) -> None:
     ref[...] = x.reshape(_linear_shape(x.shape[1]))
 
 
 @interpreted_as(_store_linear_plain)
-def store_linear(x: Any, ref: Any) -> None:
+def store_linear(x: Fragment, ref: Ref) -> None:
     """Writes x, (64, columns) float32 in the layout TILE, into ref, (columns / 4, 256), in the order of threads.
 
     Nothing moves between threads: each stores four of its own numbers at a time. `load_linear` reads that order back.
@@ -190,7 +201,7 @@ def store_linear(x: Any, ref: Any) -> None:
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
-    def reinterpret(_: Any, x: Any) -> Any:
+    def reinterpret(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         registers = list(x.registers.flat)
         pairs = [mgpu.utils.vector_concat([a, b]) for a, b in zip(registers[::2], registers[1::2])]
         return mgpu.FragmentedArray(_registers=np.array(pairs, dtype=object), _layout=layout.to_mgpu(), _is_signed=None)
@@ -199,13 +210,13 @@ def store_linear(x: Any, ref: Any) -> None:
 
 
 @interpreted_as(lambda ref, columns: ref[...].reshape(64, columns))
-def load_linear(ref: Any, columns: int) -> Any:
+def load_linear(ref: Ref, columns: int) -> Fragment:
     """Loads what `store_linear` has written, from global memory: (64, columns) float32 in the layout TILE."""
     shape = _linear_shape(columns)
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=4)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
-    def reinterpret(_: Any, x: Any) -> Any:
+    def reinterpret(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         pairs = [mgpu.utils.vector_slice(register, slice(i, i + 2)) for register in x.registers.flat for i in (0, 2)]
         tile = TILE.to_mgpu()
         registers = np.array(pairs, dtype=object).reshape(tile.registers_shape((64, columns)))
@@ -218,19 +229,19 @@ def _linear_shape(columns: int) -> tuple[int, int]:
     return 64 * columns // 256, 256
 
 
-def _store_zeros_plain(ref: Any) -> None:
+def _store_zeros_plain(ref: Ref) -> None:
     ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
 
 @interpreted_as(_store_zeros_plain)
-def store_zeros(ref: Any) -> None:
+def store_zeros(ref: Ref) -> None:
     """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
     layout = plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4)
     ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), layout)
 
 
 @interpreted_as(lambda ref, index, first, columns: ref[*index, pl.ds(first, columns)])
-def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) -> Any:
+def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns: int) -> PerColumn:
     """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
     multiples of 8.
     """
@@ -238,12 +249,12 @@ def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) ->
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
                        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMN_LAYOUT))
-    def load(_: Any, ref: ir.Value, *indices: Any) -> Any:
+    def load(_: mgpu.LaunchContext, ref: ir.Value, *indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
         a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
         row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
-        *_, quarter = _thread()  # columns 8 j + 2 quarter + 0, 1
+        quarter = _thread()[2]  # columns 8 j + 2 quarter + 0, 1
         row = arith.addi(row, arith.extui(i64, arith.muli(quarter, mgpu.utils.c(2, i32))))
         element = ir.MemRefType(ref.type).element_type
         layout = COLUMN_LAYOUT.to_mgpu()
@@ -257,14 +268,14 @@ def load_row(ref: Any, index: tuple[Any, Any, Any], first: Any, columns: int) ->
     return load(ref, *map(ptx.scalar, (*index, first)))
 
 
-def _load_row_stats_plain(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+def _load_row_stats_plain(ref: Ref, row: Index, first: Index, length: int, otherwise: float) -> PerRow:
     index = _unravelled(row, ref.shape[:-1])
     at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
     return jnp.stack([at(i) for i in range(64)])
 
 
 @interpreted_as(_load_row_stats_plain)
-def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float) -> Any:
+def load_row_stats(ref: Ref, row: Index, first: Index, length: int, otherwise: float) -> PerRow:
     """Loads ref[row, first + i] where that lies below `length`, and `otherwise` where it does not.
 
     Args:
@@ -276,12 +287,13 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
     """
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, ROW_LAYOUT))
-    def load(_: Any, ref: ir.Value, row: Any, first: Any) -> Any:
+    def load(_: mgpu.LaunchContext, ref: ir.Value, row: mgpu.FragmentedArray,
+             first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         layout, f32 = ROW_LAYOUT.to_mgpu(), ir.F32Type.get()
         registers = np.empty(layout.registers_shape((64,)), dtype=object)
         missing = mgpu.utils.c(otherwise, f32)
-        for i, (index, inside, _) in enumerate(_row_elements(row.registers.item(), first.registers.item(), length,
-                                                           registers.size)):
+        elements = _row_elements(row.registers.item(), first.registers.item(), length, registers.size)
+        for i, (index, inside, _leads) in enumerate(elements):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
             flag = arith.extui(ptx.i32(), inside)
             asm = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.f32 $0, $3; @p ld.global.f32 $0, [$1]; }"
@@ -292,10 +304,10 @@ def load_row_stats(ref: Any, row: Any, first: Any, length: int, otherwise: float
     return load(ref, ptx.scalar(row), ptx.scalar(first))
 
 
-def _store_row_stats_plain(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+def _store_row_stats_plain(x: PerRow, ref: Ref, row: Index, first: Index, length: int) -> None:
     index = _unravelled(row, ref.shape[:-1])
 
-    def write(i: Any, _: None) -> None:
+    def write(i: Array, _: None) -> None:
         @pl.when(first + i < length)
         def inside() -> None:
             ref[*index, first + i] = lax.dynamic_index_in_dim(x, i, keepdims=False)
@@ -304,7 +316,7 @@ def _store_row_stats_plain(x: Any, ref: Any, row: Any, first: Any, length: int) 
 
 
 @interpreted_as(_store_row_stats_plain)
-def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None:
+def store_row_stats(x: PerRow, ref: Ref, row: Index, first: Index, length: int) -> None:
     """Stores x[i] to ref[row, first + i] where that lies below `length`; from registers, as TMA wants 16-byte strides.
 
     Args:
@@ -313,7 +325,8 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
       row, first: int32 scalars.
     """
     @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
-    def store(_: Any, x: Any, ref: ir.Value, row: Any, first: Any) -> None:
+    def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, row: mgpu.FragmentedArray,
+              first: mgpu.FragmentedArray) -> None:
         registers = list(x.registers.flat)
         elements = _row_elements(row.registers.item(), first.registers.item(), length, len(registers))
         for register, (index, inside, leads) in zip(registers, elements):
@@ -324,7 +337,8 @@ def store_row_stats(x: Any, ref: Any, row: Any, first: Any, length: int) -> None
     store(x, ref, ptx.scalar(row), ptx.scalar(first))
 
 
-def _row_elements(row: ir.Value, first: ir.Value, length: int, count: int) -> Any:
+def _row_elements(row: ir.Value, first: ir.Value, length: int,
+                  count: int) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
     """For each register of ROW_LAYOUT: its index in (rows, length), whether it lies below `length`, and whether this
     thread is the first of the four that hold it.
     """
@@ -341,9 +355,9 @@ def _row_elements(row: ir.Value, first: ir.Value, length: int, count: int) -> An
         yield arith.addi(base, arith.extui(i64, position)), inside, leads
 
 
-def _unravelled(row: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+def _unravelled(row: Index, shape: tuple[int, ...]) -> tuple[Index, ...]:
     """The indices of a flat row number in `shape`."""
-    indices: list[Any] = []
+    indices: list[Index] = []
     for size in reversed(shape[1:]):
         indices.insert(0, lax.rem(row, size))
         row = lax.div(row, size)
@@ -372,8 +386,8 @@ def _core_matrices(ref: ir.Value, chunk: int) -> ir.Value:
     return mgpu.memref_transpose(mgpu.memref_unfold(rows, 2, (None, CHUNK)), (0, 2, 1, 3))
 
 
-def _padded(x: Any) -> Any:
-    """x with columns of some value after its own, up to a whole chunk."""
+def _padded(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """Adds columns of any value to x, up to a whole chunk."""
     missing = (CHUNK - x.shape[1]) // 8
     if not missing:
         return x

@@ -12,14 +12,15 @@ products a tile, no memory of their own, and the same bits on every run.
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Hashable
+from typing import ClassVar, Literal, Protocol
 
 from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KvSchedule", "SplitSchedule",
-    "chunks",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KeySchedule", "KvSchedule",
+    "SplitSchedule", "chunks",
 ]
 
 CHUNK = 64
@@ -92,6 +93,41 @@ class ForwardSchedule:
         return (160, 32) if self.warpgroups == 3 else (240, 24)
 
 
+class KeySchedule(Hashable, Protocol):
+    """What is asked of the schedule of any kernel that keeps key tiles: a `KvSchedule` or a `SplitSchedule`."""
+
+    @property
+    def block_q(self) -> int: ...
+
+    @property
+    def block_kv(self) -> int: ...
+
+    @property
+    def warpgroups(self) -> int: ...
+
+    @property
+    def registers(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+    @property
+    def section_bytes(self) -> int: ...
+
+    @property
+    def makes_dq(self) -> bool:
+        """Whether it is a kernel of dq, too: the fused form."""
+
+    @property
+    def ordered(self) -> bool: ...
+
+    @property
+    def pinned(self) -> bool: ...
+
+    @property
+    def apart(self) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class KvSchedule:
     """The kernel of dk and dv, in the fused form also of dq: each compute warpgroup keeps dk and dv of 64 keys in
@@ -136,6 +172,10 @@ class KvSchedule:
         return ROWS_PER_WARPGROUP * self.warpgroups
 
     @property
+    def makes_dq(self) -> bool:
+        return self.dq != "none"
+
+    @property
     def registers(self) -> tuple[int, ...]:
         """Registers a thread of the compute warpgroups, of the one of dq if there is one, and of the loading one."""
         if self.dq == "own":
@@ -158,15 +198,15 @@ class SplitSchedule:
     p_slots: int = 2
     section_bytes: int = 32 << 20
 
-    block_q = 64
-    block_kv = ROWS_PER_WARPGROUP
-    warpgroups = 2
-    dq = "none"
-    ordered = False
-    longest_last = 0
-    pinned = False
-    apart = False
-    registers = (240, 24)
+    # What every KeySchedule says, and is fixed here.
+    block_q: ClassVar[int] = 64
+    block_kv: ClassVar[int] = ROWS_PER_WARPGROUP
+    warpgroups: ClassVar[int] = 2
+    registers: ClassVar[tuple[int, ...]] = (240, 24)
+    makes_dq: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
+    pinned: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +251,7 @@ class BackwardSchedule:
 
     @property
     def fused(self) -> bool:
-        return self.kv.dq != "none"
+        return self.kv.makes_dq
 
     @property
     def padded_q_block(self) -> int:

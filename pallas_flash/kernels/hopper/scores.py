@@ -7,11 +7,10 @@ is so large that weights overflow (`overflows`). In the backward, what lse lost 
 it begins to show beside the rounding of weights: they are called large (`is_large`).
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from pallas_flash import masks, softmax
+from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope"]
@@ -27,24 +26,25 @@ _SERIES_END = 0.6
 # -- from products to exponents ----------------------------------------------------------------------------------------
 
 def score_unit(spec: AttentionSpec) -> float:
-    """The unit of scores, times log2(e): what makes exponents of base 2 of them."""
+    """The unit of scores times log2(e). A score times it is an exponent of base 2."""
     return softmax.unit(spec.scale, spec.softcap) * softmax.LOG2E
 
 
-def scaled(spec: AttentionSpec, x: Any) -> Any:
-    """Scores in their unit, from the products x of queries and keys."""
+def scaled(spec: AttentionSpec, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes scores in their unit from the products x of queries and keys."""
     if spec.softcap is None:
         return softmax.scores(x, spec.scale, None)[0]
     return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
 
 
-def slope(spec: AttentionSpec, s: Any, p: Any) -> Any:
-    """The weights p of scores s, times the derivative of the soft cap."""
+def slope(spec: AttentionSpec, s: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Multiplies the weights p of scores s with the derivative of the soft cap."""
     return p if spec.softcap is None else jnp.where(p == 0, 0.0, p * (1 - s * s))
 
 
-def masked(s: Any, mask: masks.Mask, q_pos: Any, kv_pos: Any) -> Any:
-    """Scores or exponents, -inf where the mask does not keep a pair.
+def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
+           kv_pos: Int[Array, "64 n"]) -> Float[Array, "64 n"]:
+    """Sets scores or exponents to -inf where the mask does not keep a pair.
 
     Args:
       s: (64, n) in the layout TILE.
@@ -53,8 +53,8 @@ def masked(s: Any, mask: masks.Mask, q_pos: Any, kv_pos: Any) -> Any:
     return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
 
 
-def _tanh(x: Any, exact: bool) -> Any:
-    """tanh from exp2: the hardware's has 11 bits. If `exact`, with a small relative error, too."""
+def _tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+    """Computes tanh from exp2, as the hardware's tanh has 11 bits. If `exact`, its relative error is small, too."""
     t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
     if not exact:
         return t
@@ -80,11 +80,11 @@ def may_be_large(spec: AttentionSpec) -> bool:
     return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
 
 
-def is_large(spec: AttentionSpec, size_log2: Any) -> Any:
+def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array, "..."]:
     """Flags of rows that are large, from |lse| log2(e); also of those that attend to nothing, whose lse is infinite."""
     return size_log2 > largest(spec)
 
 
-def overflows(spec: AttentionSpec, start: Any) -> Any:
-    """Rows whose largest weight, 2^(rounding of start), float16 or float32 may not hold beside the row's others."""
-    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)  # weights up to 2^8, 2^64
+def overflows(spec: AttentionSpec, start: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Flags of rows whose start is rounded by so much, 8 (float16) or 64 in base 2, that weights may overflow."""
+    return jnp.abs(start) > (2.0**27 if spec.dtype == jnp.float16 else 2.0**30)

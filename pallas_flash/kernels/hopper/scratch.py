@@ -1,7 +1,6 @@
 """What `plgpu.kernel` allocates for a block, from the description in `memory`, which has no Mosaic."""
 
-from typing import Any
-
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import registers
@@ -10,7 +9,7 @@ from pallas_flash.kernels.hopper.memory import Memory
 __all__ = ["allocate"]
 
 
-def allocate(memory: Memory) -> tuple[dict[str, Any], dict[str, Any]]:
+def allocate(memory: Memory) -> tuple[dict[str, pl.MemoryRef], dict[str, plgpu.Barrier]]:
     """The scratch types of the buffers and of the barriers, by name."""
     smem = {buffer.name: plgpu.SMEM(buffer.shape, buffer.dtype, transforms=registers.CHUNKED if buffer.chunked else ())
             for buffer in memory.buffers}

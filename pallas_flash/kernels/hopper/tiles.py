@@ -5,16 +5,17 @@ done. Tile i takes the slot i modulo the number of slots.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_tile", "see_last_phases", "store_tile"]
@@ -24,7 +25,7 @@ COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, 
 """How every kernel is compiled."""
 
 
-def chunk_of(spec: AttentionSpec, ref: Any, index: tuple[Any, Any, Any], rows: int, chunk: int) -> Any:
+def chunk_of(spec: AttentionSpec, ref: Ref, index: tuple[Index, Index, Index], rows: int, chunk: int) -> Ref:
     """A (rows, 64) piece of an array in the spec's layout, from (batch, head, first row) on; TMA fills and clips what
     lies outside of the array.
     """
@@ -35,14 +36,15 @@ def chunk_of(spec: AttentionSpec, ref: Any, index: tuple[Any, Any, Any], rows: i
     return ref.at[batch, head, pl.ds(first, rows), columns]
 
 
-def load_tile(spec: AttentionSpec, source: Any, index: tuple[Any, Any, Any], target: Any, full: Any) -> None:
+def load_tile(spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index], target: Ref, full: Ref) -> None:
     """Starts to load a tile into (chunks, rows, 64) of shared memory; each chunk arrives at `full`."""
     count, rows, _ = target.shape
     for chunk in range(count):
         plgpu.copy_gmem_to_smem(chunk_of(spec, source, index, rows, chunk), target.at[chunk], full)
 
 
-def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, index: tuple[Any, Any, Any, int]) -> None:
+def store_tile(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,
+               index: tuple[Index, Index, Index, int]) -> None:
     """Starts to write x, (64, columns) in the layout TILE, to global memory through (chunks, 64, 64) of shared memory.
 
     Args:
@@ -50,15 +52,15 @@ def store_tile(spec: AttentionSpec, x: Any, buffer: Any, target: Any, index: tup
     """
     registers.store_chunks(x, buffer)
     plgpu.commit_smem()
-    *rows, first = index
+    batch, head, rows, first = index
     count = chunks(x.shape[1])
     for chunk in range(count):
-        piece = chunk_of(spec, target, tuple(rows), 64, first + chunk)
+        piece = chunk_of(spec, target, (batch, head, rows), 64, first + chunk)
         plgpu.copy_smem_to_gmem(buffer.at[chunk], piece, commit_group=chunk == count - 1)
 
 
-def await_free(free: Any, slots: int, index: Any) -> Any:
-    """The slot of a ring that takes the tile with that index, once what was there before has been read."""
+def await_free(free: Ref, slots: int, index: Index) -> Index:
+    """Waits until tile number `index` of a ring has a slot: what was in it has been read. Returns the slot."""
     slot = rem(index, slots)
 
     @pl.when(index >= slots)
@@ -68,22 +70,22 @@ def await_free(free: Any, slots: int, index: Any) -> Any:
     return slot
 
 
-def drain(free: Any, used: Any) -> None:
+def drain(free: Ref, used: Index) -> None:
     """Waits until the last tiles of a ring, through which `used` have come in all, have been read."""
     slots = free.shape[0]
 
     @pl.loop(jnp.maximum(used - slots, 0), used)
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         plgpu.barrier_wait(free.at[rem(i, slots)])
 
 
-def _see_last_phases_plain(free: Any, slots: int, used: Any) -> None:
+def _see_last_phases_plain(free: Ref, slots: int, used: Index) -> None:
     for slot in range(slots):
         pl.when(slot < used)(functools.partial(plgpu.barrier_wait, free.at[slot]))
 
 
 @interpreted_as(_see_last_phases_plain)
-def see_last_phases(free: Any, slots: int, used: Any) -> None:
+def see_last_phases(free: Ref, slots: int, used: Index) -> None:
     """Does nothing on a GPU; in interpret mode, which wants every phase of a barrier waited for, waits for the last
     phase of each slot's.
     """

@@ -7,8 +7,9 @@ of 8 need; plain `plgpu.wgmma` wants tiles of 8 rows.
 A product is issued at once, as one commit group. Its result must not be read before `ready` has returned it.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm, vector
 
-from pallas_flash.kernels.hopper.registers import ACC, CHUNKED, SWIZZLE_BYTES, TILE, chunk_bytes
+from pallas_flash.kernels.hopper.registers import ACC, CHUNKED, SWIZZLE_BYTES, TILE, Fragment, chunk_bytes
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic import interpret, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.types import Ref
 
 __all__ = ["accumulate", "fence", "multiply_transposed", "outer", "ready", "settled"]
 
@@ -30,18 +32,26 @@ _K = 16
 _GROUP_BYTES = 8 * SWIZZLE_BYTES
 
 
-def _multiply_transposed_plain(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
+def _is_in_memory(a: Fragment | Ref) -> TypeGuard[Ref]:
+    """Whether an operand is (chunks, 64, 64) in shared memory, not (64, columns) in registers."""
+    return len(a.shape) == 3
+
+
+def _multiply_transposed_plain(a: Fragment | Ref, b_ref: Ref, d: int, start: Fragment | None = None) -> Fragment:
     del d  # the columns past it are zeros
-    held = len(a.shape) == 2
-    interpret.issue(*[a] * (not held), b_ref)
-    rows = a if held else jnp.swapaxes(a[...], 0, 1).reshape(64, -1)
+    rows = a[...]
+    if _is_in_memory(a):
+        interpret.issue(a, b_ref)
+        rows = jnp.swapaxes(rows, 0, 1).reshape(64, -1)
+    else:
+        interpret.issue(b_ref)
     columns = jnp.swapaxes(b_ref[...], 0, 1).reshape(b_ref.shape[1], -1)
     product = jnp.dot(rows, columns.T, preferred_element_type=jnp.float32)
     return product if start is None else start + product
 
 
 @interpreted_as(_multiply_transposed_plain)
-def multiply_transposed(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
+def multiply_transposed(a: Fragment | Ref, b_ref: Ref, d: int, start: Fragment | None = None) -> Fragment:
     """Issues a b^T, or start + a b^T: (64, n) float32, in flight.
 
     Args:
@@ -50,33 +60,38 @@ def multiply_transposed(a: Any, b_ref: Any, d: int, start: Any = None) -> Any:
       d: the columns that count, rounded up to a multiple of 16; the rest of them must be zero.
       start: (64, n) float32 in the layout ACC, or None.
     """
-    n, held = b_ref.shape[1], len(a.shape) == 2
+    n, held = b_ref.shape[1], not _is_in_memory(a)
 
     @plgpu.inline_mgpu(
         arg_types=(TILE if held else plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED), *[ACC] * (start is not None)),
         return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, ACC))
-    def issue(_: Any, a: Any, b: ir.Value, *start: Any) -> Any:
-        a_at, b_at = None if held else _descriptors(a), _descriptors(b)
-        a = fa.optimization_barrier(a) if held else a
+    def issue(_: mgpu.LaunchContext, a: mgpu.FragmentedArray | ir.Value, b: ir.Value,
+              *start: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        a_at: Callable[[int], list[ir.Value]]
+        if isinstance(a, mgpu.FragmentedArray):
+            b_at = _descriptors(b)
+            a_at = functools.partial(_words, fa.optimization_barrier(a))
+        else:
+            descriptor, b_at = _descriptors(a), _descriptors(b)
+            a_at = lambda column: [descriptor(column)]
         nvvm.wgmma_fence_aligned()
         acc = [register for x in start for register in x.registers.flat]
         for column in range(0, d, _K):
-            words = _words(a, column) if a_at is None else [a_at(column)]
-            acc = _wgmma(acc, words, b_at(column), n, _element(b), transposed=(0, 0))
+            acc = _wgmma(acc, a_at(column), b_at(column), n, _element(b), transposed=(0, 0))
         _commit()
         return _as_accumulator(acc, n)
 
     return issue(a, b_ref, *[start] * (start is not None))
 
 
-def _accumulate_plain(acc: Any, p: Any, v_ref: Any) -> Any:
+def _accumulate_plain(acc: Fragment, p: Fragment, v_ref: Ref) -> Fragment:
     interpret.issue(v_ref)
     v = jnp.swapaxes(v_ref[...], 0, 1).reshape(p.shape[1], -1)[:, :acc.shape[1]]
     return acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
 
 @interpreted_as(_accumulate_plain)
-def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
+def accumulate(acc: Fragment, p: Fragment, v_ref: Ref) -> Fragment:
     """Issues acc + p v: (64, columns) float32, in flight.
 
     Args:
@@ -88,7 +103,8 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(ACC, TILE, plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
-    def issue(_: Any, acc: Any, p: Any, v: ir.Value) -> Any:
+    def issue(_: mgpu.LaunchContext, acc: mgpu.FragmentedArray, p: mgpu.FragmentedArray,
+              v: ir.Value) -> mgpu.FragmentedArray:
         acc, p = fa.optimization_barrier(acc, p)
         b = _descriptor(v, leading_bytes=chunk_bytes(v))
         nvvm.wgmma_fence_aligned()
@@ -102,14 +118,14 @@ def accumulate(acc: Any, p: Any, v_ref: Any) -> Any:
     return issue(acc, p, v_ref)
 
 
-def _outer_plain(a_ref: Any, b_ref: Any, columns: int) -> Any:
+def _outer_plain(a_ref: Ref, b_ref: Ref, columns: int) -> Fragment:
     interpret.issue(a_ref, b_ref)
     b = jnp.swapaxes(b_ref[...], 0, 1).reshape(a_ref.shape[0], -1)[:, :columns]
     return jnp.dot(a_ref[...].T, b, preferred_element_type=jnp.float32)
 
 
 @interpreted_as(_outer_plain)
-def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
+def outer(a_ref: Ref, b_ref: Ref, columns: int) -> Fragment:
     """Issues a^T b: (64, columns) float32, in flight.
 
     Args:
@@ -121,7 +137,7 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED), plgpu.RefType(CHUNKED)),
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, ACC))
-    def issue(_: Any, a: ir.Value, b: ir.Value) -> Any:
+    def issue(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value) -> mgpu.FragmentedArray:
         a_base, b_base = _descriptor(a), _descriptor(b, leading_bytes=chunk_bytes(b))
         nvvm.wgmma_fence_aligned()
         acc: list[ir.Value] = []
@@ -135,19 +151,19 @@ def outer(a_ref: Any, b_ref: Any, columns: int) -> Any:
     return issue(a_ref, b_ref)
 
 
-def _ready_plain(x: Any, pending: int) -> Any:
+def _ready_plain(x: Fragment, pending: int) -> Fragment:
     interpret.wait(pending)
     plgpu.commit_smem()  # plain reads stand for those of wgmma, which need no fence before TMA's next write
     return x
 
 
 @interpreted_as(_ready_plain)
-def ready(x: Any, pending: int) -> Any:
-    """x, once at most `pending` products are in flight. The result of the wait depends on x, so no use of x moves above
-    it.
+def ready(x: Fragment, pending: int) -> Fragment:
+    """Returns x once at most `pending` products are in flight. The result of the wait depends on x, so no use of x
+    moves above it.
     """
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
-    def wait(_: Any, x: Any) -> Any:
+    def wait(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         registers = _tied(list(x.registers.flat), f"wgmma.wait_group.sync.aligned {pending};")
         return _as_accumulator(registers, x.shape[1])
 
@@ -155,15 +171,15 @@ def ready(x: Any, pending: int) -> Any:
 
 
 @interpreted_as(lambda x: x)
-def settled(x: Any) -> Any:
-    """x, (64, columns), in the layout ACC, each element in a register of its own from here on.
+def settled(x: Fragment) -> Fragment:
+    """Returns x, (64, columns), in the layout ACC, each element in a register of its own from here on.
 
-    Else copies would be made right before the product that needs them, where ptxas first waits for those in flight
+    Otherwise copies would be made right before the product that needs them, where ptxas first waits for those in flight
     (C7517).
     """
     x = plgpu.layout_cast(plgpu.layout_cast(x, TILE), ACC)
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
-    def settle(_: Any, x: Any) -> Any:
+    def settle(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         return _as_accumulator(_tied(list(x.registers.flat), ""), x.shape[1])
 
     return settle(x)
@@ -173,7 +189,7 @@ def settled(x: Any) -> Any:
 def fence() -> None:
     """Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier must follow."""
     @plgpu.inline_mgpu()
-    def emit(_: Any) -> None:
+    def emit(_: mgpu.LaunchContext) -> None:
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
     emit()
@@ -194,7 +210,7 @@ def _descriptors(ref: ir.Value) -> Callable[[int], ir.Value]:
     return at
 
 
-def _words(x: Any, first: int) -> list[ir.Value]:
+def _words(x: mgpu.FragmentedArray, first: int) -> list[ir.Value]:
     """16 columns of x, in the layout TILE and of a 16-bit type, as four 32-bit words of two elements."""
     pair = ir.VectorType.get((1,), ptx.i32())
     return [vector.extract(vector.bitcast(pair, register), [], [0])
@@ -221,7 +237,7 @@ def _commit() -> None:
 
 def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element: str, *,
            transposed: tuple[int, int]) -> list[ir.Value]:
-    """One m64 n k16 instruction: acc + a b, or a b where acc is empty.
+    """Emits one m64 n k16 instruction: acc + a b, or a b where acc is empty.
 
     Args:
       a: a descriptor, or four words of registers.
@@ -243,7 +259,7 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
 
 
 def _tied(registers: list[ir.Value], asm: str) -> list[ir.Value]:
-    """`asm` as a statement that reads and writes every register."""
+    """Emits `asm` as a statement that reads and writes every register, and returns them."""
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
     kind = registers[0].type
@@ -252,7 +268,7 @@ def _tied(registers: list[ir.Value], asm: str) -> list[ir.Value]:
     return [llvm.extractvalue(kind, result, [i]) for i in range(count)]
 
 
-def _as_accumulator(registers: list[ir.Value], columns: int) -> Any:
+def _as_accumulator(registers: list[ir.Value], columns: int) -> mgpu.FragmentedArray:
     layout = ACC.to_mgpu()
     array = np.array(registers, dtype=object).reshape(layout.registers_shape((64, columns)))
     return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)

@@ -6,21 +6,24 @@ and which branches can be left out. The host asks one mask, `worst_case`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import device, masks, tiles
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     DqSchedule,
     ForwardSchedule,
+    KeySchedule,
     KvSchedule,
-    SplitSchedule,
 )
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
+from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.masks import Positions
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -29,8 +32,8 @@ __all__ = [
     "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
 ]
 
-_Schedule = ForwardSchedule | KvSchedule | SplitSchedule | DqSchedule
-_BackwardPart = KvSchedule | SplitSchedule | DqSchedule
+_BackwardPart = KeySchedule | DqSchedule
+_Schedule = ForwardSchedule | _BackwardPart
 
 _BLOCK_STEPS = 1.5  # the start and end of a block, or of a tile in the forward, cost about that many steps
 
@@ -64,7 +67,7 @@ def _backward_ends(spec: AttentionSpec, s: _BackwardPart) -> dict[str, int]:
     tile is ragged, keys are not cleaned (`backward.nonfinite`), and the mask may keep a key for such queries alone.
     """
     ends = {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv else {}
-    keeps_bad_keys = not isinstance(s, DqSchedule) and s.dq == "none"
+    keeps_bad_keys = not isinstance(s, DqSchedule) and not s.makes_dq
     if keeps_bad_keys and spec.q_len % s.block_q and not isinstance(spec.mask, masks.Full):
         ends["q_len"] = spec.q_len
     return ends
@@ -86,7 +89,18 @@ def q_tiles(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     return tiles.cdiv(spec.q_len, schedule.block_q)
 
 
-def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any) -> tuple[Any, Any]:
+@overload
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,
+                 q_tile: Index) -> tuple[Index, Index]: ...
+
+
+@overload
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,
+                 q_tile: Positions) -> tuple[Positions, Positions]: ...
+
+
+def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule,
+                 q_tile: Positions) -> tuple[Positions, Positions]:
     """The key tiles [lo, hi) that a query tile loads: at least one, so that rows without keys are written too."""
     rows = tiles.interval(q_tile, schedule.block_q, spec.q_len)
     needed = tiles.kv_tiles(mask, rows, schedule.block_kv, spec.kv_len)
@@ -94,8 +108,18 @@ def loaded_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedul
     return lo, masks.maximum(needed.stop, lo + 1)
 
 
-def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Any,
-              warpgroup: Any) -> tiles.TileRange:
+@overload
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Index,
+              warpgroup: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: np.ndarray,
+              warpgroup: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Positions,
+              warpgroup: Positions) -> tiles.TileRange[Any]:
     """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, and among the query tile's
     `loaded_tiles`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
     """
@@ -117,7 +141,7 @@ def every_loaded(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[np.nda
     return np.broadcast_to(lo, (count,)), np.broadcast_to(hi, (count,))
 
 
-def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.TileRange:
+def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.TileRange[np.ndarray]:
     """`row_tiles` of every block of 64 rows: (query tiles * warpgroups,) each."""
     q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
     warpgroup = np.arange(q_tile.size) % schedule.warpgroups
@@ -168,39 +192,57 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
 
 # -- the backward ------------------------------------------------------------------------------------------------------
 
-def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Any) -> tiles.TileRange:
+@overload
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
+            kv_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Positions) -> tiles.TileRange[Any]:
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
     return tiles.q_tiles(mask, (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv), s.block_q, spec.q_len)
 
 
-def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Any) -> tiles.TileRange:
+@overload
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
+             q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Positions) -> tiles.TileRange[Any]:
     """The key tiles that a query tile needs."""
     return tiles.kv_tiles(mask, tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 
 
-def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`q_range` of every key tile: (key tiles,) each."""
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
     needed = q_range(worst_case(spec, s), spec, s, kv_tile)
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), kv_tile.shape) for x in needed))
 
 
-def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange:
+def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`kv_range` of every query tile: (query tiles,) each."""
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
     needed = kv_range(worst_case(spec, s), spec, s, q_tile)
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
 
 
-def _work(heads: int, ranges: tiles.TileRange, head_bytes: int, section_bytes: int) -> Work:
+def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, section_bytes: int) -> Work:
     """The blocks of a kernel in sections of about `section_bytes`."""
     return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
 
 
 @functools.lru_cache(maxsize=256)
-def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
+def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
 
     If `ordered`, descending: with a causal mask, or a window, the block of the tile before reaches each query tile
@@ -208,9 +250,9 @@ def kv_work(spec: AttentionSpec, s: KvSchedule | SplitSchedule) -> Work:
     `longest_last` eighths of the tiles come after them, in ascending order.
     """
     needed = every_q_range(spec, s)
-    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq != "none" else 0))
+    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
     work = _work(spec.batch * spec.kv_heads, needed, head_bytes, s.section_bytes)
-    if not s.ordered:
+    if not (isinstance(s, KvSchedule) and s.ordered):
         return work
     length = needed.stop - needed.start
     return work._replace(ascending=work.ascending * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
@@ -223,7 +265,8 @@ def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
     return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s.section_bytes)
 
 
-def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Any, kv_tile: Any) -> Any:
+def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,
+                     kv_tile: Index) -> Array:
     """How many blocks add to a query tile before that of a key tile, if `ordered`."""
     first, _, _, stop = kv_range(mask, spec, s, q_tile)
     split = kv_work(spec, s).ascending
@@ -245,7 +288,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
 
 
 def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
-    """Steps until the last block has ended (`scheduling.makespan`)."""
+    """The number of steps until the last block has ended (`scheduling.makespan`)."""
     needed = every_q_range(spec, s)
     costs = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
     return scheduling.makespan(kv_work(spec, s), costs, device.H100.num_sms)

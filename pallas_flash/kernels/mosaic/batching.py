@@ -19,30 +19,34 @@ from pallas_flash.spec import AttentionSpec, Operands
 __all__ = ["vmappable"]
 
 
-def vmappable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `function(spec, operands, *arrays)`, in which the batch is the leading axis of every array, mappable by
-    vmap.
+def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *Arrays], R],
+                          ) -> Callable[[AttentionSpec, Operands, *Arrays], R]:
+    """Makes a function(spec, operands, *arrays), which vmap can map, of `function(spec, device, operands, *arrays)`, in
+    which the batch is the leading axis of every array.
 
-    JAX may map a program long after it was traced: `function` still sees the `device.current()` of the first trace.
+    The device is `device.current()` when the call is traced; JAX may map the program long after.
     """
     @functools.lru_cache(maxsize=1024)
-    def for_spec(spec: AttentionSpec, where: Device) -> Callable[..., Any]:
+    def for_spec(spec: AttentionSpec, where: Device) -> jax.custom_batching.custom_vmap:
         @jax.custom_batching.custom_vmap
-        def call(*args: Any) -> Any:
-            with device.assume(where):
-                return function(spec, *args)
+        def call(operands: Operands, *arrays: *Arrays) -> R:
+            return function(spec, where, operands, *arrays)
 
         @call.def_vmap
-        def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
+        def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[R, R]:
             operands, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), args, tuple(in_batched))
             folded = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
             results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), folded)
             return results, jax.tree.map(lambda _: True, results)
         return call
-    return lambda spec, *args: for_spec(spec, device.current())(*args)
+
+    def on_current_device(spec: AttentionSpec, operands: Operands, *arrays: *Arrays) -> R:
+        return for_spec(spec, device.current())(operands, *arrays)
+
+    return on_current_device
 
 
-def _fold(axis_size: int, batch: int, x: Any, mapped: bool) -> Any:
+def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
     """(axis_size, b, ...), or (b, ...) if not mapped -> (axis_size * batch, ...). An array that is not mapped and has
     no batch of its own (b = 1 < batch) stays as it is.
     """

@@ -6,8 +6,8 @@ the marks. Each device computes its own shard, so the result is the same.
 
 Under `jit` with automatic axes. XLA cannot look into a kernel and would gather its operands on every device.
 `partitioned` says which axes of the operands and results are batch and heads; XLA may split those, and each device
-calls the kernel of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key head,
-each sums the gradients over its own query heads, and an all-reduce adds these sums.
+runs the computation of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key
+head, each sums the gradients over its own query heads, and an all-reduce adds these sums.
 
 Two kinds of calls are gathered, not split: those exported by `jax.export`, and those inside a `shard_map` that leaves
 some axes automatic. JAX's `custom_partitioning` has two costs: a program with such a call is lowered for real devices
@@ -18,8 +18,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib.mlir import ir
 
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec
@@ -38,49 +39,67 @@ _kernel_p.multiple_results = True
 compat.lower_with_devices(_kernel_p)
 
 
-def _unpartitioned(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """Calls function(*arrays) as one primitive that is never split; lowered as it is outside `shard_map`.
-
-    `function` must be the same object for the same computation: JAX's caches compare it.
+class Computation(Protocol):
+    """What runs as one primitive, as `launch.Pass` does. The same object for the same computation: JAX's caches compare
+    it.
     """
-    return tuple(_kernel_p.bind(*arrays, function=function, split=None))
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result: so nothing is traced to find them."""
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Computes the results."""
 
 
-def partitioned(function: Callable[..., tuple[Any, ...]], roles: str, spec: AttentionSpec,
-                *arrays: Any) -> tuple[Any, ...]:
-    """Calls function(spec, *arrays) as one primitive; where XLA splits it over devices, each device calls `function`
-    with its own shard's spec and arrays.
+type Build = Callable[[AttentionSpec], Computation]
+"""Makes the computation of a spec, with what depends on the spec (a table of tiles). It returns the same object for the
+same spec."""
+
+
+def _unpartitioned(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs a computation as one primitive that is never split; lowered as it is outside `shard_map`."""
+    return tuple(_kernel_p.bind(*arrays, computation=computation, split=None))
+
+
+def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs the computation of a spec as one primitive; where XLA splits it over devices, each device runs that of its
+    own shard's spec on its own shard's arrays.
 
     Args:
-      function: the same object for the same computation. It makes what depends on the spec (a table of tiles) itself.
+      build: the same object for the same computations.
       roles: of the arrays and of the results, as in "query key key -> query row":
         query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
         whole: anything of which every device takes all.
     """
-    return tuple(_kernel_p.bind(*arrays, function=_for_spec(function, spec), split=Split(function, roles, spec)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _for_spec(function: Callable[..., Any], spec: AttentionSpec) -> Callable[..., Any]:
-    return functools.partial(function, spec)
+    return tuple(_kernel_p.bind(*arrays, computation=build(spec), split=Split(build, roles, spec)))
 
 
 # -- the primitive ---------------------------------------------------------------------------------------------------
 
-def _without_axes(aval: Any) -> Any:
+def _without_axes(aval: jax.core.AbstractValue) -> jax.core.ShapedArray:
+    assert isinstance(aval, jax.core.ShapedArray)
     return jax.core.ShapedArray(aval.shape, aval.dtype)
 
 
 @_kernel_p.def_abstract_eval
-def _abstract(*avals: Any, function: Callable[..., Any], split: Any) -> list[Any]:
+def _abstract(*avals: jax.core.ShapedArray, computation: Computation,
+              split: "Split | None") -> list[jax.core.ShapedArray]:
     del split
-    results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return [avals[0].update(shape=r.shape, dtype=r.dtype) for r in results]
+    return [avals[0].update(shape=kind.shape, dtype=kind.dtype) for kind in computation.result_types]
 
 
-def _lower(ctx: Any, *args: Any, function: Callable[..., Any], split: "Split | None") -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _run(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs a computation; `jit` keeps its trace, so that kernels are traced once for all programs that hold them."""
+    return computation(*arrays)
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, computation: Computation,
+           split: "Split | None") -> Sequence[ir.Value | Sequence[ir.Value]]:
+    function: Callable[..., tuple[jax.Array, ...]] = functools.partial(_run, computation)
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
     if split is not None and split.is_possible and _is_automatic(ctx.module_context):
@@ -88,10 +107,10 @@ def _lower(ctx: Any, *args: Any, function: Callable[..., Any], split: "Split | N
     return mlir.lower_fun(function, multiple_results=True)(plain, *args)
 
 
-def _is_automatic(context: Any) -> bool:
+def _is_automatic(context: mlir.ModuleContext) -> bool:
     """Whether XLA partitions the module for the devices of one mesh, in this process."""
     axes = context.axis_context
-    return (getattr(axes, "abstract_mesh", None) is not None and len(axes.device_assignment or ()) > 1
+    return (getattr(axes, "abstract_mesh", None) is not None and len(getattr(axes, "device_assignment", None) or ()) > 1
             and not context.lowering_parameters.for_export and jax.config.jax_use_shardy_partitioner)
 
 
@@ -101,11 +120,14 @@ _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.b
 
 # -- splitting -------------------------------------------------------------------------------------------------------
 
+type Shardings = tuple[NamedSharding, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """A call of `partitioned`. An axis is "batch", "q_heads", "kv_heads", or "" for those that stay whole."""
 
-    function: Callable[..., Any]
+    build: Build
     roles: str
     spec: AttentionSpec
 
@@ -131,7 +153,8 @@ class Split:
             return ("batch", heads, *[""] * (rank - 2))
         return "batch", "", heads, ""
 
-    def rule(self, _: Mesh, arrays: Any, results: Any) -> tuple[str, dict[str, Any]]:
+    def rule(self, _: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
+             results: Sequence[jax.ShapeDtypeStruct]) -> tuple[str, dict[str, int | tuple[str, ...]]]:
         """Shardy's einsum-like rule: a letter for each axis that may be split, one of its own for each that must
         not be.
         """
@@ -139,7 +162,7 @@ class Split:
         q_heads, kv_heads = ("(g r)", "g") if grouped else ("h", "h" if self.spec.group == 1 else "")
         letters, whole = {"batch": "b", "q_heads": q_heads, "kv_heads": kv_heads, "": ""}, itertools.count()
 
-        def side(roles: list[str], types: Any) -> str:
+        def side(roles: list[str], types: Sequence[jax.ShapeDtypeStruct]) -> str:
             words = [[letters[axis] or f"w{next(whole)}" for axis in self.axes(role, len(kind.shape))]
                      for role, kind in zip(roles, types, strict=True)]
             return ", ".join(map(" ".join, words))
@@ -148,7 +171,7 @@ class Split:
         sizes = {"r": self.spec.group} if grouped else {}
         return text, sizes | dict(need_replication_factors=tuple(f"w{i}" for i in range(next(whole))))
 
-    def mesh_axes(self, mesh: Mesh, arrays: Any) -> dict[str, tuple[str, ...]]:
+    def mesh_axes(self, mesh: Mesh, arrays: list[tuple[str, jax.ShapeDtypeStruct]]) -> dict[str, tuple[str, ...]]:
         """The mesh axes that split batch, q_heads and kv_heads: those of the first array that is split there, as far
         as they divide.
         """
@@ -164,7 +187,9 @@ class Split:
         return {"": (), "batch": _dividing(mesh, found.get("batch", ()), spec.batch), "kv_heads": shared,
                 "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
 
-    def partition(self, mesh: Mesh, arrays: Any, results: Any) -> tuple[Any, ...]:
+    def partition(self, mesh: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
+                  results: Sequence[jax.ShapeDtypeStruct]) -> tuple[Mesh, Callable[..., tuple[jax.Array, ...]],
+                                                                    Shardings, Shardings]:
         """Returns what `custom_partitioning` asks for: the mesh, the computation of a shard, and the shardings of
         results and of arrays.
         """
@@ -174,18 +199,18 @@ class Split:
         local = dataclasses.replace(self.spec, **counts)
         sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
 
-        def shard(*arrays: Any) -> tuple[Any, ...]:
-            found = _unpartitioned(_for_spec(self.function, local), *arrays)
+        def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            found = _unpartitioned(self.build(local), *arrays)
             return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
 
-        def sharding(role: str, array: Any) -> NamedSharding:
+        def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
             split = (mesh_axes[axis] or None for axis in self.axes(role, array.ndim))
             return NamedSharding(mesh, PartitionSpec(*split))
 
         return mesh, shard, tuple(map(sharding, roles[1], results)), tuple(map(sharding, roles[0], arrays))
 
 
-def _summed(x: Any, axes: tuple[str, ...]) -> Any:
+def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
@@ -199,8 +224,8 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _splitting(split: Split) -> Callable[..., Any]:
-    whole = functools.partial(_unpartitioned, _for_spec(split.function, split.spec))  # a primitive: it has no constants
+def _splitting(split: Split) -> Callable[..., tuple[jax.Array, ...]]:
+    whole = functools.partial(_unpartitioned, split.build(split.spec))  # a primitive: it has no constants
     call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)
     return call

@@ -13,13 +13,14 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.kernels.mosaic.types import Ref
+
 __all__ = ["interpreted", "interpreted_as", "issue", "wait"]
 
-_in_flight: contextvars.ContextVar[list[tuple[Any, ...]] | None] = contextvars.ContextVar("in_flight", default=None)
+_in_flight: contextvars.ContextVar[list[tuple[Ref, ...]] | None] = contextvars.ContextVar("in_flight", default=None)
 """In interpret mode, the buffers of each operation in flight, the oldest first; otherwise None."""
 
 
@@ -46,7 +47,7 @@ def interpreted_as[**P, R](plain: Callable[P, R]) -> Callable[[Callable[P, R]], 
     return decorate
 
 
-def issue(*buffers: Any) -> None:
+def issue(*buffers: Ref) -> None:
     """Starts an operation that reads `buffers` until `wait` has let it finish; for plain meanings only."""
     _operations().append(buffers)
 
@@ -59,7 +60,7 @@ def wait(pending: int) -> None:
             buffer[...]
 
 
-def _operations() -> list[tuple[Any, ...]]:
+def _operations() -> list[tuple[Ref, ...]]:
     operations = _in_flight.get()
     assert operations is not None, "a plain meaning was called outside of interpret mode"
     return operations

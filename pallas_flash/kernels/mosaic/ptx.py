@@ -7,7 +7,6 @@ Named barriers count threads. Ids 0 to the number of warpgroups belong to Mosaic
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -16,15 +15,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.masks import Positions
 
 __all__ = [
-    "SCALAR", "WARPGROUP", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved", "multiply",
-    "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved",
+    "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
 ]
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
+
+Layout = Any
+"""A layout of registers: `plgpu.Layout` and its reductions, whose common type has no public name."""
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 """The layout of one number that all threads hold."""
@@ -33,7 +38,7 @@ _FLAG = plgpu.ShapeDtypeStruct((), jnp.bool_, SCALAR)
 _WHOLE_WARP = 0xFFFFFFFF
 
 
-def scalar(x: Any) -> jax.Array:
+def scalar(x: Positions) -> Array:
     """Returns x as a traced int32 scalar, also where x is a plain number."""
     return jnp.asarray(x, jnp.int32)
 
@@ -49,36 +54,36 @@ def first_free(warpgroups: int) -> int:
 
 
 @interpreted_as(lambda kind, number, threads: None)
-def _named_barrier(kind: str, number: Any, threads: int) -> None:
+def _named_barrier(kind: str, number: Index, threads: int) -> None:
     @plgpu.inline_mgpu(arg_types=(SCALAR,))
-    def emit(_: Any, number: Any) -> None:
+    def emit(_: mgpu.LaunchContext, number: mgpu.FragmentedArray) -> None:
         mgpu.utils.inline_ptx(f"bar.{kind} $0, {threads};", number.registers.item(), has_side_effects=True,
                               convergent=True)
 
     emit(jnp.asarray(number, jnp.int32))
 
 
-def named_sync(number: Any, threads: int) -> None:
+def named_sync(number: Index, threads: int) -> None:
     """Waits until `threads` threads, these included, have come to the named barrier. Warps of a warpgroup come
     together.
     """
     _named_barrier("sync", number, threads)
 
 
-def named_arrive(number: Any, threads: int) -> None:
+def named_arrive(number: Index, threads: int) -> None:
     """Counts this warpgroup's threads at the named barrier without waiting."""
     _named_barrier("arrive", number, threads)
 
 
 @interpreted_as(scalar)
-def opaque(x: Any) -> Any:
+def opaque(x: Positions) -> Array:
     """Returns the scalar x as a value of which the compiler knows nothing.
 
     LLVM moves descriptors that do not change out of a loop and spills them; indexed by an opaque scalar, they are made
     where they are used, in uniform registers.
     """
     @plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
-    def move(_: Any, x: Any) -> Any:
+    def move(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         return mgpu.FragmentedArray.splat(moved(x.registers.item()), (), is_signed=True)
 
     return move(scalar(x))
@@ -89,7 +94,7 @@ def moved(x: ir.Value) -> ir.Value:
     return llvm.inline_asm(i32(), [x], "mov.u32 $0, $1;", "=r,r", has_side_effects=True)
 
 
-def _lane_flag(flags: Any) -> ir.Value:
+def _lane_flag(flags: mgpu.FragmentedArray) -> ir.Value:
     """Returns whether any of the flags that this thread holds is set."""
     bits = [vector.extract(register, [], [0]) for register in flags.registers.flat]
     return functools.reduce(arith.ori, bits)
@@ -103,14 +108,14 @@ def _or_in_warpgroup(flag: ir.Value) -> ir.Value:
 
 
 @interpreted_as(lambda flags, layout: jnp.any(flags))
-def any_in_warp(flags: Any, layout: Any) -> Any:
+def any_in_warp(flags: Array, layout: Layout) -> Flag:
     """Returns whether some flag of the warp is set: uniform over the warp, not over the warpgroup.
 
     A branch on it must not hold a collective of the warpgroup (wgmma and its fence, a barrier): the other warps may not
     take it.
     """
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
-    def vote(_: Any, flags: Any) -> Any:
+    def vote(_: mgpu.LaunchContext, flags: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         vote = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _lane_flag(flags), "any")
         return mgpu.FragmentedArray.splat(vote, (), is_signed=False)
 
@@ -118,12 +123,12 @@ def any_in_warp(flags: Any, layout: Any) -> Any:
 
 
 @interpreted_as(lambda x, layout: jnp.logical_not(jnp.all(jnp.isfinite(x))))
-def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
+def any_nonfinite_in_warpgroup(x: Array, layout: Layout) -> Flag:
     """Returns whether some element of x is not finite (or a sum of a thread's elements overflows), uniform over the
     warpgroup. It is a barrier of the warpgroup, too.
     """
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
-    def vote(_: Any, x: Any) -> Any:
+    def vote(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         values = [vector.extract(register, [], [i]) for register in x.registers.flat
                   for i in range(ir.VectorType(register.type).shape[0])]
         while len(values) > 1:  # a tree: short chains
@@ -139,24 +144,24 @@ def any_nonfinite_in_warpgroup(x: Any, layout: Any) -> Any:
 
 
 @interpreted_as(lambda a, b, c, layout: a * b + c)
-def multiply_add(a: Any, b: float, c: Any, layout: Any) -> Any:
+def multiply_add(a: Array, b: float, c: Array, layout: Layout) -> Array:
     """Returns a b + c, rounded once, of float32 arrays of one axis. Of a plain a * b + c the compiler decides."""
     return _each("fma.rn.f32 $0, $1, $2, $3;", layout, b, a, c)
 
 
 @interpreted_as(lambda a, b, layout: a * b)
-def multiply(a: Any, b: float, layout: Any) -> Any:
+def multiply(a: Array, b: float, layout: Layout) -> Array:
     """Returns a b, rounded, of a float32 array of one axis. A compiler may merge a plain a * b with a difference that
     uses it, and then does not round it.
     """
     return _each("mul.rn.f32 $0, $1, $2;", layout, b, a)
 
 
-def _each(instruction: str, layout: Any, factor: float, a: Any, *others: Any) -> Any:
+def _each(instruction: str, layout: Layout, factor: float, a: Array, *others: Array) -> Array:
     """Applies `instruction` to each element of a, the factor, and the elements of the other arrays."""
     @plgpu.inline_mgpu(arg_types=(layout,) * (1 + len(others)),
                        return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout))
-    def emit(_: Any, a: Any, *others: Any) -> Any:
+    def emit(_: mgpu.LaunchContext, a: mgpu.FragmentedArray, *others: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         f32 = ir.F32Type.get()
         kind, b = ir.VectorType.get((1,), f32), mgpu.utils.c(factor, f32)
         registers = np.empty(a.registers.shape, dtype=object)
@@ -170,7 +175,7 @@ def _each(instruction: str, layout: Any, factor: float, a: Any, *others: Any) ->
 
 
 @interpreted_as(lambda x, layout: None)
-def pin(x: Any, layout: Any) -> None:
+def pin(x: Array, layout: Layout) -> None:
     """Keeps what computes x (finite numbers below 1e38) above the next wgmma wait.
 
     ptxas may otherwise move the wait above it, and the overlap of softmax and product is gone. A branch that is never
@@ -178,7 +183,7 @@ def pin(x: Any, layout: Any) -> None:
     serialised (C7520). Should a score be so large that rounding makes an exponential overflow, the branch does no harm.
     """
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
-    def impossible(_: Any, x: Any) -> Any:
+    def impossible(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         values = [vector.extract(register, [], [i]) for register in x.registers.flat
                   for i in range(ir.VectorType(register.type).shape[0])]
         huge = mgpu.utils.c(1e38, ir.F32Type.get())
@@ -189,7 +194,7 @@ def pin(x: Any, layout: Any) -> None:
     @pl.when(impossible(x))
     def _() -> None:
         @plgpu.inline_mgpu()
-        def linger(_: Any) -> None:
+        def linger(_: mgpu.LaunchContext) -> None:
             mgpu.utils.inline_ptx("nanosleep.u32 1;", has_side_effects=True)
 
         linger()

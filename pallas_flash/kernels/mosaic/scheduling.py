@@ -9,13 +9,16 @@ No Mosaic in here: tables are made on any machine.
 
 import heapq
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from pallas_flash import tiles
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.masks import Positions
 
 __all__ = ["Work", "div", "in_sections", "makespan", "rem", "table", "work"]
 
@@ -23,12 +26,12 @@ _BLOCKS_MODELLED = 20_000  # of a large grid, the first
 _LARGEST_GREEDY_TABLE = 200_000  # tiles
 
 
-def div(a: Any, b: int) -> Any:
+def div(a: Positions, b: int) -> Array:
     """Returns a // b for a >= 0, in int32 whatever JAX's 64-bit mode."""
     return lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
 
-def rem(a: Any, b: int) -> Any:
+def rem(a: Positions, b: int) -> Array:
     """Returns a % b for a >= 0, in int32 whatever JAX's 64-bit mode."""
     return lax.rem(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
@@ -103,7 +106,7 @@ class Work(NamedTuple):
     def blocks(self) -> int:
         return self.heads * self.tiles
 
-    def head_and_tile(self, block: Any) -> tuple[Any, Any]:
+    def head_and_tile(self, block: Index) -> tuple[Array, Array]:
         """Returns the (batch, head) pair and the tile of a block."""
         size = self.section * self.tiles
         rest = rem(block, size)
@@ -112,7 +115,7 @@ class Work(NamedTuple):
         return head, jnp.where(tile < descending, self.tiles - 1 - tile, tile - descending)
 
 
-def work(heads: int, ranges: tiles.TileRange, section: int, num_sms: int) -> Work:
+def work(heads: int, ranges: tiles.TileRange[np.ndarray], section: int, num_sms: int) -> Work:
     """Returns the blocks of a kernel, the longest first.
 
     Args:

@@ -34,20 +34,20 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     def kv_step(kv_tile: Array, carry: _Sums) -> _Sums:
         dq, dk, dv, dbias = carry
         dk_tile, dv_tile, dq, dbias = _key_tile(problem, saved, kv_tile, dq, dbias)
-        update = lambda whole, tile: blocks.update_tile(
-            whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
-        return dq, update(dk, dk_tile), update(dv, dv_tile), dbias
+        dk, dv = (blocks.update_tile(whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
+                  for whole, tile in ((dk, dk_tile), (dv, dv_tile)))
+        return dq, dk, dv, dbias
 
     dbias = None if problem.bias is None else jnp.zeros(problem.bias.shape, acc)
     start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
              jnp.zeros(problem.v.shape, spec.dtype), dbias)
     start = compat.vary_like(start, operands, dout, dstats)
     dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
-    cut = lambda x, length: jax.lax.slice_in_dim(x, 0, length, axis=spec.layout.index("L"))
+    dk, dv = (jax.lax.slice_in_dim(x, 0, spec.kv_len, axis=spec.layout.index("L")) for x in (dk, dv))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
     if operands.bias is not None and dbias is not None:
         dbias = dbias[tuple(slice(size) for size in operands.bias.shape)].astype(operands.bias.dtype)
-    return Gradients(dq=dq, dk=cut(dk, spec.kv_len), dv=cut(dv, spec.kv_len), dbias=dbias)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=dbias)
 
 
 _Sums = tuple[Array, Array, Array, Array | None]
@@ -69,8 +69,8 @@ def _saved(problem: blocks.Problem, out: Array, stats: Array, dout: Array, dstat
     axis = spec.layout.index("L")
     delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
     delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
-    rows = lambda x: problem.split_heads(blocks.pad(x, padded, 2))
-    return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), rows(lse), rows(rest), rows(delta))
+    lse, rest, delta = (problem.split_heads(blocks.pad(x, padded, 2)) for x in (lse, rest, delta))
+    return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), lse, rest, delta)
 
 
 def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, dq: Array,
@@ -113,7 +113,9 @@ def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Array, v: Array, 
     if tile.keep is not None:  # lse, delta, dp and slope may be anything, NaN too, where a pair does not attend
         weights, ds, ds_qk = (jnp.where(tile.keep, x, jnp.zeros_like(x)) for x in (weights, ds, ds_qk))
     ds_qk = ds_qk.astype(spec.dtype)
-    product = lambda subscripts, w, x: blocks.masked_product(problem, subscripts, w, tile.keep, x)
+
+    def product(subscripts: str, weights: Array, x: Array) -> Array:
+        return blocks.masked_product(problem, subscripts, weights, tile.keep, x)
     return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q),
             product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
             product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds)

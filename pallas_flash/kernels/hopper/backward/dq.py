@@ -7,8 +7,7 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
-from pallas_flash.kernels.hopper.backward.weights import Corrections, Large, Pairs, weights
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Large, Pairs, weights
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -34,13 +37,13 @@ __all__ = ["launch"]
 class Rows(NamedTuple):
     """A warpgroup's 64 queries."""
 
-    warpgroup: Any
-    first: Any  # position
-    lse_log2: Any  # (64,)
-    delta: Any  # (64,): -delta
-    large: Any  # whether some are large (`scores`); None if none ever is
+    warpgroup: Index
+    first: Index  # position
+    lse_log2: PerRow
+    delta: PerRow  # -delta
+    large: Flag | None  # whether some are large (`scores`); None if none ever is
 
-    def own(self, block: Block[DqSchedule], name: str) -> Any:
+    def own(self, block: Block[DqSchedule], name: str) -> Ref:
         """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
         return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
@@ -51,7 +54,7 @@ def load_ring(block: Block[DqSchedule], name: str, slots: int) -> None:
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
 
     @pl.loop(0, block.walk.steps)
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         slot = tiles.await_free(free, slots, i)
         index = (block.batch, div(block.head, spec.group), (block.walk.stop - 1 - i) * block.schedule.block_kv)
         tiles.load_tile(spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
@@ -65,7 +68,7 @@ def load_role(block: Block[DqSchedule]) -> None:
     plgpu.set_max_registers(s.registers[1], action="decrease")
 
     @plgpu.warp_map
-    def _(warp: Any) -> None:
+    def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             for i in range(s.warpgroups):
@@ -80,13 +83,13 @@ def load_role(block: Block[DqSchedule]) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: Block[DqSchedule], first: Any, row: Statistics) -> Any:
-    """Loads a row of the statistics of the 64 queries from `first` on: (64,)."""
+def statistic(block: Block[DqSchedule], first: Index, row: Statistics) -> PerRow:
+    """Loads a row of the statistics of the 64 queries from `first` on."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS_PER_WARPGROUP)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
 
 
-def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
+def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     """Whether one of a warp's 16 queries is large; None if none ever is. A branch on it must not hold a product."""
     if not may_be_large(spec):
         return None
@@ -94,14 +97,14 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: Any) -> Any:
     return ptx.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
 
 
-def without_rounding(block: Block[DqSchedule], rows: Rows, y: Any) -> Any:
+def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Exponents:
     """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
-def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> Any:
-    """Computes what dP is multiplied with, from scores: P times the slope of the soft cap."""
+def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragment) -> Fragment:
+    """Computes P times the slope of the soft cap from s = Q K^T."""
     spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
     partial = block.walk.partial(kv_tile) if work.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
@@ -113,16 +116,23 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Any, s: Any) -> 
     return p
 
 
-def free_keys(block: Block[DqSchedule], i: Any) -> None:
+def free_keys(block: Block[DqSchedule], i: Index) -> None:
+    """Frees the keys of step i."""
     plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
 
 
-def keys_of(block: Block[DqSchedule], i: Any) -> Any:
+def keys_of(block: Block[DqSchedule], i: Index) -> Ref:
+    """Selects the keys of step i."""
     return block.smem["k"].at[rem(i, block.schedule.k_stages)]
 
 
-def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -> tuple[Any, Any]:
-    """Computes dS of a key tile, in the input's type. `last`: dS of the step before, multiplied meanwhile, or None."""
+def one_step(block: Block[DqSchedule], rows: Rows, i: Array, last: Fragment | None,
+             dq: Fragment) -> tuple[Fragment, Fragment]:
+    """Computes dS of a key tile, in the input's type, and adds the product of the step before to dq.
+
+    Args:
+      last: dS of the step before, in the input's type; None if there is nothing to add.
+    """
     spec, s, bars = block.spec, block.schedule, block.bars
     slot, v_slot = rem(i, s.k_stages), rem(i, s.v_stages)
     from_delta = wgmma.settled(registers.spread(rows.delta, s.block_kv))
@@ -140,9 +150,9 @@ def one_step(block: Block[DqSchedule], rows: Rows, i: Any, last: Any, dq: Any) -
     return ds.astype(spec.dtype), dq
 
 
-def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Any:
+def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Fragment:
     """Computes dq of a warpgroup's rows; each step ends with its product."""
-    def step(i: Any, dq: Any) -> Any:
+    def step(i: Array, dq: Fragment) -> Fragment:
         ds, dq = one_step(block, rows, i, None, dq)
         dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, i)), 0)
         free_keys(block, i)
@@ -151,9 +161,9 @@ def gradient_unpipelined(block: Block[DqSchedule], rows: Rows) -> Any:
     return lax.fori_loop(0, block.walk.steps, step, registers.zeros(block.spec.d))
 
 
-def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Any:
-    """Computes the same; each tile's dq is multiplied during the next tile's softmax."""
-    def run() -> Any:
+def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Fragment:
+    """Computes dq of a warpgroup's rows; each tile's is multiplied during the next tile's softmax."""
+    def run() -> Fragment:
         ds, dq = one_step(block, rows, jnp.int32(0), None, wgmma.settled(registers.zeros(block.spec.d)))
         ds, dq = lax.fori_loop(1, block.walk.steps, lambda i, carry: one_step(block, rows, i, *carry), (ds, dq))
         dq = wgmma.ready(wgmma.accumulate(dq, ds, keys_of(block, block.walk.steps - 1)), 0)
@@ -165,7 +175,7 @@ def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Any:
     return lax.cond(block.walk.steps > 0, run, lambda: registers.zeros(block.spec.d))
 
 
-def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
+def repaired(block: Block[DqSchedule], rows: Rows, dq: Fragment) -> Fragment:
     """Returns dq, recomputed without the keys that the mask hides if some element is not finite (0 * NaN is NaN).
 
     Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted.
@@ -177,7 +187,7 @@ def repaired(block: Block[DqSchedule], rows: Rows, dq: Any) -> Any:
     return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
-def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
+def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
     """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
 
     It sums 128 columns at a time: with all at once registers would be spilled, in the kernel's main loop, too.
@@ -186,7 +196,7 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
     own = SlowRows(spec, {name: rows.own(block, name) for name in ("q", "dout")},
                      {name: block.gmem[name] for name in "kv"}, (block.batch, div(block.head, spec.group)))
 
-    def add(first: int, position: Any, acc: Any) -> Any:
+    def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
@@ -194,7 +204,7 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
         keep = block.mask.keep(registers.positions(columns, 0, rows.first), position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
-    def columns_from(first: int) -> Any:
+    def columns_from(first: int) -> Fragment:
         zeros = jnp.zeros((ROWS_PER_WARPGROUP, min(2 * CHUNK, spec.d - first)), jnp.float32)
         kv_pos = (ptx.scalar(block.walk.start * block_kv),
                   ptx.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
@@ -203,7 +213,7 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Any:
     return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
 
 
-def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
+def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
@@ -219,11 +229,12 @@ def compute_role(block: Block[DqSchedule], warpgroup: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array]:
-    """The kernel of a spec: a function of q, k, v, dout and the padded statistics; it returns dq."""
+def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
+    """The launch that makes dq of q, k, v, dout and the statistics."""
     blocks = work.dq_work(spec, schedule)
 
-    def attention_backward_dq(q: Any, k: Any, v: Any, dout: Any, stats: Any, dq: Any, smem: Any, bars: Any) -> None:
+    def attention_backward_dq(q: Ref, k: Ref, v: Ref, dout: Ref, stats: Ref, dq: Ref, smem: dict[str, Ref],
+                              bars: dict[str, Ref]) -> None:
         gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
         head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
@@ -240,7 +251,9 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Callable[..., jax.Array
         def _() -> None:
             load_role(block)
 
-    return plgpu.kernel(
-        attention_backward_dq, out_type=jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype),
+    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype)}
+    kernel = plgpu.kernel(
+        attention_backward_dq, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
+    return Launch(kernel, ("q", "k", "v", "dout", "statistics"), outputs)

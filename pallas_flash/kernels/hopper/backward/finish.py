@@ -1,8 +1,5 @@
 """The backward's last kernel in the fused form: it makes dq of its float32 sums."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -10,19 +7,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import memory, registers, tiles
 from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch_finish"]
+__all__ = ["launch"]
 
 
-def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., jax.Array]:
-    """The kernel that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
+def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
+    """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     shape = memory.dq_acc_shape(spec, schedule)
     count = shape[2] * per_tile
 
-    def attention_backward_finish(acc: Any, dq: Any, smem: Any, _: Any) -> None:
+    def attention_backward_finish(acc: Ref, dq: Ref, smem: dict[str, Ref], _: dict[str, Ref]) -> None:
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
@@ -37,9 +36,10 @@ def launch_finish(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., ja
             plgpu.copy_smem_to_gmem(smem["dq"].at[column], target)
         plgpu.wait_smem_to_gmem(0)
 
-    dq_type = jax.ShapeDtypeStruct(spec.shape(spec.q_len, spec.q_heads, spec.d), spec.dtype)
-    return plgpu.kernel(
-        attention_backward_finish, out_type=dq_type,
+    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype)}
+    kernel = plgpu.kernel(
+        attention_backward_finish, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.finish_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
+    return Launch(kernel, ("dq_sums",), outputs)

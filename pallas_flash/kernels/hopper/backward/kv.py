@@ -22,21 +22,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock, Step, Walk
+from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.memory import Memory
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KvSchedule, SplitSchedule, chunks
+from pallas_flash.kernels.hopper.registers import Fragment
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch"]
+__all__ = ["INPUTS", "block_of", "gradient_types", "launch", "meet", "scratch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
@@ -44,60 +48,64 @@ def load_role(block: Block[KvSchedule]) -> None:
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
     @plgpu.warp_map
-    def _(warp: Any) -> None:
+    def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             load(block)
 
-        if block.schedule.dq != "none":
+        if block.schedule.makes_dq:
             for slot in range(block.schedule.dq_slots):
                 pl.when(warp == 1 + slot)(functools.partial(add_dq, block, slot))
 
 
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
 
-def own_rows(block: Block[KvSchedule], name: str, warpgroup: Any) -> Any:
+type Sums = tuple[Fragment, Fragment]
+"""dk and dv of a compute warpgroup, in the layout ACC."""
+
+
+def own_rows(block: Block[KvSchedule], name: str, warpgroup: Index) -> Ref:
     """Selects a compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
     index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
     return block.smem[name].at[:, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
 
-def issue_scores(block: Block[KvSchedule], warpgroup: Any, slot: Any) -> Any:
+def issue_scores(block: Block[KvSchedule], warpgroup: Index, slot: Index) -> Fragment:
     """Issues K Q^T of a slot, whose query must have come."""
     return wgmma.multiply_transposed(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
 
 
-def issue_dp(block: Block[KvSchedule], warpgroup: Any, slot: Any, start: Any) -> Any:
+def issue_dp(block: Block[KvSchedule], warpgroup: Index, slot: Index, start: Fragment) -> Fragment:
     """Issues dP^T - delta of a slot."""
     plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     values, douts = own_rows(block, "v", warpgroup), block.smem["dout"].at[slot]
     return wgmma.multiply_transposed(values, douts, block.spec.d_v, start)
 
 
-def ds_rows(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
+def ds_rows(block: Block[KvSchedule], warpgroup: Index, ordinal: Index) -> Ref:
     """Selects where a warpgroup's 64 rows of dS^T go: (chunks of queries, 64, 64)."""
     rows = pl.ds(warpgroup * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)
-    return block.smem["ds"].at[rem(index, block.schedule.ds_slots), :, rows]
+    return block.smem["ds"].at[rem(ordinal, block.schedule.ds_slots), :, rows]
 
 
-def issue_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
+def issue_dq(block: Block[KvSchedule], warpgroup: Index, ordinal: Index) -> Fragment:
     """Issues the warpgroup's piece of dq = dS K: some 64 queries, some 64 columns."""
     row, column = div(warpgroup, chunks(block.spec.d)), rem(ptx.opaque(warpgroup), chunks(block.spec.d))
-    ds = block.smem["ds"].at[rem(index, block.schedule.ds_slots), row]
+    ds = block.smem["ds"].at[rem(ordinal, block.schedule.ds_slots), row]
     return wgmma.outer(ds, block.smem["k"].at[pl.ds(column, 1)], CHUNK)
 
 
-def hand_ds_over(block: Block[KvSchedule], warpgroup: Any, index: Any, ds: Any) -> None:
+def hand_ds_over(block: Block[KvSchedule], warpgroup: Index, ordinal: Index, ds: Fragment) -> None:
     """Hands dS^T to the warpgroup that multiplies it with the keys."""
     slots = block.schedule.ds_slots
 
-    @pl.when(index >= slots)
+    @pl.when(ordinal >= slots)
     def _() -> None:
-        plgpu.barrier_wait(block.bars["ds_free"].at[rem(index, slots)])
+        plgpu.barrier_wait(block.bars["ds_free"].at[rem(ordinal, slots)])
 
-    registers.store_chunks(ds, ds_rows(block, warpgroup, index))
+    registers.store_chunks(ds, ds_rows(block, warpgroup, ordinal))
     wgmma.fence()
-    plgpu.barrier_arrive(block.bars["ds_full"].at[rem(index, slots)])
+    plgpu.barrier_arrive(block.bars["ds_full"].at[rem(ordinal, slots)])
 
 
 def _meet_plain(block: KeyBlock) -> None:
@@ -112,13 +120,13 @@ def meet(block: KeyBlock) -> None:
     ptx.named_sync(ptx.first_free(roles + 1), roles * ptx.WARPGROUP)
 
 
-def meeting_roles(s: KvSchedule | SplitSchedule) -> int:
+def meeting_roles(s: KeySchedule) -> int:
     """Counts the warpgroups that meet: all but the loading one."""
     return s.warpgroups + len(s.registers) - 2
 
 
 @interpreted_as(lambda s: {"met": plgpu.Barrier(num_arrivals=meeting_roles(s))})
-def meeting_barriers(s: KvSchedule | SplitSchedule) -> dict[str, Any]:
+def meeting_barriers(s: KeySchedule) -> dict[str, plgpu.Barrier]:
     """The barriers that `meet` needs: none on a GPU, where it takes a named one."""
     return {}
 
@@ -126,11 +134,11 @@ def meeting_barriers(s: KvSchedule | SplitSchedule) -> dict[str, Any]:
 class Weights(NamedTuple):
     """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
 
-    p: Any
-    ds: Any
+    p: Fragment
+    ds: Fragment
 
 
-def weights_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step) -> Weights:
+def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) -> Weights:
     """Computes the weights of a step's tile; nothing is left in flight."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
@@ -142,12 +150,12 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step) ->
     return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
-def step_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: Any, dv: Any) -> tuple[Any, Any]:
+def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
     """Runs one step, and leaves nothing in flight."""
     slot, bars = step.slot(block.schedule.num_stages), block.bars
     w = weights_unpipelined(block, warpgroup, step)
     if block.schedule.dq == "own":
-        hand_ds_over(block, warpgroup, step.index, w.ds)
+        hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     dk = wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot])
     dv = wgmma.ready(dv, 1)
@@ -157,9 +165,9 @@ def step_unpipelined(block: Block[KvSchedule], warpgroup: Any, step: Step, dk: A
     return dk, dv
 
 
-def gradients_unpipelined(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
+def gradients_unpipelined(block: Block[KvSchedule], warpgroup: Index) -> Sums:
     """Computes dk and dv of a compute warpgroup; each step ends with its products."""
-    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def step(i: Array, carry: tuple[HeadAndTile, Fragment, Fragment]) -> tuple[HeadAndTile, Fragment, Fragment]:
         at, dk, dv = carry
         dk, dv = step_unpipelined(block, warpgroup, Step(i, *at), dk, dv)
         return block.walk.next(*at), dk, dv
@@ -168,23 +176,24 @@ def gradients_unpipelined(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any
     return lax.fori_loop(0, block.walk.steps, step, start)[1:]
 
 
-def issue_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any) -> Any:
+def issue_late_dq(block: Block[KvSchedule], warpgroup: Index, ordinal: Index) -> Fragment:
     """Issues the warpgroup's piece of dq of an earlier step."""
-    plgpu.barrier_wait(block.bars["ds_full"].at[rem(index, block.schedule.ds_slots)])
-    return issue_dq(block, warpgroup, index)
+    plgpu.barrier_wait(block.bars["ds_full"].at[rem(ordinal, block.schedule.ds_slots)])
+    return issue_dq(block, warpgroup, ordinal)
 
 
-def finish_late_dq(block: Block[KvSchedule], warpgroup: Any, index: Any, dq: Any) -> None:
-    plgpu.barrier_arrive(block.bars["ds_free"].at[rem(index, block.schedule.ds_slots)])
-    hand_dq_over(block, index, warpgroup, dq)
+def finish_late_dq(block: Block[KvSchedule], warpgroup: Index, ordinal: Index, dq: Fragment) -> None:
+    """Frees the dS of that step, and hands its dq over."""
+    plgpu.barrier_arrive(block.bars["ds_free"].at[rem(ordinal, block.schedule.ds_slots)])
+    hand_dq_over(block, ordinal, warpgroup, dq)
 
 
-def step_with_late_dq(block: Block[KvSchedule], warpgroup: Any, step: Step, late: bool, dk: Any,
-                      dv: Any) -> tuple[Any, Any]:
-    """Runs one step, and dq of the step before (`late`), whose dS the other warpgroups have written meanwhile."""
-    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), step.index - 1
+def step_with_late_dq(block: Block[KvSchedule], warpgroup: Index, step: Step, late: bool, dk: Fragment,
+                      dv: Fragment) -> Sums:
+    """Runs one step; if `late`, also dq of the step before, whose dS the other warpgroups have written meanwhile."""
+    bars, slot, before = block.bars, step.slot(block.schedule.num_stages), step.ordinal - 1
     w = weights_unpipelined(block, warpgroup, step)
-    hand_ds_over(block, warpgroup, step.index, w.ds)
+    hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     if late:
         dq = issue_late_dq(block, warpgroup, before)
@@ -198,15 +207,15 @@ def step_with_late_dq(block: Block[KvSchedule], warpgroup: Any, step: Step, late
     return dk, dv
 
 
-def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
+def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Index) -> Sums:
     """Computes dk and dv of a compute warpgroup; dq of each tile is multiplied one step later."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
-    def run() -> tuple[Any, Any]:
+    def run() -> Sums:
         sums = wgmma.settled(registers.zeros(spec.d)), wgmma.settled(registers.zeros(spec.d_v))
         sums = step_with_late_dq(block, warpgroup, Step(jnp.int32(0), *first), False, *sums)
 
-        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def step(i: Array, carry: tuple[HeadAndTile, Sums]) -> tuple[HeadAndTile, Sums]:
             at, sums = carry
             return walk.next(*at), step_with_late_dq(block, warpgroup, Step(i, *at), True, *sums)
 
@@ -218,33 +227,34 @@ def gradients_with_late_dq(block: Block[KvSchedule], warpgroup: Any) -> tuple[An
     return _where_work(block, run)
 
 
-def _where_work(block: Block[KvSchedule], run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Returns what `run` does, or zeros for key tiles that no query needs, if there are such."""
+def _where_work(block: Block[KvSchedule], run: Callable[[], Sums]) -> Sums:
+    """Returns what `run` returns, or zeros where no query needs the key tile."""
     spec = block.spec
     nothing = lambda: (registers.zeros(spec.d), registers.zeros(spec.d_v))
     empty = work.kv_work(spec, block.schedule).empty
     return lax.cond(block.walk.steps > 0, run, nothing) if empty else run()
 
 
-def multiply_weights(block: Block[KvSchedule], w: Weights, slot: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+def multiply_weights(block: Block[KvSchedule], w: Weights, slot: Index, dk: Fragment, dv: Fragment) -> Sums:
     """Issues dk + dS^T Q and dv + P^T dO of a slot."""
     dv = wgmma.accumulate(dv, w.p, block.smem["dout"].at[slot])
     return wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot]), dv
 
 
-def free_slot(block: Block[KvSchedule], slot: Any) -> None:
+def free_slot(block: Block[KvSchedule], slot: Index) -> None:
+    """Frees the query and the dout of a slot."""
     plgpu.barrier_arrive(block.bars["dout_free"].at[slot])
     plgpu.barrier_arrive(block.bars["q_free"].at[slot])
 
 
-def step_pipelined(block: Block[KvSchedule], warpgroup: Any, step: Step, last: Weights | None,
-                   sums: tuple[Any, Any]) -> tuple[Weights, tuple[Any, Any]]:
+def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last: Weights | None,
+                   sums: Sums) -> tuple[Weights, Sums]:
     """Computes the weights of a step's tile, while dk and dv of the tile before are multiplied.
 
     All products are issued at once and none is left in flight: over the loop's back edge ptxas loses count of them.
     """
     spec, slots = block.spec, block.schedule.num_stages
-    slot, before = step.slot(slots), rem(step.index + slots - 1, slots)
+    slot, before = step.slot(slots), rem(step.ordinal + slots - 1, slots)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
     s = issue_scores(block, warpgroup, slot)
@@ -257,19 +267,19 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Any, step: Step, last: W
         free_slot(block, before)
     w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
     if block.schedule.dq == "own":
-        hand_ds_over(block, warpgroup, step.index, w.ds)
+        hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums
 
 
-def gradients_pipelined(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, Any]:
+def gradients_pipelined(block: Block[KvSchedule], warpgroup: Index) -> Sums:
     """Computes dk and dv of a compute warpgroup; each tile's are multiplied during the next tile's softmax."""
     spec, walk, first = block.spec, block.walk, block.walk.first
 
-    def run() -> tuple[Any, Any]:
+    def run() -> Sums:
         sums = wgmma.settled(registers.zeros(spec.d)), wgmma.settled(registers.zeros(spec.d_v))
         w, sums = step_pipelined(block, warpgroup, Step(jnp.int32(0), *first), None, sums)
 
-        def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def step(i: Array, carry: tuple[HeadAndTile, Weights, Sums]) -> tuple[HeadAndTile, Weights, Sums]:
             at, w, sums = carry
             return walk.next(*at), *step_pipelined(block, warpgroup, Step(i, *at), w, sums)
 
@@ -283,22 +293,22 @@ def gradients_pipelined(block: Block[KvSchedule], warpgroup: Any) -> tuple[Any, 
     return _where_work(block, run)
 
 
-def compute_role(block: Block[KvSchedule], warpgroup: Any) -> None:
+def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
-    spoiled = without_bad_rows(block, "v" if s.dq == "none" else "kv", warpgroup)
+    spoiled = without_bad_rows(block, "kv" if s.makes_dq else "v", warpgroup)
     alone = gradients_pipelined if s.pipelined else gradients_unpipelined
     gradients = gradients_with_late_dq if s.dq == "shared" else alone
     dk, dv = gradients(block, warpgroup)
-    if s.dq != "none":
+    if s.makes_dq:
         tiles.see_last_phases(block.bars["ds_free"], s.ds_slots, block.walk.steps)
         meet(block)  # the others' last dq has been multiplied: keys may be written over
     index = block.batch, block.head, block.tile * s.block_kv + warpgroup * ROWS_PER_WARPGROUP, 0
     rows = pl.ds(warpgroup * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
-    if s.dq != "none":
+    if s.makes_dq:
         dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
         tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
@@ -313,7 +323,7 @@ def dq_role(block: Block[KvSchedule]) -> None:
     pieces = memory.dq_pieces(spec, s)
 
     @pl.loop(0, block.walk.steps)
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         slot = rem(i, s.ds_slots)
         plgpu.barrier_wait(bars["ds_full"].at[slot])
         for piece in range(pieces):
@@ -329,14 +339,29 @@ def dq_role(block: Block[KvSchedule]) -> None:
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
-def scratch(own: Memory, s: KvSchedule | SplitSchedule) -> tuple[dict[str, Any], dict[str, Any]]:
+def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[str, plgpu.Barrier]]:
     """The buffers and barriers of a block, and in interpret mode the barrier of `meet`."""
     smem, bars = allocate(own)
     return smem, bars | meeting_barriers(s)
 
 
-def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tuple[dict[str, Any], ...]) -> Block[S]:
-    """A block of a grid that keeps keys."""
+INPUTS = "q", "k", "v", "dout", "statistics"
+"""The arrays that every kernel reads that keeps keys."""
+
+
+def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """What every kernel makes that keeps keys: dk and dv."""
+    _, k, v, _ = spec.operand_shapes
+    return {"dk": jax.ShapeDtypeStruct(k, spec.dtype), "dv": jax.ShapeDtypeStruct(v, spec.dtype)}
+
+
+def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
+                             refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[S]:
+    """Finds which block runs, of a grid whose blocks keep keys.
+
+    Args:
+      refs: arrays in global memory, buffers in shared memory and barriers, by name.
+    """
     head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
     mask = work.worst_case(spec, s)
@@ -346,15 +371,17 @@ def block_of[S: (KvSchedule, SplitSchedule)](spec: AttentionSpec, s: S, refs: tu
     return Block(spec, s, gmem, smem, bars, mask, batch, kv_head, kv_tile, walk)
 
 
-def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, the statistics that `backward.prepare` makes, and in the
-    fused form of one more.
+def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
+    """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
 
-    It returns dk and dv in the spec's layout. Where blocks add to dq in any order, the last argument is a reference to
-    dq's float32 sums (`memory.dq_acc_shape`), to which it adds. If `ordered`, it is a reference to zeros, (batch,
-    q_heads, q_tiles) int32, which count additions, and the sums are returned, too.
+    In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
+    (`memory.dq_acc_shape`). If `ordered`, it is the counts of additions, and the sums are made here.
     """
     fused, ordered = schedule.dq != "none", schedule.ordered
+    updates = ("additions",) * ordered or ("dq_sums",) * fused
+    outputs = gradient_types(spec)
+    if ordered:
+        outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
 
     def attention_backward_kv(*refs: Any) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
@@ -376,12 +403,10 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Callable[..., tuple[jax
         def _() -> None:
             load_role(block)
 
-    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
-    sums = [jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)] if ordered else []
     kernel = plgpu.kernel(
-        attention_backward_kv, out_type=(shape(spec.d), shape(spec.d_v), *sums),
+        attention_backward_kv, out_type=tuple(outputs.values()),
         scratch_types=scratch(memory.kv_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+    return Launch(kernel, (*INPUTS, *updates), outputs, updates)

@@ -10,23 +10,25 @@ p_free for slots of P.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
-from pallas_flash.kernels.hopper.backward.tiles import Block, Step
+from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, Step
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -40,24 +42,25 @@ def load_role(block: Block[SplitSchedule]) -> None:
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
     @plgpu.warp_map
-    def _(warp: Any) -> None:
+    def _(warp: Index) -> None:
         pl.when(warp == 0)(functools.partial(load, block))
 
 
-def whole(block: Block[SplitSchedule], name: str) -> Any:
+def whole(block: Block[SplitSchedule], name: str) -> Ref:
     """Selects the block's keys or values, (chunks, 64, 64), so that their descriptors are made where they are used."""
     return block.smem[name].at[:, pl.ds(ptx.opaque(0) * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
 
-def scores(block: Block[SplitSchedule], slot: Any) -> Any:
+def scores(block: Block[SplitSchedule], slot: Index) -> Fragment:
     """Issues K Q^T of a slot, whose query must have come."""
     return wgmma.multiply_transposed(whole(block, "k"), block.smem["q"].at[slot], block.spec.d)
 
 
-def hand_p_over(block: Block[SplitSchedule], step: Step, p: Any) -> None:
+def hand_p_over(block: Block[SplitSchedule], step: Step, p: Fragment) -> None:
+    """Writes P^T of a step to its slot, in float16."""
     slot = step.slot(block.schedule.p_slots)
 
-    @pl.when(step.index >= block.schedule.p_slots)
+    @pl.when(step.ordinal >= block.schedule.p_slots)
     def _() -> None:
         plgpu.barrier_wait(block.bars["p_free"].at[slot])
 
@@ -65,19 +68,19 @@ def hand_p_over(block: Block[SplitSchedule], step: Step, p: Any) -> None:
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
 
 
-def free(block: Block[SplitSchedule], name: str, slot: Any) -> None:
+def free(block: Block[SplitSchedule], name: str, slot: Index) -> None:
     """Frees the query or the dout of a slot, as far as this warpgroup is concerned."""
     plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
 
 
-def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Any) -> Any:
+def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Fragment) -> Fragment:
     """Computes P^T of a tile's scores in the input's type, and hands it over."""
     p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
     return p.astype(block.spec.dtype)
 
 
-def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
+def take_ds(block: Block[SplitSchedule], step: Step, dp: Fragment) -> Fragment:
     """Computes dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; frees its dout."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
@@ -90,7 +93,7 @@ def take_ds(block: Block[SplitSchedule], step: Step, dp: Any) -> Any:
     return (p.astype(jnp.float32) * dp).astype(block.spec.dtype)
 
 
-def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
+def dv_step(block: Block[SplitSchedule], step: Step, dv: Fragment) -> Fragment:
     """Adds a tile to dv: S^T, P^T, and dv + P^T dO."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
@@ -104,7 +107,7 @@ def dv_step(block: Block[SplitSchedule], step: Step, dv: Any) -> Any:
     return dv
 
 
-def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
+def dk_step(block: Block[SplitSchedule], step: Step, dk: Fragment) -> Fragment:
     """Adds a tile to dk: dP^T, dS^T, and dk + dS^T Q."""
     slot = step.slot(block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])  # the statistics come with the query
@@ -117,12 +120,12 @@ def dk_step(block: Block[SplitSchedule], step: Step, dk: Any) -> Any:
     return dk
 
 
-def gradient(block: Block[SplitSchedule], warpgroup: int) -> Any:
+def gradient(block: Block[SplitSchedule], warpgroup: int) -> Fragment:
     """Sums dv (warpgroup 0) or dk (1) over the walk's steps, in the layout TILE."""
     columns = (block.spec.d_v, block.spec.d)[warpgroup]
-    one_step: Any = (dv_step, dk_step)[warpgroup]
+    one_step = (dv_step, dk_step)[warpgroup]
 
-    def step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def step(i: Array, carry: tuple[HeadAndTile, Fragment]) -> tuple[HeadAndTile, Fragment]:
         at, acc = carry
         return block.walk.next(*at), one_step(block, Step(i, *at), acc)
 
@@ -148,8 +151,10 @@ def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel of a spec: a function of q, k, v, dout, and statistics; it returns dk and dv."""
+def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
+    """The launch that makes dk and dv of q, k, v, dout and the statistics."""
+    outputs = kv.gradient_types(spec)
+
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
@@ -159,10 +164,9 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Callable[..., tuple[
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
         pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
-    shape = lambda dim: jax.ShapeDtypeStruct(spec.shape(spec.kv_len, spec.kv_heads, dim), spec.dtype)
     kernel = plgpu.kernel(
-        attention_backward_split, out_type=(shape(spec.d), shape(spec.d_v)),
+        attention_backward_split, out_type=tuple(outputs.values()),
         scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+    return Launch(kernel, kv.INPUTS, outputs)

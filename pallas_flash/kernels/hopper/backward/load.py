@@ -1,14 +1,13 @@
 """The warp that loads in the kernels that keep keys."""
 
-from typing import Any
-
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
-from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.hopper.backward.tiles import HeadAndTile, KeyBlock
 from pallas_flash.kernels.mosaic.scheduling import rem
 
 __all__ = ["load"]
@@ -21,7 +20,7 @@ def load(block: KeyBlock) -> None:
     tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
     tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
 
-    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         head, tile = at
         slot, index = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
 

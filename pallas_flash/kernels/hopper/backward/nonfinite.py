@@ -8,23 +8,26 @@ NaN.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.slow_rows import SlowRows, over_chunks
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 
 __all__ = ["mark_nonfinite", "without_bad_rows"]
 
 
-def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
+def without_bad_rows(block: KeyBlock, names: str, warpgroup: Index) -> Flag | None:
     """Overwrites rows that are not finite with zeros, among the warpgroup's 64 keys ("k" in names) and values ("v").
 
     Returns whether there were such, or None where no tile needs the mask. A barrier of the warpgroup.
@@ -47,30 +50,31 @@ def without_bad_rows(block: KeyBlock, names: str, warpgroup: Any) -> Any:
     return spoiled
 
 
-def _overwrite_bad_rows(ref: Any, dtype: Any) -> None:
+def _overwrite_bad_rows(ref: Ref, dtype: np.dtype) -> None:
     """Overwrites rows of ref, (chunks, 64, 64) in shared memory, that are not finite with zeros."""
     piece = lambda chunk: ref.at[pl.ds(chunk, 1)]
     load = lambda chunk: registers.load_chunks(piece(chunk), 0, CHUNK, dtype).astype(jnp.float32)
 
-    def mark(chunk: Any, _: int, marks: Any) -> Any:
+    def mark(chunk: Index, _: int, marks: PerRow) -> PerRow:
         bad = jnp.where(jnp.abs(load(chunk)) < jnp.inf, jnp.float32(0.0), jnp.float32(1.0))
         return jnp.maximum(marks, bad.max(axis=1))
 
     bad = registers.spread(over_chunks(ref.shape[0] * CHUNK, mark, registers.row_zeros()), CHUNK) > 0
 
     @pl.loop(jnp.int32(0), jnp.int32(ref.shape[0]))
-    def _(chunk: Any) -> None:
+    def _(chunk: Array) -> None:
         registers.store_chunks(jnp.where(bad, 0.0, load(chunk)).astype(dtype), piece(chunk))
 
 
-def mark_nonfinite(block: KeyBlock, warpgroup: Any, spoiled: Any, dk: Any, dv: Any) -> tuple[Any, Any]:
+def mark_nonfinite(block: KeyBlock, warpgroup: Index, spoiled: Flag | None, dk: Fragment,
+                   dv: Fragment) -> tuple[Fragment, Fragment]:
     """Sets dk and dv, in the layout TILE, to NaN for keys that are not finite and that some query attends to."""
     if spoiled is None:
         return dk, dv
     spec, first = block.spec, block.tile * block.schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
     keys = SlowRows(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
 
-    def mark(position: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
+    def mark(position: Array, sums: tuple[Fragment, Fragment]) -> tuple[Fragment, Fragment]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
         bad = over_chunks(spec.d, add, registers.row_zeros())  # 0 or NaN, the same in all rows
         here = lambda x: registers.positions(x.shape[1], 0, first) == position

@@ -17,7 +17,6 @@ the next tiles while one waits in its slot.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,19 +26,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, wgmma, work
-from pallas_flash.kernels.hopper.backward.tiles import Block
+from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import KvSchedule
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 
 __all__ = ["add_dq", "hand_dq_over"]
 
 
-def hand_dq_over(block: Block[KvSchedule], index: Any, piece: Any, dq: Any) -> None:
-    """Writes a 64 x 64 piece of dq of the step with that index to its slot."""
-    piece_index = rem(index, block.schedule.dq_slots) * memory.dq_pieces(block.spec, block.schedule) + piece
+def hand_dq_over(block: Block[KvSchedule], ordinal: Index, piece: Index, dq: Fragment) -> None:
+    """Writes a 64 x 64 piece of dq of a step to its slot; `ordinal` steps came before it."""
+    piece_index = rem(ordinal, block.schedule.dq_slots) * memory.dq_pieces(block.spec, block.schedule) + piece
     plgpu.barrier_wait(block.bars["dq_free"].at[piece_index])
     registers.store_linear(plgpu.layout_cast(dq, registers.TILE), block.smem["dq"].at[piece_index])
     wgmma.fence()
@@ -51,13 +53,13 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     s, steps = block.schedule, block.walk.steps
     pieces = memory.dq_pieces(block.spec, s)
 
-    def free(i: Any) -> None:
+    def free(i: Index) -> None:
         @pl.when(i < steps)
         def _() -> None:
             for piece in range(pieces):
                 plgpu.barrier_arrive(block.bars["dq_free"].at[slot * pieces + piece])
 
-    def step(i: Any, at: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         first = None
         if s.ordered:
             before = work.additions_before(block.mask, block.spec, s, at[1], block.tile)
@@ -80,12 +82,12 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_to_global_plain(source: Any, target: Any, first: Any = None) -> None:
+def _add_to_global_plain(source: Ref, target: Ref, first: Flag | None = None) -> None:
     target[...] = source[...] + (target[...] if first is None else jnp.where(first, 0.0, target[...]))
 
 
 @interpreted_as(_add_to_global_plain)
-def add_to_global(source: Any, target: Any, first: Any = None) -> None:
+def add_to_global(source: Ref, target: Ref, first: Flag | None = None) -> None:
     """Starts to add a float32 buffer of shared memory to global memory, or to write it there if it is the first;
     `plgpu.wait_smem_to_gmem` waits for it.
     """
@@ -96,7 +98,7 @@ def add_to_global(source: Any, target: Any, first: Any = None) -> None:
         lax.cond(first, lambda: plgpu.copy_smem_to_gmem(source, target), add)
 
 
-def _await_additions_plain(block: Block[KvSchedule], head: Any, tile: Any, before: Any) -> None:
+def _await_additions_plain(block: Block[KvSchedule], head: Index, tile: Index, before: Index) -> None:
     """Makes dq NaN where this block would have to wait: interpreted blocks run one after the other, in order."""
     is_next = block.gmem["additions"][block.batch, head, tile] == before
     dq = block.gmem["dq"].at[block.batch, head, tile]
@@ -104,7 +106,7 @@ def _await_additions_plain(block: Block[KvSchedule], head: Any, tile: Any, befor
 
 
 @interpreted_as(_await_additions_plain)
-def await_additions(block: Block[KvSchedule], head: Any, tile: Any, before: Any) -> None:
+def await_additions(block: Block[KvSchedule], head: Index, tile: Index, before: Index) -> None:
     """Waits until `before` blocks have added to a query tile: this block's addition, by TMA, comes after theirs.
 
     All lanes of the warp read the counter.
@@ -114,22 +116,22 @@ def await_additions(block: Block[KvSchedule], head: Any, tile: Any, before: Any)
                 "@p bra again; bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
 
 
-def _count_addition_plain(block: Block[KvSchedule], head: Any, tile: Any) -> None:
+def _count_addition_plain(block: Block[KvSchedule], head: Index, tile: Index) -> None:
     block.gmem["additions"][block.batch, head, tile] += 1
 
 
 @interpreted_as(_count_addition_plain)
-def count_addition(block: Block[KvSchedule], head: Any, tile: Any) -> None:
+def count_addition(block: Block[KvSchedule], head: Index, tile: Index) -> None:
     """Counts this block's addition to a query tile, which must have arrived in memory."""
     _at_counter(block, head, tile, 1,
                 "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
-def _at_counter(block: Block[KvSchedule], head: Any, tile: Any, number: Any, asm: str) -> None:
-    """Inline PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
+def _at_counter(block: Block[KvSchedule], head: Index, tile: Index, number: Index, asm: str) -> None:
+    """Emits PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4))
-    def emit(_: Any, ref: ir.Value, *numbers: Any) -> None:
+    def emit(_: mgpu.LaunchContext, ref: ir.Value, *numbers: mgpu.FragmentedArray) -> None:
         i64 = ir.IntegerType.get_signless(64)
         *indices, number = (x.registers.item() for x in numbers)
         shape = ir.MemRefType(ref.type).shape

@@ -1,28 +1,35 @@
-"""The backward's first kernel: it computes the statistics of each query, and zeroes dq's float32 sums."""
+"""The backward's first kernel: it computes the statistics of each query, and prepares what the others add to.
 
-from collections.abc import Callable
+Where a mask may leave queries without keys it also copies q and dout, with zeros for these queries.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.arrays import Array, Bool
+from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
+from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch_prepare"]
+__all__ = ["launch"]
 
 
-def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Statistics, Any]:
-    """Computes the backward's statistics of 64 queries, each (64,), from the forward's. A barrier of the warpgroup.
+def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) -> dict[Statistics, PerRow]:
+    """Computes the backward's statistics of 64 queries from the forward's. A barrier of the warpgroup.
 
     Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
     finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
@@ -37,7 +44,7 @@ def statistics(spec: AttentionSpec, lse: Any, rest: Any, delta: Any) -> dict[Sta
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
 
-def any_large(spec: AttentionSpec, lse: Any) -> Any:
+def any_large(spec: AttentionSpec, lse: PerRow) -> Flag:
     """Whether one of 64 queries is large. A barrier of the warpgroup."""
     if not may_be_large(spec):
         return jnp.bool_(False)
@@ -47,50 +54,94 @@ def any_large(spec: AttentionSpec, lse: Any) -> Any:
     return ptx.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
 
 
-def launch_prepare(spec: AttentionSpec, schedule: BackwardSchedule) -> Callable[..., tuple[jax.Array, ...]]:
-    """The kernel that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
+def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
+    """The launch that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
 
-    It is a function of out, dout (the spec's layout), the forward's statistics and their cotangent; it returns the
-    backward's statistics (`Statistics`), and zeros for dq's float32 sums where blocks add to them in any order.
+    It makes the backward's statistics (`Statistics`) of out, dout, the forward's statistics and their cotangent, and
+    what later launches need: see `output_types`.
     """
-    padded, columns = schedule.padded_q(spec), chunks(spec.d_v)
+    outputs, columns = output_types(spec, schedule), chunks(spec.d_v)
+    inputs = ("out", "dout", "stats", "dstats", *["q"] * ("clean_q" in outputs))
+    padded = schedule.padded_q(spec)
     count = padded // ROWS_PER_WARPGROUP
-    shapes: list[tuple[int, ...]] = [(spec.batch, spec.q_heads, len(Statistics), padded)]
-    if schedule.fused and not schedule.kv.ordered:
-        assert isinstance(schedule.kv, KvSchedule)
-        shapes.append(memory.dq_acc_shape(spec, schedule.kv))
 
-    def attention_backward_prepare(out: Any, dout: Any, saved: Any, dsaved: Any, *refs: Any) -> None:
-        stats, *sums, smem, bars = refs
+    def attention_backward_prepare(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS_PER_WARPGROUP
-        for i, source in enumerate((out, dout)):
-            tiles.load_tile(spec, source, (batch, q_head, first), smem["rows"].at[i], bars["full"])
-        if sums:
-            zero_sums(spec, schedule.kv.block_q, sums[0], (batch, q_head, rows))
-        lse = registers.load_row_stats(saved, 2 * head, first, spec.q_len, -jnp.inf)
-        rest = registers.load_row_stats(saved, 2 * head + 1, first, spec.q_len, 0.0)
-        dlse = registers.load_row_stats(dsaved, 2 * head, first, spec.q_len, 0.0)
+        loaded = {"out": smem["rows"].at[0], "dout": smem["rows"].at[1]} | ({"q": smem["q"]} if "q" in gmem else {})
+        for name, buffer in loaded.items():
+            tiles.load_tile(spec, gmem[name], (batch, q_head, first), buffer, bars["full"])
+        zero(spec, schedule, gmem, (batch, q_head, rows))
+        lse = registers.load_row_stats(gmem["stats"], 2 * head, first, spec.q_len, -jnp.inf)
+        rest = registers.load_row_stats(gmem["stats"], 2 * head + 1, first, spec.q_len, 0.0)
+        dlse = registers.load_row_stats(gmem["dstats"], 2 * head, first, spec.q_len, 0.0)
         plgpu.barrier_wait(bars["full"])
         chunk = lambda i, c: registers.load_chunks(smem["rows"].at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
-        delta = sum(chunk(0, c) * chunk(1, c) for c in range(columns)).sum(axis=1) - dlse
-        store = lambda row, x: registers.store_row_stats(x, stats, len(Statistics) * head + int(row), first, padded)
+        delta = sum((chunk(0, c) * chunk(1, c) for c in range(columns)), jnp.float32(0.0)).sum(axis=1) - dlse
         for row, x in statistics(spec, lse, rest, delta).items():
-            store(row, x)
+            registers.store_row_stats(x, gmem["statistics"], len(Statistics) * head + int(row), first, padded)
+        for name in ("dout", "q") if "q" in gmem else ():
+            copy_clean(spec, loaded[name], gmem[f"clean_{name}"], (batch, q_head, first), lse == -jnp.inf)
 
     kernel = plgpu.kernel(
-        attention_backward_prepare, out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        attention_backward_prepare, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.prepare_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda *arrays: tuple(kernel(*arrays))
+    return Launch(kernel, inputs, outputs)
 
 
-def zero_sums(spec: AttentionSpec, block_q: int, sums: Any, index: tuple[Any, Any, Any]) -> None:
-    """Zeroes the float32 sums of 64 queries."""
+def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros, for dq's float32 sums or,
+    if additions have an order, for their counts, (batch, q_heads, query tiles); copies of q and dout where queries may
+    attend to nothing.
+    """
+    padded = schedule.padded_q(spec)
+    types = {"statistics": jax.ShapeDtypeStruct((spec.batch, spec.q_heads, len(Statistics), padded), jnp.float32)}
+    if schedule.fused:
+        assert isinstance(schedule.kv, KvSchedule)
+        shape = memory.dq_acc_shape(spec, schedule.kv)
+        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if schedule.kv.ordered else
+                  {"dq_sums": jax.ShapeDtypeStruct(shape, jnp.float32)})
+    if work.may_have_idle_queries(spec):
+        types |= {"clean_q": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype),
+                  "clean_dout": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)}
+    return types
+
+
+def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Ref],
+         index: tuple[Index, Index, Index]) -> None:
+    """Zeroes the float32 sums of 64 queries, or the count of additions to their tile.
+
+    Args:
+      index: (batch, head, 64 queries).
+    """
     batch, q_head, rows = index
-    per_tile, columns = block_q // CHUNK, chunks(spec.d)
-    tile, row = div(rows, per_tile), rem(rows, per_tile)
-    for column in range(columns):
-        registers.store_zeros(sums.at[batch, q_head, tile, row * columns + column])
+    per_tile, columns = schedule.kv.block_q // CHUNK, chunks(spec.d)
+    if "dq_sums" in gmem:
+        tile, row = div(rows, per_tile), rem(rows, per_tile)
+        for column in range(columns):
+            registers.store_zeros(gmem["dq_sums"].at[batch, q_head, tile, row * columns + column])
+    if "additions" in gmem:
+        @pl.when(rem(rows, per_tile) == 0)
+        def _() -> None:
+            gmem["additions"][batch, q_head, div(rows, per_tile)] = jnp.int32(0)
+
+
+def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index, Index, Index],
+               idle: Bool[Array, "64"]) -> None:
+    """Writes 64 rows of q or dout, which it overwrites in `buffer`, to their copy in global memory: with zeros where a
+    query attends to nothing, so that whatever is there does not meet a weight of 0.
+
+    Args:
+      index: (batch, head, first row).
+      idle: whether a query attends to nothing.
+    """
+    for chunk in range(buffer.shape[0]):
+        x = registers.load_chunks(buffer, chunk * CHUNK, CHUNK, spec.dtype)
+        x = jnp.where(registers.spread(idle, CHUNK), 0.0, x.astype(jnp.float32)).astype(spec.dtype)
+        tiles.store_tile(spec, x, buffer.at[chunk:chunk + 1], target, (*index, chunk))
+    plgpu.wait_smem_to_gmem(0)

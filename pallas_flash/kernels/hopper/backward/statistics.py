@@ -3,16 +3,17 @@
 P = exp2(scale log2(e) S - lse log2(e)), where product and difference are one instruction, rounded once; the accumulator
 of dP starts at -delta, so that dS = P * dP. Where one of 64 queries is large (`scores`), lse log2(e) is rounded too
 much, and what it lost is added to the exponents of all 64: they are exact where S is what it was in the forward, to the
-bit. That one is, the last bit of all 64 numbers says.
+bit. The last bit of all 64 numbers says that one is.
 """
 
 import enum
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.kernels.hopper.registers import PerColumn, PerRow
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Flag
 
 __all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark"]
 
@@ -26,18 +27,18 @@ class Statistics(enum.IntEnum):
 
 
 IDLE = 3e38
-"""Finite: its last bit must be free."""
+"""Stands for lse log2(e) of a query that attends to nothing. Finite, so that its last bit is free."""
 
 LOADED = (Statistics.LSE, Statistics.DELTA)
 """What comes to shared memory with each tile; the third is read where it is needed, which is rare."""
 
 
-def with_mark(lse_log2: Any, large: Any) -> Any:
-    """lse log2(e) with its last bit set if `large`, a scalar, else cleared."""
+def with_mark(lse_log2: PerRow, large: Flag) -> PerRow:
+    """Sets the last bit of lse log2(e) if `large`, else clears it."""
     bits = lax.bitcast_convert_type(lse_log2, jnp.int32)
     return lax.bitcast_convert_type(jnp.where(large, bits | 1, bits & -2), jnp.float32)
 
 
-def is_marked(lse_log2: Any, layout: Any) -> Any:
+def is_marked(lse_log2: PerColumn, layout: ptx.Layout) -> Flag:
     """Whether one of 64 queries is large, from any of their numbers; the same in every thread of a warp."""
     return ptx.any_in_warp((lax.bitcast_convert_type(lse_log2, jnp.int32) & 1) != 0, layout)

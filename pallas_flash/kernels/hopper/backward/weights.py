@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,23 +13,29 @@ from pallas_flash import masks
 from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
+from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import masked, may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
+__all__ = ["Corrections", "Exponents", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
+
+
+Exponents = Fragment | PerRow
+"""Exponents of a tile, or of 64 pairs, one in each row; and the scores and weights of the same pairs."""
 
 
 class Pairs(NamedTuple):
     """The pairs of a (64, n) tile of scores."""
 
     mask: masks.Mask
-    first: tuple[Any, Any]  # position of the first query and of the first key
+    first: tuple[Index, Index]  # position of the first query and of the first key
     keys_dim: int  # the axis that runs over keys
-    partial: Any  # whether the tile needs the mask; None if no tile does
+    partial: Flag | None  # whether the tile needs the mask; None if no tile does
 
-    def masked(self, y: Any) -> Any:
+    def masked(self, y: Fragment) -> Fragment:
         """Sets exponents to -inf where the mask does not keep a pair."""
         columns, (q_first, kv_first) = y.shape[1], self.first
         q_pos = registers.positions(columns, 1 - self.keys_dim, q_first)
@@ -39,12 +45,12 @@ class Pairs(NamedTuple):
 class Large(NamedTuple):
     """Exact exponents for tiles in which a query is large (`scores`)."""
 
-    needed: Any  # whether one is; None if none ever is
-    exact: Callable[[Any], Any]  # from exponents
+    needed: Flag | None  # whether one is; None if none ever is
+    exact: Callable[[Exponents], Exponents]  # from exponents
 
 
 class Corrections(NamedTuple):
-    """What few tiles need beside exp2 of their exponents: exact exponents where queries are large, and the mask.
+    """Corrections to the exponents of few tiles: exact ones where queries are large, and the mask.
 
     All of it is in one branch: nothing else may stand between products in flight.
     """
@@ -53,7 +59,8 @@ class Corrections(NamedTuple):
     pairs: Pairs | None = None  # None: all are kept
     apart: bool = False  # tiles that need something compute their exponentials, too, in the branch (`KvSchedule`)
 
-    def weights(self, s: Any, exponents: Callable[[Any], Any], power: Callable[[Any], Any]) -> Any:
+    def weights(self, s: Exponents, exponents: Callable[[Exponents], Exponents],
+                power: Callable[[Exponents], Exponents]) -> Exponents:
         """Computes power(exponents(s)), corrected."""
         partial = None if self.pairs is None else self.pairs.partial
         flags = [flag for flag in (partial, self.large.needed) if flag is not None]
@@ -64,7 +71,7 @@ class Corrections(NamedTuple):
             return power(lax.cond(needed, self._corrected, lambda y: y, exponents(s)))
         return lax.cond(needed, lambda s: power(self._corrected(exponents(s))), lambda s: power(exponents(s)), s)
 
-    def _corrected(self, y: Any) -> Any:
+    def _corrected(self, y: Exponents) -> Exponents:
         if self.large.needed is not None:
             y = lax.cond(self.large.needed, self.large.exact, lambda y: y, y)
         if self.pairs is None or self.pairs.partial is None:
@@ -72,8 +79,8 @@ class Corrections(NamedTuple):
         return self.pairs.masked(y)
 
 
-def weights(spec: AttentionSpec, x: Any, lse_log2: Any, corrections: Corrections,
-            shift: float = 0.0) -> tuple[Any, Any]:
+def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections: Corrections,
+            shift: float = 0.0) -> tuple[Exponents, Exponents]:
     """Computes P, and P times the slope of the soft cap, from products of queries and keys; both times 2^shift.
 
     Args:
@@ -88,11 +95,11 @@ def weights(spec: AttentionSpec, x: Any, lse_log2: Any, corrections: Corrections
 class Lse(NamedTuple):
     """lse of a slot's queries."""
 
-    log2: Any  # (block_q,)
-    is_large: Any  # whether one is large (`scores`); None if none ever is
+    log2: PerColumn
+    is_large: Flag | None  # whether one is large (`scores`); None if none ever is
 
 
-def lse_of(block: KeyBlock, slot: Any) -> Lse:
+def lse_of(block: KeyBlock, slot: Index) -> Lse:
     """Loads lse of a slot's queries, which must have come.
 
     It comes before products are issued: behind them, its latency would add to the wait for them (5 % in heads of 64).
@@ -107,13 +114,13 @@ def lse_of(block: KeyBlock, slot: Any) -> Lse:
     return Lse(log2, functools.reduce(jnp.logical_or, marks))
 
 
-def start_of_dp(block: KeyBlock, slot: Any) -> Any:
+def start_of_dp(block: KeyBlock, slot: Index) -> Fragment:
     """Loads -delta of a slot's queries into every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
     return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
 
 
-def without_rounding(block: KeyBlock, step: Step, y: Any) -> Any:
+def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
     """Adds to the exponents of a step, (64, block_q), what lse lost in its rounding.
 
     It takes 8 columns at a time: with all at once registers would be spilled, for all tiles.
@@ -121,15 +128,16 @@ def without_rounding(block: KeyBlock, step: Step, y: Any) -> Any:
     first = step.tile * block.schedule.block_q
     index = (block.batch, step.head, int(Statistics.ROUNDING))
 
-    def part(column: int) -> Any:
+    def part(column: int) -> Fragment:
         rounding = registers.load_row(block.gmem["stats"], index, first + column, 8)
         return y[:, column:column + 8] + registers.stack(rounding)
 
     return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
-def tile_weights(block: KeyBlock, warpgroup: Any, step: Step, lse: Lse, s: Any, shift: float = 0.0) -> tuple[Any, Any]:
-    """Computes P^T and what dP^T is multiplied with, from K Q^T; both times 2^shift."""
+def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fragment,
+                 shift: float = 0.0) -> tuple[Fragment, Fragment]:
+    """Computes P^T, and P^T times the slope of the soft cap, from s = K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
     partial = block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None

@@ -41,7 +41,7 @@ from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
-    Maximum,
+    NextMaximum,
     Softmax,
     first_softmax,
     is_heavy,
@@ -51,11 +51,14 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     rescaled,
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -63,37 +66,37 @@ __all__ = ["launch"]
 
 # -- taking turns ----------------------------------------------------------------------------------------------------
 
-def order(block: Block, warpgroup: Any) -> Any:
+def order(block: Block, warpgroup: Index) -> Index:
     """The named barrier of a warpgroup's turn at the tensor cores."""
     return ptx.first_free(block.schedule.warpgroups + 1) + warpgroup
 
 
-def following(block: Block, warpgroup: Any) -> Any:
+def following(block: Block, warpgroup: Index) -> Index:
     """The named barrier of the turn after a warpgroup's."""
     return order(block, rem(warpgroup + 1, block.schedule.warpgroups))
 
 
 def takes_turns(block: Block) -> bool:
-    """Whether there are turns at all."""
+    """Whether the warpgroups take turns at the tensor cores."""
     return block.schedule.pingpong and block.schedule.warpgroups > 1
 
 
-def await_turn(block: Block, warpgroup: Any) -> None:
+def await_turn(block: Block, warpgroup: Index) -> None:
     """Waits for the warpgroup's turn at the tensor cores."""
     if takes_turns(block):
         ptx.named_sync(order(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
-def pass_turn(block: Block, warpgroup: Any) -> None:
-    """Ends the warpgroup's turn."""
+def pass_turn(block: Block, warpgroup: Index) -> None:
+    """Ends the warpgroup's turn, and begins the next one's."""
     if takes_turns(block):
         ptx.named_arrive(following(block, warpgroup), 2 * ptx.WARPGROUP)
 
 
-def skip(block: Block, tile: Tile, warpgroup: Any, first: Any, stop: Any) -> None:
+def skip(block: Block, tile: Tile, warpgroup: Index, first: Index, stop: Index) -> None:
     """Passes over the key tiles first, first - 1, ..., stop + 1, which this warpgroup does not need."""
     @pl.loop(jnp.int32(0), ptx.scalar(first - stop))
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         slot = tile.slot(first - i, block.schedule.num_stages)
         await_turn(block, warpgroup)
         pass_turn(block, warpgroup)
@@ -120,28 +123,29 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     return first_softmax(s, unit, block.spec.dtype)
 
 
-def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Any, s: Any) -> Any:
+def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
     """Sets scores of a key tile to -inf where the mask does not keep a pair."""
     q_pos = registers.positions(s.shape[1], 0, rows.first)
     kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
     return masked(s, tile.mask, q_pos, kv_pos)
 
 
-def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Any) -> None:
+def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Index) -> None:
     """Waits for a key tile, if the rows need it."""
     @pl.when(kv_tile >= rows.start)
     def _() -> None:
         plgpu.barrier_wait(block.bars["k_full"].at[tile.slot(kv_tile, block.schedule.num_stages)])
 
 
-def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Any, Any]:
+def multiply_values(block: Block, tile: Tile, kv_tile: Index, state: Softmax,
+                    acc: Fragment) -> tuple[Fragment, Callable[[Fragment], Fragment]]:
     """Issues acc + P V of a key tile; also returns the function that waits for it, from acc to acc."""
     acc = rescaled(state, acc)
     slot = tile.slot(kv_tile, block.schedule.num_stages)
     plgpu.barrier_wait(block.bars["v_full"].at[slot])
     acc = wgmma.accumulate(acc, state.p, block.smem["v"].at[slot])
 
-    def wait(acc: Any) -> Any:
+    def wait(acc: Fragment) -> Fragment:
         acc = wgmma.ready(acc, 0)
         plgpu.barrier_arrive(block.bars["v_free"].at[slot])
         return acc
@@ -149,8 +153,7 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Any, state: Softmax, acc:
     return acc, wait
 
 
-def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any,
-                 state: Softmax) -> Callable[..., tuple[Maximum, Any]]:
+def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softmax) -> NextMaximum:
     """Chooses how this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
     if not maxima:
@@ -162,7 +165,8 @@ def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Any,
     return functools.partial(maximum_at_times, due=due, heavy=heavy)
 
 
-def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax, acc: Any) -> tuple[Softmax, Any]:
+def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softmax,
+              acc: Fragment) -> tuple[Softmax, Fragment]:
     """Computes S of a key tile while P V of the step before is multiplied, then the softmax of S."""
     bars, slot = block.bars, tile.slot(kv_tile, block.schedule.num_stages)
     if not block.schedule.held_columns:
@@ -179,7 +183,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)
 
-    def wait() -> Any:
+    def wait() -> Fragment:
         if block.schedule.held_columns:
             await_keys(block, tile, rows, kv_tile - 1)
         return values_ready(acc)
@@ -190,9 +194,9 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Any, state: Softmax
 class Sums(NamedTuple):
     """What remains of 64 rows, each (64,): the sum of exp2((s - m_i) unit - rounding) is l_i."""
 
-    m_i: Any  # in the unit of scores
-    rounding: Any  # base 2
-    l_i: Any
+    m_i: PerRow  # in the unit of scores
+    rounding: PerRow  # base 2
+    l_i: PerRow
 
 
 def sums_of(block: Block, state: Softmax) -> Sums:
@@ -202,7 +206,7 @@ def sums_of(block: Block, state: Softmax) -> Sums:
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
-def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
+def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i and the statistics to global memory."""
     m_i, rounding, l_i = sums
     head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
@@ -220,7 +224,7 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Any) -> None:
         tiles.store_tile(block.spec, piece, source, block.gmem["out"], (tile.batch, tile.head, rows.first, chunk))
 
 
-def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
+def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Flag) -> None:
     """Records, in the first walk through the row, whether a tile has to be done again."""
     row, flags = lax.axis_index("block"), block.gmem["given_up"]
 
@@ -233,7 +237,7 @@ def give_up(block: Block, tile: Tile, rows: Rows, spoiled: Any) -> None:
             flags[row, rows.warpgroup, block.any_given_up] = jnp.int32(1)
 
 
-def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> tuple[Sums, Any]:
+def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Fragment) -> tuple[Sums, Fragment]:
     """Returns the sums and acc, (64, d_v) in the layout ACC, recomputed if a row is spoiled.
 
     With `maxima`, a spoiled tile is only given up in the first walk, so that all warpgroups do it again together. The
@@ -247,7 +251,7 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Any) -> 
         give_up(block, tile, rows, spoiled)
         spoiled = spoiled & (tile.is_redone != 0)
 
-    def repair(sums: Sums, acc: Any) -> tuple[Sums, Any]:
+    def repair(sums: Sums, acc: Fragment) -> tuple[Sums, Fragment]:
         l_i, acc = recompute(block, tile, rows)
         # m_i stays: the backward computes the same product, with the same rounding; a sum in another order differs.
         lost = overflowed(block.spec, state.maximum)
@@ -265,7 +269,7 @@ def end_row(block: Block) -> None:
     plgpu.barrier_wait(block.bars["row_done"])
 
 
-def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
+def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
     """Computes a warpgroup's rows of a tile."""
     rows = rows_of(block, tile, warpgroup)
     seen, buffer = work.steps(block.spec, block.schedule), rem(tile.ordinal, block.schedule.query_buffers)
@@ -279,7 +283,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
     if block.schedule.held_columns:
         await_keys(block, tile, rows, rows.stop - 2)
 
-    def step(i: Any, carry: tuple[Softmax, Any]) -> tuple[Softmax, Any]:
+    def step(i: Index, carry: tuple[Softmax, Fragment]) -> tuple[Softmax, Fragment]:
         return next_step(block, tile, rows, rows.stop - 1 - i, *carry)
 
     state, acc = lax.fori_loop(jnp.int32(1), ptx.scalar(rows.stop - rows.start), step, (state, acc))
@@ -296,7 +300,7 @@ def compute_tile(block: Block, warpgroup: Any, tile: Tile) -> None:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
 
 
-def compute(block: Block, warpgroup: Any) -> None:
+def compute(block: Block, warpgroup: Index) -> None:
     """Runs a compute warpgroup."""
     plgpu.set_max_registers(block.schedule.registers[0], action="increase")
 
@@ -317,22 +321,20 @@ def compute(block: Block, warpgroup: Any) -> None:
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of a spec: a function of q, k, v in the spec's layout and of `work.forward_table(spec,
-    schedule)`.
-
-    It returns out, in the layout of q, and the statistics of rows (`spec.stats_shape`), float32.
+def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
+    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
+    spec's layout and of `work.forward_table(spec, schedule)`.
     """
+    inputs = "q", "k", "v", "table"
     blocks, slots = work.forward_table(spec, schedule).shape
-    results = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
+    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
-        results["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
+        outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
-    def attention_forward(q: Any, k: Any, v: Any, table: Any, *rest: Any) -> None:
-        *outputs, smem, bars = rest
-        gmem = {"q": q, "k": k, "v": v, "table": table, **dict(zip(results, outputs, strict=True))}
-        block = Block(spec, schedule, gmem, smem, bars)
+    def attention_forward(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        block = Block(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem, bars)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -345,8 +347,8 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Callable[..., tupl
 
     kernel = plgpu.kernel(
         attention_forward,
-        out_type=tuple(results.values()),
+        out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return lambda q, k, v, table: tuple(kernel(q, k, v, table))[:2]
+    return Launch(kernel, inputs, outputs)

@@ -1,7 +1,6 @@
 """The loading warpgroup of the forward kernel: a warp for queries, one for keys and one for values."""
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,6 +10,7 @@ from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div
+from pallas_flash.kernels.mosaic.types import Index
 
 __all__ = ["load"]
 
@@ -18,7 +18,7 @@ __all__ = ["load"]
 def load_query(block: Block, tile: Tile) -> None:
     """Loads the tile's queries, as soon as a buffer is free."""
     slot = tiles.await_free(block.bars["q_free"], block.schedule.query_buffers, tile.ordinal)
-    index = (tile.batch, tile.head, tile.index * block.schedule.block_q)
+    index = (tile.batch, tile.head, tile.q_tile * block.schedule.block_q)
     tiles.load_tile(block.spec, block.gmem["q"], index, block.smem["q"].at[slot], block.bars["q_full"].at[slot])
 
 
@@ -28,7 +28,7 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
     kv_head = div(tile.head, block.spec.group)
 
     @pl.loop(jnp.int32(0), ptx.scalar(tile.hi - tile.lo))
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         slot = tiles.await_free(free, block.schedule.num_stages, tile.step + i)
         index = (tile.batch, kv_head, (tile.hi - 1 - i) * block.schedule.block_kv)
         tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
@@ -45,7 +45,7 @@ def load(block: Block) -> None:
     plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
 
     @plgpu.warp_map
-    def _(warp: Any) -> None:
+    def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
             count, _ = walk(functools.partial(load_query, block))

@@ -7,26 +7,27 @@ spoiled even then are recomputed by one warpgroup, a key at a time: slow, and ex
 finite values, unless their sums overflow, or weights do because scores are larger than 1e8 (`scores.overflows`).
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div
+from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["is_spoiled", "overflowed", "recompute"]
 
 
-def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
+def is_spoiled(block: Block, maximum: Maximum, l_i: PerRow, acc: Fragment) -> Flag | None:
     """Whether a row of this warpgroup may have to be recomputed; None if none ever does. A barrier of the warpgroup.
 
     Rows whose sum of weights is NaN because their scores are NaN are legitimately NaN, and not counted.
@@ -52,12 +53,12 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: Any, acc: Any) -> Any:
     return ptx.any_nonfinite_in_warpgroup(sums, registers.TILE)
 
 
-def overflowed(spec: AttentionSpec, maximum: Maximum) -> Any:
-    """Rows whose weights may have overflowed by the rounding of their start: (64,) flags."""
+def overflowed(spec: AttentionSpec, maximum: Maximum) -> Bool[Array, "64"]:
+    """Flags of rows whose weights may have overflowed because their start is rounded."""
     return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
 
 
-def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
+def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
     """Runs the online softmax over the keys that each row attends to, one by one.
 
     Returns:
@@ -66,7 +67,7 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[Any, Any]:
     spec, unit = block.spec, score_unit(block.spec)
     own = SlowRows(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
 
-    def add(position: Any, sums: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
         keep = lambda columns: tile.mask.keep(registers.positions(columns, 0, rows.first), position)
         s = scaled(spec, own.dot("q", "k", spec.d, position))

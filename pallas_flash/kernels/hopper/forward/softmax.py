@@ -1,7 +1,7 @@
 """The online softmax of 64 rows in registers: from scores to weights, and when sums are rescaled.
 
-m_i is in the unit of scores. Any m_i not far below the row's maximum serves: exp(s - m_i) cancels in O / l_i. There are
-two ways to keep m_i near enough.
+m_i is in the unit of scores. It need not be the row's maximum, only not far below it: exp(-m_i) cancels in O / l_i.
+There are two ways to keep it near enough.
 
 `maximum_within`: every step computes the tile's maximum, and m_i follows where it has fallen behind.
 
@@ -13,17 +13,21 @@ maxima (`forward.tiles`).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Flag
 
 __all__ = [
-    "Maximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
+    "Maximum", "NextMaximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
     "maximum_within", "next_softmax", "rescaled",
 ]
 
@@ -36,14 +40,14 @@ it weights that count (2^-36 of the row's largest at this limit).
 
 
 class Maximum(NamedTuple):
-    """The row maximum of 64 rows, each (64,)."""
+    """The row maximum of 64 rows."""
 
-    m_i: Any  # in the unit of scores
-    start: Any  # m_i unit, rounded: what is subtracted from s unit
+    m_i: PerRow  # in the unit of scores
+    start: PerRow  # m_i unit, rounded: what is subtracted from s unit
 
 
-def maximum_of(m_i: Any, unit: float) -> Maximum:
-    """m_i and its start, which is rounded wherever it is used: alpha is 1 where m_i stays."""
+def maximum_of(m_i: PerRow, unit: float) -> Maximum:
+    """Adds the start to m_i. It is rounded here, once, so that alpha is exactly 1 where m_i stays."""
     return Maximum(m_i, ptx.multiply(m_i, unit, registers.ROW_LAYOUT))
 
 
@@ -51,20 +55,26 @@ class Softmax(NamedTuple):
     """The state of the online softmax of 64 rows."""
 
     maximum: Maximum
-    l_i: Any  # (64, 8), sums of every eighth column
-    p: Any  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
-    alpha: Any  # (64,), what the accumulator must be multiplied with before p is
-    grew: Any  # whether alpha is not 1 in some row of this warp
+    l_i: Fragment  # (64, 8), sums of every eighth column
+    p: Fragment  # (64, block_kv) of the input's type, the weights of the last tile, not yet multiplied with its values
+    alpha: PerRow  # what the accumulator must be multiplied with before p is
+    grew: Flag  # whether alpha is not 1 in some row of this warp
+
+
+type NextMaximum = Callable[[Softmax, Fragment, float], tuple[Maximum, Flag]]
+"""The new maximum, and whether it may be another one in some row of this warp, from the state and a tile of scores and
+their unit.
+"""
 
 
 def lowest(unit: float) -> float:
-    """m_i of rows that have seen no key: finite, and so is its product with the unit: its difference from -inf is not
-    NaN.
+    """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its
+    difference from -inf is not NaN.
     """
     return -3e38 / max(unit, 1.0)
 
 
-def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
+def first_softmax(s: Fragment, unit: float, dtype: np.dtype) -> Softmax:
     """The state after the first tile of scores."""
     first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
     p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
@@ -72,7 +82,8 @@ def first_softmax(s: Any, unit: float, dtype: Any) -> Softmax:
     return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Maximum, Any]:
+def maximum_within(state: Softmax, s: Fragment, unit: float,
+                   slack: float | Float[Array, ""]) -> tuple[Maximum, Flag]:
     """The new maximum, at most `slack` (base 2) too low, and whether it is another one in some row of this warp.
 
     If one row of a warp needs a rescale, all of its rows take their maximum: it costs nothing more, and keeps them from
@@ -86,12 +97,12 @@ def maximum_within(state: Softmax, s: Any, unit: float, slack: Any) -> tuple[Max
     return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
 
 
-def is_heavy(state: Softmax) -> Any:
+def is_heavy(state: Softmax) -> Flag:
     """Whether scores of a row of this warp have risen far above its m_i."""
     return ptx.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
-def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) -> tuple[Maximum, Any]:
+def maximum_at_times(state: Softmax, s: Fragment, unit: float, due: Flag, heavy: Flag) -> tuple[Maximum, Flag]:
     """The new maximum, and whether it may be another one: the rows' maximum if it is `due`, the old one if not.
 
     Args:
@@ -99,11 +110,11 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
       heavy: see `is_heavy`. Then a row's m_i is also at least what its weights so far add up to, because their maximum
         was not computed; it is infinite where the row is given up.
     """
-    def lifted(m_i: Any, l_i: Any) -> Any:
+    def lifted(m_i: PerRow, l_i: Fragment) -> PerRow:
         l_i = l_i.max(axis=1)
         return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i) * (1 / unit), m_i))
 
-    def take(s: Any, maximum: Maximum, l_i: Any) -> Maximum:
+    def take(s: Fragment, maximum: Maximum, l_i: Fragment) -> Maximum:
         m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, maximum.m_i, l_i)
         m_i = jnp.maximum(m_i, s.max(axis=1))
         return maximum_of(m_i, unit)
@@ -111,18 +122,18 @@ def maximum_at_times(state: Softmax, s: Any, unit: float, due: Any, heavy: Any) 
     return lax.cond(due, take, lambda _, maximum, __: maximum, s, state.maximum, state.l_i), due
 
 
-def given_up(m_i: Any, l_i: Any) -> Any:
-    """Rows whose weights grew too large: (64,) flags. Rows that are NaN by their scores are none of them."""
+def given_up(m_i: PerRow, l_i: PerRow) -> Bool[Array, "64"]:
+    """Flags of rows whose weights grew too large. Rows that are NaN because their scores are do not count."""
     return (m_i == jnp.inf) | (l_i > FULL)
 
 
-def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..., tuple[Maximum, Any]],
-                 held_columns: int, wait: Callable[[], Any]) -> tuple[Softmax, Any]:
+def next_softmax(state: Softmax, scores: tuple[Fragment, float], maximum: NextMaximum, held_columns: int,
+                 wait: Callable[[], Fragment]) -> tuple[Softmax, Fragment]:
     """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps.
 
     Args:
       scores: and their unit, see `scores`.
-      maximum: the new one and whether it is another one, from the state, the scores and their unit.
+      maximum: `maximum_within` or `maximum_at_times`.
       held_columns: see `ForwardSchedule`.
     """
     s, unit = scores
@@ -138,11 +149,11 @@ def next_softmax(state: Softmax, scores: tuple[Any, float], maximum: Callable[..
     return Softmax(new, l_i, registers.concatenate([p.astype(dtype) for p in parts]), alpha, grew), acc
 
 
-def rescaled(state: Softmax, acc: Any) -> Any:
-    """acc times alpha, if some row of the warp needs it. Only registers are touched: the fence that wgmma needs is
-    issued with the next product.
+def rescaled(state: Softmax, acc: Fragment) -> Fragment:
+    """Multiplies acc with alpha, if some row of the warp needs it. Only registers are touched: the fence that wgmma
+    needs is issued with the next product.
     """
-    def multiply(acc: Any) -> Any:
+    def multiply(acc: Fragment) -> Fragment:
         tile = plgpu.layout_cast(acc, registers.TILE)
         return plgpu.layout_cast(tile * registers.spread(state.alpha, acc.shape[1]), registers.ACC)
 

@@ -8,17 +8,20 @@ tile was given up; its last column says whether any was.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash import masks
+from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Block", "Rows", "Tile", "for_each_tile", "rows_of"]
@@ -29,16 +32,16 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Any]  # q, k, v, table, out, stats; given_up, with `maxima`
-    smem: dict[str, Any]  # memory.forward_memory
-    bars: dict[str, Any]  # the barriers
+    gmem: dict[str, Ref]  # q, k, v, table, out, stats; given_up, with `maxima`
+    smem: dict[str, Ref]  # memory.forward_memory
+    bars: dict[str, Ref]  # the barriers
 
     @property
     def any_given_up(self) -> int:
         """The column of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1
 
-    def mask_of(self, pair: Any) -> masks.Mask:
+    def mask_of(self, pair: Index) -> masks.Mask:
         """The mask of a pair batch * q_heads + head: the same for all of them as long as no mask holds arrays."""
         return work.worst_case(self.spec, self.schedule)
 
@@ -46,23 +49,23 @@ class Block(NamedTuple):
 class Tile(NamedTuple):
     """A query tile that a block works on."""
 
-    batch: Any
-    head: Any
-    index: Any  # of the query tile
-    lo: Any  # key tiles [lo, hi)
-    hi: Any
-    ordinal: Any  # how many tiles came before it in this block
-    step: Any  # how many steps of the rings came before it
-    column: Any  # of this block's row of the table
-    is_redone: Any  # 1 if it was given up before, else 0
+    batch: Index
+    head: Index
+    q_tile: Index
+    lo: Index  # key tiles [lo, hi)
+    hi: Index
+    ordinal: Index  # how many tiles came before it in this block
+    step: Index  # how many steps of the rings came before it
+    column: Index  # of this block's row of the table
+    is_redone: Index  # 1 if it was given up before, else 0
     mask: masks.Mask
 
-    def slot(self, kv_tile: Any, num_stages: int) -> Any:
+    def slot(self, kv_tile: Index, num_stages: int) -> Index:
         """The slot of the rings that holds a key tile."""
         return rem(self.step + (self.hi - 1 - kv_tile), num_stages)
 
 
-def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Any, Any]:
+def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Index, Index]:
     """Runs `body` on every tile in this block's row of the table, and once more on those that were given up; returns
     how many tiles and steps there were.
 
@@ -71,14 +74,14 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
     """
     row, q_tiles = lax.axis_index("block"), work.q_tiles(block.spec, block.schedule)
 
-    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def one(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
         number, column, is_redone, ordinal, step = carry
         following = block.gmem["table"][row, column + 1]  # loaded early, as it comes from global memory
-        pair, index = div(number, q_tiles), rem(number, q_tiles)
+        pair, q_tile = div(number, q_tiles), rem(number, q_tiles)
         mask = block.mask_of(pair)
-        lo, hi = work.loaded_tiles(mask, block.spec, block.schedule, index)
+        lo, hi = work.loaded_tiles(mask, block.spec, block.schedule, q_tile)
         batch, head = div(pair, block.spec.q_heads), rem(pair, block.spec.q_heads)
-        body(Tile(batch, head, index, lo, hi, ordinal, step, column, is_redone, mask))
+        body(Tile(batch, head, q_tile, lo, hi, ordinal, step, column, is_redone, mask))
         at = following, column + 1, is_redone
         if block.schedule.maxima:
             at = lax.cond((following < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
@@ -92,8 +95,8 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
     return count, steps
 
 
-def given_up_from(block: Block, gather: Callable[[], None], number: Any, column: Any,
-                  is_redone: Any) -> tuple[Any, ...]:
+def given_up_from(block: Block, gather: Callable[[], None], number: Array, column: Array,
+                  is_redone: Array) -> tuple[Array, Array, Array]:
     """Finds the first tile from a column on (from the start, if `is_redone` is 0) that was given up.
 
     Returns:
@@ -101,11 +104,11 @@ def given_up_from(block: Block, gather: Callable[[], None], number: Any, column:
     """
     row, table, given_up = lax.axis_index("block"), block.gmem["table"], block.gmem["given_up"]
 
-    def is_given_up(column: Any) -> Any:
+    def is_given_up(column: Index) -> Flag:
         flags = [given_up[row, warpgroup, column] for warpgroup in range(block.schedule.warpgroups)]
         return functools.reduce(jnp.maximum, flags) != 0
 
-    def start() -> tuple[Any, Any]:
+    def start() -> tuple[Array, Array]:
         gather()
         first = jnp.where(is_given_up(block.any_given_up), table[row, 0], -1)
         return first, jnp.int32(0)
@@ -119,34 +122,34 @@ def given_up_from(block: Block, gather: Callable[[], None], number: Any, column:
 class Rows(NamedTuple):
     """The 64 rows of one warpgroup in a tile."""
 
-    warpgroup: Any
-    first: Any  # position of the first row
-    start: Any  # key tiles [start, stop), of which [full_start, full_stop) need no mask
-    full_start: Any
-    full_stop: Any
-    stop: Any
-    slack: Any  # by how much m_i may stay below the maximum, base 2
-    q: Callable[[], Any]  # the rows of the query buffer, (chunks, 64, 64)
-    held: Any = None  # (64, d) of the input's type, where the query is kept in registers
+    warpgroup: Index
+    first: Index  # position of the first row
+    start: Index  # key tiles [start, stop), of which [full_start, full_stop) need no mask
+    full_start: Index
+    full_stop: Index
+    stop: Index
+    slack: float | Float[Array, ""]  # by how much m_i may stay below the maximum, base 2
+    q: Callable[[], Ref]  # the rows of the query buffer, (chunks, 64, 64)
+    held: Fragment | None = None  # (64, d) of the input's type, where the query is kept in registers
 
     @property
-    def queries(self) -> Any:
+    def queries(self) -> Fragment | Ref:
         """The rows' queries, in registers or in shared memory."""
         return self.q() if self.held is None else self.held
 
 
-def rows_of(block: Block, tile: Tile, warpgroup: Any) -> Rows:
+def rows_of(block: Block, tile: Tile, warpgroup: Index) -> Rows:
     """The rows of a warpgroup in a tile."""
     buffer = rem(tile.ordinal, block.schedule.query_buffers)
 
-    def q() -> Any:
+    def q() -> Ref:
         index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
-    needed = work.row_tiles(tile.mask, block.spec, s, tile.index, warpgroup)
-    slack: Any = s.slack
+    needed = work.row_tiles(tile.mask, block.spec, s, tile.q_tile, warpgroup)
+    slack: float | Float[Array, ""] = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
         slack = jnp.where(is_long, jnp.float32(s.long_slack), jnp.float32(s.slack))
-    return Rows(warpgroup, tile.index * s.block_q + warpgroup * ROWS_PER_WARPGROUP, *needed, slack, q)
+    return Rows(warpgroup, tile.q_tile * s.block_q + warpgroup * ROWS_PER_WARPGROUP, *needed, slack, q)

@@ -1,0 +1,53 @@
+"""The passes of a spec as lists of kernel launches (`mosaic.launch`).
+
+forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant.
+
+backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
+fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
+from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic.launch import Launch, Pass
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["backward", "forward"]
+
+
+def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
+    """The forward: out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), float32."""
+    return Pass(inputs=_operands(spec), constants={"table": work.forward_table(spec, schedule)},
+                launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
+
+
+def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
+    """The backward: the cotangents of q, k and v, in the spec's layout and dtype.
+
+    Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
+    lse counts.
+    """
+    out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
+    stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
+    inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
+    first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
+    clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
+    launches = (first, *(launch.reading(clean) for launch in gradients))
+    return Pass(inputs=inputs, constants={}, launches=launches, results=("dq", "dk", "dv"))
+
+
+def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
+    if isinstance(schedule.kv, SplitSchedule):
+        assert schedule.dq is not None
+        return kv_split.launch(spec, schedule.kv), dq.launch(spec, schedule.dq)
+    last = finish.launch(spec, schedule.kv) if schedule.dq is None else dq.launch(spec, schedule.dq)
+    return kv.launch(spec, schedule.kv), last
+
+
+def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = spec.operand_shapes
+    return {name: jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in zip("qkv", shapes[:3])}

@@ -1,0 +1,76 @@
+"""A pass, forward or backward, as a list of kernel launches: what JAX runs, and what another runtime can launch itself.
+
+Between launches there is no other work: each reads arrays of the call, constants, and what launches before it wrote.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Launch", "Pass"]
+
+
+class Launch(NamedTuple):
+    """A launch of one kernel. Arrays have names, by which launches find them.
+
+    Attributes:
+      kernel: takes the inputs in their order, and returns the outputs as a tuple in theirs. Inputs that it updates are
+        references (`jax.Ref`).
+      inputs: the arrays that it reads.
+      outputs: shape and dtype of each array that it makes.
+      updates: those of the inputs to which it writes in place.
+    """
+
+    kernel: Callable[..., tuple[jax.Array, ...]]
+    inputs: tuple[str, ...]
+    outputs: dict[str, jax.ShapeDtypeStruct]
+    updates: tuple[str, ...] = ()
+
+    def reading(self, names: dict[str, str]) -> "Launch":
+        """The launch with other arrays, named by the values, in the place of some of its inputs."""
+        return self._replace(inputs=tuple(names.get(name, name) for name in self.inputs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """Launches in their order, and where their arrays come from. Called with arrays, JAX runs them.
+
+    Attributes:
+      inputs: shape and dtype of each array of the call, in the order of the call's arguments.
+      constants: arrays whose values are known when the list is made.
+      launches: an array that one updates is read by later ones as it is then.
+      results: the names of what the pass returns.
+    """
+
+    inputs: dict[str, jax.ShapeDtypeStruct]
+    constants: dict[str, np.ndarray]
+    launches: tuple[Launch, ...]
+    results: tuple[str, ...]
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result."""
+        types = self.inputs.copy()
+        for launch in self.launches:
+            types |= launch.outputs
+        return tuple(types[name] for name in self.results)
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        found = dict(zip(self.inputs, arrays, strict=True))
+        for name, x in found.items():
+            assert x.shape == self.inputs[name].shape, (name, x.shape, self.inputs[name].shape)
+        found |= {name: jnp.asarray(x) for name, x in self.constants.items()}
+        updated: dict[str, jax.Ref] = {}
+
+        def value(name: str) -> jax.Array:
+            return updated[name][...] if name in updated else found[name]
+
+        for launch in self.launches:
+            updated |= {name: jax.new_ref(value(name)) for name in launch.updates}
+            given = (updated[name] if name in launch.updates else value(name) for name in launch.inputs)
+            found |= zip(launch.outputs, launch.kernel(*given), strict=True)
+        return tuple(map(value, self.results))
