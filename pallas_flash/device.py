@@ -56,8 +56,8 @@ def of(device: jax.Device) -> Device:
 def current(arrays: object = ()) -> Device:
     """The device that a computation with `arrays` (a pytree) runs on here and now.
 
-    It is the one `assume` names; else the one that an array is committed to, unless some have no values (inside `jit`:
-    those decide, when it is called); else jax.default_device; else JAX's first.
+    It is the one that `assume` names; else the one that an array is committed to, unless some arrays have no values
+    (inside `jit`, whose caller's arrays decide); else jax.default_device; else JAX's first.
     """
     if (assumed := _assumed.get()) is not None:
         return assumed

@@ -1,7 +1,7 @@
 """What a problem report needs: versions, compilers, settings, devices, and what a typical call runs.
 
-What may end the process (the start of a runtime on a machine with another driver, or none) is asked in a child process:
-its death is a line of the report.
+Questions that may crash the process (starting a runtime on a machine with another driver, or none) are asked in a child
+process: if it dies, the report says so in a line.
 """
 
 import importlib.metadata

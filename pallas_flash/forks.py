@@ -1,4 +1,4 @@
-"""Processes forked after JAX has started: JAX's threads are not in them, and what they compute there never ends."""
+"""Processes forked after JAX has started: JAX's threads do not exist there, and its computations never finish."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ _parent: int | None = None  # the process in which JAX ran when this one was for
 
 
 def note_start_of_jax() -> None:
-    """Before a fork: whether the child will have a JAX that runs without its threads."""
+    """Notes, before a fork, whether JAX has started, so that the child would have a JAX without threads."""
     global _started_in
     _started_in = os.getpid() if "jax" in sys.modules and compat.backends_are_initialized() else None
 
 
 def _note_fork() -> None:
     global _parent
-    _parent = _parent or _started_in  # a child of such a child is no better
+    _parent = _parent or _started_in  # children of such a child have no threads either
 
 
 if hasattr(os, "register_at_fork"):
@@ -30,7 +30,7 @@ def require_no_fork(function: str) -> None:
     """Raises RuntimeError in a child that was forked after JAX had started.
 
     Args:
-      function: what was called there.
+      function: the name of the function that was called.
     """
     if _parent is not None:
         raise RuntimeError(

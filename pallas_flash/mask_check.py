@@ -62,7 +62,7 @@ def _keep(part: masks.Mask, q_len: int, kv_len: int) -> np.ndarray:
 
 
 def _traced(part: masks.Mask, name: str, ask: Callable[..., Any], *pos: np.ndarray) -> Any:
-    """ask(part, *pos) as kernels ask: traced. Leaves have two leading axes (batch or 1, heads or 1)."""
+    """Calls ask(part, *pos) traced, as kernels do. Leaves have two leading axes (batch or 1, heads or 1)."""
     pos = tuple(x.astype(np.int32) for x in pos)
     try:
         run = jax.jit(lambda part, *pos: masks.over_batch(part, lambda one: ask(one, *pos)))
@@ -80,7 +80,7 @@ def _differs(name: str) -> ValueError:
 
 
 def _check_bounds(part: masks.Mask, method: str, keep: np.ndarray) -> None:
-    """`keep`: (batch or 1, heads or 1, positions that ask, positions asked about)."""
+    """Raises where a method contradicts `keep`, (batch or 1, heads or 1, positions that ask, positions asked about)."""
     length, name = keep.shape[2], f"{type(part).__name__}.{method}"
     pairs = [(lo, hi) for lo in range(length) for hi in range(lo + 1, 2 * length + 1)]
     if not pairs:

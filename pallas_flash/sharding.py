@@ -2,7 +2,7 @@
 mode.
 
 Under `jit` with automatic axes nothing is needed: batch and heads are batch dimensions of every product, and XLA keeps
-their sharding. But where a mask holds arrays (lengths, segments), which tiles are needed is known only when it runs:
+their sharding. But where a mask holds arrays (lengths, segments), which tiles are needed is known only at run time:
 devices that share a loop then agree on its bounds, an all-reduce of two integers a step. Under `shard_map` each device
 has its own loop, and nothing is exchanged.
 """

@@ -1,13 +1,13 @@
 """The online softmax (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022). Base 2 lives here only.
 
 Exponentials are exp2, which GPUs have as an instruction. Scores are kept as their products came, in some unit: the
-score is s * unit, and its exponential exp2(s * unit * log2(e)). Differences are taken before the unit comes in: a
-compiler may merge a product with the difference that it goes into, and then does not round it, where another use of the
-same product is rounded. A difference of scores alone is the same everywhere, exact where they are near each other.
+score is s * unit, and its exponential exp2(s * unit * log2(e)). Differences are taken before multiplying by the unit: a
+compiler may fuse a product into the difference that uses it (FMA) and not round it, while another use of the same
+product is rounded. A difference of scores alone is the same everywhere, and exact where they are close to each other.
 
 What leaves a kernel (`lse`) is a natural logarithm. A row that attends to nothing has lse = -inf, weights 0 and
-output 0. The backward makes weights of scores again, exp(s - lse), and float32 holds lse in steps of 2^-23 of its size:
-where scores are large, so is the step, and a weight that was 1 is no longer. So a row is kept as two numbers, lse and
+output 0. The backward recomputes weights from scores, exp(s - lse), and float32 holds lse to a relative 2^-23: where
+scores are large, so is the error, and a weight that was 1 no longer is. So two numbers are kept for each row, lse and
 its rest (`statistics`).
 """
 
@@ -28,7 +28,7 @@ LOG2E = math.log2(math.e)
 
 
 SMALLEST_SCALE = 1e-30
-"""A smaller scale is no unit: float32 may hold neither lse / scale nor -inf * scale."""
+"""A smaller scale is not used as the unit: lse / scale and -inf * scale may not be float32 numbers."""
 
 
 def unit(scale: float, softcap: float | None) -> float:
@@ -57,8 +57,8 @@ _FAR = 1e3
 def anchor(bias: Array) -> Array:
     """What to subtract from scores after the bias is added: the row's largest bias where that is far from 0, else 0.
 
-    softmax does not change. It serves rows of finfo.min, some libraries' way to mask: score and bias round to the bias,
-    so every key weighs the same, but the row's lse would be so large that the number of keys is lost in its rounding,
+    The softmax does not change. It matters for rows of finfo.min, with which some libraries mask: score plus bias
+    rounds to the bias, so all keys weigh the same, but lse would be so large that rounding loses the number of keys,
     and with it the gradient. Kernels return lse without the anchor.
 
     Args:
@@ -100,10 +100,10 @@ def rescale(l_i: Array) -> Array:
 
 
 def reference_point(lse: Array, unit: float) -> Array:
-    """lse in the unit of scores: what the backward's exponents are counted from.
+    """lse in the unit of scores, which the backward subtracts from scores.
 
-    Rounded, with the last bit cleared: both directions must have the same number, and through an integer no compiler
-    merges the product with the difference that it goes into.
+    Rounded, with the last bit cleared: forward and backward must use the same number, and no compiler can fuse the
+    product into a difference through an integer.
     """
     bits = jnp.int64 if lse.dtype == jnp.float64 else jnp.int32
     product = jax.lax.bitcast_convert_type(lse * (1 / unit), bits)
@@ -111,7 +111,7 @@ def reference_point(lse: Array, unit: float) -> Array:
 
 
 def statistics(m_i: Array, l_i: Array, unit: float, rounding: Array | float = 0.0) -> tuple[Array, Array]:
-    """What is kept of a row of scores s: lse, and its rest. exp2((s - m_i) unit log2(e) - rounding) sums up to l_i.
+    """What is kept for a row of scores s: lse and its rest. l_i is the sum of exp2((s - m_i) unit log2(e) - rounding).
 
     lse is the natural logarithm of the sum of exp(s unit), -inf for rows that attend to nothing. In the unit of s,
     `reference_point(lse) + rest` is m_i + log(l_i) / unit to many more bits than lse has: the difference of m_i and a

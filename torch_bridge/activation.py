@@ -1,7 +1,7 @@
 """pallas_flash behind an unchanged `torch.nn.functional.scaled_dot_product_attention`, as its CUDA flash backend.
 
 PyTorch's registry of flash attention implementations lets a library replace the kernels of the flash backend, whose
-calls have no mask: dense or causal, float16 or bfloat16, with dropout. Anything else goes where it went before.
+calls have no mask: dense or causal, float16 or bfloat16, with dropout. All other calls run as before.
 """
 
 import importlib
@@ -57,7 +57,9 @@ def _register() -> _Handle:
 
 def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: float | None,
              dropout_p: float) -> Numbers:
-    """Causal means aligned at the end for this operator; its callers make the lengths equal for any other meaning."""
+    """The numbers of a call. This operator aligns the last query with the last key; for any other alignment its callers
+    pass equal lengths.
+    """
     return Numbers(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
                    dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled())
 
@@ -65,8 +67,8 @@ def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: flo
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
              is_causal: bool = False, return_debug_mask: bool = False, *,
              scale: float | None = None) -> tuple[torch.Tensor | int | None, ...]:
-    """aten::_scaled_dot_product_flash_attention; the dropout seed travels in the place of its rng_state, and the rest
-    of the statistics behind lse, in the same memory.
+    """aten::_scaled_dot_product_flash_attention; the dropout seed is returned as rng_state, and the rest of the
+    statistics is stored after lse, in the same memory.
     """
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")

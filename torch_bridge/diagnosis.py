@@ -1,5 +1,5 @@
 """What a problem report needs: versions, compilers, settings, devices of both sides, loaded CUDA libraries, and what a
-typical call runs. What may end the process is asked in a child process (pallas_flash/diagnosis.py)."""
+typical call runs. Questions that may crash the process are asked in a child process (pallas_flash/diagnosis.py)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 

@@ -1,8 +1,8 @@
 """Eager calls, straight to the exchange.
 
-The way through PyTorch's dispatcher and the formulas of `register_autograd` took a third of a small call's host time
-(docs/notes/torch_bridge.md). The operators of ops.py are needed where something may look at a call or change it: the
-compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most calls have nothing of the kind:
+PyTorch's dispatcher and the formulas of `register_autograd` took a third of a small call's host time
+(docs/notes/torch_bridge.md). The operators of ops.py are needed where something may observe or change a call: the
+compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most calls involve none of these:
 
     nothing intercepts the call, nothing needs a gradient    exchange.attend
     nothing intercepts the call                              _Attention, around exchange.attend_saving
@@ -36,11 +36,11 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those o
 
 
 def attend(operands: Operands, numbers: Numbers, needs_grad: bool) -> torch.Tensor:
-    """out (batch, q_heads, q_len, d_v) of an operator's arguments; the seed of dropout is drawn here.
+    """Computes out (batch, q_heads, q_len, d_v); draws the seed of dropout.
 
     Args:
       operands: without a seed.
-      numbers: beside them.
+      numbers: its arguments that are not tensors.
       needs_grad: a derivative will be taken.
     """
     query = operands.query
@@ -59,7 +59,7 @@ def attend(operands: Operands, numbers: Numbers, needs_grad: bool) -> torch.Tens
 
 
 def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether operations on these tensors, or None, go to the kernels of their device and to autograd alone."""
+    """Whether operations on these tensors (or None) dispatch to autograd and their device's kernels only."""
     return (not _included_keys().raw_repr() & ~_PLAIN_KEYS and forward_ad._current_level < 0
             and not torch._C._len_torch_function_stack() and all(type(x) in _PLAIN_TYPES for x in tensors))
 

@@ -1,7 +1,7 @@
 """JAX arrays as torch tensors whose memory goes back to JAX only when torch's streams have read it.
 
-JAX's allocator knows nothing of torch's streams: memory of an array that is dropped in Python may be written again at
-once, while a kernel queued on a torch stream has still to read it. So on a GPU the deleter in the DLPack capsule is
+JAX's allocator knows nothing of torch's streams: the memory of an array that Python drops may be overwritten at once,
+while a kernel queued on a torch stream has yet to read it. So on a GPU the deleter in the DLPack capsule is
 replaced by ours, and the original is called when events, recorded later than the tensor was dropped on every torch
 stream of that device that may read it, have passed. The streams are the current one of the releasing thread and all of
 torch's own that were current in an earlier call or release there; streams made outside torch (`ExternalStream`) may be
@@ -77,7 +77,7 @@ def export(array: Array, stream: torch.cuda.Stream) -> torch.Tensor:
 
 
 def order(array: Array, stream: torch.cuda.Stream) -> None:
-    """Lets `stream`, torch's current stream, wait for a GPU array that torch is not given."""
+    """Makes `stream`, torch's current stream, wait for a GPU array that is not exported to torch."""
     compat.to_dlpack(array, stream.cuda_stream or 1)
 
 
@@ -113,7 +113,7 @@ _on_release_pointer = ctypes.cast(_release_callback, ctypes.c_void_p).value
 
 
 def _release(index: int, exports: list[_Export]) -> None:
-    """Puts these and all dropped tensors behind what the device's streams now hold, and gives back what has passed."""
+    """Records events for these and all dropped tensors on the device's streams, and gives back what has passed."""
     dropped = _dropped[index]
     while dropped:
         try:
@@ -149,7 +149,7 @@ def _function(deleter: int) -> Callable[[int], None]:
 
 @atexit.register
 def _leave_to_the_system() -> None:
-    """Tensors may outlive the interpreter, and must then not call into it: their memory goes back with the process."""
+    """Removes the deleters at exit: tensors may outlive the interpreter, and the process frees their memory anyway."""
     for address in tuple(_exported):
         ctypes.c_void_p.from_address(address + _DELETER).value = None
     _exported.clear()

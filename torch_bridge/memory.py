@@ -1,4 +1,4 @@
-"""One GPU, two allocators: JAX takes three quarters of its memory at the start unless it is told not to."""
+"""One GPU, two allocators: JAX reserves three quarters of the memory when it starts, unless told not to."""
 
 import os
 import sys

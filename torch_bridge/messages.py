@@ -1,4 +1,4 @@
-"""Errors of calls that were meant for another attention function, or whose shapes are nearly right: what to write."""
+"""Errors for arguments of other attention functions and for shapes that nearly fit; each says what to write."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _INSTEAD = {
     "alibi_slopes": "attn_mask=..., the slopes times the distances",
     "deterministic": "torch.use_deterministic_algorithms(True)",
 }
-"""What other attention functions call it, and what to use here."""
+"""Names of arguments in other attention libraries -> what to use here."""
 
 
 def unknown_keyword(name: str) -> TypeError:

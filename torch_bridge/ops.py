@@ -8,8 +8,7 @@
 Their arguments: arguments.py. How they are differentiated: derivatives.py.
 
 Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for
-(stats, or a gradient that nothing needs) is an empty tensor of shape (0,). JAX is imported by the first call that
-computes.
+(stats, or a gradient that nothing needs) is an empty tensor of shape (0,). The first call that computes imports JAX.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ __all__ = ["attention", "attention_backward", "attention_double_backward", "draw
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")
-# A graph must hand over the strides that the fake version saw; and JAX's streams cannot be captured in a CUDA graph.
+# Graphs must pass the strides that the fake version saw, and JAX's streams cannot be captured in a CUDA graph.
 _tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides", "cudagraph_unsafe")
          if hasattr(torch.Tag, name)]
 _RANDOM = [torch.Tag.nondeterministic_seeded]

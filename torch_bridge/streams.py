@@ -1,9 +1,9 @@
-"""torch's current stream, the streams that were, and events: what order and lifetimes on a GPU are made of.
+"""torch's current stream, its earlier current streams, and events: what orders work and ends lifetimes on a GPU.
 
-torch's own look-up of the current stream takes 6 us of a call that has 200, and an event made, recorded and destroyed
-for each use took 30 (docs/notes/torch_bridge.md). So streams are looked up by their number, and events are used again.
+torch's own look-up of the current stream takes 6 us of a call of 200, and making, recording and destroying an event for
+each use took 30 us (docs/notes/torch_bridge.md). So streams are looked up by their number, and events are reused.
 
-State is changed by single operations of `dict` and `deque`, which are atomic: deleters come here, on any thread.
+State is changed by single operations of `dict` and `deque`, which are atomic, because deleters use it on any thread.
 """
 
 import collections
@@ -20,9 +20,10 @@ _events: dict[int, collections.deque[torch.cuda.Event]] = collections.defaultdic
 
 
 def current(index: int) -> torch.cuda.Stream:
-    """torch's current stream on a device; not to be called during a capture. One that torch made is known from now on.
+    """torch's current stream on a device; not to be called during CUDA graph capture. `known` lists it from now on, if
+    torch made it.
 
-    Those live as long as the process; a stream made outside (`ExternalStream`) may end at any time.
+    torch's streams live as long as the process; one made outside (`ExternalStream`) may be destroyed at any time.
     """
     number = _number(index)
     stream = _streams[index].get(number)
@@ -34,7 +35,7 @@ def current(index: int) -> torch.cuda.Stream:
 
 
 def is_known(index: int) -> bool:
-    """Whether the current stream on a device is one of `known`; asks nothing of CUDA."""
+    """Whether the current stream on a device is one of `known`; does not call CUDA."""
     return _number(index) in _streams[index]
 
 
@@ -44,7 +45,7 @@ def known(index: int) -> tuple[torch.cuda.Stream, ...]:
 
 
 def record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event at the end of what a stream now holds. It is given back with `recycle` when nobody asks it any more."""
+    """Records an event after what the stream now holds. Give it back with `recycle` when it is no longer needed."""
     try:
         event = _events[stream.device_index].pop()
     except IndexError:
@@ -54,5 +55,5 @@ def record(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def recycle(index: int, event: torch.cuda.Event) -> None:
-    """Lets `record` use an event again. Streams that were told to wait for it still wait for what it stood for."""
+    """Lets `record` reuse an event. Streams that already wait for it still wait for what it was recorded after."""
     _events[index].append(event)

@@ -1,12 +1,12 @@
-"""GPU memory of torch as JAX arrays that own nothing, kept for later calls on the same memory.
+"""torch's GPU memory as JAX arrays that do not own it, kept for later calls on the same memory.
 
-To import an array, and to use one that it has not met before, costs the runtime several times what the use of a known
-one does (docs/notes/torch_bridge.md). A view is an address with a shape and a dtype, hence the same for every tensor
-that ever lies there, so it is made once and kept:
+Importing an array, and using it for the first time, costs the runtime several times as much as using a known one
+(docs/notes/torch_bridge.md). A view is an address with a shape and a dtype, the same for every tensor that is ever
+stored there, so it is made once and kept:
 
     of      a kept view; its reader must be ordered after torch's stream by other means
     after   a new view whose readers wait, on the GPU, for what torch's current stream holds now
-    ready   `of` where that stream has nothing left to do, or else `after`
+    ready   `of` if that stream is idle, else `after`
 
 A view keeps no memory alive, so whoever passes one to a computation holds the tensor until torch's current stream waits
 for the computation (`exchange._run`); from then on a reuse of the memory comes after it. Nothing else reads a view.
@@ -54,16 +54,16 @@ def of(tensor: torch.Tensor, where: JaxDevice) -> Array:
 def after(tensor: torch.Tensor, where: JaxDevice) -> Array:
     """A new view of a dense GPU tensor; what reads it waits for torch's current stream on that device."""
     view = compat.from_dlpack(_Producer(tensor, streams.current(_index(tensor))), where)
-    # Released only when the computation that reads it has long begun, so that the release has nothing to wait for.
+    # Held until the computation that reads it has long since begun, so that releasing it does not wait.
     _recent.setdefault(tensor.device, collections.deque(maxlen=_IN_FLIGHT)).append(view)
     return view
 
 
 def ready(tensor: torch.Tensor, where: JaxDevice) -> Array:
-    """A view that may be read, by what is passed it, once torch's current stream has done what it holds now.
+    """A view whose readers run after everything that torch's current stream holds now.
 
-    A call that finds the stream at rest needs no order: all that torch has ever queued there is over. That is so
-    wherever the host is what limits, hence where its time matters, and the question is far cheaper than an order.
+    If the stream is idle, no order is needed: everything that torch queued there has finished. That is the case
+    whenever the host is the bottleneck, so where host time matters, and asking is far cheaper than an event.
     """
     return (of if streams.current(_index(tensor)).query() else after)(tensor, where)
 
@@ -129,7 +129,7 @@ def _capsule(tensor: torch.Tensor) -> object:
 
 @functools.lru_cache(maxsize=_MAX_VIEWS)
 def _block(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bytes:
-    """The block without its addresses. No strides: dense."""
+    """The DLManagedTensor of a dense tensor, with its shape, but without addresses."""
     code, bits = _DTYPES[dtype]
     deleter = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p).value
     return struct.pack("=QiiiBBHQQQQQ", 0, _CUDA, device.index or 0, len(shape), code, bits, 1, 0, 0, 0, 0, deleter) + (

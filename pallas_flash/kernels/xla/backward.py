@@ -1,7 +1,7 @@
 """Backward: for each key tile, over the query tiles that its mask needs, five products (FlashAttention-2, Dao, 2023).
 
 With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS K; dK = dS^T Q. Tiles run one after the
-other, so the sums have one order and the gradients are the same bits on every run.
+other, so the order of the sums is fixed and the gradients are bit-equal on every run.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
 
 
 _Sums = tuple[Array, Array, Array, Array | None]
-"""Of gradients, dbias the last."""
+"""Running sums of gradients, dbias last."""
 
 
 class _Saved(NamedTuple):

@@ -1,5 +1,5 @@
-"""What the XLA forward and backward share: operands cut into tiles, the scores of a tile, products that nothing leaks
-through.
+"""What the XLA forward and backward share: operands cut into tiles, the scores of a tile, products through which
+masked NaN does not leak.
 
 Heads are split into (kv_heads, group), so that GQA needs no repeated keys. Subscripts: b batch, k key head, g query
 head of the group, q and s positions of query and key, d and v dims. Statistics and scores are always "bkgq" and
@@ -167,8 +167,8 @@ def split_q_heads(x: Array, spec: AttentionSpec) -> Array:
 def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Problem:
     """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads.
 
-    Queries and keys pass a barrier: of constants of a program XLA would multiply some while it compiles, summed up
-    another way, and scores would not be the same in both directions (`softmax`).
+    Queries and keys pass a barrier: if they are constants, XLA would multiply some of them at compile time with another
+    order of summation, and scores would differ between forward and backward (`softmax`).
     """
     q, k = jax.lax.optimization_barrier((operands.q, operands.k))
     axis = spec.layout.index("L")
@@ -190,7 +190,7 @@ _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf
 
 
 def masked_product(problem: Problem, subscripts: str, weights: Array, keep: Array | None, values: Array) -> Array:
-    """A product in which NaN and infinity of `values` reach only the pairs of `keep`.
+    """A product in which NaN and infinity in `values` reach only the pairs of `keep`.
 
     `weights` are 0 where not kept, but 0 * inf is NaN: the finite part is multiplied, and what is not finite is
     counted for each result over the kept pairs only. Costs a second product, on tiles that need a mask.
