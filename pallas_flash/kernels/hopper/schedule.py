@@ -115,6 +115,7 @@ class KvSchedule:
       apart: tiles that need a mask, or exact exponents, have exponentials of their own, so that no branch stands
         between the exponents and the exponentials of the others.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
+      num_sms: the SMs of the device.
     """
 
     block_q: int = 64
@@ -130,6 +131,7 @@ class KvSchedule:
     opaque: bool = True
     apart: bool = False
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     @property
     def block_kv(self) -> int:
@@ -151,12 +153,13 @@ class SplitSchedule:
     Attributes:
       num_stages: slots of the ring of query and dout tiles (64 queries each).
       p_slots: slots of the buffer through which P goes.
-      section_bytes: see `KvSchedule`.
+      section_bytes, num_sms: see `KvSchedule`.
     """
 
     num_stages: int = 2
     p_slots: int = 2
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     block_q = 64
     block_kv = ROWS_PER_WARPGROUP
@@ -181,6 +184,7 @@ class DqSchedule:
       pinned: see `KvSchedule`.
       opaque: queries and douts are indexed through `ptx.opaque`.
       section_bytes: bytes of keys and values of the heads that are worked on at a time.
+      num_sms: the SMs of the device.
     """
 
     block_kv: int = 64
@@ -191,6 +195,7 @@ class DqSchedule:
     pinned: bool = True
     opaque: bool = True
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     @property
     def block_q(self) -> int:
