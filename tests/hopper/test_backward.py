@@ -291,14 +291,15 @@ def test_a_bad_key_leaves_keys_of_other_queries_alone(name, options):
         np.testing.assert_allclose(x, expected, rtol=0.02, atol=0.02 * np.abs(expected).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["fused", "two", "split"])
+@pytest.mark.parametrize("name", ["fused", "fused-own-window-bhld", "two", "split", "split-d192-d128-gqa"])
 def test_idle_queries_are_not_looked_at(name):
-    """NaN in queries that attend to nothing."""
+    """NaN in queries that attend to nothing, and in their dout."""
     schedule, problem = problem_of(name)
     problem = dataclasses.replace(problem, mask=masks.Causal(-30), q_len=100, kv_len=100)
     operands, (dout, dlse), budget, saved = truth(problem)
-    operands = jax.tree.map(jnp.asarray, operands._replace(q=np.where(
-        (np.arange(100) < 30)[:, None, None], np.asarray(np.nan, operands.q.dtype), operands.q)))
+    idle = np.expand_dims(np.arange(100) < 30, (1, 2) if problem.layout == "BLHD" else 1)
+    q, dout = (np.where(idle, np.asarray(np.nan, x.dtype), x) for x in (operands.q, dout))
+    operands = jax.tree.map(jnp.asarray, operands._replace(q=q))
     found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
