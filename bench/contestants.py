@@ -181,8 +181,8 @@ def _named(direction: str, results: Any) -> dict[str, Any]:
 def _our_schedule(name: str, problem: Problem, direction: str) -> str:
     """The schedules of the passes that run, forward first."""
     passes = dict(zip(("forward", "backward"), dispatch.get(name).schedules or (), strict=False))
-    return "; ".join(str(pkgutil.resolve_name(schedules.default)(problem.spec())) for pass_, schedules in passes.items()
-                     if direction in (pass_, "both"))
+    return "; ".join(str(pkgutil.resolve_name(schedules.default)(problem.spec(), device.current()))
+                     for pass_, schedules in passes.items() if direction in (pass_, "both"))
 
 
 def _ours(name: str) -> JaxContestant:

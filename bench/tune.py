@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import pkgutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -77,7 +76,7 @@ def vary(schedule: Any, changes: dict[str, Any]) -> Any:
 def candidates(target: Target, crossed: list[str]) -> list[Any]:
     """The default, and every legal schedule that differs from it in the crossed fields, or in any one field if none."""
     schedules, spec, grid = target.schedules, target.problem.spec(), GRIDS[target.kernel]
-    start = pkgutil.resolve_name(schedules.default)(spec)
+    start = pkgutil.resolve_name(schedules.default)(spec, device.current())
     unknown = [name for name in crossed if name not in grid]
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}; the fields of {target.kernel} are {', '.join(grid)}")
@@ -95,14 +94,12 @@ def candidates(target: Target, crossed: list[str]) -> list[Any]:
 @contextlib.contextmanager
 def scheduled(target: Target, schedule: Any) -> Iterator[None]:
     """Makes `schedule` the default of a pass, for every problem; what was traced with another one is forgotten."""
-    default = pkgutil.resolve_name(target.schedules.default)
-    module, name = sys.modules[default.__module__], default.__name__
-    setattr(module, name, lambda *args, **kwargs: schedule)
+    assume = pkgutil.resolve_name(target.schedules.assume or "")
     jax.clear_caches()
     try:
-        yield
+        with assume(schedule):
+            yield
     finally:
-        setattr(module, name, default)
         jax.clear_caches()
 
 

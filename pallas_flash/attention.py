@@ -105,18 +105,12 @@ def flash_attention(
     The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691).
     """
     forks.require_no_fork("flash_attention")
-    problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
-                       q_lengths=q_lengths, kv_lengths=kv_lengths)
-    spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
-                        deterministic=deterministic)
-    where = problem.where(spec, dropout_rng)
-    decision = dispatch.decide(spec, where, implementation)
-    seed = arguments.dropout_seed(spec, dropout_rng)
-    operands = problem.operands(seed)
-    _check_shards(operands)
-    out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
-    if problem.inputs.unbatched:
-        out, lse = out[0], None if lse is None else lse[0]
+    inputs = _Inputs.of(query, key, value, layout)
+    spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
+                       deterministic=deterministic)
+    problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+                       kv_lengths=kv_lengths)
+    out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse)
 
 
@@ -134,11 +128,12 @@ def explain(
     Only shapes, dtypes and the device count, which is found as for `flash_attention`: arrays may be
     `jax.ShapeDtypeStruct`s. Nothing is computed.
     """
-    problem = _problem(_Inputs.of(query, key, value, layout), mask=mask, bias=bias, segment_ids=segment_ids,
-                       q_lengths=q_lengths, kv_lengths=kv_lengths)
-    spec = problem.spec(scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
-                        deterministic=deterministic)
-    return dispatch.explain(spec, problem.where(spec, dropout_rng), implementation)
+    inputs = _Inputs.of(query, key, value, layout)
+    spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
+                       deterministic=deterministic)
+    problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+                       kv_lengths=kv_lengths)
+    return dispatch.explain(problem.spec, problem.where(dropout_rng), implementation)
 
 
 @overload
@@ -203,28 +198,28 @@ def dot_product_attention(
     forks.require_no_fork("dot_product_attention")
     errors.require_bool("is_causal", is_causal)
     errors.require_bool("return_residual", return_residual)
-    shapes = _Inputs.of(query, key, value, "BLHD").spec
+    inputs = _Inputs.of(query, key, value, "BLHD")
+    spec = inputs.spec("BLHD", scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_residual,
+                       deterministic=False)
     rule: masks.Mask = masks.Causal() if is_causal else masks.Full()
     if local_window_size is not None:
         rule = rule & masks.Window(*arguments.window_sides(local_window_size))
     if mask is not None:
-        attend = arguments.fitted("mask", mask, arguments.score_axes(shapes))
+        attend = arguments.fitted("mask", mask, arguments.score_axes(spec))
         rule = rule & masks.Dense(arguments.boolean("mask", attend))
     rule = rule & arguments.in_bounds(
-        shapes, query_seq_lengths, key_value_seq_lengths, names=("query_seq_lengths", "key_value_seq_lengths"))
-    found = flash_attention(
-        query, key, value, mask=rule, bias=bias, segment_ids=segment_ids, scale=scale, softcap=softcap,
-        dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_lse=return_residual, implementation=implementation)
-    return (found[0], found[1].swapaxes(-1, -2)) if return_residual else found
+        spec, query_seq_lengths, key_value_seq_lengths, names=("query_seq_lengths", "key_value_seq_lengths"))
+    problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=None, kv_lengths=None)
+    out, lse = problem.attend(dropout_rng, implementation)
+    return out if lse is None else (out, lse.swapaxes(-1, -2))
 
 
 class _Inputs(NamedTuple):
-    """query, key and value with four axes, the spec that they alone make, and whether a batch axis was added."""
+    """query, key and value with four axes, and whether a batch axis was added."""
 
     q: Shaped
     k: Shaped
     v: Shaped
-    spec: AttentionSpec
     unbatched: bool
 
     @classmethod
@@ -241,7 +236,13 @@ class _Inputs(NamedTuple):
                                      f"{name}.shape={tuple(x.shape)}, query.shape={tuple(arrays['query'].shape)}",
                                      "give all of query, key and value a batch axis, or none")
         q, k, v = (arguments.reshape(x, (1, *x.shape)) if unbatched else x for x in arrays.values())
-        return cls(q, k, v, AttentionSpec.of(q, k, v, layout=layout), unbatched)
+        return cls(q, k, v, unbatched)
+
+    def spec(self, layout: Layout, *, scale: float | None, softcap: float | None, dropout_rate: float,
+             return_lse: bool, deterministic: bool) -> AttentionSpec:
+        """The spec without a mask or a bias: what these are checked against."""
+        return AttentionSpec.of(self.q, self.k, self.v, layout=layout, scale=scale, softcap=softcap,
+                                dropout_rate=dropout_rate, return_lse=return_lse, deterministic=deterministic)
 
 
 class _Problem(NamedTuple):
@@ -250,18 +251,23 @@ class _Problem(NamedTuple):
     inputs: _Inputs
     bias: Shaped | None
     mask: masks.Mask
+    spec: AttentionSpec
 
-    def spec(self, *, scale: float | None, softcap: float | None, dropout_rate: float, return_lse: bool,
-             deterministic: bool) -> AttentionSpec:
-        inputs = self.inputs
-        return AttentionSpec.of(
-            inputs.q, inputs.k, inputs.v, layout=inputs.spec.layout, mask=self.mask, bias=self.bias, scale=scale,
-            softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse, deterministic=deterministic)
+    def attend(self, dropout_rng: Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+        """(out, lse) by the implementation that dispatch chooses; lse is None if the spec does not ask for it."""
+        spec, where = self.spec, self.where(dropout_rng)
+        decision = dispatch.decide(spec, where, implementation)
+        operands = self.operands(arguments.dropout_seed(spec, dropout_rng))
+        _check_shards(operands)
+        out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
+        if self.inputs.unbatched:
+            return out[0], None if lse is None else lse[0]
+        return out, lse
 
-    def where(self, spec: AttentionSpec, dropout_rng: object) -> device.Device:
+    def where(self, dropout_rng: object) -> device.Device:
         """Where the call runs: a dropout key that is used counts like the other arrays."""
         q, k, v, *_ = self.inputs
-        return device.current((q, k, v, self.bias, self.mask, dropout_rng if spec.dropout_rate else None))
+        return device.current((q, k, v, self.bias, self.mask, dropout_rng if self.spec.dropout_rate else None))
 
     def operands(self, dropout_seed: jax.Array | None) -> Operands:
         """As JAX arrays; raises where one has a shape and no values."""
@@ -272,13 +278,14 @@ class _Problem(NamedTuple):
             dropout_seed=dropout_seed)
 
 
-def _problem(inputs: _Inputs, *, mask: object, bias: object, segment_ids: object, q_lengths: object,
-             kv_lengths: object) -> _Problem:
-    rule = masks.checked(mask) & arguments.in_bounds(inputs.spec, q_lengths, kv_lengths)
+def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object, segment_ids: object,
+             q_lengths: object, kv_lengths: object) -> _Problem:
+    rule = masks.checked(mask) & arguments.in_bounds(spec, q_lengths, kv_lengths)
     if segment_ids is not None:
-        rule = rule & arguments.segments(inputs.spec, segment_ids)
-    fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(inputs.spec))
-    return _Problem(inputs, fitted, rule.canonical())
+        rule = rule & arguments.segments(spec, segment_ids)
+    fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(spec))
+    rule = rule.canonical()
+    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted))
 
 
 def _require_values(name: str, x: object) -> None:

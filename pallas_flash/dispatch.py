@@ -24,9 +24,11 @@ class Schedules(NamedTuple):
     """Where the schedules of one pass come from, for benchmarks: functions written "module:name"."""
 
     default: str
-    """(spec) -> the schedule that runs."""
+    """(spec, device) -> the schedule that runs."""
     reasons_against: str | None = None
     """(spec, schedule, smem_bytes) -> the reasons why another cannot run; None: none but the default is offered."""
+    assume: str | None = None
+    """(schedule) -> a context in which it is the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,11 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("hopper", "Mosaic GPU kernels for sm_90a", hopper.why_not, True, False,
                    ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls"),
                    (Schedules("pallas_flash.kernels.hopper.defaults:default_forward",
-                              "pallas_flash.kernels.hopper.rules:reasons_against"),
+                              "pallas_flash.kernels.hopper.rules:reasons_against",
+                              "pallas_flash.kernels.hopper.defaults:assume"),
                     Schedules("pallas_flash.kernels.hopper.defaults:default_backward",
-                              "pallas_flash.kernels.hopper.rules:reasons_against"))),
+                              "pallas_flash.kernels.hopper.rules:reasons_against",
+                              "pallas_flash.kernels.hopper.defaults:assume"))),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),

@@ -155,17 +155,21 @@ class AttentionSpec:
         _check_numbers(softcap, scale, dropout_rate)
         errors.require_bool("return_lse", return_lse)
         errors.require_bool("deterministic", deterministic)
-        mask = masks.checked(mask).canonical()
-        lengths = {"q": q_len, "kv": kv_len}
-        _check_mask_arrays(mask, batch, q_heads, lengths)
-        if bias is not None:
-            _check_bias(bias, (batch, q_heads, q_len, kv_len))
-        return cls(
+        spec = cls(
             layout=layout, dtype=np.dtype(q.dtype), batch=batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len,
-            kv_len=kv_len, d=d, d_v=d_v, mask=mask.with_placeholders(),
-            bias=None if bias is None else ArrayField.of(bias), softcap=None if softcap is None else float(softcap),
+            kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None,
+            softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
             dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic))
+        return spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
+
+    def masked(self, mask: masks.Mask, bias: Shaped | None) -> "AttentionSpec":
+        """This spec with a canonical mask and a bias; raises as `of` does."""
+        _check_mask_arrays(mask, self.batch, self.q_heads, {"q": self.q_len, "kv": self.kv_len})
+        if bias is not None:
+            _check_bias(bias, (self.batch, self.q_heads, self.q_len, self.kv_len))
+        return dataclasses.replace(self, mask=mask.with_placeholders(),
+                                   bias=None if bias is None else ArrayField.of(bias))
 
     @property
     def group(self) -> int:

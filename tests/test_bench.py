@@ -104,6 +104,7 @@ def test_masks_that_other_libraries_can_say(mask, expected):
 
 
 @pytest.mark.parametrize(("name", "direction"), [(c.name, d) for c in contestants.OURS for d in DIRECTIONS])
+@pytest.mark.usefixtures("h100")
 def test_a_record_names_the_schedules_that_run(name, direction):
     ours = next(c for c in contestants.OURS if c.name == name)
     parts = ours.schedule(problems.find("causal-d128-s2048"), direction).split("; ")
@@ -550,9 +551,9 @@ def target(kernel, name="causal-d128-s2048"):
 @pytest.mark.usefixtures("h100")
 def test_candidates_are_legal_and_start_with_the_default(kernel):
     tuned = target(kernel)
-    default, reasons_against = (pkgutil.resolve_name(name) for name in tuned.schedules)
+    default, reasons_against, _ = (pkgutil.resolve_name(name) for name in tuned.schedules)
     found = tune.candidates(tuned, [])
-    assert found[0] == default(tuned.problem.spec())
+    assert found[0] == default(tuned.problem.spec(), device.H100)
     assert len(found) > 5 and len(set(found)) == len(found)
     assert all(not reasons_against(tuned.problem.spec(), schedule, 232_448) for schedule in found)
 
@@ -568,7 +569,7 @@ def test_crossed_fields_are_combined():
 def test_a_schedule_is_the_default_only_while_it_is_tried(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need theirs
     tuned = target("forward")
-    default = lambda: pkgutil.resolve_name(tuned.schedules.default)(tuned.problem.spec())
+    default = lambda: pkgutil.resolve_name(tuned.schedules.default)(tuned.problem.spec(), device.H100)
     original = default()
     other = tune.vary(original, {"num_stages": original.num_stages + 1})
     with tune.scheduled(tuned, other):

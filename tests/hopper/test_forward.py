@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
-from pallas_flash import masks, reference
+from pallas_flash import device, masks, reference
 from pallas_flash.kernels.hopper import defaults, launches, rules
 from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -113,7 +113,8 @@ def recompute_nothing(block, tile, rows):
 
 
 def run(case, spec, q, k, v):
-    schedule = dataclasses.replace(defaults.default_forward(spec), **(dict(num_blocks=2, maxima=0) | case.schedule))
+    default = defaults.default_forward(spec, device.H100)
+    schedule = dataclasses.replace(default, **(dict(num_blocks=2, maxima=0) | case.schedule))
     assert rules.reasons_against(spec, schedule, 232_448) == []
     with interpreted(detect_races=True):
         out, stats = launches.forward(spec, schedule)(q, k, v)

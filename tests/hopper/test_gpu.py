@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -288,14 +289,14 @@ def test_a_bad_value_reaches_only_the_queries_that_attend_to_it(d):
 
 def legal_schedules(kernel: str, problem: Problem, count: int) -> list[Any]:
     """The default with few blocks, so that each has many tiles, and random legal schedules."""
-    module, default, rules = tune._home(kernel)
-    start, rng = getattr(module, default)(problem.spec()), np.random.default_rng(problem.d)
+    default, reasons_against, _ = map(pkgutil.resolve_name, tune.Target("hopper", kernel, problem).schedules)
+    start, rng = default(problem.spec(), device.H100), np.random.default_rng(problem.d)
     found = [tune.vary(start, {"num_blocks": 2}) or start]
     for _ in range(100_000):
         schedule = start
         for name, values in {**tune.GRIDS[kernel], "num_blocks": (1, 5, 132)}.items():
             schedule = tune.vary(schedule, {name: values[rng.integers(len(values))]}) or schedule
-        if not getattr(module, rules)(problem.spec(), schedule, device.H100.smem_bytes):
+        if not reasons_against(problem.spec(), schedule, device.H100.smem_bytes):
             found.append(schedule)
         if len(found) == count:
             break
@@ -309,7 +310,7 @@ def test_every_schedule_agrees_with_the_oracle(direction, d):
     case = case_of(problem_of("ragged, with masked and full tiles", d, q_len=700, kv_len=650))
     budget, wrong = budget_of(case), {}
     for schedule in legal_schedules(direction, case.problem, SCHEDULES_TRIED):
-        with tune.scheduled(direction, schedule):
+        with tune.scheduled(tune.Target("hopper", direction, case.problem), schedule):
             shares = used(budget, jax.jit(ours(direction, case))(*case.arrays))
         if max(shares.values()) > 1:
             wrong[str(schedule)] = shares

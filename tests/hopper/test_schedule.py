@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_flash import masks
+from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import defaults, memory, rules, scratch, work
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
@@ -49,7 +49,7 @@ def test_table_has_every_tile_once(schedule, shape):
 
 def test_blocks_share_the_work_evenly():
     spec = make_spec(16384, 16384, d=128, batch=1, heads=(16, 16))
-    schedule = defaults.default_forward(spec)
+    schedule = defaults.default_forward(spec, device.H100)
     table = work.forward_table(spec, schedule)
     index = np.where(table >= 0, table, 0) % work.q_tiles(spec, schedule)
     lo, hi = work.loaded_tiles(work.worst_case(spec, schedule), spec, schedule, index)
@@ -113,10 +113,10 @@ class Asked(masks.Mask):
 def test_masks_are_asked_about_intervals_that_are_not_empty(length, d, deterministic):
     """Regression: of 65 queries in a tile of 128, those of the second warpgroup were [128, 65)."""
     spec = dataclasses.replace(make_spec(length, length, Asked(40, length), d=d), deterministic=deterministic)
-    for schedule in (defaults.default_forward(spec), *SCHEDULES):
+    for schedule in (defaults.default_forward(spec, device.H100), *SCHEDULES):
         work.steps(spec, schedule)
         work.forward_table(spec, schedule)
-    chosen = defaults.default_backward(spec)
+    chosen = defaults.default_backward(spec, device.H100)
     assert rules.reasons_against(spec, chosen, H100_SMEM) == []
     work.kv_work(spec, chosen.kv)
     work.may_have_idle_queries(spec)
@@ -162,7 +162,7 @@ def test_rows_past_the_end_change_no_schedule():
 @pytest.mark.parametrize("d_v", (8, 64, 72, 128, 192, 256))
 def test_default_is_legal(d, d_v):
     spec = make_spec(1000, 1000, d=d, d_v=d_v)
-    assert rules.reasons_against(spec, defaults.default_forward(spec), H100_SMEM) == []
+    assert rules.reasons_against(spec, defaults.default_forward(spec, device.H100), H100_SMEM) == []
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -170,7 +170,7 @@ def test_default_is_legal(d, d_v):
     (dict(num_stages=8), "bytes of shared memory"), (dict(block_kv=256), "registers")])
 def test_illegal_schedules_say_why(change, reason):
     spec = make_spec(1000, 1000, d=128)
-    schedule = dataclasses.replace(defaults.default_forward(spec), **change)
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), **change)
     assert any(reason in against for against in rules.reasons_against(spec, schedule, H100_SMEM))
 
 
@@ -179,20 +179,20 @@ def test_illegal_schedules_say_why(change, reason):
     (2048, masks.Full(), 16), (2100, masks.Full(), 32)])
 @pytest.mark.parametrize("d", (64, 128, 256))
 def test_sections_are_small_where_little_is_shared_or_all(d, length, mask, mebibytes):
-    assert defaults.default_forward(make_spec(length, length, mask, d=d)).section_bytes == mebibytes << 20
+    assert defaults.default_forward(make_spec(length, length, mask, d=d), device.H100).section_bytes == mebibytes << 20
 
 
 @pytest.mark.parametrize(("d", "d_v", "block_kv", "maxima"), [
     (64, 64, 128, 2), (128, 128, 128, 2), (192, 128, 128, 2), (136, 40, 128, 2), (192, 192, 96, 0), (128, 192, 96, 0),
     (256, 256, 64, 0)])
 def test_wide_heads_have_smaller_key_tiles(d, d_v, block_kv, maxima):
-    schedule = defaults.default_forward(make_spec(2048, 2048, d=d, d_v=d_v))
+    schedule = defaults.default_forward(make_spec(2048, 2048, d=d, d_v=d_v), device.H100)
     assert (schedule.block_kv, schedule.maxima) == (block_kv, maxima)
 
 
 def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
-    assert defaults.default_forward(make_spec(100, 2048, masks.Causal(1900))).section_bytes == 16 << 20
-    assert defaults.default_forward(make_spec(1000, 2048, masks.Causal(1048))).section_bytes == 32 << 20
+    assert defaults.default_forward(make_spec(100, 2048, masks.Causal(1900)), device.H100).section_bytes == 16 << 20
+    assert defaults.default_forward(make_spec(1000, 2048, masks.Causal(1048)), device.H100).section_bytes == 32 << 20
 
 
 def assert_smem_bytes(described, smem_bytes):
@@ -209,7 +209,7 @@ def assert_smem_bytes(described, smem_bytes):
 @pytest.mark.parametrize("d", (40, 64, 128, 192, 256))
 def test_smem_bytes_is_what_the_forward_allocates(d, change):
     spec = make_spec(500, 500, d=d, d_v=min(d, 128))
-    schedule = dataclasses.replace(defaults.default_forward(spec), **change)
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), **change)
     assert_smem_bytes(memory.forward_memory(spec, schedule), memory.smem_bytes(spec, schedule))
 
 

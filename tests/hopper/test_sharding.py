@@ -17,7 +17,7 @@ from agreement import assert_agree, with_rest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import masks
+from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import defaults, launches
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
@@ -139,7 +139,7 @@ def test_a_shards_spec_is_that_of_its_arrays():
 
 def test_the_kernel_is_lowered_for_a_shard():
     """The partitioner asks for a shard's kernel and gets it; a CPU has no use for it."""
-    build = functools.cache(lambda spec: launches.forward(spec, defaults.default_forward(spec)))
+    build = functools.cache(lambda spec: launches.forward(spec, defaults.default_forward(spec, device.H100)))
     place = NamedSharding(mesh_of(x=2, y=4), P("x", None, "y"))
     q = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=place)
     spec = AttentionSpec.of(q, q, q, mask=masks.Causal())

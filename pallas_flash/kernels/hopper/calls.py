@@ -1,6 +1,7 @@
 """What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -14,27 +15,27 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 __all__ = ["backward", "forward"]
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward_pass(device: Device, spec: AttentionSpec) -> Pass:
-    return launches.forward(spec, defaults.default_forward(spec, device.num_sms))
-
-
-@functools.lru_cache(maxsize=1024)
-def _backward_pass(device: Device, spec: AttentionSpec) -> Pass:
-    del device
-    return launches.backward(spec, defaults.default_backward(spec))
+_forward, _backward = (functools.lru_cache(maxsize=1024)(launch) for launch in (launches.forward, launches.backward))
+"""The same object for the same spec and schedule."""
 
 
 @functools.lru_cache(maxsize=8)
-def _passes_on(device: Device) -> tuple[functools.partial[Pass], functools.partial[Pass]]:
-    return functools.partial(_forward_pass, device), functools.partial(_backward_pass, device)
+def _forward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
+    """The forward of each spec, and the same object for the same device."""
+    return lambda spec: _forward(spec, defaults.default_forward(spec, device))
+
+
+@functools.lru_cache(maxsize=8)
+def _backward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
+    """The backward of each spec, and the same object for the same device."""
+    return lambda spec: _backward(spec, defaults.default_backward(spec, device))
 
 
 @vmappable
 def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32."""
     roles = "query key key -> query row"
-    out, stats = partitioned(_passes_on(device)[0], roles, spec, operands.q, operands.k, operands.v)
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v)
     return Results(out, stats)
 
 
@@ -44,5 +45,5 @@ def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.A
     """Cotangents of q, k and v, in the spec's layout and dtype."""
     roles = "query key key query row query row -> query key key"
     arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
-    dq, dk, dv = partitioned(_passes_on(device)[1], roles, spec, *arrays)
+    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None)

@@ -1,12 +1,15 @@
 """The default schedules: tables by head size, whose rows cite the measurements that put them there."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import device
+from pallas_flash.device import Device
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
@@ -26,22 +29,37 @@ from pallas_flash.kernels.hopper.work import (
 )
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["default_backward", "default_forward"]
+__all__ = ["assume", "default_backward", "default_forward"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
-def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
+_assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
+    "assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
+    """Makes `schedule` the default of its pass, for every spec and device, in this thread: for benchmarks. Programs
+    that JAX keeps have the schedules that they were traced with: call `jax.clear_caches` before and after.
+    """
+    token = _assumed.set(schedule)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
     """Returns the forward's schedule of a spec, from a table by head size.
 
     Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
     (`maxima` and sections too). By analogy: other head sizes up to 192.
-
-    Args:
-      num_sms: the device's streaming multiprocessors: blocks of the grid.
     """
+    if isinstance(assumed := _assumed.get(), ForwardSchedule):
+        return assumed
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
     rows = (
@@ -57,7 +75,7 @@ def default_forward(spec: AttentionSpec, num_sms: int = 132) -> ForwardSchedule:
     # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
-    return dataclasses.replace(schedule, num_blocks=num_sms, maxima=maxima, section_bytes=section_bytes)
+    return dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +105,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     return 2 if 4 * shortest <= longest else 4
 
 
-def default_backward(spec: AttentionSpec) -> BackwardSchedule:
+def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """Returns the backward's schedule of a spec, from a table by head size.
 
     Heads of 64 and 128 take the fused form: `ordered` if gradients are to repeat, and also where that saves more time
@@ -96,11 +114,21 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
 
     Measured: docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25. By analogy: head sizes between the table's.
     """
-    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
-    if widest == spec.d and spec.d in (64, 128):
-        fused = _default_fused(spec, capped)
+    if isinstance(assumed := _assumed.get(), BackwardSchedule):
+        return assumed
+    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128):
+        fused = _default_fused(spec, device)
         if fused is not None:
             return BackwardSchedule(fused)
+    two = _default_two_kernels(spec)
+    assert two.dq is not None
+    return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
+                            dataclasses.replace(two.dq, num_sms=device.num_sms))
+
+
+def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
+    """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
+    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
     if widest <= 64:  # with a soft cap, which takes registers: what spills nothing
         return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
                                 DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
@@ -111,12 +139,13 @@ def default_backward(spec: AttentionSpec) -> BackwardSchedule:
                                                         v_stages=v_stages))
 
 
-def _default_fused(spec: AttentionSpec, capped: bool) -> KvSchedule | None:
+def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     """Returns the fused form for heads of 64 or 128; None if gradients are to repeat and the mask gives no order."""
+    num_sms, capped = device.num_sms, spec.softcap is not None
     if spec.d == 64:
-        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False)
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
     else:  # unpinned it would spill with a soft cap
-        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True)
+        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
     ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
@@ -143,5 +172,5 @@ def _is_worth_waiting(spec: AttentionSpec, ordered: KvSchedule, plain: KvSchedul
     """
     needed = every_q_range(spec, ordered)
     steps = (needed.stop - needed.start).sum() * spec.batch * spec.q_heads
-    return (spec.kv_len <= 2048 and bool(steps >= 2 * needed.start.size * device.H100.num_sms)
+    return (spec.kv_len <= 2048 and bool(steps >= 2 * needed.start.size * plain.num_sms)
             and makespan(spec, ordered) <= _WORTH * makespan(spec, plain))

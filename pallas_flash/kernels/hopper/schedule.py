@@ -115,6 +115,9 @@ class KeySchedule(Hashable, Protocol):
     def section_bytes(self) -> int: ...
 
     @property
+    def num_sms(self) -> int: ...
+
+    @property
     def makes_dq(self) -> bool:
         """Whether it is a kernel of dq, too: the fused form."""
 
@@ -151,6 +154,7 @@ class KvSchedule:
       apart: tiles that need a mask, or exact exponents, have exponentials of their own, so that no branch stands
         between the exponents and the exponentials of the others.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
+      num_sms: the SMs of the device.
     """
 
     block_q: int = 64
@@ -166,6 +170,7 @@ class KvSchedule:
     opaque: bool = True
     apart: bool = False
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     @property
     def block_kv(self) -> int:
@@ -191,12 +196,13 @@ class SplitSchedule:
     Attributes:
       num_stages: slots of the ring of query and dout tiles (64 queries each).
       p_slots: slots of the buffer through which P goes.
-      section_bytes: see `KvSchedule`.
+      section_bytes, num_sms: see `KvSchedule`.
     """
 
     num_stages: int = 2
     p_slots: int = 2
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     # What every KeySchedule says, and is fixed here.
     block_q: ClassVar[int] = 64
@@ -221,6 +227,7 @@ class DqSchedule:
       pinned: see `KvSchedule`.
       opaque: queries and douts are indexed through `ptx.opaque`.
       section_bytes: bytes of keys and values of the heads that are worked on at a time.
+      num_sms: the SMs of the device.
     """
 
     block_kv: int = 64
@@ -231,6 +238,7 @@ class DqSchedule:
     pinned: bool = True
     opaque: bool = True
     section_bytes: int = 32 << 20
+    num_sms: int = 132
 
     @property
     def block_q(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import device, masks, tiles
+from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
@@ -236,9 +236,9 @@ def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np
     return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
 
 
-def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, section_bytes: int) -> Work:
+def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, s: _BackwardPart) -> Work:
     """The blocks of a kernel in sections of about `section_bytes`."""
-    return scheduling.work(heads, ranges, section_bytes // max(head_bytes, 1), device.H100.num_sms)
+    return scheduling.work(heads, ranges, s.section_bytes // max(head_bytes, 1), s.num_sms)
 
 
 @functools.lru_cache(maxsize=256)
@@ -251,7 +251,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     """
     needed = every_q_range(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
-    work = _work(spec.batch * spec.kv_heads, needed, head_bytes, s.section_bytes)
+    work = _work(spec.batch * spec.kv_heads, needed, head_bytes, s)
     if not (isinstance(s, KvSchedule) and s.ordered):
         return work
     length = needed.stop - needed.start
@@ -262,7 +262,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
 def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
-    return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s.section_bytes)
+    return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)
 
 
 def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,
@@ -291,4 +291,4 @@ def makespan(spec: AttentionSpec, s: KvSchedule) -> float:
     """The number of steps until the last block has ended (`scheduling.makespan`)."""
     needed = every_q_range(spec, s)
     costs = (needed.stop - needed.start) * spec.group + _BLOCK_STEPS
-    return scheduling.makespan(kv_work(spec, s), costs, device.H100.num_sms)
+    return scheduling.makespan(kv_work(spec, s), costs, s.num_sms)

@@ -1,1 +1,1 @@
-"""The backward: `gradients` runs the kernels of the others in their order."""
+"""The kernels of the backward; `launches` says in which order they run."""
