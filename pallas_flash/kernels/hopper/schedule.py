@@ -35,6 +35,11 @@ def chunks(dim: int) -> int:
     return tiles.cdiv(dim, CHUNK)
 
 
+def _two_roles(warpgroups: int) -> tuple[int, int]:
+    """Registers a thread of so many compute warpgroups, and of one that loads: 65,536 a block at most."""
+    return (160, 32) if warpgroups == 3 else (240, 24)
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardSchedule:
     """The forward kernel's schedule: one block for each SM takes tile after tile.
@@ -89,8 +94,8 @@ class ForwardSchedule:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers a thread of the compute warpgroups and of the loading one; 65,536 in all."""
-        return (160, 32) if self.warpgroups == 3 else (240, 24)
+        """Registers a thread of the compute warpgroups and of the loading one."""
+        return _two_roles(self.warpgroups)
 
 
 class KeySchedule(Hashable, Protocol):
@@ -185,7 +190,7 @@ class KvSchedule:
         """Registers a thread of the compute warpgroups, of the one of dq if there is one, and of the loading one."""
         if self.dq == "own":
             return (208, 72, 24) if self.warpgroups == 2 else (144, 56, 24)
-        return (160, 32) if self.warpgroups == 3 else (240, 24)
+        return _two_roles(self.warpgroups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +252,7 @@ class DqSchedule:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
-        return (160, 32) if self.warpgroups == 3 else (240, 24)
+        return _two_roles(self.warpgroups)
 
 
 @dataclasses.dataclass(frozen=True)

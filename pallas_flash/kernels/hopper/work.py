@@ -145,8 +145,12 @@ def every_row_block(spec: AttentionSpec, schedule: ForwardSchedule) -> tiles.Til
     """`row_tiles` of every block of 64 rows: (query tiles * warpgroups,) each."""
     q_tile = np.repeat(np.arange(q_tiles(spec, schedule)), schedule.warpgroups)
     warpgroup = np.arange(q_tile.size) % schedule.warpgroups
-    needed = row_tiles(worst_case(spec, schedule), spec, schedule, q_tile, warpgroup)
-    return tiles.TileRange(*(np.broadcast_to(x, q_tile.shape) for x in needed))
+    return _for_each(q_tile, row_tiles(worst_case(spec, schedule), spec, schedule, q_tile, warpgroup))
+
+
+def _for_each(tile: np.ndarray, needed: tiles.TileRange[Positions]) -> tiles.TileRange[np.ndarray]:
+    """Ranges with a number for each tile, also where the mask gives one for all."""
+    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), tile.shape) for x in needed))
 
 
 class Steps(NamedTuple):
@@ -225,15 +229,13 @@ def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Po
 def every_q_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`q_range` of every key tile: (key tiles,) each."""
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
-    needed = q_range(worst_case(spec, s), spec, s, kv_tile)
-    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), kv_tile.shape) for x in needed))
+    return _for_each(kv_tile, q_range(worst_case(spec, s), spec, s, kv_tile))
 
 
 def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np.ndarray]:
     """`kv_range` of every query tile: (query tiles,) each."""
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
-    needed = kv_range(worst_case(spec, s), spec, s, q_tile)
-    return tiles.TileRange(*(np.broadcast_to(np.asarray(x), q_tile.shape) for x in needed))
+    return _for_each(q_tile, kv_range(worst_case(spec, s), spec, s, q_tile))
 
 
 def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, s: _BackwardPart) -> Work:
