@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+from torch.utils.dlpack import from_dlpack
 
-from pallas_flash import autodiff, compat, device, dispatch, forks, masks
+from pallas_flash import autodiff, device, dispatch, forks, masks
 from pallas_flash import spec as specs
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Layout
 from torch_bridge import context, lifetime, streams, strides, views
@@ -212,21 +212,6 @@ def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
 
 
-class _OnCpu:
-    """A CPU tensor as DLPack's protocol wants it; unlike `torch.Tensor.__dlpack__` also if it requires grad."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-    def __dlpack__(self, **_: object) -> object:
-        return to_dlpack(self.tensor)
-
-
 def _sharable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its memory can be shared as it is, or else a copy."""
     if tensor.is_neg():
@@ -258,9 +243,9 @@ def _shared(layout: Layout, q_like: Sequence[torch.Tensor],
 
 
 def _arrays(tensors: Sequence[torch.Tensor], where: jax.Device) -> list[jax.Array]:
-    """JAX arrays of tensors from `_shared`. On a GPU they own nothing, and the first comes after torch's stream."""
+    """JAX arrays of tensors from `_shared`. They own nothing; on a GPU, the first comes after torch's stream."""
     if where.platform == "cpu":
-        return [compat.from_dlpack(_OnCpu(tensor), where) for tensor in tensors]
+        return [views.new(tensor, where) for tensor in tensors]
     first, *rest = tensors
     return [views.ready(first, where), *(views.of(tensor, where) for tensor in rest)]
 
@@ -278,11 +263,19 @@ def _run(plan: Plan, function: Callable[..., list[jax.Array]], q_like: Sequence[
     try:
         with _precision(query):  # also for the import: JAX 0.12's would round float64
             results = function(*_arrays(tensors, plan.device), *known)
+        if query.is_cpu:
+            jax.block_until_ready(results)
         return _tensors(results, query, num_kept)  # `tensors`, copies among them, live until torch's stream waits
-    except BaseException:
+    except BaseException as error:
         if query.is_cuda:  # torch's stream does not wait then, and the computation may have begun
             torch.cuda.synchronize(query.device)
+        elif not isinstance(error, Exception):  # an interrupt, during which the computation may go on
+            _interrupted.append(tensors)
         raise
+
+
+_interrupted: list[list[torch.Tensor]] = []
+"""CPU tensors that JAX may still read: nothing can be asked whether it does."""
 
 
 def _check_place(query: torch.Tensor) -> None:

@@ -1,15 +1,18 @@
-"""torch's GPU memory as JAX arrays that do not own it, kept for later calls on the same memory.
+"""torch's memory as JAX arrays that do not own it; on a GPU kept for later calls on the same memory.
 
-Importing an array, and using it for the first time, costs the runtime several times as much as using a known one
-(docs/notes/torch_bridge.md). A view is an address with a shape and a dtype, the same for every tensor that is ever
-stored there, so it is made once and kept:
-
+    new     a view of a CPU tensor
     of      a kept view; its reader must be ordered after torch's stream by other means
     after   a new view whose readers wait, on the GPU, for what torch's current stream holds now
     ready   `of` if that stream is idle, else `after`
 
-A view keeps no memory alive, so whoever passes one to a computation holds the tensor until torch's current stream waits
-for the computation (`exchange._run`); from then on a reuse of the memory comes after it. Nothing else reads a view.
+A view is an address with a shape and a dtype, the same for every tensor that is ever stored there. Importing an array,
+and using it for the first time, costs the runtime several times as much as using a known one
+(docs/notes/torch_bridge.md), so `of` makes it once.
+
+A view keeps no memory alive, so whoever passes one to a computation holds the tensor until torch's current stream, or
+on a CPU the host, waits for the computation (`exchange._run`); from then on a reuse of the memory comes after it.
+Nothing else reads a view. An array that owned its tensor would release it on a thread of JAX's, which needs Python's
+lock for that: where Python has begun to exit, the process aborts.
 """
 
 import collections
@@ -25,12 +28,12 @@ from pallas_flash.arrays import Array
 from pallas_flash.compat import JaxDevice
 from torch_bridge import streams
 
-__all__ = ["after", "kept_views", "of", "ready"]
+__all__ = ["after", "kept_views", "new", "of", "ready"]
 
 _MAX_VIEWS = 4096
 _IN_FLIGHT = 32  # computations that JAX lets the host run ahead of a GPU
 
-_CUDA = 2  # DLPack's number
+_DEVICES = {"cpu": 1, "cuda": 2}  # DLPack's numbers
 _DTYPES = {  # DLPack's (code, bits)
     torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64),
     torch.bool: (6, 8), torch.int32: (0, 32),
@@ -40,6 +43,11 @@ _kept: dict[tuple[int, torch.Size, torch.dtype, torch.device], Array] = {}
 _recent: dict[torch.device, collections.deque[Array]] = {}
 
 
+def new(tensor: torch.Tensor, where: JaxDevice) -> Array:
+    """A view of a dense CPU tensor, or of a GPU's whose reader is ordered after torch's stream by other means."""
+    return compat.from_dlpack(_Producer(tensor, None), where, is_ordered=False)
+
+
 def of(tensor: torch.Tensor, where: JaxDevice) -> Array:
     """The view of a dense GPU tensor on `where`, JAX's device for it; made at the first call and kept."""
     name = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device)
@@ -47,7 +55,7 @@ def of(tensor: torch.Tensor, where: JaxDevice) -> Array:
     if view is None or view.is_deleted():  # a user can delete any array that `jax.live_arrays()` lists
         if len(_kept) >= _MAX_VIEWS:
             _kept.clear()
-        view = _kept[name] = compat.from_dlpack(_Producer(tensor, None), where, is_ordered=False)
+        view = _kept[name] = new(tensor, where)
     return view
 
 
@@ -74,7 +82,7 @@ def kept_views() -> int:
 
 
 class _Producer:
-    """A dense GPU tensor as DLPack's protocol wants it, without ownership."""
+    """A dense tensor as DLPack's protocol wants it, without ownership."""
 
     __slots__ = ("stream", "tensor")
 
@@ -82,7 +90,7 @@ class _Producer:
         self.tensor, self.stream = tensor, stream
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _CUDA, _index(self.tensor)
+        return _DEVICES[self.tensor.device.type], _index(self.tensor)
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         if self.stream is not None:
@@ -132,7 +140,8 @@ def _block(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bytes
     """The DLManagedTensor of a dense tensor, with its shape, but without addresses."""
     code, bits = _DTYPES[dtype]
     deleter = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p).value
-    return struct.pack("=QiiiBBHQQQQQ", 0, _CUDA, device.index or 0, len(shape), code, bits, 1, 0, 0, 0, 0, deleter) + (
+    where = (_DEVICES[device.type], device.index or 0)
+    return struct.pack("=QiiiBBHQQQQQ", 0, *where, len(shape), code, bits, 1, 0, 0, 0, 0, deleter) + (
         struct.pack(f"={len(shape)}q", *shape))
 
 
