@@ -55,7 +55,7 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
     def run(operands: Operands) -> Results[Array]:
         if spec.is_empty:
             nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-            return Results(out=jnp.zeros(spec.out_shape, spec.dtype),
+            return Results(out=jnp.zeros(spec.out_shape, spec.result_dtype),
                            stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
         with _on(where):
             return dispatch.get(name).forward(spec, operands)
@@ -84,7 +84,7 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
         if finite:
             stats = jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats)
         if spec.is_empty:
-            return operands.differentiable.gradients(jnp.zeros_like)
+            return operands.differentiable.gradients(lambda x: jnp.zeros_like(x, spec.gradient_dtype(x.dtype)))
         with _on(where):
             return dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
     return sharding.automatic(run, sharding.gradient_places(operands), operands, results, cotangents)
