@@ -6,14 +6,13 @@ cut so. The devices then hold equal parts, one after the other, of a reordered a
 """
 
 import operator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import arguments, compat, errors, sharding
+from pallas_flash import arguments, errors, sharding
 
 __all__ = ["LOAD_BALANCES", "LoadBalance", "positions", "reorder"]
 
@@ -53,11 +52,12 @@ def reorder[A: (np.ndarray, jax.Array)](
         raise errors.invalid("axis must be one of x", f"axis={axis}, x.shape={x.shape}", "pass that of the sequence")
     errors.require_bool("inverse", inverse)
     axis %= x.ndim
-    order = _Order.of(n, x.shape[axis], load_balance, cu_seqlens)
+    starts = _boundaries(n, x.shape[axis], load_balance, cu_seqlens)
     if load_balance is None:
         return x
-    pieces = np.argsort(order.pieces, axis=None) if inverse else order.pieces.reshape(-1)
-    cut = (*x.shape[:axis], len(pieces), order.size, *x.shape[axis + 1:])
+    pieces, size = _pieces(n, starts)
+    pieces = np.argsort(pieces) if inverse else pieces
+    cut = (*x.shape[:axis], len(pieces), size, *x.shape[axis + 1:])
     if isinstance(x, np.ndarray):
         return np.take(x.reshape(cut), pieces, axis=axis).reshape(x.shape)
     take = lambda x: jnp.take(x.reshape(cut), pieces, axis=axis, unique_indices=True).reshape(x.shape)
@@ -82,7 +82,9 @@ def positions(
     Args:
       axis_name: the axis of the mesh over which the sequence is cut.
       length: the number of rows of each device.
-      load_balance, cu_seqlens: as in `reorder`; cu_seqlens is that of the whole row.
+      load_balance, cu_seqlens: as in `reorder`; cu_seqlens is that of the whole row. It may be traced, so that one
+        program serves all batches: repeat its last number to fill it up to a fixed number of documents. What it holds
+        is then not checked.
 
     Raises:
       ValueError: outside of `shard_map` over `axis_name`, or for lengths that do not divide, as in `reorder`.
@@ -92,54 +94,47 @@ def positions(
     except NameError as error:
         raise errors.invalid("positions must be called inside shard_map over axis_name", f"{axis_name=} and no such "
                              "axis here", "elsewhere, use reorder(np.arange(S), n, axis=0)") from error
-    order = _Order.of(n, n * operator.index(length), load_balance, cu_seqlens)
-    starts = jnp.asarray(order.pieces * order.size, jnp.int32)[device]
-    return (starts[:, None] + jnp.arange(order.size, dtype=jnp.int32)[None]).reshape(length)
+    rows = jnp.arange(operator.index(length), dtype=jnp.int32)
+    if isinstance(cu_seqlens, jax.core.Tracer) and load_balance == "zigzag_documents":
+        starts = cu_seqlens.astype(jnp.int32)
+    else:
+        starts = jnp.asarray(_boundaries(n, n * length, load_balance, cu_seqlens), jnp.int32)
+    if load_balance is None:
+        return device * length + rows
+    document = jnp.searchsorted(starts // n, rows, side="right") - 1
+    start, piece = starts[document], (starts[document + 1] - starts[document]) // (2 * n)
+    inside = rows - start // n  # its two pieces of this document, one after the other
+    return start + jnp.where(inside < piece, device * piece, (2 * n - 2 - device) * piece) + inside
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The reordered sequence as pieces of `size` rows of the original one; `pieces` (n, pieces of a device) numbers
-    them.
-    """
-
-    pieces: np.ndarray
-    size: int
-
-    @classmethod
-    def of(cls, n: int, length: int, load_balance: LoadBalance, cu_seqlens: object) -> "_Order":
-        if operator.index(n) < 1:
-            raise errors.invalid("n must be at least 1", f"{n=}", "pass the number of devices along the sequence")
-        if load_balance not in LOAD_BALANCES:
-            raise errors.invalid('load_balance must be "zigzag", "zigzag_documents" or None', f"{load_balance=}",
-                                 "pass one of these")
-        starts = _boundaries(length, load_balance, cu_seqlens)
-        cuts = n if load_balance is None else 2 * n
-        lengths = np.diff(starts)
-        for i in np.flatnonzero(lengths % cuts)[:1]:
-            raise _does_not_divide(n, cuts, starts, int(i), load_balance)
-        size = max(1, int(np.gcd.reduce(lengths // cuts)))
-        held = np.arange(cuts).reshape(n, -1)
-        if load_balance is not None:
-            held = np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], axis=1)
-        of_documents = [start // size + (held[:, :, None] * count + np.arange(count)).reshape(n, -1)
-                        for start, count in zip(starts, lengths // cuts // size)]
-        return cls(np.concatenate(of_documents, axis=1), size)
+def _boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Any) -> np.ndarray:
+    """Where the documents begin and end, from 0 to length; one document unless they are balanced. All are checked."""
+    if operator.index(n) < 1:
+        raise errors.invalid("n must be at least 1", f"{n=}", "pass the number of devices along the sequence")
+    if load_balance not in LOAD_BALANCES:
+        raise errors.invalid('load_balance must be "zigzag", "zigzag_documents" or None', f"{load_balance=}",
+                             "pass one of these")
+    starts = np.array([0, length])
+    if load_balance == "zigzag_documents":
+        starts = _documents(length, cu_seqlens)
+    elif cu_seqlens is not None:
+        raise errors.invalid('cu_seqlens goes with load_balance="zigzag_documents"', f"{load_balance=}",
+                             "leave cu_seqlens out, or balance the documents")
+    name, cuts = ("n", n) if load_balance is None else ("2 n", 2 * n)
+    lengths = np.diff(starts)
+    for i in np.flatnonzero(lengths % cuts)[:1]:
+        what = f"document {i}" if load_balance == "zigzag_documents" else "the sequence"
+        raise errors.invalid(f"the length of {what} must divide by {name} = {cuts} for {load_balance=} and {n=}",
+                             f"length {lengths[i]}", f"pad it to {-(-lengths[i] // cuts) * cuts}")
+    return starts
 
 
-def _boundaries(length: int, load_balance: LoadBalance, cu_seqlens: object) -> np.ndarray:
-    """Where the documents begin and end, from 0 to length; one document unless they are balanced."""
-    if load_balance != "zigzag_documents":
-        if cu_seqlens is not None:
-            raise errors.invalid('cu_seqlens goes with load_balance="zigzag_documents"', f"{load_balance=}",
-                                 "leave cu_seqlens out, or balance the documents")
-        return np.array([0, length])
-    known = cu_seqlens if not isinstance(cu_seqlens, jax.Array) else compat.concrete(cu_seqlens)
-    if known is None:
+def _documents(length: int, cu_seqlens: Any) -> np.ndarray:
+    if cu_seqlens is None or isinstance(cu_seqlens, jax.core.Tracer):
         raise errors.invalid('cu_seqlens must be on the host for load_balance="zigzag_documents"',
                              "None" if cu_seqlens is None else "a traced array",
-                             "pass a NumPy array or a list: which rows a device holds is fixed when a program is made")
-    starts = np.asarray(known)
+                             "pass a list or a NumPy array, where batches are made")
+    starts = np.asarray(cu_seqlens)
     if starts.ndim != 1 or len(starts) < 2 or starts.dtype.kind not in "iu":
         raise errors.invalid("cu_seqlens must be integers (documents + 1,)", f"{cu_seqlens=}",
                              "pass the first row of each document, and the length")
@@ -150,9 +145,11 @@ def _boundaries(length: int, load_balance: LoadBalance, cu_seqlens: object) -> n
     return starts
 
 
-def _does_not_divide(n: int, cuts: int, starts: np.ndarray, i: int, load_balance: LoadBalance) -> ValueError:
-    length = int(starts[i + 1] - starts[i])
-    what = f"the length of document {i}" if load_balance == "zigzag_documents" else "the length of the sequence"
-    return errors.invalid(f"{what} must divide by {'n' if cuts == n else '2 n'} = {cuts} for {load_balance=} and {n=}",
-                          f"length {length}", f"pad it to {-(-length // cuts) * cuts}")
-
+def _pieces(n: int, starts: np.ndarray) -> tuple[np.ndarray, int]:
+    """The reordered sequence as pieces of the original one: their numbers there, and the rows of each."""
+    halves = np.diff(starts) // (2 * n)  # rows of each of a device's two pieces of a document
+    size = max(1, int(np.gcd.reduce(halves)))
+    held = np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], axis=1)[:, :, None]
+    of_documents = [start // size + (held * count + np.arange(count)).reshape(n, -1)
+                    for start, count in zip(starts, halves // size)]
+    return np.concatenate(of_documents, axis=1).reshape(-1), size

@@ -86,6 +86,16 @@ def test_positions_are_those_of_the_rows_a_device_holds(case, n):
     np.testing.assert_array_equal(found, pf.reorder(np.arange(104), n, axis=0, **CASES[case]))
 
 
+def test_positions_of_boundaries_that_differ_from_batch_to_batch():
+    local = functools.partial(pf.positions, "sequence", 26, load_balance="zigzag_documents")
+    traced = jax.jit(jax.shard_map(lambda starts: local(cu_seqlens=starts), mesh=make_mesh(4), in_specs=P(),
+                                   out_specs=P("sequence")))
+    for starts in (DOCUMENTS, [0, 104, 104, 104, 104]):
+        wanted = pf.reorder(np.arange(104), 4, axis=0, load_balance="zigzag_documents", cu_seqlens=starts)
+        np.testing.assert_array_equal(traced(np.array(starts)), wanted)
+    assert traced._cache_size() == 1
+
+
 def test_positions_in_their_documents_by_the_formula_of_the_docstring():
     starts, rows = jnp.asarray(DOCUMENTS), pf.reorder(np.arange(104), 4, axis=0, **CASES["documents"])
     in_document = rows - starts[jnp.searchsorted(starts, rows, side="right") - 1]
