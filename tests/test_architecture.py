@@ -16,9 +16,10 @@ SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/*
 FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
     "arrays": set(), "arithmetic": set(),
-    "": {"attention", "autodiff", "errors", "mask_check", "masks", "spec"},
+    "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
+    "context_parallel": {"arguments", "sharding", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
