@@ -34,6 +34,7 @@ ARROWS = {
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},
+    "context_parallel": {"context_parallel", "device", "errors"},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
