@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/*
 
 FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
-    "arrays": set(),
+    "arrays": set(), "arithmetic": set(),
     "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
@@ -25,7 +25,7 @@ ARROWS = {
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
     "mask_fields": {"errors"},
-    "masks": {"errors", "mask_fields"},
+    "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
@@ -34,6 +34,7 @@ ARROWS = {
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},
+    "context_parallel": {"context_parallel", "device", "errors"},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
@@ -91,7 +92,7 @@ def ours(source):
 
 def allowed(module, target):
     """Whether a module of pallas_flash, named by its path in the package, may import another."""
-    if target[0] == "arrays":  # words for annotations
+    if target[0] in ("arithmetic", "arrays"):  # words for annotations; positions
         return module[0] != "errors"
     if module[0] == "testing":
         return target[0] != "kernels"
