@@ -1,18 +1,15 @@
 """How a model's attention is spread over a sequence's devices, as one value."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from pallas_flash import errors
+from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance
 
-__all__ = ["STRATEGIES", "ContextParallel", "Strategy"]
-
-Strategy = Literal["ring", "all_gather", "all_to_all"] | None
-"""How keys and values reach the queries of other devices; None: the one that the model of costs prefers."""
-STRATEGIES = ("ring", "all_gather", "all_to_all", None)
+__all__ = ["ContextParallel"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,13 @@ class ContextParallel:
     """
 
     axis_name: str
-    strategy: Strategy = None
+    strategy: Strategy | None = None
     load_balance: LoadBalance = "zigzag"
     mesh: Mesh | AbstractMesh | None = None
     spec: PartitionSpec | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("strategy", STRATEGIES), ("load_balance", LOAD_BALANCES)):
+        for name, known in (("strategy", (*get_args(Strategy), None)), ("load_balance", LOAD_BALANCES)):
             if (given := getattr(self, name)) not in known:
                 raise errors.invalid(f"{name} must be {', '.join(map(repr, known[:-1]))} or None", f"{name}={given!r}",
                                      "pass one of these")
