@@ -71,7 +71,7 @@ class RingPasses(NamedTuple):
         return Results(out=replace_rows(state.out, out, start, 1), stats=replace_rows(state.stats, merged, start, 3))
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        acc, size = self.shards.spec.acc_dtype, self.shards.chunking.chunk_len
+        acc = self.shards.spec.acc_dtype
 
         def zeros(x: Array) -> Array:
             return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)
