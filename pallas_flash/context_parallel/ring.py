@@ -19,7 +19,14 @@ from pallas_flash.context_parallel.plan import Call, Step
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["RingPasses"]
+__all__ = ["RingPasses", "attend"]
+
+
+def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
+    """(out, lse) of a device's shards, differentiable."""
+    out, stats = autodiff.differentiable(RingPasses(shards), operands)
+    lse = stats[:, :, 0]
+    return out, lse if operands.bias is None else lse + lax.stop_gradient(stats[:, :, 2])
 
 
 class RingPasses(NamedTuple):
