@@ -52,6 +52,7 @@ MANY_PARAMETERS = {
     "pallas_flash/flax.py": {"__call__"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
     "torch_bridge/explanation.py": {"explain"},
+    "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
     # bodies of kernels: a parameter is an array
     "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},

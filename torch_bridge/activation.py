@@ -61,7 +61,7 @@ def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: flo
     pass equal lengths.
     """
     return Numbers(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
-                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled())
+                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,

@@ -81,7 +81,7 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
 
 def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
     query, key, value, mask, bias, _ = operands
-    causal_offset, scale, dropout_p, deterministic = numbers
+    causal_offset, scale, dropout_p, deterministic, partial = numbers
     layout = _layout(query, key, value)
     rule: masks.Mask = masks.Full() if causal_offset is None else masks.Causal(int(causal_offset))
     if mask is not None:
@@ -90,7 +90,7 @@ def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
         spec = AttentionSpec.of(
             *(_abstract(_in_layout(x, layout)) for x in (query, key, value)), layout=layout, mask=rule,
             bias=None if bias is None else _abstract(bias), scale=scale, dropout_rate=dropout_p,
-            deterministic=deterministic)
+            deterministic=deterministic, partial=partial)
     where = jax_device(query.device)
     decision = dispatch.decide(spec, device.of(where))
     name = decision.implementation.name

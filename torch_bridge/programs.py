@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import autodiff
+from pallas_flash import autodiff, softmax
 from pallas_flash import spec as specs
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients
 from torch_bridge.arguments import PerArray
@@ -73,12 +73,21 @@ def backward(spec: AttentionSpec, name: str, where: jax.Device) -> Variants[Give
         operands, out = _operands(spec, arrays), next(arrays)
         dout = next(arrays) if given.has_dout else jnp.zeros_like(out)
         dstats = next(arrays) if given.has_dstats else None
-        results = specs.Results(out=out, stats=next(arrays))
+        stats = _whole_stats(spec, next(arrays))
+        results = specs.Results(out=out.astype(spec.dtype), stats=stats)
         cotangents = specs.Results(
-            out=dout, stats=jnp.zeros_like(results.stats) if dstats is None else dstats)
+            out=dout.astype(spec.dtype), stats=jnp.zeros_like(stats) if dstats is None else dstats)
         grads = _per_array(autodiff.backward(spec, name, operands, results, cotangents))
         return [grad for grad, needed in zip(grads, given.needs, strict=True) if needed and grad is not None]
     return Variants(gradients, where)
+
+
+def _whole_stats(spec: AttentionSpec, stats: jax.Array) -> jax.Array:
+    """The statistics of rows, of which lse alone may be known."""
+    if stats.shape == spec.stats_shape:
+        return stats
+    assert spec.bias is None, "lse is that of the scores, and statistics are those of the anchored scores"
+    return jnp.stack(softmax.from_lse(stats, softmax.unit(spec.scale, spec.softcap)), axis=2)
 
 
 def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:

@@ -184,7 +184,7 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(exchange, "_MAX_PLANS", 3)
     for length in range(1, 6):
         x = torch.randn(1, 1, 4, 4).expand(length, -1, -1, -1).contiguous()
-        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False))
+        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False, False))
     assert len(exchange._plans) <= 3
 
 

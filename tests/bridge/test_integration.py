@@ -137,7 +137,7 @@ def problem(kind, dtype=torch.float32):
         bias = torch.randn(1, 4, 1, 7, dtype=dtype, requires_grad=True)
     if kind == "dropout":
         q, seed, dropout = heads_inside(q), torch.tensor([3, -4], dtype=torch.int32), 0.4
-    return [q, k, v, mask, bias, seed, offset, None, dropout, False]
+    return [q, k, v, mask, bias, seed, offset, None, dropout, False, False]
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "dropout"])
