@@ -41,15 +41,18 @@ def by_parts(q, k, v, dout, kind, **keywords):
     return out, sum(dq), torch.cat(dk, 2), torch.cat(dv, 2)
 
 
-@pytest.mark.parametrize("kind, dtype", [*((kind, torch.float64) for kind in MASKS),
-                                         *(("causal", dtype) for dtype in UNIT if dtype != torch.float64)])
-def test_merged_over_the_keys_they_are_those_of_one_call(kind, dtype):
+@pytest.mark.parametrize("kind, dtype, device", [
+    *((kind, torch.float64, "cpu") for kind in MASKS),
+    *(("causal", dtype, "cpu") for dtype in UNIT if dtype != torch.float64),
+    *(pytest.param(kind, torch.bfloat16, "cuda", marks=pytest.mark.gpu) for kind in ("full", "causal"))])
+def test_merged_over_the_keys_they_are_those_of_one_call(kind, dtype, device):
     tensors = [x.to(dtype) for x in qkv(Q, KV, KV, dtype=torch.float64)]
     keywords = dict(enable_gqa=True, scale=0.7)
     dout = torch.randn(Q, dtype=torch.float64).to(dtype)
     truth = results(TORCH, [x.detach().double().requires_grad_() for x in tensors], dout, MASKS[kind], **keywords)
     theirs = results(TORCH, [x.detach().requires_grad_() for x in tensors], dout, MASKS[kind], **keywords)
-    ours = [x.to(dtype) for x in by_parts(*(x.detach() for x in tensors), dout, kind, **keywords)]
+    parts = by_parts(*(x.detach().to(device) for x in (*tensors, dout)), kind, **keywords)
+    ours = [x.to("cpu", dtype) for x in parts]
     assert_within_budget(ours, theirs, truth, UNIT[dtype])
     if dtype == torch.float64:
         for a, b in zip(ours, truth, strict=True):
