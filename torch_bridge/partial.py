@@ -23,7 +23,9 @@ def partial_attention(
         logsumexp = torch.logaddexp(logsumexp_a, logsumexp_b)
         out = out_a * exp(logsumexp_a - logsumexp) + out_b * exp(logsumexp_b - logsumexp)
 
-    where a query has a key in either. Both results are differentiable, as those of `scaled_dot_product_attention` are.
+    where a query has a key in either. Both results are differentiable, as that of `scaled_dot_product_attention` is;
+    autograd gives the gradients the dtype of their tensors, so a sum that must not be rounded is one of
+    `partial_attention_backward`.
 
     Args:
       query: (N, Hq, L, E); bfloat16, float16, float32 or float64.
