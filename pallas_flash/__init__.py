@@ -2,6 +2,7 @@
 
 from pallas_flash.attention import dot_product_attention, explain, flash_attention
 from pallas_flash.autodiff import RESIDUAL_NAMES
+from pallas_flash.context_parallel.order import positions, reorder
 from pallas_flash.errors import UnsupportedError
 from pallas_flash.mask_check import check_mask
 from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
@@ -10,5 +11,6 @@ from pallas_flash.spec import AttentionSpec
 __all__ = [
     "RESIDUAL_NAMES", "AttentionSpec", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds",
     "UnsupportedError", "Window", "check_mask", "dot_product_attention", "explain", "flash_attention",
+    "positions", "reorder",
 ]
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ operands, out and the rows' statistics (lse and its rest, `softmax.statistics`);
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
-__all__ = ["RESIDUAL_NAMES", "Target", "attend", "backward", "forward"]
+__all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward"]
 
 RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_stats")
 """What a remat policy keeps to avoid a second forward:
@@ -55,7 +55,7 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
     def run(operands: Operands) -> Results[Array]:
         if spec.is_empty:
             nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-            return Results(out=jnp.zeros(spec.out_shape, spec.dtype),
+            return Results(out=jnp.zeros(spec.out_shape, spec.result_dtype),
                            stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
         with _on(where):
             return dispatch.get(name).forward(spec, operands)
@@ -84,7 +84,7 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
         if finite:
             stats = jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats)
         if spec.is_empty:
-            return operands.differentiable.gradients(jnp.zeros_like)
+            return operands.differentiable.gradients(lambda x: jnp.zeros_like(x, spec.gradient_dtype(x.dtype)))
         with _on(where):
             return dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
     return sharding.automatic(run, sharding.gradient_places(operands), operands, results, cotangents)
@@ -109,6 +109,47 @@ def _check_shape(spec: AttentionSpec, name: str, array: Array | None, wanted: tu
                              "pass the arrays that the spec was made from, and the results of its forward")
 
 
+class Passes(Protocol):
+    """A forward and its backward over the same operands; hashable, since JAX keeps a program for each."""
+
+    @property
+    def name(self) -> str:
+        """The implementation that errors name."""
+
+    def forward(self, operands: Operands) -> Results[Array]:
+        """out, and what the backward needs of each row."""
+
+    def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
+        """The gradients, from what `forward` returned and the cotangents of that."""
+
+
+class _OnOneDevice(NamedTuple):
+    """The passes of an implementation."""
+
+    spec: AttentionSpec
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether results must be finite: `jax_debug_infs` is on, and the caller did not ask for lse, which may be
+        -inf."""
+        return bool(jax.config.jax_debug_infs) and not self.spec.return_lse
+
+    def forward(self, operands: Operands) -> Results[Array]:
+        results: Results[Array] = forward(
+            self.spec, self.name, operands, where=self.target.device, finite=self.is_finite)
+        return results
+
+    def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
+        gradients: Gradients[Array] = backward(self.spec, self.name, operands, results, cotangents,
+                                               where=self.target.device, finite=self.is_finite)
+        return gradients
+
+
 def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
         Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
     """(out, lse), differentiable with respect to q, k, v and bias; lse is None if the spec does not ask for it.
@@ -116,15 +157,18 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
-    operands = sharding.vary_together(operands)
-    if dispatch.get(target.name).differentiates_itself:
-        out, stats = _forward(spec, target, operands)
-    else:
-        differentiable = jax.tree.map(
-            lambda x: _reverse_mode_only(target.name, x) if isinstance(x, jax.core.Tracer) else x,
-            operands.differentiable)
-        out, stats = _attend(spec, target, differentiable, operands.others)
+    operands, passes = sharding.vary_together(operands), _OnOneDevice(spec, target)
+    itself = dispatch.get(target.name).differentiates_itself
+    out, stats = passes.forward(operands) if itself else differentiable(passes, operands)
     return out, _natural(spec, operands, stats) if spec.return_lse else None
+
+
+def differentiable(passes: Passes, operands: Operands) -> Results[Array]:
+    """Runs the forward of `passes`; the derivative is their backward, in reverse mode and of first order alone."""
+    given = jax.tree.map(lambda x: _reverse_mode_only(passes.name, x) if isinstance(x, jax.core.Tracer) else x,
+                         operands.differentiable)
+    results: Results[Array] = _attend(passes, given, operands.others)
+    return results
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -173,40 +217,29 @@ ad.deflinear2(_tangent_p, lambda cotangent, _, name: [cotangent])
 
 
 def _differentiable_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Makes the derivative of `function(spec, target, ...)` our error instead of one from inside a kernel's loops."""
-    once = jax.custom_jvp(function, nondiff_argnums=(0, 1))
+    """Makes the derivative of `function(passes, ...)` our error instead of one from inside a kernel's loops."""
+    once = jax.custom_jvp(function, nondiff_argnums=(0,))
 
     @once.defjvp
-    def _refuse(spec: AttentionSpec, target: Target, primals: object, tangents: object) -> NoReturn:
-        raise _no_derivative(target.name, "derivatives of a derivative")
+    def _refuse(passes: Passes, primals: object, tangents: object) -> NoReturn:
+        raise _no_derivative(passes.name, "derivatives of a derivative")
     return once
 
 
-def _forward(spec: AttentionSpec, target: Target, operands: Operands) -> Results[Array]:
-    results: Results[Array] = forward(spec, target.name, operands, where=target.device, finite=_is_finite(spec))
-    return results
+@_differentiable_once
+def _forward_once(passes: Passes, operands: Operands) -> Results[Array]:
+    return passes.forward(operands)
 
 
-def _backward(spec: AttentionSpec, target: Target, operands: Operands, results: Results[Array],
-              cotangents: Results[Array]) -> Gradients[Array]:
-    gradients: Gradients[Array] = backward(
-        spec, target.name, operands, results, cotangents, where=target.device, finite=_is_finite(spec))
-    return gradients
+@_differentiable_once
+def _backward_once(passes: Passes, operands: Operands, results: Results[Array],
+                   cotangents: Results[Array]) -> Gradients[Array]:
+    return passes.backward(operands, results, cotangents)
 
 
-def _is_finite(spec: AttentionSpec) -> bool:
-    """Whether results must be finite: `jax_debug_infs` is on, and the caller did not ask for lse, which may be -inf."""
-    return bool(jax.config.jax_debug_infs) and not spec.return_lse
-
-
-_forward_once = _differentiable_once(_forward)
-_backward_once = _differentiable_once(_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(spec: AttentionSpec, target: Target, differentiable: Differentiable[Array],
-            others: Others) -> Results[Array]:
-    return _forward(spec, target, Operands.of(differentiable, others))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(passes: Passes, differentiable: Differentiable[Array], others: Others) -> Results[Array]:
+    return passes.forward(Operands.of(differentiable, others))
 
 
 class _Residuals(NamedTuple):
@@ -214,16 +247,16 @@ class _Residuals(NamedTuple):
     results: Results[Array]
 
 
-def _attend_fwd(spec: AttentionSpec, target: Target, differentiable: Differentiable[Array],
+def _attend_fwd(passes: Passes, differentiable: Differentiable[Array],
                 others: Others) -> tuple[Results[Array], _Residuals]:
     operands = Operands.of(differentiable, others)
-    results = Results(*map(checkpoint_name, _forward_once(spec, target, operands), RESIDUAL_NAMES))
+    results = Results(*map(checkpoint_name, _forward_once(passes, operands), RESIDUAL_NAMES))
     return results, _Residuals(operands, results)
 
 
-def _attend_bwd(spec: AttentionSpec, target: Target, residuals: _Residuals,
+def _attend_bwd(passes: Passes, residuals: _Residuals,
                 cotangents: Results[Array]) -> tuple[Differentiable[Array], None]:
-    return _backward_once(spec, target, *residuals, cotangents).as_operands(), None
+    return _backward_once(passes, *residuals, cotangents).as_operands(), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from pallas_flash import errors, forks, masks
+from pallas_flash.arithmetic import Positions
 
 __all__ = ["check_mask"]
 
@@ -87,7 +88,7 @@ def _check_bounds(part: masks.Mask, method: str, keep: np.ndarray) -> None:
         return
     lo, hi = np.array(pairs, np.int32).T
 
-    def ask(part: masks.Mask, lo: masks.Positions, hi: masks.Positions) -> masks.Bounds:
+    def ask(part: masks.Mask, lo: Positions, hi: Positions) -> masks.Bounds:
         bounds: masks.Bounds = getattr(part, method)(lo, hi)
         return bounds
 

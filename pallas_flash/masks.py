@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, overload
 
 import jax
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, mask_fields
+from pallas_flash.arithmetic import Positions, maximum, minimum, where
 from pallas_flash.arrays import Shaped
 from pallas_flash.mask_fields import UNBOUNDED, ArrayField, FieldArray, as_array, is_static, limit, on_host
 
@@ -37,38 +37,6 @@ __all__ = [
     "And", "ArrayField", "Bounds", "Causal", "Dense", "Full", "InBounds", "Mask", "PrefixLM", "SegmentIds", "UNBOUNDED",
     "Window", "check_lengths", "checked", "maximum", "minimum", "over_batch", "where",
 ]
-
-Positions = int | np.ndarray | jax.Array
-"""Positions of queries or keys, plain or traced, and what is computed from them, booleans included."""
-
-
-def _numpy_for(*values: object) -> ModuleType:
-    """numpy for plain numbers, so that tile tables made on the host stay there; jax.numpy as soon as a value is
-    JAX's."""
-    return jnp if any(isinstance(value, jax.Array) for value in values) else np
-
-
-def _are_plain(*values: object) -> bool:
-    return all(isinstance(value, int | np.bool_) for value in values)
-
-
-def maximum(a: Positions, b: Positions) -> Positions:
-    """Elementwise maximum of positions, plain or traced; plain numbers stay plain, without a type of their own."""
-    return max(a, b) if _are_plain(a, b) else _numpy_for(a, b).maximum(a, b)
-
-
-def minimum(a: Positions, b: Positions) -> Positions:
-    """Elementwise minimum of positions, plain or traced."""
-    return min(a, b) if _are_plain(a, b) else _numpy_for(a, b).minimum(a, b)
-
-
-def where(condition: Positions, a: Positions, b: Positions) -> Positions:
-    """Elementwise choice between positions, plain or traced."""
-    if _are_plain(condition, a, b):
-        return a if condition else b
-    chosen: Positions = _numpy_for(condition, a, b).where(condition, a, b)
-    return chosen
-
 
 class Bounds(NamedTuple):
     """Half-open intervals of positions: outside [lo, hi) nothing attends, inside [full_lo, full_hi) everything does."""
@@ -112,6 +80,18 @@ class Mask:
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         """Bounds on the queries, seen from the keys [kv_lo, kv_hi), an interval that is not empty; see `kv_bounds`."""
         return Bounds(0, UNBOUNDED, 0, UNBOUNDED)
+
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> "Mask":
+        """The mask of a part of the sequences: its query 0 and key 0 are those at `q_lo` and `kv_lo` here.
+
+        What attention over several devices asks of a mask. Positions, as in `keep`, may be traced.
+
+        Raises:
+          UnsupportedError: the class does not define it.
+        """
+        raise errors.unsupported(
+            f"{type(self).__name__} for a part of a sequence", ["the class does not define moved(q_lo, kv_lo)"],
+            "define it: the mask whose keep(q, k) is this one's keep(q + q_lo, k + kv_lo)")
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
@@ -273,6 +253,9 @@ class Full(Mask):
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return Bounds(0, 0, UNBOUNDED, UNBOUNDED)
 
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> Mask:
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
@@ -303,6 +286,9 @@ class Window(Mask):
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         first, last = kv_lo - self.offset, kv_hi - 1 - self.offset
         return Bounds(first - self.right, last - self.right, first + self.left + 1, last + self.left + 1)
+
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> Mask:
+        return dataclasses.replace(self, offset=self.offset + q_lo - kv_lo)
 
 
 def Causal(offset: Positions = 0) -> Window:
@@ -337,6 +323,9 @@ class InBounds(Mask):
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return _inside(kv_lo, kv_hi, self.kv_len, self.q_len)
 
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> Mask:
+        return InBounds(maximum(self.q_len - q_lo, 0), maximum(self.kv_len - kv_lo, 0))
+
 
 def check_lengths(name: str, lengths: object) -> None:
     """Raises ValueError for a negative length, if its value is on the host."""
@@ -352,23 +341,28 @@ def _inside(lo: Positions, hi: Positions, length: Positions, other_length: Posit
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Mask):
-    """Bidirectional over the first `prefix` keys, causal after them. `prefix` may be an integer array (batch,)."""
+    """Bidirectional over the first `prefix` keys, causal after them, up to the key at q_pos + offset (see `Window`).
+    Both may be integer arrays (batch,)."""
 
     prefix: Positions
+    offset: Positions = 0
 
     def __post_init__(self) -> None:
         _check_integers(self)
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
-        return (kv_pos < self.prefix) | (kv_pos <= q_pos)
+        return (kv_pos < self.prefix) | (kv_pos <= q_pos + self.offset)
 
     def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
-        return Bounds(0, 0, maximum(self.prefix, q_lo + 1), maximum(self.prefix, q_hi))
+        return Bounds(0, 0, maximum(self.prefix, q_lo + self.offset + 1), maximum(self.prefix, q_hi + self.offset))
 
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
-        lo = where(kv_lo < self.prefix, 0, kv_lo)
-        full_lo = where(kv_hi <= self.prefix, 0, kv_hi - 1)
+        lo = where(kv_lo < self.prefix, 0, kv_lo - self.offset)
+        full_lo = where(kv_hi <= self.prefix, 0, kv_hi - 1 - self.offset)
         return Bounds(lo, full_lo, UNBOUNDED, UNBOUNDED)
+
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> Mask:
+        return PrefixLM(self.prefix - kv_lo, self.offset + q_lo - kv_lo)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,3 +461,6 @@ class And(Mask):
 
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
         return self.a.q_bounds(kv_lo, kv_hi) & self.b.q_bounds(kv_lo, kv_hi)
+
+    def moved(self, q_lo: Positions, kv_lo: Positions) -> Mask:
+        return self.a.moved(q_lo, kv_lo) & self.b.moved(q_lo, kv_lo)

@@ -49,7 +49,7 @@ def _drop(spec: AttentionSpec, seed: Int[Array, "2"] | None, p: Float[Array, "b 
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
-    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input).
+    """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), in `acc_dtype`.
 
     Of the statistics only lse means something here: the backward computes the weights anew.
     """
@@ -66,7 +66,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
                      precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
-    return Results(out=_bhld(out, spec).astype(spec.dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
+    return Results(out=_bhld(out, spec).astype(spec.result_dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
@@ -75,7 +75,10 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     needed.
     """
     del out, stats
-    _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), operands.differentiable)
+    # JAX rounds a cotangent to the dtype of its operand.
+    wide: Differentiable[Array] = jax.tree.map(
+        lambda x: x.astype(spec.gradient_dtype(x.dtype)), operands.differentiable)
+    _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), wide)
     cotangents: Differentiable[Array]
-    (cotangents,) = vjp(Results(dout, dstats))
+    (cotangents,) = vjp(Results(dout.astype(spec.result_dtype), dstats))
     return cotangents.gradients(lambda x: x)

@@ -20,8 +20,8 @@ import numpy as np
 from pallas_flash.arrays import Array
 
 __all__ = [
-    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "probabilities", "reference_point", "rescale", "scores", "statistics",
-    "unit", "update",
+    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "merge", "probabilities", "reference_point", "rescale", "scores",
+    "statistics", "unit", "update",
 ]
 
 LOG2E = math.log2(math.e)
@@ -122,6 +122,34 @@ def statistics(m_i: Array, l_i: Array, unit: float, rounding: Array | float = 0.
     lse = m_i * unit + log_l
     rest = (m_i - reference_point(lse, unit)) + log_l * (1 / unit)
     return jnp.where(nothing, jnp.full_like(l_i, -jnp.inf), lse), jnp.where(nothing, jnp.zeros_like(l_i), rest)
+
+
+def merge(a: Array, b: Array, unit: float) -> tuple[Array, Array, Array]:
+    """The statistics of rows over two sets of keys, and the shares of the two in the result.
+
+    Args:
+      a, b: statistics over each set (`statistics`), lse and its rest in the last axis but one: (..., 2, q).
+      unit: that of the scores.
+
+    Returns:
+      The statistics over both, (..., 2, q), and what to multiply the output over each set with before they are added,
+      (..., q) each: they add up to 1, or are 0 where a row attends to nothing.
+    """
+    lse_a, rest_a, lse_b, rest_b = a[..., 0, :], a[..., 1, :], b[..., 0, :], b[..., 1, :]
+    first = lse_a >= lse_b
+    lse, rest = jnp.where(first, lse_a, lse_b), jnp.where(first, rest_a, rest_b)
+    other_lse, other_rest = jnp.where(first, lse_b, lse_a), jnp.where(first, rest_b, rest_a)
+    nothing = lse == -jnp.inf
+    start = _finite_or_zero(reference_point(lse, unit))
+    below = ((reference_point(other_lse, unit) - start) + (other_rest - rest)) * unit  # as `probabilities` compares
+    ratio = jnp.minimum(jnp.exp(below), 1)
+    log_l = jnp.log1p(ratio)
+    merged = lse + log_l
+    merged_rest = ((start - _finite_or_zero(reference_point(merged, unit))) + rest) + log_l * (1 / unit)
+    large = jnp.where(nothing, 0, 1 / (1 + ratio)).astype(lse.dtype)
+    small = large * ratio
+    stats = jnp.stack([merged, jnp.where(nothing, jnp.zeros_like(rest), merged_rest)], axis=-2)
+    return stats, jnp.where(first, large, small), jnp.where(first, small, large)
 
 
 def probabilities(s: Array, unit: float, lse: Array, rest: Array) -> Array:

@@ -35,7 +35,9 @@ LARGEST_NUMBER = 1e30
 
 
 class Gradients[T](NamedTuple):
-    """Cotangents of the differentiable operands, each in the shape and dtype of its operand; or one T for each."""
+    """Cotangents of the differentiable operands, each in the shape of its operand and in
+    `AttentionSpec.gradient_dtype`; or one T for each.
+    """
 
     dq: T
     dk: T
@@ -100,7 +102,7 @@ class Results[T](NamedTuple):
     """What a forward computes, or the cotangents of it; or one T for each.
 
     Attributes:
-      out: (b t h v), in the layout and dtype of the spec.
+      out: (b t h v), in the spec's layout and `AttentionSpec.result_dtype`.
       stats: (b h 2 t), of each row lse and its rest (`softmax.statistics`), in `AttentionSpec.acc_dtype`.
     """
 
@@ -113,6 +115,10 @@ class AttentionSpec:
     """out = dropout(softmax(softcap(scale * q k^T) + bias, where mask keeps)) v, for arrays of given shapes.
 
     softcap(s) = softcap * tanh(s / softcap). Make one with `AttentionSpec.of`.
+
+    Attributes:
+      partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
+        rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
     """
 
     layout: Layout
@@ -131,11 +137,13 @@ class AttentionSpec:
     dropout_rate: float
     return_lse: bool
     deterministic: bool
+    partial: bool
 
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
            bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
-           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False) -> "AttentionSpec":
+           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False,
+           partial: bool = False) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -145,6 +153,7 @@ class AttentionSpec:
           mask: which pairs attend; None for all.
           bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
           softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
+          return_lse, deterministic, partial: Python booleans.
 
         Raises:
           ValueError: naming the array, what must hold, what was given and what to do.
@@ -155,12 +164,14 @@ class AttentionSpec:
         _check_numbers(softcap, scale, dropout_rate)
         errors.require_bool("return_lse", return_lse)
         errors.require_bool("deterministic", deterministic)
+        errors.require_bool("partial", partial)
         spec = cls(
             layout=layout, dtype=np.dtype(q.dtype), batch=batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len,
             kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None,
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
-            dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic))
+            dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic),
+            partial=bool(partial))
         return spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
 
     def masked(self, mask: masks.Mask, bias: Shaped | None) -> "AttentionSpec":
@@ -180,6 +191,15 @@ class AttentionSpec:
     def acc_dtype(self) -> np.dtype:
         """What scores, softmax and sums are computed in."""
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    @property
+    def result_dtype(self) -> np.dtype:
+        """The dtype of out."""
+        return self.gradient_dtype(self.dtype)
+
+    def gradient_dtype(self, operand: np.dtype) -> np.dtype:
+        """The dtype of the gradient of an operand of a dtype."""
+        return self.acc_dtype if self.partial else operand
 
     @property
     def is_empty(self) -> bool:
@@ -235,7 +255,7 @@ class AttentionSpec:
         extras = [f"bias={'x'.join(map(str, self.bias.shape))}" if self.bias else "",
                   f"softcap={self.softcap:g}" if self.softcap is not None else "",
                   f"dropout_rate={self.dropout_rate:g}" if self.dropout_rate else "",
-                  "deterministic" if self.deterministic else ""]
+                  "deterministic" if self.deterministic else "", "partial" if self.partial else ""]
         return ", ".join([f"AttentionSpec({self.layout} {self.dtype.name}", shape, dim, f"mask={self.mask}",
                           *filter(None, extras)]) + ")"
 

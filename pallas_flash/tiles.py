@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks
-from pallas_flash.masks import Positions
+from pallas_flash.arithmetic import Positions
 
 __all__ = [
     "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "smallest_covering", "sweep",

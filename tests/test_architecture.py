@@ -15,16 +15,17 @@ SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/*
 
 FOUNDATIONS = {"errors", "masks", "spec"}
 ARROWS = {
-    "arrays": set(),
-    "": {"attention", "autodiff", "errors", "mask_check", "masks", "spec"},
+    "arrays": set(), "arithmetic": set(),
+    "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
+    "context_parallel": {"arguments", "sharding", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
     "mask_fields": {"errors"},
-    "masks": {"errors", "mask_fields"},
+    "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "softmax", *FOUNDATIONS},
@@ -91,7 +92,7 @@ def ours(source):
 
 def allowed(module, target):
     """Whether a module of pallas_flash, named by its path in the package, may import another."""
-    if target[0] == "arrays":  # words for annotations
+    if target[0] in ("arithmetic", "arrays"):  # words for annotations; positions
         return module[0] != "errors"
     if module[0] == "testing":
         return target[0] != "kernels"

@@ -1,1 +1,1 @@
-"""Attention over a sequence that is sharded over devices, on JAX's own collectives."""
+"""Attention over sequences that are cut over several devices, on JAX's own collectives."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_flash import check_mask, flash_attention, masks, tiles
+from pallas_flash import UnsupportedError, check_mask, flash_attention, masks, tiles
 from pallas_flash.masks import Bounds, Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
 
 BLOCKS = ((1, 1), (1, 3), (3, 1), (2, 3), (4, 4))
@@ -30,7 +30,8 @@ SKIPPED, PARTIAL, FULL = 0, 1, 2
 WINDOWS = [Window(left, right, offset) for left, right, offset in itertools.product(
     (-2, 0, 1, 3, masks.UNBOUNDED), (-3, -1, 0, 2, masks.UNBOUNDED), (-10, -3, 0, 1, 4, 12)) if -left <= right]
 IN_BOUNDS = [InBounds(q_len, kv_len) for q_len, kv_len in itertools.product((0, 1, 4, 7, masks.UNBOUNDED), repeat=2)]
-PREFIXES = [PrefixLM(prefix) for prefix in (0, 1, 3, 4, 9, 20)]
+PREFIXES = [*(PrefixLM(prefix) for prefix in (0, 1, 3, 4, 9, 20)),
+            *(PrefixLM(*given) for given in itertools.product((0, 3, 9), (-10, -2, 1, 6)))]
 EXACT = [Full(), *WINDOWS, *IN_BOUNDS, *PREFIXES]
 
 
@@ -108,6 +109,21 @@ def test_causal_is_a_window():
     assert Causal() == Window(right=0)
     assert Causal(offset=3).keep(2, 5)
     assert not Causal(offset=3).keep(2, 6)
+
+
+@pytest.mark.parametrize("mask", [
+    *EXACT[::7], *PREFIXES, Causal(2) & InBounds(3, 6), Window(np.array(1), right=np.array(0)) & PrefixLM(4)], ids=str)
+@pytest.mark.parametrize(("q_lo", "kv_lo"), [(0, 0), (3, 0), (0, 2), (5, 4), (2, 7)])
+def test_a_mask_of_a_part(mask, q_lo, kv_lo):
+    q_pos, kv_pos = np.arange(6)[:, None], np.arange(5)[None, :]
+    whole, part = mask.keep(q_pos + q_lo, kv_pos + kv_lo), mask.moved(q_lo, kv_lo)
+    assert np.array_equal(np.asarray(part.keep(q_pos, kv_pos)), np.asarray(whole))
+    assert mask.parts[1:] or is_exact(part, shapes=((5, 5),))
+
+
+def test_a_mask_without_moved_says_what_to_define():
+    with pytest.raises(UnsupportedError, match=r"SegmentIds.*Define it: the mask whose keep\(q, k\)"):
+        SegmentIds(np.zeros(4, int), np.zeros(4, int)).moved(2, 0)
 
 
 # Intersections --------------------------------------------------------------------------------------------------------

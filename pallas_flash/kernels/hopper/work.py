@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks, tiles
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
@@ -23,7 +24,6 @@ from pallas_flash.kernels.hopper.schedule import (
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
 from pallas_flash.kernels.mosaic.types import Index
-from pallas_flash.masks import Positions
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [

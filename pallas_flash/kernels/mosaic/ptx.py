@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Flag, Index
-from pallas_flash.masks import Positions
 
 __all__ = [
     "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved",

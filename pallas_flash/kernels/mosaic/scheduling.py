@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from pallas_flash import tiles
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.types import Index
-from pallas_flash.masks import Positions
 
 __all__ = ["Work", "div", "in_sections", "makespan", "rem", "table", "work"]
 

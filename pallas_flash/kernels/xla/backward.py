@@ -20,7 +20,7 @@ __all__ = ["backward"]
 
 def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
              dstats: Array) -> Gradients[Array]:
-    """Cotangents of the differentiable operands.
+    """Cotangents of the differentiable operands, in `spec.gradient_dtype`.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
@@ -29,7 +29,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     """
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     saved = _saved(problem, out, stats, dout, dstats)
-    acc = spec.acc_dtype
+    acc, result = spec.acc_dtype, spec.result_dtype
 
     def kv_step(kv_tile: Array, carry: _Sums) -> _Sums:
         dq, dk, dv, dbias = carry
@@ -39,14 +39,15 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
         return dq, dk, dv, dbias
 
     dbias = None if problem.bias is None else jnp.zeros(problem.bias.shape, acc)
-    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, spec.dtype),
-             jnp.zeros(problem.v.shape, spec.dtype), dbias)
+    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, result),
+             jnp.zeros(problem.v.shape, result), dbias)
     start = compat.vary_like(start, operands, dout, dstats)
     dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     dk, dv = (jax.lax.slice_in_dim(x, 0, spec.kv_len, axis=spec.layout.index("L")) for x in (dk, dv))
-    dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(spec.dtype)
+    dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(result)
     if operands.bias is not None and dbias is not None:
-        dbias = dbias[tuple(slice(size) for size in operands.bias.shape)].astype(operands.bias.dtype)
+        dbias = dbias[tuple(slice(size) for size in operands.bias.shape)]
+        dbias = dbias.astype(spec.gradient_dtype(operands.bias.dtype))
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=dbias)
 
 

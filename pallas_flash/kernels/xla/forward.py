@@ -13,7 +13,7 @@ __all__ = ["forward"]
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
-    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32 (fp64 for fp64 input)."""
+    """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), in `acc_dtype`."""
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     block_q = problem.schedule.block_q
 
@@ -24,7 +24,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
                 blocks.update_tile(stats, stats_tile, q_tile, block_q, 4))
 
     padded = problem.num_q_tiles * block_q
-    out = jnp.zeros((*problem.q.shape[:-1], spec.d_v), spec.dtype)
+    out = jnp.zeros((*problem.q.shape[:-1], spec.d_v), spec.result_dtype)
     stats = jnp.zeros((spec.batch, spec.kv_heads, spec.group, 2, padded), spec.acc_dtype)
     start = compat.vary_like((out, stats), operands)
     out, stats = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_q_tiles), q_step, start)
