@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["keep", "threefry_2x32"]
+__all__ = ["keep", "moved", "threefry_2x32"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 Integers = int | np.ndarray | Array
+Place = tuple[Integers, Integers, Integers, Integers]
+"""Batch, head, query position and key position: integers or integer arrays that broadcast together."""
 
 
 def _rotate_left(x: Array, distance: int) -> Array:
@@ -32,6 +34,19 @@ def threefry_2x32(key: tuple[Array, Array], counter: tuple[Array, Array], rounds
             turn = i // 4 + 1
             x0, x1 = x0 + words[turn % 3], x1 + words[(turn + 1) % 3] + np.uint32(turn)
     return x0, x1
+
+
+def moved(place: Place, origin: Array | None) -> Place:
+    """A place in a part of a problem, as a place in the whole.
+
+    Args:
+      origin: (4,) int32, the place in the whole where the part begins; None: (0, 0, 0, 0).
+    """
+    if origin is None:
+        return place
+    batch, head, q_pos, kv_pos = (jnp.asarray(x).astype(jnp.uint32) + first
+                                  for x, first in zip(place, origin.astype(jnp.uint32)))
+    return batch, head, q_pos, kv_pos
 
 
 def keep(seed: Array, batch: Integers, head: Integers, q_pos: Integers, kv_pos: Integers, rate: float) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import dropout, masks, softmax
-from pallas_flash.arrays import Array, Bool, Float, Int
+from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -39,11 +39,12 @@ def _scores(spec: AttentionSpec, operands: Operands, q: Array, k: Array, keep: A
     return jnp.where(keep, s, -jnp.inf), unit
 
 
-def _drop(spec: AttentionSpec, seed: Int[Array, "2"] | None, p: Float[Array, "b h t s"]) -> Array:
-    if seed is None:
+def _drop(spec: AttentionSpec, operands: Operands, p: Float[Array, "b h t s"]) -> Array:
+    if operands.dropout_seed is None:
         return p
     batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
-    kept = dropout.keep(seed, batch, head, q_pos, kv_pos, spec.dropout_rate)
+    place = dropout.moved((batch, head, q_pos, kv_pos), operands.dropout_origin)
+    kept = dropout.keep(operands.dropout_seed, *place, spec.dropout_rate)
     nothing = jnp.zeros_like(p)
     return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
 
@@ -63,7 +64,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     row_sum = p.sum(axis=-1, keepdims=True)
     nothing = row_sum == 0
     row_sum = jnp.where(nothing, 1.0, row_sum)
-    out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands.dropout_seed, p / row_sum), v,
+    out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands, p / row_sum), v,
                      precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
     return Results(out=_bhld(out, spec).astype(spec.result_dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))

@@ -72,6 +72,7 @@ class Operands(NamedTuple):
     bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
     dropout_seed: Int[Array, "2"] | None  # uint32
+    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: (0, 0, 0, 0)
 
     @property
     def differentiable(self) -> Differentiable[Array]:
@@ -81,14 +82,14 @@ class Operands(NamedTuple):
     @property
     def others(self) -> "Others":
         """Those that have none."""
-        return Others(mask=self.mask, dropout_seed=self.dropout_seed)
+        return Others(mask=self.mask, dropout_seed=self.dropout_seed, dropout_origin=self.dropout_origin)
 
     @classmethod
     def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
         """The operands again from the two parts."""
         q, k, v, bias = differentiable
-        mask, dropout_seed = others
-        return cls(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=dropout_seed)
+        mask, dropout_seed, dropout_origin = others
+        return cls(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=dropout_seed, dropout_origin=dropout_origin)
 
 
 class Others(NamedTuple):
@@ -96,6 +97,7 @@ class Others(NamedTuple):
 
     mask: masks.Mask
     dropout_seed: Int[Array, "2"] | None
+    dropout_origin: Int[Array, "4"] | None
 
 
 class Results[T](NamedTuple):

@@ -61,7 +61,7 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
 
     s, slope = _scores(spec, q, k, operands.bias, keep)
     p, lse, nothing = _softmax(s)
-    factor = _dropout_factor(spec, operands.dropout_seed, acc)
+    factor = _dropout_factor(spec, operands, acc)
     out = _through(spec, _through(spec, p * factor) @ v)
 
     p = np.exp(s - lse[..., None])  # as a backward has it, which keeps lse alone
@@ -132,12 +132,13 @@ def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return p / row_sum, (row_max + np.log(row_sum))[..., 0], nothing[..., 0]
 
 
-def _dropout_factor(spec: AttentionSpec, seed: Array | None, acc: np.dtype) -> np.ndarray:
+def _dropout_factor(spec: AttentionSpec, operands: Operands, acc: np.dtype) -> np.ndarray:
     """0 or 1 / (1 - rate) for each weight; 1 without dropout."""
-    if seed is None:
+    if operands.dropout_seed is None:
         return np.ones((), acc)
-    grid = np.ogrid[: spec.batch, : spec.q_heads, : spec.q_len, : spec.kv_len]
-    kept = jax.jit(dropout.keep, static_argnums=5)(seed, *grid, spec.dropout_rate)
+    batch, head, q_pos, kv_pos = np.ogrid[: spec.batch, : spec.q_heads, : spec.q_len, : spec.kv_len]
+    place = dropout.moved((batch, head, q_pos, kv_pos), operands.dropout_origin)
+    kept = jax.jit(dropout.keep, static_argnums=5)(operands.dropout_seed, *place, spec.dropout_rate)
     return np.where(kept, 1 / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else 0, 0).astype(acc)
 
 

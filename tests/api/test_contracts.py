@@ -14,7 +14,8 @@ SPEC = problems.find("everything").spec("float32")
 def case():
     zeros = lambda shape: jnp.zeros(shape, jnp.float32)
     results = Results(zeros(SPEC.out_shape), zeros(SPEC.stats_shape))
-    return problems.find("everything").operands("float32"), results, results
+    operands = problems.find("everything").operands("float32")
+    return operands._replace(dropout_origin=np.arange(4, dtype=np.int32)), results, results
 
 
 def test_an_operand_has_a_gradient_or_has_none():
@@ -22,7 +23,8 @@ def test_an_operand_has_a_gradient_or_has_none():
     assert Gradients._fields == tuple(f"d{name}" for name in Differentiable._fields)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "dropout_seed", "out", "stats", "dout", "dstats"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "dropout_seed", "dropout_origin",
+                                  "out", "stats", "dout", "dstats"])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_an_array_of_the_wrong_shape_is_named(implementation, name):
     """Regression: the backward of "xla" took the cotangent of statistics of any shape that broadcast."""

@@ -9,8 +9,9 @@ import pytest
 from agreement import assert_agree, normal
 from jax.extend.random import threefry_2x32 as jax_threefry
 
-from pallas_flash import Causal, dropout, flash_attention
+from pallas_flash import Causal, Full, autodiff, dropout, flash_attention
 from pallas_flash.kernels.xla import schedule
+from pallas_flash.spec import AttentionSpec, Operands, Results
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -185,6 +186,42 @@ def test_rate_1_gradients_come_from_lse_alone(implementation):
     out, vjp = jax.vjp(lse_alone, *map(jnp.asarray, (Q, K, V)))
     wanted = vjp((jnp.zeros_like(out[0]), jnp.asarray(normal(4, *out[1].shape))))
     assert_agree(results(implementation, rate=1.0)[1], wanted)
+
+
+# Parts of a problem ---------------------------------------------------------------------------------------------------
+
+def kept_by(implementation, shape, origin=None):
+    """Which weights of a problem (batch, heads, length, length) count in out, and which in dv: with equal scores and
+    unit vectors as values and as dout, out and dv are the weights that are kept.
+    """
+    batch, heads, length, _ = shape
+    zeros = jnp.zeros((batch, length, heads, 4))
+    unit = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
+    spec = AttentionSpec.of(zeros, zeros, unit, dropout_rate=RATE)
+    seed, origin = jnp.array(SEED, jnp.uint32), None if origin is None else jnp.array(origin, jnp.int32)
+    operands = Operands(q=zeros, k=zeros, v=unit, bias=None, mask=spec.mask, dropout_seed=seed, dropout_origin=origin)
+    found = autodiff.forward(spec, implementation, operands)
+    cotangents = Results(unit, jnp.zeros_like(found.stats))
+    dv = autodiff.backward(spec, implementation, operands, found, cotangents).dv
+    return np.asarray(found.out > 0).transpose(0, 2, 1, 3), np.asarray(dv > 0).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_part_drops_what_the_whole_drops_there(implementation):
+    whole, (out, dv) = keep(SEED, 3, 4, 40, 40, RATE), kept_by(implementation, (2, 2, 13, 13), (1, 2, 5, 26))
+    assert np.array_equal(out, whole[1:3, 2:4, 5:18, 26:39])
+    assert np.array_equal(dv, out)
+
+
+def test_the_whole_begins_at_0():
+    assert np.array_equal(kept_by("xla", (2, 2, 13, 13), (0, 0, 0, 0)), kept_by("xla", (2, 2, 13, 13)))
+
+
+def test_an_origin_needs_dropout():
+    q = jnp.zeros((1, 3, 1, 4))
+    operands = Operands(q, q, q, None, Full(), None, jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"dropout_origin must have shape None .* got dropout_origin.shape=\(4,\)"):
+        autodiff.forward(AttentionSpec.of(q, q, q), "xla", operands)
 
 
 def test_rate_0_needs_no_key_and_changes_nothing():

@@ -42,7 +42,8 @@ class Problem:
     bias: Float[Array, "1|b 1|h 1|q 1|s"] | None
     anchor: Float[Array, "1|b 1|h 1|q 1"] | None  # there is one where there is a bias
     mask: masks.Mask
-    seed: Int[Array, "2"] | None
+    dropout_seed: Int[Array, "2"] | None
+    dropout_origin: Int[Array, "4"] | None
 
     @property
     def unit(self) -> float:
@@ -125,11 +126,12 @@ class Problem:
 
     def _dropped(self, q_pos: Array, kv_pos: Array, dtype: np.dtype) -> Array | None:
         rate = self.spec.dropout_rate
-        if self.seed is None:
+        if self.dropout_seed is None:
             return None
         batch = jnp.arange(self.spec.batch)[:, None, None, None]
         head = jnp.arange(self.spec.q_heads)[:, None, None]
-        kept = self.split_heads(dropout.keep(self.seed, batch, head, q_pos, kv_pos, rate))
+        place = dropout.moved((batch, head, q_pos, kv_pos), self.dropout_origin)
+        kept = self.split_heads(dropout.keep(self.dropout_seed, *place, rate))
         return jnp.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0).astype(dtype)
 
 
@@ -183,7 +185,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
         q=split_q_heads(pad(q, q_len, axis), spec), k=pad(k, kv_len, axis),
         v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor,
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
-        seed=operands.dropout_seed)
+        dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin)
 
 
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
