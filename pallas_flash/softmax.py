@@ -21,7 +21,7 @@ from pallas_flash.arrays import Array
 
 __all__ = [
     "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "merge", "probabilities", "reference_point", "rescale", "scores",
-    "statistics", "unit", "update",
+    "shifted", "statistics", "unit", "update",
 ]
 
 LOG2E = math.log2(math.e)
@@ -122,6 +122,14 @@ def statistics(m_i: Array, l_i: Array, unit: float, rounding: Array | float = 0.
     lse = m_i * unit + log_l
     rest = (m_i - reference_point(lse, unit)) + log_l * (1 / unit)
     return jnp.where(nothing, jnp.full_like(l_i, -jnp.inf), lse), jnp.where(nothing, jnp.zeros_like(l_i), rest)
+
+
+def shifted(stats: Array, by: Array, unit: float) -> Array:
+    """The statistics (..., 2, q) of scores that are larger by `by`, (..., q): natural logarithms."""
+    lse, rest = stats[..., 0, :], stats[..., 1, :]
+    moved = lse + by
+    lost = ((reference_point(lse, unit) + by * (1 / unit)) - reference_point(moved, unit)) + rest
+    return jnp.stack([moved, jnp.where(lse == -jnp.inf, rest, lost)], axis=-2)
 
 
 def merge(a: Array, b: Array, unit: float) -> tuple[Array, Array, Array]:

@@ -19,7 +19,6 @@ ARROWS = {
     "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
-    "context_parallel": {"arguments", "sharding", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
@@ -34,7 +33,8 @@ ARROWS = {
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},
-    "context_parallel": {"context_parallel", "device", "errors"},
+    "context_parallel": {"arguments", "attention", "autodiff", "compat", "context_parallel", "device", "dispatch",
+                         "forks", "sharding", "softmax", *FOUNDATIONS},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""

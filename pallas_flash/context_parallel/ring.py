@@ -1,0 +1,153 @@
+"""Ring attention (Liu et al., "Ring Attention with Blockwise Transformers", 2023): keys travel, queries stay.
+
+Each step is attention of this device's queries over the keys of another device. In the forward the partial results are
+merged by their statistics (`softmax.merge`), as tiles are in FlashAttention. The backward runs each pair with the
+statistics of the whole row, so that its gradients are terms of a sum: those of queries stay, those of keys and values
+travel along with what they belong to. Partial results are not rounded (`AttentionSpec.partial`).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_flash import autodiff, compat, softmax
+from pallas_flash.arrays import Array, Float
+from pallas_flash.context_parallel import hops, plan
+from pallas_flash.context_parallel.hops import Carried, Chosen
+from pallas_flash.context_parallel.plan import Call, Step
+from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
+from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
+
+__all__ = ["RingPasses"]
+
+
+class RingPasses(NamedTuple):
+    """The passes of a ring, over the shards of a device (see `autodiff.Passes`).
+
+    Of the results, stats are (b h 2 t), or with a bias (b h 3 t): lse, its rest, and what both are relative to
+    (`AttentionSpec.anchor`).
+    """
+
+    shards: Shards
+
+    @property
+    def name(self) -> str:
+        return self.shards.implementation or "ring"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return plan.steps(self.shards.static_mask, self.shards.chunking, self.shards.stacks)
+
+    def forward(self, operands: Operands) -> Results[Array]:
+        spec = self.shards.spec
+        nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
+        rows = [nothing, jnp.zeros_like(nothing)]
+        if operands.bias is not None:
+            rows.append(jnp.full_like(nothing, jnp.finfo(nothing.dtype).min))
+        start = Results(out=jnp.zeros(spec.out_shape, spec.acc_dtype), stats=jnp.stack(rows, axis=2))
+
+        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+            spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
+            partial = autodiff.forward(spec, name, problem, where=self.shards.device)
+            state: Results[Array] = carried[0]
+            for pick, out, stats in zip(chosen, *(split(x, len(chosen)) for x in _anchored(spec, problem, partial))):
+                state = self._merged(state, Results(out, stats), pick)
+            return state, carried[1]
+
+        (out, stats), _ = self._around(compute, operands, compat.vary_like(start, operands), [])
+        return Results(out=out.astype(spec.dtype), stats=stats)
+
+    def _merged(self, state: Results[Array], partial: Results[Array], pick: Chosen) -> Results[Array]:
+        """`state` with the partial results of a pair merged into its rows."""
+        (out, stats), rows = partial, partial.out.shape[1]
+        if not isinstance(pick.needed, int):  # 0 * NaN is NaN: what is not needed may be anything
+            out = jnp.where(pick.needed > 0, out, jnp.zeros_like(out))
+            stats = stats.at[:, :, 0].set(jnp.where(pick.needed > 0, stats[:, :, 0], -jnp.inf))
+        start = pick.q_chunk * self.shards.chunking.chunk_len
+        before = Results(out=pick_rows(state.out, start, rows, 1), stats=pick_rows(state.stats, start, rows, 3))
+        merged, old, new = _merged_stats(before.stats, stats, self.shards.unit)
+        out = before.out * _over_dims(old) + out * _over_dims(new)
+        return Results(out=replace_rows(state.out, out, start, 1), stats=replace_rows(state.stats, merged, start, 3))
+
+    def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
+        acc, size = self.shards.spec.acc_dtype, self.shards.chunking.chunk_len
+
+        def zeros(x: Array) -> Array:
+            return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)
+
+        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+            spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
+            (out, stats), (dout, dstats) = (self._rows(x, call, chosen) for x in (results, cotangents))
+            if problem.bias is not None:
+                stats = softmax.shifted(stats[:, :, :2], stats[:, :, 2] - _anchor(spec, problem), self.shards.unit)
+            grads = autodiff.backward(spec, name, problem, Results(out, stats), Results(dout, dstats[:, :, :2]),
+                                      where=self.shards.device)
+            for pick, dq, dk, dv in zip(chosen, *(split(x, len(chosen)) for x in grads[:3])):
+                carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias), pick)
+            return carried
+
+        state = (zeros(operands.q), None if operands.bias is None else zeros(operands.bias))
+        (dq, dbias), (dk, dv) = self._around(compute, operands, state, [zeros(operands.k), zeros(operands.v)])
+        q, k, v, bias = operands.differentiable
+        return Gradients(dq=dq.astype(q.dtype), dk=dk.astype(k.dtype), dv=dv.astype(v.dtype),
+                         dbias=None if bias is None else dbias.astype(bias.dtype))
+
+    def _rows(self, x: Results[Array], call: Call, chosen: list[Chosen]) -> Results[Array]:
+        """The rows of a call's pairs."""
+        size = self.shards.chunking.chunk_len
+
+        def of_call(x: Array, axis: int) -> Array:
+            return stacked(chosen, lambda pick: pick_rows(x, pick.q_chunk * size, call.num_chunks * size, axis))
+        return Results(out=of_call(x.out, 1), stats=of_call(x.stats, 3))
+
+    def _added(self, carried: Carried, grads: Gradients[Array], pick: Chosen) -> Carried:
+        """The sums with the gradients of a pair added where its chunks are."""
+        (dq, dbias), (dk, dv) = carried
+        size = self.shards.chunking.chunk_len
+
+        def add(whole: Array, part: Array, starts: dict[int, int | Array]) -> Array:
+            if not isinstance(pick.needed, int):
+                part = jnp.where(pick.needed > 0, part, jnp.zeros_like(part))
+            if part.shape == whole.shape:
+                return whole + part
+            at = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(whole.ndim)]
+            return lax.dynamic_update_slice(whole, lax.dynamic_slice(whole, at, part.shape) + part, at)
+        dq = add(dq, grads.dq, {1: pick.q_chunk * size})
+        dk, dv = (add(whole, part, {1: pick.kv_chunk * size}) for whole, part in ((dk, grads.dk), (dv, grads.dv)))
+        if grads.dbias is not None:
+            starts = zip((2, 3), self.shards.bias_start(pick))
+            dbias = add(dbias, grads.dbias, {axis: at for axis, at in starts if dbias.shape[axis] != 1})
+        return (dq, dbias), [dk, dv]
+
+    def _around(self, compute: hops.Compute, operands: Operands, state: object, sums: list[Array]) -> Carried:
+        if not self.steps:  # the mask keeps nothing
+            return state, sums
+        return hops.around(self.shards.ring, self.steps, compute, self.shards.travelling(operands), state, sums)
+
+
+def _over_dims(shares: Float[Array, "b h t"]) -> Float[Array, "b t h 1"]:
+    return shares.swapaxes(1, 2)[..., None]
+
+
+def _anchor(spec: AttentionSpec, problem: Operands) -> Float[Array, "b h t"]:
+    """What the statistics of a pair are relative to."""
+    return jnp.broadcast_to(spec.anchor(problem)[..., 0], spec.lse_shape).astype(spec.acc_dtype)
+
+
+def _anchored(spec: AttentionSpec, problem: Operands, partial: Results[Array]) -> Results[Array]:
+    """Partial results whose statistics have the anchor behind them, where there is a bias."""
+    if problem.bias is None:
+        return partial
+    anchor = _anchor(spec, problem)[:, :, None]
+    return Results(out=partial.out, stats=jnp.concatenate([partial.stats, anchor], axis=2))
+
+
+def _merged_stats(a: Array, b: Array, unit: float) -> tuple[Array, Array, Array]:
+    """`softmax.merge` of statistics that may have anchors behind them: they are made relative to the larger one."""
+    if a.shape[2] == 2:
+        return softmax.merge(a, b, unit)
+    anchor = jnp.maximum(a[:, :, 2], b[:, :, 2])
+    moved_a, moved_b = (softmax.shifted(x[:, :, :2], x[:, :, 2] - anchor, unit) for x in (a, b))
+    stats, share_a, share_b = softmax.merge(moved_a, moved_b, unit)
+    return jnp.concatenate([stats, anchor[:, :, None]], axis=2), share_a, share_b
