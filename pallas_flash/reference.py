@@ -6,6 +6,8 @@ padding stays there; NaN in a key that some queries attend to and others do not 
 the kernels.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -49,37 +51,67 @@ def _drop(spec: AttentionSpec, operands: Operands, p: Float[Array, "b h t s"]) -
     return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
 
 
-def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
-    """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), in `acc_dtype`.
+class _Rows(NamedTuple):
+    """What both passes begin with, (b h t s) and (b h s v)."""
 
-    Of the statistics only lse means something here: the backward computes the weights anew.
-    """
+    s: Float[Array, "b h t s"]  # -inf where a pair does not attend
+    unit: float
+    v: Float[Array, "b h s v"]
+
+
+def _rows(spec: AttentionSpec, operands: Operands) -> _Rows:
     keep = _keep(spec, operands)
     q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, operands.k, operands.v))
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = (jnp.where(keep.any(axis=axis)[..., None], x, jnp.zeros_like(x)) for x, axis in ((q, 3), (k, 2), (v, 2)))
-    s, unit = _scores(spec, operands, q, k, keep)
+    return _Rows(*_scores(spec, operands, q, k, keep), v)
+
+
+def _weighted(spec: AttentionSpec, operands: Operands, p: Array, v: Array) -> Float[Array, "b t h v"]:
+    """The weights p, some of them dropped, times v, in the spec's layout."""
+    return _bhld(jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands, p), v, precision=jax.lax.Precision.HIGHEST), spec)
+
+
+def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
+    """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), in `acc_dtype`.
+
+    Of the statistics only lse means something here.
+    """
+    s, unit, v = _rows(spec, operands)
     row_max = jax.lax.stop_gradient(s.max(axis=-1, keepdims=True, initial=-jnp.inf))
     p = jnp.exp((s - jnp.where(row_max == -jnp.inf, 0.0, row_max)) * unit)
     row_sum = p.sum(axis=-1, keepdims=True)
     nothing = row_sum == 0
     row_sum = jnp.where(nothing, 1.0, row_sum)
-    out = jnp.einsum("bhqs,bhsd->bhqd", _drop(spec, operands, p / row_sum), v,
-                     precision=jax.lax.Precision.HIGHEST)
+    out = _weighted(spec, operands, p / row_sum, v)
     lse = jnp.where(nothing, -jnp.inf, jnp.where(nothing, 0.0, row_max) * unit + jnp.log(row_sum))[..., 0]
-    return Results(out=_bhld(out, spec).astype(spec.result_dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
+    return Results(out=out.astype(spec.result_dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
              dstats: Array) -> Gradients[Array]:
-    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; out and stats are not
-    needed.
+    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; out and stats are needed
+    only where they are those of more keys than the operands have (`AttentionSpec.partial`).
     """
-    del out, stats
     # JAX rounds a cotangent to the dtype of its operand.
     wide: Differentiable[Array] = jax.tree.map(
         lambda x: x.astype(spec.gradient_dtype(x.dtype)), operands.differentiable)
-    _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), wide)
     cotangents: Differentiable[Array]
-    (cotangents,) = vjp(Results(dout.astype(spec.result_dtype), dstats))
+    if spec.partial:
+        _, vjp = jax.vjp(lambda given: _sums(spec, Operands.of(given, operands.others), stats[:, :, 0]), wide)
+        delta = softmax.delta(_bhld(out, spec), _bhld(dout, spec), dstats[:, :, 0], spec.acc_dtype)
+        (cotangents,) = vjp((dout.astype(spec.result_dtype), -delta))
+    else:
+        _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), wide)
+        (cotangents,) = vjp(Results(dout.astype(spec.result_dtype), dstats))
     return cotangents.gradients(lambda x: x)
+
+
+def _sums(spec: AttentionSpec, operands: Operands, lse: Array) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
+    """These keys' terms of out, and of the sum of all weights, which is 1.
+
+    With lse a constant, the cotangents dout and -delta of the two give the gradient of the softmax: P (dP - delta).
+    """
+    s, unit, v = _rows(spec, operands)
+    p = jnp.exp(s * unit - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    return _weighted(spec, operands, p, v), p.sum(axis=-1)

@@ -52,6 +52,7 @@ MANY_PARAMETERS = {
     "pallas_flash/attention.py": {"flash_attention", "explain", "dot_product_attention"},
     "pallas_flash/spec.py": {"of"},
     "pallas_flash/flax.py": {"__call__"},
+    "pallas_flash/context_parallel/attention.py": {"context_parallel_attention", "explain_context_parallel"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
     "torch_bridge/explanation.py": {"explain"},
     "torch_bridge/activation.py": {"_backward"},

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.arrays import Array, Int
+from pallas_flash.arrays import Array
 from pallas_flash.context_parallel.plan import Call, Pick, Step, as_array
 
 __all__ = ["Chosen", "Compute", "Ring", "around", "pack", "unpack"]
@@ -36,13 +36,13 @@ class Ring(NamedTuple):
         return moved
 
 
-def pack(arrays: Sequence[Array]) -> Int[Array, "words"]:
-    """All arrays as one vector of 16-bit words."""
+def pack(arrays: Sequence[Array]) -> Array:
+    """All arrays as one vector of 16-bit words, (words,) uint16."""
     words = [x if x.dtype == jnp.uint16 else lax.bitcast_convert_type(x, jnp.uint16) for x in arrays]
     return jnp.concatenate([x.ravel() for x in words])
 
 
-def unpack(packed: Int[Array, "words"], like: Sequence[Array]) -> list[Array]:
+def unpack(packed: Array, like: Sequence[Array]) -> list[Array]:
     """The arrays again; `like` has their shapes and dtypes."""
     found, at = [], 0
     for x in like:

@@ -19,7 +19,14 @@ from pallas_flash.context_parallel.plan import Call, Step
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["RingPasses"]
+__all__ = ["RingPasses", "attend"]
+
+
+def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
+    """(out, lse) of a device's shards, differentiable."""
+    out, stats = autodiff.differentiable(RingPasses(shards), operands)
+    lse = stats[:, :, 0]
+    return out, lse if operands.bias is None else lse + lax.stop_gradient(stats[:, :, 2])
 
 
 class RingPasses(NamedTuple):
@@ -71,7 +78,7 @@ class RingPasses(NamedTuple):
         return Results(out=replace_rows(state.out, out, start, 1), stats=replace_rows(state.stats, merged, start, 3))
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        acc, size = self.shards.spec.acc_dtype, self.shards.chunking.chunk_len
+        acc = self.shards.spec.acc_dtype
 
         def zeros(x: Array) -> Array:
             return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)

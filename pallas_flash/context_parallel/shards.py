@@ -77,12 +77,21 @@ class Shards:
                 for x in (k, v))
         bias = None if operands.bias is None else self._bias(operands.bias, chosen[0])
         mask = self._mask(operands.mask, kv_ids, call, chosen)
-        found = Operands(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=operands.dropout_seed)
+        found = Operands(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=operands.dropout_seed,
+                         dropout_origin=self._dropout_origin(operands, chosen[0]))
         spec = AttentionSpec.of(
             q, k, v, mask=mask, bias=bias, softcap=self.spec.softcap, scale=self.spec.scale,
             dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic, partial=True)
         decision = dispatch.decide(spec, self.device, self.implementation)
         return spec, decision.implementation.name, compat.vary_like(found, found)
+
+    def described(self, call: Call) -> str:
+        """What a call computes and what runs it, as text."""
+        rows, pairs = call.num_chunks * self.chunking.chunk_len, len(call.picks)
+        part = dataclasses.replace(self.spec, batch=self.spec.batch * pairs, q_len=rows, kv_len=rows, mask=call.mask,
+                                   partial=True)
+        decision = dispatch.decide(part, self.device, self.implementation)
+        return f"{pairs} x {rows} x {rows}, mask={call.mask}, implementation={decision.implementation.name!r}"
 
     def bias_start(self, pick: Chosen) -> tuple[int | Array, int | Array]:
         """Where the rows and columns of a pair begin in the bias."""
@@ -93,6 +102,13 @@ class Shards:
             if bias.shape[axis] != 1:
                 bias = pick_rows(bias, start, self.chunking.chunk_len, axis)
         return bias
+
+    def _dropout_origin(self, operands: Operands, pick: Chosen) -> Array | None:
+        if operands.dropout_origin is None:
+            return None
+        size = self.chunking.chunk_len
+        return operands.dropout_origin + jnp.stack([jnp.asarray(x, jnp.int32) for x in (
+            0, 0, pick.q_id * size, pick.kv_id * size)])
 
     def _mask(self, mask: Mask, kv_ids: Sequence[Array], call: Call, chosen: Sequence[Chosen]) -> Mask:
         """The mask of a call, with the arrays of the whole one moved to where each pair is."""
