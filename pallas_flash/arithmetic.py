@@ -36,5 +36,7 @@ def where(condition: Positions, a: Positions, b: Positions) -> Positions:
     """Elementwise choice between positions, plain or traced."""
     if _are_plain(condition, a, b):
         return a if condition else b
+    if _are_plain(a, b):  # in JAX's 64-bit mode their choice would be int64, traced positions are int32
+        a, b = np.int32(a), np.int32(b)  # type: ignore[assignment]
     chosen: Positions = _numpy_for(condition, a, b).where(condition, a, b)
     return chosen
