@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float, Shaped
-from pallas_flash.context_parallel import model, plan, ring
+from pallas_flash.context_parallel import all_gather, all_to_all, model, plan, ring
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
@@ -22,7 +22,7 @@ from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["context_parallel_attention", "explain_context_parallel"]
 
-ATTEND = {"ring": ring.attend}
+ATTEND = {"ring": ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
 """(shards, operands) -> (out, lse), by strategy."""
 
 
@@ -180,8 +180,9 @@ def _choice(shards: Shards, requested: Strategy | None) -> model.Choice:
     problem = model.Problem(batch=spec.batch, length=chunking.local_len, n=chunking.num_devices, q_heads=spec.q_heads,
                             kv_heads=spec.kv_heads, d=spec.d, d_v=spec.d_v, itemsize=spec.dtype.itemsize, share=pairs,
                             steps=max(1, len(steps)))
-    missing = {name: ["it is not built yet"] for name in ("all_gather", "all_to_all") if name not in ATTEND}
-    return model.choose(problem, model.rates(shards.device), requested, missing)  # type: ignore[arg-type]
+    against: dict[Strategy, list[str]] = {
+        "all_gather": all_gather.why_not(shards), "all_to_all": all_to_all.why_not(shards)}
+    return model.choose(problem, model.rates(shards.device), requested, against)
 
 
 def _share(mask: Mask, length: int) -> float:
