@@ -18,6 +18,12 @@ The `mask` of a layer's call may be a `Mask` instead of an array, which costs O(
 
 Not in a decode step: there Flax itself joins the mask with that of the filled slots, and takes arrays only.
 
+Sequences that are cut over devices, with all arrays in the order of `pallas_flash.reorder`:
+
+    parallel = ContextParallel("sequence", mesh=mesh, spec=PartitionSpec("data", "sequence", "model"))
+    nnx.MultiHeadAttention(..., attention_fn=attention_fn(context_parallel=parallel))(x, is_causal=True)
+    linen.MultiHeadAttention(..., attention_fn=attention_fn(mask=Causal(), context_parallel=parallel))(x)
+
 Where this differs from Flax's own function, on purpose:
 
 - A query that may attend to nothing gives 0 with zero gradients; Flax's gives the mean of all values.
@@ -33,6 +39,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +47,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_flash.attention import flash_attention
+from pallas_flash.context_parallel.attention import context_parallel_attention
+from pallas_flash.context_parallel.settings import ContextParallel
 from pallas_flash.dispatch import Name
 from pallas_flash.errors import invalid, require_bool, unsupported
 from pallas_flash.forks import require_no_fork
-from pallas_flash.masks import Causal, Dense, Mask, over_batch
+from pallas_flash.masks import Causal, Dense, Full, Mask, SegmentIds, over_batch
 
 __all__ = ["attention_fn", "dot_product_attention"]
 
@@ -55,6 +64,7 @@ def attention_fn(
     softcap: float | None = None,
     deterministic_backward: bool = False,
     implementation: Name | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for `MultiHeadAttention` of `flax.nnx` and of `flax.linen`.
 
@@ -67,6 +77,9 @@ def attention_fn(
       softcap: scores become `softcap * tanh(scores / softcap)`.
       deterministic_backward: gradients equal to the last bit on every run.
       implementation: as in `pallas_flash.flash_attention`.
+      context_parallel: how sequences are cut over devices, None: they are not. All that has a sequence axis (the
+        layer's input and output, segment ids, both axes of a bias) is then in the order of `pallas_flash.reorder`, and
+        positions of masks are those of the original sequence. A call's mask is a `Mask`, not an array.
 
     Returns:
       A function of query (batch..., q_len, q_heads, head_dim), key (batch..., kv_len, kv_heads, head_dim) and value
@@ -75,9 +88,10 @@ def attention_fn(
       gives. Functions made from equal arguments are equal, so that they share compiled code.
 
     Raises:
-      ValueError: if `mask` holds arrays.
+      ValueError: if `mask` holds arrays, or `context_parallel` is something else.
       ModuleNotFoundError: in a call, if Flax is not installed.
-      UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums.
+      UnsupportedError: if `context_parallel` balances documents; in a call that asks for shared dropout, sown weights
+        or replaced einsums, or gives a mask array where sequences are cut.
     """
     require_bool("deterministic_backward", deterministic_backward)
     if mask is not None and mask.has_arrays:
@@ -86,7 +100,17 @@ def attention_fn(
             f"a {type(mask).__name__} that holds arrays",
             "give those as the boolean `mask` of the layer's call",
         )
-    return _AttentionFn(mask, scale, softcap, deterministic_backward, implementation)
+    if not isinstance(context_parallel, ContextParallel | None):
+        raise invalid("context_parallel of attention_fn must be a ContextParallel or None", f"{context_parallel=}",
+                      "pass pallas_flash.ContextParallel(axis_name)")
+    if context_parallel is not None and context_parallel.load_balance == "zigzag_documents":
+        raise unsupported(
+            'attention_fn(context_parallel=...) with load_balance="zigzag_documents"',
+            ["it needs cu_seqlens, which a layer's call does not hand on"],
+            'use load_balance="zigzag" and the layer\'s mask=SegmentIds(ids, ids), or a function of your own around '
+            "pallas_flash.context_parallel_attention(..., cu_seqlens=)",
+        )
+    return _AttentionFn(mask, scale, softcap, deterministic_backward, implementation, context_parallel)
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ class _AttentionFn:
     softcap: float | None
     deterministic_backward: bool
     implementation: Name | None
+    context_parallel: ContextParallel | None
 
     def __call__(
         self,
@@ -127,11 +152,14 @@ class _AttentionFn:
         _refuse_shared_dropout(dropout_rate, broadcast_dropout)
         query, key, value = _promote(query, key, value, dtype=dtype)
         batch = query.shape[:-3]
-        out = flash_attention(
+        rule = _join_masks(self.mask, mask, is_causal, batch, (query.shape[-3], key.shape[-3]))
+        attend: Callable[..., Any] = functools.partial(flash_attention, mask=rule)
+        if self.context_parallel is not None:
+            attend = _over_devices(self.context_parallel, rule)
+        out: jax.Array = attend(
             _merge_batch(query),
             _merge_batch(key),
             _merge_batch(value),
-            mask=_join_masks(self.mask, mask, is_causal, batch, (query.shape[-3], key.shape[-3])),
             bias=None if bias is None else _merge_batch_of_scores(bias, batch),
             scale=self.scale,
             softcap=self.softcap,
@@ -145,6 +173,23 @@ class _AttentionFn:
 
 dot_product_attention = attention_fn()
 """Stands in for `nnx.dot_product_attention` and `linen.dot_product_attention`."""
+
+
+def _over_devices(settings: ContextParallel, rule: Mask | None) -> Callable[..., Any]:
+    """Attention over sequences that are cut over devices, under the rule: its segment ids are cut like the arrays."""
+    parts = () if rule is None else rule.parts
+    segments = [part for part in parts if isinstance(part, SegmentIds)]
+    others = [part for part in parts if not isinstance(part, SegmentIds)]
+    if any(isinstance(part, Dense) for part in others) or len(segments) > 1:
+        raise unsupported(
+            f"attention_fn(context_parallel=...) with the mask {rule}",
+            ["neither a mask array over queries and keys nor a second SegmentIds is cut over devices"],
+            "say causality by is_causal=True or attention_fn(mask=Causal()), documents and padding by the layer's "
+            "mask=SegmentIds(ids, ids), with ids (batch, length) in the order of pallas_flash.reorder, -1 at padding",
+        )
+    rest: Mask = functools.reduce(operator.and_, others, Full())
+    ids: Any = (segments[0].q_ids, segments[0].kv_ids) if segments else None
+    return functools.partial(context_parallel_attention, mask=rest, segment_ids=ids, **vars(settings))
 
 
 def _promote(*arrays: jax.Array, dtype: DTypeLike | None) -> Sequence[jax.Array]:
