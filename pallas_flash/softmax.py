@@ -20,8 +20,8 @@ import numpy as np
 from pallas_flash.arrays import Array
 
 __all__ = [
-    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "merge", "probabilities", "reference_point", "rescale", "scores",
-    "shifted", "statistics", "unit", "update",
+    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "from_lse", "merge", "probabilities", "reference_point", "rescale",
+    "scores", "shifted", "statistics", "unit", "update",
 ]
 
 LOG2E = math.log2(math.e)
@@ -158,6 +158,28 @@ def merge(a: Array, b: Array, unit: float) -> tuple[Array, Array, Array]:
     small = large * ratio
     stats = jnp.stack([merged, jnp.where(nothing, jnp.zeros_like(rest), merged_rest)], axis=-2)
     return stats, jnp.where(first, large, small), jnp.where(first, small, large)
+
+
+def from_lse(lse: Array, unit: float) -> tuple[Array, Array]:
+    """The statistics of rows of which only lse is known: lse and the rest with which it is exact.
+
+    In the unit of scores, `reference_point(lse) + rest` is lse to 2^-34 of it (float32), so weights recomputed from
+    these are off by what lse itself has lost, and no more: float32 holds an lse of 1e4 to 5e-4, and the weights of that
+    row are wrong by as large a part of themselves. `statistics` knows more: pass its rest on where there is one.
+
+    Args:
+      lse: natural logarithms, (...); -inf for rows that attend to nothing.
+    """
+    significand, integer = (53, jnp.int64) if lse.dtype == jnp.float64 else (24, jnp.int32)
+    kept = significand // 2  # bits of each first half, so that products of halves are exact
+    mantissa, exponent = math.frexp(unit)
+    unit_high = math.ldexp(round(math.ldexp(mantissa, kept)), exponent - kept)
+    point = _finite_or_zero(reference_point(lse, unit))
+    bits = jax.lax.bitcast_convert_type(point, integer)
+    high = jax.lax.bitcast_convert_type(bits & -(1 << (significand - kept)), lse.dtype)
+    # The first difference is exact, too: no digit is lost, and a compiler may fuse what it likes.
+    left = (_finite_or_zero(lse) - high * unit_high) - (point - high) * unit_high
+    return lse, (left - point * (unit - unit_high)) * (1 / unit)
 
 
 def probabilities(s: Array, unit: float, lse: Array, rest: Array) -> Array:

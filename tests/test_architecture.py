@@ -55,6 +55,7 @@ MANY_PARAMETERS = {
     "pallas_flash/context_parallel/attention.py": {"context_parallel_attention", "explain_context_parallel"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
     "torch_bridge/explanation.py": {"explain"},
+    "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
     # bodies of kernels: a parameter is an array
     "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},

@@ -61,25 +61,23 @@ def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: flo
     pass equal lengths.
     """
     return Numbers(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
-                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled())
+                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
              is_causal: bool = False, return_debug_mask: bool = False, *,
              scale: float | None = None) -> tuple[torch.Tensor | int | None, ...]:
-    """aten::_scaled_dot_product_flash_attention; the dropout seed is returned as rng_state, and the rest of the
-    statistics is stored after lse, in the same memory.
-    """
+    """aten::_scaled_dot_product_flash_attention; the dropout seed is returned as rng_state."""
     if return_debug_mask:
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
     seed = ops.draw_seed(query) if dropout_p > 0 else None
     out, stats = ops.attention(*Attention(
         Operands(query, key, value, mask=None, bias=None, seed=seed),
         _numbers(query, key, is_causal, scale, dropout_p), needs_stats=True).flat())
-    lse, empty = stats.movedim(2, 0).contiguous()[0], query.new_empty((0,))
+    empty = query.new_empty((0,))
     state = query.new_zeros((2,), dtype=torch.int64) if seed is None else seed.to(torch.int64)
     offset = query.new_empty((), dtype=torch.uint64)
-    return out, lse, None, None, query.shape[2], key.shape[2], state.view(torch.uint64), offset, empty
+    return out, _lse(stats), None, None, query.shape[2], key.shape[2], state.view(torch.uint64), offset, empty
 
 
 def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
@@ -90,13 +88,28 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
     seed = philox_seed.view(torch.int64).to(torch.int32) if dropout_p > 0 else None
     operands = Operands(query, key, value, mask=None, bias=None, seed=seed)
     numbers = _numbers(query, key, is_causal, scale, dropout_p)
-    size = logsumexp.numel()
-    if logsumexp.is_contiguous() and logsumexp.untyped_storage().nbytes() == 2 * size * logsumexp.element_size():
-        both = logsumexp.as_strided((2, *logsumexp.shape), (size, *logsumexp.stride()), 0)
-        stats = both.movedim(0, 2).contiguous()
-    else:  # a copy, of lse alone
-        out, stats = ops.attention(*Attention(operands, numbers, needs_stats=True).flat())
     grads = PerArray(*ops.attention_backward(*AttentionBackward(
-        operands, numbers, Results(out, stats), Cotangents(dout=grad_out, dstats=None),
+        operands, numbers, Results(out, _stats(logsumexp)), Cotangents(dout=grad_out, dstats=None),
         needs=PerArray(query=True, key=True, value=True, bias=False)).flat()))
     return grads.query, grads.key, grads.value
+
+
+_BEHIND = 3
+"""Unused elements behind the statistics: no other lse has as much memory."""
+
+
+def _lse(stats: torch.Tensor) -> torch.Tensor:
+    """lse (batch, heads, q_len), and after it in the same memory its rest."""
+    batch, heads, _, length = stats.shape
+    size = batch * heads * length
+    memory = stats.new_empty((2 * size + _BEHIND,))
+    memory[:2 * size].view(2, batch, heads, length).copy_(stats.movedim(2, 0))
+    return memory[:size].view(batch, heads, length)
+
+
+def _stats(lse: torch.Tensor) -> torch.Tensor:
+    """The statistics if lse is as `_lse` returned it; lse itself where it is a copy, or that of more keys."""
+    size, memory = lse.numel(), lse.untyped_storage().nbytes() // lse.element_size()
+    if memory != 2 * size + _BEHIND or lse.storage_offset() or not lse.is_contiguous():
+        return lse
+    return lse.as_strided((2, *lse.shape), (size, *lse.stride())).movedim(0, 2).contiguous()

@@ -77,6 +77,7 @@ class Numbers(NamedTuple):
     scale: float | None
     dropout_p: float
     deterministic: bool
+    partial: bool  # out and gradients are terms of sums over several calls: in the dtype of stats, not rounded
 
 
 class Results(NamedTuple):
@@ -115,7 +116,11 @@ class Attention(NamedTuple):
 
 
 class AttentionBackward(NamedTuple):
-    """The arguments of `attention_backward`: the forward's, what it returned, and which gradients are needed."""
+    """The arguments of `attention_backward`: the forward's, what it returned, and which gradients are needed.
+
+    The results may be those of more keys than the operands': out and lse of the whole rows, stats being lse alone,
+    (batch, q_heads, q_len). The gradients are then the terms of these keys, and have no derivative.
+    """
 
     operands: Operands
     numbers: Numbers

@@ -95,6 +95,7 @@ class Context(Protocol):
 class _Context(Context, Protocol):
     call: _Call
     needs: PerArray[bool]
+    lse_alone: bool
 
     def save_for_forward(self, *tensors: torch.Tensor | None) -> None: ...
 
@@ -145,7 +146,8 @@ class _Attention(_SingleLevelFunction):
             out, stats = ops.attention(*Attention(operands, ctx.numbers, needs_stats=True).flat())
         grads = ops.attention_backward(*AttentionBackward(
             operands, ctx.numbers, Results(out, stats), Cotangents(dout, dstats), needs).flat())
-        wanted = PerArray(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
+        wanted = PerArray(*(grad.to(x.dtype) if needed and x is not None else None  # partial ones are float32
+                            for grad, x, needed in zip(grads, operands.differentiable, needs, strict=True)))
         return wanted.among_arguments(len(ctx.needs_input_grad))
 
     @staticmethod
@@ -161,6 +163,13 @@ class _Attention(_SingleLevelFunction):
             return t_out, t_stats
 
 
+def _require_own_results(ctx: _Context) -> None:
+    if ctx.lse_alone:
+        raise RuntimeError("partial_attention_backward has no derivative: its out and logsumexp are functions of more "
+                           "keys than its own. For second derivatives differentiate partial_attention, which autograd "
+                           "does, in float64.")
+
+
 class _Backward(_SingleLevelFunction):
     """`attention_backward`. Its derivative is total: it goes through out and stats too, which are functions of x."""
 
@@ -171,6 +180,7 @@ class _Backward(_SingleLevelFunction):
         ctx.call = call
         grads = ctx.call.below_autograd(args)
         operands, ctx.numbers, results, cotangents, ctx.needs = AttentionBackward.of(args)
+        ctx.lse_alone = results.stats.dim() == 3
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *cotangents)
         ctx.save_for_forward(*operands, *results, *cotangents)
@@ -178,6 +188,7 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: _Context, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _require_own_results(ctx)
         *tensors, dout, dstats = ctx.saved_tensors
         operands = Operands._make(tensors)
         ops.require_float64(operands.query)
@@ -192,6 +203,7 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: _Context, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        _require_own_results(ctx)
         with ctx.call.modes():
             *tensors, out, stats, dout, dstats = _primals(ctx.saved_tensors)
             operands = Operands._make(tensors)

@@ -7,12 +7,12 @@ a tensor that is dense in it (see `copy_reason`) is shared as it is, any other i
 The GPU keeps the order, and the host never waits: unless torch's current stream is idle, JAX's stream waits for it
 before reading the first operand, hence before the kernel; torch's current stream waits for the results. Whatever torch
 queues there later, such as reuse of the memory of a dropped operand, comes after the kernel. How JAX sees operands:
-views.py. How long results live: lifetime.py.
+views.py. How long results live: lifetime.py. What JAX computes: programs.py.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pallas_flash import autodiff, device, dispatch, forks, masks
-from pallas_flash import spec as specs
-from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Layout
-from torch_bridge import context, lifetime, streams, strides, views
+from pallas_flash import device, dispatch, forks, masks
+from pallas_flash.spec import AttentionSpec, Layout
+from torch_bridge import context, lifetime, programs, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
@@ -54,8 +53,8 @@ class Plan(NamedTuple):
     device: jax.Device
     out_strides: tuple[int, int, int, int]  # of (batch, heads, length, dim)
     grad_strides: PerArray[tuple[int, ...] | None]
-    forward: "_Variants[bool]"  # of arrays, by whether stats is needed
-    backward: "_Variants[_Given]"  # of arrays
+    forward: programs.Variants[bool]  # of arrays, by whether stats is needed
+    backward: programs.Variants[programs.Given]  # of arrays
 
     @property
     def layout(self) -> Layout:
@@ -82,7 +81,7 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
 
 def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
     query, key, value, mask, bias, _ = operands
-    causal_offset, scale, dropout_p, deterministic = numbers
+    causal_offset, scale, dropout_p, deterministic, partial = numbers
     layout = _layout(query, key, value)
     rule: masks.Mask = masks.Full() if causal_offset is None else masks.Causal(int(causal_offset))
     if mask is not None:
@@ -91,13 +90,13 @@ def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
         spec = AttentionSpec.of(
             *(_abstract(_in_layout(x, layout)) for x in (query, key, value)), layout=layout, mask=rule,
             bias=None if bias is None else _abstract(bias), scale=scale, dropout_rate=dropout_p,
-            deterministic=deterministic)
+            deterministic=deterministic, partial=partial)
     where = jax_device(query.device)
     decision = dispatch.decide(spec, device.of(where))
     name = decision.implementation.name
     return Plan(spec, decision, where, strides.like_query(query, value.shape[3]),
                 PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
-                _jitted_forward(spec, name, where), _jitted_backward(spec, name, where))
+                programs.forward(spec, name, where), programs.backward(spec, name, where))
 
 
 def _layout(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
@@ -141,72 +140,6 @@ def jax_device(device: torch.device) -> jax.Device:
         if platform == "cpu" or candidate.local_hardware_id == index:
             return candidate
     raise RuntimeError(f"JAX does not see {device}: let CUDA_VISIBLE_DEVICES name it for both runtimes")
-
-
-# --- the jitted functions: flat arrays in, flat arrays out -----------------------------------------------------------
-# Each is traced once for a spec. keep_unused: the first operand may carry the wait for torch's stream, so it stays.
-
-
-def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operands:
-    """The operands at the front of flat arrays: those that there are, in the order of `Operands` (see `_shared`)."""
-    q, k, v = next(arrays), next(arrays), next(arrays)
-    rule = spec.mask
-    if rule.has_arrays:
-        attend = next(arrays)
-        rule = jax.tree.map(lambda _: attend, rule)
-    bias = None if spec.bias is None else next(arrays)
-    seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
-    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None)
-
-
-class _Given(NamedTuple):
-    """Which gradients a backward is asked for, and which cotangents it is given."""
-
-    needs: PerArray[bool]
-    has_dout: bool
-    has_dstats: bool
-
-
-class _Variants[N](dict[N, Callable[..., list[jax.Array]]]):
-    """Jitted functions by what is needed of them, each made when it is first asked for."""
-
-    def __init__(self, function: Callable[[N, Iterator[jax.Array]], list[jax.Array]], where: jax.Device) -> None:
-        self._function, self._where = function, where
-
-    def __missing__(self, needs: N) -> Callable[..., list[jax.Array]]:
-        def on_device(*arrays: jax.Array) -> list[jax.Array]:
-            with jax.default_device(self._where):  # while tracing: what kernels ask about "the" device
-                results = self._function(needs, iter(arrays))
-            assert not {*map(id, results)} & {*map(id, arrays)}, "an operand as a result would be memory nobody holds"
-            return results
-        self[needs] = jax.jit(on_device, keep_unused=True)
-        return self[needs]
-
-
-@functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_forward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants[bool]:
-    def attention(needs_stats: bool, arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        results = autodiff.forward(spec, name, _operands(spec, arrays))
-        return [results.out, results.stats] if needs_stats else [results.out]
-    return _Variants(attention, where)
-
-
-@functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_backward(spec: AttentionSpec, name: str, where: jax.Device) -> _Variants[_Given]:
-    def gradients(given: _Given, arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        operands, out = _operands(spec, arrays), next(arrays)
-        dout = next(arrays) if given.has_dout else jnp.zeros_like(out)
-        dstats = next(arrays) if given.has_dstats else None
-        results = specs.Results(out=out, stats=next(arrays))
-        cotangents = specs.Results(
-            out=dout, stats=jnp.zeros_like(results.stats) if dstats is None else dstats)
-        grads = _per_array(autodiff.backward(spec, name, operands, results, cotangents))
-        return [grad for grad, needed in zip(grads, given.needs, strict=True) if needed and grad is not None]
-    return _Variants(gradients, where)
-
-
-def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
-    return PerArray(query=grads.dq, key=grads.dk, value=grads.dv, bias=grads.dbias)
 
 
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
@@ -367,7 +300,7 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
       needs: which gradients are needed.
     """
     dout, dstats = cotangents
-    given = _Given(needs, dout is not None, dstats is not None)
+    given = programs.Given(needs, dout is not None, dstats is not None)
     grads = _gradients(operands, numbers, results.out, (dout, dstats, results.stats), (), given)
     return PerArray(*(operands.query.new_empty((0,)) if grad is None else grad for grad in grads))
 
@@ -376,11 +309,11 @@ def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor,
               needs: PerArray[bool]) -> PerArray[torch.Tensor | None]:
     """`backward` with the results of `attend_saving`; None in place of the gradients that are not needed."""
     out, stats = results
-    return _gradients(operands, numbers, out, (dout,), (stats,), _Given(needs, True, False))
+    return _gradients(operands, numbers, out, (dout,), (stats,), programs.Given(needs, True, False))
 
 
 def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: Sequence[torch.Tensor | None],
-               known: Sequence[jax.Array], given: _Given) -> PerArray[torch.Tensor | None]:
+               known: Sequence[jax.Array], given: programs.Given) -> PerArray[torch.Tensor | None]:
     """The gradients that are needed.
 
     Args:
@@ -423,7 +356,7 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
     layouts = [plan.layout if like_query else "BHLD" for like_query in (*_LIKE_QUERY, *_COTANGENT_LIKE_QUERY)]
     moved = [None if x is None else _in_layout(x, layout)
              for x, layout in zip((*tangents, *cotangents), layouts, strict=True)]
-    derivative = _jitted_double_backward(plan.spec, plan.device)[present]
+    derivative = programs.double_backward(plan.spec, plan.device)[present]
     results, _ = _run(plan, derivative, (query, key, value), (*arrays, *moved))
     rest = iter(results)
     return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, layout)
@@ -432,35 +365,3 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
 
 def _like(result: torch.Tensor, target: torch.Tensor, layout: Layout) -> torch.Tensor:
     return _with_strides(_in_layout(result, layout), _strides_like(target))
-
-
-@functools.lru_cache(maxsize=_MAX_PLANS)
-def _jitted_double_backward(spec: AttentionSpec, where: jax.Device) -> _Variants[tuple[bool, ...]]:
-    def derivative(present: tuple[bool, ...], arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        operands = _operands(spec, arrays)
-        *tangents, dout, dstats = (next(arrays) if there else None for there in present)
-
-        def first(given: Differentiable[jax.Array], dout: jax.Array | None,
-                  dstats: jax.Array | None) -> Gradients[jax.Array]:
-            problem = specs.Operands.of(given, operands.others)
-            results = autodiff.forward(spec, "reference", problem)
-            cotangents = specs.Results(out=_given_or_zero(dout, results.out),
-                                       stats=_given_or_zero(dstats, results.stats))
-            grads: Gradients[jax.Array] = autodiff.backward(spec, "reference", problem, results, cotangents)
-            return grads
-        found, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
-        of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), found))
-        return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
-                if x is not None]
-    return _Variants(derivative, where)
-
-
-def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) -> Gradients[jax.Array]:
-    """The tangents of gradients, zeros for those that are None."""
-    return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
-                     dv=_given_or_zero(given.value, grads.dv),
-                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias))
-
-
-def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:
-    return jnp.zeros_like(like) if array is None else array

@@ -7,8 +7,9 @@
 
 Their arguments: arguments.py. How they are differentiated: derivatives.py.
 
-Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. A result that is not asked for
-(stats, or a gradient that nothing needs) is an empty tensor of shape (0,). The first call that computes imports JAX.
+Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. With `Numbers.partial`, out and
+the gradients have the dtype of stats (`partial.py`). A result that is not asked for (stats, or a gradient that nothing
+needs) is an empty tensor of shape (0,). The first call that computes imports JAX.
 """
 
 from collections.abc import Sequence
@@ -92,24 +93,29 @@ for _key in ("CPU", "CUDA"):
 # --- fake versions: shapes, dtypes and exact strides -----------------------------------------------------------------
 
 
-def _gradients(like: Sequence[torch.Tensor | None], needs: Sequence[bool],
-               query: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Uninitialised gradients with the storage order of their tensors, and (0,) in place of those not needed."""
-    return tuple(torch.empty_like(tensor) if needed and tensor is not None else query.new_empty((0,))
+def _gradients(like: Sequence[torch.Tensor | None], needs: Sequence[bool], query: torch.Tensor,
+               dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+    """Uninitialised gradients with the storage order and, for None, the dtype of their tensors; (0,) in place of those
+    not needed.
+    """
+    return tuple(torch.empty_like(tensor, dtype=dtype) if needed and tensor is not None else query.new_empty((0,))
                  for tensor, needed in zip(like, needs, strict=True))
 
 
 def _fake_attention(*args: object) -> tuple[torch.Tensor, ...]:
     call = Attention.of(args)
     query, d_v = call.operands.query, call.operands.value.shape[3]
-    out = query.new_empty_strided((*query.shape[:3], d_v), strides.like_query(query, d_v))
+    out = query.new_empty_strided((*query.shape[:3], d_v), strides.like_query(query, d_v),
+                                  dtype=strides.stats_dtype(query) if call.numbers.partial else None)
     stats = (*query.shape[:2], 2, query.shape[2]) if call.needs_stats else (0,)
     return out, query.new_empty(stats, dtype=strides.stats_dtype(query))
 
 
 def _fake_attention_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionBackward.of(args)
-    return _gradients(call.operands.differentiable, call.needs, call.operands.query)
+    query = call.operands.query
+    return _gradients(call.operands.differentiable, call.needs, query,
+                      strides.stats_dtype(query) if call.numbers.partial else None)
 
 
 def _fake_attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:

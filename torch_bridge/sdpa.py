@@ -103,7 +103,8 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     if query.shape[3] == 0:  # no products at all: one of zeros has the same scores
         query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
     return Call(Operands(query, key, value, mask, bias, None),
-                Numbers(causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled()), out_shape)
+                Numbers(causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled(), partial=False),
+                out_shape)
 
 
 def _number(name: str, value: SupportsFloat) -> float:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float, Shaped
-from pallas_flash.context_parallel import model, plan, ring
+from pallas_flash.context_parallel import all_gather, all_to_all, model, plan, ring
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
@@ -22,7 +22,7 @@ from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["context_parallel_attention", "explain_context_parallel"]
 
-ATTEND = {"ring": ring.attend}
+ATTEND = {"ring": ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
 """(shards, operands) -> (out, lse), by strategy."""
 
 
@@ -81,7 +81,8 @@ def context_parallel_attention(
     forks.require_no_fork("context_parallel_attention")
     for name, given in (("return_lse", return_lse), ("deterministic", deterministic)):
         errors.require_bool(name, given)
-    options = _Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation)
+    options = _Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
+                       device.current((query, key, value)))
     query, key, value = (jnp.asarray(arguments.array(name, x)) for name, x in (
         ("query", query), ("key", key), ("value", value)))
     ids = segment_ids if isinstance(segment_ids, tuple) or segment_ids is None else (segment_ids, segment_ids)
@@ -103,6 +104,7 @@ class _Options(NamedTuple):
     dropout_rate: float
     deterministic: bool
     implementation: dispatch.Name | None
+    device: device.Device  # schedules may depend on it
 
 
 class _Arrays(NamedTuple):
@@ -140,7 +142,7 @@ def _attend(options: _Options, cut: "_Cut | None", arrays: _Arrays) -> tuple[Arr
     _check_is_cut(options.axis_name, arrays.query)
     n = jax.lax.axis_size(options.axis_name)
     mask = _with_documents(options, arrays)
-    shards = _shards(options, arrays, mask, n, device.current())
+    shards = _shards(options, arrays, mask, n)
     strategy = _choice(shards, options.strategy).strategy
     seed = arguments.dropout_seed(shards.spec, arrays.dropout_rng)
     if seed is not None and cut is None:
@@ -152,7 +154,7 @@ def _attend(options: _Options, cut: "_Cut | None", arrays: _Arrays) -> tuple[Arr
     return (out, lse) if arrays.sinks is None else _with_sinks(out, lse, arrays.sinks)
 
 
-def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int, where: device.Device) -> Shards:
+def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int) -> Shards:
     q, k, v = arrays.query, arrays.key, arrays.value
     spec = AttentionSpec.of(q, k, v, scale=options.scale, softcap=options.softcap, dropout_rate=options.dropout_rate,
                             return_lse=True, deterministic=options.deterministic)
@@ -166,7 +168,7 @@ def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int, where: devic
         raise errors.invalid(f"sinks must have shape (q_heads,) = ({spec.q_heads},)",
                              f"sinks.shape={arrays.sinks.shape}", "give one logit a query head of the shard")
     bias = None if arrays.bias is None else ArrayField.of(arrays.bias)
-    return Shards(spec, bias, options.axis_name, chunking, options.implementation, where)
+    return Shards(spec, bias, options.axis_name, chunking, options.implementation, options.device)
 
 
 def _choice(shards: Shards, requested: Strategy | None) -> model.Choice:
@@ -178,8 +180,9 @@ def _choice(shards: Shards, requested: Strategy | None) -> model.Choice:
     problem = model.Problem(batch=spec.batch, length=chunking.local_len, n=chunking.num_devices, q_heads=spec.q_heads,
                             kv_heads=spec.kv_heads, d=spec.d, d_v=spec.d_v, itemsize=spec.dtype.itemsize, share=pairs,
                             steps=max(1, len(steps)))
-    missing = {name: ["it is not built yet"] for name in ("all_gather", "all_to_all") if name not in ATTEND}
-    return model.choose(problem, model.rates(shards.device), requested, missing)  # type: ignore[arg-type]
+    against: dict[Strategy, list[str]] = {
+        "all_gather": all_gather.why_not(shards), "all_to_all": all_to_all.why_not(shards)}
+    return model.choose(problem, model.rates(shards.device), requested, against)
 
 
 def _share(mask: Mask, length: int) -> float:
@@ -295,7 +298,7 @@ class _Cut(NamedTuple):
     def specs(self, arrays: _Arrays) -> _Arrays:
         """Where each array lies; an axis of size 1 is on all devices."""
         def place(x: Array, *axes: Any) -> PartitionSpec:
-            return PartitionSpec(*(None if size == 1 else axis for size, axis in zip(x.shape, axes, strict=True)))
+            return PartitionSpec(*(None if size == 1 else axis for size, axis in zip(x.shape, axes)))
         whole = PartitionSpec(self.batch, self.length, self.heads, None)
         bias, ids, sinks = arrays.bias, arrays.ids, arrays.sinks
         return _Arrays(
@@ -323,8 +326,14 @@ def _spread(options: _Options, arrays: _Arrays, mesh: Mesh | AbstractMesh | None
         raise errors.invalid(f"spec must cut the length over {options.axis_name!r} alone, an axis of the mesh",
                              f"{spec=}, mesh axes {mesh.axis_names}", "name the axis second: (batch, length, heads)")
     _check_divides(arrays, mesh, cut)
+    found: tuple[Array, Array] = _on_mesh(options, cut, mesh, arrays)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside of jit: one program, compiled once
+def _on_mesh(options: _Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: _Arrays) -> tuple[Array, Array]:
     specs = cut.specs(arrays)
-    if explicit is not None:
+    if (explicit := _explicit_mesh(arrays.query)) is not None:
         arrays = _placed(arrays, specs, explicit)
     run = jax.shard_map(functools.partial(_attend, options, cut), mesh=mesh, in_specs=(specs,),
                         out_specs=(specs.query, PartitionSpec(cut.batch, cut.heads, cut.length)))
@@ -375,10 +384,11 @@ def explain_context_parallel(
       strategy, load_balance, mask, dropout_rate, scale, softcap, deterministic, implementation: as in
         `context_parallel_attention`.
     """
-    options = _Options("", strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation)
+    options = _Options("", strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
+                       device.current())
     rule = masks.checked(mask).canonical()
     arrays = _Arrays(query, key, value, bias, rule, None, None, None, None)  # type: ignore[arg-type]
-    shards = _shards(options, arrays, rule, num_devices, device.current())
+    shards = _shards(options, arrays, rule, num_devices)
     try:
         choice = _choice(shards, strategy)
     except errors.UnsupportedError as error:

@@ -278,9 +278,10 @@ def _all_gather(problem: Problem, rates: Rates, attention_s: tuple[float, float]
 
 def _all_to_all(problem: Problem, rates: Rates, attention_s: tuple[float, float]) -> tuple[_Pass, _Pass]:
     """Collectives that nothing hides: operands there, out back; cotangents of out there, gradients back. A device keeps
-    1/n of what it has. Fewer key heads than devices are repeated first."""
+    1/n of what it has. Fewer key heads than devices are repeated first, and sent as accumulators are."""
     repeats = problem.n // math.gcd(problem.n, problem.kv_heads)
-    held = problem.itemsize * (problem.q + problem.q_out + repeats * problem.kv)
+    keys = problem.itemsize if repeats == 1 else repeats * problem.acc_itemsize
+    held = problem.itemsize * (problem.q + problem.q_out) + keys * problem.kv
     moved = held * (problem.n - 1) // problem.n
     return _exposed(attention_s[0], moved, 2 * held, rates), _exposed(attention_s[1], moved, 4 * held, rates)
 

@@ -60,8 +60,23 @@ def reorder[A: (np.ndarray, jax.Array)](
     cut = (*x.shape[:axis], len(pieces), size, *x.shape[axis + 1:])
     if isinstance(x, np.ndarray):
         return np.take(x.reshape(cut), pieces, axis=axis).reshape(x.shape)
-    take = lambda x: jnp.take(x.reshape(cut), pieces, axis=axis, unique_indices=True).reshape(x.shape)
+
+    def take(x: jax.Array) -> jax.Array:
+        if load_balance == "zigzag":
+            return _zigzag(x, n, axis, inverse)
+        return jnp.take(x.reshape(cut), pieces, axis=axis, unique_indices=True).reshape(x.shape)
     return sharding.automatic(take, jax.typeof(x).sharding.spec, x)
+
+
+def _zigzag(x: jax.Array, n: int, axis: int, inverse: bool) -> jax.Array:
+    """`reorder` in slices: their transpose is slices again, that of reading at indices a scatter."""
+    before, piece, behind = x.shape[:axis], x.shape[axis] // (2 * n), x.shape[axis + 1:]
+    split = (n, 2) if inverse else (2, n)
+    halves = x.reshape(*before, *split, piece, *behind)
+    halves_axis = axis + 1 if inverse else axis
+    early, late = (jax.lax.index_in_dim(halves, half, halves_axis, keepdims=False) for half in (0, 1))
+    joined = jnp.stack([early, jnp.flip(late, axis)], axis if inverse else axis + 1)
+    return joined.reshape(x.shape)
 
 
 def positions(

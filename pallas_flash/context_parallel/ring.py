@@ -19,12 +19,17 @@ from pallas_flash.context_parallel.plan import Call, Step
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["RingPasses", "attend"]
+__all__ = ["RingPasses", "anchored", "attend", "attended"]
 
 
 def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
     """(out, lse) of a device's shards, differentiable."""
-    out, stats = autodiff.differentiable(RingPasses(shards), operands)
+    return attended(RingPasses(shards), operands)
+
+
+def attended(passes: autodiff.Passes, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
+    """(out, lse) by passes whose statistics are those of `RingPasses`."""
+    out, stats = autodiff.differentiable(passes, operands)
     lse = stats[:, :, 0]
     return out, lse if operands.bias is None else lse + lax.stop_gradient(stats[:, :, 2])
 
@@ -58,7 +63,7 @@ class RingPasses(NamedTuple):
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
             partial = autodiff.forward(spec, name, problem, where=self.shards.device)
             state: Results[Array] = carried[0]
-            for pick, out, stats in zip(chosen, *(split(x, len(chosen)) for x in _anchored(spec, problem, partial))):
+            for pick, out, stats in zip(chosen, *(split(x, len(chosen)) for x in anchored(spec, problem, partial))):
                 state = self._merged(state, Results(out, stats), pick)
             return state, carried[1]
 
@@ -142,7 +147,7 @@ def _anchor(spec: AttentionSpec, problem: Operands) -> Float[Array, "b h t"]:
     return jnp.broadcast_to(spec.anchor(problem)[..., 0], spec.lse_shape).astype(spec.acc_dtype)
 
 
-def _anchored(spec: AttentionSpec, problem: Operands, partial: Results[Array]) -> Results[Array]:
+def anchored(spec: AttentionSpec, problem: Operands, partial: Results[Array]) -> Results[Array]:
     """Partial results whose statistics have the anchor behind them, where there is a bias."""
     if problem.bias is None:
         return partial

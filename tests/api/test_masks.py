@@ -131,9 +131,10 @@ def test_positions_stay_32_bit_in_64_bit_mode(x64, direction):
     """Regression: lengths without another bound were int64, which JAX refuses to join with int32 where it is strict."""
     ask = tiles.kv_tiles if direction == "kv" else tiles.q_tiles
     for mask in (InBounds(6, 7), InBounds(6, 7) & PrefixLM(3), InBounds(6, 7) & Causal()):
-        found = []
-        jax.make_jaxpr(lambda lo, mask=mask: found.extend(ask(mask, (lo, lo + 2), 3, 8)))(jnp.int32(4))
-        assert {x.dtype for x in found if isinstance(x, jax.Array)} == {np.dtype(np.int32)}
+        def dtypes(lo, mask=mask):
+            found = ask(mask, (lo, lo + 2), 3, 8)
+            assert {x.dtype for x in found if isinstance(x, jax.Array)} == {np.dtype(np.int32)}
+        jax.make_jaxpr(dtypes)(jnp.int32(4))
 
 
 # Intersections --------------------------------------------------------------------------------------------------------

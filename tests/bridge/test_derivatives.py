@@ -42,7 +42,7 @@ def without_grad(*tensors):
 
 
 def operator(q, k, v, bias):
-    return torch.ops.pallas_flash.attention(q, k, v, None, bias[None], None, None, None, 0.0, False, True)[0]
+    return torch.ops.pallas_flash.attention(q, k, v, None, bias[None], None, None, None, 0.0, False, False, True)[0]
 
 
 def through_torch_func(call, tensors, which, tangent):

@@ -9,7 +9,7 @@ import torch
 
 import torch_bridge
 from bridge.problems import OURS, TORCH, heads_inside
-from torch_bridge import exchange
+from torch_bridge import exchange, programs, views
 from torch_bridge.arguments import Numbers, Operands, PerArray
 
 B, H, L, E = 2, 4, 16, 32
@@ -125,10 +125,10 @@ def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     x, stats = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 2, 512), jnp.float32)
     problem = spec.AttentionSpec.of(x, x, x, layout=layout, mask=masks.Full() & masks.Causal(0))
     where = jax.devices("cpu")[0]
-    given = exchange._Given(PerArray(query=True, key=True, value=True, bias=False), has_dout=True, has_dstats=False)
-    programs = [(exchange._jitted_forward(problem, "hopper", where)[True], (x, x, x)),
-                (exchange._jitted_backward(problem, "hopper", where)[given], (x, x, x, x, x, stats))]
-    for function, arguments in programs:
+    given = programs.Given(PerArray(query=True, key=True, value=True, bias=False), has_dout=True, has_dstats=False)
+    functions = [(programs.forward(problem, "hopper", where)[True], (x, x, x)),
+                 (programs.backward(problem, "hopper", where)[given], (x, x, x, x, x, stats))]
+    for function, arguments in functions:
         with device.assume(device.H100):
             text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         operations = set(re.findall(r"= \"?stablehlo\.(\w+)", text))
@@ -184,12 +184,12 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(exchange, "_MAX_PLANS", 3)
     for length in range(1, 6):
         x = torch.randn(1, 1, 4, 4).expand(length, -1, -1, -1).contiguous()
-        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False))
+        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False, False))
     assert len(exchange._plans) <= 3
 
 
 def test_the_public_import_is_the_same(monkeypatch):
     q = torch.randn(SHAPE)
     expected = OURS(q, q, q)
-    monkeypatch.setattr(exchange.compat, "_import_capsule", None)
+    monkeypatch.setattr(views.compat, "_import_capsule", None)
     assert torch.equal(OURS(q, q, q), expected)

@@ -137,7 +137,7 @@ def problem(kind, dtype=torch.float32):
         bias = torch.randn(1, 4, 1, 7, dtype=dtype, requires_grad=True)
     if kind == "dropout":
         q, seed, dropout = heads_inside(q), torch.tensor([3, -4], dtype=torch.int32), 0.4
-    return [q, k, v, mask, bias, seed, offset, None, dropout, False]
+    return [q, k, v, mask, bias, seed, offset, None, dropout, False, False]
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "dropout"])
@@ -336,13 +336,30 @@ def test_the_flash_backends_results_are_those_that_a_compiler_expects(dropout_p)
 
 
 def test_a_copy_of_lse_serves_the_flash_backend():
-    """The rest of the statistics lies behind it, and is made again where only a copy comes back."""
+    """The rest of the statistics lies behind it; a copy comes back without."""
     q, k, v = (x.detach() for x in qkv(Q, Q, Q))
     out, lse, *_, state, unused, _ = activation._forward(q, k, v, 0.5, True)
     found = [activation._backward(torch.ones_like(out), q, k, v, out, x, None, None, 5, 5, 0.5, True, state, unused)
              for x in (lse, lse.clone())]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_lse_of_more_keys_serves_the_flash_backend():
+    """Regression: a ring hands out and lse of all keys to the backward of some, which computed its own instead, or took
+    the other half of a lse of twice the length for its rest.
+    """
+    q, k, v = (x.detach() for x in qkv((1, 1, 6, 8), (1, 1, 6, 8), (1, 1, 6, 8)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    truth = results(lambda *x: TORCH(*x)[:, :, 3:], leaves, torch.ones(1, 1, 3, 8))
+    out, lse, *_, state, unused, _ = activation._forward(q, k, v)
+    out, lse = out[:, :, 3:], lse.clone()[:, :, 3:]
+    assert lse.is_contiguous()
+    for keys in (slice(0, 2), slice(2, 6)):
+        found = activation._backward(torch.ones_like(out), q[:, :, 3:], k[:, :, keys], v[:, :, keys], out, lse, None,
+                                     None, 3, keys.stop - keys.start, 0.0, False, state, unused)
+        for a, b in zip(found[1:], truth[2:], strict=True):
+            torch.testing.assert_close(a, b[:, :, keys])
 
 
 def test_the_flash_backends_schema_is_the_one_replaced():

@@ -174,7 +174,7 @@ def test_an_error_leaves_nothing_running(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(exchange, "_arrays", lambda *_: [])
     query = torch.ones(1, 1, 4, 4)
-    plan = exchange.plan_for(Operands(query, query, query, None, None, None), Numbers(None, None, 0.0, False))
+    plan = exchange.plan_for(Operands(query, query, query, None, None, None), Numbers(None, None, 0.0, False, False))
 
     def function():
         raise RuntimeError("no memory")

@@ -1,6 +1,5 @@
 """Problems of the catalogue spread over virtual devices, and brought back into their own order."""
 
-import dataclasses
 import functools
 import math
 

@@ -142,6 +142,32 @@ def test_kernels_agree_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
+PARTIAL = {
+    "fused-gqa": (FUSED, dict(q_len=50, kv_len=70, d=128, d_v=128, q_heads=2)),
+    "ordered-own-bhld": (OWN_ORDERED, dict(q_len=70, kv_len=130, d=64, d_v=40, mask=masks.Full(), layout="BHLD",
+                                           deterministic=True)),
+    "split": (SPLIT, dict(q_len=70, kv_len=50, d=136, d_v=128, mask=masks.Causal(-20))),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_partial_results_are_not_rounded(name):
+    schedule, fields = PARTIAL[name]
+    problem = Problem(name, "interpreted", **(SMALL | dict(mask=CAUSAL, dtypes=("bfloat16",)) | fields))
+    operands, (dout, dlse), budget, saved = truth(problem)
+    spec = dataclasses.replace(problem.spec(), partial=True)
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    operands = jax.tree.map(jnp.asarray, operands)
+    found = interpreted(schedule, spec, operands, (*saved, *cotangents(dout, dlse)))
+    used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
+    assert max(used.values()) <= 1, used
+    error = lambda name, x: np.linalg.norm(np.asarray(x, np.float64) - getattr(budget.oracle, name))
+    for name in ("dq", "dk", "dv"):
+        x = getattr(found, name)
+        assert x.dtype == jnp.float32
+        assert error(name, x) < error(name, x.astype(jnp.bfloat16)), name
+
+
 TURNS = {
     "causal": dict(),
     "causal-one-section": dict(batch=1, kv_heads=1),

@@ -42,6 +42,7 @@ class Case:
     v_scale: float = 1.0
     given_up: bool = False  # whether tiles must be given up and done again
     repaired: bool = False  # whether rows are spoiled even then
+    partial: bool = False
 
 
 TIMES = dict(warpgroups=1, block_kv=64, maxima=4)
@@ -79,6 +80,10 @@ CASES = {
     "sums-overflow-causal": Case(70, 740, TIMES, masks.Causal(670), jumps=((0, 64, 55.0),), v_scale=2.0**60,
                                  given_up=True),
     "huge-scores": Case(64, 768, TIMES, masks.Full(), scale=1e9, given_up=True, repaired=True),
+    "partial-ragged-gqa": Case(70, 77, dict(warpgroups=1, block_kv=64, out_chunks=0), masks.Full(), heads=(2, 1),
+                               d=(128, 72), layout="BHLD", partial=True),
+    "partial-overflows": Case(64, 768, TIMES, masks.Full(), jumps=((0, 768, -300.0), (150, 151, -180.0)), given_up=True,
+                              partial=True),
     "nan-key": Case(130, 130, dict(warpgroups=2, block_kv=64), bad_keys=(5, 100)),
     "at-times-nan-keys": Case(64, 768, TIMES, masks.Causal(704), bad_keys=(740, 765)),
     "at-times-softcap": Case(70, 700, TIMES | dict(num_stages=1), masks.Causal(600), scale=2.0, softcap=80.0),
@@ -151,7 +156,8 @@ def give_nothing_up(block, tile, rows, spoiled):
 
 def check(case):
     q, k, v = operands(case)
-    spec = AttentionSpec.of(q, k, v, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap)
+    spec = AttentionSpec.of(q, k, v, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap,
+                            partial=case.partial)
     bad = list(case.bad_keys)
     axis = 1 if case.layout == "BLHD" else 2
     poisoned = v.at[(slice(None),) * axis + (jnp.asarray(bad, int),)].set(jnp.nan) if bad else v
@@ -164,10 +170,14 @@ def check(case):
     keep = np.broadcast_to(case.mask.keep(np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]),
                            (case.q_len, case.kv_len))
     sees_bad = keep[:, bad].any(axis=1)
+    assert out.dtype == spec.result_dtype
     out, expected = rows_last(case, out), rows_last(case, expected)
     largest = np.abs(np.asarray(v, np.float64)).max()
     np.testing.assert_allclose(out[:, :, ~sees_bad], expected[:, :, ~sees_bad], rtol=0,
                                atol=2 * ROUNDING[case.dtype] * largest)
+    if case.partial:
+        error = lambda x: np.linalg.norm((np.asarray(x, np.float64) - expected)[:, :, ~sees_bad])
+        assert error(out) < error(jnp.asarray(out, case.dtype)), "nothing is gained by results in float32"
     assert np.isnan(out[:, :, sees_bad]).all()
     np.testing.assert_allclose(stats[:, :, 0], expected_lse, rtol=1e-5, atol=1e-4)
     assert (out[:, :, ~keep.any(axis=1)] == 0).all()

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_within
+from agreement import assert_within, with_rest
 from jax import lax
 
 from bench import cli, contestants, tune
-from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, device, flash_attention
+from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, autodiff, device, flash_attention
+from pallas_flash.spec import Results
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
@@ -152,6 +153,32 @@ def test_shapes(direction, name):
     d, options = SHAPES[name]
     case = case_of(problem_of("tiles and tails of every head size", d, **options))
     assert_right(case, jax.jit(ours(direction, case))(*case.arrays))
+
+
+PARTIAL = {
+    "d64-deterministic": (64, dict(q_len=700, kv_len=700, deterministic=True)),
+    "d128-heads-first": (128, dict(q_len=700, kv_len=700, layout="BHLD")),
+    "d128-long": (128, dict(q_len=3000, kv_len=3000)),
+    "d192-v128": (192, dict(d_v=128, q_len=500, kv_len=500)),
+    "d256": (256, dict(q_len=641, kv_len=641)),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_partial_results_are_not_rounded(name):
+    d, options = PARTIAL[name]
+    case = case_of(problem_of("terms of sums over several calls", d, **options))
+    spec, (dout, dlse) = dataclasses.replace(case.problem.spec(), partial=True), case.cotangents
+    operands = jax.tree.map(jnp.asarray, case.operands)
+    out, stats = autodiff.forward(spec, IMPLEMENTATION, operands)
+    gradients = autodiff.backward(spec, IMPLEMENTATION, operands, Results(out.astype(spec.dtype), stats),
+                                  Results(jnp.asarray(dout), jnp.asarray(with_rest(dlse))))
+    found, budget = {"out": out, "dq": gradients.dq, "dk": gradients.dk, "dv": gradients.dv}, budget_of(case)
+    assert_within(budget, found)
+    for name, x in found.items():
+        wanted = getattr(budget.oracle, name)
+        assert x.dtype == jnp.float32
+        assert relative(x, wanted) < relative(x.astype(spec.dtype), wanted), name
 
 
 # -- accuracy --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d128-s512+gradients", *(f"causal-d{d}-s2048+gradients+deterministic" for d in (64, 128)),
          *(f"causal-d{d}-s2048+gradients+softcap" for d in (64, 128, 256)),
          *(f"causal-d{d}-s2048+gradients+softcap+deterministic" for d in (64, 128)),
-         *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged"]
+         *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged",
+         *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial"]
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

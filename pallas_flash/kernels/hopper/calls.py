@@ -33,7 +33,7 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
 
 @vmappable
 def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
-    """out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), fp32."""
+    """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
     roles = "query key key -> query row"
     out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v)
     return Results(out, stats)
@@ -42,7 +42,7 @@ def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[
 @vmappable
 def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.Array, stats: jax.Array,
              dout: jax.Array, dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and dtype."""
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
     roles = "query key key query row query row -> query key key"
     arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)

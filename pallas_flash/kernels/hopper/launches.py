@@ -20,13 +20,13 @@ __all__ = ["backward", "forward"]
 
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
-    """The forward: out, in the spec's layout and dtype, and the statistics (`spec.stats_shape`), float32."""
+    """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
     return Pass(inputs=_operands(spec), constants={"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
-    """The backward: the cotangents of q, k and v, in the spec's layout and dtype.
+    """The backward: the cotangents of q, k and v, in the spec's layout and `result_dtype`.
 
     Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
     lse counts.

@@ -80,12 +80,14 @@ def _ring(name: str, loads: int, readers: int, slots: int) -> tuple[Barrier, Bar
 
 
 def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
-    """Query, key and value tiles in rings; the output, a warpgroup's 64 rows each, where it is not the query's."""
+    """Query, key and value tiles in rings; the output, a warpgroup's 64 rows each, where it is rounded and does not lie
+    over the query.
+    """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     buffers = [Buffer("q", (s.query_buffers, d, s.block_q, CHUNK), spec.dtype),
                Buffer("k", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
                Buffer("v", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
-    if s.out_chunks:
+    if s.out_chunks and not spec.partial:
         buffers.append(Buffer("out", (s.warpgroups, min(s.out_chunks, d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
     barriers = [*_ring("q", d, s.warpgroups, s.query_buffers), *_ring("k", d, s.warpgroups, s.num_stages),
                 *_ring("v", d_v, s.warpgroups, s.num_stages)]
@@ -152,7 +154,9 @@ def prepare_memory(spec: AttentionSpec) -> Memory:
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of dq."""
+    """64 rows of dq, where it is rounded."""
+    if spec.partial:
+        return Memory(())
     return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
 
 

@@ -5,6 +5,7 @@ swizzles. Plain functions of `jax.numpy` do for the rest.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
     "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
     "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
-    "store_row_stats", "store_zeros", "zeros",
+    "store_row_stats", "store_rows", "store_zeros", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
@@ -335,6 +336,56 @@ def store_row_stats(x: PerRow, ref: Ref, row: Index, first: Index, length: int) 
                                   predicate=arith.andi(leads, inside), has_side_effects=True)
 
     store(x, ref, ptx.scalar(row), ptx.scalar(first))
+
+
+def _store_rows_plain(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: int, column: int) -> None:
+    first, length = index[axis], ref.shape[axis]
+
+    def write(i: Array, _: None) -> None:
+        @pl.when(first + i < length)
+        def inside() -> None:
+            at = (*index[:axis], first + i, *index[axis + 1:])
+            ref[*at, pl.ds(column, x.shape[1])] = lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+    lax.fori_loop(0, x.shape[0], write, None)
+
+
+@interpreted_as(_store_rows_plain)
+def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: int, column: int) -> None:
+    """Stores x, (64, columns) float32 in the layout TILE, to global memory where its rows lie in the array; from
+    registers: each eight rows of a warp are whole sectors of 32 bytes.
+
+    Args:
+      ref: an array of four axes in global memory.
+      index: of the first row.
+      axis: of the three, the one along which the rows lie.
+      column: the first column.
+    """
+    shape = ref.shape
+    strides = [math.prod(shape[i + 1:]) for i in range(3)]
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), *(ptx.SCALAR,) * 3))
+    def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, *index: mgpu.FragmentedArray) -> None:
+        i32, i64, f32 = ptx.i32(), ir.IntegerType.get_signless(64), ir.F32Type.get()
+        const = lambda value: mgpu.utils.c(value, i32)
+        times = lambda x, n: arith.muli(arith.extui(i64, x), mgpu.utils.c(n, i64))
+        warp, row, quarter = _thread()
+        places = [i.registers.item() for i in index]
+        places[axis] = arith.addi(places[axis], arith.addi(arith.muli(warp, const(16)), row))
+        start = arith.addi(times(quarter, 2), mgpu.utils.c(column, i64))
+        start = functools.reduce(arith.addi, map(times, places, strides), start)
+        flat = x.registers.reshape(-1, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
+        for i in range(2):
+            position = arith.addi(places[axis], const(8 * i))
+            inside = arith.cmpi(arith.CmpIPredicate.slt, position, const(shape[axis]))
+            for j in range(flat.shape[0]):
+                element = arith.addi(start, mgpu.utils.c(8 * i * strides[axis] + 8 * j, i64))
+                address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [element], f32)
+                pair = (vector.extract(flat[j, i], [], [e]) for e in (0, 1))
+                mgpu.utils.inline_ptx("st.global.v2.f32 [$0], {$1, $2};", address, *pair, predicate=inside,
+                                      has_side_effects=True)
+
+    store(x, ref, *map(ptx.scalar, index))
 
 
 def _row_elements(row: ir.Value, first: ir.Value, length: int,

@@ -33,7 +33,6 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.d % TMA_ELEMENTS == 0 and spec.d_v % TMA_ELEMENTS == 0,
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims}"),
         (spec.bias is None, "takes no bias yet"),
-        (not spec.partial, "returns no results in float32 yet, partial=True"),
         (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g}"),
         (not spec.mask.has_arrays, "takes masks of static numbers only yet, mask has array fields: "
          + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())),

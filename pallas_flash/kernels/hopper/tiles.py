@@ -18,7 +18,8 @@ from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_tile", "see_last_phases", "store_tile"]
+__all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_tile", "see_last_phases", "store_result",
+           "store_rows", "store_tile"]
 
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
                                 lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -57,6 +58,27 @@ def store_tile(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,
     for chunk in range(count):
         piece = chunk_of(spec, target, (batch, head, rows), 64, first + chunk)
         plgpu.copy_smem_to_gmem(buffer.at[chunk], piece, commit_group=chunk == count - 1)
+
+
+def store_rows(spec: AttentionSpec, x: Fragment, target: Ref, index: tuple[Index, Index, Index, int]) -> None:
+    """Writes x, (64, columns) float32 in the layout TILE, to global memory; not through shared memory, of which it
+    would need twice as much as what is rounded.
+
+    Args:
+      index: (batch, head, first row, first chunk) of x in the target.
+    """
+    batch, head, rows, first = index
+    axis, place = (1, (batch, rows, head)) if spec.layout == "BLHD" else (2, (batch, head, rows))
+    registers.store_rows(x, target, place, axis, first * CHUNK)
+
+
+def store_result(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,
+                 index: tuple[Index, Index, Index, int]) -> None:
+    """Starts to write x, float32, as a result of the spec: `store_tile` where it is rounded, else `store_rows`."""
+    if spec.partial:
+        store_rows(spec, x, target, index)
+    else:
+        store_tile(spec, x.astype(spec.dtype), buffer, target, index)
 
 
 def await_free(free: Ref, slots: int, index: Index) -> Index:

@@ -55,12 +55,13 @@ def compile_module(module: bytes, work: Path) -> dict:
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
-    softcap, ragged (48 positions less)."""
+    softcap, ragged (48 positions less), partial (results in float32; with gradients always)."""
     import dataclasses
 
     import jax
 
-    from pallas_flash import device, flash_attention
+    from pallas_flash import autodiff, device, flash_attention
+    from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
     problem, less = problems.find(name), 48 if "ragged" in options else 0
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
@@ -79,13 +80,22 @@ def lower(name: str, options: list[str]):
         results, vjp = jax.vjp(call, q, k, v)
         return vjp(results)
 
+    def partial_call(q, k, v):
+        operands = Operands(q, k, v, None, problem.mask, None, None)
+        results = autodiff.forward(partial, "hopper", operands)
+        given = results._replace(out=results.out.astype(partial.dtype))
+        return results, autodiff.backward(partial, "hopper", operands, given, given)
+
+    partial = dataclasses.replace(spec, partial=True)
     function = call_with_gradients if "gradients" in options else call
+    if "partial" in options:
+        function = partial_call
     with device.assume(device.H100):
         return jax.jit(function).trace(q, k, v).lower(lowering_platforms=("cuda",))
 
 
 def main(names: list[str]) -> None:
-    """Each name may end in "+gradients", "+deterministic", "+softcap" and "+ragged"."""
+    """Each name may end in "+gradients", "+deterministic", "+softcap", "+ragged" and "+partial"."""
     work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
         problem, *options = name.split("+")

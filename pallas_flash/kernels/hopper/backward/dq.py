@@ -223,9 +223,8 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_pipelined if s.pipelined else gradient_unpipelined)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
-    dq = (dq * spec.scale).astype(spec.dtype)
-    tiles.store_tile(spec, dq, block.smem["q"].at[warpgroup], block.gmem["dq"],
-                     (block.batch, block.head, first, 0))
+    tiles.store_result(spec, dq * spec.scale, block.smem["q"].at[warpgroup], block.gmem["dq"],
+                       (block.batch, block.head, first, 0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -251,7 +250,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         def _() -> None:
             load_role(block)
 
-    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype)}
+    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
     kernel = plgpu.kernel(
         attention_backward_dq, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),

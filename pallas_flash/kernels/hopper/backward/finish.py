@@ -9,10 +9,24 @@ from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Ref
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
+
+
+def copy_out(spec: AttentionSpec, buffer: Ref, dq: Ref, index: tuple[Index, Index, Index]) -> None:
+    """Copies 64 rows of dq from shared memory to global memory.
+
+    Args:
+      index: (batch, head, 64 queries).
+    """
+    batch, head, rows = index
+    plgpu.commit_smem()
+    for column in range(buffer.shape[0]):
+        target = tiles.chunk_of(spec, dq, (batch, head, rows * CHUNK), CHUNK, column)
+        plgpu.copy_smem_to_gmem(buffer.at[column], target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
@@ -27,16 +41,15 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         tile, row = div(rows, per_tile), rem(rows, per_tile)
         for column in range(columns):
-            piece = acc.at[batch, q_head, tile, row * columns + column]
-            x = (registers.load_linear(piece, CHUNK) * spec.scale).astype(spec.dtype)
-            registers.store_chunks(x, smem["dq"].at[column:column + 1])
-        plgpu.commit_smem()
-        for column in range(columns):
-            target = tiles.chunk_of(spec, dq, (batch, q_head, rows * CHUNK), CHUNK, column)
-            plgpu.copy_smem_to_gmem(smem["dq"].at[column], target)
-        plgpu.wait_smem_to_gmem(0)
+            x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * spec.scale
+            if spec.partial:
+                tiles.store_rows(spec, x, dq, (batch, q_head, rows * CHUNK, column))
+            else:
+                registers.store_chunks(x.astype(spec.dtype), smem["dq"].at[column:column + 1])
+        if not spec.partial:
+            copy_out(spec, smem["dq"], dq, (batch, q_head, rows))
 
-    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype)}
+    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
     kernel = plgpu.kernel(
         attention_backward_finish, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.finish_memory(spec)),

@@ -311,7 +311,7 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     if s.makes_dq:
         dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
     for name, x in (("k", dk * spec.scale), ("v", dv)):
-        tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
+        tiles.store_result(spec, x, block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -352,7 +352,7 @@ INPUTS = "q", "k", "v", "dout", "statistics"
 def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What every kernel makes that keeps keys: dk and dv."""
     _, k, v, _ = spec.operand_shapes
-    return {"dk": jax.ShapeDtypeStruct(k, spec.dtype), "dv": jax.ShapeDtypeStruct(v, spec.dtype)}
+    return {"dk": jax.ShapeDtypeStruct(k, spec.result_dtype), "dv": jax.ShapeDtypeStruct(v, spec.result_dtype)}
 
 
 def block_of[S: KeySchedule](spec: AttentionSpec, s: S,

@@ -147,7 +147,7 @@ def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
         tiles.see_last_phases(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over
     name, index = "vk"[warpgroup], (block.batch, block.head, block.tile * s.block_kv, 0)
-    tiles.store_tile(spec, x.astype(spec.dtype), block.smem[name], block.gmem[f"d{name}"], index)
+    tiles.store_result(spec, x, block.smem[name], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
 

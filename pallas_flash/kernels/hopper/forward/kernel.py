@@ -213,7 +213,14 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> N
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
         registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(softmax.rescale(l_i), acc.shape[1])
-    out = out.astype(block.spec.dtype)
+    if block.spec.partial:
+        tiles.store_rows(block.spec, out, block.gmem["out"], (tile.batch, tile.head, rows.first, 0))
+    else:
+        store_rounded(block, tile, rows, out.astype(block.spec.dtype))
+
+
+def store_rounded(block: Block, tile: Tile, rows: Rows, out: Fragment) -> None:
+    """Writes out, (64, d_v), to global memory through a buffer, or over the query."""
     count = chunks(block.spec.d_v)
     at_once = block.schedule.out_chunks or count
     for chunk in range(0, count, at_once):
@@ -327,7 +334,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """
     inputs = "q", "k", "v", "table"
     blocks, slots = work.forward_table(spec, schedule).shape
-    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
+    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
         outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)

@@ -1,0 +1,92 @@
+"""XLA:GPU programs over 4 and 8 H200s, compiled without a GPU: what travels, what it travels behind, and memory."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.context_parallel.offline import hlo
+from tests.hopper.offline import places
+
+ROOT = Path(__file__).parents[2]
+WHY_NOT = places.why_not()
+needs_cuda_wheels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+def compiled(work, *programs):
+    """The report on each program, all from one process."""
+    done = subprocess.run([places.interpreter(), "-m", "tests.context_parallel.offline.compile_programs", *programs],
+                          cwd=ROOT, env=places.environment(work, next(iter(places.compilers().values()))), text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@needs_cuda_wheels
+def test_hops_of_a_ring_hide_behind_kernels(tmp_path):
+    """Regression: hops that depend on nothing, unrolled, are all scheduled first, synchronously."""
+    few, many = compiled(tmp_path, "ring:4:forward", "ring:8:forward")
+    for n, report in ((4, few), (8, many)):
+        permutes = report["traffic"].pop("collective-permute")
+        assert report["traffic"] == {}
+        assert permutes["synchronous"] == 0
+        assert permutes["asynchronous"] == permutes["around_kernels"] == n - 1
+    assert many["temporary"] <= 0.6 * few["temporary"]
+
+
+PROGRAM = """\
+HloModule made_by_hand, is_scheduled=true
+
+%kernel (p.1: bf16[8,4]) -> (bf16[8,4], f32[8]) {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  ROOT %call.1 = (bf16[8,4]{1,0}, f32[8]{0:S(5)}) custom-call(%p.1), custom_call_target="mosaic_gpu_v2"
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%wrapped (p.2: f32[16,4]) -> f32[2,4] {
+  %p.2 = f32[16,4]{1,0} parameter(0)
+  ROOT %scatter.1 = f32[2,4]{1,0} reduce-scatter(%p.2), dimensions={0}, to_apply=%add
+}
+
+%more (p.3: (bf16[8,4])) -> pred[] {
+  %p.3 = (bf16[8,4]{1,0}) parameter(0)
+  ROOT %yes.1 = pred[] constant(true)
+}
+
+%body (p.4: (bf16[8,4])) -> (bf16[8,4]) {
+  %p.4 = (bf16[8,4]{1,0}) parameter(0)
+  %keys.1 = bf16[8,4]{1,0} get-tuple-element(%p.4), index=0
+  %start.1 = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}) collective-permute-start(%keys.1), source_target_pairs={{0,1},{1,0}}
+  %fusion.1 = (bf16[8,4]{1,0}, f32[8]{0}) fusion(%keys.1), kind=kCustom, calls=%kernel
+  %done.1 = bf16[8,4]{1,0} collective-permute-done(%start.1)
+  ROOT %tuple.1 = (bf16[8,4]{1,0}) tuple(%done.1)
+}
+
+ENTRY %main (p.5: (bf16[8,4]), p.6: f32[16,4]) -> f32[2,4] {
+  %p.5 = (bf16[8,4]{1,0}) parameter(0)
+  %p.6 = f32[16,4]{1,0} parameter(1)
+  %loop = (bf16[8,4]{1,0}) while(%p.5), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %keys.2 = bf16[8,4]{1,0} get-tuple-element(%loop), index=0
+  %permute.1 = bf16[8,4]{1,0} collective-permute(%keys.2), source_target_pairs={{0,1},{1,0}}
+  %start.2 = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}) collective-permute-start(%keys.2), backend_config={"is_sync":true}
+  %done.2 = bf16[8,4]{1,0} collective-permute-done(%start.2)
+  %start.3 = ((f32[16,4]{1,0}), f32[2,4]{1,0}) async-start(%p.6), calls=%wrapped
+  %gather.1 = bf16[64,4]{1,0} all-gather(%done.2), dimensions={0}
+  ROOT %done.3 = f32[2,4]{1,0} async-done(%start.3)
+}
+"""
+
+
+def test_programs_are_read():
+    program = hlo.Program(PROGRAM, 8)
+    assert program.traffic() == {
+        "collective-permute": hlo.Traffic(synchronous=2, asynchronous=3, around_kernels=3, sent=5 * 64),
+        "reduce-scatter": hlo.Traffic(synchronous=0, asynchronous=1, around_kernels=0, sent=7 * 32),
+        "all-gather": hlo.Traffic(synchronous=1, asynchronous=0, around_kernels=0, sent=7 * 64)}
+    assert program.kernels() == 3

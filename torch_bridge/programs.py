@@ -1,0 +1,127 @@
+"""The jitted functions of a plan: flat arrays in, flat arrays out. JAX alone.
+
+Each is traced once for a spec. The first operand may carry the wait for torch's stream, so no argument is dropped
+(keep_unused).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import autodiff, softmax
+from pallas_flash import spec as specs
+from pallas_flash.spec import AttentionSpec, Differentiable, Gradients
+from torch_bridge.arguments import PerArray
+
+__all__ = ["Given", "Variants", "backward", "double_backward", "forward"]
+
+_MAX_PROGRAMS = 4096
+
+
+def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operands:
+    """The operands at the front of flat arrays: those that there are, in the order of `Operands`."""
+    q, k, v = next(arrays), next(arrays), next(arrays)
+    rule = spec.mask
+    if rule.has_arrays:
+        attend = next(arrays)
+        rule = jax.tree.map(lambda _: attend, rule)
+    bias = None if spec.bias is None else next(arrays)
+    seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
+    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None)
+
+
+class Given(NamedTuple):
+    """Which gradients a backward is asked for, and which cotangents it is given."""
+
+    needs: PerArray[bool]
+    has_dout: bool
+    has_dstats: bool
+
+
+class Variants[N](dict[N, Callable[..., list[jax.Array]]]):
+    """Jitted functions by what is needed of them, each made when it is first asked for."""
+
+    def __init__(self, function: Callable[[N, Iterator[jax.Array]], list[jax.Array]], where: jax.Device) -> None:
+        self._function, self._where = function, where
+
+    def __missing__(self, needs: N) -> Callable[..., list[jax.Array]]:
+        def on_device(*arrays: jax.Array) -> list[jax.Array]:
+            with jax.default_device(self._where):  # while tracing: what kernels ask about "the" device
+                results = self._function(needs, iter(arrays))
+            assert not {*map(id, results)} & {*map(id, arrays)}, "an operand as a result would be memory nobody holds"
+            return results
+        self[needs] = jax.jit(on_device, keep_unused=True)
+        return self[needs]
+
+
+@functools.lru_cache(maxsize=_MAX_PROGRAMS)
+def forward(spec: AttentionSpec, name: str, where: jax.Device) -> Variants[bool]:
+    """Of the operands: out, and stats if they are needed."""
+    def attention(needs_stats: bool, arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        results = autodiff.forward(spec, name, _operands(spec, arrays))
+        return [results.out, results.stats] if needs_stats else [results.out]
+    return Variants(attention, where)
+
+
+@functools.lru_cache(maxsize=_MAX_PROGRAMS)
+def backward(spec: AttentionSpec, name: str, where: jax.Device) -> Variants[Given]:
+    """Of the operands, out, the cotangents that are given and stats: the gradients that are needed."""
+    def gradients(given: Given, arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        operands, out = _operands(spec, arrays), next(arrays)
+        dout = next(arrays) if given.has_dout else jnp.zeros_like(out)
+        dstats = next(arrays) if given.has_dstats else None
+        stats = _whole_stats(spec, next(arrays))
+        results = specs.Results(out=out.astype(spec.dtype), stats=stats)
+        cotangents = specs.Results(
+            out=dout.astype(spec.dtype), stats=jnp.zeros_like(stats) if dstats is None else dstats)
+        grads = _per_array(autodiff.backward(spec, name, operands, results, cotangents))
+        return [grad for grad, needed in zip(grads, given.needs, strict=True) if needed and grad is not None]
+    return Variants(gradients, where)
+
+
+def _whole_stats(spec: AttentionSpec, stats: jax.Array) -> jax.Array:
+    """The statistics of rows, of which lse alone may be known."""
+    if stats.shape == spec.stats_shape:
+        return stats
+    assert spec.bias is None, "lse is that of the scores, and statistics are those of the anchored scores"
+    return jnp.stack(softmax.from_lse(stats, softmax.unit(spec.scale, spec.softcap)), axis=2)
+
+
+def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
+    return PerArray(query=grads.dq, key=grads.dk, value=grads.dv, bias=grads.dbias)
+
+
+@functools.lru_cache(maxsize=_MAX_PROGRAMS)
+def double_backward(spec: AttentionSpec, where: jax.Device) -> Variants[tuple[bool, ...]]:
+    """Of the operands, tangents and cotangents, those that are `present`: the gradients of operands and cotangents."""
+    def derivative(present: tuple[bool, ...], arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        operands = _operands(spec, arrays)
+        *tangents, dout, dstats = (next(arrays) if there else None for there in present)
+
+        def first(given: Differentiable[jax.Array], dout: jax.Array | None,
+                  dstats: jax.Array | None) -> Gradients[jax.Array]:
+            problem = specs.Operands.of(given, operands.others)
+            results = autodiff.forward(spec, "reference", problem)
+            cotangents = specs.Results(out=_given_or_zero(dout, results.out),
+                                       stats=_given_or_zero(dstats, results.stats))
+            grads: Gradients[jax.Array] = autodiff.backward(spec, "reference", problem, results, cotangents)
+            return grads
+        found, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
+        of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), found))
+        return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
+                if x is not None]
+    return Variants(derivative, where)
+
+
+def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) -> Gradients[jax.Array]:
+    """The tangents of gradients, zeros for those that are None."""
+    return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
+                     dv=_given_or_zero(given.value, grads.dv),
+                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias))
+
+
+def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:
+    return jnp.zeros_like(like) if array is None else array
