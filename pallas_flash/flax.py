@@ -90,8 +90,8 @@ def attention_fn(
     Raises:
       ValueError: if `mask` holds arrays, or `context_parallel` is something else.
       ModuleNotFoundError: in a call, if Flax is not installed.
-      UnsupportedError: if `context_parallel` balances documents; in a call that asks for shared dropout, sown weights
-        or replaced einsums, or gives a mask array where sequences are cut.
+      UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums, or gives a mask array
+        where sequences are cut.
     """
     require_bool("deterministic_backward", deterministic_backward)
     if mask is not None and mask.has_arrays:
@@ -103,13 +103,6 @@ def attention_fn(
     if not isinstance(context_parallel, ContextParallel | None):
         raise invalid("context_parallel of attention_fn must be a ContextParallel or None", f"{context_parallel=}",
                       "pass pallas_flash.ContextParallel(axis_name)")
-    if context_parallel is not None and context_parallel.load_balance == "zigzag_documents":
-        raise unsupported(
-            'attention_fn(context_parallel=...) with load_balance="zigzag_documents"',
-            ["it needs cu_seqlens, which a layer's call does not hand on"],
-            'use load_balance="zigzag" and the layer\'s mask=SegmentIds(ids, ids), or a function of your own around '
-            "pallas_flash.context_parallel_attention(..., cu_seqlens=)",
-        )
     return _AttentionFn(mask, scale, softcap, deterministic_backward, implementation, context_parallel)
 
 

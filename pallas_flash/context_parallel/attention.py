@@ -53,9 +53,10 @@ def context_parallel_attention(
       strategy: "ring", keys and values travel while the kernels compute; "all_gather", they are gathered first;
         "all_to_all", sequences become heads and back. None: the one that costs least, see `explain_context_parallel`.
       load_balance: "zigzag", device i of n holds the pieces i and 2n - 1 - i of the sequence; "zigzag_documents", those
-        of each document, for `Causal()` and `cu_seqlens`; None, piece i.
+        of each document, for `Causal()` and documents; None, piece i.
       mask: which pairs attend. Fields that are arrays have no axes but (batch, heads).
-      segment_ids: integers (batch or 1, length), or a tuple of those of queries and of keys.
+      segment_ids: integers (batch or 1, length), or a tuple of those of queries and of keys. Neighbours among the
+        documents of "zigzag_documents" have different ids.
       cu_seqlens: in place of them, the boundaries of the documents of a packed row, integers (documents + 1,), for the
         whole batch and the whole sequence; they may be traced. What lies past the last is padding.
       bias: (batch or 1, q_heads or 1, length or 1, S or 1): rows as queries, S keys of the whole sequence, in the order
@@ -199,26 +200,33 @@ def _share(mask: Mask, length: int) -> float:
 
 def _with_documents(options: _Options, arrays: _Arrays) -> Mask:
     """The mask with segment ids, given or made from the boundaries of documents."""
-    if arrays.ids is not None and arrays.cu_seqlens is not None:
+    by_document, ids = options.load_balance == "zigzag_documents", arrays.ids
+    if ids is not None and arrays.cu_seqlens is not None:
         raise errors.invalid("segment_ids and cu_seqlens say the same", "both", "leave one of them out")
-    if arrays.ids is not None:
-        return arrays.mask & masks.SegmentIds(*arrays.ids).canonical()
-    by_document = options.load_balance == "zigzag_documents"
-    if arrays.cu_seqlens is None:
+    if arrays.cu_seqlens is not None:
+        starts = arrays.cu_seqlens.astype(jnp.int32)
+        rows = positions(options.axis_name, arrays.query.shape[1], load_balance=options.load_balance,
+                         cu_seqlens=starts if by_document else None)
+        document = jnp.searchsorted(starts, rows, side="right").astype(jnp.int32) - 1
+        ids = (jnp.where(rows < starts[-1], document, -1)[None],) * 2
+    if ids is None:
         if by_document:
-            raise errors.invalid('cu_seqlens must be given with load_balance="zigzag_documents"', "cu_seqlens=None",
-                                 'pass the boundaries of documents, or use load_balance="zigzag"')
+            raise errors.invalid('documents must be given with load_balance="zigzag_documents"',
+                                 "cu_seqlens=None, segment_ids=None", 'pass one of these, or use load_balance="zigzag"')
         return arrays.mask
-    starts, length = arrays.cu_seqlens.astype(jnp.int32), arrays.query.shape[1]
-    rows = positions(options.axis_name, length, load_balance=options.load_balance,
-                     cu_seqlens=starts if by_document else None)
-    document = jnp.searchsorted(starts, rows, side="right").astype(jnp.int32) - 1
-    ids = document
-    if by_document:  # twice the document, and 1 for its late pieces: see `Shards`
-        begin, end = starts[document], starts[jnp.minimum(document + 1, starts.size - 1)]
-        ids = 2 * document + (2 * (rows - begin) >= end - begin).astype(jnp.int32)
-    ids = jnp.where(rows < starts[-1], ids, -1)[None]
-    return arrays.mask & masks.SegmentIds(ids, ids).canonical()
+    return arrays.mask & masks.SegmentIds(*(map(_with_pieces, ids) if by_document else ids)).canonical()
+
+
+def _with_pieces(ids: Array) -> Array:
+    """Twice the id (batch, length) of each row's document, and 1 for the second half of a device's rows of it, its late
+    piece: see `Shards`.
+    """
+    rows, changes = jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids[:, 1:] != ids[:, :-1]
+    edge = jnp.ones_like(ids[:, :1], bool)
+    begin = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changes], axis=1), rows, 0), axis=1)
+    last = jnp.concatenate([changes, edge], axis=1)
+    end = jax.lax.cummin(jnp.where(last, rows + 1, ids.shape[1]), axis=1, reverse=True)
+    return 2 * ids.astype(jnp.int32) + (2 * (rows - begin) >= end - begin).astype(jnp.int32)
 
 
 def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:

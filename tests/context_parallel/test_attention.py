@@ -113,6 +113,27 @@ def test_documents(x64, load_balance):
     assert_close(found, wanted)
 
 
+def test_segment_ids_of_balanced_documents(x64):
+    """Regression: ids were taken for those of pieces, and early pieces saw the late ones of other documents. Each entry
+    of the batch may have documents of its own.
+    """
+    boundaries = [np.array([0, 8, 24, LENGTH]), np.array([0, 16, LENGTH])]
+    ids = np.stack([np.repeat([0, 1, -1], [8, 16, 8]), np.repeat([5, 2], 16)])
+    orders = [functools.partial(pf.reorder, n=4, axis=0, load_balance="zigzag_documents", cu_seqlens=starts)
+              for starts in boundaries]
+
+    def order(x, inverse=False):
+        return jnp.stack([each(jnp.asarray(x[i]), inverse=inverse) for i, each in enumerate(orders)])
+
+    def many(*arrays):
+        return order(pf.context_parallel_attention(
+            *map(order, arrays), axis_name=spread.AXIS, strategy="ring", mesh=spread.mesh_of(4),
+            spec=P(None, spread.AXIS), mask=pf.Causal(), load_balance="zigzag_documents", segment_ids=order(ids)), True)
+    arrays = qkv("float64")
+    one = functools.partial(pf.flash_attention, mask=pf.Causal(), segment_ids=jnp.asarray(ids))
+    assert_close(gradients(many, arrays), gradients(one, arrays))
+
+
 def test_what_lies_past_the_last_document_is_padding(x64):
     q, k, v = qkv("float64")
     out = jax.jit(whole(2, cu_seqlens=np.array([0, 10, 20])))(q, k, v)
@@ -257,7 +278,7 @@ BAD = {
     "must be inside shard_map over axis_name, or know how whole arrays are cut": dict(mesh=None),
     "spec must cut the length over 'sequence' alone": dict(spec=P("sequence")),
     "the length of query must divide by the 2 devices": dict(length=7, load_balance=None),
-    "cu_seqlens must be given with load_balance=": dict(load_balance="zigzag_documents"),
+    "documents must be given with load_balance=": dict(load_balance="zigzag_documents"),
     "segment_ids and cu_seqlens say the same": dict(
         segment_ids=np.zeros((2, LENGTH), int), cu_seqlens=np.array([0, 32])),
     "balances mask=Causal(), there is mask=Window": dict(

@@ -103,8 +103,3 @@ def test_functions_of_equal_settings_are_equal():
 def test_settings_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="must be a ContextParallel or None, got context_parallel='sequence'"):
         attention_fn(context_parallel="sequence")
-
-
-def test_balanced_documents_are_refused_with_what_to_use_instead():
-    with pytest.raises(pf.UnsupportedError, match=r'needs cu_seqlens.* Use load_balance="zigzag"'):
-        attention_fn(context_parallel=pf.ContextParallel("sequence", load_balance="zigzag_documents"))
