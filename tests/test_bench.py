@@ -12,7 +12,21 @@ import jax
 import numpy as np
 import pytest
 
-from bench import chain, check, cli, contestants, environment, jobs, plots, records, report, run, timing, tune
+from bench import (
+    chain,
+    check,
+    cli,
+    contestants,
+    environment,
+    jobs,
+    plots,
+    records,
+    report,
+    ring_step,
+    run,
+    timing,
+    tune,
+)
 from pallas_flash import device, dispatch
 from pallas_flash.masks import Causal, Full, PrefixLM, Window
 from pallas_flash.testing import problems
@@ -604,3 +618,9 @@ def test_vary_reaches_into_parts():
     assert tune.vary(Whole(), {"part.rows": 2}) == Whole(Part(2))
     assert tune.vary(Whole(None), {"part.rows": 2}) is None
     assert tune.vary(Whole(), {"part.columns": 2}) is None
+
+
+def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
+    found = list(ring_step.measure(32, 2, (2, 1), 8, rounds=1))
+    assert [record["direction"] for record in found] == ["forward", "backward"]
+    assert all(record["ring_us"] > 0 and record["over_plain"]["median"] > 0 for record in found)
