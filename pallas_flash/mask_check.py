@@ -21,7 +21,8 @@ def check_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
         every key inside [full_lo, full_hi) is kept by all of them, else tiles would go unmasked.
 
     Intervals end anywhere up to twice the length: kernels also ask about a last tile that reaches past the end, whose
-    padding they mask themselves. Bounds that are looser than they could be pass: they cost time only. It is brute
+    padding they mask themselves. Bounds that are looser than they could be pass: they cost time only. A class that
+    defines `moved` must keep the same pairs from any other positions on. It is brute
     force: lengths of 20 to 60 that are no multiples of the mask's numbers find what there is to find, in seconds.
 
     Args:
@@ -44,6 +45,22 @@ def check_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
         keep = _keep(part, q_len, kv_len)
         _check_bounds(part, "kv_bounds", keep)
         _check_bounds(part, "q_bounds", keep.swapaxes(2, 3))
+        if type(part).moved is not masks.Mask.moved:
+            _check_moved(part, keep)
+
+
+def _check_moved(part: masks.Mask, keep: np.ndarray) -> None:
+    """Raises where `moved` contradicts `keep`, which is as `_keep` returns it."""
+    q_len, kv_len = keep.shape[2:]
+    for q_lo, kv_lo in ((q_len // 2, 0), (0, kv_len // 2), (q_len // 3, kv_len - 1), (q_len - 1, kv_len // 3)):
+        wanted = keep[:, :, q_lo:, kv_lo:]
+        found = _keep(part.moved(q_lo, kv_lo), *wanted.shape[2:])
+        for batch, head, q_pos, kv_pos in np.argwhere(np.broadcast_to(found, wanted.shape) != wanted)[:1]:
+            name = f"{type(part).__name__}.moved({q_lo}, {kv_lo})"
+            raise errors.invalid(
+                f"{name} must keep of the pair ({q_pos}, {kv_pos}) what the mask keeps of "
+                f"({q_pos + q_lo}, {kv_pos + kv_lo})", f"{not wanted[batch, head, q_pos, kv_pos]}",
+                "return the mask whose keep(q, k) is this one's keep(q + q_lo, k + kv_lo)")
 
 
 def _keep(part: masks.Mask, q_len: int, kv_len: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Each chunk of the device's queries is one call, under the mask moved to where the chunk is. That place differs from
 device to device, and all run one program. Where the implementation takes masks of numbers known at run time, the place
-is such a number; else a `lax.switch` has a branch for each, with static masks.
+is such a number; else a `lax.switch` has a branch for each, with static masks: n kernels to compile for each chunk, of
+which one runs.
 
 The backward gathers again, which is cheaper than to keep what was gathered. What each device adds to the gradients of
 all keys and values is summed over the devices before it is rounded (`AttentionSpec.partial`).
@@ -25,7 +26,6 @@ from pallas_flash.masks import Mask, SegmentIds
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["AllGatherPasses", "attend", "why_not"]
-
 
 
 def why_not(shards: Shards) -> list[str]:
@@ -57,8 +57,10 @@ class AllGatherPasses(NamedTuple):
                        stats=jnp.concatenate([x.stats for x in found], axis=3))
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        found = [self._gradients(chunk, results, cotangents) for chunk in self._chunks(operands)]
         q, k, v, bias = operands.differentiable
+        k, v, dout = lax.optimization_barrier((k, v, cotangents.out))  # else XLA keeps what the forward gathered
+        operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
+        found = [self._gradients(chunk, results, cotangents) for chunk in self._chunks(operands)]
         dk, dv = (self._scattered(functools.reduce(operator.add, xs)) for xs in zip(*((x.dk, x.dv) for x in found)))
         return Gradients(
             dq=jnp.concatenate([x.dq for x in found], axis=1).astype(q.dtype), dk=dk.astype(k.dtype),

@@ -97,6 +97,11 @@ class Problem:
     steps: int | None = None
     partial_itemsize: int | None = None
 
+    def __str__(self) -> str:
+        dim = f"d={self.d}" if self.d == self.d_v else f"d={self.d}, d_v={self.d_v}"
+        return (f"attention of {self.n} devices with {self.length} positions each (batch={self.batch}, "
+                f"heads={self.q_heads}:{self.kv_heads}, {dim})")
+
     @property
     def rows(self) -> int:
         """Positions of a device, over the batch."""
@@ -236,7 +241,7 @@ def choose(problem: Problem, rates: Rates, requested: Strategy | None = None,
     if wanted is None or (requested is not None and impossible[requested]):
         asked = names if requested is None else (requested,)
         raise errors.unsupported(
-            f"{'no strategy can' if requested is None else f'{requested!r} cannot'} run {problem}",
+            f"{'no strategy can' if requested is None else f'strategy={requested!r} cannot'} run {problem}",
             [f"{name}: {reason}" for name in asked for reason in impossible[name]],
             f'use strategy=None to take one that can ("{wanted.strategy}" here)' if wanted else "change the problem")
     return Choice(requested or wanted.strategy, found, rates)

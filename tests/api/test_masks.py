@@ -354,6 +354,19 @@ def test_check_mask_raises_where_a_bound_is_wrong_and_nowhere_else(mutant):
         check_mask(mutant, 7, 8)
 
 
+@pytest.mark.parametrize(("q", "kv"), [(0, 1), (1, 0), (1, 1)])
+def test_check_mask_catches_a_mask_that_moves_wrongly(q, kv):
+    @dataclasses.dataclass(frozen=True)
+    class Odd(Window):
+        def moved(self, q_lo, kv_lo):
+            return Odd(self.left, self.right, self.offset + q * q_lo - kv * kv_lo)
+    if (q, kv) == (1, 1):
+        check_mask(Odd(3, 2, 1), 20, 23)
+    else:
+        with pytest.raises(ValueError, match=r"Odd\.moved\(.*must keep of the pair"):
+            check_mask(Odd(3, 2, 1), 20, 23)
+
+
 def test_check_mask_names_the_tile_the_bound_and_what_keep_says():
     with pytest.raises(ValueError) as error:
         check_mask(Causal() & Mutant(Window(left=3), "kv", "lo", 1), 9, 9)

@@ -15,12 +15,12 @@ from pallas_flash.testing import conformance, problems
 from tests.context_parallel import spread
 
 CASES = [
-    ("mask-full", 4, None), ("mask-causal", 8, "zigzag"), ("mask-causal-empty-rows", 4, "zigzag"),
-    ("mask-window-causal", 8, "zigzag"), ("mask-window-beside", 2, None), ("mask-window-per-batch", 4, "zigzag"),
-    ("mask-lengths", 2, "zigzag"), ("mask-causal-segments", 4, "zigzag"), ("mask-window-prefix", 2, "zigzag"),
+    ("mask-full", 4, None), ("mask-causal", 8, "zigzag"), ("mask-causal-empty-rows", 2, "zigzag"),
+    ("mask-window-causal", 4, "zigzag"), ("mask-window-beside", 2, None), ("mask-window-per-batch", 2, None),
+    ("mask-lengths", 2, None), ("mask-causal-segments", 2, "zigzag"), ("mask-window-prefix", 2, "zigzag"),
     ("mask-everywhere-masked", 2, "zigzag"), ("shape-mqa", 4, "zigzag"), ("shape-odd-d", 2, "zigzag"),
     ("bias-1x2x150x150", 2, "zigzag"), ("bias-2x1x1x150", 4, None), ("bias-masks", 2, "zigzag"),
-    ("dropout-half-gqa", 4, "zigzag"), ("everything", 2, "zigzag"), ("large-rows", 4, "zigzag"),
+    ("dropout", 2, "zigzag"), ("everything", 2, None), ("large-rows", 2, "zigzag"),
 ]
 """Of the catalogue, one or two for each kind of array, mask and shape; devices and order vary."""
 

@@ -1,13 +1,14 @@
 """Compiles programs over several H200s by XLA:GPU, without a GPU; run by `test_offline`, in its own process.
 
-    python -m tests.context_parallel.offline.compile_programs NAME:N:PASSES...
+    python -m tests.context_parallel.offline.compile_programs STRATEGY:N:MASK...
 
-NAME is one of `PROGRAMS`, N the number of devices, PASSES "forward" or "both". The environment must have the stand-in
+N is the number of devices, MASK "causal" or "full"; both passes are one program. The environment must have the stand-in
 driver first on LD_LIBRARY_PATH, as `places.environment` sets it. Prints one JSON object for each program: the traffic
-of each kind of collective (`hlo.Traffic`), the Mosaic kernels that a device runs, and the bytes of arguments, results
+of each kind of collective (`hlo.Traffic`), how many Mosaic kernels a device runs, and the bytes of arguments, results
 and temporary memory on a device.
 """
 
+import functools
 import json
 import sys
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_flash import Causal, device, flash_attention
+from pallas_flash import Causal, Full, context_parallel_attention, device
 from tests.context_parallel.offline import hlo, sizes
 
 AXIS = "sequence"
@@ -37,23 +38,10 @@ device_description_str: "NVIDIA H200"
 """An H200, as XLA describes it."""
 
 
-def ring(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The sum of attention to the keys of each device."""
-    n = jax.lax.axis_size(AXIS)
-
-    def step(carry, _):
-        keys, total = jax.lax.optimization_barrier(carry)
-        coming = jax.lax.ppermute(keys, AXIS, [(i, (i + 1) % n) for i in range(n)])
-        return (coming, total + flash_attention(q, *keys, mask=Causal())), None
-
-    (keys, total), _ = jax.lax.scan(step, (jnp.stack([k, v]), jnp.zeros_like(q) + 0 * q), length=n - 1)
-    return total + flash_attention(q, *keys, mask=Causal())
+MASKS = {"causal": Causal(), "full": Full()}
 
 
-PROGRAMS = {"ring": ring}
-
-
-def compiled(name: str, n: int, passes: str):
+def compiled(strategy: str, n: int, mask: str):
     """The program, compiled for n devices of one host."""
     found = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{n}")
     mesh = jax.make_mesh((n,), (AXIS,), devices=found.devices, axis_types=(jax.sharding.AxisType.Auto,))
@@ -61,21 +49,21 @@ def compiled(name: str, n: int, passes: str):
     q, k, v, dout = (jax.ShapeDtypeStruct((problem.batch, sizes.SEQUENCE, heads, d), jnp.bfloat16, sharding=place)
                      for heads, d in ((problem.q_heads, problem.d), (problem.kv_heads, problem.d),
                                       (problem.kv_heads, problem.d_v), (problem.q_heads, problem.d_v)))
-    forward = jax.shard_map(PROGRAMS[name], mesh=mesh, in_specs=PLACE, out_specs=PLACE)
+    forward = functools.partial(context_parallel_attention, axis_name=AXIS, strategy=strategy, mask=MASKS[mask],
+                                mesh=mesh, spec=PLACE)
 
     def both(q, k, v, dout):
         out, vjp = jax.vjp(forward, q, k, v)
         return out, vjp(dout)
 
     with device.assume(device.H100):
-        lowered = jax.jit(forward).lower(q, k, v) if passes == "forward" else jax.jit(both).lower(q, k, v, dout)
-    return lowered.compile()
+        return jax.jit(both).lower(q, k, v, dout).compile()
 
 
 def main(names: list[str]) -> None:
     for name in names:
-        program, n, passes = name.split(":")
-        found = compiled(program, int(n), passes)
+        strategy, n, mask = name.split(":")
+        found = compiled(strategy, int(n), mask)
         text, memory = hlo.Program(found.as_text(), int(n)), found.memory_analysis()
         traffic = {kind: counts._asdict() for kind, counts in text.traffic().items()}
         print(json.dumps(dict(
