@@ -89,9 +89,9 @@ def test_train_gpt_in_two_processes_learns_as_in_one(one_process, tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     records = tmp_path / "runs.jsonl"
     command = functools.partial(
-        start, "train_gpt.py", *MESH, "--attention=mesh", "--mesh=sequence=2,tensor=2", "--distributed",
-        f"--coordinator-address={address}", "--num-processes=2", f"--save-plot={tmp_path / 'loss.png'}",
-        f"--json={records}", **virtual_devices(2))
+        start, "train_gpt.py", *MESH, "--attention=mesh", "--mesh=sequence=2,tensor=2", "--strategy=ring",
+        "--distributed", f"--coordinator-address={address}", "--num-processes=2",
+        f"--save-plot={tmp_path / 'loss.png'}", f"--json={records}", **virtual_devices(2))
     processes = [command(f"--process-id={i}") for i in range(2)]
     try:
         assert ["mesh:" in finish(process) for process in processes] == [True, False]  # one of them reports

@@ -17,7 +17,7 @@ query = key = value = torch.zeros(1, 2, 8, 16)
 """  # what a snippet of README takes as given
 
 GOOD = """
-from typing import assert_type
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     assert_type(pf.explain(shape, k, v, implementation=None), str)
     pf.check_mask(pf.PrefixLM(3), 8, 8)
     attention_fn(mask=pf.Causal(), implementation="reference")
+    attention_fn(context_parallel=pf.ContextParallel("sequence", "ring", load_balance=None))
+    assert_type(pf.reorder(q, 4), jax.Array)
+    batch: np.ndarray[Any, Any] = pf.reorder(np.zeros((1, 8)), 4, load_balance="zigzag_documents", cu_seqlens=[0, 8])
+    pf.reorder(batch, 4, axis=0, inverse=True, load_balance=None)
+    assert_type(pf.positions("sequence", 8), jax.Array)
     mean = lambda q: pf.flash_attention(q, k, v).mean()
     jax.grad(mean)(q)
 """
