@@ -43,6 +43,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     pf.check_mask(pf.PrefixLM(3), 8, 8)
     attention_fn(mask=pf.Causal(), implementation="reference")
     attention_fn(context_parallel=pf.ContextParallel("sequence", "ring", load_balance=None))
+    assert_type(pf.context_parallel_attention(q, k, v, axis_name="sequence"), jax.Array)
+    assert_type(pf.context_parallel_attention(q, k, v, axis_name="i", return_lse=True), tuple[jax.Array, jax.Array])
     assert_type(pf.reorder(q, 4), jax.Array)
     batch: np.ndarray[Any, Any] = pf.reorder(np.zeros((1, 8)), 4, load_balance="zigzag_documents", cu_seqlens=[0, 8])
     pf.reorder(batch, 4, axis=0, inverse=True, load_balance=None)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,42 @@ __all__ = ["context_parallel_attention", "explain_context_parallel"]
 
 ATTEND = {"ring": ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
 """(shards, operands) -> (out, lse), by strategy."""
+
+
+@overload
+def context_parallel_attention(
+    query: arguments.Array, key: arguments.Array, value: arguments.Array, *, axis_name: str,
+    strategy: Strategy | None = None, load_balance: LoadBalance = "zigzag", mask: Mask | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
+    bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
+    sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def context_parallel_attention(
+    query: arguments.Array, key: arguments.Array, value: arguments.Array, *, axis_name: str,
+    strategy: Strategy | None = None, load_balance: LoadBalance = "zigzag", mask: Mask | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
+    bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
+    sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
+    return_lse: Literal[True], deterministic: bool = False, implementation: dispatch.Name | None = None,
+    mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def context_parallel_attention(
+    query: arguments.Array, key: arguments.Array, value: arguments.Array, *, axis_name: str,
+    strategy: Strategy | None = None, load_balance: LoadBalance = "zigzag", mask: Mask | None = None,
+    segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
+    bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
+    sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
+    return_lse: bool, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
 @arguments.names_keywords
