@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float, Shaped
-from pallas_flash.context_parallel import all_gather, all_to_all, model, plan, ring
+from pallas_flash.context_parallel import all_gather, all_to_all, model, ring
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
@@ -213,10 +213,9 @@ def _choice(shards: Shards, requested: Strategy | None) -> model.Choice:
     spec, chunking = shards.spec, shards.chunking
     length = chunking.num_devices * chunking.local_len
     pairs = _share(shards.static_mask, length)
-    steps = plan.steps(shards.static_mask, chunking, shards.stacks)
     problem = model.Problem(batch=spec.batch, length=chunking.local_len, n=chunking.num_devices, q_heads=spec.q_heads,
                             kv_heads=spec.kv_heads, d=spec.d, d_v=spec.d_v, itemsize=spec.dtype.itemsize, share=pairs,
-                            steps=max(1, len(steps)))
+                            steps=max(1, len(shards.steps)))
     against: dict[Strategy, list[str]] = {
         "all_gather": all_gather.why_not(shards), "all_to_all": all_to_all.why_not(shards)}
     return model.choose(problem, model.rates(shards.device), requested, against)
@@ -439,7 +438,7 @@ def explain_context_parallel(
         return f"UnsupportedError: {error}"
     lines = [f"{num_devices} devices, each {shards.spec}", str(choice)]
     if choice.strategy == "ring":
-        for step in plan.steps(shards.static_mask, shards.chunking, shards.stacks):
+        for step in shards.steps:
             calls = "; ".join(shards.described(call) for call in step.calls)
             lines.append(f"  keys of the device {step.distance} before: {calls}")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from pallas_flash.arithmetic import Positions, where
 from pallas_flash.context_parallel.order import LoadBalance
 from pallas_flash.masks import Mask
 
-__all__ = ["Call", "Chunking", "Pick", "Step", "as_array", "steps"]
+__all__ = ["Call", "Chunking", "Pick", "Sharing", "Step", "as_array", "steps"]
 
 
 class Chunking(NamedTuple):
@@ -85,21 +85,34 @@ class Step(NamedTuple):
     calls: tuple[Call, ...]
 
 
+class Sharing(NamedTuple):
+    """What may be one call.
+
+    Attributes:
+      stacks: several pairs, one after the other in the batch.
+      joins: the pairs of both chunks of a device with themselves. Positions then jump between the chunks, which a mask
+        that is asked about them would not see.
+    """
+
+    stacks: bool
+    joins: bool
+
+
 @functools.lru_cache(maxsize=256)
-def steps(mask: Mask, chunking: Chunking, stacks: bool) -> tuple[Step, ...]:
+def steps(mask: Mask, chunking: Chunking, sharing: Sharing) -> tuple[Step, ...]:
     """The steps of a ring, without those that no device needs.
 
     Args:
       mask: static, about positions of the whole sequence.
       chunking: how the sequence lies on the devices.
-      stacks: whether pairs may share a call.
+      sharing: what may be one call.
     """
     n = chunking.num_devices
     found = []
     for distance in range(n):
-        pairs = [_pairs(mask, chunking, i, (i - distance) % n, stacks) for i in range(n)]
+        pairs = [_pairs(mask, chunking, i, (i - distance) % n, sharing.joins) for i in range(n)]
         kinds = dict.fromkeys(kind for own in pairs for kind, _ in own)
-        calls = [call for kind in kinds for call in _calls(kind, pairs, stacks)]
+        calls = [call for kind in kinds for call in _calls(kind, pairs, sharing.stacks)]
         if calls:
             found.append(Step(distance, tuple(calls)))
     return tuple(found)
@@ -122,13 +135,13 @@ def _calls(kind: _Kind, pairs: list[list[tuple[_Kind, Pick[int]]]], stacks: bool
 
 
 def _pairs(mask: Mask, chunking: Chunking, q_device: int, kv_device: int,
-           stacks: bool) -> list[tuple[_Kind, Pick[int]]]:
+           joins: bool) -> list[tuple[_Kind, Pick[int]]]:
     """The pairs of chunks of two devices that attend, each with its mask."""
     if chunking.load_balance == "zigzag_documents":  # all else is said by ids, see `shards.Shards.ids`
         return [((mask if q_device == kv_device else masks.Full(), 1), Pick(0, 0, 1, q_device, kv_device))]
     q_ids, kv_ids, size = chunking.chunks(q_device), chunking.chunks(kv_device), chunking.chunk_len
     grid = [[part_of(mask, q_id * size, kv_id * size, size) for kv_id in kv_ids] for q_id in q_ids]
-    if stacks and grid == [[masks.Causal(), None], [masks.Full(), masks.Causal()]]:
+    if joins and grid == [[masks.Causal(), None], [masks.Full(), masks.Causal()]]:
         return [((masks.Causal(), 2), Pick(0, 0, 1, q_ids[0], kv_ids[0]))]  # the same triangle as that of both chunks
     return [((found, 1), Pick(a, b, 1, q_ids[a], kv_ids[b]))
             for a, row in enumerate(grid) for b, found in enumerate(row) if found is not None]

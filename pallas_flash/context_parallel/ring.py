@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_flash import autodiff, compat, softmax
 from pallas_flash.arrays import Array, Float
-from pallas_flash.context_parallel import hops, plan
+from pallas_flash.context_parallel import hops
 from pallas_flash.context_parallel.hops import Carried, Chosen
 from pallas_flash.context_parallel.plan import Call, Step
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
@@ -49,7 +49,7 @@ class RingPasses(NamedTuple):
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        return plan.steps(self.shards.static_mask, self.shards.chunking, self.shards.stacks)
+        return self.shards.steps
 
     def forward(self, operands: Operands) -> Results[Array]:
         spec = self.shards.spec

@@ -12,8 +12,9 @@ from jax import lax
 
 from pallas_flash import compat, dispatch, masks, softmax
 from pallas_flash.arrays import Array
+from pallas_flash.context_parallel import plan
 from pallas_flash.context_parallel.hops import Chosen, Ring
-from pallas_flash.context_parallel.plan import Call, Chunking
+from pallas_flash.context_parallel.plan import Call, Chunking, Sharing, Step
 from pallas_flash.device import Device
 from pallas_flash.masks import ArrayField, Mask, SegmentIds
 from pallas_flash.spec import AttentionSpec, Operands
@@ -53,9 +54,11 @@ class Shards:
         return functools.reduce(operator.and_, parts, masks.Full())
 
     @property
-    def stacks(self) -> bool:
-        """Whether pairs may share a call: not where an array says something else of each."""
-        return self.bias is None and not self.spec.dropout_rate
+    def steps(self) -> tuple[Step, ...]:
+        """The plan of a ring. Arrays that say something else of each pair keep pairs apart."""
+        stacks = self.bias is None and not self.spec.dropout_rate
+        by_position = any(part.has_arrays and not isinstance(part, SegmentIds) for part in self.spec.mask.parts)
+        return plan.steps(self.static_mask, self.chunking, Sharing(stacks, stacks and not by_position))
 
     @property
     def unit(self) -> float:

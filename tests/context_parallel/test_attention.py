@@ -20,6 +20,7 @@ CASES = [
     ("mask-lengths", 2, None), ("mask-causal-segments", 2, "zigzag"), ("mask-window-prefix", 2, "zigzag"),
     ("mask-everywhere-masked", 2, "zigzag"), ("shape-mqa", 4, "zigzag"), ("shape-odd-d", 2, "zigzag"),
     ("bias-1x2x150x150", 2, "zigzag"), ("bias-2x1x1x150", 4, None), ("bias-masks", 2, "zigzag"),
+    ("mask-causal-lengths", 4, "zigzag"),
     ("dropout", 2, "zigzag"), ("everything", 2, None), ("large-rows", 2, "zigzag"),
 ]
 """Of the catalogue, one or two for each kind of array, mask and shape; devices and order vary."""
