@@ -2,7 +2,8 @@
 
 from pallas_flash.attention import dot_product_attention, explain, flash_attention
 from pallas_flash.autodiff import RESIDUAL_NAMES
-from pallas_flash.context_parallel.attention import context_parallel_attention, explain_context_parallel
+from pallas_flash.context_parallel.attention import context_parallel_attention
+from pallas_flash.context_parallel.explanation import explain_context_parallel
 from pallas_flash.context_parallel.order import positions, reorder
 from pallas_flash.context_parallel.settings import ContextParallel
 from pallas_flash.errors import UnsupportedError

@@ -115,8 +115,8 @@ class Passes(Protocol):
     """A forward and its backward over the same operands; hashable, since JAX keeps a program for each."""
 
     @property
-    def name(self) -> str:
-        """The implementation that errors name."""
+    def label(self) -> str:
+        """What errors call it."""
 
     def forward(self, operands: Operands) -> Results[Array]:
         """out, and what the backward needs of each row."""
@@ -134,6 +134,10 @@ class _OnOneDevice(NamedTuple):
     @property
     def name(self) -> str:
         return self.target.name
+
+    @property
+    def label(self) -> str:
+        return f"implementation={self.name!r}"
 
     @property
     def is_finite(self) -> bool:
@@ -167,7 +171,7 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
 
 def differentiable(passes: Passes, operands: Operands) -> Results[Array]:
     """Runs the forward of `passes`; the derivative is their backward, in reverse mode and of first order alone."""
-    given = jax.tree.map(lambda x: _reverse_mode_only(passes.name, x) if isinstance(x, jax.core.Tracer) else x,
+    given = jax.tree.map(lambda x: _reverse_mode_only(passes.label, x) if isinstance(x, jax.core.Tracer) else x,
                          operands.differentiable)
     results: Results[Array] = _attend(passes, given, operands.others)
     return results
@@ -182,40 +186,41 @@ def _natural(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2
     return sharding.automatic(run, sharding.lse_place(spec, operands), operands, stats)
 
 
-def _no_derivative(name: str, what: str) -> errors.UnsupportedError:
-    return errors.unsupported(f"implementation={name!r} has a reverse-mode derivative only", [f"{what} were asked for"],
-                              'use implementation="reference", which has derivatives of any order and mode')
+def _no_derivative(label: str, what: str) -> errors.UnsupportedError:
+    return errors.unsupported(f"{label} has a reverse-mode derivative only", [f"{what} were asked for"],
+                              'use flash_attention with implementation="reference", which has derivatives of any order '
+                              "and mode")
 
 
-def _reverse_mode_only(name: str, x: Array) -> Array:
+def _reverse_mode_only(label: str, x: Array) -> Array:
     """Marks `x` so that its tangent can be transposed but not computed: forward mode then raises our error, in any
     program, and not JAX's, which does not say what is missing.
     """
-    marked: Array = _marked_p.bind(x, name=name)
+    marked: Array = _marked_p.bind(x, label=label)
     return marked
 
 
 def _mark_tangent(primals: Sequence[Array], tangents: Sequence[Array | ad.Zero], *,
-                  name: str) -> tuple[Array, Array | ad.Zero]:
-    tangent = tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], name=name)
-    return _marked_p.bind(primals[0], name=name), tangent
+                  label: str) -> tuple[Array, Array | ad.Zero]:
+    tangent = tangents[0] if type(tangents[0]) is ad.Zero else _tangent_p.bind(tangents[0], label=label)
+    return _marked_p.bind(primals[0], label=label), tangent
 
 
-def _refuse_tangent(*_: object, name: str) -> NoReturn:
-    raise _no_derivative(name, "forward-mode derivatives (jvp, linearize, jacfwd)")
+def _refuse_tangent(*_: object, label: str) -> NoReturn:
+    raise _no_derivative(label, "forward-mode derivatives (jvp, linearize, jacfwd)")
 
 
 _marked_p, _tangent_p = Primitive("pallas_flash_marked"), Primitive("pallas_flash_tangent")
-_marked_p.def_impl(lambda x, name: x)
-_marked_p.def_abstract_eval(lambda x, name: x)
-mlir.register_lowering(_marked_p, lambda context, x, name: [x])
+_marked_p.def_impl(lambda x, label: x)
+_marked_p.def_abstract_eval(lambda x, label: x)
+mlir.register_lowering(_marked_p, lambda context, x, label: [x])
 batching.defvectorized(_marked_p)
 ad.primitive_jvps[_marked_p] = _mark_tangent
 _tangent_p.def_impl(_refuse_tangent)
-_tangent_p.def_abstract_eval(lambda tangent, name: tangent)
+_tangent_p.def_abstract_eval(lambda tangent, label: tangent)
 mlir.register_lowering(_tangent_p, _refuse_tangent, cacheable=False)
 batching.primitive_batchers[_tangent_p] = _refuse_tangent
-ad.deflinear2(_tangent_p, lambda cotangent, _, name: [cotangent])
+ad.deflinear2(_tangent_p, lambda cotangent, _, label: [cotangent])
 
 
 def _differentiable_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -224,7 +229,7 @@ def _differentiable_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     @once.defjvp
     def _refuse(passes: Passes, primals: object, tangents: object) -> NoReturn:
-        raise _no_derivative(passes.name, "derivatives of a derivative")
+        raise _no_derivative(passes.label, "derivatives of a derivative")
     return once
 
 

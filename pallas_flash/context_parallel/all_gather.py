@@ -46,8 +46,8 @@ class AllGatherPasses(NamedTuple):
     shards: Shards
 
     @property
-    def name(self) -> str:
-        return self.shards.implementation or "all_gather"
+    def label(self) -> str:
+        return "context_parallel_attention"
 
     def forward(self, operands: Operands) -> Results[Array]:
         def run(spec: AttentionSpec, name: str, problem: Operands) -> Results[Array]:

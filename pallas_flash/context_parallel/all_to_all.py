@@ -58,11 +58,11 @@ class _HeadPasses(NamedTuple):
     shards: Shards
 
     @property
-    def name(self) -> str:
-        return self._implementation(self.spec)
+    def label(self) -> str:
+        return "context_parallel_attention"
 
     def forward(self, operands: Operands) -> Results[Array]:
-        results: Results[Array] = autodiff.forward(self.spec, self.name, self._narrow(operands),
+        results: Results[Array] = autodiff.forward(self.spec, self._implementation(self.spec), self._narrow(operands),
                                                    where=self.shards.device)
         return results
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -11,16 +10,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
 from pallas_flash.arguments import Ids
-from pallas_flash.arrays import Array, Float, Shaped
-from pallas_flash.context_parallel import all_gather, all_to_all, model, ring
+from pallas_flash.arrays import Array, Float
+from pallas_flash.context_parallel import all_gather, all_to_all, checks, model, ring
 from pallas_flash.context_parallel.model import Strategy
-from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, positions
+from pallas_flash.context_parallel.order import LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.shards import Shards
 from pallas_flash.masks import ArrayField, Mask
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["context_parallel_attention", "explain_context_parallel"]
+__all__ = ["Arrays", "Options", "choice", "context_parallel_attention", "shards_of"]
 
 ATTEND = {"ring": ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
 """(shards, operands) -> (out, lse), by strategy."""
@@ -118,19 +117,27 @@ def context_parallel_attention(
     forks.require_no_fork("context_parallel_attention")
     for name, given in (("return_lse", return_lse), ("deterministic", deterministic)):
         errors.require_bool(name, given)
-    options = _Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
+    options = Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
                        device.current((query, key, value)))
     query, key, value = (jnp.asarray(arguments.array(name, x)) for name, x in (
         ("query", query), ("key", key), ("value", value)))
     ids = segment_ids if isinstance(segment_ids, tuple) or segment_ids is None else (segment_ids, segment_ids)
-    arrays = _Arrays(query, key, value, bias=_optional(bias), mask=masks.checked(mask).canonical(),
+    arrays = Arrays(query, key, value, bias=_optional(bias), mask=masks.checked(mask).canonical(),
                      ids=None if ids is None else tuple(map(jnp.asarray, ids)), cu_seqlens=_optional(cu_seqlens),
                      sinks=_optional(sinks), dropout_rng=dropout_rng if dropout_rate else None)
-    out, lse = _attend(options, None, arrays) if _is_bound(axis_name) else _spread(options, arrays, mesh, spec)
+    if _is_bound(axis_name):
+        checks.documents(cu_seqlens, query.shape[1], jax.lax.axis_size(axis_name), load_balance)
+        out, lse = _attend(options, None, arrays)
+    else:
+        mesh, cut = _placement(options, query, mesh, spec)
+        checks.divides(dict(query=query, key=key, value=value), mesh, cut, load_balance)
+        n = mesh.shape[axis_name]
+        checks.documents(cu_seqlens, query.shape[1] // n, n, load_balance)
+        out, lse = _on_mesh(options, cut, mesh, arrays)
     return (out, lse) if return_lse else out
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """The arguments that are compiled into the program."""
 
     axis_name: str
@@ -144,7 +151,7 @@ class _Options(NamedTuple):
     device: device.Device  # schedules may depend on it
 
 
-class _Arrays(NamedTuple):
+class Arrays(NamedTuple):
     """The arguments that hold data, of a device or of all."""
 
     query: Array
@@ -174,16 +181,16 @@ def _is_bound(axis_name: str) -> bool:
 # --- on the shards of a device ---------------------------------------------------------------------------------------
 
 
-def _attend(options: _Options, cut: "_Cut | None", arrays: _Arrays) -> tuple[Array, Float[Array, "b h t"]]:
+def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array, Float[Array, "b h t"]]:
     """(out, lse) of a device's shards; `cut` says how batch and heads are cut, where that is known."""
-    _check_is_cut(options.axis_name, arrays.query)
+    checks.is_cut(options.axis_name, arrays.query)
     n = jax.lax.axis_size(options.axis_name)
     mask = _with_documents(options, arrays)
-    shards = _shards(options, arrays, mask, n)
-    strategy = _choice(shards, options.strategy).strategy
+    shards = shards_of(options, arrays, mask, n)
+    strategy = choice(shards, options.strategy).strategy
     seed = arguments.dropout_seed(shards.spec, arrays.dropout_rng)
     if seed is not None and cut is None:
-        _check_dropout(options.axis_name, arrays.query, seed)
+        checks.dropout(options.axis_name, arrays.query, seed)
     origin = None if seed is None else jnp.zeros(4, jnp.int32) if cut is None else cut.origin(shards.spec)
     operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=arrays.bias, mask=mask, dropout_seed=seed,
                         dropout_origin=origin)
@@ -191,13 +198,14 @@ def _attend(options: _Options, cut: "_Cut | None", arrays: _Arrays) -> tuple[Arr
     return (out, lse) if arrays.sinks is None else _with_sinks(out, lse, arrays.sinks)
 
 
-def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int) -> Shards:
+def shards_of(options: Options, arrays: Arrays, mask: Mask, n: int) -> Shards:
+    """The problem as one of n devices has it; raises for what cannot be."""
     q, k, v = arrays.query, arrays.key, arrays.value
     spec = AttentionSpec.of(q, k, v, scale=options.scale, softcap=options.softcap, dropout_rate=options.dropout_rate,
                             return_lse=True, deterministic=options.deterministic)
     chunking = Chunking(n, spec.q_len, options.load_balance)
-    _check_lengths(spec, chunking)
-    _check_mask(mask, options.load_balance, options.dropout_rate)
+    checks.lengths(spec, chunking)
+    checks.mask(mask, options.load_balance, options.dropout_rate)
     spec = spec.masked(mask, None)
     if arrays.bias is not None:
         dataclasses.replace(spec, kv_len=n * spec.kv_len, mask=masks.Full()).masked(masks.Full(), arrays.bias)
@@ -208,7 +216,7 @@ def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int) -> Shards:
     return Shards(spec, bias, options.axis_name, chunking, options.implementation, options.device)
 
 
-def _choice(shards: Shards, requested: Strategy | None) -> model.Choice:
+def choice(shards: Shards, requested: Strategy | None) -> model.Choice:
     """The strategy, with what each would cost."""
     spec, chunking = shards.spec, shards.chunking
     length = chunking.num_devices * chunking.local_len
@@ -233,7 +241,7 @@ def _share(mask: Mask, length: int) -> float:
     return found / length**2 if length else 0.0
 
 
-def _with_documents(options: _Options, arrays: _Arrays) -> Mask:
+def _with_documents(options: Options, arrays: Arrays) -> Mask:
     """The mask with segment ids, given or made from the boundaries of documents."""
     by_document, ids = options.load_balance == "zigzag_documents", arrays.ids
     if ids is not None and arrays.cu_seqlens is not None:
@@ -271,57 +279,6 @@ def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     return (out.astype(lse.dtype) * kept).astype(out.dtype), total
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_is_cut(axis_name: str, query: Array) -> None:
-    varying = compat.varying_axes(query)
-    if varying and axis_name not in varying:  # none at all: check_vma=False, or vmap
-        raise errors.invalid(f"query must be cut over the mesh axis {axis_name!r}", f"it varies over {sorted(varying)}",
-                             "name the axis in the in_specs of shard_map")
-
-
-def _check_lengths(spec: AttentionSpec, chunking: Chunking) -> None:
-    if spec.q_len != spec.kv_len:
-        raise errors.invalid("query and key must have the same length", f"q_len={spec.q_len}, kv_len={spec.kv_len}",
-                             "pad one of them, and mask the padding with InBounds or segment_ids")
-    if chunking.load_balance not in LOAD_BALANCES:
-        raise errors.invalid('load_balance must be "zigzag", "zigzag_documents" or None',
-                             f"load_balance={chunking.load_balance!r}", "pass one of these")
-    if chunking.load_balance is not None and spec.q_len % 2:
-        n = chunking.num_devices
-        raise errors.invalid(f"the length of the sequence must divide by 2 n = {2 * n} for load_balance="
-                             f"{chunking.load_balance!r}", f"length {n * spec.q_len} on n={n} devices",
-                             f"pad it to {2 * n * math.ceil(spec.q_len / 2)}, or use load_balance=None")
-
-
-def _check_mask(mask: Mask, load_balance: LoadBalance, dropout_rate: float) -> None:
-    reasons = []
-    for part in mask.parts:
-        if part.has_arrays and part.position_axes and not isinstance(part, masks.SegmentIds):
-            reasons.append(f"{type(part).__name__} holds an array over positions")
-        if not part.has_arrays:
-            part.moved(0, 0)  # raises for a class that does not define it
-    if load_balance == "zigzag_documents":
-        rules = [part for part in mask.parts if not isinstance(part, masks.SegmentIds | masks.Full)]
-        if rules != [masks.Causal()]:
-            reasons.append(f"load_balance='zigzag_documents' balances mask=Causal(), there is mask={mask}")
-        if dropout_rate:
-            reasons.append("load_balance='zigzag_documents' scatters positions, of which dropout needs runs")
-    if reasons:
-        raise errors.unsupported("context_parallel_attention cannot run this", reasons,
-                                 'give documents as segment_ids or cu_seqlens, other arrays as bias, and use '
-                                 'load_balance="zigzag" for other masks')
-
-
-def _check_dropout(axis_name: str, query: Array, seed: Array) -> None:
-    shared = sorted(compat.varying_axes(query) - compat.varying_axes(seed) - {axis_name})
-    if shared:
-        raise errors.invalid("dropout_rng must vary over the axes that cut batch and heads, or shards drop alike",
-                             f"it does not vary over {shared}", "fold the shard in: jax.random.fold_in(dropout_rng, "
-                             f"jax.lax.axis_index({tuple(shared)}))")
-
-
 # --- around whole arrays ---------------------------------------------------------------------------------------------
 
 
@@ -338,13 +295,13 @@ class _Cut(NamedTuple):
         zero = jnp.int32(0)
         return jnp.stack([index[0] * spec.batch, index[1] * spec.q_heads, zero, zero]).astype(jnp.int32)
 
-    def specs(self, arrays: _Arrays) -> _Arrays:
+    def specs(self, arrays: Arrays) -> Arrays:
         """Where each array lies; an axis of size 1 is on all devices."""
         def place(x: Array, *axes: Any) -> PartitionSpec:
             return PartitionSpec(*(None if size == 1 else axis for size, axis in zip(x.shape, axes)))
         whole = PartitionSpec(self.batch, self.length, self.heads, None)
         bias, ids, sinks = arrays.bias, arrays.ids, arrays.sinks
-        return _Arrays(
+        return Arrays(
             query=whole, key=whole, value=whole,  # type: ignore[arg-type]
             bias=None if bias is None else place(bias, self.batch, self.heads, self.length, None),  # type: ignore[arg-type]
             mask=jax.tree.map(lambda x: place(x, self.batch, self.heads), arrays.mask),
@@ -353,28 +310,35 @@ class _Cut(NamedTuple):
             sinks=None if sinks is None else PartitionSpec(self.heads), dropout_rng=PartitionSpec())  # type: ignore[arg-type]
 
 
-def _spread(options: _Options, arrays: _Arrays, mesh: Mesh | AbstractMesh | None,
-            spec: PartitionSpec | None) -> tuple[Array, Array]:
-    """(out, lse) of whole arrays, by a `shard_map` over all axes of the mesh that cut them."""
-    explicit = _explicit_mesh(arrays.query)
-    spec = jax.typeof(arrays.query).sharding.spec if spec is None and explicit is not None else spec
+def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
+               spec: PartitionSpec | None) -> tuple[Mesh | AbstractMesh, _Cut]:
+    """The mesh, and which of its axes cut whole arrays: as told, or as the query lies on explicit axes."""
+    explicit, name = _explicit_mesh(query), options.axis_name
+    given = f"{spec=}"
+    if spec is None and explicit is not None:
+        spec = jax.typeof(query).sharding.spec
+        given = f"a query that lies as {spec}"
     mesh = mesh if mesh is not None else explicit
     if mesh is None or spec is None:
         raise errors.invalid(
             "context_parallel_attention must be inside shard_map over axis_name, or know how whole arrays are cut",
-            f"axis_name={options.axis_name!r} and {'no mesh' if mesh is None else 'no spec'}",
+            f"axis_name={name!r} and {'no mesh' if mesh is None else 'no spec'}",
             'pass mesh= and spec=PartitionSpec("batch axis", axis_name, "heads axis")')
     cut = _Cut(*(*spec, None, None, None)[:3])
-    if options.axis_name not in mesh.axis_names or cut.length not in (options.axis_name, (options.axis_name,)):
-        raise errors.invalid(f"spec must cut the length over {options.axis_name!r} alone, an axis of the mesh",
-                             f"{spec=}, mesh axes {mesh.axis_names}", "name the axis second: (batch, length, heads)")
-    _check_divides(arrays, mesh, cut)
-    found: tuple[Array, Array] = _on_mesh(options, cut, mesh, arrays)
-    return found
+    if name not in mesh.axis_names or cut.length not in (name, (name,)):
+        raise errors.invalid(f"the length must be cut over {name!r} alone, an axis of the mesh",
+                             f"{given}, mesh axes {mesh.axis_names}", "name the axis second: (batch, length, heads)")
+    if explicit is None and AxisType.Explicit in mesh.axis_types:
+        raise errors.invalid(
+            "arrays must lie on the mesh where its axes are explicit (jax.make_mesh's default)",
+            f"query.sharding={jax.typeof(query).sharding}",
+            "place them with jax.device_put(x, NamedSharding(mesh, spec)), or make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto, ...)")
+    return mesh, cut
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside of jit: one program, compiled once
-def _on_mesh(options: _Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: _Arrays) -> tuple[Array, Array]:
+def _on_mesh(options: Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: Arrays) -> tuple[Array, Array]:
     specs = cut.specs(arrays)
     if (explicit := _explicit_mesh(arrays.query)) is not None:
         arrays = _placed(arrays, specs, explicit)
@@ -384,61 +348,14 @@ def _on_mesh(options: _Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: _A
     return out, lse
 
 
-def _placed(arrays: _Arrays, specs: _Arrays, mesh: AbstractMesh) -> _Arrays:
+def _placed(arrays: Arrays, specs: Arrays, mesh: AbstractMesh) -> Arrays:
     """The arrays where `specs` says: on explicit axes `shard_map` takes no others."""
     def placed(place: PartitionSpec, x: Array | None) -> Array | None:
         return None if x is None else jax.sharding.reshard(x, NamedSharding(mesh, place))
-    found: _Arrays = jax.tree.map(placed, specs, arrays, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
+    found: Arrays = jax.tree.map(placed, specs, arrays, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
     return found
-
-
-def _check_divides(arrays: _Arrays, mesh: Mesh | AbstractMesh, cut: _Cut) -> None:
-    for name, x in (("query", arrays.query), ("key", arrays.key), ("value", arrays.value)):
-        for axis, size, axes in zip(cut._fields, x.shape, cut):
-            names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-            devices = math.prod(mesh.shape[each] for each in names)
-            if size % devices:
-                raise errors.invalid(f"the {axis} of {name} must divide by the {devices} devices along {names}",
-                                     f"{name}.shape={x.shape}", f"pad it to {-(-size // devices) * devices}")
 
 
 def _explicit_mesh(query: Array) -> AbstractMesh | None:
     mesh: AbstractMesh = jax.typeof(query).sharding.mesh
     return mesh if AxisType.Explicit in mesh.axis_types else None
-
-
-# --- explain ---------------------------------------------------------------------------------------------------------
-
-
-def explain_context_parallel(
-    query: Shaped, key: Shaped, value: Shaped, *, num_devices: int, strategy: Strategy | None = None,
-    load_balance: LoadBalance = "zigzag", mask: Mask | None = None, bias: Shaped | None = None,
-    dropout_rate: float = 0.0, scale: float | None = None, softcap: float | None = None, deterministic: bool = False,
-    implementation: dispatch.Name | None = None,
-) -> str:
-    """What `context_parallel_attention` would run: the strategy, what each would cost, and the calls of a ring.
-
-    Only shapes and dtypes count; nothing is computed, and no other device is needed.
-
-    Args:
-      query, key, value: what one device holds.
-      num_devices: along the sequence.
-      bias: what one device holds of it.
-      strategy, load_balance, mask, dropout_rate, scale, softcap, deterministic, implementation: as in
-        `context_parallel_attention`.
-    """
-    options = _Options("", strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
-                       device.current())
-    rule = masks.checked(mask).canonical()
-    arrays = _Arrays(query, key, value, bias, rule, None, None, None, None)  # type: ignore[arg-type]
-    shards = _shards(options, arrays, rule, num_devices)
-    try:
-        choice = _choice(shards, strategy)
-    except errors.UnsupportedError as error:
-        return f"UnsupportedError: {error}"
-    lines = [f"{num_devices} devices, each {shards.spec}", str(choice)]
-    if choice.strategy == "ring":
-        for step in shards.steps:
-            calls = "; ".join(shards.described(call) for call in step.calls)
-            lines.append(f"  keys of the device {step.distance} before: {calls}")
-    return "\n".join(lines)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_flash import arguments, errors, sharding
 
-__all__ = ["LOAD_BALANCES", "LoadBalance", "positions", "reorder"]
+__all__ = ["LOAD_BALANCES", "LoadBalance", "boundaries", "positions", "reorder"]
 
 LoadBalance = Literal["zigzag", "zigzag_documents"] | None
 """How a sequence is cut over devices; None: into n equal parts in their own order."""
@@ -52,7 +52,7 @@ def reorder[A: (np.ndarray, jax.Array)](
         raise errors.invalid("axis must be one of x", f"axis={axis}, x.shape={x.shape}", "pass that of the sequence")
     errors.require_bool("inverse", inverse)
     axis %= x.ndim
-    starts = _boundaries(n, x.shape[axis], load_balance, cu_seqlens)
+    starts = boundaries(n, x.shape[axis], load_balance, cu_seqlens)
     if load_balance is None:
         return x
     pieces, size = _pieces(n, starts)
@@ -113,7 +113,7 @@ def positions(
     if isinstance(cu_seqlens, jax.core.Tracer) and load_balance == "zigzag_documents":
         starts = cu_seqlens.astype(jnp.int32)
     else:
-        starts = jnp.asarray(_boundaries(n, n * length, load_balance, cu_seqlens), jnp.int32)
+        starts = jnp.asarray(boundaries(n, n * length, load_balance, cu_seqlens), jnp.int32)
     if load_balance is None:
         return device * length + rows
     document = jnp.searchsorted(starts // n, rows, side="right") - 1
@@ -122,7 +122,7 @@ def positions(
     return start + jnp.where(inside < piece, device * piece, (2 * n - 2 - device) * piece) + inside
 
 
-def _boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Any) -> np.ndarray:
+def boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Any) -> np.ndarray:
     """Where the documents begin and end, from 0 to length; one document unless they are balanced. All are checked."""
     if operator.index(n) < 1:
         raise errors.invalid("n must be at least 1", f"{n=}", "pass the number of devices along the sequence")

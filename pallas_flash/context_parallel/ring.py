@@ -44,8 +44,8 @@ class RingPasses(NamedTuple):
     shards: Shards
 
     @property
-    def name(self) -> str:
-        return self.shards.implementation or "ring"
+    def label(self) -> str:
+        return "context_parallel_attention"
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -88,14 +88,6 @@ class Shards:
         decision = dispatch.decide(spec, self.device, self.implementation)
         return spec, decision.implementation.name, compat.vary_like(found, found)
 
-    def described(self, call: Call) -> str:
-        """What a call computes and what runs it, as text."""
-        rows, pairs = call.num_chunks * self.chunking.chunk_len, len(call.picks)
-        part = dataclasses.replace(self.spec, batch=self.spec.batch * pairs, q_len=rows, kv_len=rows, mask=call.mask,
-                                   partial=True)
-        decision = dispatch.decide(part, self.device, self.implementation)
-        return f"{pairs} x {rows} x {rows}, mask={call.mask}, implementation={decision.implementation.name!r}"
-
     def bias_start(self, pick: Chosen) -> tuple[int | Array, int | Array]:
         """Where the rows and columns of a pair begin in the bias."""
         return pick.q_chunk * self.chunking.chunk_len, self.chunking.start(pick.kv_id)  # type: ignore[return-value]

@@ -261,7 +261,7 @@ def test_derivatives_that_do_not_exist(mode):
     call, arrays = whole(2), qkv()
     run = (lambda: jax.jvp(call, arrays, arrays)) if mode == "jvp" else (
         lambda: jax.grad(lambda q: jnp.sum(jax.grad(lambda q: jnp.sum(call(q, *arrays[1:])))(q)))(arrays[0]))
-    with pytest.raises(pf.UnsupportedError, match="reverse-mode derivative only"):
+    with pytest.raises(pf.UnsupportedError, match="context_parallel_attention has a reverse-mode derivative only"):
         run()
 
 
@@ -277,9 +277,16 @@ BAD = {
     "2 n = 4 for load_balance='zigzag', got length 6 on n=2 devices. Pad it to 8": dict(length=6),
     "query and key must have the same length": dict(key_length=16),
     "must be inside shard_map over axis_name, or know how whole arrays are cut": dict(mesh=None),
-    "spec must cut the length over 'sequence' alone": dict(spec=P("sequence")),
-    "the length of query must divide by the 2 devices": dict(length=7, load_balance=None),
+    "the length must be cut over 'sequence' alone": dict(spec=P("sequence")),
+    "must be divisible by the 2 devices along sequence, got query.shape=(2, 7, 4, 8). Pad it to 8": dict(length=7),
     "documents must be given with load_balance=": dict(load_balance="zigzag_documents"),
+    "rise from 0 to at most the length of the sequence, 32, got cu_seqlens=[16, 12, 4]. Pass boundaries, not lengths":
+        dict(cu_seqlens=np.array([16, 12, 4])),
+    "at most the length of the sequence, 32, got cu_seqlens=[0, 40]": dict(cu_seqlens=jnp.array([0, 40])),
+    "cu_seqlens must be integers (documents + 1,)": dict(cu_seqlens=np.array([0.0, 32.0])),
+    "the length of document 0 must divide by 2 n = 4": dict(
+        cu_seqlens=np.array([0, 6, 32]), load_balance="zigzag_documents"),
+    "arrays must lie on the mesh where its axes are explicit": dict(mesh=jax.make_mesh((8,), ("sequence",))),
     "segment_ids and cu_seqlens say the same": dict(
         segment_ids=np.zeros((2, LENGTH), int), cu_seqlens=np.array([0, 32])),
     "balances mask=Causal(), there is mask=Window": dict(
