@@ -191,7 +191,7 @@ def _run(plan: Plan, function: Callable[..., list[jax.Array]], q_like: Sequence[
     Returns its results as tensors, and the last `num_kept` as arrays. torch's stream waits for those too, so whatever
     it does next comes after all reads.
     """
-    query = q_like[0]
+    query, results = q_like[0], None
     tensors = _shared(plan.layout, q_like, others)
     try:
         with _precision(query):  # also for the import: JAX 0.12's would round float64
@@ -203,12 +203,16 @@ def _run(plan: Plan, function: Callable[..., list[jax.Array]], q_like: Sequence[
         if query.is_cuda:  # torch's stream does not wait then, and the computation may have begun
             torch.cuda.synchronize(query.device)
         elif not isinstance(error, Exception):  # an interrupt, during which the computation may go on
-            _interrupted.append(tensors)
+            _interrupted[id(tensors)] = tensors
+            if results is not None:
+                jax.block_until_ready(results)
+                del _interrupted[id(tensors)]
         raise
 
 
-_interrupted: list[list[torch.Tensor]] = []
-"""CPU tensors that JAX may still read: nothing can be asked whether it does."""
+_interrupted: dict[int, list[torch.Tensor]] = {}
+"""CPU tensors that JAX may still read, by id. They stay where nothing tells when it has: a second interrupt while the
+first waits, or one before the results are known."""
 
 
 def _check_place(query: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
@@ -117,24 +118,29 @@ def context_parallel_attention(
     forks.require_no_fork("context_parallel_attention")
     for name, given in (("return_lse", return_lse), ("deterministic", deterministic)):
         errors.require_bool(name, given)
+    if not isinstance(axis_name, str):
+        raise errors.invalid("axis_name must be the name of one mesh axis", f"{axis_name=}", "pass a string")
+    AttentionSpec.of(*(arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))))
     options = Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
-                       device.current((query, key, value)))
-    query, key, value = (jnp.asarray(arguments.array(name, x)) for name, x in (
-        ("query", query), ("key", key), ("value", value)))
-    ids = segment_ids if isinstance(segment_ids, tuple) or segment_ids is None else (segment_ids, segment_ids)
+                      device.current((query, key, value)), return_lse)
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     arrays = Arrays(query, key, value, bias=_optional(bias), mask=masks.checked(mask).canonical(),
-                     ids=None if ids is None else tuple(map(jnp.asarray, ids)), cu_seqlens=_optional(cu_seqlens),
-                     sinks=_optional(sinks), dropout_rng=dropout_rng if dropout_rate else None)
+                    ids=_ids(segment_ids),
+                    cu_seqlens=None if cu_seqlens is None else jnp.asarray(cu_seqlens),
+                    sinks=_optional(sinks), dropout_rng=dropout_rng if dropout_rate else None)
     if _is_bound(axis_name):
         checks.documents(cu_seqlens, query.shape[1], jax.lax.axis_size(axis_name), load_balance)
+        checks.ids(arrays.ids, 1, load_balance)
         out, lse = _attend(options, None, arrays)
     else:
         mesh, cut = _placement(options, query, mesh, spec)
         checks.divides(dict(query=query, key=key, value=value), mesh, cut, load_balance)
         n = mesh.shape[axis_name]
         checks.documents(cu_seqlens, query.shape[1] // n, n, load_balance)
+        checks.ids(arrays.ids, n, load_balance)
+        checks.whole_mask(arrays.mask)
         out, lse = _on_mesh(options, cut, mesh, arrays)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 class Options(NamedTuple):
@@ -149,6 +155,7 @@ class Options(NamedTuple):
     deterministic: bool
     implementation: dispatch.Name | None
     device: device.Device  # schedules may depend on it
+    return_lse: bool
 
 
 class Arrays(NamedTuple):
@@ -166,7 +173,24 @@ class Arrays(NamedTuple):
 
 
 def _optional(x: arguments.Array | None) -> Array | None:
+    if x is not None and np.dtype(x.dtype) == np.float64 and not jax.config.jax_enable_x64:
+        raise errors.invalid("arrays can be float64 only in JAX's 64-bit mode", "dtype=float64 with "
+                             "jax_enable_x64=False", "cast them to float32")
     return None if x is None else jnp.asarray(x)
+
+
+def _ids(given: Any) -> tuple[Array, ...] | None:
+    """Segment ids of queries and of keys, (batch or 1, length) each."""
+    if given is None:
+        return None
+    pair = given if isinstance(given, tuple) else (given, given)
+    if len(pair) != 2:
+        raise errors.invalid("segment_ids must be an array, or a tuple (q_ids, kv_ids)",
+                             f"len(segment_ids)={len(pair)}", "pass integers of shape (batch, length)")
+    pair = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair)
+    part = masks.SegmentIds(*pair).canonical()
+    assert isinstance(part, masks.SegmentIds)
+    return jnp.asarray(part.q_ids)[:, 0], jnp.asarray(part.kv_ids)[:, 0]
 
 
 def _is_bound(axis_name: str) -> bool:
@@ -181,8 +205,9 @@ def _is_bound(axis_name: str) -> bool:
 # --- on the shards of a device ---------------------------------------------------------------------------------------
 
 
-def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array, Float[Array, "b h t"]]:
-    """(out, lse) of a device's shards; `cut` says how batch and heads are cut, where that is known."""
+def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array, Float[Array, "b h t"] | None]:
+    """(out, lse) of a device's shards, lse if it is asked for; `cut` says how batch and heads are cut, where that is
+    known."""
     checks.is_cut(options.axis_name, arrays.query)
     n = jax.lax.axis_size(options.axis_name)
     mask = _with_documents(options, arrays)
@@ -192,10 +217,15 @@ def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array
     if seed is not None and cut is None:
         checks.dropout(options.axis_name, arrays.query, seed)
     origin = None if seed is None else jnp.zeros(4, jnp.int32) if cut is None else cut.origin(shards.spec)
-    operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=arrays.bias, mask=mask, dropout_seed=seed,
+    bias = arrays.bias
+    if bias is not None and options.axis_name not in compat.varying_axes(bias):
+        bias = bias.astype(shards.spec.acc_dtype)  # its gradient is summed over devices before it is rounded
+    operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=bias, mask=mask, dropout_seed=seed,
                         dropout_origin=origin)
     out, lse = ATTEND[strategy](shards, compat.vary_like(operands, operands))
-    return (out, lse) if arrays.sinks is None else _with_sinks(out, lse, arrays.sinks)
+    if arrays.sinks is not None:
+        out, lse = _with_sinks(out, lse, arrays.sinks)
+    return out, lse if options.return_lse else None
 
 
 def shards_of(options: Options, arrays: Arrays, mask: Mask, n: int) -> Shards:
@@ -220,7 +250,8 @@ def choice(shards: Shards, requested: Strategy | None) -> model.Choice:
     """The strategy, with what each would cost."""
     spec, chunking = shards.spec, shards.chunking
     length = chunking.num_devices * chunking.local_len
-    pairs = _share(shards.static_mask, length)
+    with jax.ensure_compile_time_eval():  # a user's mask may ask JAX
+        pairs = _share(shards.static_mask, length)
     problem = model.Problem(batch=spec.batch, length=chunking.local_len, n=chunking.num_devices, q_heads=spec.q_heads,
                             kv_heads=spec.kv_heads, d=spec.d, d_v=spec.d_v, itemsize=spec.dtype.itemsize, share=pairs,
                             steps=max(1, len(shards.steps)))
@@ -261,15 +292,18 @@ def _with_documents(options: Options, arrays: Arrays) -> Mask:
 
 
 def _with_pieces(ids: Array) -> Array:
-    """Twice the id (batch, length) of each row's document, and 1 for the second half of a device's rows of it, its late
-    piece: see `Shards`.
+    """For each row (batch, length) of a device, twice the number of its document, and 1 for the second half of the
+    device's rows of it, its late piece: see `Shards`. Every device has rows of all documents, so that a document has
+    the same number on all. Padding stays below 0.
     """
     rows, changes = jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids[:, 1:] != ids[:, :-1]
     edge = jnp.ones_like(ids[:, :1], bool)
-    begin = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changes], axis=1), rows, 0), axis=1)
+    first = jnp.concatenate([edge, changes], axis=1)
+    begin = jax.lax.cummax(jnp.where(first, rows, 0), axis=1)
     last = jnp.concatenate([changes, edge], axis=1)
     end = jax.lax.cummin(jnp.where(last, rows + 1, ids.shape[1]), axis=1, reverse=True)
-    return 2 * ids.astype(jnp.int32) + (2 * (rows - begin) >= end - begin).astype(jnp.int32)
+    number = jnp.cumsum(first, axis=1, dtype=jnp.int32)
+    return jnp.where(ids < 0, -1, 2 * number + (2 * (rows - begin) >= end - begin).astype(jnp.int32))
 
 
 def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
@@ -325,6 +359,11 @@ def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
             f"axis_name={name!r} and {'no mesh' if mesh is None else 'no spec'}",
             'pass mesh= and spec=PartitionSpec("batch axis", axis_name, "heads axis")')
     cut = _Cut(*(*spec, None, None, None)[:3])
+    unknown = {axis for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,))} - {
+        None, *mesh.axis_names}
+    if unknown or (len(spec) > 3 and spec[3] is not None):
+        raise errors.invalid("spec must name axes of the mesh for (batch, length, heads)",
+                             f"{given}, mesh axes {mesh.axis_names}", "name axes that the mesh has; dims are not cut")
     if name not in mesh.axis_names or cut.length not in (name, (name,)):
         raise errors.invalid(f"the length must be cut over {name!r} alone, an axis of the mesh",
                              f"{given}, mesh axes {mesh.axis_names}", "name the axis second: (batch, length, heads)")
@@ -338,12 +377,13 @@ def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside of jit: one program, compiled once
-def _on_mesh(options: Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: Arrays) -> tuple[Array, Array]:
+def _on_mesh(options: Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: Arrays) -> tuple[Array, Array | None]:
     specs = cut.specs(arrays)
     if (explicit := _explicit_mesh(arrays.query)) is not None:
         arrays = _placed(arrays, specs, explicit)
     run = jax.shard_map(functools.partial(_attend, options, cut), mesh=mesh, in_specs=(specs,),
-                        out_specs=(specs.query, PartitionSpec(cut.batch, cut.heads, cut.length)))
+                        out_specs=(specs.query, PartitionSpec(cut.batch, cut.heads, cut.length)
+                                   if options.return_lse else None))
     out, lse = run(arrays)
     return out, lse
 

@@ -16,13 +16,14 @@ from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["divides", "documents", "dropout", "is_cut", "lengths", "mask"]
+__all__ = ["divides", "documents", "dropout", "ids", "is_cut", "lengths", "mask", "whole_mask"]
 
 
 def is_cut(axis_name: str, query: Array) -> None:
     """Raises where every device along the axis has the same query."""
     varying = compat.varying_axes(query)
-    if varying and axis_name not in varying:  # none at all: check_vma=False, or vmap
+    known = compat.varying_axes(jax.lax.axis_index(axis_name))  # none with check_vma=False, or under vmap
+    if axis_name in known - varying:
         raise errors.invalid(f"query must be cut over the mesh axis {axis_name!r}", f"it varies over {sorted(varying)}",
                              "name the axis in the in_specs of shard_map")
 
@@ -64,6 +65,32 @@ def mask(rule: Mask, load_balance: LoadBalance, dropout_rate: float) -> None:
                                  'use load_balance="zigzag"')
 
 
+def whole_mask(rule: Mask) -> None:
+    """Raises for arrays over positions in the mask of whole arrays."""
+    for part in rule.parts:
+        if part.has_arrays and part.position_axes:
+            raise errors.unsupported(
+                f"a mask of whole arrays with {type(part).__name__}", ["it holds an array over positions"],
+                "give documents as segment_ids or cu_seqlens, and other arrays as bias")
+
+
+def ids(given: tuple[Array, ...] | None, n: int, load_balance: LoadBalance) -> None:
+    """Raises for segment ids (batch or 1, length) of n devices of which one is not one document, where documents are
+    balanced and the values are known.
+    """
+    if given is None or load_balance != "zigzag_documents":
+        return
+    for x in given:
+        known = compat.concrete(x)
+        for row in () if known is None else np.asarray(known).reshape(-1, known.shape[-1] // n):
+            runs = row[np.flatnonzero(np.diff(row, prepend=row[0] - 1))]
+            runs = runs[runs >= 0]
+            if len(set(runs.tolist())) < len(runs):
+                raise errors.invalid(
+                    'segment_ids must give each document an id of its own with load_balance="zigzag_documents"',
+                    f"the documents {runs.tolist()}", 'number them, or use load_balance="zigzag"')
+
+
 def documents(cu_seqlens: Any, local_len: int, n: int, load_balance: LoadBalance) -> None:
     """Raises where boundaries are none: what they hold is checked where it is on the host."""
     if cu_seqlens is None:
@@ -86,7 +113,8 @@ def documents(cu_seqlens: Any, local_len: int, n: int, load_balance: LoadBalance
 
 def dropout(axis_name: str, query: Array, seed: Array) -> None:
     """Raises where shards of batch or heads share a seed: each counts them from 0 and would drop alike."""
-    shared = sorted(compat.varying_axes(query) - compat.varying_axes(seed) - {axis_name})
+    missing = compat.varying_axes(query) - compat.varying_axes(seed) - {axis_name}
+    shared = sorted(axis for axis in missing if jax.lax.axis_size(axis) > 1)
     if shared:
         raise errors.invalid("dropout_rng must vary over the axes that cut batch and heads, or shards drop alike",
                              f"it does not vary over {shared}", "fold the shard in: jax.random.fold_in(dropout_rng, "

@@ -42,7 +42,7 @@ def explain_context_parallel(
         raise errors.invalid("num_devices must be an integer of at least 1", f"{num_devices=}",
                              "pass the number of devices along the sequence")
     options = Options("", strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
-                      device.current())
+                      device.current(), return_lse=False)
     rule = masks.checked(mask).canonical()
     if has_documents:
         ids = jax.ShapeDtypeStruct((1, query.shape[1]), jnp.int32)
@@ -81,6 +81,10 @@ def _call(shards: Shards, call: Call) -> str:
 
 
 def _run(shards: Shards, spec: AttentionSpec) -> str:
+    if shards.bias is not None:
+        shape = tuple(min(size, full) for size, full in zip(shards.bias.shape, (
+            spec.batch, spec.q_heads, spec.q_len, spec.kv_len)))
+        spec = dataclasses.replace(spec, bias=masks.ArrayField(shape, shards.bias.dtype))
     decision = dispatch.decide(spec, shards.device, shards.implementation)
     return (f"batch={spec.batch}, heads={spec.q_heads}:{spec.kv_heads}, len={spec.q_len}x{spec.kv_len}, "
             f"mask={spec.mask}: implementation={decision.implementation.name!r}")

@@ -9,6 +9,7 @@ travel along with what they belong to. Partial results are not rounded (`Attenti
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_flash import autodiff, compat, softmax
@@ -53,11 +54,8 @@ class RingPasses(NamedTuple):
 
     def forward(self, operands: Operands) -> Results[Array]:
         spec = self.shards.spec
-        nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-        rows = [nothing, jnp.zeros_like(nothing)]
-        if operands.bias is not None:
-            rows.append(jnp.full_like(nothing, jnp.finfo(nothing.dtype).min))
-        start = Results(out=jnp.zeros(spec.out_shape, spec.acc_dtype), stats=jnp.stack(rows, axis=2))
+        batch, heads, _, length = spec.stats_shape
+        start = _nothing(spec.out_shape, (batch, heads, 2 if operands.bias is None else 3, length), spec.acc_dtype)
 
         def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
@@ -74,8 +72,8 @@ class RingPasses(NamedTuple):
         """`state` with the partial results of a pair merged into its rows."""
         (out, stats), rows = partial, partial.out.shape[1]
         if not isinstance(pick.needed, int):  # 0 * NaN is NaN: what is not needed may be anything
-            out = jnp.where(pick.needed > 0, out, jnp.zeros_like(out))
-            stats = stats.at[:, :, 0].set(jnp.where(pick.needed > 0, stats[:, :, 0], -jnp.inf))
+            out, stats = (jnp.where(pick.needed > 0, x, nothing) for x, nothing in zip(
+                partial, _nothing(out.shape, stats.shape, out.dtype), strict=True))
         start = pick.q_chunk * self.shards.chunking.chunk_len
         before = Results(out=pick_rows(state.out, start, rows, 1), stats=pick_rows(state.stats, start, rows, 3))
         merged, old, new = _merged_stats(before.stats, stats, self.shards.unit)
@@ -136,6 +134,12 @@ class RingPasses(NamedTuple):
         if not self.steps:  # the mask keeps nothing
             return state, sums
         return hops.around(self.shards.ring, self.steps, compute, self.shards.travelling(operands), state, sums)
+
+
+def _nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:
+    """Results over no keys."""
+    of_row = jnp.array([-jnp.inf, 0, jnp.finfo(dtype).min][:stats_shape[2]], dtype)
+    return Results(out=jnp.zeros(out_shape, dtype), stats=jnp.broadcast_to(of_row[None, None, :, None], stats_shape))
 
 
 def _over_dims(shares: Float[Array, "b h t"]) -> Float[Array, "b t h 1"]:

@@ -58,7 +58,8 @@ class Shards:
         """The plan of a ring. Arrays that say something else of each pair keep pairs apart."""
         stacks = self.bias is None and not self.spec.dropout_rate
         by_position = any(part.has_arrays and not isinstance(part, SegmentIds) for part in self.spec.mask.parts)
-        return plan.steps(self.static_mask, self.chunking, Sharing(stacks, stacks and not by_position))
+        with jax.ensure_compile_time_eval():  # a user's mask may ask JAX
+            return plan.steps(self.static_mask, self.chunking, Sharing(stacks, stacks and not by_position))
 
     @property
     def unit(self) -> float:

@@ -4,6 +4,7 @@ import re
 import types
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 
@@ -193,3 +194,23 @@ def test_the_public_import_is_the_same(monkeypatch):
     expected = OURS(q, q, q)
     monkeypatch.setattr(views.compat, "_import_capsule", None)
     assert torch.equal(OURS(q, q, q), expected)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_cpu_call_waits_for_its_results_before_it_drops_its_tensors(monkeypatch, interrupted):
+    """Views own nothing: what JAX still reads must not be freed, nor kept after JAX has read it."""
+    waits, wait = [], jax.block_until_ready
+
+    def recorded(results):
+        waits.append(results)
+        if interrupted and len(waits) == 1:
+            raise KeyboardInterrupt
+        return wait(results)
+    monkeypatch.setattr(jax, "block_until_ready", recorded)
+    q = torch.ones(1, 1, 8, 8)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            OURS(q, q, q)
+    else:
+        OURS(q, q, q)
+    assert len(waits) == 1 + interrupted and not exchange._interrupted

@@ -203,6 +203,50 @@ def test_nan_of_other_documents_and_later_keys_does_not_leak():
         assert jnp.array_equal(found[:, :20], clean[:, :20]) and jnp.isnan(found[:, 20:]).any()
 
 
+@pytest.mark.parametrize("load_balance", [None, "zigzag"])
+def test_nan_of_keys_that_no_step_needs_does_not_leak(load_balance):
+    """Regression: a device without a pair in a step computes along, and the rest of its statistics was kept."""
+    q, k, v = qkv()
+    k, v = (x.at[:, 20:].set(jnp.nan) for x in (k, v))
+    out = jax.jit(whole(4, load_balance=load_balance))(q, k, v)
+    assert jnp.isfinite(out[:, :20]).all() and jnp.isnan(out[:, 20:]).all()
+
+
+def test_a_query_that_is_not_cut_is_refused():
+    """Regression: each device took the whole sequence for its part of a longer one."""
+    local = functools.partial(pf.context_parallel_attention, axis_name=spread.AXIS, mask=pf.Causal())
+    run = jax.shard_map(local, mesh=spread.mesh_of(2), in_specs=P(), out_specs=P(None, spread.AXIS))
+    with pytest.raises(ValueError, match=r"query must be cut over the mesh axis 'sequence', got it varies over \[\]"):
+        jax.eval_shape(run, *qkv())
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [5, 2**30, 3]])
+def test_ids_of_balanced_documents_may_be_any(x64, ids):
+    """Regression: ids from 2^30 on became padding."""
+    starts = np.array([0, 8, 24, LENGTH])
+    row = jnp.asarray(np.repeat(ids, np.diff(starts))[None].repeat(2, 0), jnp.int32)
+    order = functools.partial(pf.reorder, n=2, load_balance="zigzag_documents", cu_seqlens=starts)
+    options = dict(mesh=spread.mesh_of(2), spec=P(None, spread.AXIS), load_balance="zigzag_documents")
+    out = pf.context_parallel_attention(*map(order, qkv("float64")), axis_name=spread.AXIS, mask=pf.Causal(),
+                                        segment_ids=order(row), **options)
+    assert_close(order(out, inverse=True), pf.flash_attention(*qkv("float64"), mask=pf.Causal(), segment_ids=row))
+
+
+def test_user_masks_may_ask_jax(x64):
+    @dataclasses.dataclass(frozen=True)
+    class Blocks(pf.Mask):
+        def keep(self, q_pos, kv_pos):
+            return q_pos // 8 >= kv_pos // 8
+
+        def kv_bounds(self, q_lo, q_hi):
+            return pf.masks.Bounds(0, 0, jnp.asarray(q_lo) // 8 * 8 + 8, (jnp.asarray(q_hi) + 7) // 8 * 8)
+
+        def moved(self, q_lo, kv_lo):
+            return self if q_lo == kv_lo else pf.Full() if q_lo > kv_lo else pf.Window(left=-40, right=50)
+    arrays = qkv("float64")
+    assert_close(jax.jit(whole(2, mask=Blocks()))(*arrays), pf.flash_attention(*arrays, mask=Blocks()))
+
+
 def test_under_vmap_scan_and_remat(x64):
     arrays = qkv("float64", batch=1)
     wanted = gradients(functools.partial(pf.flash_attention, mask=pf.Causal()), arrays)
@@ -291,8 +335,16 @@ BAD = {
         segment_ids=np.zeros((2, LENGTH), int), cu_seqlens=np.array([0, 32])),
     "balances mask=Causal(), there is mask=Window": dict(
         load_balance="zigzag_documents", cu_seqlens=np.array([0, 32]), mask=pf.Window(3, 0)),
-    "Dense holds an array over positions": dict(mask=pf.Dense(np.ones((LENGTH, LENGTH), bool))),
+    "a mask of whole arrays with Dense: it holds an array over positions": dict(
+        mask=pf.Dense(np.ones((LENGTH, LENGTH), bool))),
     "bias must have shape (2, 4, 16, 32)": dict(bias=jnp.zeros((1, 1, LENGTH, LENGTH + 1))),
+    "segment_ids must give each document an id of its own": dict(
+        load_balance="zigzag_documents", segment_ids=np.repeat([0, 1, 0], [8, 8, 16])[None], mask=pf.Causal()),
+    "segment_ids must be an array, or a tuple (q_ids, kv_ids)": dict(segment_ids=(np.zeros((1, LENGTH), int),) * 3),
+    "SegmentIds.q_ids must fit 32-bit integers": dict(segment_ids=np.full((1, LENGTH), 2**33)),
+    "arrays can be float64 only in JAX's 64-bit mode": dict(bias=np.zeros((1, 1, 1, LENGTH))),
+    "spec must name axes of the mesh": dict(spec=P("data", "sequence")),
+    "a mask of whole arrays with SegmentIds": dict(mask=pf.SegmentIds(*[np.zeros((1, LENGTH), int)] * 2)),
     "sinks must have shape (q_heads,) = (4,)": dict(sinks=jnp.zeros(3)),
     "load_balance must be": dict(load_balance="striped"),
     "strategy must be None or one of": dict(strategy="tree"),

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
+import pallas_flash
 from pallas_flash import device
 from pallas_flash.context_parallel import model
 from pallas_flash.errors import UnsupportedError
@@ -117,3 +120,30 @@ def test_an_estimate_prints_its_units():
     text = str(model.estimate("ring", problem(64, 8), model.rates(H200)))
     assert "sends 235 MB and 772 MB" in text, text
     assert text.startswith("ring: forward 8."), text
+
+
+PART = [jax.ShapeDtypeStruct((1, 8192, heads, 128), "bfloat16") for heads in (32, 8, 8)]
+
+
+@pytest.mark.parametrize(("options", "lines"), [
+    (dict(strategy="ring", has_documents=True), ["keys of the device 3 before: batch=2", "SegmentIds", "'xla'"]),
+    (dict(strategy="ring"), ["keys of the device 0 before: batch=1, heads=32:8, len=8192x8192", "'hopper'"]),
+    (dict(strategy="all_gather"), ["2 calls, each batch=1, heads=32:8, len=4096x32768", "'hopper'"]),
+    (dict(strategy="all_to_all"), ["one call, batch=1, heads=8:2, len=32768x32768", "'hopper'"]),
+    (dict(strategy="all_to_all", load_balance="zigzag_documents", has_documents=True),
+     ["UnsupportedError: strategy='all_to_all'"]),
+    (dict(mask=pallas_flash.Dense(np.ones((8192, 8192), bool))), ["UnsupportedError", "Dense holds an array"]),
+])
+def test_explain_says_what_runs(options, lines):
+    with device.assume(device.H100):
+        text = pallas_flash.explain_context_parallel(*PART, num_devices=4, **{"mask": pallas_flash.Causal(), **options})
+    for line in lines:
+        assert line in text
+
+
+def test_explain_refuses_what_the_call_refuses():
+    with device.assume(device.A100):
+        text = pallas_flash.explain_context_parallel(*PART, num_devices=4, implementation="hopper")
+    assert text.startswith("UnsupportedError: implementation='hopper' cannot run")
+    with pytest.raises(ValueError, match="num_devices must be an integer of at least 1"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=0)
