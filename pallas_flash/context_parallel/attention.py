@@ -18,6 +18,7 @@ from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, posi
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.shards import Shards
 from pallas_flash.masks import ArrayField, Mask
+from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["context_parallel_attention", "explain_context_parallel"]
@@ -63,7 +64,7 @@ def context_parallel_attention(
         of the devices. It has a gradient.
       dropout_rate, dropout_rng: as in `flash_attention`. The bits are those of one device, also where this function
         makes the `shard_map`; inside one, the key must vary over the axes that cut batch and heads.
-      sinks: (q_heads,): a logit of each head that takes part in the softmax and has no value. It has a gradient.
+      sinks: (q_heads,), inside `shard_map` of the shard's heads: see `flash_attention`.
       scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.
       mesh, spec: for whole arrays on automatic axes: the mesh, and the PartitionSpec of (batch, length, heads).
 
@@ -152,7 +153,7 @@ def _attend(options: _Options, cut: "_Cut | None", arrays: _Arrays) -> tuple[Arr
     operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=arrays.bias, mask=mask, dropout_seed=seed,
                         dropout_origin=origin)
     out, lse = ATTEND[strategy](shards, compat.vary_like(operands, operands))
-    return (out, lse) if arrays.sinks is None else _with_sinks(out, lse, arrays.sinks)
+    return (out, lse) if arrays.sinks is None else with_sinks(shards.spec.layout, out, lse, arrays.sinks)
 
 
 def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int) -> Shards:
@@ -165,9 +166,8 @@ def _shards(options: _Options, arrays: _Arrays, mask: Mask, n: int) -> Shards:
     spec = spec.masked(mask, None)
     if arrays.bias is not None:
         dataclasses.replace(spec, kv_len=n * spec.kv_len, mask=masks.Full()).masked(masks.Full(), arrays.bias)
-    if arrays.sinks is not None and arrays.sinks.shape != (spec.q_heads,):
-        raise errors.invalid(f"sinks must have shape (q_heads,) = ({spec.q_heads},)",
-                             f"sinks.shape={arrays.sinks.shape}", "give one logit a query head of the shard")
+    if arrays.sinks is not None:
+        arguments.sinks(spec, arrays.sinks)
     bias = None if arrays.bias is None else ArrayField.of(arrays.bias)
     return Shards(spec, bias, options.axis_name, chunking, options.implementation, options.device)
 
@@ -227,13 +227,6 @@ def _with_pieces(ids: Array) -> Array:
     last = jnp.concatenate([changes, edge], axis=1)
     end = jax.lax.cummin(jnp.where(last, rows + 1, ids.shape[1]), axis=1, reverse=True)
     return 2 * ids.astype(jnp.int32) + (2 * (rows - begin) >= end - begin).astype(jnp.int32)
-
-
-def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """The result with a further logit a head in each softmax, which has no value."""
-    total = jnp.logaddexp(lse, jnp.broadcast_to(sinks.astype(lse.dtype)[None, :, None], lse.shape))
-    kept = jnp.exp(lse - total).swapaxes(1, 2)[..., None]
-    return (out.astype(lse.dtype) * kept).astype(out.dtype), total
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
