@@ -84,9 +84,9 @@ def flash_attention(
         first, so each shard needs its own key, for instance
         `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key shared by shards is refused (with
         `check_vma=False` it cannot be seen, and they drop alike).
-      sinks: (q_heads,), of any of the dtypes: a logit of each head that takes part in the softmax as a further key
-        without a value would, weighs down the others, and is never masked or dropped. It has a gradient. Costs one more
-        pass over out, and one in the backward, in plain JAX.
+      sinks: (q_heads,), in any of these dtypes: a logit of each head that joins the softmax of every row like the score
+        of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Each pass then reads and
+        writes out once more, outside the kernels: see docs/semantics.md.
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
@@ -266,7 +266,7 @@ class _Problem(NamedTuple):
     bias: Shaped | None
     mask: masks.Mask
     spec: AttentionSpec
-    sinks: Shaped | None = None
+    sinks: Shaped | None
 
     def with_sinks(self, sinks: object) -> "_Problem":
         """The same with sinks, once checked; None: without."""
@@ -306,7 +306,7 @@ def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object
         rule = rule & arguments.segments(spec, segment_ids)
     fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(spec))
     rule = rule.canonical()
-    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted))
+    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted), sinks=None)
 
 
 def _require_values(name: str, x: object) -> None:
