@@ -12,11 +12,11 @@ import numpy as np
 
 from pallas_flash import errors, masks
 from pallas_flash.arrays import Shaped
-from pallas_flash.spec import AttentionSpec
+from pallas_flash.spec import AttentionSpec, check_dtype
 
 __all__ = [
     "Array", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds", "names_keywords",
-    "reshape", "score_axes", "segments", "window_sides",
+    "reshape", "score_axes", "segments", "sinks", "window_sides",
 ]
 
 Array = jax.Array | np.ndarray
@@ -34,6 +34,7 @@ _ELSEWHERE = {
     "sm_scale": ("scale=",), "soft_cap": ("softcap=",), "logits_soft_cap": ("softcap=",),
     "return_residual": ("return_lse=True",), "return_lse": ("return_residual=True",),
     "query_seq_lengths": ("q_lengths=",), "key_value_seq_lengths": ("kv_lengths=",),
+    "learnable_sink": ("sinks=",), "s_aux": ("sinks=",), "softmax_offset": ("sinks=",),
     "q_lengths": ("query_seq_lengths=",), "kv_lengths": ("key_value_seq_lengths=",),
 }
 """Names of arguments in other attention libraries -> what to pass here: the first that the function has."""
@@ -179,6 +180,16 @@ def segments(spec: AttentionSpec, segment_ids: object) -> masks.SegmentIds:
 
 def _segment_axis(name: str, ids: object, batch: int, length: int) -> Shaped:
     return _integers(name, fitted(name, _listed(name, ids), dict(batch=batch, length=length), exact="length"))
+
+
+def sinks(spec: AttentionSpec, x: object) -> Shaped:
+    """Returns `x` unchanged if it is one logit a query head, else raises ValueError."""
+    x = array("sinks", x)
+    if tuple(x.shape) != (spec.q_heads,):
+        raise errors.invalid(f"sinks must have shape (q_heads,) = ({spec.q_heads},)", f"sinks.shape={tuple(x.shape)}",
+                             "give one logit a query head; under shard_map, of the shard's heads")
+    check_dtype("sinks", x)
+    return x
 
 
 def window_sides(size: object) -> tuple[int, int]:

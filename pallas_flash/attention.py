@@ -18,8 +18,9 @@ def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: Literal[False] = False,
-    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Name | None = None,
 ) -> jax.Array: ...
 
 
@@ -28,8 +29,9 @@ def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: Literal[True],
-    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    return_lse: Literal[True], deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Name | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -38,8 +40,9 @@ def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: bool,
-    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    return_lse: bool, deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Name | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -48,14 +51,15 @@ def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_lse: bool = False,
-    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Name | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
 
     Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect
-    to query, key, value and bias, `lse` included. A query that attends to nothing gives output 0, lse -inf and zero
-    gradients.
+    to query, key, value, bias and sinks, `lse` included. A query that attends to nothing gives output 0, lse -inf (with
+    sinks: the sink) and zero gradients.
 
     Args:
       query: (batch, q_len, q_heads, d) with layout "BLHD", (batch, q_heads, q_len, d) with "BHLD"; bfloat16, float16,
@@ -80,6 +84,9 @@ def flash_attention(
         first, so each shard needs its own key, for instance
         `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key shared by shards is refused (with
         `check_vma=False` it cannot be seen, and they drop alike).
+      sinks: (q_heads,), in any of these dtypes: a logit of each head that joins the softmax of every row like the score
+        of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Each pass then reads and
+        writes out once more, outside the kernels: see docs/semantics.md.
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
@@ -89,7 +96,8 @@ def flash_attention(
 
     Returns:
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
-      q_len) being the natural logarithm of each row's sum of exponentials, float32 (float64 for float64 input).
+      q_len) being the natural logarithm of each row's sum of exponentials, sinks included, float32 (float64 for float64
+      input).
 
     NaN and infinity reach only the pairs that attend; for the exceptions in "hopper" and "reference", and every other
     convention, see docs/semantics.md.
@@ -109,7 +117,7 @@ def flash_attention(
     spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                        deterministic=deterministic)
     problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths)
+                       kv_lengths=kv_lengths).with_sinks(sinks)
     out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse)
 
@@ -120,8 +128,8 @@ def explain(
     segment_ids: Ids | Shaped | tuple[Ids | Shaped, Ids | Shaped] | None = None,
     q_lengths: Integers | Shaped | None = None, kv_lengths: Integers | Shaped | None = None,
     scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
-    dropout_rng: Shaped | None = None, return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
-    implementation: dispatch.Name | None = None,
+    dropout_rng: Shaped | None = None, sinks: Shaped | None = None, return_lse: bool = False,
+    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
 ) -> str:
     """What `flash_attention` would run for these arguments, and why not the others.
 
@@ -132,8 +140,9 @@ def explain(
     spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                        deterministic=deterministic)
     problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths)
-    return dispatch.explain(problem.spec, problem.where(dropout_rng), implementation)
+                       kv_lengths=kv_lengths).with_sinks(sinks)
+    text = dispatch.explain(problem.spec, problem.where(dropout_rng), implementation)
+    return text if sinks is None else f"{text}\nsinks: one more pass over out, in plain JAX"
 
 
 @overload
@@ -143,6 +152,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Name | None = None, return_residual: Literal[False] = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+    sinks: Array | None = None,
 ) -> jax.Array: ...
 
 
@@ -153,6 +163,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Name | None = None, return_residual: Literal[True], softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+    sinks: Array | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -163,6 +174,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Name | None = None, return_residual: bool, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+    sinks: Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -173,9 +185,10 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Name | None = None, return_residual: bool = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
+    sinks: Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout and
-    segments.
+    """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout,
+    segments and sinks.
 
     A query that attends to nothing gives 0 (in jax.nn: the mean of value), and lse is float32 with a gradient.
     docs/semantics.md lists the other differences from jax.nn.
@@ -190,7 +203,7 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: integers (batch,): positions from there on are padding.
       local_window_size: keys visible on the left and right of a query; one number for both.
       return_residual: also return lse, (batch, q_len, q_heads) as in jax.nn.
-      scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids: see `flash_attention`.
+      scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids, sinks: see `flash_attention`.
 
     Raises:
       ValueError, RuntimeError, UnsupportedError: see `flash_attention`.
@@ -210,6 +223,7 @@ def dot_product_attention(
     rule = rule & arguments.in_bounds(
         spec, query_seq_lengths, key_value_seq_lengths, names=("query_seq_lengths", "key_value_seq_lengths"))
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=None, kv_lengths=None)
+    problem = problem.with_sinks(sinks)
     out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse.swapaxes(-1, -2))
 
@@ -252,6 +266,11 @@ class _Problem(NamedTuple):
     bias: Shaped | None
     mask: masks.Mask
     spec: AttentionSpec
+    sinks: Shaped | None
+
+    def with_sinks(self, sinks: object) -> "_Problem":
+        """The same with sinks, once checked; None: without."""
+        return self if sinks is None else self._replace(sinks=arguments.sinks(self.spec, sinks))
 
     def attend(self, dropout_rng: Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
         """(out, lse) by the implementation that dispatch chooses; lse is None if the spec does not ask for it."""
@@ -259,7 +278,8 @@ class _Problem(NamedTuple):
         decision = dispatch.decide(spec, where, implementation)
         operands = self.operands(arguments.dropout_seed(spec, dropout_rng))
         _check_shards(operands)
-        out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands)
+        sinks = None if self.sinks is None else _as_jax("sinks", self.sinks)
+        out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands, sinks)
         if self.inputs.unbatched:
             return out[0], None if lse is None else lse[0]
         return out, lse
@@ -267,7 +287,8 @@ class _Problem(NamedTuple):
     def where(self, dropout_rng: object) -> device.Device:
         """Where the call runs: a dropout key that is used counts like the other arrays."""
         q, k, v, *_ = self.inputs
-        return device.current((q, k, v, self.bias, self.mask, dropout_rng if self.spec.dropout_rate else None))
+        rng = dropout_rng if self.spec.dropout_rate else None
+        return device.current((q, k, v, self.bias, self.sinks, self.mask, rng))
 
     def operands(self, dropout_seed: jax.Array | None) -> Operands:
         """As JAX arrays; raises where one has a shape and no values."""
@@ -285,7 +306,7 @@ def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object
         rule = rule & arguments.segments(spec, segment_ids)
     fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(spec))
     rule = rule.canonical()
-    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted))
+    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted), sinks=None)
 
 
 def _require_values(name: str, x: object) -> None:

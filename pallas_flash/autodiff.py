@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from pallas_flash import device, dispatch, errors, sharding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
+from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
 __all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward"]
@@ -156,9 +157,9 @@ class _OnOneDevice(NamedTuple):
         return gradients
 
 
-def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
+def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float[Array, " h"] | None) -> tuple[
         Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
-    """(out, lse), differentiable with respect to q, k, v and bias; lse is None if the spec does not ask for it.
+    """(out, lse), differentiable with respect to q, k, v, bias and sinks; lse is None if the spec does not ask for it.
 
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
@@ -166,7 +167,10 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands) -> tuple[
     operands, passes = sharding.vary_together(operands), _OnOneDevice(spec, target)
     itself = dispatch.get(target.name).differentiates_itself
     out, stats = passes.forward(operands) if itself else differentiable(passes, operands)
-    return out, _natural(spec, operands, stats) if spec.return_lse else None
+    lse = _natural(spec, operands, stats) if spec.return_lse or sinks is not None else None
+    if lse is not None and sinks is not None:
+        out, lse = with_sinks(spec.layout, out, lse, sinks)
+    return out, lse if spec.return_lse else None
 
 
 def differentiable(passes: Passes, operands: Operands) -> Results[Array]:

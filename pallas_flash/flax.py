@@ -24,6 +24,24 @@ Sequences that are cut over devices, with all arrays in the order of `pallas_fla
     nnx.MultiHeadAttention(..., attention_fn=attention_fn(context_parallel=parallel))(x, is_causal=True)
     linen.MultiHeadAttention(..., attention_fn=attention_fn(mask=Causal(), context_parallel=parallel))(x)
 
+Attention sinks are a parameter, which a layer's call does not hand on. In nnx the attention function may be a module
+that owns it, and its parameter is then one of the layer's:
+
+    class WithSinks(nnx.Module):
+        def __init__(self, heads):
+            self.sinks = nnx.Param(jnp.zeros(heads))
+
+        def __call__(self, query, key, value, **keywords):
+            return dot_product_attention(query, key, value, sinks=self.sinks[...], **keywords)
+
+    nnx.MultiHeadAttention(8, ..., attention_fn=WithSinks(8))(x, is_causal=True)
+
+In linen the module around the layer owns it, and makes the layer in its compact `__call__`:
+
+    sinks = self.param("sinks", linen.initializers.zeros, (8,))
+    attend = functools.partial(attention_fn(mask=Causal()), sinks=sinks)
+    return linen.MultiHeadAttention(8, attention_fn=attend)(x)
+
 Where this differs from Flax's own function, on purpose:
 
 - A query that may attend to nothing gives 0 with zero gradients; Flax's gives the mean of all values.
@@ -134,10 +152,12 @@ class _AttentionFn:
         is_causal: bool = False,
         qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
         """Attention as Flax calls it; `bias` and `mask` broadcast to (batch..., q_heads, q_len, kv_len).
 
         `mask` may also be a `Mask`, whose arrays begin with the axes (batch...) or are shared by the whole batch.
+        No layer passes `sinks`, (q_heads,): see the module's docstring.
         """
         require_no_fork("pallas_flash.flax.dot_product_attention")
         dropout_rate = 0.0 if deterministic else dropout_rate
@@ -158,6 +178,7 @@ class _AttentionFn:
             softcap=self.softcap,
             dropout_rate=dropout_rate,
             dropout_rng=dropout_rng if dropout_rate > 0 else None,
+            sinks=sinks,
             deterministic=self.deterministic_backward,
             implementation=self.implementation,
         )

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["automatic", "gradient_places", "lse_place", "result_places", "vary_together"]
+__all__ = ["automatic", "gradient_places", "lse_place", "place", "result_places", "vary_together"]
 
 
 def vary_together(operands: Operands) -> Operands:
@@ -48,22 +48,23 @@ def automatic[*Args, R](function: Callable[[*Args], R], places: object, *args: *
 def result_places(spec: AttentionSpec, operands: Operands) -> Results[PartitionSpec]:
     """Where out and the statistics of rows lie: as the query does."""
     batch, heads, length = lse_place(spec, operands)
-    return Results(out=PartitionSpec(*_place(operands.q)[:3], None), stats=PartitionSpec(batch, heads, None, length))
+    return Results(out=PartitionSpec(*place(operands.q)[:3], None), stats=PartitionSpec(batch, heads, None, length))
 
 
 def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
     """Where lse lies: as the query does."""
-    return PartitionSpec(*(_place(operands.q)[spec.layout.index(axis)] for axis in "BHL"))
+    return PartitionSpec(*(place(operands.q)[spec.layout.index(axis)] for axis in "BHL"))
 
 
 def gradient_places(operands: Operands) -> Gradients[PartitionSpec]:
     """Where the gradients lie: each as its operand does."""
-    return operands.differentiable.gradients(_place)
+    return operands.differentiable.gradients(place)
 
 
-def _place(array: jax.Array) -> PartitionSpec:
-    place: PartitionSpec = jax.typeof(array).sharding.spec
-    return place
+def place(array: jax.Array) -> PartitionSpec:
+    """Where an array lies."""
+    spec: PartitionSpec = jax.typeof(array).sharding.spec
+    return spec
 
 
 def _explicit_mesh(args: object) -> AbstractMesh | None:

@@ -21,7 +21,7 @@ from pallas_flash import errors, masks, softmax
 from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
 
-__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results"]
+__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results", "check_dtype"]
 
 Layout = Literal["BLHD", "BHLD"]
 """Order of the axes (batch, length, heads, dim) of query, key, value and out."""
@@ -277,17 +277,18 @@ def _check_arrays(q: Shaped, k: Shaped, v: Shaped, layout: str) -> None:
         if not all(isinstance(size, int) for size in array.shape[1:]):
             raise errors.invalid(f"{name} must have numbers for all axes but the batch",
                                  f"{name}.shape={tuple(array.shape)}", "export one program for each length")
-        _check_dtype(name, array)
+        check_dtype(name, array)
         if array.dtype != q.dtype:
             raise errors.invalid(f"query and {name} must have the same dtype",
                                  f"query.dtype={q.dtype.name}, {name}.dtype={array.dtype.name}", "cast one of them")
 
 
-def _check_dtype(name: str, array: Shaped) -> None:
+def check_dtype(name: str, array: Shaped) -> None:
+    """Raises ValueError unless the dtype of an array of numbers is one of `DTYPES`."""
     dtype = array.dtype.name
     if dtype not in DTYPES:
         advice = "cast it"
-        if "float8" in dtype and name != "bias":
+        if "float8" in dtype and name in ("query", "key", "value"):
             advice = "cast it to bfloat16 and multiply its scale into `scale`"
         elif dtype == "bool" and name == "bias":
             advice = "pass a boolean array as a mask: Dense(array)"
@@ -363,4 +364,4 @@ def _check_bias(bias: Shaped, wanted: tuple[int, ...]) -> None:
     if len(bias.shape) != 4 or any(size not in (1, full) for size, full in zip(bias.shape, wanted, strict=True)):
         raise errors.invalid(f"bias must have shape {wanted} (batch, q_heads, q_len, kv_len; each may be 1)",
                              f"bias.shape={tuple(bias.shape)}", "reshape it so that it broadcasts")
-    _check_dtype("bias", bias)
+    check_dtype("bias", bias)

@@ -19,8 +19,9 @@ ARROWS = {
     "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
-    "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
+    "autodiff": {"device", "dispatch", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
+    "sinks": {"compat", "sharding", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
     "mask_fields": {"errors"},
@@ -34,7 +35,7 @@ ARROWS = {
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
     "__main__": {"diagnosis"},
     "context_parallel": {"arguments", "attention", "autodiff", "compat", "context_parallel", "device", "dispatch",
-                         "forks", "sharding", "softmax", *FOUNDATIONS},
+                         "forks", "sharding", "sinks", "softmax", *FOUNDATIONS},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""

@@ -18,6 +18,7 @@ from pallas_flash.context_parallel.order import LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.shards import Shards
 from pallas_flash.masks import ArrayField, Mask
+from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["Arrays", "Options", "choice", "context_parallel_attention", "shards_of"]
@@ -99,7 +100,7 @@ def context_parallel_attention(
         of the devices. It has a gradient.
       dropout_rate, dropout_rng: as in `flash_attention`. The bits are those of one device, also where this function
         makes the `shard_map`; inside one, the key must vary over the axes that cut batch and heads.
-      sinks: (q_heads,): a logit of each head that takes part in the softmax and has no value. It has a gradient.
+      sinks: (q_heads,), inside `shard_map` of the shard's heads: see `flash_attention`.
       scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.
       mesh, spec: for whole arrays on automatic axes: the mesh, and the PartitionSpec of (batch, length, heads).
 
@@ -224,7 +225,7 @@ def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array
                         dropout_origin=origin)
     out, lse = ATTEND[strategy](shards, compat.vary_like(operands, operands))
     if arrays.sinks is not None:
-        out, lse = _with_sinks(out, lse, arrays.sinks)
+        out, lse = with_sinks(shards.spec.layout, out, lse, arrays.sinks)
     return out, lse if options.return_lse else None
 
 
@@ -239,9 +240,8 @@ def shards_of(options: Options, arrays: Arrays, mask: Mask, n: int) -> Shards:
     spec = spec.masked(mask, None)
     if arrays.bias is not None:
         dataclasses.replace(spec, kv_len=n * spec.kv_len, mask=masks.Full()).masked(masks.Full(), arrays.bias)
-    if arrays.sinks is not None and arrays.sinks.shape != (spec.q_heads,):
-        raise errors.invalid(f"sinks must have shape (q_heads,) = ({spec.q_heads},)",
-                             f"sinks.shape={arrays.sinks.shape}", "give one logit a query head of the shard")
+    if arrays.sinks is not None:
+        arguments.sinks(spec, arrays.sinks)
     bias = None if arrays.bias is None else ArrayField.of(arrays.bias)
     return Shards(spec, bias, options.axis_name, chunking, options.implementation, options.device)
 
@@ -305,12 +305,6 @@ def _with_pieces(ids: Array) -> Array:
     number = jnp.cumsum(first, axis=1, dtype=jnp.int32)
     return jnp.where(ids < 0, -1, 2 * number + (2 * (rows - begin) >= end - begin).astype(jnp.int32))
 
-
-def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """The result with a further logit a head in each softmax, which has no value."""
-    total = jnp.logaddexp(lse, jnp.broadcast_to(sinks.astype(lse.dtype)[None, :, None], lse.shape))
-    kept = jnp.exp(lse - total).swapaxes(1, 2)[..., None]
-    return (out.astype(lse.dtype) * kept).astype(out.dtype), total
 
 
 # --- around whole arrays ---------------------------------------------------------------------------------------------

@@ -270,6 +270,16 @@ OTHER_ARRAYS = {
         dict(q_lengths=[1, 2, 3]), f"q_lengths must broadcast to (batch=2), got q_lengths.shape=(3,). {IN_FRONT}"),
     "kv_lengths of float32": (
         dict(kv_lengths=shape(2)), "kv_lengths must hold integers, got kv_lengths.dtype=float32. Cast it to int32."),
+    **{f"sinks{sizes}": (
+        dict(sinks=shape(*sizes)), f"sinks must have shape (q_heads,) = (4,), got sinks.shape={sizes}. "
+                                   "Give one logit a query head; under shard_map, of the shard's heads.")
+       for sizes in ((), (3,), (2, 4), (1, 4))},
+    **{f"sinks of {dtype}": (
+        dict(sinks=shape(4, dtype=dtype)), f"sinks must have one of the dtypes bfloat16, float16, float32, float64, "
+                                           f"got sinks.dtype={dtype}. Cast it.")
+       for dtype in ("int32", "bool", "float8_e4m3fn")},
+    "sinks a list": (
+        dict(sinks=[0.0] * 4), "sinks must be an array, got type(sinks)=list. Pass a JAX or NumPy array."),
     "kv_lengths a float": (
         dict(kv_lengths=3.5), "kv_lengths must hold integers, got kv_lengths=3.5. Pass integers, or an array of them."),
 }
@@ -356,6 +366,9 @@ KEYWORDS = {
     (flash_attention, "sofcap=3.0"): "Pass softcap=.",
     (flash_attention, "enable_gqa=True"): "Leave it out: the heads of key may divide those of query.",
     (flash_attention, "return_residual=True"): "Pass return_lse=True.",
+    (flash_attention, "s_aux=None"): "Pass sinks=.",
+    (explain, "learnable_sink=None"): "Pass sinks=.",
+    (dot_product_attention, "softmax_offset=None"): "Pass sinks=.",
     (dot_product_attention, "causal=True"): "Pass is_causal=True.",
     (dot_product_attention, "window_size=3"): "Pass local_window_size=(left, right).",
     (dot_product_attention, "kv_lengths=3"): "Pass key_value_seq_lengths=.",
@@ -479,6 +492,7 @@ def test_dropout_rng(call, rng, message):
 WITHOUT_VALUES = {
     "query": SHAPES, "value": {name: np.zeros(x.shape, np.float32) for name, x in SHAPES.items() if name != "value"},
     "bias": dict(bias=shape(16, 16)), "Dense.attend": dict(mask=lambda: Causal() & Dense(booleans(16, 16))),
+    "sinks": dict(sinks=shape(4)),
     "InBounds.kv_len": dict(kv_lengths=ids(2)), "SegmentIds.q_ids": dict(segment_ids=ids(2, 16)),
 }
 

@@ -385,6 +385,59 @@ def test_scale_and_softcap_given_at_construction():
     np.testing.assert_allclose(out, np.einsum("bhqk,bkhd->bqhd", weights, v), rtol=0, atol=1e-6)
 
 
+def softmax_with_sinks(query, key, value, sinks, **_):
+    """Causal attention with one more column of scores, as a layer calls it."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
+    scores = jnp.where(np.tri(LENGTH, dtype=bool)[None, None], scores, -jnp.inf)
+    column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:-1], 1))
+    weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1))[..., :-1]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+SINKS = np.linspace(-2, 4, HEADS).astype(np.float32)
+
+
+def nnx_with_sinks(function):
+    """A layer whose attention function is a module that owns the sinks, as in pallas_flash.flax."""
+    class WithSinks(nnx.Module):
+        def __init__(self, sinks):
+            self.sinks = nnx.Param(jnp.asarray(sinks))
+
+        def __call__(self, query, key, value, **keywords):
+            return function(query, key, value, sinks=self.sinks[...], **keywords)
+    layer = Nnx(attention_fn=WithSinks(SINKS))
+    return layer, layer.params, lambda grads: grads["attention_fn"]["sinks"][...]
+
+
+def linen_with_sinks(function):
+    """A layer made in a module that owns the sinks, likewise."""
+    class Around(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            sinks = self.param("sinks", lambda key: jnp.asarray(SINKS))
+            attend = functools.partial(function, sinks=sinks)
+            return linen.MultiHeadAttention(HEADS, attention_fn=attend)(x)
+    module = Around()
+    params = module.init(jax.random.key(0), jnp.zeros((2, LENGTH, FEATURES)))
+    return lambda params, x, mask: module.apply(params, x), params, lambda grads: grads["params"]["sinks"]
+
+
+@pytest.mark.parametrize("make", [nnx_with_sinks, linen_with_sinks])
+def test_sinks_are_a_parameter_of_the_model(make):
+    """Value and gradients are those of one more column; the sinks are among the parameters."""
+    x = normal(0, (2, LENGTH, FEATURES))
+
+    def results(function):
+        layer, params, sinks_of = make(function)
+        loss = lambda params, x: (layer(params, x, None) * normal(1, x.shape)).sum()
+        value, (dparams, dx) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+        return value, dx, sinks_of(dparams), jax.tree.leaves(dparams)
+    found = results(attention_fn(mask=Causal(), implementation="reference"))
+    assert np.all(found[2] != 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found,
+                 results(softmax_with_sinks))
+
+
 def test_importing_needs_no_flax_and_calling_names_the_extra():
     script = """
 import sys
