@@ -18,7 +18,8 @@ ARROWS = {
     "arrays": set(), "arithmetic": set(),
     "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
-    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
+    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", "packed", *FOUNDATIONS},
+    "packed": {"arguments", "mask_fields", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "softmax", *FOUNDATIONS},  # dispatch has each forward and backward
     "sharding": {"compat", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
