@@ -87,8 +87,8 @@ def flash_attention(
         sequence's first query and first key; those of bias and dropout from the first token. cu_seqlens_kv None: as
         cu_seqlens_q. Where values are on the host they must start at 0, not fall, and not exceed the tokens; in a JAX
         array each counts as the nearest number that does so. Other values of the same shapes compile nothing.
-      max_seqlen_q, max_seqlen_kv: upper bounds of the lengths of packed sequences, Python integers. None are needed: no
-        implementation uses them, so they change no result, but one that boundaries on the host exceed is refused.
+      max_seqlen_q, max_seqlen_kv: upper bounds of the lengths of packed sequences, Python integers. Neither is needed,
+        and no implementation reads them, so they change no result; one that boundaries on the host exceed is refused.
       alignment: "first": the first query of each packed sequence is aligned with its first key; "last": the last with
         the last, as in flash-attn, which adds the sequence's kv_len - q_len to the offset of `mask`.
       scale: multiplies the scores; None means 1 / sqrt(d).
