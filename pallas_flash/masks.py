@@ -85,7 +85,8 @@ class Mask:
     def moved(self, q_lo: Positions, kv_lo: Positions) -> "Mask":
         """The mask of a part of the sequences: its query 0 and key 0 are those at `q_lo` and `kv_lo` here.
 
-        What attention over several devices asks of a mask. Positions, as in `keep`, may be traced.
+        What attention over several devices, and over packed sequences aligned at their ends, asks of a mask. Positions,
+        as in `keep`, may be traced, and for packed sequences `q_lo` is an array of the shape of `q_pos`.
 
         Raises:
           UnsupportedError: the class does not define it.

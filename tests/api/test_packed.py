@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,23 @@ def packed_keep(rule: Mask, alignment: str, boundaries: tuple, tokens: tuple) ->
 
 # The mask -------------------------------------------------------------------------------------------------------------
 
+@dataclasses.dataclass(frozen=True)
+class Chunks(Mask):
+    """A class of a user: a query attends to the keys of its own chunk, `offset` positions further on."""
+
+    size: int
+    offset: Any = 0
+
+    def keep(self, q_pos, kv_pos):
+        return (q_pos + self.offset) // self.size == kv_pos // self.size
+
+    def moved(self, q_lo, kv_lo):
+        assert isinstance(kv_lo, int) and kv_lo % self.size == 0
+        return Chunks(self.size, self.offset + q_lo)
+
+
 RULES = [(Full(), "first"), (Causal(), "first"), (Causal(), "last"), (Causal(1) & Window(left=2), "last"),
-         (Window(1, 2, -1), "first"), (PrefixLM(2), "first"), (PrefixLM(2), "last")]
+         (Window(1, 2, -1), "first"), (PrefixLM(2), "last"), (Chunks(3), "last")]
 SQUARE, WIDE = Grid(9, 9, 2, 3), Grid(7, 11, 3, 2)
 
 
