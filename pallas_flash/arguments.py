@@ -15,8 +15,8 @@ from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec, check_dtype
 
 __all__ = [
-    "Array", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds", "names_keywords",
-    "reshape", "score_axes", "segments", "sinks", "window_sides",
+    "Array", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds", "integers",
+    "listed", "names_keywords", "reshape", "score_axes", "segments", "sinks", "window_sides",
 ]
 
 Array = jax.Array | np.ndarray
@@ -36,6 +36,8 @@ _ELSEWHERE = {
     "query_seq_lengths": ("q_lengths=",), "key_value_seq_lengths": ("kv_lengths=",),
     "learnable_sink": ("sinks=",), "s_aux": ("sinks=",), "softmax_offset": ("sinks=",),
     "q_lengths": ("query_seq_lengths=",), "kv_lengths": ("key_value_seq_lengths=",),
+    "cu_seqlens": ("cu_seqlens_q=",), "cu_seqlens_k": ("cu_seqlens_kv=",), "max_seqlen": ("max_seqlen_q=",),
+    "max_seqlen_k": ("max_seqlen_kv=",),
 }
 """Names of arguments in other attention libraries -> what to pass here: the first that the function has."""
 
@@ -89,7 +91,7 @@ def array(name: str, x: object) -> Shaped:
     raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", do)
 
 
-def _listed(name: str, x: object) -> Shaped:
+def listed(name: str, x: object) -> Shaped:
     """Converts a number, or lists of them, to a NumPy array of integers; returns an array unchanged."""
     if not isinstance(x, int | float | list | tuple):
         return array(name, x)
@@ -135,7 +137,8 @@ def boolean(name: str, x: Shaped) -> Shaped:
     return x
 
 
-def _integers(name: str, x: Shaped) -> Shaped:
+def integers(name: str, x: Shaped) -> Shaped:
+    """Returns `x` unchanged if it holds integers, else raises ValueError."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise errors.invalid(f"{name} must hold integers", f"{name}.dtype={x.dtype}", "cast it to int32")
     return x
@@ -152,12 +155,12 @@ def in_bounds(spec: AttentionSpec, q_lengths: object, kv_lengths: object,
 def _lengths(name: str, x: object, spec: AttentionSpec, axis: str) -> Shaped | int:
     if x is None:
         return masks.UNBOUNDED
-    array, do = _listed(name, x), "reshape it: missing axes are added in front"
+    array, do = listed(name, x), "reshape it: missing axes are added in front"
     if len(array.shape) > 1 and array.shape[-1] == getattr(spec, axis) > 1:
         place = "None, None, :" if axis == "kv_len" else "None, :, None"
         do = ("count the real positions of each row; an array that marks them is a mask, "
               f"Dense((x != 0)[:, {place}]), or segment_ids, -1 at padding")
-    lengths = _integers(name, fitted(name, array, {"batch": spec.batch}, do=do))
+    lengths = integers(name, fitted(name, array, {"batch": spec.batch}, do=do))
     masks.check_lengths(name, lengths)
     return lengths
 
@@ -179,7 +182,7 @@ def segments(spec: AttentionSpec, segment_ids: object) -> masks.SegmentIds:
 
 
 def _segment_axis(name: str, ids: object, batch: int, length: int) -> Shaped:
-    return _integers(name, fitted(name, _listed(name, ids), dict(batch=batch, length=length), exact="length"))
+    return integers(name, fitted(name, listed(name, ids), dict(batch=batch, length=length), exact="length"))
 
 
 def sinks(spec: AttentionSpec, x: object) -> Shaped:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, forks, masks
+from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, forks, masks, packed
 from pallas_flash.arguments import Array, Ids, Integers
 from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec, Layout, Operands
@@ -17,7 +17,9 @@ __all__ = ["dot_product_attention", "explain", "flash_attention"]
 def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
-    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
+    cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
+    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[False] = False, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Name | None = None,
@@ -28,7 +30,9 @@ def flash_attention(
 def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
-    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
+    cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
+    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[True], deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Name | None = None,
@@ -39,7 +43,9 @@ def flash_attention(
 def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
-    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
+    cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
+    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Name | None = None,
@@ -50,7 +56,9 @@ def flash_attention(
 def flash_attention(
     query: Array, key: Array, value: Array, *, mask: masks.Mask | None = None, bias: Array | None = None,
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
-    kv_lengths: Integers | None = None, scale: float | None = None, softcap: float | None = None,
+    kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
+    cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
+    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Name | None = None,
@@ -76,6 +84,17 @@ def flash_attention(
         One below 0 is refused where its value is on the host (numbers, lists, NumPy arrays), and counts as 0 in a JAX
         array. Under `jit` of sharded inputs, lengths and segments cost an all-reduce of tile bounds; under `shard_map`
         nothing.
+      cu_seqlens_q, cu_seqlens_kv: the boundaries of packed sequences, integers (sequences + 1,): arrays are (tokens,
+        heads, dim), sequence j is tokens cu_seqlens_q[j] to cu_seqlens_q[j + 1] of query and cu_seqlens_kv[j] to
+        cu_seqlens_kv[j + 1] of key and value. Sequences may be empty; tokens after the last boundary are padding.
+        Tokens attend within their sequence, and positions in `mask`, which must hold numbers alone, count from the
+        sequence's first query and first key; those of bias and dropout from the first token. cu_seqlens_kv None: as
+        cu_seqlens_q. Where values are on the host they must start at 0, not fall, and not exceed the tokens; in a JAX
+        array each counts as the nearest number that does so. Other values of the same shapes compile nothing.
+      max_seqlen_q, max_seqlen_kv: upper bounds of the lengths of packed sequences, Python integers. Neither is needed,
+        and no implementation reads them, so they change no result; one that boundaries on the host exceed is refused.
+      alignment: "first": the first query of each packed sequence is aligned with its first key; "last": the last with
+        the last, as in flash-attn, which adds the sequence's kv_len - q_len to the offset of `mask`.
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
       dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
@@ -97,7 +116,7 @@ def flash_attention(
     Returns:
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
       q_len) being the natural logarithm of each row's sum of exponentials, sinks included, float32 (float64 for float64
-      input).
+      input). Without the batch axis, as packed sequences are, lse is (q_heads, q_len).
 
     NaN and infinity reach only the pairs that attend; for the exceptions in "hopper" and "reference", and every other
     convention, see docs/semantics.md.
@@ -116,7 +135,10 @@ def flash_attention(
     inputs = _Inputs.of(query, key, value, layout)
     spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                        deterministic=deterministic)
-    problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+    packing = packed.Packing(cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, alignment)
+    rule = packing.mask(mask, spec, batched=not inputs.unbatched, segment_ids=segment_ids, q_lengths=q_lengths,
+                        kv_lengths=kv_lengths)
+    problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
                        kv_lengths=kv_lengths).with_sinks(sinks)
     out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse)
@@ -127,6 +149,8 @@ def explain(
     query: Shaped, key: Shaped, value: Shaped, *, mask: masks.Mask | None = None, bias: Shaped | None = None,
     segment_ids: Ids | Shaped | tuple[Ids | Shaped, Ids | Shaped] | None = None,
     q_lengths: Integers | Shaped | None = None, kv_lengths: Integers | Shaped | None = None,
+    cu_seqlens_q: packed.Boundaries | Shaped | None = None, cu_seqlens_kv: packed.Boundaries | Shaped | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None, alignment: packed.Alignment = "first",
     scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
     dropout_rng: Shaped | None = None, sinks: Shaped | None = None, return_lse: bool = False,
     deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
@@ -139,7 +163,10 @@ def explain(
     inputs = _Inputs.of(query, key, value, layout)
     spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
                        deterministic=deterministic)
-    problem = _problem(inputs, spec, mask=mask, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
+    packing = packed.Packing(cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, alignment)
+    rule = packing.mask(mask, spec, batched=not inputs.unbatched, segment_ids=segment_ids, q_lengths=q_lengths,
+                        kv_lengths=kv_lengths)
+    problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
                        kv_lengths=kv_lengths).with_sinks(sinks)
     text = dispatch.explain(problem.spec, problem.where(dropout_rng), implementation)
     return text if sinks is None else f"{text}\nsinks: one more pass over out, in plain JAX"

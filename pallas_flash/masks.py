@@ -15,7 +15,7 @@ table is read at `minimum(pos, length - 1)`.
 To write a new mask, subclass `Mask` as a frozen dataclass and define `keep`. Without bounds the mask is correct and no
 tile is skipped. Wrong bounds give wrong results: `pallas_flash.check_mask` compares them with `keep`. Integer fields
 are static. A field that holds an array is data: it is indexed by (batch, head) before the methods see it, so methods
-are written for one sequence. `position_axes` names the axes such a field has beyond (batch, head), each "q" or "kv".
+are written for one sequence. `position_axes` names the axes such a field has beyond (batch, head), "q" or "kv" mostly.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ class Mask:
     """Base class; see the module's docstring for what a mask must define."""
 
     position_axes: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """For each array field, what its axes after (batch, head) run over, "q" or "kv"; fields not named have none."""
+    """For each array field, what its axes after (batch, head) run over: "q", "kv", or another name for an axis of any
+    size; fields not named have none."""
     broadcasts: ClassVar[bool] = False
     """Whether those axes may also have size 1, which means the same value at all positions."""
 
@@ -84,7 +85,8 @@ class Mask:
     def moved(self, q_lo: Positions, kv_lo: Positions) -> "Mask":
         """The mask of a part of the sequences: its query 0 and key 0 are those at `q_lo` and `kv_lo` here.
 
-        What attention over several devices asks of a mask. Positions, as in `keep`, may be traced.
+        What attention over several devices, and over packed sequences aligned at their ends, asks of a mask. Positions,
+        as in `keep`, may be traced, and for packed sequences `q_lo` is an array of the shape of `q_pos`.
 
         Raises:
           UnsupportedError: the class does not define it.

@@ -347,7 +347,8 @@ def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[s
         for name, array in part.array_fields().items():
             label = f"{type(part).__name__}.{name}"
             axes = part.position_axes.get(name, ())
-            wanted = dict(batch=batch, q_heads=heads) | {f"{axis}_len": lengths[axis] for axis in axes}
+            wanted = dict(batch=batch, q_heads=heads) | {
+                f"{axis}_len": lengths.get(axis, size) for axis, size in zip(axes, array.shape[2:])}
             allowed = [{size} if axis in ("q_len", "kv_len") and not part.broadcasts else {1, size}
                        for axis, size in wanted.items()]
             if any(size not in sizes for size, sizes in zip(array.shape, allowed, strict=True)):

@@ -18,7 +18,8 @@ ARROWS = {
     "arrays": set(), "arithmetic": set(),
     "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
     "arguments": {*FOUNDATIONS},
-    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", *FOUNDATIONS},
+    "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", "packed", *FOUNDATIONS},
+    "packed": {"arguments", "mask_fields", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},

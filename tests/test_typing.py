@@ -41,6 +41,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     pf.flash_attention(q, k, v, kv_lengths=jnp.ones(1, int), segment_ids=(np.zeros((1, 8), int), q.astype(int)))
     pf.flash_attention(q, k, v, bias=q, dropout_rate=0.5, dropout_rng=jax.random.key(0), scale=1, softcap=30)
     assert_type(pf.explain(shape, k, v, implementation=None), str)
+    pf.flash_attention(q, k, v, cu_seqlens_q=[0, 8], cu_seqlens_kv=np.array([0, 8]), max_seqlen_q=8, alignment="last")
+    pf.explain(shape, k, v, cu_seqlens_q=shape)
     pf.check_mask(pf.PrefixLM(3), 8, 8)
     attention_fn(mask=pf.Causal(), implementation="reference")
     attention_fn(context_parallel=pf.ContextParallel("sequence", "ring", load_balance=None))

@@ -10,6 +10,7 @@ __all__ = ["leading_axes", "mask_shape", "unknown_keyword", "without_unknown"]
 _WINDOW = ("a boolean attn_mask of the window, (q_len, kv_len); pallas_flash.flash_attention(mask=Window(left, right)) "
            "needs none")
 _LENGTHS = "a boolean attn_mask; pallas_flash.flash_attention(segment_ids=...) needs none"
+_PACKED = "a boolean attn_mask; pallas_flash.flash_attention(cu_seqlens_q=...), in JAX, needs none"
 _INSTEAD = {
     **dict.fromkeys(("causal", "use_causal_mask"), "is_causal=True"),
     **dict.fromkeys(("mask", "attention_mask", "bias", "attn_bias"), "attn_mask=..."),
@@ -18,7 +19,8 @@ _INSTEAD = {
     **dict.fromkeys(("softmax_scale", "scaling", "sm_scale"), "scale=..."),
     **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), _WINDOW),
     **dict.fromkeys(("softcap", "logits_soft_cap"), "pallas_flash.flash_attention(softcap=...), in JAX"),
-    **dict.fromkeys(("segment_ids", "cu_seqlens", "cu_seqlens_q", "kv_lengths", "seq_lens"), _LENGTHS),
+    **dict.fromkeys(("segment_ids", "kv_lengths", "seq_lens"), _LENGTHS),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), _PACKED),
     "alibi_slopes": "attn_mask=..., the slopes times the distances",
     "deterministic": "torch.use_deterministic_algorithms(True)",
 }

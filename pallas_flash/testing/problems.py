@@ -11,11 +11,13 @@ Lengths of conformance problems are a few tiles of every kernel (`LEN` = 150 and
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
 
+from pallas_flash import packed
 from pallas_flash.arrays import Array
 from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
 from pallas_flash.spec import AttentionSpec, Layout, Operands
@@ -124,6 +126,13 @@ def _packed(*lengths: int) -> np.ndarray:
     return np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
 
 
+def _sequences(rule: Mask, q_starts: Sequence[Sequence[int]], kv_starts: Sequence[Sequence[int]]) -> packed.Packed:
+    """Packed sequences, aligned at their ends, whose boundaries are given for each entry of the batch."""
+    def sequence(rows: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.stack([np.searchsorted(row[1:], np.arange(LEN), side="right") for row in rows])
+    return packed.Packed(rule, np.array(q_starts), np.array(kv_starts), sequence(q_starts), sequence(kv_starts), "last")
+
+
 def _coin(*shape: int, chance: float = 0.6) -> np.ndarray:
     return np.random.default_rng(sum(shape)).random(shape) < chance
 
@@ -151,6 +160,8 @@ _MASKS = {
     "dense": Dense(_coin(2, 2, LEN, LEN)),
     "dense-keys": Dense(_coin(2, 1, 1, LEN)),
     "dense-rows": Dense(_coin(2, LEN, 1)),
+    "packed": _sequences(Causal(), [[0, 40, 40, 110, 150], [0, 90, 100, 101, 140]],
+                         [[0, 70, 90, 110, 150], [0, 60, 80, 80, 135]]),
     "causal-segments": Causal() & SegmentIds(_IDS, _IDS),
     "causal-lengths": Causal() & InBounds(kv_len=_LENGTHS),
     "causal-dense": Causal() & Dense(_coin(2, 1, LEN, LEN, chance=0.1)),
