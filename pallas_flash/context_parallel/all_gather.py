@@ -47,7 +47,7 @@ class AllGatherPasses(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.shards.implementation or "all_gather"
+        return self.shards.passes_name("all_gather")
 
     def forward(self, operands: Operands) -> Results[Array]:
         def run(spec: AttentionSpec, name: str, problem: Operands) -> Results[Array]:
@@ -141,7 +141,7 @@ class _Chunk(NamedTuple):
         def call(mask: Mask) -> R:
             problem = self._operands(mask, start)
             spec = self._spec(problem, partial)
-            name = dispatch.decide(spec, self.shards.device, self.shards.implementation).implementation.name
+            name = dispatch.choose(spec, self.shards.device, self.shards.implementation).name
             return function(spec, name, compat.vary_like(problem, problem))
 
         if len(distinct := list(dict.fromkeys(static))) == 1:

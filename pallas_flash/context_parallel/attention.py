@@ -33,7 +33,7 @@ def context_parallel_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
     bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
     sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
-    return_lse: bool = False, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    return_lse: bool = False, deterministic: bool = False, implementation: dispatch.Requested = None,
     mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`flash_attention` of a sequence that is cut over the devices of a mesh axis: the same results and gradients.
@@ -82,6 +82,7 @@ def context_parallel_attention(
     forks.require_no_fork("context_parallel_attention")
     for name, given in (("return_lse", return_lse), ("deterministic", deterministic)):
         errors.require_bool(name, given)
+    dispatch.require_names(implementation)
     options = _Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
                        device.current((query, key, value)))
     query, key, value = (jnp.asarray(arguments.array(name, x)) for name, x in (
@@ -104,7 +105,7 @@ class _Options(NamedTuple):
     softcap: float | None
     dropout_rate: float
     deterministic: bool
-    implementation: dispatch.Name | None
+    implementation: dispatch.Requested
     device: device.Device  # schedules may depend on it
 
 
@@ -379,7 +380,7 @@ def explain_context_parallel(
     query: Shaped, key: Shaped, value: Shaped, *, num_devices: int, strategy: Strategy | None = None,
     load_balance: LoadBalance = "zigzag", mask: Mask | None = None, bias: Shaped | None = None,
     dropout_rate: float = 0.0, scale: float | None = None, softcap: float | None = None, deterministic: bool = False,
-    implementation: dispatch.Name | None = None,
+    implementation: dispatch.Requested = None,
 ) -> str:
     """What `context_parallel_attention` would run: the strategy, what each would cost, and the calls of a ring.
 

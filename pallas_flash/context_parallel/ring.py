@@ -45,7 +45,7 @@ class RingPasses(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.shards.implementation or "ring"
+        return self.shards.passes_name("ring")
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -15,6 +15,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.context_parallel.hops import Chosen, Ring
 from pallas_flash.context_parallel.plan import Call, Chunking
 from pallas_flash.device import Device
+from pallas_flash.dispatch import Requested
 from pallas_flash.masks import ArrayField, Mask, SegmentIds
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -31,7 +32,7 @@ class Shards:
       bias: (1|b 1|h 1|t 1|s) with t of the shard and s of the whole sequence, in the order of the devices.
       axis_name: the mesh axis along the sequence.
       chunking: how the sequence lies on it.
-      implementation: the one asked for, or None.
+      implementation: what was asked for.
       device: what the devices are.
     """
 
@@ -39,8 +40,12 @@ class Shards:
     bias: ArrayField | None
     axis_name: str
     chunking: Chunking
-    implementation: str | None
+    implementation: Requested
     device: Device
+
+    def passes_name(self, strategy: str) -> str:
+        """What errors call the passes of a strategy: by the implementation, where one is named."""
+        return self.implementation if isinstance(self.implementation, str) else strategy
 
     @property
     def ring(self) -> Ring:
@@ -82,8 +87,8 @@ class Shards:
         spec = AttentionSpec.of(
             q, k, v, mask=mask, bias=bias, softcap=self.spec.softcap, scale=self.spec.scale,
             dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic, partial=True)
-        decision = dispatch.decide(spec, self.device, self.implementation)
-        return spec, decision.implementation.name, compat.vary_like(found, found)
+        name = dispatch.choose(spec, self.device, self.implementation).name
+        return spec, name, compat.vary_like(found, found)
 
     def described(self, call: Call) -> str:
         """What a call computes and what runs it, as text."""

@@ -19,6 +19,7 @@ from pallas_flash import (
     explain,
     flash_attention,
 )
+from pallas_flash.flax import attention_fn
 
 Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
 K = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
@@ -101,14 +102,14 @@ def test_the_names_that_type_checkers_know():
     assert list(get_args(dispatch.Name)) == names()
 
 
-@pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"]])
+@pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"], (), (None,), ("xla", "cudnn"), (("xla",),)])
 def test_unknown_names(name):
     options = ", ".join(map(repr, names()))
     for call in (flash_attention, dot_product_attention, explain):
         with pytest.raises(ValueError) as raised:
             call(Q, K, K, implementation=name)
-        assert str(raised.value) == (f"implementation must be None or one of {options}, got implementation={name!r}. "
-                                     "Pass None to take the first that can run.")
+        assert str(raised.value) == (f"implementation must be None, one of {options}, or a tuple of these, got "
+                                     f"implementation={name!r}. Pass None to take the first that can run.")
 
 
 def test_decisions_compare_and_repeat():
@@ -133,6 +134,45 @@ def test_every_reason_is_given(table):
         'Use implementation=None to take the first that can ("xla" here).')
 
 
+@pytest.mark.parametrize(("requested", "keywords", "chosen"), [
+    (("picky", "xla"), {}, "picky"), (("xla", "picky"), {}, "xla"), (("reference", "xla"), {}, "reference"),
+    (("picky", "reference"), {"softcap": 3.0}, "reference"), (("picky",), {}, "picky"),
+])
+def test_of_a_tuple_the_first_in_its_order_that_can(table, requested, keywords, chosen):
+    decision = dispatch.decide(spec(**keywords), device.H100, requested)
+    assert (decision.implementation.name, decision.requested) == (chosen, requested)
+
+
+def test_a_tuple_of_which_none_can(table):
+    """Every reason of each, with its name where there are several."""
+    what = f"{spec(softcap=3.0)} on NVIDIA A100-SXM4-80GB"
+    one, other = "needs compute capability 9.0, device has (8, 0)", "takes no soft cap, softcap=3"
+    with pytest.raises(UnsupportedError) as raised:
+        dispatch.decide(spec(softcap=3.0), device.A100, ("picky",))
+    assert str(raised.value).startswith(f"implementation=('picky',) cannot run {what}: {one}; {other}. Use ")
+    with pytest.raises(UnsupportedError) as raised:
+        dispatch.decide(spec(softcap=3.0), device.A100, ("picky", "picky"))
+    assert f"{what}: 'picky' {one}; 'picky' {other}; 'picky' {one}" in str(raised.value)
+
+
+def test_explain_of_a_tuple(table):
+    text = dispatch.explain(spec(), device.H100, ("xla", "picky"))
+    assert "not 'picky': it could run, but another comes first" in text
+    assert "not 'reference': it could run, but another is named" in text
+
+
+def test_a_tuple_wherever_an_implementation_is_named():
+    pytest.importorskip("flax")
+    q, either = jnp.ones((1, 8, 2, 4)), ("hopper", "reference")
+    second = jax.jvp(lambda q: flash_attention(q, q, q, implementation=either), (q,), (q,))  # forward mode: reference
+    assert second[0].shape == dot_product_attention(q, q, q, implementation=either).shape
+    assert "implementation='reference'" in explain(q, q, q, implementation=either)
+    for call in (flash_attention, dot_product_attention, attention_fn(implementation=("hopper",))):
+        keywords = {} if call not in (flash_attention, dot_product_attention) else {"implementation": ("hopper",)}
+        with device.assume(device.CPU), pytest.raises(UnsupportedError, match=r"=\('hopper',\) cannot run"):
+            call(q, q, q, **keywords)
+
+
 def test_nothing_falls_back_in_silence(table):
     with device.assume(device.CPU), pytest.raises(UnsupportedError, match="needs compute capability"):
         jax.eval_shape(lambda q, k: flash_attention(q, k, k, implementation="picky"), Q, K)
@@ -148,6 +188,15 @@ def test_explain_says_what_runs_and_why_not_the_others(table):
     assert "not 'xla': it could run, but another comes first" in dispatch.explain(spec(), device.H100)
     # Regression: of the first of all implementations it was said that the one named comes before it.
     assert "not 'picky': it could run, but another is named" in dispatch.explain(spec(), device.H100, "xla")
+
+
+def test_explain_for_another_device(table):
+    for gpu in (device.H100, device.L4, device.Device("gpu", "some GPU", (13, 0), 1, 1)):
+        assert f"on {gpu.name}: " in explain(Q, K, K, device=gpu)
+    with device.assume(device.A100):
+        assert "on NVIDIA H200: " in explain(Q, K, K, device=device.H200)
+    with pytest.raises(ValueError, match=r"device must be a pallas_flash.device.Device, got device='H100'"):
+        explain(Q, K, K, device="H100")
 
 
 def test_explain_of_a_refusal(table):

@@ -193,3 +193,17 @@ def test_the_public_import_is_the_same(monkeypatch):
     expected = OURS(q, q, q)
     monkeypatch.setattr(views.compat, "_import_capsule", None)
     assert torch.equal(OURS(q, q, q), expected)
+
+
+def test_a_fallback_warns_when_a_call_is_planned(monkeypatch):
+    """Once a reason, with the caller's line, and not in `explain`: a GPU with kernels that take no mask tensor."""
+    from pallas_flash import FallbackWarning, device, dispatch
+    monkeypatch.setattr(device, "of", lambda _: device.H100)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(exchange, "_plans", {})
+    q, mask = torch.randn(SHAPE, dtype=torch.bfloat16), torch.ones(L, L, dtype=torch.bool)
+    assert "not 'hopper': takes masks" in torch_bridge.explain(q, q, q, mask)
+    with pytest.warns(FallbackWarning, match="Dense.attend") as found:
+        OURS(q, q, q, mask)
+    assert len(found) == 1 and found[0].filename == __file__
+    OURS(q, q, q, mask[:1])  # another plan, the same reason

@@ -3,12 +3,17 @@
 from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["why_not"]
+__all__ = ["is_made_for", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
 TMA_ELEMENTS = 8
 """TMA strides are multiples of 16 bytes: 8 elements of a 16-bit type."""
+
+
+def is_made_for(device: Device) -> bool:
+    """Whether it is a GPU that the Hopper kernels run on."""
+    return not _device_reasons(device)
 
 
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
