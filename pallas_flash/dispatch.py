@@ -4,6 +4,7 @@ run."""
 import dataclasses
 import functools
 import pathlib
+import pkgutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,7 @@ Requested = Name | tuple[Name, ...] | None
 
 
 class Schedules(NamedTuple):
-    """Where the schedules of one pass come from, for benchmarks: functions written "module:name"."""
+    """Where the schedules of one pass come from, for `explain` and benchmarks: functions written "module:name"."""
 
     default: str
     """(spec, device) -> the schedule that runs."""
@@ -36,6 +37,8 @@ class Schedules(NamedTuple):
     """(spec, schedule, smem_bytes) -> the reasons why another cannot run; None: none but the default is offered."""
     assume: str | None = None
     """(schedule) -> a context in which it is the default."""
+    kernels: str | None = None
+    """(schedule) -> the names of the kernels that the pass launches, in order; None: XLA makes them."""
 
 
 def _no_device(device: Device) -> bool:
@@ -94,10 +97,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                    ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls"),
                    (Schedules("pallas_flash.kernels.hopper.defaults:default_forward",
                               "pallas_flash.kernels.hopper.rules:reasons_against",
-                              "pallas_flash.kernels.hopper.defaults:assume"),
+                              "pallas_flash.kernels.hopper.defaults:assume",
+                              "pallas_flash.kernels.hopper.schedule:kernels"),
                     Schedules("pallas_flash.kernels.hopper.defaults:default_backward",
                               "pallas_flash.kernels.hopper.rules:reasons_against",
-                              "pallas_flash.kernels.hopper.defaults:assume")), hopper.is_made_for),
+                              "pallas_flash.kernels.hopper.defaults:assume",
+                              "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -132,11 +137,22 @@ class Decision:
 
     def __str__(self) -> str:
         lines = [str(self.spec), f"on {self.device.name}: implementation={self.implementation.name!r}, "
-                 f"{self.implementation.summary}"]
+                 f"{self.implementation.summary}", *self._passes()]
         for row in IMPLEMENTATIONS:
             if row is not self.implementation:
                 lines.append(f"  not {row.name!r}: {self._why_not(row)}")
         return "\n".join(lines)
+
+    def _passes(self) -> list[str]:
+        """What each pass runs: the kernels, where they are ours, and the schedule."""
+        if self.spec.is_empty:
+            return ["  nothing runs: there is no output element or no key"]
+        lines = []
+        for name, schedules in zip(("forward", "backward"), self.implementation.schedules or ()):
+            schedule = pkgutil.resolve_name(schedules.default)(self.spec, self.device)
+            kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
+            lines.append(f"  {name}: " + ", ".join((*kernels, str(schedule))))
+        return lines
 
     def _why_not(self, row: Implementation) -> str:
         if self.reasons[row.name]:

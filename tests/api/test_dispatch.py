@@ -182,12 +182,39 @@ def test_explain_says_what_runs_and_why_not_the_others(table):
     assert dispatch.explain(spec(softcap=3.0), device.A100).splitlines() == [
         str(spec(softcap=3.0)),
         "on NVIDIA A100-SXM4-80GB: implementation='xla', " + dispatch.get("xla").summary,
+        "  forward: Schedule(block_q=64, block_kv=64)",
+        "  backward: Schedule(block_q=64, block_kv=64)",
         "  not 'picky': needs compute capability 9.0, device has (8, 0); takes no soft cap, softcap=3",
         "  not 'reference': it runs only when it is named",
     ]
     assert "not 'xla': it could run, but another comes first" in dispatch.explain(spec(), device.H100)
     # Regression: of the first of all implementations it was said that the one named comes before it.
     assert "not 'picky': it could run, but another is named" in dispatch.explain(spec(), device.H100, "xla")
+
+
+@pytest.mark.parametrize(("d", "keys", "last"), [(128, "kv", "finish"), (256, "split", "dq")])
+def test_explain_says_which_kernels_and_schedules(d, keys, last):
+    q = jax.ShapeDtypeStruct((2, 512, 4, d), jnp.bfloat16)
+    forward, backward = explain(q, q, q, mask=Causal(), device=device.H200).splitlines()[2:4]
+    assert forward.startswith("  forward: attention_forward, ForwardSchedule(block_kv=")
+    kernels = [f"attention_backward_{name}" for name in ("prepare", keys, last)]
+    assert backward.startswith(f"  backward: {', '.join(kernels)}, BackwardSchedule(kv=")
+
+
+def test_explain_of_what_is_empty():
+    """A tile of no positions has no size: the schedule is not asked for."""
+    q = Q.update(shape=(2, 0, 4, 64))
+    for where in (device.CPU, device.H100):
+        assert explain(q, K, K, device=where).splitlines()[2].startswith("  nothing runs")
+
+
+def test_explain_says_what_to_change():
+    odd, bias = jax.ShapeDtypeStruct((2, 64, 4, 36), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    text = explain(odd, odd, odd, bias=bias, kv_lengths=jax.ShapeDtypeStruct((2,), jnp.int32), dropout_rate=0.5,
+                   device=device.H100)
+    for remedy in ("(cast query, key and value)", "to d=40, d_v=40, keep scale=0.166667", "(what only hides pairs",
+                   "(pass 0 where nothing is trained)", "(a rule of positions, such as Causal()"):
+        assert remedy in text, remedy
 
 
 def test_explain_for_another_device(table):
