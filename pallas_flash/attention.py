@@ -125,7 +125,8 @@ def explain(
     dropout_rng: Shaped | None = None, return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None, device: Device | None = None,
 ) -> str:
-    """What `flash_attention` would run for these arguments, and why not the others.
+    """What `flash_attention` would run for these arguments, with which kernels and schedules, why not the others, and
+    what to change to reach them.
 
     Only shapes, dtypes and the device count: arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
 
