@@ -10,7 +10,8 @@ import jax
 
 from pallas_flash import compat
 
-__all__ = ["A100", "B200", "CPU", "H100", "H200", "L4", "RTX_4090", "RTX_5090", "Device", "assume", "current", "of"]
+__all__ = ["A100", "B200", "CPU", "H100", "H200", "L4", "RTX_4090", "RTX_5090", "Device", "assume", "current", "of",
+           "on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,20 @@ def _committed(arrays: object) -> jax.Device | None:
 
 
 @contextlib.contextmanager
-def assume(device: Device) -> Iterator[None]:
-    """Makes dispatch choose for `device` in this thread, wherever arrays lie: to lower or export for a GPU on a machine
-    without one, and in tests. It must hold while a program is traced; nothing can be run for a GPU that is not there.
-    """
+def on(device: Device) -> Iterator[None]:
+    """Makes `current()` this device in this thread: while a program is traced that JAX keeps for this device alone."""
     token = _assumed.set(device)
     try:
         yield
     finally:
         _assumed.reset(token)
+
+
+@contextlib.contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """Makes dispatch choose for `device` in this thread, wherever arrays lie: to lower or export for a GPU on a machine
+    without one, and in tests. It must hold while a program is traced, and what JAX has traced outside of it is traced
+    again; nothing can be run for a GPU that is not there.
+    """
+    with compat.kept_apart(device), on(device):
+        yield

@@ -373,3 +373,20 @@ def test_gpus_that_are_given(gpu, capability):
     assert gpu.platform == "gpu" and gpu.capability == tuple(map(int, capability.split(".")))
     assert gpu.smem_bytes == 1024 * KIBIBYTES[capability]
     assert ("not 'hopper'" in dispatch.explain(spec(), gpu)) == (capability != "9.0")
+
+
+def test_a_program_traced_before_is_traced_again_for_an_assumed_device():
+    """Regression: a function that had run on a CPU was exported for an H100 with the CPU's implementation, in silence;
+    and what was traced for one assumed device was kept for the next.
+    """
+    attend = jax.jit(lambda q: flash_attention(q, q, q, mask=Causal()))
+    attend(jnp.ones(Q.shape, Q.dtype))
+
+    def exported():
+        return "mosaic_gpu" in jax.export.export(attend, platforms=["cuda"])(Q).mlir_module()
+    with device.assume(device.H100):
+        assert exported()
+        with device.assume(device.A100):
+            assert not exported()
+        assert exported()
+    assert not exported()
