@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import arguments, autodiff, compat, device, dispatch, errors, forks, masks, packed
+from pallas_flash import arguments, autodiff, compat, dispatch, errors, forks, masks, packed
 from pallas_flash.arguments import Array, Ids, Integers
 from pallas_flash.arrays import Shaped
+from pallas_flash.device import Device, current
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 
 __all__ = ["dot_product_attention", "explain", "flash_attention"]
@@ -22,7 +23,7 @@ def flash_attention(
     alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[False] = False, deterministic: bool = False, layout: Layout = "BLHD",
-    implementation: dispatch.Name | None = None,
+    implementation: dispatch.Requested = None,
 ) -> jax.Array: ...
 
 
@@ -35,7 +36,7 @@ def flash_attention(
     alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[True], deterministic: bool = False, layout: Layout = "BLHD",
-    implementation: dispatch.Name | None = None,
+    implementation: dispatch.Requested = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -48,7 +49,7 @@ def flash_attention(
     alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool, deterministic: bool = False, layout: Layout = "BLHD",
-    implementation: dispatch.Name | None = None,
+    implementation: dispatch.Requested = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -61,7 +62,7 @@ def flash_attention(
     alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
-    implementation: dispatch.Name | None = None,
+    implementation: dispatch.Requested = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
 
@@ -109,9 +110,10 @@ def flash_attention(
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run.
       layout: the order of the axes of query, key, value and out.
-      implementation: None for the first that can run this on the device, or "hopper", "xla" or "reference"; see
-        `explain`. The device is the one that the arrays are committed to (by `jax.device_put`, a sharding); otherwise,
-        and inside `jit`, where they have no place yet, it is `jax.default_device` or JAX's first.
+      implementation: "hopper", "xla" or "reference"; a tuple of these for the first in it that can run this on the
+        device; or None for the fastest that can, with a `FallbackWarning` where that is not one written for the device.
+        See `explain`. The device is the one that the arrays are committed to (by `jax.device_put`, a sharding);
+        otherwise, and inside `jit`, where they have no place yet, it is `jax.default_device` or JAX's first.
 
     Returns:
       out, in the layout and dtype of query with d_v in place of d; with `return_lse`, (out, lse), lse (batch, q_heads,
@@ -124,7 +126,7 @@ def flash_attention(
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.
       RuntimeError: this process was forked after JAX had started.
-      UnsupportedError: the implementation named cannot run this here, with every reason; or a derivative that it does
+      UnsupportedError: no implementation named can run this here, with every reason; or a derivative that it does
         not have: forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) and derivatives of derivatives are those of
         implementation="reference" alone.
       TypeError: a keyword that does not exist, with the one that is meant.
@@ -153,12 +155,22 @@ def explain(
     max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None, alignment: packed.Alignment = "first",
     scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
     dropout_rng: Shaped | None = None, sinks: Shaped | None = None, return_lse: bool = False,
-    deterministic: bool = False, layout: Layout = "BLHD", implementation: dispatch.Name | None = None,
+    deterministic: bool = False, layout: Layout = "BLHD",
+    implementation: dispatch.Requested = None, device: Device | None = None,
 ) -> str:
-    """What `flash_attention` would run for these arguments, and why not the others.
+    """What `flash_attention` would run for these arguments, with which kernels and schedules, why not the others, and
+    what to change to reach them.
 
-    Only shapes, dtypes and the device count, which is found as for `flash_attention`: arrays may be
-    `jax.ShapeDtypeStruct`s. Nothing is computed.
+    Only shapes, dtypes and the device count: arrays may be `jax.ShapeDtypeStruct`s. Nothing is computed.
+
+    Args:
+      device: the `pallas_flash.device.Device` to decide for, such as `device.H200`; None: the one that
+        `flash_attention` would find.
+
+    The other arguments are those of `flash_attention`.
+
+    Raises:
+      ValueError: see `flash_attention`. A named implementation that cannot run is part of the text, not raised.
     """
     inputs = _Inputs.of(query, key, value, layout)
     spec = inputs.spec(layout, scale=scale, softcap=softcap, dropout_rate=dropout_rate, return_lse=return_lse,
@@ -168,7 +180,8 @@ def explain(
                         kv_lengths=kv_lengths)
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
                        kv_lengths=kv_lengths).with_sinks(sinks)
-    text = dispatch.explain(problem.spec, problem.where(dropout_rng), implementation)
+    where = problem.where(dropout_rng) if device is None else device
+    text = dispatch.explain(problem.spec, where, implementation)
     return text if sinks is None else f"{text}\nsinks: one more pass over out, in plain JAX"
 
 
@@ -177,7 +190,7 @@ def dot_product_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
     scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
-    implementation: dispatch.Name | None = None, return_residual: Literal[False] = False, softcap: float | None = None,
+    implementation: dispatch.Requested = None, return_residual: Literal[False] = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
     sinks: Array | None = None,
 ) -> jax.Array: ...
@@ -188,7 +201,7 @@ def dot_product_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
     scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
-    implementation: dispatch.Name | None = None, return_residual: Literal[True], softcap: float | None = None,
+    implementation: dispatch.Requested = None, return_residual: Literal[True], softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
     sinks: Array | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -199,7 +212,7 @@ def dot_product_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
     scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
-    implementation: dispatch.Name | None = None, return_residual: bool, softcap: float | None = None,
+    implementation: dispatch.Requested = None, return_residual: bool, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
     sinks: Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
@@ -210,7 +223,7 @@ def dot_product_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None, *,
     scale: float | None = None, is_causal: bool = False, query_seq_lengths: Integers | None = None,
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
-    implementation: dispatch.Name | None = None, return_residual: bool = False, softcap: float | None = None,
+    implementation: dispatch.Requested = None, return_residual: bool = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
     sinks: Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -299,23 +312,24 @@ class _Problem(NamedTuple):
         """The same with sinks, once checked; None: without."""
         return self if sinks is None else self._replace(sinks=arguments.sinks(self.spec, sinks))
 
-    def attend(self, dropout_rng: Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+    def attend(self, dropout_rng: Array | None,
+               implementation: dispatch.Requested) -> tuple[jax.Array, jax.Array | None]:
         """(out, lse) by the implementation that dispatch chooses; lse is None if the spec does not ask for it."""
         spec, where = self.spec, self.where(dropout_rng)
-        decision = dispatch.decide(spec, where, implementation)
+        chosen = dispatch.choose(spec, where, implementation)
         operands = self.operands(arguments.dropout_seed(spec, dropout_rng))
         _check_shards(operands)
         sinks = None if self.sinks is None else _as_jax("sinks", self.sinks)
-        out, lse = autodiff.attend(spec, autodiff.Target(decision.implementation.name, where), operands, sinks)
+        out, lse = autodiff.attend(spec, autodiff.Target(chosen.name, where), operands, sinks)
         if self.inputs.unbatched:
             return out[0], None if lse is None else lse[0]
         return out, lse
 
-    def where(self, dropout_rng: object) -> device.Device:
+    def where(self, dropout_rng: object) -> Device:
         """Where the call runs: a dropout key that is used counts like the other arrays."""
         q, k, v, *_ = self.inputs
         rng = dropout_rng if self.spec.dropout_rate else None
-        return device.current((q, k, v, self.bias, self.sinks, self.mask, rng))
+        return current((q, k, v, self.bias, self.sinks, self.mask, rng))
 
     def operands(self, dropout_seed: jax.Array | None) -> Operands:
         """As JAX arrays; raises where one has a shape and no values."""

@@ -38,7 +38,7 @@ class Target(NamedTuple):
 
 def _on(where: Device | None) -> contextlib.AbstractContextManager[None]:
     """A context in which `device.current()`, which kernels ask while traced, is `where`; for None, JAX's default."""
-    return device.assume(where) if where is not None else contextlib.nullcontext()
+    return device.on(where) if where is not None else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))  # outside of jit: compile once

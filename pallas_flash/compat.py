@@ -1,14 +1,15 @@
 """What differs between the supported JAX releases, and the only file that may touch `jax._src`; each use with its
 reason."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
 from jax.extend.core import Primitive
 
-__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "from_dlpack", "lower_with_devices",
-           "to_dlpack", "vary_like", "varying_axes"]
+__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "from_dlpack", "kept_apart",
+           "lower_with_devices", "to_dlpack", "vary_like", "varying_axes"]
 
 JaxDevice = jax.Device
 """A device as JAX has it; what dispatch sees of it is `device.Device`."""
@@ -54,6 +55,27 @@ def lower_with_devices(primitive: Primitive) -> None:
     """
     from jax._src import dispatch
     dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def kept_apart(value: Hashable) -> contextlib.AbstractContextManager[object]:
+    """A context whose traces and programs JAX keeps apart from those of other values: what is traced in it depends on
+    `value`. JAX has such contexts for its own settings alone, and no public way to make one.
+    """
+    return contextlib.nullcontext() if _context is None else _context(value)
+
+
+def _new_context() -> Callable[[Hashable], contextlib.AbstractContextManager[object]] | None:
+    try:
+        from jax._src import config
+        made: Callable[[Hashable], contextlib.AbstractContextManager[object]] = config.State[Any](
+            "pallas_flash_assumed", None, "What is taken for granted while tracing.", include_in_jit_key=True,
+            include_in_trace_context=True)
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return made
+
+
+_context = _new_context()
 
 
 # --- DLPack (torch_bridge) -------------------------------------------------------------------------------------------

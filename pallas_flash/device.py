@@ -10,7 +10,8 @@ import jax
 
 from pallas_flash import compat
 
-__all__ = ["A100", "CPU", "H100", "Device", "assume", "current", "of"]
+__all__ = ["A100", "B200", "CPU", "H100", "H200", "L4", "RTX_4090", "RTX_5090", "Device", "assume", "current", "of",
+           "on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,27 @@ class Device:
     smem_bytes: int = 0
 
 
-CPU = Device("cpu", "CPU")
-H100 = Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
-A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
-
-_SMEM_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
+_SMEM_BYTES = {
+    (7, 5): 65_536, (8, 0): 166_912, (8, 6): 101_376, (8, 7): 166_912, (8, 9): 101_376, (9, 0): 232_448,
+    (10, 0): 232_448, (10, 3): 232_448, (11, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376,
+}
 """Opt-in shared memory of a block by compute capability (CUDA C++ Programming Guide, table of technical
 specifications)."""
+
+
+def _gpu(name: str, capability: tuple[int, int], num_sms: int) -> Device:
+    """A GPU; of a capability that the table lacks, with the shared memory that every one since 8.0 has."""
+    return Device("gpu", name, capability, num_sms, _SMEM_BYTES.get(capability, 101_376))
+
+
+CPU = Device("cpu", "CPU")
+A100 = _gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+L4 = _gpu("NVIDIA L4", (8, 9), 58)
+RTX_4090 = _gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
+H100 = _gpu("NVIDIA H100 80GB HBM3", (9, 0), 132)
+H200 = _gpu("NVIDIA H200", (9, 0), 132)
+B200 = _gpu("NVIDIA B200", (10, 0), 148)
+RTX_5090 = _gpu("NVIDIA GeForce RTX 5090", (12, 0), 170)
 
 _assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar("assumed", default=None)
 
@@ -49,8 +64,7 @@ def of(device: jax.Device) -> Device:
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return Device(device.platform, device.device_kind)
     major, minor = (int(x) for x in str(device.compute_capability).split("."))
-    smem_bytes = _SMEM_BYTES.get((major, minor), 101_376)
-    return Device("gpu", device.device_kind, (major, minor), device.core_count, smem_bytes)
+    return _gpu(device.device_kind, (major, minor), device.core_count)
 
 
 def current(arrays: object = ()) -> Device:
@@ -80,10 +94,20 @@ def _committed(arrays: object) -> jax.Device | None:
 
 
 @contextlib.contextmanager
-def assume(device: Device) -> Iterator[None]:
-    """Makes dispatch choose for `device` in this thread: to lower for a GPU where there is none, and in tests."""
+def on(device: Device) -> Iterator[None]:
+    """Makes `current()` this device in this thread: while a program is traced that JAX keeps for this device alone."""
     token = _assumed.set(device)
     try:
         yield
     finally:
         _assumed.reset(token)
+
+
+@contextlib.contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """Makes dispatch choose for `device` in this thread, wherever arrays lie: to lower or export for a GPU on a machine
+    without one, and in tests. It must hold while a program is traced, and what JAX has traced outside of it is traced
+    again; nothing can be run for a GPU that is not there.
+    """
+    with compat.kept_apart(device), on(device):
+        yield

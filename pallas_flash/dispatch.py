@@ -3,6 +3,10 @@ run."""
 
 import dataclasses
 import functools
+import pathlib
+import pkgutil
+import threading
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Literal, NamedTuple
@@ -13,15 +17,19 @@ from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Schedules", "decide", "explain", "get"]
+__all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Requested", "Schedules", "choose", "decide",
+           "explain", "get", "require_names", "warn_of_fallback"]
 
 
 Name = Literal["hopper", "xla", "reference"]
 """Of each row of `IMPLEMENTATIONS`: what a type checker knows of them."""
 
+Requested = Name | tuple[Name, ...] | None
+"""What `implementation=` takes: a name, names in the caller's order of preference, or None for the table's order."""
+
 
 class Schedules(NamedTuple):
-    """Where the schedules of one pass come from, for benchmarks: functions written "module:name"."""
+    """Where the schedules of one pass come from, for `explain` and benchmarks: functions written "module:name"."""
 
     default: str
     """(spec, device) -> the schedule that runs."""
@@ -29,6 +37,13 @@ class Schedules(NamedTuple):
     """(spec, schedule, smem_bytes) -> the reasons why another cannot run; None: none but the default is offered."""
     assume: str | None = None
     """(schedule) -> a context in which it is the default."""
+    kernels: str | None = None
+    """(schedule) -> the names of the kernels that the pass launches, in order; None: XLA makes them."""
+
+
+def _no_device(device: Device) -> bool:
+    del device
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +60,8 @@ class Implementation:
         backward.
       modules: the modules that define `forward` and `backward`, imported when first used.
       schedules: those of the forward and of the backward; None where there are no schedules.
+      is_made_for: (device) -> whether it was written for that kind of device: an automatic choice that leaves it there
+        warns.
     """
 
     name: str
@@ -54,6 +71,7 @@ class Implementation:
     differentiates_itself: bool
     modules: tuple[str, str]
     schedules: tuple[Schedules, Schedules] | None = None
+    is_made_for: Callable[[Device], bool] = _no_device
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -79,10 +97,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                    ("pallas_flash.kernels.hopper.calls", "pallas_flash.kernels.hopper.calls"),
                    (Schedules("pallas_flash.kernels.hopper.defaults:default_forward",
                               "pallas_flash.kernels.hopper.rules:reasons_against",
-                              "pallas_flash.kernels.hopper.defaults:assume"),
+                              "pallas_flash.kernels.hopper.defaults:assume",
+                              "pallas_flash.kernels.hopper.schedule:kernels"),
                     Schedules("pallas_flash.kernels.hopper.defaults:default_backward",
                               "pallas_flash.kernels.hopper.rules:reasons_against",
-                              "pallas_flash.kernels.hopper.defaults:assume"))),
+                              "pallas_flash.kernels.hopper.defaults:assume",
+                              "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -95,28 +115,52 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What runs a spec on a device, and the reasons against each implementation that could not."""
+    """What runs a spec on a device, and the reasons against each implementation that could not.
+
+    Attributes:
+      requested: what the caller named; None: the choice is automatic.
+    """
 
     spec: AttentionSpec
     device: Device
     implementation: Implementation
     reasons: dict[str, list[str]]
+    requested: str | tuple[str, ...] | None
+
+    @functools.cached_property
+    def left(self) -> tuple[Implementation, ...]:
+        """The implementations written for the device that an automatic choice leaves. What is empty runs nowhere."""
+        if self.requested is not None or self.spec.is_empty:
+            return ()
+        before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(self.implementation)]
+        return tuple(row for row in before if row.is_made_for(self.device))
 
     def __str__(self) -> str:
         lines = [str(self.spec), f"on {self.device.name}: implementation={self.implementation.name!r}, "
-                 f"{self.implementation.summary}"]
+                 f"{self.implementation.summary}", *self._passes()]
         for row in IMPLEMENTATIONS:
             if row is not self.implementation:
                 lines.append(f"  not {row.name!r}: {self._why_not(row)}")
         return "\n".join(lines)
 
+    def _passes(self) -> list[str]:
+        """What each pass runs: the kernels, where they are ours, and the schedule."""
+        if self.spec.is_empty:
+            return ["  nothing runs: there is no output element or no key"]
+        lines = []
+        for name, schedules in zip(("forward", "backward"), self.implementation.schedules or ()):
+            schedule = pkgutil.resolve_name(schedules.default)(self.spec, self.device)
+            kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
+            lines.append(f"  {name}: " + ", ".join((*kernels, str(schedule))))
+        return lines
+
     def _why_not(self, row: Implementation) -> str:
         if self.reasons[row.name]:
             return "; ".join(self.reasons[row.name])
-        if not row.automatic:
-            return "it runs only when it is named"
-        comes_first = IMPLEMENTATIONS.index(row) < IMPLEMENTATIONS.index(self.implementation)
-        return f"it could run, but another {'is named' if comes_first else 'comes first'}"
+        if self.requested is not None:
+            is_named = row.name in _names(self.requested)
+            return f"it could run, but another {'comes first' if is_named else 'is named'}"
+        return "it could run, but another comes first" if row.automatic else "it runs only when it is named"
 
 
 def get(name: str) -> Implementation:
@@ -124,36 +168,100 @@ def get(name: str) -> Implementation:
     for row in IMPLEMENTATIONS:
         if row.name == name:
             return row
+    raise _unknown(name)
+
+
+def _unknown(requested: object) -> ValueError:
     names = ", ".join(repr(row.name) for row in IMPLEMENTATIONS)
-    raise errors.invalid(f"implementation must be None or one of {names}", f"implementation={name!r}",
-                         "pass None to take the first that can run")
+    return errors.invalid(f"implementation must be None, one of {names}, or a tuple of these",
+                          f"implementation={requested!r}", "pass None to take the first that can run")
 
 
-def decide(spec: AttentionSpec, device: Device, requested: str | None = None) -> Decision:
-    """What runs `spec` on `device`: the implementation requested, or the first that can.
+def require_names(requested: object) -> None:
+    """Raises ValueError unless `requested` is what `implementation=` takes."""
+    if requested is not None:
+        names, known = _names(requested), [row.name for row in IMPLEMENTATIONS]
+        if not names or any(name not in known for name in names):
+            raise _unknown(requested)
+
+
+def _names[T](requested: T | tuple[T, ...]) -> tuple[T, ...]:
+    return requested if isinstance(requested, tuple) else (requested,)
+
+
+def decide(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None) -> Decision:
+    """What runs `spec` on `device`: of the implementations requested, the first in the caller's order that can; else
+    the first automatic one of the table that can.
 
     Raises:
       ValueError: `requested` names no implementation.
-      UnsupportedError: the implementation requested cannot, with every reason.
+      UnsupportedError: none of those requested can, with every reason.
     """
-    return _decide(spec, device, None if requested is None else get(requested))
+    require_names(requested)
+    return _decide(spec, device, requested)
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide(spec: AttentionSpec, device: Device, chosen: Implementation | None) -> Decision:
+def _decide(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None) -> Decision:
     reasons = {row.name: row.why_not(spec, device) for row in IMPLEMENTATIONS}
     able = [row for row in IMPLEMENTATIONS if row.automatic and not reasons[row.name]]
-    if chosen is None:
-        return Decision(spec, device, able[0], reasons)
-    if reasons[chosen.name]:
-        raise errors.unsupported(f"implementation={chosen.name!r} cannot run {spec} on {device.name}",
-                                 reasons[chosen.name],
-                                 f'use implementation=None to take the first that can ("{able[0].name}" here)')
-    return Decision(spec, device, chosen, reasons)
+    if requested is None:
+        return Decision(spec, device, able[0], reasons, requested)
+    names = _names(requested)
+    for name in names:
+        if not reasons[name]:
+            return Decision(spec, device, get(name), reasons, requested)
+    found = [reason if len(names) == 1 else f"{name!r} {reason}" for name in names for reason in reasons[name]]
+    raise errors.unsupported(f"implementation={requested!r} cannot run {spec} on {device.name}", found,
+                             f'use implementation=None to take the first that can ("{able[0].name}" here)')
 
 
-def explain(spec: AttentionSpec, device: Device, requested: str | None = None) -> str:
+def choose(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None) -> Implementation:
+    """The implementation that `decide` chooses, for a call that runs it: warns as `warn_of_fallback` does."""
+    decision = decide(spec, device, requested)
+    if decision.left:
+        warn_of_fallback(decision)
+    return decision.implementation
+
+
+_OURS = tuple(f"{pathlib.Path(__file__).parents[1] / package}/" for package in ("pallas_flash", "torch_bridge"))
+"""Where frames are not the caller's."""
+_warned: set[tuple[str, str]] = set()
+"""Implementation and reason of the warnings that were given."""
+_warned_lock = threading.Lock()
+
+
+def warn_of_fallback(decision: Decision) -> None:
+    """Warns where an automatic choice leaves an implementation written for the device, once for each reason in a
+    process; Python's own memory, which is by line of code and often cleared, plays no part."""
+    for row in decision.left:
+        with _warned_lock:
+            new = {(row.name, reason) for reason in decision.reasons[row.name]} - _warned
+            _warned.update(new)
+        if not new:
+            continue
+        try:
+            warnings.warn(_fallback(decision, row.name), skip_file_prefixes=_OURS)
+        except errors.FallbackWarning:  # a filter made it an error, and shall do so in the next call
+            with _warned_lock:
+                _warned.difference_update(new)
+            raise
+
+
+def _fallback(decision: Decision, left: str) -> errors.FallbackWarning:
+    name = decision.implementation.name
+    return errors.fallback(
+        f"implementation={name!r} runs {decision.spec} on {decision.device.name}, because {left!r}, written for this "
+        "device, cannot", decision.reasons[left],
+        f"change that to reach {left!r}; what is meant as it is can be named (implementation={name!r}) or silenced "
+        '(warnings.filterwarnings("ignore", category=pallas_flash.FallbackWarning))')
+
+
+def explain(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None) -> str:
     """What `decide` chooses and why, or why it refuses, as text."""
+    if not isinstance(device, Device):
+        raise errors.invalid("device must be a pallas_flash.device.Device", f"device={device!r}",
+                             "pass one of those given, such as device.H200, or device.of(a JAX device)")
     try:
         return str(decide(spec, device, requested))
     except errors.UnsupportedError as error:

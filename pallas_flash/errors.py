@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 
-__all__ = ["UnsupportedError", "invalid", "is_torch", "mistyped", "require_bool", "unsupported"]
+__all__ = ["FallbackWarning", "UnsupportedError", "fallback", "invalid", "is_torch", "mistyped", "require_bool",
+           "unsupported"]
 
 
 class UnsupportedError(ValueError):
     """A valid problem that the implementation asked for cannot run on this device, with every reason."""
+
+
+class FallbackWarning(UserWarning):
+    """An automatic choice that left an implementation written for this device, with every reason.
+
+    Given once for each reason in a process, when a program is traced; not where an implementation is named.
+    `warnings.filterwarnings("error", category=FallbackWarning)` makes it an error, in every call, and "ignore" silences
+    it.
+    """
 
 
 def invalid(must: str, given: str, do: str) -> ValueError:
@@ -37,7 +47,16 @@ def unsupported(subject: str, reasons: Sequence[str], do: str) -> UnsupportedErr
       reasons: each what is needed and what there is.
       do: what the caller can do about it, a clause.
     """
-    return UnsupportedError(f"{subject}: {'; '.join(reasons)}. {do[0].upper()}{do[1:]}.")
+    return UnsupportedError(_listing(subject, reasons, do))
+
+
+def fallback(subject: str, reasons: Sequence[str], do: str) -> FallbackWarning:
+    """A FallbackWarning of the same form."""
+    return FallbackWarning(_listing(subject, reasons, do))
+
+
+def _listing(subject: str, reasons: Sequence[str], do: str) -> str:
+    return f"{subject}: {'; '.join(reasons)}. {do[0].upper()}{do[1:]}."
 
 
 def require_bool(name: str, value: object) -> None:

@@ -67,7 +67,7 @@ from jax.typing import DTypeLike
 from pallas_flash.attention import flash_attention
 from pallas_flash.context_parallel.attention import context_parallel_attention
 from pallas_flash.context_parallel.settings import ContextParallel
-from pallas_flash.dispatch import Name
+from pallas_flash.dispatch import Requested
 from pallas_flash.errors import invalid, require_bool, unsupported
 from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Full, Mask, SegmentIds, over_batch
@@ -81,7 +81,7 @@ def attention_fn(
     scale: float | None = None,
     softcap: float | None = None,
     deterministic_backward: bool = False,
-    implementation: Name | None = None,
+    implementation: Requested = None,
     context_parallel: ContextParallel | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for `MultiHeadAttention` of `flax.nnx` and of `flax.linen`.
@@ -132,7 +132,7 @@ class _AttentionFn:
     scale: float | None
     softcap: float | None
     deterministic_backward: bool
-    implementation: Name | None
+    implementation: Requested
     context_parallel: ContextParallel | None
 
     def __call__(

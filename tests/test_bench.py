@@ -565,7 +565,7 @@ def target(kernel, name="causal-d128-s2048"):
 @pytest.mark.usefixtures("h100")
 def test_candidates_are_legal_and_start_with_the_default(kernel):
     tuned = target(kernel)
-    default, reasons_against, _ = (pkgutil.resolve_name(name) for name in tuned.schedules)
+    default, reasons_against, *_ = (pkgutil.resolve_name(name) for name in tuned.schedules)
     found = tune.candidates(tuned, [])
     assert found[0] == default(tuned.problem.spec(), device.H100)
     assert len(found) > 5 and len(set(found)) == len(found)

@@ -40,11 +40,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     pf.flash_attention(np.zeros((1, 8, 2, 4)), k, v, kv_lengths=3, q_lengths=[3, 4], segment_ids=[[0] * 8])
     pf.flash_attention(q, k, v, kv_lengths=jnp.ones(1, int), segment_ids=(np.zeros((1, 8), int), q.astype(int)))
     pf.flash_attention(q, k, v, bias=q, dropout_rate=0.5, dropout_rng=jax.random.key(0), scale=1, softcap=30)
-    assert_type(pf.explain(shape, k, v, implementation=None), str)
     pf.flash_attention(q, k, v, cu_seqlens_q=[0, 8], cu_seqlens_kv=np.array([0, 8]), max_seqlen_q=8, alignment="last")
     pf.explain(shape, k, v, cu_seqlens_q=shape)
+    assert_type(pf.explain(shape, k, v, implementation=None, device=pf.device.H200), str)
+    assert_type(pf.dot_product_attention(q, k, v, implementation=("hopper", "reference")), jax.Array)
     pf.check_mask(pf.PrefixLM(3), 8, 8)
     attention_fn(mask=pf.Causal(), implementation="reference")
+    attention_fn(implementation=("xla",))
     attention_fn(context_parallel=pf.ContextParallel("sequence", "ring", load_balance=None))
     assert_type(pf.context_parallel_attention(q, k, v, axis_name="sequence"), jax.Array)
     assert_type(pf.context_parallel_attention(q, k, v, axis_name="i", return_lse=True), tuple[jax.Array, jax.Array])
@@ -57,8 +59,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
 """
 
 BAD = (
-    'implementation="cudnn"', 'layout="LBHD"', "mask=q > 0", "bias=[[0.0]]", "causal=True", 'deterministic="no"',
-    "segment_ids=0.5", "kv_lengths=[0.5]", "scale=q",
+    'implementation="cudnn"', 'implementation=("cudnn",)', 'layout="LBHD"', "mask=q > 0", "bias=[[0.0]]", "causal=True",
+    'deterministic="no"', "segment_ids=0.5", "kv_lengths=[0.5]", "scale=q",
 )
 
 

@@ -27,7 +27,7 @@ from torch_bridge import context, lifetime, programs, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
-           "gradients", "jax_device", "plan_for", "stats_tensor"]
+           "gradients", "jax_device", "make_plan", "plan_for", "stats_tensor"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""
@@ -65,7 +65,7 @@ _plans: dict[tuple[object, ...], Plan] = {}
 
 
 def plan_for(operands: Operands, numbers: Numbers) -> Plan:
-    """The plan of a call, from a table where it has been seen."""
+    """The plan of a call, from a table where it has been seen; where it has not, warns of a fallback."""
     query, key, value, mask, bias, _ = operands
     name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
             query.device, mask if mask is None else mask.shape,
@@ -75,11 +75,14 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        plan = _plans[name] = _make_plan(operands, numbers)
+        plan = make_plan(operands, numbers)
+        dispatch.warn_of_fallback(plan.decision)
+        _plans[name] = plan
     return plan
 
 
-def _make_plan(operands: Operands, numbers: Numbers) -> Plan:
+def make_plan(operands: Operands, numbers: Numbers) -> Plan:
+    """A new plan, which says nothing of a fallback: no call need follow."""
     query, key, value, mask, bias, _ = operands
     causal_offset, scale, dropout_p, deterministic, partial = numbers
     layout = _layout(query, key, value)

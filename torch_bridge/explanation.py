@@ -21,7 +21,7 @@ def explain(
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    plan = exchange.plan_for(call.operands, call.numbers)
+    plan = exchange.make_plan(call.operands, call.numbers)
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
     lines = [str(plan.decision), f"layout {plan.layout}: read and written as {order} storage"]
     named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),

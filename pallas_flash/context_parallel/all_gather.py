@@ -141,7 +141,7 @@ class _Chunk(NamedTuple):
         def call(mask: Mask) -> R:
             problem = self._operands(mask, start)
             spec = self._spec(problem, partial)
-            name = dispatch.decide(spec, self.shards.device, self.shards.implementation).implementation.name
+            name = dispatch.choose(spec, self.shards.device, self.shards.implementation).name
             return function(spec, name, compat.vary_like(problem, problem))
 
         if len(distinct := list(dict.fromkeys(static))) == 1:

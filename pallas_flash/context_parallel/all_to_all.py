@@ -76,7 +76,7 @@ class _HeadPasses(NamedTuple):
                          dbias=dbias)
 
     def _implementation(self, spec: AttentionSpec) -> str:
-        return dispatch.decide(spec, self.shards.device, self.shards.implementation).implementation.name
+        return dispatch.choose(spec, self.shards.device, self.shards.implementation).name
 
     def _narrow(self, operands: Operands) -> Operands:
         return operands._replace(k=operands.k.astype(self.spec.dtype), v=operands.v.astype(self.spec.dtype))

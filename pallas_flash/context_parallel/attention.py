@@ -34,7 +34,7 @@ def context_parallel_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
     bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
     sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
-    return_lse: Literal[False] = False, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, implementation: dispatch.Requested = None,
     mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
 ) -> jax.Array: ...
 
@@ -46,7 +46,7 @@ def context_parallel_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
     bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
     sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
-    return_lse: Literal[True], deterministic: bool = False, implementation: dispatch.Name | None = None,
+    return_lse: Literal[True], deterministic: bool = False, implementation: dispatch.Requested = None,
     mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -58,7 +58,7 @@ def context_parallel_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
     bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
     sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
-    return_lse: bool, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    return_lse: bool, deterministic: bool = False, implementation: dispatch.Requested = None,
     mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
@@ -70,7 +70,7 @@ def context_parallel_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, cu_seqlens: arguments.Array | None = None,
     bias: arguments.Array | None = None, dropout_rate: float = 0.0, dropout_rng: arguments.Array | None = None,
     sinks: arguments.Array | None = None, scale: float | None = None, softcap: float | None = None,
-    return_lse: bool = False, deterministic: bool = False, implementation: dispatch.Name | None = None,
+    return_lse: bool = False, deterministic: bool = False, implementation: dispatch.Requested = None,
     mesh: Mesh | AbstractMesh | None = None, spec: PartitionSpec | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`flash_attention` of a sequence that is cut over the devices of a mesh axis: the same results and gradients.
@@ -121,6 +121,7 @@ def context_parallel_attention(
         errors.require_bool(name, given)
     if not isinstance(axis_name, str):
         raise errors.invalid("axis_name must be the name of one mesh axis", f"{axis_name=}", "pass a string")
+    dispatch.require_names(implementation)
     AttentionSpec.of(*(arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))))
     options = Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
                       device.current((query, key, value)), return_lse)
@@ -154,7 +155,7 @@ class Options(NamedTuple):
     softcap: float | None
     dropout_rate: float
     deterministic: bool
-    implementation: dispatch.Name | None
+    implementation: dispatch.Requested
     device: device.Device  # schedules may depend on it
     return_lse: bool
 

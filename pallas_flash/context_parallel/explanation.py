@@ -23,7 +23,7 @@ def explain_context_parallel(
     query: Shaped, key: Shaped, value: Shaped, *, num_devices: int, strategy: Strategy | None = None,
     load_balance: LoadBalance = "zigzag", mask: Mask | None = None, has_documents: bool = False,
     bias: Shaped | None = None, dropout_rate: float = 0.0, scale: float | None = None, softcap: float | None = None,
-    deterministic: bool = False, implementation: dispatch.Name | None = None,
+    deterministic: bool = False, implementation: dispatch.Requested = None,
 ) -> str:
     """What `context_parallel_attention` would run: the strategy, what each would cost, and the calls of a device.
 

@@ -16,6 +16,7 @@ from pallas_flash.context_parallel import plan
 from pallas_flash.context_parallel.hops import Chosen, Ring
 from pallas_flash.context_parallel.plan import Call, Chunking, Sharing, Step
 from pallas_flash.device import Device
+from pallas_flash.dispatch import Requested
 from pallas_flash.masks import ArrayField, Mask, SegmentIds
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -32,7 +33,7 @@ class Shards:
       bias: (1|b 1|h 1|t 1|s) with t of the shard and s of the whole sequence, in the order of the devices.
       axis_name: the mesh axis along the sequence.
       chunking: how the sequence lies on it.
-      implementation: the one asked for, or None.
+      implementation: what was asked for.
       device: what the devices are.
     """
 
@@ -40,7 +41,7 @@ class Shards:
     bias: ArrayField | None
     axis_name: str
     chunking: Chunking
-    implementation: str | None
+    implementation: Requested
     device: Device
 
     @property
@@ -86,8 +87,8 @@ class Shards:
         spec = AttentionSpec.of(
             q, k, v, mask=mask, bias=bias, softcap=self.spec.softcap, scale=self.spec.scale,
             dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic, partial=True)
-        decision = dispatch.decide(spec, self.device, self.implementation)
-        return spec, decision.implementation.name, compat.vary_like(found, found)
+        name = dispatch.choose(spec, self.device, self.implementation).name
+        return spec, name, compat.vary_like(found, found)
 
     def bias_start(self, pick: Chosen) -> tuple[int | Array, int | Array]:
         """Where the rows and columns of a pair begin in the bias."""

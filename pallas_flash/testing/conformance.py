@@ -26,7 +26,7 @@ def _fast_to_compile() -> dict[str, bool | int]:
 
 @functools.lru_cache(maxsize=32)  # a program takes some 200 of the 65,530 memory maps that Linux gives a process
 def compiled(problem: Problem,
-             implementation: dispatch.Name | None) -> Callable[[Operands, inputs.Cotangents], Results[Array]]:
+             implementation: dispatch.Requested) -> Callable[[Operands, inputs.Cotangents], Results[Array]]:
     """A jitted function of operands and the cotangents of (out, lse) that computes everything."""
     def run(operands: Operands, cotangents: inputs.Cotangents) -> Results[Array]:
         def call(given: Differentiable[Array]) -> tuple[Array, Array]:

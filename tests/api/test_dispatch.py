@@ -19,6 +19,7 @@ from pallas_flash import (
     explain,
     flash_attention,
 )
+from pallas_flash.flax import attention_fn
 
 Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
 K = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
@@ -101,14 +102,14 @@ def test_the_names_that_type_checkers_know():
     assert list(get_args(dispatch.Name)) == names()
 
 
-@pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"]])
+@pytest.mark.parametrize("name", ["cudnn", "", "XLA", 3, ["xla"], (), (None,), ("xla", "cudnn"), (("xla",),)])
 def test_unknown_names(name):
     options = ", ".join(map(repr, names()))
     for call in (flash_attention, dot_product_attention, explain):
         with pytest.raises(ValueError) as raised:
             call(Q, K, K, implementation=name)
-        assert str(raised.value) == (f"implementation must be None or one of {options}, got implementation={name!r}. "
-                                     "Pass None to take the first that can run.")
+        assert str(raised.value) == (f"implementation must be None, one of {options}, or a tuple of these, got "
+                                     f"implementation={name!r}. Pass None to take the first that can run.")
 
 
 def test_decisions_compare_and_repeat():
@@ -133,6 +134,45 @@ def test_every_reason_is_given(table):
         'Use implementation=None to take the first that can ("xla" here).')
 
 
+@pytest.mark.parametrize(("requested", "keywords", "chosen"), [
+    (("picky", "xla"), {}, "picky"), (("xla", "picky"), {}, "xla"), (("reference", "xla"), {}, "reference"),
+    (("picky", "reference"), {"softcap": 3.0}, "reference"), (("picky",), {}, "picky"),
+])
+def test_of_a_tuple_the_first_in_its_order_that_can(table, requested, keywords, chosen):
+    decision = dispatch.decide(spec(**keywords), device.H100, requested)
+    assert (decision.implementation.name, decision.requested) == (chosen, requested)
+
+
+def test_a_tuple_of_which_none_can(table):
+    """Every reason of each, with its name where there are several."""
+    what = f"{spec(softcap=3.0)} on NVIDIA A100-SXM4-80GB"
+    one, other = "needs compute capability 9.0, device has (8, 0)", "takes no soft cap, softcap=3"
+    with pytest.raises(UnsupportedError) as raised:
+        dispatch.decide(spec(softcap=3.0), device.A100, ("picky",))
+    assert str(raised.value).startswith(f"implementation=('picky',) cannot run {what}: {one}; {other}. Use ")
+    with pytest.raises(UnsupportedError) as raised:
+        dispatch.decide(spec(softcap=3.0), device.A100, ("picky", "picky"))
+    assert f"{what}: 'picky' {one}; 'picky' {other}; 'picky' {one}" in str(raised.value)
+
+
+def test_explain_of_a_tuple(table):
+    text = dispatch.explain(spec(), device.H100, ("xla", "picky"))
+    assert "not 'picky': it could run, but another comes first" in text
+    assert "not 'reference': it could run, but another is named" in text
+
+
+def test_a_tuple_wherever_an_implementation_is_named():
+    pytest.importorskip("flax")
+    q, either = jnp.ones((1, 8, 2, 4)), ("hopper", "reference")
+    second = jax.jvp(lambda q: flash_attention(q, q, q, implementation=either), (q,), (q,))  # forward mode: reference
+    assert second[0].shape == dot_product_attention(q, q, q, implementation=either).shape
+    assert "implementation='reference'" in explain(q, q, q, implementation=either)
+    for call in (flash_attention, dot_product_attention, attention_fn(implementation=("hopper",))):
+        keywords = {} if call not in (flash_attention, dot_product_attention) else {"implementation": ("hopper",)}
+        with device.assume(device.CPU), pytest.raises(UnsupportedError, match=r"=\('hopper',\) cannot run"):
+            call(q, q, q, **keywords)
+
+
 def test_nothing_falls_back_in_silence(table):
     with device.assume(device.CPU), pytest.raises(UnsupportedError, match="needs compute capability"):
         jax.eval_shape(lambda q, k: flash_attention(q, k, k, implementation="picky"), Q, K)
@@ -142,12 +182,48 @@ def test_explain_says_what_runs_and_why_not_the_others(table):
     assert dispatch.explain(spec(softcap=3.0), device.A100).splitlines() == [
         str(spec(softcap=3.0)),
         "on NVIDIA A100-SXM4-80GB: implementation='xla', " + dispatch.get("xla").summary,
+        "  forward: Schedule(block_q=64, block_kv=64)",
+        "  backward: Schedule(block_q=64, block_kv=64)",
         "  not 'picky': needs compute capability 9.0, device has (8, 0); takes no soft cap, softcap=3",
         "  not 'reference': it runs only when it is named",
     ]
     assert "not 'xla': it could run, but another comes first" in dispatch.explain(spec(), device.H100)
     # Regression: of the first of all implementations it was said that the one named comes before it.
     assert "not 'picky': it could run, but another is named" in dispatch.explain(spec(), device.H100, "xla")
+
+
+@pytest.mark.parametrize(("d", "keys", "last"), [(128, "kv", "finish"), (256, "split", "dq")])
+def test_explain_says_which_kernels_and_schedules(d, keys, last):
+    q = jax.ShapeDtypeStruct((2, 512, 4, d), jnp.bfloat16)
+    forward, backward = explain(q, q, q, mask=Causal(), device=device.H200).splitlines()[2:4]
+    assert forward.startswith("  forward: attention_forward, ForwardSchedule(block_kv=")
+    kernels = [f"attention_backward_{name}" for name in ("prepare", keys, last)]
+    assert backward.startswith(f"  backward: {', '.join(kernels)}, BackwardSchedule(kv=")
+
+
+def test_explain_of_what_is_empty():
+    """A tile of no positions has no size: the schedule is not asked for."""
+    q = Q.update(shape=(2, 0, 4, 64))
+    for where in (device.CPU, device.H100):
+        assert explain(q, K, K, device=where).splitlines()[2].startswith("  nothing runs")
+
+
+def test_explain_says_what_to_change():
+    odd, bias = jax.ShapeDtypeStruct((2, 64, 4, 36), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    text = explain(odd, odd, odd, bias=bias, kv_lengths=jax.ShapeDtypeStruct((2,), jnp.int32), dropout_rate=0.5,
+                   device=device.H100)
+    for remedy in ("(cast query, key and value)", "to d=40, d_v=40, keep scale=0.166667", "(what only hides pairs",
+                   "(pass 0 where nothing is trained)", "(a rule of positions, such as Causal()"):
+        assert remedy in text, remedy
+
+
+def test_explain_for_another_device(table):
+    for gpu in (device.H100, device.L4, device.Device("gpu", "some GPU", (13, 0), 1, 1)):
+        assert f"on {gpu.name}: " in explain(Q, K, K, device=gpu)
+    with device.assume(device.A100):
+        assert "on NVIDIA H200: " in explain(Q, K, K, device=device.H200)
+    with pytest.raises(ValueError, match=r"device must be a pallas_flash.device.Device, got device='H100'"):
+        explain(Q, K, K, device="H100")
 
 
 def test_explain_of_a_refusal(table):
@@ -276,12 +352,41 @@ def test_each_kind_of_device_has_its_own_program(gpu_first, monkeypatch):
     assert asked == ["gpu", "gpu", "cpu", "cpu"]
 
 
-@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+KIBIBYTES = {"7.5": 64, "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227,
+             "12.0": 99, "12.1": 99, "99.0": 99}
+"""Shared memory of a block. Regression: of 10.0 it was 99 KiB, as for a capability that is not known."""
+
+
+@pytest.mark.parametrize("capability", KIBIBYTES)
 def test_gpus_are_read_from_jax(capability):
     class Gpu:
         platform, device_kind, core_count, compute_capability = "gpu", "NVIDIA something", 100, capability
 
-    found = device.of(Gpu())
-    assert found.capability == tuple(map(int, capability.split(".")))
-    assert (found.num_sms, found.name) == (100, "NVIDIA something")
-    assert found.smem_bytes >= 64 * 1024
+    version = tuple(map(int, capability.split(".")))
+    assert device.of(Gpu()) == device.Device("gpu", "NVIDIA something", version, 100, 1024 * KIBIBYTES[capability])
+
+
+@pytest.mark.parametrize(("gpu", "capability"), [
+    (device.A100, "8.0"), (device.L4, "8.9"), (device.RTX_4090, "8.9"), (device.H100, "9.0"), (device.H200, "9.0"),
+    (device.B200, "10.0"), (device.RTX_5090, "12.0")], ids=lambda x: getattr(x, "name", x))
+def test_gpus_that_are_given(gpu, capability):
+    assert gpu.platform == "gpu" and gpu.capability == tuple(map(int, capability.split(".")))
+    assert gpu.smem_bytes == 1024 * KIBIBYTES[capability]
+    assert ("not 'hopper'" in dispatch.explain(spec(), gpu)) == (capability != "9.0")
+
+
+def test_a_program_traced_before_is_traced_again_for_an_assumed_device():
+    """Regression: a function that had run on a CPU was exported for an H100 with the CPU's implementation, in silence;
+    and what was traced for one assumed device was kept for the next.
+    """
+    attend = jax.jit(lambda q: flash_attention(q, q, q, mask=Causal()))
+    attend(jnp.ones(Q.shape, Q.dtype))
+
+    def exported():
+        return "mosaic_gpu" in jax.export.export(attend, platforms=["cuda"])(Q).mlir_module()
+    with device.assume(device.H100):
+        assert exported()
+        with device.assume(device.A100):
+            assert not exported()
+        assert exported()
+    assert not exported()

@@ -1,7 +1,5 @@
 """The cost model of context parallelism: the efficiencies that the design was chosen by, bytes, and the choice."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import pallas_flash
 from pallas_flash import device
 from pallas_flash.context_parallel import model
 from pallas_flash.errors import UnsupportedError
-
-H200 = dataclasses.replace(device.H100, name="NVIDIA H200")
 
 
 def problem(thousands, n, **changes):
@@ -33,7 +29,7 @@ EFFICIENCIES = [
 
 @pytest.mark.parametrize(("thousands", "n", "ring", "all_gather", "all_to_all"), EFFICIENCIES)
 def test_efficiency_is_that_of_the_design(thousands, n, ring, all_gather, all_to_all):
-    sizes, rates = problem(thousands, n, partial_itemsize=2), model.rates(H200)
+    sizes, rates = problem(thousands, n, partial_itemsize=2), model.rates(device.H200)
     least = model.attention_seconds(sizes, rates)
     for strategy, wanted in dict(ring=ring, all_gather=all_gather, all_to_all=all_to_all).items():
         found = model.estimate(strategy, sizes, rates)
@@ -43,7 +39,7 @@ def test_efficiency_is_that_of_the_design(thousands, n, ring, all_gather, all_to
 def test_bytes_of_a_ring_are_those_of_its_permutes():
     """7 hops of K and V forward; backward 7 of K and V and 8 of the float32 sums, of which the last brings them home:
     1,007 MB in the program compiled for 8 devices."""
-    found = model.estimate("ring", problem(64, 8), model.rates(H200))
+    found = model.estimate("ring", problem(64, 8), model.rates(device.H200))
     keys = 2 * 8192 * 8 * (128 + 128)
     assert found.bytes_forward == 7 * keys
     assert found.bytes_backward == 7 * keys + 8 * 2 * keys
@@ -51,30 +47,32 @@ def test_bytes_of_a_ring_are_those_of_its_permutes():
 
 
 def test_steps_out_of_reach_cost_nothing():
-    whole, window = (model.estimate("ring", problem(64, 8, share=0.06, steps=steps), model.rates(H200))
+    whole, window = (model.estimate("ring", problem(64, 8, share=0.06, steps=steps), model.rates(device.H200))
                      for steps in (None, 2))
     assert window.bytes_forward * 7 == whole.bytes_forward
     assert window.seconds < whole.seconds
-    alone = model.estimate("ring", problem(64, 8, steps=1), model.rates(H200))
+    alone = model.estimate("ring", problem(64, 8, steps=1), model.rates(device.H200))
     assert (alone.bytes_forward, alone.bytes_backward) == (0, 0)
 
 
 def test_memory_of_a_ring_does_not_grow_with_the_sequence():
     """At 8k positions a device, whatever the number of devices; 339 MB in the compiled forward."""
-    few, many = (model.estimate("ring", problem(8 * n, n), model.rates(H200)).transient_bytes for n in (4, 64))
+    rates = model.rates(device.H200)
+    few, many = (model.estimate("ring", problem(8 * n, n), rates).transient_bytes for n in (4, 64))
     assert few == many
-    assert model.estimate("all_gather", problem(512, 64), model.rates(H200)).transient_bytes > many
+    assert model.estimate("all_gather", problem(512, 64), rates).transient_bytes > many
 
 
 def test_repeated_key_heads_are_paid_for():
     """8 devices get a head each, of 2 bytes where each has its own and of 4 where it is repeated."""
-    few, many = (model.estimate("all_to_all", problem(64, 8, kv_heads=heads), model.rates(H200)) for heads in (1, 8))
+    few, many = (model.estimate("all_to_all", problem(64, 8, kv_heads=heads), model.rates(device.H200))
+                 for heads in (1, 8))
     assert few.bytes_forward - many.bytes_forward == 2 * 7 * 8192 * (128 + 128)
 
 
 def test_the_cheapest_is_chosen():
     for sizes in (problem(32, 4), problem(128, 8), problem(64, 8, q_heads=30, kv_heads=10)):
-        choice = model.choose(sizes, model.rates(H200))
+        choice = model.choose(sizes, model.rates(device.H200))
         able = [found for found in choice.estimates if not found.reasons_against]
         assert choice.strategy == min(able, key=lambda found: found.forward_s + found.backward_s).strategy
         assert {found.strategy for found in choice.estimates} == {"ring", "all_gather", "all_to_all"}
@@ -82,42 +80,42 @@ def test_the_cheapest_is_chosen():
 
 def test_heads_that_do_not_divide():
     sizes = problem(64, 8, q_heads=12, kv_heads=4)
-    choice = model.choose(sizes, model.rates(H200))
+    choice = model.choose(sizes, model.rates(device.H200))
     assert choice.strategy != "all_to_all"
     assert "q_heads=12, devices=8" in str(choice)
     with pytest.raises(UnsupportedError, match=r"'all_to_all' cannot run attention of 8 devices.*needs query"):
-        model.choose(sizes, model.rates(H200), "all_to_all")
+        model.choose(sizes, model.rates(device.H200), "all_to_all")
 
 
 def test_a_gather_that_fills_the_memory_is_not_chosen_but_may_be_named():
     sizes = problem(1024, 8, q_heads=12, kv_heads=12)
-    choice = model.choose(sizes, model.rates(H200))
+    choice = model.choose(sizes, model.rates(device.H200))
     assert choice.strategy == "ring"
     assert "at most 10% of the device's 141 GB" in str(choice)
-    assert model.choose(sizes, model.rates(H200), "all_gather").strategy == "all_gather"
+    assert model.choose(sizes, model.rates(device.H200), "all_gather").strategy == "all_gather"
 
 
 def test_reasons_from_outside():
     against = {name: ["needs a mask that moves"] for name in ("ring", "all_gather")}
-    assert model.choose(problem(64, 8), model.rates(H200), against=against).strategy == "all_to_all"
+    assert model.choose(problem(64, 8), model.rates(device.H200), against=against).strategy == "all_to_all"
     with pytest.raises(UnsupportedError, match=r"no strategy can.*ring: needs.*all_gather: needs.*all_to_all: needs"):
-        model.choose(problem(64, 8, q_heads=12, kv_heads=4), model.rates(H200), against=against)
+        model.choose(problem(64, 8, q_heads=12, kv_heads=4), model.rates(device.H200), against=against)
 
 
 def test_a_strategy_that_does_not_exist():
     with pytest.raises(ValueError, match=r"strategy must be None or one of 'ring', 'all_gather', 'all_to_all', got"):
-        model.choose(problem(64, 8), model.rates(H200), "ulysses")
+        model.choose(problem(64, 8), model.rates(device.H200), "ulysses")
 
 
 def test_rates_of_devices():
     assert model.rates(device.H100).memory_bytes == 80e9
-    assert model.rates(H200).memory_bytes == 141e9
+    assert model.rates(device.H200).memory_bytes == 141e9
     for other in (device.CPU, device.A100):
         assert "nothing was measured" in model.rates(other).source
 
 
 def test_an_estimate_prints_its_units():
-    text = str(model.estimate("ring", problem(64, 8), model.rates(H200)))
+    text = str(model.estimate("ring", problem(64, 8), model.rates(device.H200)))
     assert "sends 235 MB and 772 MB" in text, text
     assert text.startswith("ring: forward 8."), text
 

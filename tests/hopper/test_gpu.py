@@ -316,7 +316,7 @@ def test_a_bad_value_reaches_only_the_queries_that_attend_to_it(d):
 
 def legal_schedules(kernel: str, problem: Problem, count: int) -> list[Any]:
     """The default with few blocks, so that each has many tiles, and random legal schedules."""
-    default, reasons_against, _ = map(pkgutil.resolve_name, tune.Target("hopper", kernel, problem).schedules)
+    default, reasons_against, *_ = map(pkgutil.resolve_name, tune.Target("hopper", kernel, problem).schedules)
     start, rng = default(problem.spec(), device.H100), np.random.default_rng(problem.d)
     found = [tune.vary(start, {"num_blocks": 2}) or start]
     for _ in range(100_000):

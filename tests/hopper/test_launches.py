@@ -1,12 +1,14 @@
 """The passes as lists of launches: arrays are found by name, and nothing is computed between two launches."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import defaults, launches
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule, kernels
 from pallas_flash.spec import AttentionSpec
 
 KERNEL, REFERENCES = "custom_vmap_call", {"new_ref", "get"}
@@ -43,6 +45,15 @@ def test_only_kernels_are_launched(name):
         assert primitives.count(KERNEL) == len(found.launches)
         assert set(primitives) <= {KERNEL} | REFERENCES
         assert jaxpr.out_avals == [jax.core.ShapedArray(kind.shape, kind.dtype) for kind in found.result_types]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_explain_names_the_kernels(name):
+    spec = SPECS[name]
+    schedules = defaults.default_forward(spec, device.H100), defaults.default_backward(spec, device.H100)
+    for found, schedule in zip(passes(spec), schedules):
+        text = str(jax.make_jaxpr(found)(*found.inputs.values()))
+        assert tuple(re.findall(r"\bname=(attention_\w+)", text)) == kernels(schedule)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -20,7 +20,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KeySchedule", "KvSchedule",
-    "SplitSchedule", "chunks",
+    "SplitSchedule", "chunks", "kernels",
 ]
 
 CHUNK = 64
@@ -274,3 +274,12 @@ class BackwardSchedule:
     def padded_q(self, spec: AttentionSpec) -> int:
         """The padded number of queries."""
         return tiles.cdiv(spec.q_len, self.padded_q_block) * self.padded_q_block
+
+
+def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:
+    """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
+    if isinstance(schedule, ForwardSchedule):
+        return ("attention_forward",)
+    keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
+    last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
+    return ("attention_backward_prepare", keys, last)

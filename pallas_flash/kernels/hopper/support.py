@@ -1,9 +1,10 @@
 """What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
+from pallas_flash import tiles
 from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["why_not"]
+__all__ = ["is_made_for", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
@@ -11,8 +12,15 @@ TMA_ELEMENTS = 8
 """TMA strides are multiples of 16 bytes: 8 elements of a 16-bit type."""
 
 
+def is_made_for(device: Device) -> bool:
+    """Whether it is a GPU that the Hopper kernels run on."""
+    return not _device_reasons(device)
+
+
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
-    """The reasons why the Hopper kernels cannot run `spec` on `device`, each what is needed and what there is."""
+    """The reasons why the Hopper kernels cannot run `spec` on `device`, each what is needed and what there is, and in
+    parentheses what to change to reach them.
+    """
     return _device_reasons(device) + _spec_reasons(spec)
 
 
@@ -26,15 +34,20 @@ def _device_reasons(device: Device) -> list[str]:
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
+    padded = "d={}, d_v={}".format(*(tiles.cdiv(dim, TMA_ELEMENTS) * TMA_ELEMENTS for dim in (spec.d, spec.d_v)))
     rules = (
-        (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),
+        (spec.dtype.name in ("bfloat16", "float16"),
+         f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
         (spec.d % TMA_ELEMENTS == 0 and spec.d_v % TMA_ELEMENTS == 0,
-         f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims}"),
-        (spec.bias is None, "takes no bias yet"),
-        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g}"),
+         f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
+         f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
+        (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
+        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
+         "nothing is trained)"),
         (not spec.mask.has_arrays, "takes masks of static numbers only yet, mask has array fields: "
-         + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())),
+         + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())
+         + " (a rule of positions, such as Causal() or Window(left=127), needs none)"),
     )
     return [reason for holds, reason in rules if not holds]
