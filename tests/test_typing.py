@@ -68,7 +68,8 @@ def check(tmp_path, files):
     """mypy's findings for files of user code, by file."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    options = ["--strict", "--config-file=", "--no-error-summary", "--follow-imports=silent"]
+    options = ["--strict", "--config-file=", "--no-error-summary", "--follow-imports=silent",
+               "--untyped-calls-exclude=jax"]  # PartitionSpec has no types
     command = [sys.executable, "-m", "mypy", *options, f"--cache-dir={tmp_path / 'cache'}", *files]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
