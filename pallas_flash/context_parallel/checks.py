@@ -82,13 +82,19 @@ def ids(given: tuple[Array, ...] | None, n: int, load_balance: LoadBalance) -> N
         return
     for x in given:
         known = compat.concrete(x)
-        for row in () if known is None else np.asarray(known).reshape(-1, known.shape[-1] // n):
-            runs = row[np.flatnonzero(np.diff(row, prepend=row[0] - 1))]
-            runs = runs[runs >= 0]
-            if len(set(runs.tolist())) < len(runs):
+        for of_devices in () if known is None else np.asarray(known).reshape(known.shape[0], n, -1):
+            runs = [_runs(row) for row in of_devices]
+            if len(set(runs[0])) < len(runs[0]) or any(other != runs[0] for other in runs):
                 raise errors.invalid(
-                    'segment_ids must give each document an id of its own with load_balance="zigzag_documents"',
-                    f"the documents {runs.tolist()}", 'number them, or use load_balance="zigzag"')
+                    'segment_ids must give each document an id of its own, and rows of each to every device, with '
+                    'load_balance="zigzag_documents"', f"the documents {list(runs[0])} of the first device",
+                    'number them, and deal them with reorder, or use load_balance="zigzag"')
+
+
+def _runs(row: np.ndarray) -> tuple[int, ...]:
+    """The ids of the documents in a row of ids, one after the other."""
+    firsts = row[np.flatnonzero(np.diff(row, prepend=row[0] - 1))]
+    return tuple(firsts[firsts >= 0].tolist())
 
 
 def documents(cu_seqlens: Any, local_len: int, n: int, load_balance: LoadBalance) -> None:

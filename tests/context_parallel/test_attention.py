@@ -338,8 +338,10 @@ BAD = {
     "a mask of whole arrays with Dense: it holds an array over positions": dict(
         mask=pf.Dense(np.ones((LENGTH, LENGTH), bool))),
     "bias must have shape (2, 4, 16, 32)": dict(bias=jnp.zeros((1, 1, LENGTH, LENGTH + 1))),
-    "segment_ids must give each document an id of its own": dict(
-        load_balance="zigzag_documents", segment_ids=np.repeat([0, 1, 0], [8, 8, 16])[None], mask=pf.Causal()),
+    "the documents [0, 1, 0] of the first device. Number them": dict(
+        load_balance="zigzag_documents", segment_ids=np.tile(np.repeat([0, 1, 0], [4, 4, 8]), 2)[None]),
+    "and rows of each to every device, with": dict(
+        load_balance="zigzag_documents", segment_ids=np.repeat([0, 1], [16, 16])[None]),
     "segment_ids must be an array, or a tuple (q_ids, kv_ids)": dict(segment_ids=(np.zeros((1, LENGTH), int),) * 3),
     "SegmentIds.q_ids must fit 32-bit integers": dict(segment_ids=np.full((1, LENGTH), 2**33)),
     "arrays can be float64 only in JAX's 64-bit mode": dict(bias=np.zeros((1, 1, 1, LENGTH))),
