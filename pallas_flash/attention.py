@@ -373,8 +373,8 @@ def _check_shards(operands: Operands) -> None:
     """Raises where shards under `shard_map` share a seed: each counts batch and heads from 0 and would drop alike."""
     if operands.dropout_seed is None:
         return
-    sharded, seeds = ({axis for x in arrays for axis in compat.varying_axes(x) if jax.lax.axis_size(axis) > 1}
-                      for arrays in ((operands.q, operands.k, operands.v), (operands.dropout_seed,)))
+    sharded = compat.dividing_axes(operands.q, operands.k, operands.v)
+    seeds = compat.dividing_axes(operands.dropout_seed)
     if shared := tuple(sorted(sharded - seeds)):
         raise errors.invalid(
             "dropout_rng must vary over the shard_map axes that query, key and value vary over, or shards drop alike",

@@ -22,7 +22,7 @@ from pallas_flash.device import Device
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
-__all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward"]
+__all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward", "natural_lse"]
 
 RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_stats")
 """What a remat policy keeps to avoid a second forward:
@@ -167,7 +167,7 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float
     operands, passes = sharding.vary_together(operands), _OnOneDevice(spec, target)
     itself = dispatch.get(target.name).differentiates_itself
     out, stats = passes.forward(operands) if itself else differentiable(passes, operands)
-    lse = _natural(spec, operands, stats) if spec.return_lse or sinks is not None else None
+    lse = natural_lse(spec, operands, stats) if spec.return_lse or sinks is not None else None
     if lse is not None and sinks is not None:
         out, lse = with_sinks(spec.layout, out, lse, sinks)
     return out, lse if spec.return_lse else None
@@ -182,7 +182,7 @@ def differentiable(passes: Passes, operands: Operands) -> Results[Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _natural(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h t"]:
+def natural_lse(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h t"]:
     """Turns the statistics of the anchored scores into the lse of the scores themselves."""
     def run(operands: Operands, stats: Array) -> Array:
         lse = stats[:, :, 0]

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import jax
 from jax.extend.core import Primitive
 
-__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "from_dlpack", "kept_apart",
-           "lower_with_devices", "to_dlpack", "vary_like", "varying_axes"]
+__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "dividing_axes", "from_dlpack",
+           "kept_apart", "lower_with_devices", "to_dlpack", "vary_like", "varying_axes"]
 
 JaxDevice = jax.Device
 """A device as JAX has it; what dispatch sees of it is `device.Device`."""
@@ -31,6 +31,11 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     if hasattr(aval, "vma"):
         return frozenset(aval.vma)
     return frozenset(aval.manual_axis_type.varying)
+
+
+def dividing_axes(*arrays: jax.Array) -> set[str]:
+    """The `shard_map` axes of more than one device over which any of the arrays varies."""
+    return {axis for x in arrays for axis in varying_axes(x) if jax.lax.axis_size(axis) > 1}
 
 
 def vary_like[T](tree: T, *like: object) -> T:

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from pallas_flash import compat
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["automatic", "gradient_places", "lse_place", "place", "result_places", "vary_together"]
+__all__ = ["automatic", "explicit_mesh", "gradient_places", "lse_place", "place", "result_places", "vary_together"]
 
 
 def vary_together(operands: Operands) -> Operands:
@@ -36,7 +36,7 @@ def automatic[*Args, R](function: Callable[[*Args], R], places: object, *args: *
       function: of arrays, to a pytree of arrays.
       places: the PartitionSpecs of the results, the same pytree.
     """
-    mesh = _explicit_mesh(args)
+    mesh = explicit_mesh(args)
     if mesh is None:
         return function(*args)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
@@ -67,6 +67,7 @@ def place(array: jax.Array) -> PartitionSpec:
     return spec
 
 
-def _explicit_mesh(args: object) -> AbstractMesh | None:
+def explicit_mesh(args: object) -> AbstractMesh | None:
+    """The mesh over whose explicit axes arrays lie, or None."""
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import autodiff, compat, dispatch
+from pallas_flash import autodiff, dispatch, sharding
 from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.context_parallel.order import reorder
 from pallas_flash.context_parallel.ring import anchored, attended
@@ -140,9 +140,8 @@ class _Chunk(NamedTuple):
 
         def call(mask: Mask) -> R:
             problem = self._operands(mask, start)
-            spec = self._spec(problem, partial)
-            name = dispatch.choose(spec, self.shards.device, self.shards.implementation).name
-            return function(spec, name, compat.vary_like(problem, problem))
+            spec = self.shards.spec_of(problem, partial=partial)
+            return function(spec, self.shards.implementation_of(spec), sharding.vary_together(problem))
 
         if len(distinct := list(dict.fromkeys(static))) == 1:
             return call(distinct[0])
@@ -155,7 +154,7 @@ class _Chunk(NamedTuple):
 
     def _runs_as_well(self, static: Mask, traced: Mask, start: Int[Array, ""], partial: bool) -> bool:
         """Whether the implementation that would run the static mask takes the traced one."""
-        specs = [self._spec(self._operands(mask, start), partial) for mask in (static, traced)]
+        specs = [self.shards.spec_of(self._operands(mask, start), partial=partial) for mask in (static, traced)]
         decision = dispatch.decide(specs[0], self.shards.device, self.shards.implementation)
         return not decision.implementation.why_not(specs[1], self.shards.device)
 
@@ -174,9 +173,3 @@ class _Chunk(NamedTuple):
             origin = (jnp.zeros(4, jnp.int32) if origin is None else origin).at[2].add(start)
         return self.whole._replace(q=self.rows(self.whole.q, 1), bias=bias, mask=mask.canonical(),
                                    dropout_origin=origin)
-
-    def _spec(self, problem: Operands, partial: bool) -> AttentionSpec:
-        spec = self.shards.spec
-        return AttentionSpec.of(
-            problem.q, problem.k, problem.v, mask=problem.mask, bias=problem.bias, softcap=spec.softcap,
-            scale=spec.scale, dropout_rate=spec.dropout_rate, deterministic=spec.deterministic, partial=partial)

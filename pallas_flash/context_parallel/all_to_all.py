@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import autodiff, compat, dispatch
+from pallas_flash import autodiff, sharding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel.order import reorder
 from pallas_flash.context_parallel.shards import Shards, pick_rows
@@ -41,12 +41,10 @@ def why_not(shards: Shards) -> list[str]:
 def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
     """(out, lse) of this device's queries, differentiable with respect to q, k, v and bias."""
     exchange = _Exchange(shards)
-    problem = exchange.problem(compat.vary_like(operands, operands))
+    problem = exchange.problem(operands)
     passes = _HeadPasses(exchange.spec(problem), shards)
     out, stats = autodiff.differentiable(passes, problem)
-    lse = stats[:, :, 0]
-    if problem.bias is not None:
-        lse = lse + passes.spec.anchor(problem)[..., 0].astype(lse.dtype)
+    lse = autodiff.natural_lse(passes.spec, problem, stats)
     return exchange.to_sequence(out, 1, 2), exchange.to_sequence(lse, 2, 1)
 
 
@@ -62,21 +60,19 @@ class _HeadPasses(NamedTuple):
         return "context_parallel_attention"
 
     def forward(self, operands: Operands) -> Results[Array]:
-        results: Results[Array] = autodiff.forward(self.spec, self._implementation(self.spec), self._narrow(operands),
-                                                   where=self.shards.device)
+        results: Results[Array] = autodiff.forward(self.spec, self.shards.implementation_of(self.spec),
+                                                   self._narrow(operands), where=self.shards.device)
         return results
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         spec = dataclasses.replace(self.spec, partial=operands.k.dtype != self.spec.dtype)
-        found: Gradients[Array] = autodiff.backward(spec, self._implementation(spec), self._narrow(operands), results,
-                                                    cotangents, where=self.shards.device)
+        found: Gradients[Array] = autodiff.backward(
+            spec, self.shards.implementation_of(spec), self._narrow(operands), results, cotangents,
+            where=self.shards.device)
         q, k, v, bias = operands.differentiable
         dbias = None if bias is None or found.dbias is None else found.dbias.astype(bias.dtype)
         return Gradients(dq=found.dq.astype(q.dtype), dk=found.dk.astype(k.dtype), dv=found.dv.astype(v.dtype),
                          dbias=dbias)
-
-    def _implementation(self, spec: AttentionSpec) -> str:
-        return dispatch.choose(spec, self.shards.device, self.shards.implementation).name
 
     def _narrow(self, operands: Operands) -> Operands:
         return operands._replace(k=operands.k.astype(self.spec.dtype), v=operands.v.astype(self.spec.dtype))
@@ -96,15 +92,12 @@ class _Exchange(NamedTuple):
             origin = (jnp.zeros(4, jnp.int32) if origin is None else origin).at[1].add(first)
         found = operands._replace(q=self._to_heads(operands.q, 1, 2), k=k, v=v, bias=self._bias(operands.bias),
                                   mask=mask, dropout_origin=origin)
-        return compat.vary_like(found, found)
+        return sharding.vary_together(found)
 
     def spec(self, problem: Operands) -> AttentionSpec:
         """Of what `problem` returns."""
-        spec = self.shards.spec
-        k, v = (jax.ShapeDtypeStruct(x.shape, spec.dtype) for x in (problem.k, problem.v))
-        return AttentionSpec.of(
-            problem.q, k, v, mask=problem.mask, bias=problem.bias, softcap=spec.softcap, scale=spec.scale,
-            dropout_rate=spec.dropout_rate, deterministic=spec.deterministic)
+        k, v = (x.astype(self.shards.spec.dtype) for x in (problem.k, problem.v))
+        return self.shards.spec_of(problem._replace(k=k, v=v), partial=False)
 
     def to_sequence(self, x: Array, length: int, heads: int) -> Array:
         """An array of all positions of this device's heads, as one of this device's positions of all heads.

@@ -6,10 +6,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks
+from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks, sharding
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel import all_gather, all_to_all, checks, model, ring
@@ -19,7 +18,7 @@ from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.shards import Shards
 from pallas_flash.masks import ArrayField, Mask
 from pallas_flash.sinks import with_sinks
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.spec import AttentionSpec, Operands, check_dtype
 
 __all__ = ["Arrays", "Options", "choice", "context_parallel_attention", "shards_of"]
 
@@ -92,8 +91,8 @@ def context_parallel_attention(
       load_balance: "zigzag", device i of n holds the pieces i and 2n - 1 - i of the sequence; "zigzag_documents", those
         of each document, for `Causal()` and documents; None, piece i.
       mask: which pairs attend. Fields that are arrays have no axes but (batch, heads).
-      segment_ids: integers (batch or 1, length), or a tuple of those of queries and of keys. Neighbours among the
-        documents of "zigzag_documents" have different ids.
+      segment_ids: integers (batch or 1, length), or a tuple of those of queries and of keys. With "zigzag_documents"
+        each document of a row has an id of its own.
       cu_seqlens: in place of them, the boundaries of the documents of a packed row, integers (documents + 1,), for the
         whole batch and the whole sequence; they may be traced. What lies past the last is padding.
       bias: (batch or 1, q_heads or 1, length or 1, S or 1): rows as queries, S keys of the whole sequence, in the order
@@ -122,14 +121,15 @@ def context_parallel_attention(
     if not isinstance(axis_name, str):
         raise errors.invalid("axis_name must be the name of one mesh axis", f"{axis_name=}", "pass a string")
     dispatch.require_names(implementation)
-    AttentionSpec.of(*(arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))))
+    problem = AttentionSpec.of(*(arguments.array(name, x) for name, x in (
+        ("query", query), ("key", key), ("value", value))))
     options = Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
                       device.current((query, key, value)), return_lse)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    arrays = Arrays(query, key, value, bias=_optional(bias), mask=masks.checked(mask).canonical(),
-                    ids=_ids(segment_ids),
+    arrays = Arrays(query, key, value, bias=_numbers("bias", bias), mask=masks.checked(mask).canonical(),
+                    ids=_ids(problem, segment_ids),
                     cu_seqlens=None if cu_seqlens is None else jnp.asarray(cu_seqlens),
-                    sinks=_optional(sinks), dropout_rng=dropout_rng if dropout_rate else None)
+                    sinks=_numbers("sinks", sinks), dropout_rng=dropout_rng if dropout_rate else None)
     if _is_bound(axis_name):
         checks.documents(cu_seqlens, query.shape[1], jax.lax.axis_size(axis_name), load_balance)
         checks.ids(arrays.ids, 1, load_balance)
@@ -174,23 +174,19 @@ class Arrays(NamedTuple):
     dropout_rng: Any
 
 
-def _optional(x: arguments.Array | None) -> Array | None:
-    if x is not None and np.dtype(x.dtype) == np.float64 and not jax.config.jax_enable_x64:
-        raise errors.invalid("arrays can be float64 only in JAX's 64-bit mode", "dtype=float64 with "
-                             "jax_enable_x64=False", "cast them to float32")
-    return None if x is None else jnp.asarray(x)
-
-
-def _ids(given: Any) -> tuple[Array, ...] | None:
-    """Segment ids of queries and of keys, (batch or 1, length) each."""
-    if given is None:
+def _numbers(name: str, x: arguments.Array | None) -> Array | None:
+    """An array of JAX's, whose dtype is checked before JAX would round it."""
+    if x is None:
         return None
-    pair = given if isinstance(given, tuple) else (given, given)
-    if len(pair) != 2:
-        raise errors.invalid("segment_ids must be an array, or a tuple (q_ids, kv_ids)",
-                             f"len(segment_ids)={len(pair)}", "pass integers of shape (batch, length)")
-    pair = tuple(x if isinstance(x, jax.Array) else np.asarray(x) for x in pair)
-    part = masks.SegmentIds(*pair).canonical()
+    check_dtype(name, x)
+    return jnp.asarray(x)
+
+
+def _ids(spec: AttentionSpec, segment_ids: object) -> tuple[Array, ...] | None:
+    """Segment ids of queries and of keys, (batch or 1, length) each."""
+    if segment_ids is None:
+        return None
+    part = arguments.segments(spec, segment_ids).canonical()
     assert isinstance(part, masks.SegmentIds)
     return jnp.asarray(part.q_ids)[:, 0], jnp.asarray(part.kv_ids)[:, 0]
 
@@ -224,7 +220,7 @@ def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array
         bias = bias.astype(shards.spec.acc_dtype)  # its gradient is summed over devices before it is rounded
     operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=bias, mask=mask, dropout_seed=seed,
                         dropout_origin=origin)
-    out, lse = ATTEND[strategy](shards, compat.vary_like(operands, operands))
+    out, lse = ATTEND[strategy](shards, sharding.vary_together(operands))
     if arrays.sinks is not None:
         out, lse = with_sinks(shards.spec.layout, out, lse, arrays.sinks)
     return out, lse if options.return_lse else None
@@ -307,7 +303,6 @@ def _with_pieces(ids: Array) -> Array:
     return jnp.where(ids < 0, -1, 2 * number + (2 * (rows - begin) >= end - begin).astype(jnp.int32))
 
 
-
 # --- around whole arrays ---------------------------------------------------------------------------------------------
 
 
@@ -342,10 +337,10 @@ class _Cut(NamedTuple):
 def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
                spec: PartitionSpec | None) -> tuple[Mesh | AbstractMesh, _Cut]:
     """The mesh, and which of its axes cut whole arrays: as told, or as the query lies on explicit axes."""
-    explicit, name = _explicit_mesh(query), options.axis_name
+    explicit, name = sharding.explicit_mesh(query), options.axis_name
     given = f"{spec=}"
     if spec is None and explicit is not None:
-        spec = jax.typeof(query).sharding.spec
+        spec = sharding.place(query)
         given = f"a query that lies as {spec}"
     mesh = mesh if mesh is not None else explicit
     if mesh is None or spec is None:
@@ -374,7 +369,7 @@ def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside of jit: one program, compiled once
 def _on_mesh(options: Options, cut: _Cut, mesh: Mesh | AbstractMesh, arrays: Arrays) -> tuple[Array, Array | None]:
     specs = cut.specs(arrays)
-    if (explicit := _explicit_mesh(arrays.query)) is not None:
+    if (explicit := sharding.explicit_mesh(arrays.query)) is not None:
         arrays = _placed(arrays, specs, explicit)
     run = jax.shard_map(functools.partial(_attend, options, cut), mesh=mesh, in_specs=(specs,),
                         out_specs=(specs.query, PartitionSpec(cut.batch, cut.heads, cut.length)
@@ -389,8 +384,3 @@ def _placed(arrays: Arrays, specs: Arrays, mesh: AbstractMesh) -> Arrays:
         return None if x is None else jax.sharding.reshard(x, NamedSharding(mesh, place))
     found: Arrays = jax.tree.map(placed, specs, arrays, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
     return found
-
-
-def _explicit_mesh(query: Array) -> AbstractMesh | None:
-    mesh: AbstractMesh = jax.typeof(query).sharding.mesh
-    return mesh if AxisType.Explicit in mesh.axis_types else None

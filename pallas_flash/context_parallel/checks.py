@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from pallas_flash import compat, errors, masks
 from pallas_flash.arrays import Array
-from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, boundaries
+from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, boundaries, require_integers, rise
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec
@@ -101,26 +100,21 @@ def documents(cu_seqlens: Any, local_len: int, n: int, load_balance: LoadBalance
     """Raises where boundaries are none: what they hold is checked where it is on the host."""
     if cu_seqlens is None:
         return
-    starts = cu_seqlens if isinstance(cu_seqlens, jax.Array) else np.asarray(cu_seqlens)
-    if starts.ndim != 1 or starts.shape[0] < 2 or not jnp.issubdtype(starts.dtype, jnp.integer):
-        raise errors.invalid("cu_seqlens must be integers (documents + 1,)",
-                             f"cu_seqlens with dtype={starts.dtype}, shape={starts.shape}",
-                             "pass the first row of each document, and where the last one ends")
+    starts = require_integers(cu_seqlens)
     known = compat.concrete(starts) if isinstance(starts, jax.Array) else starts
     if known is None:
         return
     values = np.asarray(known)
     if load_balance == "zigzag_documents":
         boundaries(n, n * local_len, load_balance, values)
-    elif values[0] != 0 or values[-1] > n * local_len or np.any(np.diff(values) < 0):
+    elif not rise(values) or values[-1] > n * local_len:
         raise errors.invalid(f"cu_seqlens must rise from 0 to at most the length of the sequence, {n * local_len}",
                              f"cu_seqlens={values.tolist()}", "pass boundaries, not lengths: numpy.cumsum of them")
 
 
 def dropout(axis_name: str, query: Array, seed: Array) -> None:
     """Raises where shards of batch or heads share a seed: each counts them from 0 and would drop alike."""
-    missing = compat.varying_axes(query) - compat.varying_axes(seed) - {axis_name}
-    shared = sorted(axis for axis in missing if jax.lax.axis_size(axis) > 1)
+    shared = sorted(compat.dividing_axes(query) - compat.dividing_axes(seed) - {axis_name})
     if shared:
         raise errors.invalid("dropout_rng must vary over the axes that cut batch and heads, or shards drop alike",
                              f"it does not vary over {shared}", "fold the shard in: jax.random.fold_in(dropout_rng, "

@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_flash import arguments, errors, sharding
 
-__all__ = ["LOAD_BALANCES", "LoadBalance", "boundaries", "positions", "reorder"]
+__all__ = ["LOAD_BALANCES", "LoadBalance", "boundaries", "positions", "reorder", "require_integers", "rise"]
 
 LoadBalance = Literal["zigzag", "zigzag_documents"] | None
 """How a sequence is cut over devices; None: into n equal parts in their own order."""
@@ -149,15 +149,26 @@ def _documents(length: int, cu_seqlens: Any) -> np.ndarray:
         raise errors.invalid('cu_seqlens must be on the host for load_balance="zigzag_documents"',
                              "None" if cu_seqlens is None else "a traced array",
                              "pass a list or a NumPy array, where batches are made")
-    starts = np.asarray(cu_seqlens)
-    if starts.ndim != 1 or len(starts) < 2 or starts.dtype.kind not in "iu":
-        raise errors.invalid("cu_seqlens must be integers (documents + 1,)", f"{cu_seqlens=}",
-                             "pass the first row of each document, and the length")
-    starts = starts.astype(np.int64)
-    if starts[0] != 0 or starts[-1] != length or np.any(np.diff(starts) < 0):
+    starts = np.asarray(require_integers(cu_seqlens)).astype(np.int64)
+    if not rise(starts) or starts[-1] != length:
         raise errors.invalid(f"cu_seqlens must rise from 0 to the length of the sequence, {length}",
                              f"cu_seqlens={starts.tolist()}", "make padding at the end a document of its own")
     return starts
+
+
+def require_integers(cu_seqlens: Any) -> np.ndarray | jax.Array:
+    """`cu_seqlens` as an array, which may be traced; raises unless it is (documents + 1,) integers."""
+    starts = cu_seqlens if isinstance(cu_seqlens, jax.Array) else np.asarray(cu_seqlens)
+    if starts.ndim != 1 or starts.shape[0] < 2 or not jnp.issubdtype(starts.dtype, jnp.integer):
+        raise errors.invalid("cu_seqlens must be integers (documents + 1,)",
+                             f"cu_seqlens with dtype={starts.dtype}, shape={starts.shape}",
+                             "pass the first row of each document, and where the last one ends")
+    return starts
+
+
+def rise(starts: np.ndarray) -> bool:
+    """Whether boundaries begin at 0 and never fall."""
+    return bool(starts[0] == 0 and np.all(np.diff(starts) >= 0))
 
 
 def _pieces(n: int, starts: np.ndarray) -> tuple[np.ndarray, int]:

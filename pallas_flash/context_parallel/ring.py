@@ -16,7 +16,7 @@ from pallas_flash import autodiff, compat, softmax
 from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel import hops
 from pallas_flash.context_parallel.hops import Carried, Chosen
-from pallas_flash.context_parallel.plan import Call, Step
+from pallas_flash.context_parallel.plan import Call
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -47,10 +47,6 @@ class RingPasses(NamedTuple):
     @property
     def label(self) -> str:
         return "context_parallel_attention"
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return self.shards.steps
 
     def forward(self, operands: Operands) -> Results[Array]:
         spec = self.shards.spec
@@ -131,9 +127,9 @@ class RingPasses(NamedTuple):
         return (dq, dbias), [dk, dv]
 
     def _around(self, compute: hops.Compute, operands: Operands, state: object, sums: list[Array]) -> Carried:
-        if not self.steps:  # the mask keeps nothing
+        if not (steps := self.shards.steps):  # the mask keeps nothing
             return state, sums
-        return hops.around(self.shards.ring, self.steps, compute, self.shards.travelling(operands), state, sums)
+        return hops.around(self.shards.ring, steps, compute, self.shards.travelling(operands), state, sums)
 
 
 def _nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import compat, dispatch, masks, softmax
+from pallas_flash import dispatch, masks, sharding, softmax
 from pallas_flash.arrays import Array
 from pallas_flash.context_parallel import plan
 from pallas_flash.context_parallel.hops import Chosen, Ring
@@ -84,11 +84,19 @@ class Shards:
         mask = self._mask(operands.mask, kv_ids, call, chosen)
         found = Operands(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=operands.dropout_seed,
                          dropout_origin=self._dropout_origin(operands, chosen[0]))
-        spec = AttentionSpec.of(
-            q, k, v, mask=mask, bias=bias, softcap=self.spec.softcap, scale=self.spec.scale,
-            dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic, partial=True)
-        name = dispatch.choose(spec, self.device, self.implementation).name
-        return spec, name, compat.vary_like(found, found)
+        spec = self.spec_of(found, partial=True)
+        return spec, self.implementation_of(spec), sharding.vary_together(found)
+
+    def spec_of(self, problem: Operands, *, partial: bool) -> AttentionSpec:
+        """The spec of a part of the problem, from its operands."""
+        return AttentionSpec.of(
+            problem.q, problem.k, problem.v, mask=problem.mask, bias=problem.bias, softcap=self.spec.softcap,
+            scale=self.spec.scale, dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic,
+            partial=partial)
+
+    def implementation_of(self, spec: AttentionSpec) -> str:
+        """The name of what runs a part of the problem."""
+        return dispatch.choose(spec, self.device, self.implementation).name
 
     def bias_start(self, pick: Chosen) -> tuple[int | Array, int | Array]:
         """Where the rows and columns of a pair begin in the bias."""

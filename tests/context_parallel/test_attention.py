@@ -344,7 +344,7 @@ BAD = {
         load_balance="zigzag_documents", segment_ids=np.repeat([0, 1], [16, 16])[None]),
     "segment_ids must be an array, or a tuple (q_ids, kv_ids)": dict(segment_ids=(np.zeros((1, LENGTH), int),) * 3),
     "SegmentIds.q_ids must fit 32-bit integers": dict(segment_ids=np.full((1, LENGTH), 2**33)),
-    "arrays can be float64 only in JAX's 64-bit mode": dict(bias=np.zeros((1, 1, 1, LENGTH))),
+    "bias can be float64 only in JAX's 64-bit mode": dict(bias=np.zeros((1, 1, 1, LENGTH))),
     "spec must name axes of the mesh": dict(spec=P("data", "sequence")),
     "a mask of whole arrays with SegmentIds": dict(mask=pf.SegmentIds(*[np.zeros((1, LENGTH), int)] * 2)),
     "sinks must have shape (q_heads,) = (4,)": dict(sinks=jnp.zeros(3)),
