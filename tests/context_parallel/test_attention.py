@@ -330,7 +330,8 @@ BAD = {
     "cu_seqlens must be integers (documents + 1,)": dict(cu_seqlens=np.array([0.0, 32.0])),
     "the length of document 0 must divide by 2 n = 4": dict(
         cu_seqlens=np.array([0, 6, 32]), load_balance="zigzag_documents"),
-    "arrays must lie on the mesh where its axes are explicit": dict(mesh=jax.make_mesh((8,), ("sequence",))),
+    "arrays must lie on the mesh where its axes are explicit": dict(
+        mesh=lambda: jax.make_mesh((8,), ("sequence",))),  # made when the test runs: one device collects it, too
     "segment_ids and cu_seqlens say the same": dict(
         segment_ids=np.zeros((2, LENGTH), int), cu_seqlens=np.array([0, 32])),
     "balances mask=Causal(), there is mask=Window": dict(
@@ -359,8 +360,9 @@ def test_bad_input_says_what_to_do(message):
     given = dict(BAD[message])
     q, k, v = qkv(length=given.pop("length", LENGTH))
     key_length = given.pop("key_length", q.shape[1])
-    options = {"axis_name": "sequence", "strategy": "ring", "mesh": spread.mesh_of(2), "spec": P(None, "sequence"),
-               **given}
+    options = {"axis_name": "sequence", "strategy": "ring", "mesh": lambda: spread.mesh_of(2),
+               "spec": P(None, "sequence"), **given}
+    options["mesh"] = options["mesh"] and options["mesh"]()
     with pytest.raises(ValueError) as caught:
         pf.context_parallel_attention(q, k[:, :key_length], v[:, :key_length], **options)
     assert message in str(caught.value)
