@@ -46,6 +46,11 @@ def _no_device(device: Device) -> bool:
     return False
 
 
+def _all_measured(spec: AttentionSpec) -> list[str]:
+    del spec
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute attention.
@@ -62,6 +67,8 @@ class Implementation:
       schedules: those of the forward and of the backward; None where there are no schedules.
       is_made_for: (device) -> whether it was written for that kind of device: an automatic choice that leaves it there
         warns.
+      not_measured: (spec) -> what of the spec it computes, but has not yet computed on a GPU in our tests, as reasons
+        against an automatic choice: who names the implementation gets it.
     """
 
     name: str
@@ -72,6 +79,7 @@ class Implementation:
     modules: tuple[str, str]
     schedules: tuple[Schedules, Schedules] | None = None
     is_made_for: Callable[[Device], bool] = _no_device
+    not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -102,7 +110,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                     Schedules("pallas_flash.kernels.hopper.defaults:default_backward",
                               "pallas_flash.kernels.hopper.rules:reasons_against",
                               "pallas_flash.kernels.hopper.defaults:assume",
-                              "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for),
+                              "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
+                   hopper.not_measured),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -204,9 +213,10 @@ def decide(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...]
 @functools.lru_cache(maxsize=4096)
 def _decide(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None) -> Decision:
     reasons = {row.name: row.why_not(spec, device) for row in IMPLEMENTATIONS}
-    able = [row for row in IMPLEMENTATIONS if row.automatic and not reasons[row.name]]
+    cautious = {row.name: reasons[row.name] or row.not_measured(spec) for row in IMPLEMENTATIONS}
+    able = [row for row in IMPLEMENTATIONS if row.automatic and not cautious[row.name]]
     if requested is None:
-        return Decision(spec, device, able[0], reasons, requested)
+        return Decision(spec, device, able[0], cautious, requested)
     names = _names(requested)
     for name in names:
         if not reasons[name]:

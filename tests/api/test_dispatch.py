@@ -125,6 +125,17 @@ def test_the_first_that_can(table):
     assert dispatch.decide(spec(), device.A100).implementation.name == "xla"
 
 
+def test_what_no_gpu_has_computed_runs_only_when_named(table, monkeypatch):
+    row = dataclasses.replace(table[0], not_measured=lambda spec: ["has not run"] if spec.softcap else [],
+                              why_not=lambda spec, where: [])
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (row, *table[1:]))
+    chosen = dispatch.decide(spec(softcap=3.0), device.H100)
+    assert chosen.implementation.name == "xla" and "not 'picky': has not run" in str(chosen)
+    assert dispatch.decide(spec(), device.H100).implementation.name == "picky"
+    for named in ("picky", ("picky", "xla")):
+        assert dispatch.decide(spec(softcap=3.0), device.H100, named).implementation.name == "picky"
+
+
 def test_every_reason_is_given(table):
     with pytest.raises(UnsupportedError) as raised:
         dispatch.decide(spec(softcap=3.0), device.A100, "picky")

@@ -4,7 +4,7 @@ from pallas_flash import tiles
 from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["is_made_for", "why_not"]
+__all__ = ["is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
@@ -22,6 +22,16 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
     parentheses what to change to reach them.
     """
     return _device_reasons(device) + _spec_reasons(spec)
+
+
+def not_measured(spec: AttentionSpec) -> list[str]:
+    """What of `spec` the kernels take, but have computed in Pallas' interpreter only, each with what to do.
+
+    A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
+    """
+    rules: tuple[tuple[bool, str], ...] = ()
+    return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
+            if is_there]
 
 
 def _device_reasons(device: Device) -> list[str]:
