@@ -98,12 +98,12 @@ def flash_attention(
         the last, as in flash-attn, which adds the sequence's kv_len - q_len to the offset of `mask`.
       scale: multiplies the scores; None means 1 / sqrt(d).
       softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
-      dropout_rate: the probability of dropping an attention weight; `dropout_rng`, a JAX PRNG key, is needed if it is
-        not 0. Which weights drop depends on the key, batch, head and positions only, not on the implementation; under
-        `vmap` with one key for all, elements drop alike. Inside `shard_map` batch and head count from the shard's
-        first, so each shard needs its own key, for instance
-        `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key shared by shards is refused (with
-        `check_vma=False` it cannot be seen, and they drop alike).
+      dropout_rate: the probability of dropping an attention weight, rounded to a multiple of 2^-16; those kept are
+        scaled by the inverse of the exact keep rate. `dropout_rng`, a JAX PRNG key, is needed if it is not 0. Which
+        weights drop depends on the key, batch, head and positions only, not on the implementation; under `vmap` with
+        one key for all, elements drop alike. Inside `shard_map` batch and head count from the shard's first, so each
+        shard needs its own key, for instance `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key
+        shared by shards is refused (with `check_vma=False` it cannot be seen, and they drop alike).
       sinks: (q_heads,), in any of these dtypes: a logit of each head that joins the softmax of every row like the score
         of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Each pass then reads and
         writes out once more, outside the kernels: see docs/semantics.md.

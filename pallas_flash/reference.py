@@ -47,8 +47,7 @@ def _drop(spec: AttentionSpec, operands: Operands, p: Float[Array, "b h t s"]) -
     batch, head, q_pos, kv_pos = jnp.ogrid[:spec.batch, :spec.q_heads, :spec.q_len, :spec.kv_len]
     place = dropout.moved((batch, head, q_pos, kv_pos), operands.dropout_origin)
     kept = dropout.keep(operands.dropout_seed, *place, spec.dropout_rate)
-    nothing = jnp.zeros_like(p)
-    return jnp.where(kept, p / (1 - spec.dropout_rate), nothing) if spec.dropout_rate < 1 else nothing
+    return jnp.where(kept, p * dropout.factor(spec.dropout_rate), jnp.zeros_like(p))
 
 
 class _Rows(NamedTuple):

@@ -40,7 +40,7 @@ class _Terms(NamedTuple):
     v: np.ndarray
     dout: np.ndarray
     p: np.ndarray
-    factor: np.ndarray  # dropout: 0 or 1 / (1 - rate)
+    factor: np.ndarray  # dropout: 0 or 1 / keep_rate
     slope: np.ndarray  # the soft cap's derivative
     out: np.ndarray
 
@@ -133,13 +133,13 @@ def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _dropout_factor(spec: AttentionSpec, operands: Operands, acc: np.dtype) -> np.ndarray:
-    """0 or 1 / (1 - rate) for each weight; 1 without dropout."""
+    """0 or 1 / keep_rate for each weight; 1 without dropout."""
     if operands.dropout_seed is None:
         return np.ones((), acc)
     batch, head, q_pos, kv_pos = np.ogrid[: spec.batch, : spec.q_heads, : spec.q_len, : spec.kv_len]
     place = dropout.moved((batch, head, q_pos, kv_pos), operands.dropout_origin)
     kept = jax.jit(dropout.keep, static_argnums=5)(operands.dropout_seed, *place, spec.dropout_rate)
-    return np.where(kept, 1 / (1 - spec.dropout_rate) if spec.dropout_rate < 1 else 0, 0).astype(acc)
+    return np.where(kept, dropout.factor(spec.dropout_rate), 0).astype(acc)
 
 
 def _group_sum(x: np.ndarray, spec: AttentionSpec) -> np.ndarray:

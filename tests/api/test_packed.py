@@ -153,7 +153,8 @@ def one_by_one(case: Case, q, k, v, dout, dlse):
         total = p.sum(1)
         p = p / np.where(total, total, 1)[:, None]
         place = np.arange(rows.start, rows.stop)[:, None], np.arange(columns.start, columns.stop)[None, :]
-        kept = np.asarray(dropout.keep(jnp.asarray(KEY), 0, h, *place, case.dropout_rate)) / (1 - case.dropout_rate)
+        kept = dropout.factor(case.dropout_rate) * np.asarray(
+            dropout.keep(jnp.asarray(KEY), 0, h, *place, case.dropout_rate))
         out[rows, h], lse[h, rows] = (p * kept) @ vh, np.log(total, where=total > 0, out=np.full_like(total, -np.inf))
         dp = dout[rows, h] @ vh.T * kept
         ds = p * (dp - (out[rows, h] * dout[rows, h]).sum(1)[:, None] + dlse[h, rows][:, None]) * slope / np.sqrt(DIM)

@@ -52,7 +52,7 @@ def plain(q, k, v, sinks, bias=None, *, mask=None, softcap=None, dropout_rate=0.
     p = jax.nn.softmax(s)[..., :-1]
     if dropout_rate:
         kept = dropout.keep(dropout_rng, *np.ogrid[tuple(map(slice, shape))], dropout_rate)
-        p = jnp.where(kept, p / (1 - dropout_rate), 0)
+        p = jnp.where(kept, p * dropout.factor(dropout_rate), 0)
     return jnp.einsum("bhqs,bshd->bqhd", p, v), jax.nn.logsumexp(s, axis=-1)
 
 

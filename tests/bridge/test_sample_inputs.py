@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bridge.problems import OURS, TORCH, UNIT, assert_within_budget
+from pallas_flash import dropout
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def formula_with_our_dropout(query, key, value, kwargs):
         scores = query @ key.mT / math.sqrt(query.shape[-1])
         if is_causal:
             scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-        return torch.where(kept, scores.softmax(-1) / (1 - p), torch.zeros_like(scores)) @ value
+        return torch.where(kept, scores.softmax(-1) * dropout.factor(p), torch.zeros_like(scores)) @ value
     return formula
 
 

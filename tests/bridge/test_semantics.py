@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from bridge.problems import OURS, TORCH, UNIT, check, heads_inside, qkv, results
+from pallas_flash import dropout
 from torch_bridge import explain
 from torch_bridge.strides import same_memory
 
@@ -252,7 +253,7 @@ def test_dropout_drops_weights_after_the_softmax(is_causal):
 
     def formula(q, k, v):
         scores = (q @ k.mT / E**0.5).masked_fill(~keep, -torch.inf)
-        return torch.where(dropped != 0, scores.softmax(-1) / (1 - p), 0.0) @ v
+        return torch.where(dropped != 0, scores.softmax(-1) * dropout.factor(p), 0.0) @ v
     torch.manual_seed(5)
     ours = results(lambda *x: OURS(*x, dropout_p=p, is_causal=is_causal), (q, k, v), dout)
     for a, b in zip(ours, results(formula, (q, k, v), dout), strict=True):

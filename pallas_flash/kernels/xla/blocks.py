@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
     s: Float[Array, "b k g q s"]  # scores in `Problem.unit`, -inf where a pair does not attend
     keep: Bool[Array, "1|b 1|k 1|g q s"] | None  # None: every pair of the tile attends
-    dropped: Float[Array, "b k g q s"] | None  # factor of each weight: 0 or 1 / (1 - rate); None without dropout
+    dropped: Float[Array, "b k g q s"] | None  # what each weight is multiplied with; None without dropout
     slope: Float[Array, "b k g q s"] | float  # derivative of the soft cap
 
 
@@ -132,7 +132,7 @@ class Problem:
         head = jnp.arange(self.spec.q_heads)[:, None, None]
         place = dropout.moved((batch, head, q_pos, kv_pos), self.dropout_origin)
         kept = self.split_heads(dropout.keep(self.dropout_seed, *place, rate))
-        return jnp.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0).astype(dtype)
+        return jnp.where(kept, dropout.factor(rate), 0.0).astype(dtype)
 
 
 def slice_tile(array: Array, tile: Array, block: int, axis: int) -> Array:
