@@ -97,7 +97,8 @@ def _obvious(*tensors: torch.Tensor) -> Callable[[], Any]:
 def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What a forward is made of, in order: the checks, and the exchange, which holds all that come after it."""
     q, k, v = _tensors(device, False, False)
-    problem, numbers = Operands(q, k, v, None, None, None), Numbers(0, None, 0.0, False, False)
+    problem = Operands.of(q, k, v, mask=None, bias=None, seed=None)
+    numbers = Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)
     plan = exchange.plan_for(problem, numbers)
     arrays = exchange._arrays((q, k, v), plan.device)
     (out,) = plan.forward[False](*arrays)

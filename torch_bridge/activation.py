@@ -60,8 +60,8 @@ def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: flo
     """The numbers of a call. This operator aligns the last query with the last key; for any other alignment its callers
     pass equal lengths.
     """
-    return Numbers(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
-                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
+    return Numbers.of(causal_offset=key.shape[2] - query.shape[2] if is_causal else None, scale=scale,
+                      dropout_p=dropout_p)
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0,
@@ -72,7 +72,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
         raise RuntimeError("pallas_flash does not return a debug mask: call with return_debug_mask=False")
     seed = ops.draw_seed(query) if dropout_p > 0 else None
     out, stats = ops.attention(*Attention(
-        Operands(query, key, value, mask=None, bias=None, seed=seed),
+        Operands.of(query, key, value, mask=None, bias=None, seed=seed),
         _numbers(query, key, is_causal, scale, dropout_p), needs_stats=True).flat())
     empty = query.new_empty((0,))
     state = query.new_zeros((2,), dtype=torch.int64) if seed is None else seed.to(torch.int64)
@@ -86,7 +86,7 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
               scale: float | None = None) -> tuple[torch.Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
     seed = philox_seed.view(torch.int64).to(torch.int32) if dropout_p > 0 else None
-    operands = Operands(query, key, value, mask=None, bias=None, seed=seed)
+    operands = Operands.of(query, key, value, mask=None, bias=None, seed=seed)
     numbers = _numbers(query, key, is_causal, scale, dropout_p)
     grads = PerArray(*ops.attention_backward(*AttentionBackward(
         operands, numbers, Results(out, _stats(logsumexp)), Cotangents(dout=grad_out, dstats=None),

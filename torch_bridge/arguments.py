@@ -9,10 +9,11 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple, Self, get_type_hints
 
+import torch
 from torch import Tensor
 
 __all__ = ["SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers",
-           "Operands", "PerArray", "Results"]
+           "Operands", "PerArray", "Results", "RowAnchor"]
 
 Argument = Tensor | float | Sequence[bool] | None
 """What an operator takes: tensors, numbers and flags."""
@@ -45,11 +46,24 @@ class Operands(NamedTuple):
     mask: Tensor | None  # booleans, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1)
     bias: Tensor | None  # floats, added to the scores; shaped like a mask
     seed: Tensor | None  # of dropout, (2,) int32
+    offsets: Tensor | None  # `Numbers.offset` of each batch entry, (batch,) int32
+    q_lengths: Tensor | None  # positions from there on are padding, (batch,) int32
+    kv_lengths: Tensor | None
+    q_ids: Tensor | None  # of segments, (batch, q_len) int32; below 0: padding
+    kv_ids: Tensor | None  # (batch, kv_len) int32
+    q_starts: Tensor | None  # the boundaries of packed sequences, (sequences + 1,) int32; batch is 1
+    kv_starts: Tensor | None
 
-    def with_seed(self, seed: Tensor) -> "Operands":
-        """These, and the seed of dropout."""
-        query, key, value, mask, bias, _ = self
-        return Operands(query, key, value, mask, bias, seed)
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, bias: Tensor | None,
+           seed: Tensor | None) -> "Operands":
+        """Those of SDPA: every query and key counts, and offsets are numbers."""
+        return cls(query, key, value, mask, bias, seed, *_NOTHING_ELSE)
+
+    @property
+    def places(self) -> tuple[Tensor | None, ...]:
+        """What says which positions attend, apart from the mask: all None for SDPA."""
+        return self[_PLACES:]
 
     @property
     def differentiable(self) -> PerArray[Tensor | None]:
@@ -63,6 +77,8 @@ class Operands(NamedTuple):
 
 
 _NUM_OPERANDS = len(Operands._fields)
+_PLACES = Operands._fields.index("seed") + 1
+_NOTHING_ELSE = (None,) * (_NUM_OPERANDS - _PLACES)
 _with_gradient = operator.itemgetter(*map(Operands._fields.index, PerArray._fields))
 _NO_GRADIENT = len(PerArray._fields)
 _per_operand = operator.itemgetter(
@@ -73,11 +89,22 @@ _per_operand = operator.itemgetter(
 class Numbers(NamedTuple):
     """The arguments of a call that are not tensors."""
 
-    causal_offset: int | None  # a query at i attends to the keys up to i + offset; None: to all
+    left: int | None  # a query at i attends to the keys from i + offset - left; None: from the first
+    right: int | None  # up to i + offset + right, which causal calls have 0; None: to the last
+    offset: int
+    ends_aligned: bool  # of packed sequences, the offset counts from kv_len - q_len of each
+    softcap: float | None
     scale: float | None
     dropout_p: float
     deterministic: bool
     partial: bool  # out and gradients are terms of sums over several calls: in the dtype of stats, not rounded
+
+    @classmethod
+    def of(cls, *, causal_offset: int | None, scale: float | None, dropout_p: float) -> "Numbers":
+        """Those of SDPA: causal with an offset, or, for None, without a limit; deterministic as torch is told to be."""
+        right, offset = (None, 0) if causal_offset is None else (0, causal_offset)
+        return cls(left=None, right=right, offset=offset, ends_aligned=False, softcap=None, scale=scale,
+                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
 
 
 class Results(NamedTuple):
@@ -113,6 +140,20 @@ class Attention(NamedTuple):
 
     def flat(self) -> tuple[Argument, ...]:
         return *self.operands, *self.numbers, self.needs_stats
+
+
+class RowAnchor(NamedTuple):
+    """The arguments of `row_anchor`: the forward's."""
+
+    operands: Operands
+    numbers: Numbers
+
+    @classmethod
+    def of(cls, args: Sequence[object]) -> Self:
+        return cls(Operands._make(args[:_NUM_OPERANDS]), Numbers._make(args[_NUM_OPERANDS:]))
+
+    def flat(self) -> tuple[Argument, ...]:
+        return *self.operands, *self.numbers
 
 
 class AttentionBackward(NamedTuple):
@@ -158,8 +199,8 @@ class AttentionDoubleBackward(NamedTuple):
 
 # --- schemas ---------------------------------------------------------------------------------------------------------
 
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int | None: "SymInt?", float | None: "float?", float: "float",
-          bool: "bool"}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?",
+          float: "float", float | None: "float?", bool: "bool"}
 _SHORT = {"query": "q", "key": "k", "value": "v"}
 
 
@@ -180,5 +221,6 @@ SCHEMAS = {
                           f" -> {_returned(PerArray)}",
     "attention_double_backward": f"({_CALL}, {_DECLARED_TANGENTS}, {_declared(Cotangents)})"
                                  f" -> {_returned(PerArray, len(Cotangents._fields))}",
+    "row_anchor": f"({_CALL}) -> Tensor",
     "dropout_seed": "(Tensor like, SymInt[] lead) -> Tensor",
 }

@@ -18,12 +18,12 @@ import torch
 from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops
-from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
 
 if TYPE_CHECKING:
     from pallas_flash.arrays import Array
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_with_lse"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 # The keys that a thread adds to those of tensors where nothing intercepts calls. Modes, transforms and tracers of every
@@ -35,27 +35,51 @@ _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
 
 
-def attend(operands: Operands, numbers: Numbers, needs_grad: bool) -> torch.Tensor:
+def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     """Computes out (batch, q_heads, q_len, d_v); draws the seed of dropout.
 
     Args:
       operands: without a seed.
       numbers: its arguments that are not tensors.
-      needs_grad: a derivative will be taken.
     """
-    query = operands.query
+    query, needs_grad = operands.query, _needs_grad(operands)
     if (not torch.compiler.is_compiling() and _is_plain(operands) and (query.is_cuda or query.is_cpu)
             and query.numel() and operands.value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD))):
         if numbers.dropout_p > 0:
-            operands = operands.with_seed(ops.draw_seed(query))
+            operands = operands._replace(seed=ops.draw_seed(query))
         if needs_grad:
             out: torch.Tensor = _Attention.apply(*operands, numbers)
             return out
         from torch_bridge import exchange
         return exchange.attend(operands, numbers)
+    return _by_operator(operands, numbers, needs_grad).out
+
+
+def attend_with_lse(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend`'s out, and lse (batch, q_heads, q_len), a natural logarithm; both are differentiable."""
+    out, stats = _by_operator(operands, numbers, needs_stats=True)
+    lse = stats[:, :, 0]
+    if operands.bias is not None:
+        with torch.no_grad():
+            anchor = ops.row_anchor(*RowAnchor(_detached(operands), numbers._replace(dropout_p=0.0)).flat())
+        lse = lse + anchor
+    return out, lse
+
+
+def _by_operator(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     if numbers.dropout_p > 0:
-        operands = operands.with_seed(ops.dropout_seed(query, ()))
-    return derivatives.functional_attention(operands, numbers, needs_grad).out
+        operands = operands._replace(seed=ops.dropout_seed(operands.query, ()))
+    return derivatives.functional_attention(operands, numbers, needs_stats)
+
+
+def _needs_grad(operands: Operands) -> bool:
+    query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
+                                        or (bias is not None and bias.requires_grad))
+
+
+def _detached(operands: Operands) -> Operands:
+    return Operands._make(None if x is None else x.detach() for x in operands)
 
 
 def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:

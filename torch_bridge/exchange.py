@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pallas_flash import device, dispatch, forks, masks
+from pallas_flash import device, dispatch, forks
 from pallas_flash.spec import AttentionSpec, Layout
 from torch_bridge import context, lifetime, programs, records, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.rules import Rule
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
-           "gradients", "jax_device", "make_plan", "plan_for", "stats_tensor"]
+           "gradients", "jax_device", "make_plan", "plan_for", "row_anchor", "stats_tensor"]
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which a tensor must be aligned to be shared: XLA's need on a CPU, Mosaic GPU's on a GPU."""
@@ -48,9 +49,8 @@ _COTANGENT_LIKE_QUERY = (True, False)  # of dout and dstats
 class Plan(NamedTuple):
     """What a call with given shapes, strides, dtypes and numbers runs."""
 
-    spec: AttentionSpec
+    program: programs.Program
     decision: dispatch.Decision
-    device: jax.Device
     out_strides: tuple[int, int, int, int]  # of (batch, heads, length, dim)
     grad_strides: PerArray[tuple[int, ...] | None]
     forward: programs.Variants[bool]  # of arrays, by whether stats is needed
@@ -58,8 +58,16 @@ class Plan(NamedTuple):
     runs: records.Runs  # counted
 
     @property
+    def spec(self) -> AttentionSpec:
+        return self.program.spec
+
+    @property
+    def device(self) -> jax.Device:
+        return self.program.where
+
+    @property
     def layout(self) -> Layout:
-        return self.spec.layout
+        return self.program.spec.layout
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -67,11 +75,11 @@ _plans: dict[tuple[object, ...], Plan] = {}
 
 def plan_for(operands: Operands, numbers: Numbers) -> Plan:
     """The plan of a call, from a table where it has been seen; where it has not, warns of a fallback."""
-    query, key, value, mask, bias, _ = operands
+    query, key, value, mask, bias, _, *places = operands
     name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
             query.device, mask if mask is None else mask.shape,
             bias if bias is None else (bias.shape, bias.stride(), bias.dtype),
-            numbers)
+            *[x if x is None else x.shape for x in places], numbers)
     plan = _plans.get(name)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
@@ -84,24 +92,22 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
 
 def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     """A new plan, which says nothing of a fallback: no call need follow."""
-    query, key, value, mask, bias, _ = operands
-    causal_offset, scale, dropout_p, deterministic, partial = numbers
-    layout = _layout(query, key, value)
-    rule: masks.Mask = masks.Full() if causal_offset is None else masks.Causal(int(causal_offset))
-    if mask is not None:
-        rule = rule & masks.Dense(_abstract(mask))
+    query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    layout, rule = _layout(query, key, value), Rule.of(operands, numbers)
     with _precision(query):
         spec = AttentionSpec.of(
-            *(_abstract(_in_layout(x, layout)) for x in (query, key, value)), layout=layout, mask=rule,
-            bias=None if bias is None else _abstract(bias), scale=scale, dropout_rate=dropout_p,
-            deterministic=deterministic, partial=partial)
+            *(_abstract(_in_layout(x, layout)) for x in (query, key, value)), layout=layout, softcap=numbers.softcap,
+            scale=numbers.scale, dropout_rate=numbers.dropout_p, deterministic=numbers.deterministic,
+            partial=numbers.partial)
+        given = {name: _abstract(getattr(operands, name)) for name in rule.given}
+        spec = spec.masked(rule.mask(spec, given), None if bias is None else _abstract(bias))
     where = jax_device(query.device)
     decision = dispatch.decide(spec, device.of(where))
-    name = decision.implementation.name
-    return Plan(spec, decision, where, strides.like_query(query, value.shape[3]),
+    program = programs.Program(spec, rule, decision.implementation.name, where)
+    return Plan(program, decision, strides.like_query(query, value.shape[3]),
                 PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
-                programs.forward(spec, name, where), programs.backward(spec, name, where),
-                records.Runs(spec, name, decision.reasons))
+                programs.forward(program), programs.backward(program),
+                records.Runs(spec, program.name, decision.reasons))
 
 
 def _layout(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
@@ -294,6 +300,16 @@ def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple
     return tensors, kept
 
 
+def row_anchor(operands: Operands, numbers: Numbers) -> torch.Tensor:
+    """What lse of the statistics leaves out of the scores' own, (batch, q_heads, q_len): `AttentionSpec.anchor`."""
+    query, key, value, *others = operands
+    _check_place(query)
+    plan = plan_for(operands, numbers)
+    plan.runs.count("row anchor")
+    (found,), _ = _run(plan, programs.row_anchor(plan.program), (query, key, value), others)
+    return found
+
+
 def stats_tensor(stats: jax.Array, like: torch.Tensor) -> torch.Tensor:
     """`attend_saving`'s stats as a tensor, on the device of `like`."""
     (tensor,), _ = _tensors([stats], like)
@@ -369,7 +385,7 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
     layouts = [plan.layout if like_query else "BHLD" for like_query in (*_LIKE_QUERY, *_COTANGENT_LIKE_QUERY)]
     moved = [None if x is None else _in_layout(x, layout)
              for x, layout in zip((*tangents, *cotangents), layouts, strict=True)]
-    derivative = programs.double_backward(plan.spec, plan.device)[present]
+    derivative = programs.double_backward(plan.program)[present]
     results, _ = _run(plan, derivative, (query, key, value), (*arrays, *moved))
     rest = iter(results)
     return tuple(query.new_empty((0,)) if x is None else _like(next(rest), x, layout)

@@ -16,7 +16,7 @@ def explain(
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, mask, bias, _ = call.operands
+    query, key, value, mask, bias, *_ = call.operands
     if call.operands.is_empty:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange

@@ -5,26 +5,36 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["leading_axes", "mask_shape", "unknown_keyword", "without_unknown"]
+__all__ = ["leading_axes", "mask_shape", "must", "shapes", "unknown_keyword", "without_unknown"]
 
-_WINDOW = ("a boolean attn_mask of the window, (q_len, kv_len); pallas_flash.flash_attention(mask=Window(left, right)) "
-           "needs none")
-_LENGTHS = "a boolean attn_mask; pallas_flash.flash_attention(segment_ids=...) needs none"
-_PACKED = "a boolean attn_mask; pallas_flash.flash_attention(cu_seqlens_q=...), in JAX, needs none"
+_OURS = "torch_bridge.flash_attention"
 _INSTEAD = {
     **dict.fromkeys(("causal", "use_causal_mask"), "is_causal=True"),
     **dict.fromkeys(("mask", "attention_mask", "bias", "attn_bias"), "attn_mask=..."),
     **dict.fromkeys(("key_padding_mask", "padding_mask"), "attn_mask=mask[:, None, None, :], True where keys count"),
     **dict.fromkeys(("dropout", "dropout_rate"), "dropout_p=..."),
     **dict.fromkeys(("softmax_scale", "scaling", "sm_scale"), "scale=..."),
-    **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), _WINDOW),
-    **dict.fromkeys(("softcap", "logits_soft_cap"), "pallas_flash.flash_attention(softcap=...), in JAX"),
-    **dict.fromkeys(("segment_ids", "kv_lengths", "seq_lens"), _LENGTHS),
-    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), _PACKED),
+    **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), f"{_OURS}(window=(left, right))"),
+    **dict.fromkeys(("softcap", "logits_soft_cap"), f"{_OURS}(softcap=...)"),
+    **dict.fromkeys(("sinks", "s_aux"), f"{_OURS}(sinks=...)"),
+    **dict.fromkeys(("kv_lengths", "seq_lens"), f"{_OURS}(kv_lengths=...)"),
+    "segment_ids": f"{_OURS}(segment_ids=...)",
+    "return_lse": f"{_OURS}(return_lse=True)",
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), "torch_bridge.flash_attn.flash_attn_varlen_func"),
     "alibi_slopes": "attn_mask=..., the slopes times the distances",
     "deterministic": "torch.use_deterministic_algorithms(True)",
 }
 """Names of arguments in other attention libraries -> what to use here."""
+
+
+def must(clause: str, given: str, do: str) -> RuntimeError:
+    """The error of an argument that does not fit: what must hold, what was given, what to do."""
+    return RuntimeError(f"{clause}, got {given}. {do}.")
+
+
+def shapes(**tensors: torch.Tensor) -> str:
+    """The shapes of tensors, for a message."""
+    return ", ".join(f"{name}.shape={tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
 def unknown_keyword(name: str) -> TypeError:

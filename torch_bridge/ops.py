@@ -3,12 +3,13 @@
     pallas_flash::attention                  (out, stats): of each row lse and its rest, which the backward needs
     pallas_flash::attention_backward         (dq, dk, dv, dbias)
     pallas_flash::attention_double_backward  the derivative of that; float64 only
+    pallas_flash::row_anchor                 what a bias was anchored at, which lse of stats leaves out; no derivative
     pallas_flash::dropout_seed               two numbers from torch's generator
 
 Their arguments: arguments.py. How they are differentiated: derivatives.py.
 
-Every tensor but seeds has four axes (batch, heads, length, dim); `sdpa.py` sees to it. With `Numbers.partial`, out and
-the gradients have the dtype of stats (`partial.py`). A result that is not asked for (stats, or a gradient that nothing
+Arrays of numbers have four axes (batch, heads, length, dim); `sdpa.py` sees to it. With `Numbers.partial`, out and the
+gradients have the dtype of stats (`partial.py`). A result that is not asked for (stats, or a gradient that nothing
 needs) is an empty tensor of shape (0,). The first call that computes imports JAX.
 """
 
@@ -19,10 +20,18 @@ import torch
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from torch_bridge import strides
-from torch_bridge.arguments import SCHEMAS, Attention, AttentionBackward, AttentionDoubleBackward, PerArray
+from torch_bridge.arguments import (
+    SCHEMAS,
+    Attention,
+    AttentionBackward,
+    AttentionDoubleBackward,
+    Operands,
+    PerArray,
+    RowAnchor,
+)
 
 __all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "library",
-           "require_float64"]
+           "require_float64", "row_anchor"]
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -38,6 +47,7 @@ type Operator = torch._ops.OpOverload[..., tuple[torch.Tensor, ...]]
 attention: Operator = torch.ops.pallas_flash.attention.default
 attention_backward: Operator = torch.ops.pallas_flash.attention_backward.default
 attention_double_backward: Operator = torch.ops.pallas_flash.attention_double_backward.default
+row_anchor = torch.ops.pallas_flash.row_anchor.default
 dropout_seed = torch.ops.pallas_flash.dropout_seed.default
 
 
@@ -70,6 +80,14 @@ def _attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
     return exchange.double_backward(*call)
 
 
+def _row_anchor(*args: object) -> torch.Tensor:
+    call = RowAnchor.of(args)
+    if call.operands.is_empty:
+        return _fake_row_anchor(*args).zero_()
+    from torch_bridge import exchange
+    return exchange.row_anchor(*call)
+
+
 def require_float64(query: torch.Tensor) -> None:
     """Raises RuntimeError where `attention_double_backward` has no kernel."""
     if query.dtype != torch.float64:
@@ -85,6 +103,7 @@ def draw_seed(like: torch.Tensor, lead: Sequence[int] = ()) -> torch.Tensor:
 
 for _key in ("CPU", "CUDA"):
     library.impl("dropout_seed", draw_seed, _key)
+    library.impl("row_anchor", _row_anchor, _key)
     library.impl("attention", _attention, _key)
     library.impl("attention_backward", _attention_backward, _key)
     library.impl("attention_double_backward", _attention_double_backward, _key)
@@ -124,11 +143,17 @@ def _fake_attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
     return _gradients(like, [x is not None for x in like], call.operands.query)
 
 
+def _fake_row_anchor(*args: object) -> torch.Tensor:
+    query = RowAnchor.of(args).operands.query
+    return query.new_empty(query.shape[:3], dtype=strides.stats_dtype(query))
+
+
 def _fake_dropout_seed(like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
     return like.new_empty((*lead, 2), dtype=torch.int32)
 
 
 torch.library.register_fake("pallas_flash::dropout_seed", _fake_dropout_seed, lib=library)
+torch.library.register_fake("pallas_flash::row_anchor", _fake_row_anchor, lib=library)
 torch.library.register_fake("pallas_flash::attention", _fake_attention, lib=library)
 torch.library.register_fake("pallas_flash::attention_backward", _fake_attention_backward, lib=library)
 torch.library.register_fake("pallas_flash::attention_double_backward", _fake_attention_double_backward, lib=library)
@@ -159,12 +184,14 @@ def _from_batch(grad: torch.Tensor, tensor: torch.Tensor | None, size: int, batc
 
 
 def _one_by_one(operator: Operator, size: int, args: Sequence[object]) -> tuple[torch.Tensor, ...]:
-    """Calls the operator once for each mapped element and stacks the results.
-
-    With dropout, elements cannot share a batch: the random bits depend on the batch index.
-    """
+    """Calls the operator once for each mapped element and stacks the results."""
     results = [operator(*(arg[i] if isinstance(arg, torch.Tensor) else arg for arg in args)) for i in range(size)]
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+def _share_no_batch(operands: Operands) -> bool:
+    """Random bits depend on the batch index, and packed sequences have no batch."""
+    return operands.seed is not None or operands.q_starts is not None
 
 
 class _VmapInfo(Protocol):
@@ -179,7 +206,7 @@ def _vmap_attention(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: obj
     size = info.batch_size
     args = tuple(_mapped_first(args, in_dims, size))
     operands = Attention.of(args).operands
-    if operands.seed is not None:
+    if _share_no_batch(operands):
         return _one_by_one(attention, size, args), (0, 0)
     batch = operands.query.shape[1]
     out, stats = attention(*(_into_batch(arg, batch) for arg in args))
@@ -191,7 +218,7 @@ def _vmap_attention_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *
     size, axes = info.batch_size, (0,) * len(PerArray._fields)
     args = tuple(_mapped_first(args, (*in_dims[:-1], None), size))  # torch has one for each of the flags in `needs`
     operands = AttentionBackward.of(args).operands
-    if operands.seed is not None:
+    if _share_no_batch(operands):
         return _one_by_one(attention_backward, size, args), axes
     batch = operands.query.shape[1]
     grads = attention_backward(*(_into_batch(arg, batch) for arg in args))
@@ -199,11 +226,24 @@ def _vmap_attention_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *
                  for grad, x in zip(grads, operands.differentiable, strict=True)), axes
 
 
+def _vmap_row_anchor(info: _VmapInfo, in_dims: tuple[int | None, ...],
+                     *args: object) -> tuple[torch.Tensor, int]:
+    size = info.batch_size
+    args = tuple(_mapped_first(args, in_dims, size))
+    operands = RowAnchor.of(args).operands
+    if _share_no_batch(operands):
+        each = [[arg[i] if isinstance(arg, torch.Tensor) else arg for arg in args] for i in range(size)]
+        return torch.stack([row_anchor(*one) for one in each]), 0
+    batch = operands.query.shape[1]
+    return row_anchor(*(_into_batch(arg, batch) for arg in args)).unflatten(0, (size, batch)), 0
+
+
 def _vmap_attention_double_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     results = _one_by_one(attention_double_backward, info.batch_size, _mapped_first(args, in_dims, info.batch_size))
     return results, (0,) * len(results)
 
 
+torch.library.register_vmap("pallas_flash::row_anchor", _vmap_row_anchor, lib=library)
 torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=library)
 torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=library)
 torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=library)

@@ -105,8 +105,8 @@ def _prepare(call: sdpa.Call, given: tuple[torch.Tensor, ...], is_causal: bool, 
     if causal_offset and not is_causal:
         raise ValueError(f"causal_offset needs is_causal=True, got {is_causal=}, {causal_offset=}. Leave it out, or "
                          "pass is_causal=True.")
-    offset = causal_offset if is_causal else numbers.causal_offset
-    return Attention(operands, numbers._replace(causal_offset=offset, partial=True), needs_stats=True)
+    offset = causal_offset if is_causal else numbers.offset
+    return Attention(operands, numbers._replace(offset=offset, partial=True), needs_stats=True)
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...],

@@ -14,23 +14,34 @@ import jax.numpy as jnp
 from pallas_flash import autodiff, softmax
 from pallas_flash import spec as specs
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients
-from torch_bridge.arguments import PerArray
+from torch_bridge.arguments import Operands, PerArray
+from torch_bridge.rules import Rule
 
-__all__ = ["Given", "Variants", "backward", "double_backward", "forward"]
+__all__ = ["Given", "Program", "Variants", "backward", "double_backward", "forward", "row_anchor"]
 
 _MAX_PROGRAMS = 4096
 
 
-def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operands:
-    """The operands at the front of flat arrays: those that there are, in the order of `Operands`."""
-    q, k, v = next(arrays), next(arrays), next(arrays)
-    rule = spec.mask
-    if rule.has_arrays:
-        attend = next(arrays)
-        rule = jax.tree.map(lambda _: attend, rule)
-    bias = None if spec.bias is None else next(arrays)
-    seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
-    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None)
+class Program(NamedTuple):
+    """What all jitted functions of a plan are made from; hashable."""
+
+    spec: AttentionSpec
+    rule: Rule  # makes the mask of the spec from arrays
+    name: str  # the implementation
+    where: jax.Device
+
+    def operands(self, arrays: Iterator[jax.Array]) -> specs.Operands:
+        """The operands at the front of flat arrays: those that there are, in the order of `arguments.Operands`."""
+        spec = self.spec
+        there = {*self.rule.given, "query", "key", "value"}
+        there |= {"bias"} if spec.bias is not None else set()
+        there |= {"seed"} if spec.dropout_rate else set()
+        given = {name: next(arrays) for name in Operands._fields if name in there}
+        seed = jax.lax.bitcast_convert_type(given["seed"], jnp.uint32) if spec.dropout_rate else None
+        return specs.Operands(
+            q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"),
+            mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}), dropout_seed=seed,
+            dropout_origin=None)
 
 
 class Given(NamedTuple):
@@ -58,28 +69,40 @@ class Variants[N](dict[N, Callable[..., list[jax.Array]]]):
 
 
 @functools.lru_cache(maxsize=_MAX_PROGRAMS)
-def forward(spec: AttentionSpec, name: str, where: jax.Device) -> Variants[bool]:
+def forward(program: Program) -> Variants[bool]:
     """Of the operands: out, and stats if they are needed."""
     def attention(needs_stats: bool, arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        results = autodiff.forward(spec, name, _operands(spec, arrays))
+        results = autodiff.forward(program.spec, program.name, program.operands(arrays))
         return [results.out, results.stats] if needs_stats else [results.out]
-    return Variants(attention, where)
+    return Variants(attention, program.where)
 
 
 @functools.lru_cache(maxsize=_MAX_PROGRAMS)
-def backward(spec: AttentionSpec, name: str, where: jax.Device) -> Variants[Given]:
+def row_anchor(program: Program) -> Callable[..., list[jax.Array]]:
+    """Of the operands: what the bias was anchored at, (batch, q_heads, q_len) in the dtype of the statistics."""
+    def anchor(_: None, arrays: Iterator[jax.Array]) -> list[jax.Array]:
+        spec = program.spec
+        found = spec.anchor(program.operands(arrays))[..., 0].astype(spec.acc_dtype)
+        return [jnp.broadcast_to(found, spec.lse_shape)]
+    return Variants(anchor, program.where)[None]
+
+
+@functools.lru_cache(maxsize=_MAX_PROGRAMS)
+def backward(program: Program) -> Variants[Given]:
     """Of the operands, out, the cotangents that are given and stats: the gradients that are needed."""
+    spec = program.spec
+
     def gradients(given: Given, arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        operands, out = _operands(spec, arrays), next(arrays)
+        operands, out = program.operands(arrays), next(arrays)
         dout = next(arrays) if given.has_dout else jnp.zeros_like(out)
         dstats = next(arrays) if given.has_dstats else None
         stats = _whole_stats(spec, next(arrays))
         results = specs.Results(out=out.astype(spec.dtype), stats=stats)
         cotangents = specs.Results(
             out=dout.astype(spec.dtype), stats=jnp.zeros_like(stats) if dstats is None else dstats)
-        grads = _per_array(autodiff.backward(spec, name, operands, results, cotangents))
+        grads = _per_array(autodiff.backward(spec, program.name, operands, results, cotangents))
         return [grad for grad, needed in zip(grads, given.needs, strict=True) if needed and grad is not None]
-    return Variants(gradients, where)
+    return Variants(gradients, program.where)
 
 
 def _whole_stats(spec: AttentionSpec, stats: jax.Array) -> jax.Array:
@@ -95,10 +118,12 @@ def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
 
 
 @functools.lru_cache(maxsize=_MAX_PROGRAMS)
-def double_backward(spec: AttentionSpec, where: jax.Device) -> Variants[tuple[bool, ...]]:
+def double_backward(program: Program) -> Variants[tuple[bool, ...]]:
     """Of the operands, tangents and cotangents, those that are `present`: the gradients of operands and cotangents."""
+    spec = program.spec
+
     def derivative(present: tuple[bool, ...], arrays: Iterator[jax.Array]) -> list[jax.Array]:
-        operands = _operands(spec, arrays)
+        operands = program.operands(arrays)
         *tangents, dout, dstats = (next(arrays) if there else None for there in present)
 
         def first(given: Differentiable[jax.Array], dout: jax.Array | None,
@@ -113,7 +138,7 @@ def double_backward(spec: AttentionSpec, where: jax.Device) -> Variants[tuple[bo
         of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), found))
         return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
                 if x is not None]
-    return Variants(derivative, where)
+    return Variants(derivative, program.where)
 
 
 def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) -> Gradients[jax.Array]:

@@ -58,10 +58,7 @@ def scaled_dot_product_attention(
     if unknown:
         raise messages.unknown_keyword(next(iter(unknown)))
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, _, bias, _ = call.operands
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
-                                              or (bias is not None and bias.requires_grad))
-    out = eager.attend(call.operands, call.numbers, needs_grad)
+    out = eager.attend(call.operands, call.numbers)
     return out if call.out_shape is None else out.reshape(call.out_shape)
 
 
@@ -102,9 +99,8 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
         out_shape = (*lead, *query.shape[1:3], value.shape[3])[-rank:]
     if query.shape[3] == 0:  # no products at all: one of zeros has the same scores
         query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
-    return Call(Operands(query, key, value, mask, bias, None),
-                Numbers(causal_offset, scale, dropout_p, torch.are_deterministic_algorithms_enabled(), partial=False),
-                out_shape)
+    return Call(Operands.of(query, key, value, mask=mask, bias=bias, seed=None),
+                Numbers.of(causal_offset=causal_offset, scale=scale, dropout_p=dropout_p), out_shape)
 
 
 def _number(name: str, value: SupportsFloat) -> float:

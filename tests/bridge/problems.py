@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_bridge
+from torch_bridge.arguments import Numbers, Operands
 
 TORCH, OURS = F.scaled_dot_product_attention, torch_bridge.scaled_dot_product_attention
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -16,6 +17,12 @@ def qkv(*shapes, dtype=torch.float32, requires_grad=True):
 def heads_inside(x):
     """The same values as a (batch, heads, length, dim) view of (batch, length, heads, dim) storage."""
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
+
+
+def operator_call(q, k, v, *, mask=None, bias=None, seed=None, causal_offset=None, scale=None, dropout_p=0.0):
+    """Operands and numbers of a call of SDPA, as the operators take them: flat when added."""
+    operands = Operands.of(q, k, v, mask=mask, bias=bias, seed=seed)
+    return operands, Numbers.of(causal_offset=causal_offset, scale=scale, dropout_p=dropout_p)
 
 
 def results(function, tensors, dout, *args, **kwargs):

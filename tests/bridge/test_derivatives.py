@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bridge.problems import OURS, TORCH, qkv
+from bridge.problems import OURS, TORCH, operator_call, qkv
 
 SHAPES = ((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3))
 BIAS = (1, 3, 5)
@@ -42,7 +42,8 @@ def without_grad(*tensors):
 
 
 def operator(q, k, v, bias):
-    return torch.ops.pallas_flash.attention(q, k, v, None, bias[None], None, None, None, 0.0, False, False, True)[0]
+    operands, numbers = operator_call(q, k, v, bias=bias[None])
+    return torch.ops.pallas_flash.attention(*operands, *numbers, True)[0]
 
 
 def through_torch_func(call, tensors, which, tangent):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import torch_bridge
-from bridge.problems import OURS, TORCH, heads_inside
+from bridge.problems import OURS, TORCH, heads_inside, operator_call
 from torch_bridge import exchange, programs, views
-from torch_bridge.arguments import Numbers, Operands, PerArray
+from torch_bridge.arguments import PerArray
+from torch_bridge.rules import Rule
 
 B, H, L, E = 2, 4, 16, 32
 SHAPE = (B, H, L, E)
@@ -126,9 +127,11 @@ def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     x, stats = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((2, 8, 2, 512), jnp.float32)
     problem = spec.AttentionSpec.of(x, x, x, layout=layout, mask=masks.Full() & masks.Causal(0))
     where = jax.devices("cpu")[0]
+    rule = Rule(left=None, right=0, offset=0, ends_aligned=False, given=())
+    program = programs.Program(problem, rule, "hopper", where)
     given = programs.Given(PerArray(query=True, key=True, value=True, bias=False), has_dout=True, has_dstats=False)
-    functions = [(programs.forward(problem, "hopper", where)[True], (x, x, x)),
-                 (programs.backward(problem, "hopper", where)[given], (x, x, x, x, x, stats))]
+    functions = [(programs.forward(program)[True], (x, x, x)),
+                 (programs.backward(program)[given], (x, x, x, x, x, stats))]
     for function, arguments in functions:
         with device.assume(device.H100):
             text = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -185,7 +188,7 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(exchange, "_MAX_PLANS", 3)
     for length in range(1, 6):
         x = torch.randn(1, 1, 4, 4).expand(length, -1, -1, -1).contiguous()
-        exchange.plan_for(Operands(x, x, x, None, None, None), Numbers(None, 1.0, 0.0, False, False))
+        exchange.plan_for(*operator_call(x, x, x, scale=1.0))
     assert len(exchange._plans) <= 3
 
 

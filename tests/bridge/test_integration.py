@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
-from bridge.problems import OURS, TORCH, heads_inside, qkv, results
+from bridge.problems import OURS, TORCH, heads_inside, operator_call, qkv, results
 from torch_bridge import activation, context, exchange, memory, ops
 
 Q, KV = (2, 4, 5, 8), (2, 4, 7, 8)
@@ -137,7 +137,8 @@ def problem(kind, dtype=torch.float32):
         bias = torch.randn(1, 4, 1, 7, dtype=dtype, requires_grad=True)
     if kind == "dropout":
         q, seed, dropout = heads_inside(q), torch.tensor([3, -4], dtype=torch.int32), 0.4
-    return [q, k, v, mask, bias, seed, offset, None, dropout, False, False]
+    operands, numbers = operator_call(q, k, v, mask=mask, bias=bias, seed=seed, causal_offset=offset, dropout_p=dropout)
+    return [*operands, *numbers]
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "dropout"])

@@ -22,7 +22,7 @@ def error(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("name", "instead"), [
-    ("causal", "is_causal=True"), ("window_size", r"attn_mask .*Window\(left, right\)"), ("mask", "attn_mask="),
+    ("causal", "is_causal=True"), ("window_size", r"flash_attention\(window=\(left, right\)\)"), ("mask", "attn_mask="),
     ("softmax_scale", "scale="), ("dropout", "dropout_p="), ("key_padding_mask", r"mask\[:, None, None, :\]"),
     ("softcap", r"flash_attention\(softcap="), ("nonsense", "It takes query")])
 def test_keywords_of_other_functions(name, instead):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bridge.problems import TORCH, UNIT, assert_within_budget, heads_inside, qkv, results
+from bridge.problems import TORCH, UNIT, assert_within_budget, heads_inside, operator_call, qkv, results
 from torch_bridge import ops, partial_attention, partial_attention_backward
 
 Q, KV, SPLIT = (2, 4, 6, 8), (2, 2, 11, 8), 5
@@ -109,7 +109,8 @@ def test_weights_err_by_what_float32_loses_of_a_large_logsumexp():
 
 def test_opcheck(quiet):
     tests = ("test_schema", "test_faketensor")
-    call = (*(x.detach().bfloat16() for x in qkv(Q, KV, KV)), None, None, None, 5, None, 0.0, False, True)
+    operands, numbers = operator_call(*(x.detach().bfloat16() for x in qkv(Q, KV, KV)), causal_offset=5)
+    call = (*operands, *numbers._replace(partial=True))
     torch.library.opcheck(ops.attention, (*call, True), test_utils=tests)
     out, stats = ops.attention(*call, True)
     torch.library.opcheck(ops.attention_backward, (*call, out, stats[:, :, 0], torch.randn_like(out), None,

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bridge.problems import OURS, qkv, results
+from bridge.problems import OURS, operator_call, qkv, results
 from torch_bridge import exchange, streams, views
-from torch_bridge.arguments import Numbers, Operands
 
 
 class Event:
@@ -174,7 +173,7 @@ def test_an_error_leaves_nothing_running(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(exchange, "_arrays", lambda *_: [])
     query = torch.ones(1, 1, 4, 4)
-    plan = exchange.plan_for(Operands(query, query, query, None, None, None), Numbers(None, None, 0.0, False, False))
+    plan = exchange.plan_for(*operator_call(query, query, query))
 
     def function():
         raise RuntimeError("no memory")

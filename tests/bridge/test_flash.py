@@ -1,0 +1,264 @@
+"""`flash_attention`: what SDPA's arguments cannot say, against a textbook in float64; and `combine`."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bridge import textbook
+from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_call, qkv
+from torch_bridge import combine, flash_attention, ops, programs
+
+B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
+Q, KV = (B, H, L, E), (B, G, S, E)
+LENGTHS, OFFSETS = torch.tensor([4, 7]), torch.tensor([2, -1], dtype=torch.int32)
+IDS = (torch.tensor([[0, 0, 1, 1, -1], [3, 3, 3, 7, 7]]), torch.tensor([[0, 1, 1, 1, -1, 0, 0], [3, 7, 7, 7, 7, 7, 9]]))
+SPOTS = torch.rand(B, 1, L, S, generator=torch.Generator().manual_seed(0)) > 0.3
+
+CASES = {
+    "aligned at the ends": dict(is_causal=True, causal_offset=S - L, softcap=0.7, scale=1.5),
+    "causal window": dict(is_causal=True, window=(1, 3), causal_offset=OFFSETS), "ahead": dict(window=(-1, 3)),
+    "lengths": dict(q_lengths=torch.tensor([5, 3], dtype=torch.int32), kv_lengths=LENGTHS),
+    "no keys": dict(kv_lengths=torch.tensor([0, 3])), "segments": dict(segment_ids=IDS),
+    "mask": dict(attn_mask=SPOTS, softcap=2.0, is_causal=True),
+    "all": dict(attn_mask=SPOTS, is_causal=True, causal_offset=OFFSETS, window=(3, 0), kv_lengths=LENGTHS,
+                segment_ids=IDS, softcap=1.1),
+}
+
+
+def leaves(tensors, dtype):
+    return [x.detach().to(dtype).requires_grad_() for x in tensors]
+
+
+def step(function, tensors, douts, **keywords):
+    """out, lse and the gradients of query, key, value and, if there are, sinks and attn_mask, of both results."""
+    query, key, value, *others = tensors
+    named = dict(zip(("sinks", "attn_mask"), others, strict=False))
+    out, lse = function(query, key, value, **named, **keywords)
+    dout, dlse = (x.to(y.dtype) for x, y in zip(douts, (out, lse), strict=True))
+    dlse = torch.where(lse == -torch.inf, 0, dlse)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), tensors, (dout, dlse))]
+
+
+def ours(query, key, value, **keywords):
+    return flash_attention(query, key, value, return_lse=True, **keywords)
+
+
+def check(dtype, *others, **keywords):
+    """Ours in a dtype against the textbook in float64: out, lse and every gradient."""
+    tensors = leaves([*qkv(Q, KV, KV, dtype=torch.float64, requires_grad=False), *others], dtype)
+    douts = torch.randn(Q, dtype=torch.float64), torch.randn(Q[:3], dtype=torch.float64)
+    truth = step(textbook.attention, leaves(tensors, torch.float64), douts, **keywords)
+    theirs = step(textbook.attention, tensors, douts, **keywords)
+    found = step(ours, tensors, douts, **keywords)
+    assert found[0].dtype == dtype and found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for a, b in zip(found[2:], tensors, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(found[1] == -torch.inf, truth[1] == -torch.inf)
+    for results in (truth, theirs, found):
+        results[1] = results[1].masked_fill(results[1] == -torch.inf, 0)
+    wide = [x.to(dtype) for x in found]  # lse and gradients of sinks, compared in the dtype of the rest
+    assert_within_budget([wide[i] for i in (0, 2, 3, 4)], [theirs[i] for i in (0, 2, 3, 4)],
+                         [truth[i] for i in (0, 2, 3, 4)], UNIT[dtype])
+    for i in (1, *range(5, len(found))):
+        assert_within_budget([wide[i]], [theirs[i]], [truth[i]], UNIT[dtype], size=8.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rule(case):
+    check(torch.float64, **CASES[case])
+
+
+@pytest.mark.parametrize("dtype", [x for x in UNIT if x != torch.float64], ids=str)
+def test_dtypes(dtype):
+    check(dtype, torch.randn(H), **CASES["all"])
+
+
+def test_sinks_and_a_bias():
+    """lse of the statistics leaves out what a bias far from 0 was anchored at: `row_anchor` adds it."""
+    bias = torch.randn(B, 1, L, S, dtype=torch.float64)
+    bias[0] -= 4e3
+    bias[1, :, 2] = -torch.inf
+    check(torch.float64, torch.tensor([0.3, -2.0, 1.0, 5.0]), bias, is_causal=True, causal_offset=1)
+    check(torch.float32, torch.tensor([-torch.inf, -2.0, 1.0, 5.0]), bias[:1].clamp(min=-2.0))
+
+
+def test_a_row_that_sees_nothing_but_its_sink():
+    q, k, v = qkv(Q, KV, KV)
+    sinks = torch.tensor([1.0, 2.0, 3.0, -torch.inf], requires_grad=True)
+    out, lse = flash_attention(q, k, v, sinks=sinks, kv_lengths=torch.tensor([0, 0]), return_lse=True)
+    assert (out == 0).all() and torch.equal(lse, sinks.detach()[None, :, None].expand(B, H, L))
+    grads = torch.autograd.grad(out.sum() + lse[:, :3].sum(), (q, k, v, sinks))
+    assert all((x == 0).all() for x in grads[:3]) and torch.equal(grads[3], torch.tensor([10.0, 10.0, 10.0, 0.0]))
+
+
+def test_no_keys_and_no_queries():
+    for q_len, kv_len in ((L, 0), (0, S)):
+        q, k, v = qkv((B, H, q_len, E), (B, G, kv_len, E), (B, G, kv_len, E))
+        out, lse = flash_attention(q, k, v, is_causal=True, return_lse=True, kv_lengths=LENGTHS)
+        assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all() and lse.shape == q.shape[:3]
+        assert all((x == 0).all() for x in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
+
+
+def test_nan_in_padding_stays_there():
+    q, k, v = qkv(Q, KV, KV, requires_grad=False)
+    poisoned = [x.clone() for x in (k, v)]
+    for x in poisoned:
+        x[0, :, 4:] = torch.nan
+    clean, found = (flash_attention(q, *x, kv_lengths=LENGTHS, window=(4, None)) for x in ((k, v), poisoned))
+    assert torch.equal(clean, found)
+
+
+def test_other_values_compile_nothing(monkeypatch):
+    """Lengths, offsets and ids are data: another step of a decoder finds its program."""
+    traced = []
+    rule_mask = programs.Rule.mask
+    monkeypatch.setattr(programs.Rule, "mask", lambda *args: traced.append(1) or rule_mask(*args))
+    q, k, v = qkv((B, H, 1, E), KV, KV, requires_grad=False)
+    for length in range(1, S):
+        lengths = torch.tensor([length, S])
+        out = flash_attention(q, k, v, is_causal=True, causal_offset=lengths - 1, kv_lengths=lengths)
+        expected, _ = textbook.attention(q, k, v, is_causal=True, causal_offset=lengths - 1, kv_lengths=lengths)
+        torch.testing.assert_close(out, expected)
+        if length == 1:
+            after_first = len(traced)
+    assert len(traced) == after_first > 0
+
+
+def test_dropout_is_that_of_the_mask():
+    """A window drops what the same pairs as a boolean mask drop, with lse untouched."""
+    q, k, v = qkv(Q, KV, KV)
+    keep = textbook.kept((B, L, S), "cpu", window=(2, 1))
+    results = []
+    for rule in (dict(window=(2, 1)), dict(attn_mask=keep)):
+        torch.manual_seed(3)
+        results.append(flash_attention(q, k, v, dropout_p=0.4, return_lse=True, **rule))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(results[0][1], flash_attention(q, k, v, window=(2, 1), return_lse=True)[1])
+
+
+# --- contracts -------------------------------------------------------------------------------------------------------
+
+
+def everything(q, k, v, sinks, bias, lengths):
+    return flash_attention(q, k, v, sinks=sinks, attn_mask=bias, kv_lengths=lengths, is_causal=True, window=(4, None),
+                           causal_offset=lengths - 5, softcap=2.0, return_lse=True)
+
+
+def given(dtype=torch.float32):
+    return [*qkv(Q, KV, KV, (H,), (1, H, L, S), dtype=dtype), LENGTHS]
+
+
+def test_compile_without_a_break(quiet):
+    args = given()
+    run = torch.compile(everything, backend="aot_eager", fullgraph=True)
+    for a, b in zip(run(*args), everything(*args), strict=True):
+        torch.testing.assert_close(a, b)
+        for c, d in zip(*(torch.autograd.grad(x.sum(), args[:5], retain_graph=True) for x in (a, b)), strict=True):
+            torch.testing.assert_close(c, d)
+
+
+def test_opcheck(quiet):
+    tests = ("test_schema", "test_faketensor")
+    q, k, v, _, bias, lengths = (x.detach() for x in given())
+    operands, numbers = operator_call(q, k, v, bias=bias)
+    operands = operands._replace(kv_lengths=lengths.int(), offsets=OFFSETS, q_ids=IDS[0].int(), kv_ids=IDS[1].int())
+    call = (*operands, *numbers._replace(left=3, right=0, softcap=1.5))
+    torch.library.opcheck(ops.attention, (*call, True), test_utils=tests)
+    torch.library.opcheck(ops.row_anchor, call, test_utils=tests)
+    out, stats = ops.attention(*call, True)
+    torch.library.opcheck(ops.attention_backward, (*call, out, stats, torch.randn_like(out), None, [True] * 4),
+                          test_utils=tests)
+
+
+def test_fake_results_are_like_the_real_ones():
+    args = [heads_inside(x).detach() if x.dim() == 4 else x.detach() for x in given(torch.bfloat16)]
+    with FakeTensorMode() as mode:
+        fake = everything(*map(mode.from_tensor, args))
+    for a, b in zip(fake, everything(*args), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_vmap():
+    """Over an axis of everything that has one, run-time values among it."""
+    args = [torch.stack([x.detach(), x.detach().flip(0)]) for x in given()]
+    found = torch.vmap(everything)(*args)
+    for i in range(2):
+        for a, b in zip(found, everything(*(x[i] for x in args)), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_gradcheck():
+    args = [x.detach()[..., :3, :4] if x.dim() == 4 else x.detach() for x in given(torch.float64)[:4]]
+    args = [x.clone().requires_grad_() for x in args]
+    function = lambda q, k, v, sinks: flash_attention(q, k, v, sinks=sinks, window=(1, 1), softcap=1.0, return_lse=True)
+    assert torch.autograd.gradcheck(function, args, fast_mode=True)
+
+
+def test_autocast_casts_as_it_does_for_sdpa():
+    q, k, v = qkv(Q, KV, KV, requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = flash_attention(q, k, v, window=(2, 0), sinks=torch.zeros(H), return_lse=True)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+
+
+# --- combine ---------------------------------------------------------------------------------------------------------
+
+
+def test_combined_parts_are_the_whole():
+    q, k, v = qkv(Q, (B, H, S, E), (B, H, S, E), dtype=torch.float64)
+
+    def by_parts(q, k, v):
+        parts = [flash_attention(q, k[:, :, keys], v[:, :, keys], is_causal=True, causal_offset=-keys.start,
+                                 return_lse=True) for keys in (slice(0, 3), slice(3, 4), slice(4, S))]
+        return combine(*zip(*parts, strict=True))
+    whole = flash_attention(q, k, v, is_causal=True, return_lse=True)
+    douts = [torch.randn_like(x) for x in whole]
+    ours, expected = ([*x, *torch.autograd.grad(x, (q, k, v), douts)] for x in (by_parts(q, k, v), whole))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_combined_rows_that_see_nothing():
+    out, lse = torch.zeros(1, 2, 3, 4, requires_grad=True), torch.full((1, 2, 3), -torch.inf, requires_grad=True)
+    found = combine([out, out], [lse, lse])
+    assert (found[0] == 0).all() and (found[1] == -torch.inf).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(found[0].sum(), (out, lse)))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+X, K = torch.zeros(Q), torch.zeros(KV)
+
+
+@pytest.mark.parametrize("keywords, error, message", [
+    (dict(causal_offset=1), ValueError, "causal_offset needs is_causal=True or a window"),
+    (dict(is_causal=True, causal_offset=1.0), TypeError, "causal_offset must be int, a Tensor or None"),
+    (dict(window=3), TypeError, r"window must be \(left, right\)"),
+    (dict(window=(1.5, None)), TypeError, "each an int or None"),
+    (dict(window=(-3, 2)), ValueError, "needs -left <= right"),
+    (dict(softcap=0.0), ValueError, "softcap must be a number .* Pass None"),
+    (dict(sinks=torch.zeros(3)), RuntimeError, r"sinks must be floats of shape \(heads,\) = \(4,\)"),
+    (dict(sinks=[0.0] * 4), TypeError, "sinks must be a Tensor"),
+    (dict(kv_lengths=[1, 2]), TypeError, "kv_lengths must be a Tensor of integers, not list"),
+    (dict(kv_lengths=torch.zeros(B)), RuntimeError, r"kv_lengths must hold integers of shape \(batch,\) = \(2,\)"),
+    (dict(q_lengths=torch.zeros(3, dtype=torch.int32)), RuntimeError, "q_lengths must hold integers of shape"),
+    (dict(segment_ids=torch.zeros(B, L, dtype=torch.int32)), RuntimeError, r"a tuple \(q_ids, kv_ids\)"),
+    (dict(segment_ids=(IDS[0], IDS[0])), RuntimeError, r"segment_ids\[1\] must hold integers .*\(2, 7\)"),
+    (dict(segment_ids=(IDS[0], IDS[1] + 2**31)), ValueError, r"segment_ids\[1\] must be below 2\^31"),
+    (dict(is_causal=1), TypeError, "is_causal must be bool"),
+])
+def test_errors(keywords, error, message):
+    with pytest.raises(error, match=message):
+        flash_attention(X, K, K, **keywords)
+
+
+def test_errors_of_shapes():
+    with pytest.raises(RuntimeError, match=r"must be \(batch, heads, length, dim\), got query.shape=\(4, 5, 8\)"):
+        flash_attention(X[0], K[0], K[0])
+    with pytest.raises(RuntimeError, match="must divide the number of heads"):
+        flash_attention(X, torch.zeros(B, 3, S, E), torch.zeros(B, 3, S, E))
+    with pytest.raises(ValueError, match="of the same parts, at least one, got 0 and 0"):
+        combine([], [])
+    with pytest.raises(ValueError, match="each lse must have the shape of its out"):
+        combine([X.transpose(1, 2)], [X[..., 0]])
