@@ -61,6 +61,7 @@ MANY_PARAMETERS = {
     "torch_bridge/flash.py": {"flash_attention"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
+    "torch_bridge/patching.py": {"scaled_dot_product_attention", "_attend"},
     # bodies of kernels: a parameter is an array
     "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
 }

@@ -23,7 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pallas_flash import device, dispatch, forks
 from pallas_flash.spec import AttentionSpec, Layout
-from torch_bridge import context, lifetime, programs, streams, strides, views
+from torch_bridge import context, lifetime, programs, records, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.rules import Rule
 
@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     grad_strides: PerArray[tuple[int, ...] | None]
     forward: programs.Variants[bool]  # of arrays, by whether stats is needed
     backward: programs.Variants[programs.Given]  # of arrays
+    runs: records.Runs  # counted
 
     @property
     def spec(self) -> AttentionSpec:
@@ -105,7 +106,8 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     program = programs.Program(spec, rule, decision.implementation.name, where)
     return Plan(program, decision, strides.like_query(query, value.shape[3]),
                 PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
-                programs.forward(program), programs.backward(program))
+                programs.forward(program), programs.backward(program),
+                records.Runs(spec, program.name, decision.reasons))
 
 
 def _layout(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
@@ -277,6 +279,7 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
+    plan.runs.count("forward")
     (out,), _ = _run(plan, plan.forward[False], (query, key, value), others)
     return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
 
@@ -291,6 +294,7 @@ def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
+    plan.runs.count("forward")
     tensors, kept = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
     tensors[0] = _with_strides(_in_layout(tensors[0], plan.layout), plan.out_strides)
     return tensors, kept
@@ -301,6 +305,7 @@ def row_anchor(operands: Operands, numbers: Numbers) -> torch.Tensor:
     query, key, value, *others = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
+    plan.runs.count("row anchor")
     (found,), _ = _run(plan, programs.row_anchor(plan.program), (query, key, value), others)
     return found
 
@@ -346,6 +351,7 @@ def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: 
     query, key, value, *arrays = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
+    plan.runs.count("backward")
     if given.needs.bias and operands.bias is None:
         given = given._replace(needs=given.needs._replace(bias=False))
     dout, *others = others
@@ -373,6 +379,7 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
     query, key, value, *arrays = operands
     _check_place(query)
     plan = plan_for(operands, numbers)
+    records.count("double backward", "reference", str(plan.spec), ())
     present = tuple(x is not None for x in (*tangents, *cotangents))
     inputs = (*operands.differentiable, *cotangents)
     layouts = [plan.layout if like_query else "BHLD" for like_query in (*_LIKE_QUERY, *_COTANGENT_LIKE_QUERY)]

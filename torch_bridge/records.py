@@ -1,0 +1,116 @@
+"""What ran where and why, counted: `report()`.
+
+A plan counts its own runs (exchange.py), so that a call adds one to a number under a lock and builds no text. Texts are
+made when a plan runs for the first time. Nothing here imports JAX.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["MAX_ROWS", "Report", "Row", "Runs", "count", "report"]
+
+MAX_ROWS = 1024
+"""Rows with a problem of their own; further problems share one row for each pass and implementation."""
+OTHER_PROBLEMS = "other problems"
+
+
+class Row(NamedTuple):
+    """How often one thing ran."""
+
+    calls: int
+    what: str
+    """The pass: "forward", "backward", "double backward", "row anchor". Or what else was done for a call: "mask"."""
+    implementation: str
+    """Of pallas_flash: "hopper", "xla" or "reference"; "torch": a call was left to PyTorch's own function; of a mask
+    "dense": it was written out."""
+    problem: str
+    """Shapes, dtype, mask and options."""
+    reasons: tuple[str, ...]
+    """Why not another implementation."""
+
+
+class Report(tuple[Row, ...]):
+    """The rows with the most calls first; as text, a table with the reasons below each row."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "nothing has run"
+        lines = []
+        for row in self:
+            lines.append(f"{row.calls:>9,}  {row.what}, {row.implementation}: {row.problem}")
+            lines.extend(f"{'':>9}    {reason}" for reason in row.reasons)
+        return "\n".join(lines)
+
+
+class _Tally:
+    """A row that is counted."""
+
+    __slots__ = ("calls", "name")
+
+    def __init__(self, name: tuple[str, str, str, tuple[str, ...]]) -> None:
+        self.name, self.calls = name, 0
+
+
+_tallies: dict[tuple[str, str, str, tuple[str, ...]], _Tally] = {}
+_lock = threading.Lock()
+
+
+def _tally(what: str, implementation: str, problem: str, reasons: tuple[str, ...]) -> _Tally:
+    name = (what, implementation, problem, reasons)
+    if name not in _tallies and len(_tallies) >= MAX_ROWS:
+        name = (what, implementation, OTHER_PROBLEMS, ())
+    return _tallies.setdefault(name, _Tally(name))
+
+
+def count(what: str, implementation: str, problem: str, reasons: Sequence[str]) -> None:
+    """Counts something that has no plan."""
+    with _lock:
+        _tally(what, implementation, problem, tuple(reasons)).calls += 1
+
+
+class Runs:
+    """The runs of one problem in one implementation.
+
+    Args:
+      problem: its str() is the row's text.
+      implementation: its name.
+      reasons: of each implementation that cannot run the problem, why.
+    """
+
+    def __init__(self, problem: object, implementation: str, reasons: dict[str, list[str]]) -> None:
+        self._problem, self._implementation, self._reasons = problem, implementation, reasons
+        self._tallies: dict[str, _Tally] = {}
+
+    def count(self, what: str) -> None:
+        """Counts one run of that pass."""
+        with _lock:
+            tally = self._tallies.get(what)
+            if tally is None:
+                reasons = tuple(f"not {name!r}: {'; '.join(found)}" for name, found in self._reasons.items() if found)
+                tally = self._tallies[what] = _tally(what, self._implementation, str(self._problem), reasons)
+            tally.calls += 1
+
+
+def report(*, reset: bool = False) -> Report:
+    """What this process has run through torch_bridge, how often, where and why: printed, a table.
+
+    Counted are the passes that computed something: forward, backward and double backward, of eager and of compiled
+    calls (a replayed CUDA graph is none); calls that `patched()` left to PyTorch's own function, with the reason; and
+    masks of `torch_bridge.transformers` that had to be written out. A call without an output element runs nothing.
+
+    Args:
+      reset: starts again at zero after this report.
+
+    Returns:
+      A tuple of rows (calls, what, implementation, problem, reasons), the most calls first. It holds at most 1,024
+      problems; those seen later are counted together, as "other problems".
+    """
+    with _lock:
+        rows = [Row(tally.calls, *tally.name) for tally in _tallies.values() if tally.calls]
+        if reset:
+            for tally in _tallies.values():
+                tally.calls = 0
+    return Report(sorted(rows, key=lambda row: -row.calls))
