@@ -30,7 +30,8 @@ def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operand
         rule = jax.tree.map(lambda _: attend, rule)
     bias = None if spec.bias is None else next(arrays)
     seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
-    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None)
+    return specs.Operands(q=q, k=k, v=v, bias=bias, score=(), mask=rule, score_integers=(), dropout_seed=seed,
+                          dropout_origin=None)
 
 
 class Given(NamedTuple):
@@ -120,7 +121,7 @@ def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) ->
     """The tangents of gradients, zeros for those that are None."""
     return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
                      dv=_given_or_zero(given.value, grads.dv),
-                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias))
+                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias), dscore=())
 
 
 def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:
