@@ -9,11 +9,14 @@ from pallas_flash.context_parallel.settings import ContextParallel
 from pallas_flash.errors import FallbackWarning, UnsupportedError
 from pallas_flash.mask_check import check_mask
 from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
+from pallas_flash.relative_scores import ALiBi, RelativeBias, alibi_slopes
+from pallas_flash.scores import Score
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "RESIDUAL_NAMES", "AttentionSpec", "Causal", "ContextParallel", "Dense", "FallbackWarning", "Full", "InBounds",
-    "Mask", "PrefixLM", "SegmentIds", "UnsupportedError", "Window", "check_mask", "context_parallel_attention",
-    "dot_product_attention", "explain", "explain_context_parallel", "flash_attention", "positions", "reorder",
+    "RESIDUAL_NAMES", "ALiBi", "AttentionSpec", "Causal", "ContextParallel", "Dense", "FallbackWarning", "Full",
+    "InBounds", "Mask", "PrefixLM", "RelativeBias", "Score", "SegmentIds", "UnsupportedError", "Window", "alibi_slopes",
+    "check_mask", "context_parallel_attention", "dot_product_attention", "explain", "explain_context_parallel",
+    "flash_attention", "positions", "reorder",
 ]
 __version__ = "0.1.0"

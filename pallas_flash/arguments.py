@@ -34,6 +34,7 @@ _ELSEWHERE = {
     "sm_scale": ("scale=",), "soft_cap": ("softcap=",), "logits_soft_cap": ("softcap=",),
     "return_residual": ("return_lse=True",), "return_lse": ("return_residual=True",),
     "query_seq_lengths": ("q_lengths=",), "key_value_seq_lengths": ("kv_lengths=",),
+    "score_mod": ("score=",), "alibi_slopes": ("score=ALiBi(slopes)",),
     "learnable_sink": ("sinks=",), "s_aux": ("sinks=",), "softmax_offset": ("sinks=",),
     "q_lengths": ("query_seq_lengths=",), "kv_lengths": ("key_value_seq_lengths=",),
     "cu_seqlens": ("cu_seqlens_q=",), "cu_seqlens_k": ("cu_seqlens_kv=",), "max_seqlen": ("max_seqlen_q=",),
@@ -68,6 +69,8 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[st
         do = f"pass {here[0]}"
     elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
         do = f"pass {close[0]}=" if close[0] in known else f"pass {meant(close[0])[0]}"
+    elif name == "score":
+        do = "flash_attention has it, for sequences on one device; what is added to the scores can be a bias"
     else:
         do = f"it has {', '.join(known)}"
     value = keywords[name]

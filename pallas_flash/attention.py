@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import arguments, autodiff, compat, dispatch, errors, forks, masks, packed
+from pallas_flash import arguments, autodiff, compat, dispatch, errors, forks, masks, packed, scores
 from pallas_flash.arguments import Array, Ids, Integers
 from pallas_flash.arrays import Shaped
 from pallas_flash.device import Device, current
@@ -20,8 +20,9 @@ def flash_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
     cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
-    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    alignment: packed.Alignment = "first", score: scores.Score | scores.Function | None = None,
+    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[False] = False, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None,
 ) -> jax.Array: ...
@@ -33,8 +34,9 @@ def flash_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
     cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
-    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    alignment: packed.Alignment = "first", score: scores.Score | scores.Function | None = None,
+    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: Literal[True], deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -46,8 +48,9 @@ def flash_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
     cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
-    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    alignment: packed.Alignment = "first", score: scores.Score | scores.Function | None = None,
+    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
@@ -59,16 +62,17 @@ def flash_attention(
     segment_ids: Ids | tuple[Ids, Ids] | None = None, q_lengths: Integers | None = None,
     kv_lengths: Integers | None = None, cu_seqlens_q: packed.Boundaries | None = None,
     cu_seqlens_kv: packed.Boundaries | None = None, max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
-    alignment: packed.Alignment = "first", scale: float | None = None, softcap: float | None = None,
-    dropout_rate: float = 0.0, dropout_rng: Array | None = None, sinks: Array | None = None,
+    alignment: packed.Alignment = "first", score: scores.Score | scores.Function | None = None,
+    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, sinks: Array | None = None,
     return_lse: bool = False, deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Exact attention: out = dropout(softmax(softcap(scale * query key^T) + bias, where the mask keeps)) value.
+    """Exact attention: out = dropout(softmax(score(softcap(scale * query key^T)) + bias, where the mask keeps)) value.
 
     Never O(q_len * kv_len) in memory unless `implementation="reference"`. Differentiable (reverse mode) with respect
-    to query, key, value, bias and sinks, `lse` included. A query that attends to nothing gives output 0, lse -inf (with
-    sinks: the sink) and zero gradients.
+    to query, key, value, bias, the arrays of a score function and sinks, `lse` included. A query that attends to
+    nothing gives output 0, lse -inf (with sinks: the sink) and zero gradients.
 
     Args:
       query: (batch, q_len, q_heads, d) with layout "BLHD", (batch, q_heads, q_len, d) with "BHLD"; bfloat16, float16,
@@ -96,8 +100,13 @@ def flash_attention(
         and no implementation reads them, so they change no result; one that boundaries on the host exceed is refused.
       alignment: "first": the first query of each packed sequence is aligned with its first key; "last": the last with
         the last, as in flash-attn, which adds the sequence's kv_len - q_len to the offset of `mask`.
+      score: what becomes of each score after scale and soft cap, before bias and mask: a function (score, batch, head,
+        q_pos, kv_pos) -> score of scalars in jnp, or a `Score`, such as `ALiBi(slopes)` and `RelativeBias(table)`,
+        whose arrays have gradients. -inf masks; it skips no tile, so say what is a rule in `mask` too. For packed
+        sequences positions count as those of `mask`, and with alignment "last" query 0 is at the sequence's kv_len -
+        q_len. Inside `shard_map` and `vmap` batch and head count from the shard's and the element's first.
       scale: multiplies the scores; None means 1 / sqrt(d).
-      softcap: scores become softcap * tanh(scores / softcap), before bias and mask.
+      softcap: scores become softcap * tanh(scores / softcap), before score function, bias and mask.
       dropout_rate: the probability of dropping an attention weight, rounded to a multiple of 2^-16; those kept are
         scaled by the inverse of the exact keep rate. `dropout_rng`, a JAX PRNG key, is needed if it is not 0. Which
         weights drop depends on the key, batch, head and positions only, not on the implementation; under `vmap` with
@@ -141,7 +150,7 @@ def flash_attention(
     rule = packing.mask(mask, spec, batched=not inputs.unbatched, segment_ids=segment_ids, q_lengths=q_lengths,
                         kv_lengths=kv_lengths)
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths).with_sinks(sinks)
+                       kv_lengths=kv_lengths).with_score(packing.score(score, rule)).with_sinks(sinks)
     out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse)
 
@@ -153,8 +162,8 @@ def explain(
     q_lengths: Integers | Shaped | None = None, kv_lengths: Integers | Shaped | None = None,
     cu_seqlens_q: packed.Boundaries | Shaped | None = None, cu_seqlens_kv: packed.Boundaries | Shaped | None = None,
     max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None, alignment: packed.Alignment = "first",
-    scale: float | None = None, softcap: float | None = None, dropout_rate: float = 0.0,
-    dropout_rng: Shaped | None = None, sinks: Shaped | None = None, return_lse: bool = False,
+    score: scores.Score | scores.Function | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout_rate: float = 0.0, dropout_rng: Shaped | None = None, sinks: Shaped | None = None, return_lse: bool = False,
     deterministic: bool = False, layout: Layout = "BLHD",
     implementation: dispatch.Requested = None, device: Device | None = None,
 ) -> str:
@@ -179,7 +188,7 @@ def explain(
     rule = packing.mask(mask, spec, batched=not inputs.unbatched, segment_ids=segment_ids, q_lengths=q_lengths,
                         kv_lengths=kv_lengths)
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
-                       kv_lengths=kv_lengths).with_sinks(sinks)
+                       kv_lengths=kv_lengths).with_score(packing.score(score, rule)).with_sinks(sinks)
     where = problem.where(dropout_rng) if device is None else device
     text = dispatch.explain(problem.spec, where, implementation)
     return text if sinks is None else f"{text}\nsinks: one more pass over out, in plain JAX"
@@ -192,7 +201,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Requested = None, return_residual: Literal[False] = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
-    sinks: Array | None = None,
+    sinks: Array | None = None, score: scores.Score | scores.Function | None = None,
 ) -> jax.Array: ...
 
 
@@ -203,7 +212,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Requested = None, return_residual: Literal[True], softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
-    sinks: Array | None = None,
+    sinks: Array | None = None, score: scores.Score | scores.Function | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -214,7 +223,7 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Requested = None, return_residual: bool, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
-    sinks: Array | None = None,
+    sinks: Array | None = None, score: scores.Score | scores.Function | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -225,10 +234,10 @@ def dot_product_attention(
     key_value_seq_lengths: Integers | None = None, local_window_size: int | tuple[int, int] | None = None,
     implementation: dispatch.Requested = None, return_residual: bool = False, softcap: float | None = None,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, segment_ids: Ids | tuple[Ids, Ids] | None = None,
-    sinks: Array | None = None,
+    sinks: Array | None = None, score: scores.Score | scores.Function | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` with its signature, computed by `flash_attention`; plus soft cap, dropout,
-    segments and sinks.
+    segments, sinks and score functions.
 
     A query that attends to nothing gives 0 (in jax.nn: the mean of value), and lse is float32 with a gradient.
     docs/semantics.md lists the other differences from jax.nn.
@@ -243,7 +252,8 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: integers (batch,): positions from there on are padding.
       local_window_size: keys visible on the left and right of a query; one number for both.
       return_residual: also return lse, (batch, q_len, q_heads) as in jax.nn.
-      scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids, sinks: see `flash_attention`.
+      scale, implementation, softcap, dropout_rate, dropout_rng, segment_ids, sinks, score: see
+        `flash_attention`.
 
     Raises:
       ValueError, RuntimeError, UnsupportedError: see `flash_attention`.
@@ -263,7 +273,7 @@ def dot_product_attention(
     rule = rule & arguments.in_bounds(
         spec, query_seq_lengths, key_value_seq_lengths, names=("query_seq_lengths", "key_value_seq_lengths"))
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=None, kv_lengths=None)
-    problem = problem.with_sinks(sinks)
+    problem = problem.with_score(scores.checked(score)).with_sinks(sinks)
     out, lse = problem.attend(dropout_rng, implementation)
     return out if lse is None else (out, lse.swapaxes(-1, -2))
 
@@ -306,7 +316,12 @@ class _Problem(NamedTuple):
     bias: Shaped | None
     mask: masks.Mask
     spec: AttentionSpec
+    score: scores.Score | None
     sinks: Shaped | None
+
+    def with_score(self, score: scores.Score | None) -> "_Problem":
+        """The same with a score function that is `scores.checked`; None: without."""
+        return self._replace(score=score, spec=self.spec.scored(score))
 
     def with_sinks(self, sinks: object) -> "_Problem":
         """The same with sinks, once checked; None: without."""
@@ -329,15 +344,20 @@ class _Problem(NamedTuple):
         """Where the call runs: a dropout key that is used counts like the other arrays."""
         q, k, v, *_ = self.inputs
         rng = dropout_rng if self.spec.dropout_rate else None
-        return current((q, k, v, self.bias, self.sinks, self.mask, rng))
+        return current((q, k, v, self.bias, self.score, self.sinks, self.mask, rng))
 
     def operands(self, dropout_seed: jax.Array | None) -> Operands:
         """As JAX arrays; raises where one has a shape and no values."""
         q, k, v, *_ = self.inputs
         return Operands(
             q=_as_jax("query", q), k=_as_jax("key", k), v=_as_jax("value", v),
-            bias=None if self.bias is None else _as_jax("bias", self.bias), mask=_mask_as_jax(self.mask),
+            bias=None if self.bias is None else _as_jax("bias", self.bias),
+            score=self._arrays(scores.floats(self.score)),
+            mask=_mask_as_jax(self.mask), score_integers=self._arrays(scores.integers(self.score)),
             dropout_seed=dropout_seed, dropout_origin=None)
+
+    def _arrays(self, of_score: tuple[Shaped, ...]) -> tuple[jax.Array, ...]:
+        return tuple(_as_jax(f"an array of the score function {self.score}", x) for x in of_score)
 
 
 def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object, segment_ids: object,
@@ -347,7 +367,7 @@ def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object
         rule = rule & arguments.segments(spec, segment_ids)
     fitted = None if bias is None else arguments.fitted("bias", bias, arguments.score_axes(spec))
     rule = rule.canonical()
-    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted), sinks=None)
+    return _Problem(inputs, fitted, rule, spec.masked(rule, fitted), score=None, sinks=None)
 
 
 def _require_values(name: str, x: object) -> None:

@@ -93,8 +93,11 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
 
 def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
     wanted = spec.operand_shapes
-    for name, x in operands.differentiable._asdict().items():
-        _check_shape(spec, name, x, getattr(wanted, name))
+    for name in ("q", "k", "v", "bias"):
+        _check_shape(spec, name, getattr(operands, name), getattr(wanted, name))
+    if (shapes := tuple(x.shape for x in operands.score)) != wanted.score:
+        raise errors.invalid(f"the arrays of the score function must have the shapes {wanted.score} in {spec}",
+                             f"{shapes}", "pass those that the spec was made from")
     _check_shape(spec, "dropout_seed", operands.dropout_seed, (2,) if spec.dropout_rate else None)
     if operands.dropout_origin is not None:
         _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_rate else None)
@@ -159,7 +162,8 @@ class _OnOneDevice(NamedTuple):
 
 def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float[Array, " h"] | None) -> tuple[
         Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
-    """(out, lse), differentiable with respect to q, k, v, bias and sinks; lse is None if the spec does not ask for it.
+    """(out, lse), differentiable with respect to q, k, v, bias, the arrays of the score function and sinks; lse is None
+    if the spec does not ask for it.
 
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.

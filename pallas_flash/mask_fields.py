@@ -1,8 +1,8 @@
-"""The fields of a mask: which are static and which hold data, and data as kernels expect it."""
+"""The fields of a mask, or of a score function: which are static and which hold data, and data as kernels expect it."""
 
 import dataclasses
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import jax
@@ -105,7 +105,7 @@ def with_lead_axes(owner: str, name: str, array: object, position_axes: int) -> 
 
 
 def values(mask: object) -> dict[str, Any]:
-    """The values of a mask's fields, by name."""
+    """The values of the fields of a mask or a score function, by name."""
     return {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}  # type: ignore[arg-type]
 
 
@@ -113,8 +113,9 @@ Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
 """The names of the fields that hold data, and the other fields."""
 
 
-def flatten(mask: object) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], Static]:
-    """Splits a mask into the fields that hold data and the others, as JAX wants a pytree."""
+def flatten(mask: object, *, is_static: Callable[[object], bool] = is_static) -> tuple[
+        list[tuple[jax.tree_util.GetAttrKey, object]], Static]:
+    """Splits a mask, or a score function, into the fields that hold data and the others, as JAX wants a pytree."""
     fields = values(mask)
     # JAX may have unflattened it with an axis number or a flag in place of an array, which must stay data.
     names = getattr(mask, "_data_names", None) or tuple(name for name, value in fields.items() if not is_static(value))

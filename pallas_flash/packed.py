@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import arguments, errors, mask_fields, masks
+from pallas_flash import arguments, errors, mask_fields, masks, scores
 from pallas_flash.arithmetic import Positions, maximum, minimum, where
 from pallas_flash.arrays import Array, Shaped
 from pallas_flash.spec import AttentionSpec
@@ -72,6 +72,23 @@ class Packed(masks.Mask):
     def __str__(self) -> str:
         alignment = "" if self.alignment == "first" else f", alignment={self.alignment}"
         return f"Packed({self.rule}, sequences={self.cu_seqlens_q.shape[-1] - 1}{alignment})"
+
+    @property
+    def positions(self) -> tuple[Shaped, Shaped]:
+        """The position of each query and of each key within its sequence, (1, q_len) and (1, kv_len) int32: with
+        alignment "last" query 0 is at kv_len - q_len. Of placeholders, placeholders."""
+        if not isinstance(self.cu_seqlens_q, Array | np.ndarray):
+            return (jax.ShapeDtypeStruct((1, *self.q_sequence.shape[-1:]), jnp.int32),
+                    jax.ShapeDtypeStruct((1, *self.kv_sequence.shape[-1:]), jnp.int32))
+        def within(side: _Side) -> Array:
+            return jnp.arange(side.sequence.shape[0], dtype=jnp.int32) - side.span(side.sequence)[0]
+
+        queries, keys = self._queries, self._keys
+        q_pos = within(queries)
+        if self.alignment == "last":
+            (q_start, q_stop), (kv_start, kv_stop) = (side.span(queries.sequence) for side in (queries, keys))
+            q_pos = q_pos + (kv_stop - kv_start) - (q_stop - q_start)
+        return q_pos[None], within(keys)[None]
 
     @property
     def _queries(self) -> _Side:
@@ -168,6 +185,15 @@ class Packing(NamedTuple):
         (q_starts, q_sequence), (kv_starts, kv_sequence) = (
             _sides(starts, tokens) for starts, tokens in ((q_starts, spec.q_len), (kv_starts, spec.kv_len)))
         return Packed(within, q_starts, kv_starts, q_sequence, kv_sequence, self.alignment)
+
+    def score(self, score: object, mask: object) -> scores.Score | None:
+        """A score function within each sequence of `mask`, which `mask()` returned."""
+        function = scores.checked(score)
+        if function is None or not isinstance(mask, Packed):
+            return function
+        if function.is_relative and self.cu_seqlens_kv is None:  # distances within a sequence are those in the row
+            return function
+        return scores.At(function, *mask.positions)
 
     def _require_nothing(self) -> None:
         given = {name: value for name, value in self._asdict().items() if value is not None and value != "first"}

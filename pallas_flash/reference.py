@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, softmax
+from pallas_flash import dropout, masks, scores, softmax
 from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Results
 
@@ -35,10 +35,28 @@ def _scores(spec: AttentionSpec, operands: Operands, q: Array, k: Array, keep: A
     """Scores, -inf where a pair does not attend, and their unit (see softmax.py)."""
     products = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=jax.lax.Precision.HIGHEST)
     (s, _), unit = softmax.scores(products, spec.scale, spec.softcap), softmax.unit(spec.scale, spec.softcap)
+    function = spec.score_function(operands)
+    if function is not None:
+        s, keep = _after(function, s * unit, keep)
+        unit = 1.0
     if operands.bias is not None:
         bias, anchor = (x.astype(s.dtype) for x in (operands.bias, spec.anchor(operands)))
         s, unit = s * unit + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor, 1.0
     return jnp.where(keep, s, -jnp.inf), unit
+
+
+def _after(function: scores.Score, s: Float[Array, "b h t s"],
+           keep: Bool[Array, "b h t s"]) -> tuple[Float[Array, "b h t s"], Bool[Array, "b h t s"]]:
+    """The scores after the function, and which pairs attend: where it gives -inf, none do.
+
+    Pairs that do not attend stand for others, so that a derivative that is NaN at them reaches nothing.
+    """
+    batch, heads, q_len, kv_len = s.shape
+    pairs = scores.tile(batch, heads, *(jnp.arange(n, dtype=jnp.int32) for n in (q_len, kv_len)))
+    keep = keep & (scores.applied(jax.lax.stop_gradient(function), jax.lax.stop_gradient(s), pairs) != -jnp.inf)
+    s, pairs = scores.attending(s, pairs, keep)
+    function, s = jax.tree.map(lambda x: jnp.where(keep.any(), x, jax.lax.stop_gradient(x)), (function, s))
+    return scores.applied(function, s, pairs), keep
 
 
 def _drop(spec: AttentionSpec, operands: Operands, p: Float[Array, "b h t s"]) -> Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import errors, masks, softmax
+from pallas_flash import errors, masks, scores, softmax
 from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
 
@@ -43,10 +43,11 @@ class Gradients[T](NamedTuple):
     dk: T
     dv: T
     dbias: T | None
+    dscore: tuple[T, ...]
 
     def as_operands(self) -> "Differentiable[T]":
         """The same in the structure of what they are cotangents of, as JAX wants them."""
-        return Differentiable(q=self.dq, k=self.dk, v=self.dv, bias=self.dbias)
+        return Differentiable(q=self.dq, k=self.dk, v=self.dv, bias=self.dbias, score=self.dscore)
 
 
 class Differentiable[T](NamedTuple):
@@ -56,11 +57,13 @@ class Differentiable[T](NamedTuple):
     k: T
     v: T
     bias: T | None
+    score: tuple[T, ...]  # the floating-point arrays of the score function, in the order of its fields
 
     def gradients[R](self, function: Callable[[T], R]) -> Gradients[R]:
         """function(x) in the place of the gradient of each operand x that there is."""
         return Gradients(dq=function(self.q), dk=function(self.k), dv=function(self.v),
-                         dbias=None if self.bias is None else function(self.bias))
+                         dbias=None if self.bias is None else function(self.bias),
+                         dscore=tuple(map(function, self.score)))
 
 
 class Operands(NamedTuple):
@@ -70,32 +73,37 @@ class Operands(NamedTuple):
     k: Float[Array, "b s k d"]
     v: Float[Array, "b s k v"]
     bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
+    score: tuple[Array, ...]  # the floating-point arrays of the score function, in the order of its fields
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
+    score_integers: tuple[Array, ...]  # its other arrays
     dropout_seed: Int[Array, "2"] | None  # uint32
     dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: (0, 0, 0, 0)
 
     @property
     def differentiable(self) -> Differentiable[Array]:
         """Those that have a gradient."""
-        return Differentiable(q=self.q, k=self.k, v=self.v, bias=self.bias)
+        return Differentiable(q=self.q, k=self.k, v=self.v, bias=self.bias, score=self.score)
 
     @property
     def others(self) -> "Others":
         """Those that have none."""
-        return Others(mask=self.mask, dropout_seed=self.dropout_seed, dropout_origin=self.dropout_origin)
+        return Others(mask=self.mask, score_integers=self.score_integers, dropout_seed=self.dropout_seed,
+                      dropout_origin=self.dropout_origin)
 
     @classmethod
     def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
         """The operands again from the two parts."""
-        q, k, v, bias = differentiable
-        mask, dropout_seed, dropout_origin = others
-        return cls(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=dropout_seed, dropout_origin=dropout_origin)
+        q, k, v, bias, score = differentiable
+        mask, score_integers, dropout_seed, dropout_origin = others
+        return cls(q=q, k=k, v=v, bias=bias, score=score, mask=mask, score_integers=score_integers,
+                   dropout_seed=dropout_seed, dropout_origin=dropout_origin)
 
 
 class Others(NamedTuple):
     """The operands without a gradient."""
 
     mask: masks.Mask
+    score_integers: tuple[Array, ...]
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
 
@@ -114,11 +122,12 @@ class Results[T](NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """out = dropout(softmax(softcap(scale * q k^T) + bias, where mask keeps)) v, for arrays of given shapes.
+    """out = dropout(softmax(score(softcap(scale * q k^T)) + bias, where mask keeps)) v, for arrays of given shapes.
 
     softcap(s) = softcap * tanh(s / softcap). Make one with `AttentionSpec.of`.
 
     Attributes:
+      score: the score function, with placeholders for its arrays; None: there is none.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
         rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
     """
@@ -134,6 +143,7 @@ class AttentionSpec:
     d_v: int
     mask: masks.Mask
     bias: ArrayField | None
+    score: scores.Score | None
     softcap: float | None
     scale: float
     dropout_rate: float
@@ -145,7 +155,7 @@ class AttentionSpec:
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
            bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
            dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False,
-           partial: bool = False) -> "AttentionSpec":
+           partial: bool = False, score: scores.Score | scores.Function | None = None) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -156,6 +166,7 @@ class AttentionSpec:
           bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
           softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
           return_lse, deterministic, partial: Python booleans.
+          score: what becomes of scores before the bias: a `Score`, or a plain function.
 
         Raises:
           ValueError: naming the array, what must hold, what was given and what to do.
@@ -169,12 +180,13 @@ class AttentionSpec:
         errors.require_bool("partial", partial)
         spec = cls(
             layout=layout, dtype=np.dtype(q.dtype), batch=batch, q_heads=q_heads, kv_heads=kv_heads, q_len=q_len,
-            kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None,
+            kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None, score=None,
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
             dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic),
             partial=bool(partial))
-        return spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
+        spec = spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
+        return spec.scored(scores.checked(score))
 
     def masked(self, mask: masks.Mask, bias: Shaped | None) -> "AttentionSpec":
         """This spec with a canonical mask and a bias; raises as `of` does."""
@@ -183,6 +195,23 @@ class AttentionSpec:
             _check_bias(bias, (self.batch, self.q_heads, self.q_len, self.kv_len))
         return dataclasses.replace(self, mask=mask.with_placeholders(),
                                    bias=None if bias is None else ArrayField.of(bias))
+
+    def scored(self, score: scores.Score | None) -> "AttentionSpec":
+        """This spec with a score function that is `scores.checked`; raises as `of` does."""
+        if score is None:
+            return self
+        for x in scores.floats(score):
+            check_dtype(f"an array of the score function {score}", x)
+        score.require_heads(self.q_heads)
+        score = score.with_placeholders()
+        scores.check_result(score, self.acc_dtype)
+        return dataclasses.replace(self, score=score)
+
+    def score_function(self, operands: Operands) -> scores.Score | None:
+        """The score function with its arrays, those of floating-point numbers in `acc_dtype`."""
+        if self.score is None:
+            return None
+        return self.score.filled([x.astype(self.acc_dtype) for x in operands.score], operands.score_integers)
 
     @property
     def group(self) -> int:
@@ -244,7 +273,8 @@ class AttentionSpec:
         """The shapes of the operands that have a gradient."""
         return Differentiable(
             q=self.shape(self.q_len, self.q_heads, self.d), k=self.shape(self.kv_len, self.kv_heads, self.d),
-            v=self.shape(self.kv_len, self.kv_heads, self.d_v), bias=None if self.bias is None else self.bias.shape)
+            v=self.shape(self.kv_len, self.kv_heads, self.d_v), bias=None if self.bias is None else self.bias.shape,
+            score=tuple(x.shape for x in scores.floats(self.score)))
 
     @property
     def stats_shape(self) -> tuple[int, int, int, int]:
@@ -255,6 +285,7 @@ class AttentionSpec:
         shape = f"batch={self.batch}, heads={self.q_heads}:{self.kv_heads}, len={self.q_len}x{self.kv_len}"
         dim = f"d={self.d}" if self.d == self.d_v else f"d={self.d}, d_v={self.d_v}"
         extras = [f"bias={'x'.join(map(str, self.bias.shape))}" if self.bias else "",
+                  f"score={self.score}" if self.score is not None else "",
                   f"softcap={self.softcap:g}" if self.softcap is not None else "",
                   f"dropout_rate={self.dropout_rate:g}" if self.dropout_rate else "",
                   "deterministic" if self.deterministic else "", "partial" if self.partial else ""]

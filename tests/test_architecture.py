@@ -13,10 +13,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {path.stem for path in ROOT.glob("pallas_flash/*") if path.stem != "__init__"}
 SOURCES = sorted([*ROOT.glob("pallas_flash/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
 
-FOUNDATIONS = {"errors", "masks", "spec"}
+FOUNDATIONS = {"errors", "masks", "scores", "spec"}
 ARROWS = {
     "arrays": set(), "arithmetic": set(),
-    "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "spec"},
+    "": {"attention", "autodiff", "context_parallel", "errors", "mask_check", "masks", "relative_scores", "scores",
+         "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", "packed", *FOUNDATIONS},
     "packed": {"arguments", "mask_fields", *FOUNDATIONS},
@@ -24,7 +25,9 @@ ARROWS = {
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
-    "spec": {"errors", "masks", "softmax"},  # softmax: what a bias is anchored at
+    "spec": {"errors", "masks", "scores", "softmax"},  # softmax: what a bias is anchored at
+    "scores": {"errors", "mask_fields"},  # fields: those of a score function are kept as those of a mask
+    "relative_scores": {"errors", "scores"},
     "mask_fields": {"errors"},
     "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},

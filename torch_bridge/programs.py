@@ -39,9 +39,9 @@ class Program(NamedTuple):
         given = {name: next(arrays) for name in Operands._fields if name in there}
         seed = jax.lax.bitcast_convert_type(given["seed"], jnp.uint32) if spec.dropout_rate else None
         return specs.Operands(
-            q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"),
-            mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}), dropout_seed=seed,
-            dropout_origin=None)
+            q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"), score=(),
+            mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}), score_integers=(),
+            dropout_seed=seed, dropout_origin=None)
 
 
 class Given(NamedTuple):
@@ -145,7 +145,7 @@ def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) ->
     """The tangents of gradients, zeros for those that are None."""
     return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
                      dv=_given_or_zero(given.value, grads.dv),
-                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias))
+                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias), dscore=())
 
 
 def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:

@@ -57,14 +57,14 @@ class AllGatherPasses(NamedTuple):
                        stats=jnp.concatenate([x.stats for x in found], axis=3))
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        q, k, v, bias = operands.differentiable
+        q, k, v, bias, _ = operands.differentiable
         k, v, dout = lax.optimization_barrier((k, v, cotangents.out))  # else XLA keeps what the forward gathered
         operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
         found = [self._gradients(chunk, results, cotangents) for chunk in self._chunks(operands)]
         dk, dv = (self._scattered(functools.reduce(operator.add, xs)) for xs in zip(*((x.dk, x.dv) for x in found)))
         return Gradients(
             dq=jnp.concatenate([x.dq for x in found], axis=1).astype(q.dtype), dk=dk.astype(k.dtype),
-            dv=dv.astype(v.dtype), dbias=None if bias is None else self._dbias(bias, found))
+            dv=dv.astype(v.dtype), dbias=None if bias is None else self._dbias(bias, found), dscore=())
 
     def _gradients(self, chunk: "_Chunk", results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         """What a chunk adds to the gradients, of its own queries and of all keys."""

@@ -69,10 +69,10 @@ class _HeadPasses(NamedTuple):
         found: Gradients[Array] = autodiff.backward(
             spec, self.shards.implementation_of(spec), self._narrow(operands), results, cotangents,
             where=self.shards.device)
-        q, k, v, bias = operands.differentiable
+        q, k, v, bias, _ = operands.differentiable
         dbias = None if bias is None or found.dbias is None else found.dbias.astype(bias.dtype)
         return Gradients(dq=found.dq.astype(q.dtype), dk=found.dk.astype(k.dtype), dv=found.dv.astype(v.dtype),
-                         dbias=dbias)
+                         dbias=dbias, dscore=())
 
     def _narrow(self, operands: Operands) -> Operands:
         return operands._replace(k=operands.k.astype(self.spec.dtype), v=operands.v.astype(self.spec.dtype))

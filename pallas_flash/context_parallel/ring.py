@@ -90,14 +90,14 @@ class RingPasses(NamedTuple):
             grads = autodiff.backward(spec, name, problem, Results(out, stats), Results(dout, dstats[:, :, :2]),
                                       where=self.shards.device)
             for pick, dq, dk, dv in zip(chosen, *(split(x, len(chosen)) for x in grads[:3])):
-                carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias), pick)
+                carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias, dscore=()), pick)
             return carried
 
         state = (zeros(operands.q), None if operands.bias is None else zeros(operands.bias))
         (dq, dbias), (dk, dv) = self._around(compute, operands, state, [zeros(operands.k), zeros(operands.v)])
-        q, k, v, bias = operands.differentiable
+        q, k, v, bias, _ = operands.differentiable
         return Gradients(dq=dq.astype(q.dtype), dk=dk.astype(k.dtype), dv=dv.astype(v.dtype),
-                         dbias=None if bias is None else dbias.astype(bias.dtype))
+                         dbias=None if bias is None else dbias.astype(bias.dtype), dscore=())
 
     def _rows(self, x: Results[Array], call: Call, chosen: list[Chosen]) -> Results[Array]:
         """The rows of a call's pairs."""

@@ -16,6 +16,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_flash import scores
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import textbook
 from pallas_flash.testing.textbook import Results
@@ -47,7 +48,8 @@ class Budget:
         baseline, magnitude = textbook.attention(spec, operands, *cotangents)
         u, u_acc = (float(jnp.finfo(dtype).eps) / 2 for dtype in (spec.dtype, spec.acc_dtype))
         u_bias = u if spec.bias is None else max(u, float(jnp.finfo(spec.bias.dtype).eps) / 2)
-        budget = cls(oracle, baseline, magnitude, Results(u, u_acc, u, u, u, u_bias), u_acc)
+        u_score = max([u, *(float(jnp.finfo(x.dtype).eps) / 2 for x in scores.floats(spec.score))])
+        budget = cls(oracle, baseline, magnitude, Results(u, u_acc, u, u, u, u_bias, u_score), u_acc)
         for name in budget.names:
             budget._check_baseline(name)
         return budget
@@ -59,7 +61,7 @@ class Budget:
 
     @property
     def names(self) -> list[str]:
-        """The results that there are: dbias only with a bias."""
+        """The results that there are: dbias only with a bias, dscore with an array of a score function."""
         return [name for name in Results._fields if getattr(self.oracle, name) is not None]
 
     def used(self, results: Results[np.ndarray]) -> dict[str, float]:

@@ -30,11 +30,13 @@ def compiled(problem: Problem,
     """A jitted function of operands and the cotangents of (out, lse) that computes everything."""
     def run(operands: Operands, cotangents: inputs.Cotangents) -> Results[Array]:
         def call(given: Differentiable[Array]) -> tuple[Array, Array]:
-            q, k, v, bias = given
-            return flash_attention(q, k, v, bias=bias, implementation=implementation, **problem.keywords(operands))
+            q, k, v, bias, _ = given
+            return flash_attention(q, k, v, bias=bias, implementation=implementation,
+                                   **problem.keywords(Operands.of(given, operands.others)))
         (out, lse), vjp = jax.vjp(call, operands.differentiable)
         (found,) = vjp(cotangents)
-        return Results(out=out, lse=lse, dq=found.q, dk=found.k, dv=found.v, dbias=found.bias)
+        return Results(out=out, lse=lse, dq=found.q, dk=found.k, dv=found.v, dbias=found.bias,
+                       dscore=next(iter(found.score), None))
     return jax.jit(run, compiler_options=_fast_to_compile())
 
 

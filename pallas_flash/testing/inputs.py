@@ -35,7 +35,7 @@ def device_normal(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Arr
 
 def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: float | None = None,
              bias_size: float = 1.0, bias_masks: bool = False, normal: Normal = host_normal) -> Operands:
-    """Random operands of a spec.
+    """Random operands of a spec without a score function.
 
     Args:
       mask: the spec's mask with its arrays.
@@ -57,8 +57,8 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
         if bias_masks:
             bias[np.random.default_rng(seed).random(bias.shape) < 0.2] = -np.inf
     dropout_seed = np.array([0x9E3779B9, seed], np.uint32) if spec.dropout_rate else None
-    return Operands(q=q, k=k, v=v, bias=cast(Array | None, bias), mask=mask.canonical(),
-                    dropout_seed=cast(Array | None, dropout_seed), dropout_origin=None)
+    return Operands(q=q, k=k, v=v, bias=cast(Array | None, bias), score=(), mask=mask.canonical(),
+                    score_integers=(), dropout_seed=cast(Array | None, dropout_seed), dropout_origin=None)
 
 
 def with_scores_of(size: float, operands: Operands) -> Operands:

@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import packed
+from pallas_flash import packed, scores
 from pallas_flash.arrays import Array
 from pallas_flash.masks import Causal, Dense, Full, InBounds, Mask, PrefixLM, SegmentIds, Window
+from pallas_flash.relative_scores import ALiBi, RelativeBias, alibi_slopes
+from pallas_flash.scores import Score
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from pallas_flash.testing import inputs
 
@@ -39,6 +42,7 @@ class _Options(TypedDict):
 
     layout: Layout
     mask: Mask
+    score: Score | None
     softcap: float | None
     scale: float | None
     dropout_rate: float
@@ -46,7 +50,7 @@ class _Options(TypedDict):
 
 
 class Keywords(_Options):
-    """The arguments of `flash_attention` that have no gradient."""
+    """The arguments of `flash_attention` that are not arrays."""
 
     dropout_rng: Array | None
     return_lse: Literal[True]
@@ -54,7 +58,8 @@ class Keywords(_Options):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """A named problem. The fields up to `deterministic` are those of `AttentionSpec`; bias is its shape.
+    """A named problem. The fields up to `deterministic` are those of `AttentionSpec`; bias is its shape, and the score
+    function has its arrays, at most one of floating-point numbers.
 
     Attributes:
       source: why it is in the catalogue.
@@ -77,6 +82,7 @@ class Problem:
     layout: Layout = "BLHD"
     mask: Mask = FULL
     bias: tuple[int, int, int, int] | None = None
+    score: Score | None = None
     softcap: float | None = None
     scale: float | None = None
     dropout_rate: float = 0.0
@@ -106,7 +112,7 @@ class Problem:
 
     @property
     def _options(self) -> _Options:
-        return _Options(layout=self.layout, mask=self.mask, softcap=self.softcap, scale=self.scale,
+        return _Options(layout=self.layout, mask=self.mask, score=self.score, softcap=self.softcap, scale=self.scale,
                         dropout_rate=self.dropout_rate, deterministic=self.deterministic)
 
     def operands(self, dtype: str | None = None, *, seed: int = 0,
@@ -114,11 +120,14 @@ class Problem:
         """Random operands of `spec(dtype)`."""
         operands = inputs.operands(self.spec(dtype), self.mask, seed=seed, row_lse=self.row_lse,
                                    bias_size=self.bias_size, bias_masks=self.bias_masks, normal=normal)
+        operands = operands._replace(score=scores.floats(self.score), score_integers=scores.integers(self.score))
         return operands if self.score_size is None else inputs.with_scores_of(self.score_size, operands)
 
     def keywords(self, operands: Operands) -> Keywords:
         """The keywords of `flash_attention(q, k, v, bias=..., **keywords)` for operands of this problem."""
-        return {**self._options, "mask": operands.mask, "dropout_rng": operands.dropout_seed, "return_lse": True}
+        score = None if self.score is None else self.score.filled(operands.score, operands.score_integers)
+        return {**self._options, "mask": operands.mask, "score": score, "dropout_rng": operands.dropout_seed,
+                "return_lse": True}
 
 
 def _packed(*lengths: int) -> np.ndarray:
@@ -200,6 +209,22 @@ _EMPTY: dict[str, _Fields] = {
 
 _BIASES = [(b, h, q, kv) for b in (1, 2) for h in (1, 2) for q in (1, LEN) for kv in (1, LEN)]
 
+@dataclasses.dataclass(frozen=True)
+class _Bent(Score):
+    """Falls and rises with the score, by a curve of each head; hides keys at some distances."""
+
+    curves: Any
+
+    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
+        near = jnp.exp(-abs(kv_pos - q_pos).astype(score.dtype) / 30)
+        bent = score - near * self.curves[head, batch % 2] * jnp.sin(2 * score)
+        return jnp.where((q_pos + 3 * kv_pos) % 11 == 5, -jnp.inf, bent)
+
+
+def _table(heads: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(columns).standard_normal((heads, columns)).astype(np.float32)
+
+
 _FEATURES: dict[str, _Fields] = {
     "bias": dict(bias=(2, 2, LEN, LEN), mask=Causal()),
     "bias-gqa": dict(bias=(1, 4, LEN, LEN), q_heads=4, layout="BHLD", mask=Causal()),
@@ -218,6 +243,11 @@ _FEATURES: dict[str, _Fields] = {
     "scale-zero": dict(scale=0.0, mask=Causal()),
     "scale-negative": dict(scale=-0.7, mask=Causal()),
     "scale-large": dict(scale=3.0),
+    "score-alibi": dict(score=ALiBi(alibi_slopes(4), offset=3), q_heads=4, mask=Causal(offset=3), layout="BHLD",
+                        dtypes=("float16",)),
+    "score-relative": dict(score=RelativeBias(_table(2, 41)), mask=Window(left=70, right=50), dtypes=("float32",)),
+    "score-everything": dict(score=_Bent(_table(4, 2)), bias=(1, 4, LEN, LEN), softcap=3.0, dropout_rate=0.2, q_heads=4,
+                             mask=Causal(offset=-20) & InBounds(kv_len=_LENGTHS), dtypes=("bfloat16",)),
     "large-rows": dict(row_lse=200.0, mask=Causal()),
     "large-rows-full": dict(row_lse=200.0, d=64, d_v=64, batch=1),
 }

@@ -1,9 +1,10 @@
 """Attention and its gradients from the formulas, in plain NumPy: what an error budget measures its baseline with.
 
-    S = softcap(scale Q K^T) + bias     P = exp(S - lse)     O = drop(P) V
-    dV = drop(P)^T dO     dP = drop(dO V^T)     dS = P (dP - sum(O dO) + dlse)     dQ = scale dS K     dK = scale dS^T Q
+    S = f(softcap(scale Q K^T)) + bias  P = exp(S - lse)     O = drop(P) V
+    dV = drop(P)^T dO     dP = drop(dO V^T)     dS = P (dP - sum(O dO) + dlse)     dQ = scale f' dS K     dK = ...
 
-It shares no code with the kernels or with `reference` but the mask's `keep` and the dropout bits. In a spec's own
+It shares no code with the kernels or with `reference` but the mask's `keep`, the score function f of one pair, and the
+dropout bits. In a spec's own
 precision it rounds where the kernels do: P, dS and O to the input's dtype, everything else in the accumulation dtype.
 """
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import dropout
+from pallas_flash import dropout, scores
 from pallas_flash.arrays import Array
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs
@@ -30,6 +31,7 @@ class Results[T](NamedTuple):
     dk: T
     dv: T
     dbias: T | None
+    dscore: T | None = None  # of the one floating-point array of the score function
 
 
 class _Terms(NamedTuple):
@@ -41,7 +43,7 @@ class _Terms(NamedTuple):
     dout: np.ndarray
     p: np.ndarray
     factor: np.ndarray  # dropout: 0 or 1 / keep_rate
-    slope: np.ndarray  # the soft cap's derivative
+    slope: np.ndarray  # the derivative of soft cap and score function
     out: np.ndarray
 
 
@@ -59,7 +61,8 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
     k, v = (np.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = (np.where(keep.any(axis=axis)[..., None], x, 0) for x, axis in ((q, 3), (k, 2), (v, 2)))
 
-    s, slope = _scores(spec, q, k, operands.bias, keep)
+    s, slope, jacobian = _scores(spec, q, k, operands, keep)
+    keep = keep & (s != -np.inf)
     p, lse, nothing = _softmax(s)
     factor = _dropout_factor(spec, operands, acc)
     out = _through(spec, _through(spec, p * factor) @ v)
@@ -69,10 +72,11 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
     ds = p * (dp - (out * dout).sum(-1)[..., None] + dlse[..., None])
     ds_qk = _through(spec, ds * slope * acc.type(spec.scale))
     results = Results(out, np.where(nothing, -np.inf, lse), ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
-                      _group_sum(_through(spec, p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec))
+                      _group_sum(_through(spec, p * factor).swapaxes(-1, -2) @ dout, spec), _bias_sum(ds, spec),
+                      _score_sum(ds, jacobian))
     row_size = 1 + np.maximum(np.where(keep, abs(s), 0).max(-1, initial=0), abs(lse))
     terms = _Terms(q, k, v, dout, p, factor, slope, out)
-    sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size))
+    sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size), jacobian)
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
 
 
@@ -82,7 +86,7 @@ def _through(spec: AttentionSpec, x: np.ndarray) -> np.ndarray:
 
 
 def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.ndarray,
-                row_size: np.ndarray) -> Results[np.ndarray]:
+                row_size: np.ndarray, jacobian: np.ndarray | None) -> Results[np.ndarray]:
     """The magnitude of each result, in float64. `row_size` is 1 + max(|S|, |lse|), the condition of exp; 0 if empty."""
     # Squares of everything: products then add up squared terms.
     q, k, v, dout, p, factor, slope, out = (np.square(x, dtype=np.float64) for x in terms)
@@ -90,14 +94,15 @@ def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.n
     fine = float(jnp.finfo(spec.acc_dtype).eps) / float(jnp.finfo(spec.dtype).eps)
     least = np.square(_underflow(spec))
     p = p * np.square(1 + fine * row_size)[..., None] + keep * least
-    slope = np.square(terms.slope + fine * (2 - terms.slope))  # 1 - t^2 with terms 1 and t^2
+    slope = np.square(abs(terms.slope) + fine * abs(2 - terms.slope))  # 1 - t^2 with terms 1 and t^2
     ds = p * ((dout @ v.swapaxes(-1, -2)) * factor + (out * dout).sum(-1)[..., None] + np.square(dlse)[..., None])
     ds_qk = ds * slope * spec.scale**2
     ds_qk = ds_qk + (ds_qk > 0) * least
     squares = (p * factor @ v, ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
                _group_sum((p * factor).swapaxes(-1, -2) @ dout, spec))
     out_size, dq, dk, dv = map(np.sqrt, squares)
-    return Results(out_size, row_size, dq, dk, dv, None if (dbias := _bias_sum(ds, spec)) is None else np.sqrt(dbias))
+    dbias, dscore = _bias_sum(ds, spec), _score_sum(ds, None if jacobian is None else np.square(jacobian, dtype=float))
+    return Results(out_size, row_size, dq, dk, dv, *(None if x is None else np.sqrt(x) for x in (dbias, dscore)))
 
 
 def _underflow(spec: AttentionSpec) -> float:
@@ -110,16 +115,46 @@ def _bhld(x: np.ndarray, spec: AttentionSpec) -> np.ndarray:
     return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
 
 
-def _scores(spec: AttentionSpec, q: np.ndarray, k: np.ndarray, bias: Array | None,
-            keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """S, -inf where a pair does not attend, and the derivative of the soft cap."""
+def _scores(spec: AttentionSpec, q: np.ndarray, k: np.ndarray, operands: Operands,
+            keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """S, -inf where a pair does not attend, and its derivatives by scale Q K^T and by the score function's array."""
     s, slope = q @ k.swapaxes(-1, -2) * q.dtype.type(spec.scale), np.ones((), q.dtype)
     if spec.softcap is not None:
         t = np.tanh(s / q.dtype.type(spec.softcap))
         s, slope = q.dtype.type(spec.softcap) * t, 1 - t * t
-    if bias is not None:
-        s = s + np.where(keep, bias, 0).astype(q.dtype)
-    return np.where(keep, s, -np.inf), slope
+    jacobian = None
+    if spec.score is not None:
+        s, own_slope, jacobian = _after(spec, operands, s)
+        slope = slope * own_slope
+    if operands.bias is not None:
+        s = s + np.where(keep, operands.bias, 0).astype(q.dtype)
+    return np.where(keep, s, -np.inf), slope, jacobian
+
+
+def _after(spec: AttentionSpec, operands: Operands,
+           s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Scores after the score function, (b h t s), their derivatives, and those by its array, (b h t s, *array)."""
+    array = next(iter(operands.score), None)
+    given = () if array is None else (np.asarray(array).astype(spec.acc_dtype),)
+
+    def pair(s: Array, given: tuple[Array, ...], *place: Array) -> Array:
+        assert spec.score is not None
+        after: Array = spec.score.filled(given, operands.score_integers)(s, *place)
+        return after
+
+    @jax.jit
+    def each(s: Array, given: tuple[Array, ...], *place: Array) -> tuple[Array, tuple[Array, tuple[Array, ...]]]:
+        found: tuple[Array, tuple[Array, tuple[Array, ...]]] = jax.vmap(
+            jax.value_and_grad(pair, argnums=(0, 1)), (0, None, 0, 0, 0, 0))(s, given, *place)
+        return found
+    value, (slope, of_array) = each(s.ravel(), given, *(x.ravel().astype(np.int32) for x in np.indices(s.shape)))
+    jacobian = np.asarray(of_array[0]).reshape(s.shape + given[0].shape) if given else None
+    return np.asarray(value).reshape(s.shape), np.asarray(slope).reshape(s.shape), jacobian
+
+
+def _score_sum(ds: np.ndarray, jacobian: np.ndarray | None) -> np.ndarray | None:
+    """The gradient of the score function's array; None where there is none."""
+    return None if jacobian is None else np.tensordot(ds.astype(jacobian.dtype), jacobian, 4)
 
 
 def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,7 +193,9 @@ def _rounded(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.nd
     """Rounds what leaves a kernel in the dtype of its operand to that dtype."""
     out, dq, dk, dv = (x.astype(spec.dtype) for x in (results.out, results.dq, results.dk, results.dv))
     dbias = None if results.dbias is None or spec.bias is None else results.dbias.astype(spec.bias.dtype)
-    return results._replace(out=out, dq=dq, dk=dk, dv=dv, dbias=dbias)
+    array = next(iter(scores.floats(spec.score)), None)
+    dscore = None if results.dscore is None or array is None else results.dscore.astype(array.dtype)
+    return results._replace(out=out, dq=dq, dk=dk, dv=dv, dbias=dbias, dscore=dscore)
 
 
 def _in_layout(results: Results[np.ndarray], spec: AttentionSpec) -> Results[np.ndarray]:

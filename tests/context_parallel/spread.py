@@ -41,7 +41,7 @@ def results(problem, operands, cotangents, n, **options):
             ids = tuple(there(x[:, 0], axis=1, value=-1) for x in (part.q_ids, part.kv_ids))
         else:
             mask = part & mask
-    q, k, v, bias = (None if x is None else jnp.asarray(x) for x in operands.differentiable)
+    q, k, v, bias = (None if x is None else jnp.asarray(x) for x in operands.differentiable[:4])
     dout, dlse = cotangents
     for axis in (2, 3):
         bias = bias if bias is None or bias.shape[axis] == 1 else there(bias, axis=axis)

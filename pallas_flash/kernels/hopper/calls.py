@@ -46,4 +46,4 @@ def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.A
     roles = "query key key query row query row -> query key key"
     arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
-    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

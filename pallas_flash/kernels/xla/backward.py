@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import compat, softmax, tiles
+from pallas_flash import compat, scores, softmax, tiles
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
@@ -31,28 +31,45 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     saved = _saved(problem, out, stats, dout, dstats)
     acc, result = spec.acc_dtype, spec.result_dtype
 
-    def kv_step(kv_tile: Array, carry: _Sums) -> _Sums:
-        dq, dk, dv, dbias = carry
-        dk_tile, dv_tile, dq, dbias = _key_tile(problem, saved, kv_tile, dq, dbias)
+    def kv_step(kv_tile: Array, carry: tuple[Array, Array, _Sums]) -> tuple[Array, Array, _Sums]:
+        dk, dv, sums = carry
+        dk_tile, dv_tile, sums = _key_tile(problem, saved, kv_tile, sums)
         dk, dv = (blocks.update_tile(whole, tile, kv_tile, problem.schedule.block_kv, problem.kv_axis)
                   for whole, tile in ((dk, dk_tile), (dv, dv_tile)))
-        return dq, dk, dv, dbias
+        return dk, dv, sums
 
-    dbias = None if problem.bias is None else jnp.zeros(problem.bias.shape, acc)
-    start = (jnp.zeros(problem.q.shape, acc), jnp.zeros(problem.k.shape, result),
-             jnp.zeros(problem.v.shape, result), dbias)
-    start = compat.vary_like(start, operands, dout, dstats)
-    dq, dk, dv, dbias = jax.lax.fori_loop(jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
+    sums = _Sums(dq=jnp.zeros(problem.q.shape, acc),
+                 dbias=None if problem.bias is None else jnp.zeros(problem.bias.shape, acc),
+                 dscore=tuple(map(jnp.zeros_like, scores.floats(problem.score))))
+    start = compat.vary_like((jnp.zeros(problem.k.shape, result), jnp.zeros(problem.v.shape, result), sums),
+                             operands, dout, dstats)
+    dk, dv, (dq, dbias, dscore) = jax.lax.fori_loop(
+        jnp.int32(0), jnp.int32(problem.num_kv_tiles), kv_step, start)
     dk, dv = (jax.lax.slice_in_dim(x, 0, spec.kv_len, axis=spec.layout.index("L")) for x in (dk, dv))
     dq = jax.lax.slice_in_dim(dq, 0, spec.q_len, axis=problem.q_axis).reshape(operands.q.shape).astype(result)
     if operands.bias is not None and dbias is not None:
         dbias = dbias[tuple(slice(size) for size in operands.bias.shape)]
         dbias = dbias.astype(spec.gradient_dtype(operands.bias.dtype))
-    return Gradients(dq=dq, dk=dk, dv=dv, dbias=dbias)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=dbias, dscore=_of_operands(problem, operands, dscore))
 
 
-_Sums = tuple[Array, Array, Array, Array | None]
-"""Running sums of gradients, dbias last."""
+class _Sums(NamedTuple):
+    """Running sums over all tiles, in `acc_dtype`; those of the score function are of its expanded arrays."""
+
+    dq: Array
+    dbias: Array | None
+    dscore: tuple[Array, ...]
+
+
+def _of_operands(problem: blocks.Problem, operands: Operands, dscore: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The gradients of the score function's arrays from those of the expanded ones."""
+    spec = problem.spec
+
+    def expanded(given: tuple[Array, ...]) -> tuple[Array, ...]:
+        return scores.floats(blocks.expanded_score(spec, operands._replace(score=given), problem.schedule))
+    wide = tuple(x.astype(spec.gradient_dtype(x.dtype)) for x in operands.score)
+    found: tuple[Array, ...] = jax.vjp(expanded, wide)[1](dscore)[0]
+    return found
 
 
 class _Saved(NamedTuple):
@@ -74,22 +91,23 @@ def _saved(problem: blocks.Problem, out: Array, stats: Array, dout: Array, dstat
     return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), lse, rest, delta)
 
 
-def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, dq: Array,
-              dbias: Array | None) -> _Sums:
-    """One key tile's dk and dv, and dq and dbias with what it adds to them."""
+def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, sums: _Sums) -> tuple[Array, Array, _Sums]:
+    """One key tile's dk and dv, and the sums with what it adds to them."""
     block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
     k, v = problem.kv_tile(problem.k, kv_tile), problem.kv_tile(problem.v, kv_tile)
 
-    def q_step(q_tile: Array, carry: _Sums, masked: bool) -> _Sums:
-        dk, dv, dq, dbias = carry
-        dk_part, dv_part, dq_part, ds = _tile_gradients(problem, saved, k, v, q_tile, kv_tile, masked)
+    def q_step(q_tile: Array, carry: tuple[Array, Array, _Sums], masked: bool) -> tuple[Array, Array, _Sums]:
+        dk, dv, (dq, dbias, dscore) = carry
+        dk_part, dv_part, dq_part, ds, tile = _tile_gradients(problem, saved, k, v, q_tile, kv_tile, masked)
         dq = blocks.update_tile(dq, problem.q_tile(dq, q_tile) + dq_part, q_tile, block_q, problem.q_axis)
         if dbias is not None:
             dbias = _add_dbias(problem, dbias, ds, q_tile, kv_tile)
-        return dk + dk_part, dv + dv_part, dq, dbias
+        dscore_part = problem.score_gradients(tile, q_tile, kv_tile, ds)
+        dscore = tuple(whole + part for whole, part in zip(dscore, dscore_part, strict=True))
+        return dk + dk_part, dv + dv_part, _Sums(dq, dbias, dscore)
 
     acc = problem.spec.acc_dtype
-    start = compat.vary_like((jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc), dq, dbias), dq)
+    start = compat.vary_like((jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc), sums), sums.dq)
     # Not clamped to the real length: the last key tile's padding must be masked, its products would not be finite.
     interval = (kv_tile * block_kv, (kv_tile + 1) * block_kv)
     q_tiles = tiles.q_tiles(problem.mask, interval, block_q, problem.spec.q_len)
@@ -97,15 +115,16 @@ def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, dq: Array,
 
 
 def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Array, v: Array, q_tile: Array, kv_tile: Array,
-                    masked: bool) -> tuple[Array, Array, Array, Array]:
-    """dk, dv, dq of one tile in the subscripts of k, v and q, and dS before scale and soft cap, (b, k, g, q, s)."""
+                    masked: bool) -> tuple[Array, Array, Array, Array, blocks.Tile]:
+    """dk, dv, dq of one tile in the subscripts of k, v and q, dS before score function, scale and soft cap,
+    (b, k, g, q, s), and the tile."""
     spec = problem.spec
     q, dout = problem.q_tile(problem.q, q_tile), problem.q_tile(saved.dout, q_tile)
     lse, rest, delta = (blocks.slice_tile(x, q_tile, problem.schedule.block_q, 3)
                         for x in (saved.lse, saved.rest, saved.delta))
     q_sub, k_sub = problem.q_subscripts, problem.k_subscripts
     o_sub, v_sub = q_sub.replace("d", "v"), k_sub.replace("d", "v")
-    tile = problem.scores(q, k, q_tile, kv_tile, masked)
+    tile = problem.tile_of(q, k, q_tile, kv_tile, masked)
     p = softmax.probabilities(tile.s, problem.unit, lse, rest)
     dp = problem.einsum(f"{o_sub},{v_sub}->bkgqs", dout, v)
     weights = p if tile.dropped is None else p * tile.dropped
@@ -119,7 +138,7 @@ def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Array, v: Array, 
         return blocks.masked_product(problem, subscripts, weights, tile.keep, x)
     return (product(f"bkgqs,{q_sub}->{k_sub}", ds_qk, q),
             product(f"bkgqs,{o_sub}->{v_sub}", weights.astype(spec.dtype), dout),
-            product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds)
+            product(f"bkgqs,{k_sub}->{q_sub}", ds_qk, k), ds, tile)
 
 
 def _add_dbias(problem: blocks.Problem, dbias: Array, ds: Array, q_tile: Array, kv_tile: Array) -> Array:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import dropout, masks, softmax, tiles
+from pallas_flash import dropout, masks, scores, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.kernels.xla.schedule import Schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["Problem", "Tile", "masked_product", "prepare"]
+__all__ = ["Problem", "Tile", "expanded_score", "masked_product", "prepare"]
 
 
 class Tile(NamedTuple):
@@ -27,7 +27,8 @@ class Tile(NamedTuple):
     s: Float[Array, "b k g q s"]  # scores in `Problem.unit`, -inf where a pair does not attend
     keep: Bool[Array, "1|b 1|k 1|g q s"] | None  # None: every pair of the tile attends
     dropped: Float[Array, "b k g q s"] | None  # what each weight is multiplied with; None without dropout
-    slope: Float[Array, "b k g q s"] | float  # derivative of the soft cap
+    slope: Float[Array, "b k g q s"] | float  # derivative of the score function and the soft cap
+    before: Float[Array, "b k g q s"] | None  # what the score function is given; None without one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,20 @@ class Problem:
     v: Float[Array, "b s k v"]
     bias: Float[Array, "1|b 1|h 1|q 1|s"] | None
     anchor: Float[Array, "1|b 1|h 1|q 1"] | None  # there is one where there is a bias
+    score: scores.Score | None  # with arrays in `acc_dtype`
     mask: masks.Mask
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
 
     @property
     def unit(self) -> float:
-        """The unit of a tile's scores; a bias has the unit 1."""
-        return softmax.unit(self.spec.scale, self.spec.softcap) if self.bias is None else 1.0
+        """The unit of a tile's scores; a bias, and what a score function returns, have the unit 1."""
+        return self.product_unit if self.bias is None and self.score is None else 1.0
+
+    @property
+    def product_unit(self) -> float:
+        """The unit of scores before a score function and a bias."""
+        return softmax.unit(self.spec.scale, self.spec.softcap)
 
     @property
     def q_subscripts(self) -> str:
@@ -93,29 +100,53 @@ class Problem:
         heads = (1, 1) if x.shape[1] == 1 else (self.spec.kv_heads, self.spec.group)
         return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
+    def join_heads(self, x: Array) -> Array:
+        """Undoes `split_heads`."""
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
     def positions(self, q_tile: Array, kv_tile: Array) -> tuple[Array, Array]:
         """Positions of a tile's queries (q, 1) and keys (1, s)."""
         rows = q_tile * self.schedule.block_q + jnp.arange(self.schedule.block_q, dtype=jnp.int32)
         columns = kv_tile * self.schedule.block_kv + jnp.arange(self.schedule.block_kv, dtype=jnp.int32)
         return rows[:, None], columns[None, :]
 
-    def scores(self, q: Array, k: Array, q_tile: Array, kv_tile: Array, masked: bool) -> Tile:
+    def tile_of(self, q: Array, k: Array, q_tile: Array, kv_tile: Array, masked: bool) -> Tile:
         """The scores of tile (q_tile, kv_tile), from one tile of q and one of k."""
         products = self.einsum(f"{self.q_subscripts},{self.k_subscripts}->bkgqs", q, k)
         s, slope = softmax.scores(products, self.spec.scale, self.spec.softcap)
         q_pos, kv_pos = self.positions(q_tile, kv_tile)
+        before, attends = None, None
+        if self.score is not None:
+            before = s * self.product_unit
+            s, own_slope = map(self.split_heads, scores.value_and_slope(
+                self.score, self.join_heads(before), self.pairs(q_tile, kv_tile)))
+            slope, attends = slope * own_slope, s != -jnp.inf
         keep = None
         if masked:
             keep = self.split_heads(masks.over_batch(self.mask, lambda part: part.keep(q_pos, kv_pos)))
         if self.bias is not None and self.anchor is not None:
             bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
                             for x in (self.bias, self.anchor))
-            s, attends = s * softmax.unit(self.spec.scale, self.spec.softcap) + bias - anchor, bias != -jnp.inf
+            s = (s * self.product_unit if before is None else s) + bias - anchor
+            attends = bias != -jnp.inf if attends is None else attends & (bias != -jnp.inf)
+        if attends is not None:
             keep = attends if keep is None else keep & attends
             s = jnp.maximum(s, jnp.finfo(s.dtype).min)  # masks of it stay finite: a row of them has equal scores
         if keep is not None:
             s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
-        return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope)
+        return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope, before)
+
+    def pairs(self, q_tile: Array, kv_tile: Array) -> scores.Pairs:
+        """The places of a tile's pairs, as a score function is told of them."""
+        q_pos, kv_pos = self.positions(q_tile, kv_tile)
+        return scores.tile(self.spec.batch, self.spec.q_heads, q_pos[:, 0], kv_pos[0])
+
+    def score_gradients(self, tile: Tile, q_tile: Array, kv_tile: Array, ds: Array) -> tuple[Array, ...]:
+        """The gradients of the score function's arrays from one tile, whose scores have the cotangents ds."""
+        if self.score is None or tile.before is None or tile.keep is None:
+            return ()
+        before, keep, ds = map(self.join_heads, (tile.before, tile.keep, ds))
+        return scores.gradients(self.score, before, self.pairs(q_tile, kv_tile), keep, ds)
 
     def bias_tile(self, bias: Array, q_tile: Array, kv_tile: Array) -> Array:
         """The part of a bias that a tile needs: (b or 1, h or 1, q or 1, s or 1)."""
@@ -166,6 +197,18 @@ def split_q_heads(x: Array, spec: AttentionSpec) -> Array:
     return x.reshape(*x.shape[:axis], spec.kv_heads, spec.group, *x.shape[axis + 1:])
 
 
+def expanded_score(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> scores.Score | None:
+    """The score function in the form that tiles read fastest, for whole tiles of positions."""
+    function = spec.score_function(operands)
+    return None if function is None else function.expanded(*_padded(spec, schedule))
+
+
+def _padded(spec: AttentionSpec, schedule: Schedule) -> tuple[int, int]:
+    """The lengths of queries and keys, in whole tiles."""
+    return (tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q,
+            tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv)
+
+
 def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Problem:
     """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads.
 
@@ -174,8 +217,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     """
     q, k = jax.lax.optimization_barrier((operands.q, operands.k))
     axis = spec.layout.index("L")
-    q_len = tiles.cdiv(spec.q_len, schedule.block_q) * schedule.block_q
-    kv_len = tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv
+    q_len, kv_len = _padded(spec, schedule)
     bias, anchor = None, None
     if operands.bias is not None:
         bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
@@ -183,7 +225,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     return Problem(
         spec=spec, schedule=schedule,
         q=split_q_heads(pad(q, q_len, axis), spec), k=pad(k, kv_len, axis),
-        v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor,
+        v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor, score=expanded_score(spec, operands, schedule),
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
         dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin)
 

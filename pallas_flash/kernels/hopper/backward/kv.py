@@ -351,8 +351,9 @@ INPUTS = "q", "k", "v", "dout", "statistics"
 
 def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What every kernel makes that keeps keys: dk and dv."""
-    _, k, v, _ = spec.operand_shapes
-    return {"dk": jax.ShapeDtypeStruct(k, spec.result_dtype), "dv": jax.ShapeDtypeStruct(v, spec.result_dtype)}
+    shapes = spec.operand_shapes
+    return {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
+            for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
 
 
 def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
