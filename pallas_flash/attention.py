@@ -337,7 +337,7 @@ class _Problem(NamedTuple):
         return Operands(
             q=_as_jax("query", q), k=_as_jax("key", k), v=_as_jax("value", v),
             bias=None if self.bias is None else _as_jax("bias", self.bias), mask=_mask_as_jax(self.mask),
-            dropout_seed=dropout_seed, dropout_origin=None)
+            dropout_seed=dropout_seed, dropout_origin=None, page_table=None)
 
 
 def _problem(inputs: _Inputs, spec: AttentionSpec, *, mask: object, bias: object, segment_ids: object,

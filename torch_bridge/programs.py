@@ -30,7 +30,8 @@ def _operands(spec: AttentionSpec, arrays: Iterator[jax.Array]) -> specs.Operand
         rule = jax.tree.map(lambda _: attend, rule)
     bias = None if spec.bias is None else next(arrays)
     seed = jax.lax.bitcast_convert_type(next(arrays), jnp.uint32) if spec.dropout_rate else None
-    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None)
+    return specs.Operands(q=q, k=k, v=v, bias=bias, mask=rule, dropout_seed=seed, dropout_origin=None,
+                          page_table=None)
 
 
 class Given(NamedTuple):

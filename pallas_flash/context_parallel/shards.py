@@ -83,7 +83,7 @@ class Shards:
         bias = None if operands.bias is None else self._bias(operands.bias, chosen[0])
         mask = self._mask(operands.mask, kv_ids, call, chosen)
         found = Operands(q=q, k=k, v=v, bias=bias, mask=mask, dropout_seed=operands.dropout_seed,
-                         dropout_origin=self._dropout_origin(operands, chosen[0]))
+                         dropout_origin=self._dropout_origin(operands, chosen[0]), page_table=None)
         spec = self.spec_of(found, partial=True)
         return spec, self.implementation_of(spec), sharding.vary_together(found)
 
