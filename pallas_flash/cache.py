@@ -63,7 +63,6 @@ def append(cache: Cache, key: arguments.Array, value: arguments.Array) -> Cache:
 
 @jax.jit
 def _append(cache: Cache, key: Array, value: Array) -> Cache:
-    cache, key, value = compat.vary_like((cache, key, value), cache, key, value)
     axis = cache.layout.index("L")
 
     def run(cache: Cache, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -78,6 +77,7 @@ def _append(cache: Cache, key: Array, value: Array) -> Cache:
 
 def _write(cache: Cache, pos: Int[Array, "b n"], rows: Array, new: Array) -> Array:
     """The cache's keys, or its values, with new ones at the positions that there is room for."""
+    rows, new, pos = compat.vary_like((rows, new, pos), rows, new, pos, cache.page_table)
     axis = cache.layout.index("L")
     if cache.pages is None:
         def one(rows: Array, new: Array, pos: Array) -> Array:
