@@ -39,7 +39,7 @@ def _operands(batch: int, length: int, heads: tuple[int, int], d: int) -> tuple[
     q, k, v, dout = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
     dstats = jnp.zeros((batch, q_heads, 2, length), jnp.float32)
     operands = Operands(q=q, k=k, v=v, bias=None, score=(), mask=masks.Full(), score_integers=(),
-                        dropout_seed=None, dropout_origin=None)
+                        dropout_seed=None, dropout_origin=None, page_table=None)
     return operands, Results(out=dout, stats=dstats)
 
 

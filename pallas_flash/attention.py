@@ -354,7 +354,7 @@ class _Problem(NamedTuple):
             bias=None if self.bias is None else _as_jax("bias", self.bias),
             score=self._arrays(scores.floats(self.score)),
             mask=_mask_as_jax(self.mask), score_integers=self._arrays(scores.integers(self.score)),
-            dropout_seed=dropout_seed, dropout_origin=None)
+            dropout_seed=dropout_seed, dropout_origin=None, page_table=None)
 
     def _arrays(self, of_score: tuple[Shaped, ...]) -> tuple[jax.Array, ...]:
         return tuple(_as_jax(f"an array of the score function {self.score}", x) for x in of_score)

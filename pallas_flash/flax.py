@@ -18,6 +18,20 @@ The `mask` of a layer's call may be a `Mask` instead of an array, which costs O(
 
 Not in a decode step: there Flax itself joins the mask with that of the filled slots, and takes arrays only.
 
+Flax's own cache, `decode=True`, takes one token at a time, and has one length for the whole batch. A layer with
+`decode=False` and an attention function that owns a `pallas_flash.cache.Cache` takes any number of them, for sequences
+of any lengths, and pages; in nnx it is a module:
+
+    class WithCache(nnx.Module):
+        def __init__(self, empty):
+            self.cache = nnx.Cache(empty)  # of cache.empty(...)
+
+        def __call__(self, query, key, value, **keywords):
+            self.cache.set_value(cache.append(self.cache.get_value(), key, value))
+            return cache.attend(query, self.cache.get_value())
+
+    layer.attention_fn = nnx.data(WithCache(cache.empty(batch, capacity, kv_heads, head_dim)))
+
 Sequences that are cut over devices, with all arrays in the order of `pallas_flash.reorder`:
 
     parallel = ContextParallel("sequence", mesh=mesh, spec=PartitionSpec("data", "sequence", "model"))
@@ -69,6 +83,7 @@ from pallas_flash.context_parallel.attention import context_parallel_attention
 from pallas_flash.context_parallel.settings import ContextParallel
 from pallas_flash.dispatch import Requested
 from pallas_flash.errors import invalid, require_bool, unsupported
+from pallas_flash.filled import Filled
 from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Full, Mask, SegmentIds, over_batch
 
@@ -265,7 +280,7 @@ def _join_masks(
         given = _merge_batch_of_rule(given, batch)
     elif given is not None:
         given = Dense(_merge_batch_of_scores(given.astype(bool), batch))
-    if q_len == 1 < kv_len and (fixed is not None or (is_causal and given is not None)):
+    if q_len == 1 < kv_len and (fixed is not None or given is not None):
         return _decode_step(fixed, given, is_causal, kv_len)
     joined = [mask for mask in (fixed, Causal() if is_causal else None, given) if mask is not None]
     return functools.reduce(operator.and_, joined) if joined else None
@@ -287,10 +302,12 @@ def _merge_batch_of_rule(rule: Mask, batch: tuple[int, ...]) -> Mask:
 
 
 def _decode_step(fixed: Mask | None, given: Mask | None, is_causal: bool, kv_len: int) -> Mask:
-    """The mask of one query at the last position that `given`, the filled slots, shows."""
+    """The mask of one query at the last position that `given`, the filled slots of a cache, shows: no later tile is
+    read, and none that `fixed` hides. The flag hides nothing there.
+    """
     if given is None or (isinstance(given, Dense) and given.attend.shape[-1] != kv_len):
         if fixed is None:  # the flag, and no mask of the keys: the query is the first
-            return Causal() if given is None else Causal() & given
+            return (Causal() if is_causal else Full()) & (Full() if given is None else given)
         raise invalid(
             f"one query under attention_fn(mask={fixed}) must come with a mask of the keys, which tells its position",
             f"{kv_len=} and no mask of them",
@@ -298,8 +315,5 @@ def _decode_step(fixed: Mask | None, given: Mask | None, is_causal: bool, kv_len
         )
     kv_pos = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, kv_len)
     filled = over_batch(given.canonical(), lambda part: part.keep(jnp.zeros((1, 1), jnp.int32), kv_pos))
-    q_pos = jnp.max(jnp.where(filled, kv_pos[None, None], 0), axis=-1, keepdims=True)
-    for rule in (fixed, Causal() if is_causal else None):
-        if rule is not None:
-            filled = filled & rule.keep(q_pos, kv_pos[None, None])
-    return Dense(filled)
+    lengths = jnp.max(jnp.where(filled, kv_pos[None, None] + 1, 0), axis=(2, 3))
+    return Filled(Full() if fixed is None else fixed, lengths, q_len=1) & given

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, scores, softmax
+from pallas_flash import dropout, masks, paging, scores, softmax
 from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Results
 
@@ -76,9 +76,18 @@ class _Rows(NamedTuple):
     v: Float[Array, "b h s v"]
 
 
+def _keys(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
+    """k and v as they are without pages, in the spec's layout."""
+    if operands.page_table is None:
+        return operands.k, operands.v
+    pos, axis = jnp.arange(spec.kv_len, dtype=jnp.int32), spec.layout.index("L")
+    k, v = (paging.rows(x, operands.page_table, pos, axis) for x in (operands.k, operands.v))
+    return k, v
+
+
 def _rows(spec: AttentionSpec, operands: Operands) -> _Rows:
     keep = _keep(spec, operands)
-    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, operands.k, operands.v))
+    q, k, v = (_bhld(x, spec).astype(spec.acc_dtype) for x in (operands.q, *_keys(spec, operands)))
     k, v = (jnp.repeat(x, spec.group, axis=1) for x in (k, v))
     q, k, v = (jnp.where(keep.any(axis=axis)[..., None], x, jnp.zeros_like(x)) for x, axis in ((q, 3), (k, 2), (v, 2)))
     return _Rows(*_scores(spec, operands, q, k, keep), v)

@@ -20,6 +20,7 @@ import numpy as np
 from pallas_flash import errors, masks, scores, softmax
 from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
+from pallas_flash.paging import Pages
 
 __all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results", "check_dtype"]
 
@@ -78,6 +79,7 @@ class Operands(NamedTuple):
     score_integers: tuple[Array, ...]  # its other arrays
     dropout_seed: Int[Array, "2"] | None  # uint32
     dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: (0, 0, 0, 0)
+    page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
 
     @property
     def differentiable(self) -> Differentiable[Array]:
@@ -88,15 +90,13 @@ class Operands(NamedTuple):
     def others(self) -> "Others":
         """Those that have none."""
         return Others(mask=self.mask, score_integers=self.score_integers, dropout_seed=self.dropout_seed,
-                      dropout_origin=self.dropout_origin)
+                      dropout_origin=self.dropout_origin, page_table=self.page_table)
 
     @classmethod
     def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
         """The operands again from the two parts."""
         q, k, v, bias, score = differentiable
-        mask, score_integers, dropout_seed, dropout_origin = others
-        return cls(q=q, k=k, v=v, bias=bias, score=score, mask=mask, score_integers=score_integers,
-                   dropout_seed=dropout_seed, dropout_origin=dropout_origin)
+        return cls(q=q, k=k, v=v, bias=bias, score=score, **others._asdict())
 
 
 class Others(NamedTuple):
@@ -106,6 +106,7 @@ class Others(NamedTuple):
     score_integers: tuple[Array, ...]
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
+    page_table: Int[Array, "b p"] | None
 
 
 class Results[T](NamedTuple):
@@ -130,6 +131,8 @@ class AttentionSpec:
       score: the score function, with placeholders for its arrays; None: there is none.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
         rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
+      pages: keys and values lie in so many pages, (pages, page_size, heads, dim) or heads before page_size, and
+        `Operands.page_table` (batch, kv_len / page_size) says in which; None: they lie one after the other.
     """
 
     layout: Layout
@@ -150,6 +153,7 @@ class AttentionSpec:
     return_lse: bool
     deterministic: bool
     partial: bool
+    pages: Pages | None
 
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
@@ -184,7 +188,7 @@ class AttentionSpec:
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
             dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic),
-            partial=bool(partial))
+            partial=bool(partial), pages=None)
         spec = spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
         return spec.scored(scores.checked(score))
 
@@ -212,6 +216,10 @@ class AttentionSpec:
         if self.score is None:
             return None
         return self.score.filled([x.astype(self.acc_dtype) for x in operands.score], operands.score_integers)
+
+    def paged(self, pages: Pages | None) -> "AttentionSpec":
+        """This spec with keys and values in pages, whose size divides kv_len."""
+        return dataclasses.replace(self, pages=pages)
 
     @property
     def group(self) -> int:
@@ -247,15 +255,15 @@ class AttentionSpec:
         bias: Array = jax.lax.stop_gradient(operands.bias)
         if isinstance(self.mask, masks.Full):
             return softmax.anchor(bias)
-        kv_pos = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :]
+        kv_pos, count = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :], min(ANCHOR_ROWS, self.q_len)
 
         def rows(first: Int[Array, ""]) -> Array:
-            q_pos = jnp.minimum(first + jnp.arange(ANCHOR_ROWS, dtype=jnp.int32), self.q_len - 1)
+            q_pos = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), self.q_len - 1)
             keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos))
             part = bias if bias.shape[2] == 1 else jnp.take(bias, q_pos, axis=2)
             return softmax.anchor(jnp.where(keep, part, jnp.full_like(part, -jnp.inf)))[..., 0]
 
-        found = jax.lax.map(rows, jnp.arange(0, self.q_len, ANCHOR_ROWS, dtype=jnp.int32))
+        found = jax.lax.map(rows, jnp.arange(0, self.q_len, count, dtype=jnp.int32))
         return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1)[..., :self.q_len, None]
 
     @property
@@ -271,10 +279,18 @@ class AttentionSpec:
     @property
     def operand_shapes(self) -> Differentiable[tuple[int, ...]]:
         """The shapes of the operands that have a gradient."""
-        return Differentiable(
-            q=self.shape(self.q_len, self.q_heads, self.d), k=self.shape(self.kv_len, self.kv_heads, self.d),
-            v=self.shape(self.kv_len, self.kv_heads, self.d_v), bias=None if self.bias is None else self.bias.shape,
-            score=tuple(x.shape for x in scores.floats(self.score)))
+        k_shape = self.shape(self.kv_len, self.kv_heads, self.d)
+        if self.pages is not None:
+            in_pages = dataclasses.replace(self, batch=self.pages.number)
+            k_shape = in_pages.shape(self.pages.size, self.kv_heads, self.d)
+        return Differentiable(q=self.shape(self.q_len, self.q_heads, self.d), k=k_shape, v=(*k_shape[:3], self.d_v),
+                              bias=None if self.bias is None else self.bias.shape,
+                              score=tuple(x.shape for x in scores.floats(self.score)))
+
+    @property
+    def page_table_shape(self) -> tuple[int, int] | None:
+        """The shape of `Operands.page_table`, if keys and values are in pages."""
+        return None if self.pages is None else (self.batch, self.kv_len // self.pages.size)
 
     @property
     def stats_shape(self) -> tuple[int, int, int, int]:
@@ -288,7 +304,8 @@ class AttentionSpec:
                   f"score={self.score}" if self.score is not None else "",
                   f"softcap={self.softcap:g}" if self.softcap is not None else "",
                   f"dropout_rate={self.dropout_rate:g}" if self.dropout_rate else "",
-                  "deterministic" if self.deterministic else "", "partial" if self.partial else ""]
+                  "deterministic" if self.deterministic else "", "partial" if self.partial else "",
+                  f"pages={self.pages}" if self.pages is not None else ""]
         return ", ".join([f"AttentionSpec({self.layout} {self.dtype.name}", shape, dim, f"mask={self.mask}",
                           *filter(None, extras)]) + ")"
 

@@ -20,20 +20,25 @@ ARROWS = {
          "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", "packed", *FOUNDATIONS},
+    "cache": {"arguments", "autodiff", "compat", "device", "dispatch", "filled", "forks", "paging", "sharding",
+              "storage", *FOUNDATIONS},
+    "storage": {"arguments", "mask_fields", "paging", *FOUNDATIONS},
     "packed": {"arguments", "mask_fields", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
-    "spec": {"errors", "masks", "scores", "softmax"},  # softmax: what a bias is anchored at
+    "spec": {"errors", "masks", "paging", "scores", "softmax"},  # softmax: what a bias is anchored at
     "scores": {"errors", "mask_fields"},  # fields: those of a score function are kept as those of a mask
     "relative_scores": {"errors", "scores"},
+    "paging": set(),
+    "filled": {"mask_fields", "masks"},
     "mask_fields": {"errors"},
     "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
-    "reference": {"dropout", "softmax", *FOUNDATIONS},
-    "flax": {"attention", "context_parallel", "dispatch", "forks", *FOUNDATIONS},  # dispatch: names
+    "reference": {"dropout", "paging", "softmax", *FOUNDATIONS},
+    "flax": {"attention", "context_parallel", "dispatch", "filled", "forks", *FOUNDATIONS},  # dispatch: names
     "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
@@ -43,7 +48,7 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
+FOR_KERNELS = {"compat", "device", "dropout", "filled", "paging", "softmax", "tiles", *FOUNDATIONS}
 
 ON_MOSAIC = {"hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
@@ -55,6 +60,7 @@ MAX_PARAMETERS = 7
 MANY_PARAMETERS = {
     # public signatures, which name every argument of the problem, and what mirrors them
     "pallas_flash/attention.py": {"flash_attention", "explain", "dot_product_attention"},
+    "pallas_flash/cache.py": {"attend", "explain"},
     "pallas_flash/spec.py": {"of"},
     "pallas_flash/flax.py": {"__call__"},
     "pallas_flash/context_parallel/attention.py": {"context_parallel_attention"},

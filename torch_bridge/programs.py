@@ -41,7 +41,7 @@ class Program(NamedTuple):
         return specs.Operands(
             q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"), score=(),
             mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}), score_integers=(),
-            dropout_seed=seed, dropout_origin=None)
+            dropout_seed=seed, dropout_origin=None, page_table=None)
 
 
 class Given(NamedTuple):

@@ -219,7 +219,7 @@ def _attend(options: Options, cut: "_Cut | None", arrays: Arrays) -> tuple[Array
     if bias is not None and options.axis_name not in compat.varying_axes(bias):
         bias = bias.astype(shards.spec.acc_dtype)  # its gradient is summed over devices before it is rounded
     operands = Operands(q=arrays.query, k=arrays.key, v=arrays.value, bias=bias, score=(), mask=mask, score_integers=(),
-                        dropout_seed=seed, dropout_origin=origin)
+                        dropout_seed=seed, dropout_origin=origin, page_table=None)
     out, lse = ATTEND[strategy](shards, sharding.vary_together(operands))
     if arrays.sinks is not None:
         out, lse = with_sinks(shards.spec.layout, out, lse, arrays.sinks)

@@ -84,7 +84,7 @@ class Shards:
         mask = self._mask(operands.mask, kv_ids, call, chosen)
         found = Operands(q=q, k=k, v=v, bias=bias, score=(), mask=mask, score_integers=(),
                          dropout_seed=operands.dropout_seed,
-                         dropout_origin=self._dropout_origin(operands, chosen[0]))
+                         dropout_origin=self._dropout_origin(operands, chosen[0]), page_table=None)
         spec = self.spec_of(found, partial=True)
         return spec, self.implementation_of(spec), sharding.vary_together(found)
 

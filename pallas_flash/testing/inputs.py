@@ -58,7 +58,8 @@ def operands(spec: AttentionSpec, mask: masks.Mask, *, seed: int = 0, row_lse: f
             bias[np.random.default_rng(seed).random(bias.shape) < 0.2] = -np.inf
     dropout_seed = np.array([0x9E3779B9, seed], np.uint32) if spec.dropout_rate else None
     return Operands(q=q, k=k, v=v, bias=cast(Array | None, bias), score=(), mask=mask.canonical(),
-                    score_integers=(), dropout_seed=cast(Array | None, dropout_seed), dropout_origin=None)
+                    score_integers=(), dropout_seed=cast(Array | None, dropout_seed), dropout_origin=None,
+                    page_table=None)
 
 
 def with_scores_of(size: float, operands: Operands) -> Operands:

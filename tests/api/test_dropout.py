@@ -266,7 +266,7 @@ def kept_by(implementation, shape, origin=None):
     spec = AttentionSpec.of(zeros, zeros, unit, dropout_rate=RATE)
     seed, origin = jnp.array(SEED, jnp.uint32), None if origin is None else jnp.array(origin, jnp.int32)
     operands = Operands(q=zeros, k=zeros, v=unit, bias=None, score=(), mask=spec.mask, score_integers=(),
-                        dropout_seed=seed, dropout_origin=origin)
+                        dropout_seed=seed, dropout_origin=origin, page_table=None)
     found = autodiff.forward(spec, implementation, operands)
     cotangents = Results(unit, jnp.zeros_like(found.stats))
     dv = autodiff.backward(spec, implementation, operands, found, cotangents).dv
@@ -286,7 +286,7 @@ def test_the_whole_begins_at_0():
 
 def test_an_origin_needs_dropout():
     q = jnp.zeros((1, 3, 1, 4))
-    operands = Operands(q, q, q, None, (), Full(), (), None, jnp.zeros(4, jnp.int32))
+    operands = Operands(q, q, q, None, (), Full(), (), None, jnp.zeros(4, jnp.int32), None)
     with pytest.raises(ValueError, match=r"dropout_origin must have shape None .* got dropout_origin.shape=\(4,\)"):
         autodiff.forward(AttentionSpec.of(q, q, q), "xla", operands)
 

@@ -165,7 +165,7 @@ def check(case):
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
         wide_spec = AttentionSpec.of(*wide, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap)
-        results = reference.forward(wide_spec, Operands(*wide, None, (), case.mask, (), None, None))
+        results = reference.forward(wide_spec, Operands(*wide, None, (), case.mask, (), None, None, None))
         expected, expected_lse = np.asarray(results[0]), np.asarray(results[1])[:, :, 0]
     keep = np.broadcast_to(case.mask.keep(np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]),
                            (case.q_len, case.kv_len))

@@ -37,11 +37,11 @@ def eight_devices():
 
 
 def forward_of(spec, q, k, v):
-    return tuple(forward.forward(spec, Operands(q, k, v, None, (), spec.mask, (), None, None)))
+    return tuple(forward.forward(spec, Operands(q, k, v, None, (), spec.mask, (), None, None, None)))
 
 
 def backward_of(spec, q, k, v, *saved):
-    return tuple(backward.backward(spec, Operands(q, k, v, None, (), spec.mask, (), None, None), *saved)[:3])
+    return tuple(backward.backward(spec, Operands(q, k, v, None, (), spec.mask, (), None, None, None), *saved)[:3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,7 @@ def test_problems_whose_shards_are_none_are_not_split():
     with_lengths = dataclasses.replace(spec, mask=mask.with_placeholders())
 
     def lengths(spec, q, k, v):
-        return tuple(forward.forward(spec, Operands(q, k, v, None, (), mask, (), None, None)))
+        return tuple(forward.forward(spec, Operands(q, k, v, None, (), mask, (), None, None, None)))
     there = placed(spec, mesh_of(x=4), arrays, "x", None, None)[:3]
     found = jax.jit(functools.partial(split, lengths, FORWARD, with_lengths))(*there)
     assert_agree(found, lengths(with_lengths, *arrays[:3]))

@@ -117,7 +117,7 @@ def test_extra_memory_is_one_float32_dq_and_statistics(dims, length, determinist
     spec = problem.spec()
     shapes = [jax.ShapeDtypeStruct(spec.shape(length, 2, d), spec.dtype) for d in (*dims[:1] * 2, dims[1])]
     rows = jax.ShapeDtypeStruct(spec.stats_shape, np.float32)
-    operands = lambda q, k, v: Operands(q, k, v, None, (), problem.mask, (), None, None)
+    operands = lambda q, k, v: Operands(q, k, v, None, (), problem.mask, (), None, None, None)
     run = jax.jit(lambda *arrays: calls.backward(spec, operands(*arrays[:3]), *arrays[3:]))
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     extra = run.lower(*shapes, out, rows, out, rows).compile().memory_analysis().temp_size_in_bytes

@@ -95,6 +95,6 @@ def test_a_mapped_call_is_for_the_device_it_was_traced_for():
     none.
     """
     spec = AttentionSpec.of(Q, Q, Q, mask=pf.Causal())
-    operands = lambda *qkv: Operands(*qkv, None, (), pf.Causal(), (), None, None)
+    operands = lambda *qkv: Operands(*qkv, None, (), pf.Causal(), (), None, None, None)
     run = lambda *qkv: autodiff.forward(spec, "hopper", operands(*qkv), where=device.H100)
     jax.jit(jax.vmap(run)).trace(STACKED, STACKED, STACKED).lower(lowering_platforms=("cuda",))

@@ -54,6 +54,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
+        (spec.pages is None, "takes no keys and values in pages yet (keys that lie one after the other it takes)"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
         (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
          "nothing is trained)"),

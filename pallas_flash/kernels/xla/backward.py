@@ -4,13 +4,15 @@ With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS 
 other, so the order of the sums is fixed and the gradients are bit-equal on every run.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import compat, scores, softmax, tiles
+from pallas_flash import compat, paging, scores, softmax, tiles
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
@@ -26,7 +28,13 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
       out, dout: the forward's result and its cotangent, in the spec's layout.
       stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
         (`spec.stats_shape`).
+
+    Keys and values in pages are gathered first.
     """
+    if operands.page_table is not None:
+        operands, to_pages = _gathered(spec, operands, operands.page_table)
+        found = backward(spec.paged(None), operands, out, stats, dout, dstats)
+        return found._replace(dk=to_pages(found.dk), dv=to_pages(found.dv))
     problem = blocks.prepare(spec, operands, schedule.default(spec))
     saved = _saved(problem, out, stats, dout, dstats)
     acc, result = spec.acc_dtype, spec.result_dtype
@@ -70,6 +78,20 @@ def _of_operands(problem: blocks.Problem, operands: Operands, dscore: tuple[Arra
     wide = tuple(x.astype(spec.gradient_dtype(x.dtype)) for x in operands.score)
     found: tuple[Array, ...] = jax.vjp(expanded, wide)[1](dscore)[0]
     return found
+
+
+def _gathered(spec: AttentionSpec, operands: Operands,
+              page_table: Array) -> tuple[Operands, Callable[[Array], Array]]:
+    """The operands with keys and values one after the other, and what adds up their gradients page by page."""
+    pos, axis = jnp.arange(spec.kv_len, dtype=jnp.int32), spec.layout.index("L")
+    read = functools.partial(paging.rows, page_table=page_table, pos=pos, axis=axis)
+
+    def to_pages(gradient: Array) -> Array:
+        pages = jax.ShapeDtypeStruct((*spec.operand_shapes.k[:3], gradient.shape[3]), spec.acc_dtype)
+        (summed,) = jax.linear_transpose(read, pages)(gradient.astype(spec.acc_dtype))
+        rounded: Array = summed.astype(gradient.dtype)
+        return rounded
+    return operands._replace(k=read(operands.k), v=read(operands.v), page_table=None), to_pages
 
 
 class _Saved(NamedTuple):

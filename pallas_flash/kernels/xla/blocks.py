@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import dropout, masks, scores, softmax, tiles
+from pallas_flash import dropout, masks, paging, scores, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
+from pallas_flash.filled import Filled
 from pallas_flash.kernels.xla.schedule import Schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["Problem", "Tile", "expanded_score", "masked_product", "prepare"]
+__all__ = ["Problem", "Tile", "expanded_score", "is_cached", "masked_product", "prepare"]
 
 
 class Tile(NamedTuple):
@@ -33,7 +34,11 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A spec and its operands, padded to whole tiles, heads split, with the mask that also cuts off the padding."""
+    """A spec and its operands, padded to whole tiles, heads split, with the mask that also cuts off the padding.
+
+    Attributes:
+      reaches_back: keys are not padded, and the last tile, which they do not fill, begins with keys of the one before.
+    """
 
     spec: AttentionSpec
     schedule: Schedule
@@ -46,6 +51,8 @@ class Problem:
     mask: masks.Mask
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
+    page_table: Int[Array, "b p"] | None
+    reaches_back: bool
 
     @property
     def unit(self) -> float:
@@ -88,6 +95,8 @@ class Problem:
 
     def kv_tile(self, array: Array, tile: Array) -> Array:
         """One tile of k or v."""
+        if self.page_table is not None:
+            return paging.rows(array, self.page_table, self._kv_positions(tile), self.kv_axis)
         return slice_tile(array, tile, self.schedule.block_kv, self.kv_axis)
 
     def einsum(self, subscripts: str, a: Array, b: Array) -> Array:
@@ -107,8 +116,13 @@ class Problem:
     def positions(self, q_tile: Array, kv_tile: Array) -> tuple[Array, Array]:
         """Positions of a tile's queries (q, 1) and keys (1, s)."""
         rows = q_tile * self.schedule.block_q + jnp.arange(self.schedule.block_q, dtype=jnp.int32)
-        columns = kv_tile * self.schedule.block_kv + jnp.arange(self.schedule.block_kv, dtype=jnp.int32)
-        return rows[:, None], columns[None, :]
+        return rows[:, None], self._kv_positions(kv_tile)[None, :]
+
+    def _kv_positions(self, kv_tile: Array) -> Array:
+        start = kv_tile * self.schedule.block_kv
+        if self.reaches_back:  # where a slice that would end past the end begins
+            start = jnp.minimum(start, self.spec.kv_len - self.schedule.block_kv)
+        return start + jnp.arange(self.schedule.block_kv, dtype=jnp.int32)
 
     def tile_of(self, q: Array, k: Array, q_tile: Array, kv_tile: Array, masked: bool) -> Tile:
         """The scores of tile (q_tile, kv_tile), from one tile of q and one of k."""
@@ -124,6 +138,8 @@ class Problem:
         keep = None
         if masked:
             keep = self.split_heads(masks.over_batch(self.mask, lambda part: part.keep(q_pos, kv_pos)))
+            if self.reaches_back:
+                keep = keep & (kv_pos >= kv_tile * self.schedule.block_kv)[None, None, None]
         if self.bias is not None and self.anchor is not None:
             bias, anchor = (self.split_heads(self.bias_tile(x, q_tile, kv_tile)).astype(s.dtype)
                             for x in (self.bias, self.anchor))
@@ -209,8 +225,14 @@ def _padded(spec: AttentionSpec, schedule: Schedule) -> tuple[int, int]:
             tiles.cdiv(spec.kv_len, schedule.block_kv) * schedule.block_kv)
 
 
-def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Problem:
-    """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads.
+def is_cached(spec: AttentionSpec) -> bool:
+    """Whether keys and values are a cache: not to be copied for the few queries that read it."""
+    return spec.pages is not None or any(isinstance(part, Filled) for part in spec.mask.parts)
+
+
+def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in_place: bool = False) -> Problem:
+    """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads; what has keys
+    is not padded if they are to stay in place.
 
     Queries and keys pass a barrier: if they are constants, XLA would multiply some of them at compile time with another
     order of summation, and scores would differ between forward and backward (`softmax`).
@@ -218,16 +240,20 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Prob
     q, k = jax.lax.optimization_barrier((operands.q, operands.k))
     axis = spec.layout.index("L")
     q_len, kv_len = _padded(spec, schedule)
+    ragged, kv_ragged = q_len != spec.q_len or kv_len != spec.kv_len, kv_len != spec.kv_len
+    if keys_in_place:
+        kv_len = spec.kv_len
     bias, anchor = None, None
     if operands.bias is not None:
         bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
-    ragged = q_len != spec.q_len or kv_len != spec.kv_len
+    k, v = (k, operands.v) if keys_in_place else (pad(x, kv_len, axis) for x in (k, operands.v))
     return Problem(
         spec=spec, schedule=schedule,
-        q=split_q_heads(pad(q, q_len, axis), spec), k=pad(k, kv_len, axis),
-        v=pad(operands.v, kv_len, axis), bias=bias, anchor=anchor, score=expanded_score(spec, operands, schedule),
+        q=split_q_heads(pad(q, q_len, axis), spec), k=k, v=v, bias=bias, anchor=anchor,
+        score=expanded_score(spec, operands, schedule),
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
-        dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin)
+        dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin, page_table=operands.page_table,
+        reaches_back=keys_in_place and kv_ragged)
 
 
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly

@@ -14,7 +14,7 @@ __all__ = ["forward"]
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), in `acc_dtype`."""
-    problem = blocks.prepare(spec, operands, schedule.default(spec))
+    problem = blocks.prepare(spec, operands, schedule.default(spec), keys_in_place=blocks.is_cached(spec))
     block_q = problem.schedule.block_q
 
     def q_step(q_tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -81,7 +81,7 @@ def lower(name: str, options: list[str]):
         return vjp(results)
 
     def partial_call(q, k, v):
-        operands = Operands(q, k, v, None, (), problem.mask, (), None, None)
+        operands = Operands(q, k, v, None, (), problem.mask, (), None, None, None)
         results = autodiff.forward(partial, "hopper", operands)
         given = results._replace(out=results.out.astype(partial.dtype))
         return results, autodiff.backward(partial, "hopper", operands, given, given)

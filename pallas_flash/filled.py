@@ -1,0 +1,53 @@
+"""The mask of a cache: keys fill it up to lengths known when a program runs, and queries stand at their end."""
+
+import dataclasses
+from typing import Any
+
+from pallas_flash import masks
+from pallas_flash.arithmetic import Positions, maximum, where
+from pallas_flash.mask_fields import ArrayField, as_array
+from pallas_flash.masks import UNBOUNDED, Bounds
+
+__all__ = ["Filled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled(masks.Mask):
+    """The first `lengths` keys of each sequence that `rule` keeps; query i of q_len is at position lengths - q_len + i.
+
+    A query whose position would be negative attends to nothing.
+
+    Attributes:
+      rule: a mask of numbers, about positions in the sequence.
+      lengths: (batch,) integers, the keys that there are.
+      q_len: how many queries there are.
+    """
+
+    rule: masks.Mask
+    lengths: Any
+    q_len: int
+
+    def __str__(self) -> str:
+        return f"Filled({self.rule}, lengths={ArrayField.of(as_array(self.lengths))})"
+
+    def _position(self, query: Positions) -> Positions:
+        position: Positions = query + (self.lengths - self.q_len)
+        return position
+
+    def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
+        position = self._position(q_pos)
+        kept: Positions = (position >= 0) & (kv_pos < self.lengths) & self.rule.keep(maximum(position, 0), kv_pos)
+        return kept
+
+    def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> Bounds:
+        lo, hi = self._position(q_lo), self._position(q_hi)
+        found = self.rule.kv_bounds(maximum(lo, 0), maximum(hi, 1)) & Bounds(0, 0, self.lengths, self.lengths)
+        some = (hi > 0) & (self.lengths > 0)  # else a bound that widens no union over a batch
+        return Bounds(where(some, found.lo, UNBOUNDED), found.full_lo, where(lo >= 0, found.full_hi, 0),
+                      where(some, found.hi, 0))
+
+    def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> Bounds:
+        first = self._position(0)
+        found = Bounds(*(maximum(x, 0) - first for x in self.rule.q_bounds(kv_lo, kv_hi)))
+        return found & Bounds(0, 0, where(kv_hi <= self.lengths, UNBOUNDED, 0),
+                              where(kv_lo < self.lengths, UNBOUNDED, 0))

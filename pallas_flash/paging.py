@@ -1,0 +1,49 @@
+"""Keys and values in pages: which page holds which positions of a sequence, and reading them from there.
+
+Page p of sequence b holds its positions from p * page_size on and is `pages[page_table[b, p]]`. Several sequences may
+have the same page. An entry of the table outside the pages says that there is none.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_flash.arrays import Array, Float, Int
+
+__all__ = ["Pages", "page_at", "rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """How many pages there are, shared by all sequences, and how many positions each holds."""
+
+    number: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.number}x{self.size}"
+
+
+def page_at(page_table: Int[Array, "b p"], pos: Int[Array, "1|b n"], page_size: int) -> Int[Array, "b n"]:
+    """The entry of the table for positions in [0, p * page_size)."""
+    batch = page_table.shape[0]
+    page: Array = jnp.take_along_axis(page_table, jnp.broadcast_to(pos // page_size, (batch, pos.shape[1])), axis=1)
+    return page
+
+
+def rows(pages: Float[Array, "n_pages page_size k d"], page_table: Int[Array, "b p"], pos: Int[Array, " n"],
+         axis: int) -> Float[Array, "b n k d"]:
+    """The keys of all sequences at the positions `pos`, which their table covers: a gather of these rows alone.
+
+    Args:
+      pages: in either layout.
+      axis: that of the positions in a page; the result has the n positions there.
+
+    What a missing page would hold is what some other page does: whoever reads it must mask it.
+    """
+    size = pages.shape[axis]
+    page = jnp.clip(page_at(page_table, pos[None], size), 0, pages.shape[0] - 1)
+    row = jnp.broadcast_to((pos % size)[None], page.shape)
+    if axis == 1:
+        return pages.at[page, row].get(mode="promise_in_bounds")
+    return pages.at[page, :, row].get(mode="promise_in_bounds").swapaxes(1, 2)
