@@ -65,12 +65,12 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[st
         do = "give a Flax layer attention_fn=pallas_flash.flax.dot_product_attention, which takes what Flax passes"
     elif name == "enable_gqa":
         do = "leave it out: the heads of key may divide those of query"
+    elif name == "score":
+        do = "flash_attention has it, for sequences on one device; what is added to the scores can be a bias"
     elif here:
         do = f"pass {here[0]}"
     elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
         do = f"pass {close[0]}=" if close[0] in known else f"pass {meant(close[0])[0]}"
-    elif name == "score":
-        do = "flash_attention has it, for sequences on one device; what is added to the scores can be a bias"
     else:
         do = f"it has {', '.join(known)}"
     value = keywords[name]

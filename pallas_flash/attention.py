@@ -117,7 +117,7 @@ def flash_attention(
         of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Each pass then reads and
         writes out once more, outside the kernels: see docs/semantics.md.
       return_lse: also return lse.
-      deterministic: gradients are bit-equal on every run.
+      deterministic: gradients are bit-equal on every run; for the arrays of score functions see docs/semantics.md.
       layout: the order of the axes of query, key, value and out.
       implementation: "hopper", "xla" or "reference"; a tuple of these for the first in it that can run this on the
         device; or None for the fastest that can, with a `FallbackWarning` where that is not one written for the device.

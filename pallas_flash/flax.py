@@ -56,6 +56,8 @@ In linen the module around the layer owns it, and makes the layer in its compact
     attend = functools.partial(attention_fn(mask=Causal()), sinks=sinks)
     return linen.MultiHeadAttention(8, attention_fn=attend)(x)
 
+A score function with arrays of its own (`RelativeBias`, learned slopes of `ALiBi`) is handed on likewise, by `score=`.
+
 Where this differs from Flax's own function, on purpose:
 
 - A query that may attend to nothing gives 0 with zero gradients; Flax's gives the mean of all values.
@@ -71,7 +73,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,7 @@ from pallas_flash.errors import invalid, require_bool, unsupported
 from pallas_flash.filled import Filled
 from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Full, Mask, SegmentIds, over_batch
+from pallas_flash.scores import At, Function, Score, checked
 
 __all__ = ["attention_fn", "dot_product_attention"]
 
@@ -95,6 +98,7 @@ def attention_fn(
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score: Score | Function | None = None,
     deterministic_backward: bool = False,
     implementation: Requested = None,
     context_parallel: ContextParallel | None = None,
@@ -108,6 +112,9 @@ def attention_fn(
         holds no arrays: those belong to a call.
       scale: factor of the scores, 1 / sqrt(head_dim) if None.
       softcap: scores become `softcap * tanh(scores / softcap)`.
+      score: a score function, as in `pallas_flash.flash_attention`. It holds no arrays: one that does, learned slopes
+        say, is handed on as sinks are. Batch entries are counted over all batch dimensions; at a decode step the query
+        has the position that it has for `mask`.
       deterministic_backward: gradients equal to the last bit on every run.
       implementation: as in `pallas_flash.flash_attention`.
       context_parallel: how sequences are cut over devices, None: they are not. All that has a sequence axis (the
@@ -121,10 +128,10 @@ def attention_fn(
       gives. Functions made from equal arguments are equal, so that they share compiled code.
 
     Raises:
-      ValueError: if `mask` holds arrays, or `context_parallel` is something else.
+      ValueError: if `mask` or `score` holds arrays, or `context_parallel` is something else.
       ModuleNotFoundError: in a call, if Flax is not installed.
       UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums, or gives a mask array
-        where sequences are cut.
+        or a score function where sequences are cut.
     """
     require_bool("deterministic_backward", deterministic_backward)
     if mask is not None and mask.has_arrays:
@@ -133,10 +140,14 @@ def attention_fn(
             f"a {type(mask).__name__} that holds arrays",
             "give those as the boolean `mask` of the layer's call",
         )
+    function = checked(score)
+    if jax.tree.leaves(function):
+        raise invalid("score of attention_fn must be the same in every call", f"{function}, which holds arrays",
+                      "hand it on in each call: functools.partial(dot_product_attention, score=...)")
     if not isinstance(context_parallel, ContextParallel | None):
         raise invalid("context_parallel of attention_fn must be a ContextParallel or None", f"{context_parallel=}",
                       "pass pallas_flash.ContextParallel(axis_name)")
-    return _AttentionFn(mask, scale, softcap, deterministic_backward, implementation, context_parallel)
+    return _AttentionFn(mask, scale, softcap, function, deterministic_backward, implementation, context_parallel)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ class _AttentionFn:
     mask: Mask | None
     scale: float | None
     softcap: float | None
+    score: Score | None
     deterministic_backward: bool
     implementation: Requested
     context_parallel: ContextParallel | None
@@ -168,11 +180,13 @@ class _AttentionFn:
         qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
         sinks: jax.Array | None = None,
+        score: Score | Function | None = None,
     ) -> jax.Array:
         """Attention as Flax calls it; `bias` and `mask` broadcast to (batch..., q_heads, q_len, kv_len).
 
         `mask` may also be a `Mask`, whose arrays begin with the axes (batch...) or are shared by the whole batch.
-        No layer passes `sinks`, (q_heads,): see the module's docstring.
+        No layer passes `sinks`, (q_heads,), nor `score`, which takes the place of that of construction: see the
+        module's docstring.
         """
         require_no_fork("pallas_flash.flax.dot_product_attention")
         dropout_rate = 0.0 if deterministic else dropout_rate
@@ -181,9 +195,12 @@ class _AttentionFn:
         query, key, value = _promote(query, key, value, dtype=dtype)
         batch = query.shape[:-3]
         rule = _join_masks(self.mask, mask, is_causal, batch, (query.shape[-3], key.shape[-3]))
-        attend: Callable[..., Any] = functools.partial(flash_attention, mask=rule)
+        function = self.score if score is None else checked(score)
+        if function is not None and query.shape[-3] == 1 < key.shape[-3]:
+            function = _at_decode_step(function, _as_rule(mask, batch), key.shape[-3])
+        attend: Callable[..., Any] = functools.partial(flash_attention, mask=rule, score=function)
         if self.context_parallel is not None:
-            attend = _over_devices(self.context_parallel, rule)
+            attend = _over_devices(self.context_parallel, rule, function)
         out: jax.Array = attend(
             _merge_batch(query),
             _merge_batch(key),
@@ -204,8 +221,14 @@ dot_product_attention = attention_fn()
 """Stands in for `nnx.dot_product_attention` and `linen.dot_product_attention`."""
 
 
-def _over_devices(settings: ContextParallel, rule: Mask | None) -> Callable[..., Any]:
+def _over_devices(settings: ContextParallel, rule: Mask | None, score: Score | None) -> Callable[..., Any]:
     """Attention over sequences that are cut over devices, under the rule: its segment ids are cut like the arrays."""
+    if score is not None:
+        raise unsupported(
+            f"attention_fn(context_parallel=...) with the score function {score}",
+            ["score functions are not told the positions of sequences that are cut over devices"],
+            "give what is added to the scores as the layer's bias, or leave out context_parallel",
+        )
     parts = () if rule is None else rule.parts
     segments = [part for part in parts if isinstance(part, SegmentIds)]
     others = [part for part in parts if not isinstance(part, SegmentIds)]
@@ -276,14 +299,18 @@ def _join_masks(
 ) -> Mask | None:
     """The mask of construction, the mask and the flag of the call, as one mask (None if there is none)."""
     q_len, kv_len = lengths
-    if isinstance(given, Mask):
-        given = _merge_batch_of_rule(given, batch)
-    elif given is not None:
-        given = Dense(_merge_batch_of_scores(given.astype(bool), batch))
+    given = _as_rule(given, batch)
     if q_len == 1 < kv_len and (fixed is not None or given is not None):
         return _decode_step(fixed, given, is_causal, kv_len)
     joined = [mask for mask in (fixed, Causal() if is_causal else None, given) if mask is not None]
     return functools.reduce(operator.and_, joined) if joined else None
+
+
+def _as_rule(given: jax.Array | Mask | None, batch: tuple[int, ...]) -> Mask | None:
+    """The mask of a call with its batch axes merged."""
+    if given is None or isinstance(given, Mask):
+        return given if given is None else _merge_batch_of_rule(given, batch)
+    return Dense(_merge_batch_of_scores(given.astype(bool), batch))
 
 
 def _merge_batch_of_rule(rule: Mask, batch: tuple[int, ...]) -> Mask:
@@ -305,7 +332,7 @@ def _decode_step(fixed: Mask | None, given: Mask | None, is_causal: bool, kv_len
     """The mask of one query at the last position that `given`, the filled slots of a cache, shows: no later tile is
     read, and none that `fixed` hides. The flag hides nothing there.
     """
-    if given is None or (isinstance(given, Dense) and given.attend.shape[-1] != kv_len):
+    if not _is_of_keys(given, kv_len):
         if fixed is None:  # the flag, and no mask of the keys: the query is the first
             return (Causal() if is_causal else Full()) & (Full() if given is None else given)
         raise invalid(
@@ -313,7 +340,31 @@ def _decode_step(fixed: Mask | None, given: Mask | None, is_causal: bool, kv_len
             f"{kv_len=} and no mask of them",
             "pass a mask of the filled slots, as decode=True does",
         )
+    filled, kv_pos = _filled(given, kv_len)
+    lengths = jnp.max(jnp.where(filled, kv_pos + 1, 0), axis=(2, 3))
+    return Filled(Full() if fixed is None else fixed, lengths, q_len=1) & given
+
+
+def _is_of_keys(given: Mask | None, kv_len: int) -> TypeGuard[Mask]:
+    """Whether a mask tells keys apart."""
+    return given is not None and not (isinstance(given, Dense) and given.attend.shape[-1] != kv_len)
+
+
+def _filled(given: Mask, kv_len: int) -> tuple[jax.Array, jax.Array]:
+    """Which keys one query attends to, (batch or 1, heads or 1, 1, kv_len), and their positions, (1, 1, 1, kv_len)."""
     kv_pos = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, kv_len)
     filled = over_batch(given.canonical(), lambda part: part.keep(jnp.zeros((1, 1), jnp.int32), kv_pos))
-    lengths = jnp.max(jnp.where(filled, kv_pos[None, None] + 1, 0), axis=(2, 3))
-    return Filled(Full() if fixed is None else fixed, lengths, q_len=1) & given
+    return filled, kv_pos[None, None]
+
+
+def _at_decode_step(score: Score, given: Mask | None, kv_len: int) -> Score:
+    """A score function of one query at the last position that `given`, the filled slots, shows to any head."""
+    if not _is_of_keys(given, kv_len):
+        raise invalid(
+            f"one query with the score function {score} must come with a mask of the keys, which tells its position",
+            f"{kv_len=} and no mask of them",
+            "pass a mask of the filled slots, as decode=True does",
+        )
+    filled, kv_pos = _filled(given, kv_len)
+    q_pos = jnp.max(jnp.where(filled, kv_pos, 0), axis=(1, 3))
+    return At(score, q_pos, kv_pos[0, 0])

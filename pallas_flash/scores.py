@@ -131,24 +131,28 @@ def integers(score: "Score | None") -> tuple[Any, ...]:
 # --- what kernels ask ------------------------------------------------------------------------------------------------
 
 def applied(function: Score, score: Float[Array, "b h q s"], pairs: Pairs) -> Float[Array, "b h q s"]:
-    """The function of each pair of a tile. What is below -2^127 (-2^1023 for float64), but for -inf, becomes that.
+    """The function of each pair of a tile; -inf hides a pair. From 2^32 on (float64: 2^61) the last bit is cleared."""
+    return _even_if_large(function.on_tile(score, pairs))
 
-    Of a row of such scores lse is then a number of few bits, which the logarithm of the number of keys can be told
-    apart from (`softmax.statistics`). -inf hides a pair.
+
+def _even_if_large(score: Array) -> Array:
+    """Clears the last bit of large scores, as `softmax.reference_point` does of lse.
+
+    In a row of equal scores, masks of finfo.min say, lse is that score plus the logarithm of the number of keys, which
+    is lost where the score is large. The rest of lse holds it if score and lse differ by nothing else.
     """
-    return _bounded(function.on_tile(score, pairs))
-
-
-def _bounded(score: Array) -> Array:
-    lowest = -(2.0 ** (jnp.finfo(score.dtype).maxexp - 1))
-    return jnp.where((score < lowest) & (score != -jnp.inf), jnp.full_like(score, lowest), score)
+    info = jnp.finfo(score.dtype)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(score), jnp.int64 if info.bits == 64 else jnp.int32)
+    even = jax.lax.bitcast_convert_type(bits & -2, score.dtype)
+    is_large = (abs(score) >= 2.0 ** (info.nmant + 9)) & jnp.isfinite(score)
+    return score + jnp.where(is_large, even - jax.lax.stop_gradient(score), jnp.zeros_like(score))
 
 
 def value_and_slope(function: Score, score: Float[Array, "b h q s"],
                     pairs: Pairs) -> tuple[Float[Array, "b h q s"], Float[Array, "b h q s"]]:
     """`applied`, and its derivative with respect to the score."""
     value, slope = jax.jvp(lambda s: function.on_tile(s, pairs), (score,), (jnp.ones_like(score),))
-    return _bounded(value), slope
+    return _even_if_large(value), slope
 
 
 def gradients(function: Score, score: Float[Array, "b h q s"], pairs: Pairs, keep: Bool[Array, "1|b 1|h q s"],

@@ -58,6 +58,10 @@ def test_write_a_mask():
     assert "dv: relative difference from the reference" in run("write_a_mask.py")
 
 
+def test_write_a_score():
+    assert "dgains: relative difference from the reference" in run("write_a_score.py")
+
+
 def test_train_gpt_compares_two_runs(tmp_path):
     pytest.importorskip("flax.nnx")
     plot, records = tmp_path / "images" / "loss.png", tmp_path / "runs.jsonl"

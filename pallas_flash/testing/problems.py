@@ -247,7 +247,7 @@ _FEATURES: dict[str, _Fields] = {
                         dtypes=("float16",)),
     "score-relative": dict(score=RelativeBias(_table(2, 41)), mask=Window(left=70, right=50), dtypes=("float32",)),
     "score-everything": dict(score=_Bent(_table(4, 2)), bias=(1, 4, LEN, LEN), softcap=3.0, dropout_rate=0.2, q_heads=4,
-                             mask=Causal(offset=-20) & InBounds(kv_len=_LENGTHS), dtypes=("bfloat16",)),
+                             mask=Causal(offset=-20) & InBounds(kv_len=_LENGTHS), dtypes=("float16",)),
     "large-rows": dict(row_lse=200.0, mask=Causal()),
     "large-rows-full": dict(row_lse=200.0, d=64, d_v=64, batch=1),
 }
