@@ -28,6 +28,7 @@ from pallas_flash import (
     flash_attention,
 )
 from pallas_flash.filled import Filled
+from pallas_flash.kernels.xla import schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
@@ -86,14 +87,16 @@ class Case:
     mask: Mask | None = None  # the rule as a call gives it, if it holds arrays
     bias: tuple[int, ...] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    tile: int = 8
 
 
 CASES = {
-    "chunk": Case("float32", q_len=11, capacity=35),  # a last tile that is not full
-    "one query in pages": Case("bfloat16", layout="BHLD", pages=True, q_len=1, options=dict(softcap=3.0)),
-    "window and bias in pages": Case("float16", pages=True, rule=Causal() & Window(left=5), bias=(5, HEADS, 1, 32)),
-    "prefix": Case("float64", layout="BHLD", capacity=37, rule=PrefixLM(9), mask=PrefixLM(jnp.full(5, 9)),
+    "chunk": Case("float32", q_len=11, capacity=33),  # a last tile that is not full, as in the next two
+    "prefix": Case("float64", layout="BHLD", capacity=37, rule=PrefixLM(9), mask=PrefixLM(np.full(5, 9)),
                    bias=(1, HEADS, 3, 37), options=dict(scale=0.7)),
+    "window and bias in pages": Case("float16", pages=True, capacity=48, rule=Causal() & Window(left=5), tile=11,
+                                     bias=(5, HEADS, 1, 48)),
+    "one query in pages": Case("bfloat16", layout="BHLD", pages=True, q_len=1, options=dict(softcap=3.0)),
     "all keys": Case("bfloat16", rule=Full(), mask=None, q_len=1),
     "a class of a user": Case("float32", layout="BHLD", pages=True, rule=Chunks(6)),
 }
@@ -145,9 +148,10 @@ def budget_of(case: Case, q, k, v, bias) -> Budget:
 
 @pytest.mark.parametrize(("name", "implementation"), [
     *((name, "xla") for name in CASES), ("chunk", "reference"), ("window and bias in pages", "reference")])
-def test_within_the_budget_of_the_formulas(name, implementation, x64):
+def test_within_the_budget_of_the_formulas(name, implementation, x64, monkeypatch):
     """And what lies past the lengths, or in pages of others, changes no bit."""
     case = CASES[name]
+    monkeypatch.setattr(schedule, "TARGET_BLOCK", case.tile)
     q, k, v = rows(case)
     bias = None if case.bias is None else normal(3, *case.bias).astype(case.dtype)
     mask = case.rule if case.mask is None else case.mask
@@ -306,7 +310,7 @@ def test_a_loop_keeps_a_donated_cache_in_place(empty):
     before = start.key.unsafe_buffer_pointer()
     found, outs = program(start, q)
     assert jax.default_backend() != "cpu" or found.key.unsafe_buffer_pointer() == before
-    assert_same((found, outs[-1]), (wanted, cache.attend(q, wanted)))
+    assert_same((found, outs[-1]), (wanted, cache.attend(q, wanted, implementation="reference")))
 
 
 @pytest.mark.parametrize("pages", [False, True])
@@ -338,10 +342,10 @@ def test_vmap():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *caches)
     q, new = jnp.stack([Q[:, :1], Q[:, 1:2]]), jnp.stack([K[:, :1], V[:, :1]])
 
-    def step(cached, q, new):
+    def step(cached, q, new, implementation="xla"):
         cached = cache.append(cached, new, new)
-        return cached.key, cache.attend(q, cached)
-    wanted = [step(*args) for args in zip(caches, q, new)]
+        return cached.key, cache.attend(q, cached, implementation=implementation)
+    wanted = [step(*args, "reference") for args in zip(caches, q, new)]
     assert_agree(jax.vmap(step)(stacked, q, new), jax.tree.map(lambda *x: jnp.stack(x), *wanted))
 
 
@@ -374,9 +378,9 @@ def test_batch_and_heads_may_be_sharded(kind):
     place = P("x", None, "y")
     places = jax.tree.unflatten(jax.tree.structure(start), [place, place, P("x")])
 
-    def step(cached, q, k, v):
+    def step(cached, q, k, v, implementation="xla"):
         cached = cache.append(cached, k, v)
-        return cached, cache.attend(q, cached)
+        return cached, cache.attend(q, cached, implementation=implementation)
     args, in_specs = (start, Q[:, :3], K[:, :3], V[:, :3]), (places, place, place, place)
     if kind == "manual":
         run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(places, place)))
@@ -388,7 +392,7 @@ def test_batch_and_heads_may_be_sharded(kind):
     assert found == ([] if kind == "manual" else ["all-reduce"])
     results = program(*args)
     assert results[1].sharding.is_equivalent_to(NamedSharding(mesh, place), 4)
-    assert_same(results, step(start, *(x[:, :3] for x in (Q, K, V))))
+    assert_same(results, step(start, *(x[:, :3] for x in (Q, K, V)), "reference"))
 
 
 # What is said and refused ---------------------------------------------------------------------------------------------
