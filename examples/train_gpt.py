@@ -40,13 +40,13 @@ import pallas_flash.flax
 THETA = 10_000.0  # longest wavelength of the rotary embedding, in units of 2 pi tokens
 
 
-def rotate(x: jax.Array, positions: np.ndarray) -> jax.Array:
-    """Rotary embedding of (batch, length, heads, dim), whose rows have these positions (length,) in the text: pairs of
-    features turned by position * frequency.
+def rotate(x: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
+    """Rotary embedding of (batch, length, heads, dim), whose rows have these positions in the text, (length,) or
+    (batch, length): pairs of features turned by position * frequency.
     """
     half = x.shape[-1] // 2
     frequency = THETA ** -(jnp.arange(half) / half)
-    angle = jnp.asarray(positions)[:, None, None] * frequency  # (length, 1, dim / 2)
+    angle = jnp.asarray(positions)[..., None, None] * frequency  # (length, 1, dim / 2), of a batch or of all
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

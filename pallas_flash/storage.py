@@ -60,7 +60,8 @@ class Cache:
     @property
     def batch(self) -> int:
         """How many sequences there are."""
-        return int(self.lengths.shape[0])
+        count: int = self.lengths.shape[0]
+        return count
 
     @property
     def pages(self) -> paging.Pages | None:

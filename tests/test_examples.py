@@ -111,3 +111,11 @@ def test_train_gpt_torch_compares_two_runs(tmp_path):
     pytest.importorskip("torch")
     out = run("train_gpt_torch.py", *SMALL, f"--save-plot={tmp_path / 'loss.png'}")
     assert "largest difference of losses" in out and "implementation=" in out
+
+
+def test_generate_gives_the_same_with_a_cache_and_without():
+    """In pages; contiguous it runs in `make demo`."""
+    pytest.importorskip("flax.nnx")
+    out = run("generate.py", "--steps=2", "--tokens=20", "--dim=32", "--layers=1", "--heads=2", "--kv-heads=1",
+              "--page-size=16", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert "with a cache:" in out and "100% of the texts are the same" in out and "pages=24x16" in out

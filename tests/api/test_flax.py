@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_flash import flax as adapter
 from pallas_flash.errors import UnsupportedError
 from pallas_flash.flax import attention_fn, dot_product_attention
-from pallas_flash.masks import Causal, Dense, InBounds, SegmentIds, Window
+from pallas_flash.masks import Causal, Dense, InBounds, SegmentIds, Window, over_batch
 
 linen = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
@@ -198,6 +199,26 @@ def test_decoding_with_a_cache_equals_the_whole_sequence_at_once(module, mask, f
     layer, x = module(attention_fn=attention_fn(mask=mask)), normal(0, (2, LENGTH, FEATURES))
     at_once = jax.jit(layer)(layer.params, x)
     np.testing.assert_allclose(layer.with_cache(layer.params, x), at_once, rtol=0, atol=1e-6)
+
+
+@both_modules
+def test_decoding_is_that_of_flax_itself(module, full_precision):
+    """Step by step, without a rule at construction."""
+    x, found = normal(0, (2, LENGTH, FEATURES)), []
+    for flash in (True, False):
+        layer = module(flash=flash)
+        with contextlib.nullcontext() if flash else jax.numpy_dtype_promotion("standard"):
+            found.append(layer.with_cache(module().params, x))
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_a_decode_step_reads_no_tile_past_the_filled_slots():
+    """Nor one that a window hides; the slots are told by the mask alone."""
+    slots = np.arange(64)[None, None, None, :] < np.array([5, 9])[:, None, None, None]
+    for fixed, lo in ((None, 0), (Window(left=3), 1)):
+        mask = adapter._join_masks(fixed, jnp.asarray(slots), False, (2,), (1, 64)).canonical()
+        bounds = over_batch(mask, lambda part: part.kv_bounds(0, 1))
+        assert (int(bounds.lo.min()), int(bounds.hi.max())) == (lo, 9)
 
 
 def test_one_query_whose_position_is_unknown_is_refused():
