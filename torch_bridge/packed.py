@@ -42,10 +42,13 @@ def attend(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
 
 
 def positions_from_the_end(starts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token, how many of its sequence come after it, and the number of its sequence; both (tokens,)."""
-    at = torch.arange(tokens, device=starts.device)
-    sequence = torch.searchsorted(starts[1:].contiguous(), at, right=True).clamp(max=starts.shape[0] - 2)
-    return starts[1:][sequence] - 1 - at, sequence
+    """Of each token, how many of its sequence come after it, and the number of its sequence; both (tokens,).
+
+    For padding the first is below 0, and the second the number of the last sequence.
+    """
+    at, last = torch.arange(tokens, device=starts.device), starts.shape[0] - 1
+    sequence = torch.searchsorted(starts[1:].contiguous(), at, right=True)
+    return starts[(sequence + 1).clamp(max=last)] - 1 - at, sequence.clamp(max=max(last - 1, 0))
 
 
 def check(starts: Starts, device: torch.device) -> None:

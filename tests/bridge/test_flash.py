@@ -1,12 +1,16 @@
 """`flash_attention`: what SDPA's arguments cannot say, against a textbook in float64; and `combine`."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import torch_bridge
 from bridge import textbook
 from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_call, qkv
-from torch_bridge import combine, flash_attention, ops, programs
+from torch_bridge import combine, explain_flash_attention, flash_attention, ops, programs
 
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
 Q, KV = (B, H, L, E), (B, G, S, E)
@@ -187,6 +191,24 @@ def test_vmap():
     for i in range(2):
         for a, b in zip(found, everything(*(x[i] for x in args)), strict=True):
             torch.testing.assert_close(a[i], b)
+
+
+def test_explain():
+    q, k, v, sinks, *_ = given()
+    text = explain_flash_attention(q, k, v, window=(2, 0), kv_lengths=LENGTHS, sinks=sinks, return_lse=True)
+    assert "Window(left=2, right=0) & InBounds(kv_len=int32[2x1])" in text and "implementation='xla'" in text
+    assert "key: shared, not copied" in text and text.endswith("sinks: one more pass over out, by PyTorch")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
+        explain_flash_attention(q, k, v, causal=True)
+
+
+def test_the_python_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "torch_bridge.md").read_text()
+    part = text[text.index("## What SDPA's arguments cannot say"):text.index("## How tensors cross")]
+    names = {"torch_bridge": torch_bridge}
+    for block in re.findall(r"^```python\n(.*?)^```", part, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert "k_cache" in names and "sequences" in names
 
 
 def test_autocast_casts_as_it_does_for_sdpa():

@@ -130,6 +130,14 @@ def test_packed_sequences(options):
     assert_same((out, lse), each(tensors, options.get("alibi_slopes"), **rest), tensors)
 
 
+def test_no_sequences():
+    """All tokens are padding."""
+    x, bounds = randn(3, H, D), torch.tensor([0])
+    out, lse, _ = flash_attn_varlen_func(x, x, x, bounds, bounds, 0, 0, causal=True, alibi_slopes=SLOPES,
+                                         return_attn_probs=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_packed_sequences_in_packed_tensors():
     tokens, bounds = 9, starts((4, 5))
     qkv, kv, q = randn(tokens, 3, H, D), randn(tokens, 2, H, D), randn(tokens, H, D)
