@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 from torch_bridge import context, memory
 from torch_bridge.activation import activate
-from torch_bridge.explanation import explain
+from torch_bridge.explanation import explain, explain_flash_attention
 from torch_bridge.flash import flash_attention
 from torch_bridge.lse import combine
 from torch_bridge.partial import partial_attention, partial_attention_backward
@@ -21,8 +21,8 @@ from torch_bridge.patching import patched
 from torch_bridge.records import report
 from torch_bridge.sdpa import scaled_dot_product_attention
 
-__all__ = ["activate", "combine", "explain", "flash_attention", "partial_attention", "partial_attention_backward",
-           "patched", "report", "scaled_dot_product_attention"]
+__all__ = ["activate", "combine", "explain", "explain_flash_attention", "flash_attention", "partial_attention",
+           "partial_attention_backward", "patched", "report", "scaled_dot_product_attention"]
 
 memory.share_with_torch()
 context.undo_start_of_jax()
