@@ -73,6 +73,9 @@ MANY_PARAMETERS = {
         "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
+    # what transformers calls
+    "torch_bridge/transformers/attention.py": {"__call__"},
+    "torch_bridge/transformers/masks.py": {"mask"},
     "torch_bridge/patching.py": {"scaled_dot_product_attention", "_attend"},
     # bodies of kernels: a parameter is an array
     "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
@@ -167,6 +170,7 @@ def test_only_compat_touches_what_is_private_in_jax():
 def test_flax_and_torch_have_their_places():
     assert importers("flax") == {"pallas_flash/flax.py"}
     assert all(path.startswith("torch_bridge/") for path in importers("torch"))
+    assert all(path.startswith("torch_bridge/transformers/") for path in importers("transformers"))
 
 
 def test_jax_meets_torch_in_two_files():

@@ -1,0 +1,145 @@
+"""The attention function that transformers' models call, in each layer.
+
+    query (batch, q_heads, q_len, d), key, value (batch, kv_heads, kv_len, d)  ->  out (batch, q_len, q_heads, d)
+
+Where no gradient is needed, lengths are padded to buckets and the true ones are run-time values, so that the next token
+or the next prompt finds the programs of the last. Padding copies keys and values once a layer, as a growing cache does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from torch_bridge.flash import flash_attention
+from torch_bridge.transformers.buckets import padded
+from torch_bridge.transformers.rule import Rule
+
+__all__ = ["Attention"]
+
+logger = logging.get_logger(__name__)
+
+
+class _Masked(NamedTuple):
+    """What of a call says which keys a query attends to, and what is added to the scores."""
+
+    window: tuple[int | None, int | None] | None
+    offset: int
+    ids: tuple[Tensor, Tensor] | None
+    attn_mask: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of `flash_attention`."""
+        return dict(window=self.window, causal_offset=None if self.window is None else self.offset,
+                    segment_ids=self.ids, attn_mask=self.attn_mask)
+
+
+class Attention:
+    """What `AttentionInterface` holds.
+
+    Args:
+      buckets: the length to which sequences are padded where no gradient is needed; None: they are not.
+    """
+
+    def __init__(self, buckets: Callable[[int], int] | None) -> None:
+        self._buckets = buckets
+
+    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                 attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+                 is_causal: bool | None = None, sliding_window: int | None = None, softcap: float | None = None,
+                 s_aux: Tensor | None = None, position_bias: Tensor | None = None,
+                 **others: Any) -> tuple[Tensor, None]:
+        """(out, None): there are no weights to return."""
+        _check(others, attention_mask)
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        masked = _masked((query, key), attention_mask, is_causal, sliding_window, position_bias)
+        numbers: dict[str, Any] = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
+        needs_grad = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (query, key, value, s_aux, masked.attn_mask))
+        if self._buckets is None or needs_grad or torch.compiler.is_compiling():
+            out = flash_attention(query, key, value, **masked.arguments(), **numbers)
+        else:
+            out = _in_buckets(self._buckets, (query, key, value), masked, numbers)
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _check(others: dict[str, Any], attention_mask: Tensor | None) -> None:
+    if others.get("output_attentions"):
+        logger.warning_once("pallas_flash never holds the attention weights: output_attentions=True gives None. Use "
+                            'attn_implementation="eager" to look at them.')
+    if attention_mask is None and others.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "packed sequences need a mask, got attention_mask=None with cu_seq_lens_q: pass position_ids without an "
+            "attention_mask to the model, from which the mask is made. Continuous batching is not supported: use "
+            "generate().")
+
+
+def _masked(tensors: tuple[Tensor, Tensor], attention_mask: Tensor | None, is_causal: bool,
+            sliding_window: int | None, position_bias: Tensor | None) -> _Masked:
+    """Reads attention_mask: a `Rule`, an ordinary mask, or none, which leaves it to `is_causal` as for PyTorch's own
+    function: causal from the first key, and no mask at all for a single query.
+    """
+    query, key = tensors
+    if isinstance(attention_mask, Rule):
+        bounds = attention_mask.bounds
+        window = None if bounds.left is bounds.right is None else (bounds.left, bounds.right)
+        ids = None if attention_mask.q_ids is None or attention_mask.kv_ids is None else (
+            attention_mask.q_ids, attention_mask.kv_ids)
+        return _Masked(window, bounds.offset, ids, _bias(position_bias, None, query))
+    if attention_mask is not None:
+        return _Masked(None, 0, None, _bias(position_bias, attention_mask, query))
+    left = None if sliding_window is None else sliding_window - 1
+    if query.shape[2] == 1:
+        window, offset = (None, 0) if left is None else ((left, 0), key.shape[2] - 1)
+    else:
+        window, offset = (left, 0) if is_causal else None, 0
+    return _Masked(window if is_causal else None, offset, None, _bias(position_bias, None, query))
+
+
+def _bias(position_bias: Tensor | None, attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """What is added to the scores and masks them, in one tensor."""
+    if attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        attention_mask = attention_mask.to(query.dtype)
+    if position_bias is None:
+        return attention_mask
+    if position_bias.dtype not in (torch.float32, query.dtype):
+        position_bias = position_bias.to(query.dtype)
+    if attention_mask is None:
+        return position_bias
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, position_bias, -torch.inf)
+    return position_bias + attention_mask
+
+
+def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Tensor], masked: _Masked,
+                numbers: dict[str, Any]) -> Tensor:
+    """`flash_attention` of tensors padded to buckets; padded keys are beyond kv_lengths."""
+    query, key, value = tensors
+    q_len, kv_len = query.shape[2], key.shape[2]
+    q_size, kv_size = 1 if q_len == 1 else buckets(q_len), buckets(kv_len)
+    if q_size < q_len or kv_size < kv_len:
+        raise ValueError(f"buckets must give lengths of at least the given ones, got {q_size} for {q_len} and {kv_size}"
+                         f" for {kv_len}. Round up.")
+    ids, attn_mask = masked.ids, masked.attn_mask
+    if ids is not None:
+        ids = padded(ids[0], q_size, 1, -1), padded(ids[1], kv_size, 1, -1)
+    if attn_mask is not None:
+        attn_mask = _padded_mask(attn_mask, (q_len, kv_len), (q_size, kv_size))
+    arguments = masked._replace(ids=ids, attn_mask=attn_mask).arguments()
+    if masked.window is not None and masked.offset:
+        arguments["causal_offset"] = torch.full((1,), masked.offset, dtype=torch.int32, device=query.device)
+    lengths = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
+    out: Tensor = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
+                                  kv_lengths=lengths, **arguments, **numbers)
+    return out[:, :, :q_len]
+
+
+def _padded_mask(attn_mask: Tensor, lengths: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
+    """A mask for padded queries and keys; axes of size 1 for all queries or all keys stay."""
+    for axis, length, size in zip((attn_mask.dim() - 2, attn_mask.dim() - 1), lengths, sizes, strict=True):
+        if attn_mask.shape[axis] == length:
+            attn_mask = padded(attn_mask, size, axis)
+    return attn_mask
