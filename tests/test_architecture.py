@@ -40,7 +40,7 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "softmax", "tiles", *FOUNDATIONS}
+FOR_KERNELS = {"compat", "device", "dropout", "packed", "softmax", "tiles", *FOUNDATIONS}  # packed: a mask
 
 ON_MOSAIC = {"hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
@@ -60,8 +60,6 @@ MANY_PARAMETERS = {
     "torch_bridge/explanation.py": {"explain"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
-    # bodies of kernels: a parameter is an array
-    "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
 }
 
 
