@@ -48,7 +48,7 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "filled", "paging", "softmax", "tiles", *FOUNDATIONS}
+FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "paging", "softmax", "tiles", *FOUNDATIONS}  # packed: a mask
 
 ON_MOSAIC = {"hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
@@ -77,8 +77,6 @@ MANY_PARAMETERS = {
     "torch_bridge/transformers/attention.py": {"__call__"},
     "torch_bridge/transformers/masks.py": {"mask"},
     "torch_bridge/patching.py": {"scaled_dot_product_attention", "_attend"},
-    # bodies of kernels: a parameter is an array
-    "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
 }
 
 

@@ -84,6 +84,11 @@ def is_atomic(buffer_key, source_info):
 
 
 def interpreted(schedule, spec, operands, saved):
+    """The gradients, from q, k and v, and what the forward saved and the cotangents."""
+    return interpreted_gradients(schedule, spec, (operands.q, operands.k, operands.v, *saved))
+
+
+def interpreted_gradients(schedule, spec, arrays):
     """The gradients; raises if the interpreter, which starts a detector for each kernel, has seen a race in one."""
     detectors = []
 
@@ -93,7 +98,7 @@ def interpreted(schedule, spec, operands, saved):
 
     with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
           interpret.interpreted(detect_races=True)):
-        dq, dk, dv = launches.backward(spec, schedule)(operands.q, operands.k, operands.v, *saved)
+        dq, dk, dv = launches.backward(spec, schedule)(*arrays)
         found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None)
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"

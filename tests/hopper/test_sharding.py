@@ -218,7 +218,7 @@ def test_on_one_device_and_exported_nothing_is_split():
 
 
 def test_problems_whose_shards_are_none_are_not_split():
-    """Random bits and arrays of a mask are those of the whole problem."""
+    """Random bits, and arrays of a mask that are no arguments, are those of the whole problem."""
     spec, arrays = make(8, 4)
     mask = masks.InBounds(kv_len=np.arange(4, 8)).canonical()
     with_lengths = dataclasses.replace(spec, mask=mask.with_placeholders())
@@ -228,3 +228,40 @@ def test_problems_whose_shards_are_none_are_not_split():
     there = placed(spec, mesh_of(x=4), arrays, "x", None, None)[:3]
     found = jax.jit(functools.partial(split, lengths, FORWARD, with_lengths))(*there)
     assert_agree(found, lengths(with_lengths, *arrays[:3]))
+
+
+MESHES = {
+    "batch-and-groups": (dict(x=2, y=2), ("x", "y", "y"), set()),
+    "shared-key-head": (dict(x=4), (None, "x", None), {"all-reduce"}),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_arrays_of_a_mask_are_split_with_the_rest(name):
+    """Each device has those of its own entries of the batch and heads; axes of size 1 stay whole."""
+    sizes, axes, collectives = MESHES[name]
+    spec, arrays = make(4, 1 if name == "shared-key-head" else 2)
+    mask = (masks.Window(left=np.array([[3, 9, 20, 0]]), right=0, offset=np.array([[1]]))
+            & masks.InBounds(kv_len=np.arange(10, 14)) & masks.SegmentIds(np.arange(24) // 9, np.arange(16) // 9))
+    mask = jax.tree.map(jnp.asarray, mask.canonical())
+    spec, fields = dataclasses.replace(spec, mask=mask.with_placeholders()), jax.tree.leaves(mask)
+    again = lambda spec, fields: jax.tree.unflatten(jax.tree.structure(spec.mask), fields)
+
+    def lengths(spec, q, k, v, *fields):
+        return tuple(forward.forward(spec, Operands(q, k, v, None, again(spec, fields), None, None)))
+
+    def gradients(spec, q, k, v, out, stats, dout, dstats, *fields):
+        operands = Operands(q, k, v, None, again(spec, fields), None, None)
+        return tuple(backward.backward(spec, operands, out, stats, dout, dstats)[:3])
+
+    def attend(call, q, k, v, dout, dstats, *fields):
+        more = " field" * len(fields)
+        out, stats = call(lengths, FORWARD.replace(" ->", f"{more} ->"), spec, q, k, v, *fields)
+        saved = out, stats, dout, dstats
+        return out, stats, *call(gradients, BACKWARD.replace(" ->", f"{more} ->"), spec, q, k, v, *saved, *fields)
+
+    run = jax.jit(functools.partial(attend, split))
+    there = [*placed(spec, mesh_of(**sizes), arrays, *axes), *fields]
+    wanted = jax.jit(functools.partial(attend, lambda function, _, spec, *arrays: function(spec, *arrays)))
+    assert_agree(run(*there), wanted(*arrays, *fields))
+    assert set(COLLECTIVE.findall(run.lower(*there).compile().as_text())) == collectives

@@ -1,32 +1,70 @@
-"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map."""
+"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
 
+Where a mask holds arrays, they are arguments like others, and what kernels read instead of them (`mask_arrays`) is made
+beside the launches: on each device, for its shard and its schedule.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
+from pallas_flash import masks
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import defaults, launches
+from pallas_flash.kernels.hopper import defaults, launches, mask_arrays
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
-from pallas_flash.kernels.mosaic.call import partitioned
+from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
 
 
-_forward, _backward = (functools.lru_cache(maxsize=1024)(launch) for launch in (launches.forward, launches.backward))
-"""The same object for the same spec and schedule."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WithMask:
+    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask."""
+
+    spec: AttentionSpec
+    launched: Pass
+    make: Callable[[masks.Mask], dict[str, jax.Array]]
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self.launched.result_types
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        fields, structure = jax.tree.flatten(self.spec.mask)
+        count = len(arrays) - len(fields)
+        made = self.make(jax.tree.unflatten(structure, arrays[count:]))
+        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Computation:
+    """The same object for the same spec and schedule."""
+    launched = launches.forward(spec, schedule)
+    make = functools.partial(mask_arrays.forward, spec, schedule)
+    return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Computation:
+    """The same object for the same spec and schedule."""
+    launched = launches.backward(spec, schedule)
+    make = functools.partial(mask_arrays.backward, spec, schedule)
+    return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched
 
 
 @functools.lru_cache(maxsize=8)
-def _forward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
+def _forward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     """The forward of each spec, and the same object for the same device."""
     return lambda spec: _forward(spec, defaults.default_forward(spec, device))
 
 
 @functools.lru_cache(maxsize=8)
-def _backward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
+def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     """The backward of each spec, and the same object for the same device."""
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
 
@@ -34,8 +72,9 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
 @vmappable
 def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    roles = "query key key -> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v)
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key {'field ' * len(fields)}-> query row"
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *fields)
     return Results(out, stats)
 
 
@@ -43,7 +82,8 @@ def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[
 def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.Array, stats: jax.Array,
              dout: jax.Array, dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    roles = "query key key query row query row -> query key key"
-    arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key query row query row {'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -91,7 +91,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """Returns `ForwardSchedule.maxima`: how often the row maximum is taken. Taking it rarely pays where rows walk over
     many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
     """
-    if spec.q_len == 0:
+    if spec.q_len == 0 or spec.mask.has_arrays:  # of arrays nothing is known: a row may meet its first key at any step
         return 0
     start, *_, stop = every_row_block(spec, schedule)
     shortest, longest = np.min(stop - start), np.max(stop - start)

@@ -243,8 +243,8 @@ def store_zeros(ref: Ref) -> None:
 
 @interpreted_as(lambda ref, index, first, columns: ref[*index, pl.ds(first, columns)])
 def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns: int) -> PerColumn:
-    """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory; both
-    multiples of 8.
+    """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes in global memory, of
+    int32 or floating-point numbers; both multiples of 8.
     """
     dtype, (_, second, third, width) = ref.dtype, ref.shape
 
@@ -264,7 +264,8 @@ def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns:
             index = arith.addi(row, mgpu.utils.c(8 * j, i64))
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], element)
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        signed = True if jnp.issubdtype(dtype, jnp.integer) else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
     return load(ref, *map(ptx.scalar, (*index, first)))
 

@@ -49,6 +49,8 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
          f"{s.held_columns=} must be a multiple of 16 and at most {s.block_kv=}"),
         (s.maxima == 0 or spec.dtype == jnp.bfloat16,
          f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
+        (s.maxima == 0 or not spec.mask.has_arrays,
+         f"{s.maxima=} needs a mask without arrays: with them a row may meet its first key at any step"),
         (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
         (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "

@@ -1,13 +1,18 @@
 """What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import tiles
+from pallas_flash import masks, tiles
 from pallas_flash.device import Device
+from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
+_INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
+"""The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
+say which, exactly, for a single position.
+"""
 TMA_ELEMENTS = 8
 """TMA strides are multiples of 16 bytes: 8 elements of a 16-bit type."""
 
@@ -29,9 +34,18 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules: tuple[tuple[bool, str], ...] = ()
+    rules: tuple[tuple[bool, str], ...] = (
+        (spec.mask.has_arrays, "a mask that holds arrays"),
+    )
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
+
+
+def _is_known(part: masks.Mask) -> bool:
+    """Whether a part of a mask keeps the keys of one interval for each query, or pairs of equal ids."""
+    if type(part) is Packed:
+        return all(type(rule) in _INTERVAL_RULES for rule in part.rule.parts)
+    return type(part) in (*_INTERVAL_RULES, masks.SegmentIds)
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -58,8 +72,20 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
         (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
          "nothing is trained)"),
-        (not spec.mask.has_arrays, "takes masks of static numbers only yet, mask has array fields: "
-         + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())
-         + " (a rule of positions, such as Causal() or Window(left=127), needs none)"),
+    )
+    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
+
+
+def _mask_reasons(mask: masks.Mask) -> list[str]:
+    """A mask without arrays may be of any class. Where one part holds arrays, the kernels know all parts by class."""
+    if not mask.has_arrays:
+        return []
+    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
+    ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
+    rules = (
+        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds and packed sequences of "
+         f"these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as SegmentIds; a mask "
+         "without arrays may be of any class)"),
+        (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

@@ -2,10 +2,12 @@
 
 The mask is asked in two places. In a kernel, for the block's own tiles: the functions that take a `mask` work on traced
 numbers too. On the host, for everything that is decided before a kernel runs: tables, sections, the order of blocks,
-and which branches can be left out. The host asks one mask, `worst_case`.
+and which branches can be left out. The host asks one mask, `worst_case`. Of a mask that holds arrays it knows only the
+parts that hold none, so no branch is left out; kernels read what they would ask from other arrays (`mask_arrays`).
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
@@ -42,13 +44,21 @@ _BLOCK_STEPS = 1.5  # the start and end of a block, or of a tile in the forward,
 
 @functools.lru_cache(maxsize=256)
 def worst_case(spec: AttentionSpec, s: _Schedule) -> masks.Mask:
-    """The spec's mask and the ends of ragged tiles.
+    """The parts of the spec's mask that hold no arrays, and the ends of ragged tiles.
 
-    What the host asks: it keeps every pair that a kernel's mask keeps for any batch entry and head. As long as masks
-    hold no arrays, it is also the kernels' mask.
+    What the host asks: it keeps every pair that a kernel's mask keeps for any batch entry and head. Where the mask
+    holds no arrays, it is also the kernels' mask.
     """
+    mask = _static_parts(spec)
     ends = _forward_ends(spec, s) if isinstance(s, ForwardSchedule) else _backward_ends(spec, s)
-    return spec.mask & masks.InBounds(**ends) if ends else spec.mask
+    return mask & masks.InBounds(**ends) if ends else mask
+
+
+def _static_parts(spec: AttentionSpec) -> masks.Mask:
+    if not spec.mask.has_arrays:
+        return spec.mask
+    static = [part for part in spec.mask.parts if not part.has_arrays]
+    return functools.reduce(operator.and_, static, masks.Full())
 
 
 def _forward_ends(spec: AttentionSpec, s: ForwardSchedule) -> dict[str, int]:
@@ -56,7 +66,8 @@ def _forward_ends(spec: AttentionSpec, s: ForwardSchedule) -> dict[str, int]:
     query need no mask: they are never stored.
     """
     first = np.arange(0, spec.q_len, ROWS_PER_WARPGROUP)
-    reach = np.max(spec.mask.kv_bounds(first, np.minimum(first + ROWS_PER_WARPGROUP, spec.q_len)).hi)
+    stop = np.minimum(first + ROWS_PER_WARPGROUP, spec.q_len)
+    reach = np.max(_static_parts(spec).kv_bounds(first, stop).hi)
     return {"kv_len": spec.kv_len} if spec.kv_len % s.block_kv and reach > spec.kv_len else {}
 
 
@@ -76,6 +87,8 @@ def _backward_ends(spec: AttentionSpec, s: _BackwardPart) -> dict[str, int]:
 @functools.lru_cache(maxsize=256)
 def may_have_idle_queries(spec: AttentionSpec) -> bool:
     """Whether the mask's bounds leave room for a query that attends to nothing."""
+    if spec.mask.has_arrays:
+        return True
     pos = np.arange(spec.q_len)
     lo, full_lo, full_hi, hi = (np.broadcast_to(np.clip(x, 0, spec.kv_len), pos.shape)
                                 for x in spec.mask.kv_bounds(pos, pos + 1))
@@ -170,6 +183,8 @@ class Steps(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def steps(spec: AttentionSpec, schedule: ForwardSchedule) -> Steps:
     """Asks the mask about every block of rows."""
+    if spec.mask.has_arrays:
+        return Steps(first_masked=True, later_masked=True, skips_above=True, skips_below=True)
     start, full_start, full_stop, stop = every_row_block(spec, schedule)
     lo, hi = (np.repeat(x, schedule.warpgroups) for x in every_loaded(spec, schedule))
     first, others = stop - 1, stop - 1 > start
@@ -238,9 +253,11 @@ def _every_kv_range(spec: AttentionSpec, s: _BackwardPart) -> tiles.TileRange[np
     return _for_each(q_tile, kv_range(worst_case(spec, s), spec, s, q_tile))
 
 
-def _work(heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int, s: _BackwardPart) -> Work:
+def _work(spec: AttentionSpec, heads: int, ranges: tiles.TileRange[np.ndarray], head_bytes: int,
+          s: _BackwardPart) -> Work:
     """The blocks of a kernel in sections of about `section_bytes`."""
-    return scheduling.work(heads, ranges, s.section_bytes // max(head_bytes, 1), s.num_sms)
+    work = scheduling.work(heads, ranges, s.section_bytes // max(head_bytes, 1), s.num_sms)
+    return work._replace(empty=True, partial=True) if spec.mask.has_arrays else work
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,7 +270,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     """
     needed = every_q_range(spec, s)
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
-    work = _work(spec.batch * spec.kv_heads, needed, head_bytes, s)
+    work = _work(spec, spec.batch * spec.kv_heads, needed, head_bytes, s)
     if not (isinstance(s, KvSchedule) and s.ordered):
         return work
     length = needed.stop - needed.start
@@ -264,7 +281,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
 def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
-    return _work(spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)
+    return _work(spec, spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)
 
 
 def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,
@@ -279,8 +296,10 @@ def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_til
 @functools.lru_cache(maxsize=256)
 def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     """Whether the key tiles whose blocks add to a query tile are those that the mask's bounds name, and at least one:
-    then `additions_before` follows from a block's number.
+    then `additions_before` follows from a block's number. Nothing is known of a mask that holds arrays.
     """
+    if spec.mask.has_arrays:
+        return False
     needed, (start, _, _, stop) = every_q_range(spec, s), _every_kv_range(spec, s)
     begin, end = needed.start, np.maximum(needed.start, needed.stop)
     change = np.bincount(begin, minlength=start.size + 1) - np.bincount(end, minlength=start.size + 1)

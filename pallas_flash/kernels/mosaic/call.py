@@ -29,7 +29,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 
-from pallas_flash import compat
+from pallas_flash import compat, masks
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["partitioned"]
@@ -72,6 +72,7 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Arra
         query: (batch, q_len, q_heads, any) in the spec's layout: q, out, dout, dq;
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
+        field: (batch or 1, q_heads or 1, any, ...): an array of the spec's mask, all of which come in its order;
         whole: anything of which every device takes all.
     """
     return tuple(_kernel_p.bind(*arrays, computation=build(spec), split=Split(build, roles, spec)))
@@ -133,10 +134,11 @@ class Split:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the shards of a problem are problems by themselves: those of arrays in a mask or of random bits are
-        not.
+        """Whether the shards of a problem are problems by themselves: those of a bias, of random bits, or of a mask
+        whose arrays are not among the call's are not.
         """
-        return not (self.spec.mask.has_arrays or self.spec.bias is not None or self.spec.dropout_rate)
+        has_fields = self.names[0].count("field") == len(jax.tree.leaves(self.spec.mask))
+        return has_fields and not (self.spec.bias is not None or self.spec.dropout_rate)
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
@@ -144,11 +146,14 @@ class Split:
         arrays, results = self.roles.split("->")
         return arrays.split(), results.split()
 
-    def axes(self, role: str, rank: int) -> tuple[str, ...]:
+    def axes(self, role: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """What each axis of an array is."""
-        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "whole": ""}[role]
+        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "field": "q_heads", "whole": ""}[role]
+        rank = len(shape)
         if not heads:
             return ("",) * rank
+        if role == "field":
+            return *(axis if size > 1 else "" for axis, size in zip(("batch", heads), shape)), *[""] * (rank - 2)
         if role == "row" or self.spec.layout == "BHLD":
             return ("batch", heads, *[""] * (rank - 2))
         return "batch", "", heads, ""
@@ -163,7 +168,7 @@ class Split:
         letters, whole = {"batch": "b", "q_heads": q_heads, "kv_heads": kv_heads, "": ""}, itertools.count()
 
         def side(roles: list[str], types: Sequence[jax.ShapeDtypeStruct]) -> str:
-            words = [[letters[axis] or f"w{next(whole)}" for axis in self.axes(role, len(kind.shape))]
+            words = [[letters[axis] or f"w{next(whole)}" for axis in self.axes(role, kind.shape)]
                      for role, kind in zip(roles, types, strict=True)]
             return ", ".join(map(" ".join, words))
 
@@ -178,7 +183,7 @@ class Split:
         found: dict[str, tuple[str, ...]] = {}
         for role, array in arrays:
             partition = (*array.sharding.spec, *[None] * len(array.shape))
-            for axis, names in zip(self.axes(role, len(array.shape)), partition):
+            for axis, names in zip(self.axes(role, array.shape), partition):
                 if names:
                     found.setdefault(axis, (names,) if isinstance(names, str) else tuple(names))
         spec, heads = self.spec, found.get("q_heads", found.get("kv_heads", ()))
@@ -186,6 +191,15 @@ class Split:
         one_left = spec.kv_heads == _size(mesh, shared)
         return {"": (), "batch": _dividing(mesh, found.get("batch", ()), spec.batch), "kv_heads": shared,
                 "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
+
+    def local_mask(self, counts: dict[str, int]) -> masks.Mask:
+        """The mask of a shard's spec, with so many batch entries and heads."""
+        def local(field: masks.ArrayField) -> masks.ArrayField:
+            lead = (min(size, counts[axis]) for size, axis in zip(field.shape, ("batch", "q_heads")))
+            return masks.ArrayField((*lead, *field.shape[2:]), field.dtype)
+
+        mask: masks.Mask = jax.tree.map(local, self.spec.mask)
+        return mask
 
     def partition(self, mesh: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
                   results: Sequence[jax.ShapeDtypeStruct]) -> tuple[Mesh, Callable[..., tuple[jax.Array, ...]],
@@ -196,7 +210,7 @@ class Split:
         roles = self.names
         mesh_axes = self.mesh_axes(mesh, [*zip(roles[0], arrays, strict=True), *zip(roles[1], results, strict=True)])
         counts = {axis: getattr(self.spec, axis) // _size(mesh, names) for axis, names in mesh_axes.items() if axis}
-        local = dataclasses.replace(self.spec, **counts)
+        local = dataclasses.replace(self.spec, **counts, mask=self.local_mask(counts))
         sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -204,7 +218,7 @@ class Split:
             return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
 
         def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
-            split = (mesh_axes[axis] or None for axis in self.axes(role, array.ndim))
+            split = (mesh_axes[axis] or None for axis in self.axes(role, array.shape))
             return NamedSharding(mesh, PartitionSpec(*split))
 
         return mesh, shard, tuple(map(sharding, roles[1], results)), tuple(map(sharding, roles[0], arrays))

@@ -53,9 +53,24 @@ def compile_module(module: bytes, work: Path) -> dict:
                 advice=sorted(set(re.findall(r"C75\d\d", text))))
 
 
+def with_arrays(problem, options: list[str]):
+    """The mask of a problem, in which lengths or documents are arrays."""
+    import numpy as np
+
+    from pallas_flash import masks
+    mask = problem.mask
+    if "lengths" in options:
+        mask = mask & masks.InBounds(kv_len=np.full(problem.batch, problem.kv_len - 7, np.int32))
+    if "documents" in options:
+        ids = (np.zeros((problem.batch, length), np.int32) for length in (problem.q_len, problem.kv_len))
+        mask = mask & masks.SegmentIds(*ids)
+    return mask
+
+
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
-    softcap, ragged (48 positions less), partial (results in float32; with gradients always)."""
+    softcap, ragged (48 positions less), partial (results in float32; with gradients always), lengths, documents (a mask
+    that holds arrays beside the problem's)."""
     import dataclasses
 
     import jax
@@ -66,6 +81,7 @@ def lower(name: str, options: list[str]):
     problem, less = problems.find(name), 48 if "ragged" in options else 0
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
                                   kv_len=problem.kv_len - less, softcap=30.0 if "softcap" in options else None)
+    problem = dataclasses.replace(problem, mask=with_arrays(problem, options))
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
@@ -95,7 +111,7 @@ def lower(name: str, options: list[str]):
 
 
 def main(names: list[str]) -> None:
-    """Each name may end in "+gradients", "+deterministic", "+softcap", "+ragged" and "+partial"."""
+    """Each name may end in options of `lower`: "+gradients", "+softcap", "+documents" and others."""
     work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
         problem, *options = name.split("+")

@@ -7,7 +7,7 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Large, Pairs, weights
+from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
@@ -30,6 +31,7 @@ from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import TileRange
 
 __all__ = ["launch"]
 
@@ -201,7 +203,7 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
         ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
-        keep = block.mask.keep(registers.positions(columns, 0, rows.first), position)
+        keep = block.mask.keep(columns, rows.first, position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Fragment:
@@ -228,18 +230,33 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout and the statistics."""
-    blocks = work.dq_work(spec, schedule)
+def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, TileRange[Index]]:
+    """The mask of a block, and the key tiles that it needs.
 
-    def attention_backward_dq(q: Ref, k: Ref, v: Ref, dout: Ref, stats: Ref, dq: Ref, smem: dict[str, Ref],
-                              bars: dict[str, Ref]) -> None:
-        gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
+    Args:
+      index: (batch, head, query tile).
+    """
+    batch, head, q_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, head)
+        return mask, mask.tiles("key_tiles", q_tile)
+    static = work.worst_case(spec, schedule)
+    return StaticMask(static), work.kv_range(static, spec, schedule, q_tile)
+
+
+def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
+    """The launch that makes dq of q, k, v, dout, the statistics and, if the mask holds arrays, those of `mask_arrays`.
+    """
+    blocks, extra = work.dq_work(spec, schedule), mask_arrays.names(spec.mask, of_keys=True)
+
+    def attention_backward_dq(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        gmem = dict(zip(("q", "k", "v", "dout", "stats", *extra, "dq"), arrays, strict=True))
         head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        mask = work.worst_case(spec, schedule)
-        walk = Walk(q_head, 1, *work.kv_range(mask, spec, schedule, q_tile))
-        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, walk)
+        mask, needed = mask_of(spec, schedule, gmem, (batch, q_head, q_tile))
+        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, Walk(q_head, 1, *needed))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -255,4 +272,4 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         attention_backward_dq, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
-    return Launch(kernel, ("q", "k", "v", "dout", "statistics"), outputs)
+    return Launch(kernel, ("q", "k", "v", "dout", "statistics", *extra), outputs)

@@ -23,12 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
 from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
@@ -39,8 +40,9 @@ from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import TileRange
 
-__all__ = ["INPUTS", "block_of", "gradient_types", "launch", "meet", "scratch"]
+__all__ = ["block_of", "gradient_types", "inputs", "launch", "meet", "references", "scratch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
@@ -345,8 +347,14 @@ def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[
     return smem, bars | meeting_barriers(s)
 
 
-INPUTS = "q", "k", "v", "dout", "statistics"
-"""The arrays that every kernel reads that keeps keys."""
+def inputs(spec: AttentionSpec) -> tuple[str, ...]:
+    """The arrays that every kernel reads that keeps keys."""
+    return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=False))
+
+
+def references(spec: AttentionSpec) -> tuple[str, ...]:
+    """What the kernels call them."""
+    return tuple("stats" if name == "statistics" else name for name in inputs(spec))
 
 
 def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
@@ -354,6 +362,21 @@ def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = spec.operand_shapes
     return {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
             for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
+
+
+def mask_of(spec: AttentionSpec, s: KeySchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, TileRange[Index]]:
+    """The mask of a block's heads (`of_head` is that of one), and the query tiles that they need.
+
+    Args:
+      index: (batch, key head, key tile).
+    """
+    batch, kv_head, kv_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, kv_head)
+        return mask, mask.tiles("query_tiles", kv_tile)
+    static = work.worst_case(spec, s)
+    return StaticMask(static), work.q_range(static, spec, s, kv_tile)
 
 
 def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
@@ -365,9 +388,8 @@ def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
     """
     head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
     batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
-    mask = work.worst_case(spec, s)
-    q_tiles = work.q_range(mask, spec, s, kv_tile)
     gmem, smem, bars = refs
+    mask, q_tiles = mask_of(spec, s, gmem, (batch, kv_head, kv_tile))
     walk = Walk(kv_head * spec.group, spec.group, *q_tiles)
     return Block(spec, s, gmem, smem, bars, mask, batch, kv_head, kv_tile, walk)
 
@@ -386,7 +408,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
 
     def attention_backward_kv(*refs: Any) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
-        names = ["q", "k", "v", "dout", "stats", *last, "dk", "dv", *["dq"] * ordered]
+        names = [*references(spec), *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")
@@ -410,4 +432,4 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, (*INPUTS, *updates), outputs, updates)
+    return Launch(kernel, (*inputs(spec), *updates), outputs, updates)

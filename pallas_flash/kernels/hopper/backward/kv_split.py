@@ -157,7 +157,7 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
 
     def attention_backward_split(*refs: Any) -> None:
         *arrays, smem, bars = refs
-        gmem = dict(zip(("q", "k", "v", "dout", "stats", "dk", "dv"), arrays, strict=True))
+        gmem = dict(zip((*kv.references(spec), "dk", "dv"), arrays, strict=True))
         block = kv.block_of(spec, schedule, (gmem, smem, bars))
         warpgroup = lax.axis_index("warpgroup")
         for i in range(2):
@@ -169,4 +169,4 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
         scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, kv.INPUTS, outputs)
+    return Launch(kernel, kv.inputs(spec), outputs)

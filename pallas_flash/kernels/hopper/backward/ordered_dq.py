@@ -62,7 +62,7 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         first = None
         if s.ordered:
-            before = work.additions_before(block.mask, block.spec, s, at[1], block.tile)
+            before = work.additions_before(work.worst_case(block.spec, s), block.spec, s, at[1], block.tile)
             await_additions(block, *at, before)
             first = before == 0
         for piece in range(pieces):

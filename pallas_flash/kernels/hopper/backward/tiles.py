@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_flash import masks
 from pallas_flash.arrays import Array
+from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.schedule import KvSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
@@ -66,7 +66,7 @@ class Block[S](NamedTuple):
     gmem: dict[str, Ref]  # arrays in global memory, by name
     smem: dict[str, Ref]  # buffers in shared memory
     bars: dict[str, Ref]  # barriers
-    mask: masks.Mask
+    mask: HeadMask
     batch: Index
     head: Index  # of the tile that it keeps: a key head, or a query head
     tile: Index

@@ -9,13 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import masks
 from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
+from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.hopper.scores import masked, may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.hopper.scores import may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
@@ -30,16 +30,14 @@ Exponents = Fragment | PerRow
 class Pairs(NamedTuple):
     """The pairs of a (64, n) tile of scores."""
 
-    mask: masks.Mask
+    mask: HeadMask
     first: tuple[Index, Index]  # position of the first query and of the first key
     keys_dim: int  # the axis that runs over keys
     partial: Flag | None  # whether the tile needs the mask; None if no tile does
 
     def masked(self, y: Fragment) -> Fragment:
         """Sets exponents to -inf where the mask does not keep a pair."""
-        columns, (q_first, kv_first) = y.shape[1], self.first
-        q_pos = registers.positions(columns, 1 - self.keys_dim, q_first)
-        return masked(y, self.mask, q_pos, registers.positions(columns, self.keys_dim, kv_first))
+        return self.mask.hide(y, self.first, self.keys_dim)
 
 
 class Large(NamedTuple):
@@ -141,7 +139,7 @@ def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fra
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
     partial = block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None
-    pairs = Pairs(block.mask, first, 0, partial)
+    pairs = Pairs(block.mask.of_head(step.head), first, 0, partial)
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)

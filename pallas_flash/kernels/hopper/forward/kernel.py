@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -53,7 +53,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
-from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
+from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
@@ -125,9 +125,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
     """Sets scores of a key tile to -inf where the mask does not keep a pair."""
-    q_pos = registers.positions(s.shape[1], 0, rows.first)
-    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
-    return masked(s, tile.mask, q_pos, kv_pos)
+    return tile.mask.hide(s, (rows.first, kv_tile * block.schedule.block_kv), 1)
 
 
 def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Index) -> None:
@@ -330,9 +328,9 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
-    spec's layout and of `work.forward_table(spec, schedule)`.
+    spec's layout, of `work.forward_table(spec, schedule)` and, if the mask holds arrays, of those of `mask_arrays`.
     """
-    inputs = "q", "k", "v", "table"
+    inputs = "q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True)
     blocks, slots = work.forward_table(spec, schedule).shape
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}

@@ -69,7 +69,7 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: tile.mask.keep(registers.positions(columns, 0, rows.first), position)
+        keep = lambda columns: tile.mask.keep(columns, rows.first, position)
         s = scaled(spec, own.dot("q", "k", spec.d, position))
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash import masks
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Ref]  # q, k, v, table, out, stats; given_up, with `maxima`
+    gmem: dict[str, Ref]  # q, k, v, table, out, stats; given_up, with `maxima`; `mask_arrays`
     smem: dict[str, Ref]  # memory.forward_memory
     bars: dict[str, Ref]  # the barriers
 
@@ -41,9 +41,22 @@ class Block(NamedTuple):
         """The column of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1
 
-    def mask_of(self, pair: Index) -> masks.Mask:
-        """The mask of a pair batch * q_heads + head: the same for all of them as long as no mask holds arrays."""
-        return work.worst_case(self.spec, self.schedule)
+    def entry(self, row: Index, column: Index) -> "Entry":
+        """An entry of the table."""
+        table = self.gmem["table"]
+        return tuple(table[row, column, i] for i in range(3)) if len(table.shape) == 3 else (table[row, column],)
+
+    def mask_of(self, batch: Index, head: Index) -> HeadMask:
+        """The mask of a batch entry and head."""
+        if self.spec.mask.has_arrays:
+            return ArrayMask(self.gmem, batch, head)
+        return StaticMask(work.worst_case(self.spec, self.schedule))
+
+
+type Entry = tuple[Array, ...]
+"""Of the table: a tile's number, negative behind the last one; if the mask holds arrays, also the key tiles [lo, hi)
+that it loads.
+"""
 
 
 class Tile(NamedTuple):
@@ -58,7 +71,7 @@ class Tile(NamedTuple):
     step: Index  # how many steps of the rings came before it
     column: Index  # of this block's row of the table
     is_redone: Index  # 1 if it was given up before, else 0
-    mask: masks.Mask
+    mask: HeadMask
 
     def slot(self, kv_tile: Index, num_stages: int) -> Index:
         """The slot of the rings that holds a key tile."""
@@ -73,50 +86,51 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
       gather: waits until every compute warpgroup has reached the end of the row.
     """
     row, q_tiles = lax.axis_index("block"), work.q_tiles(block.spec, block.schedule)
+    worst_case = work.worst_case(block.spec, block.schedule)
 
-    def one(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-        number, column, is_redone, ordinal, step = carry
-        following = block.gmem["table"][row, column + 1]  # loaded early, as it comes from global memory
+    def one(carry: tuple[Entry, Array, Array, Array, Array]) -> tuple[Entry, Array, Array, Array, Array]:
+        (number, *loaded), column, is_redone, ordinal, step = carry
+        following = block.entry(row, column + 1)  # loaded early, as it comes from global memory
         pair, q_tile = div(number, q_tiles), rem(number, q_tiles)
-        mask = block.mask_of(pair)
-        lo, hi = work.loaded_tiles(mask, block.spec, block.schedule, q_tile)
+        lo, hi = loaded or work.loaded_tiles(worst_case, block.spec, block.schedule, q_tile)
         batch, head = div(pair, block.spec.q_heads), rem(pair, block.spec.q_heads)
+        mask = block.mask_of(batch, head)
         body(Tile(batch, head, q_tile, lo, hi, ordinal, step, column, is_redone, mask))
         at = following, column + 1, is_redone
         if block.schedule.maxima:
-            at = lax.cond((following < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
+            at = lax.cond((following[0] < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
                           lambda *at: at, *at)
         # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
         # descriptors of wgmma would leave the uniform registers.
         return *at, ordinal + 1, ptx.opaque(step + (hi - lo))
 
     none = jnp.int32(0)
-    *_, count, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (block.gmem["table"][row, 0],) + (none,) * 4)
+    *_, count, steps = lax.while_loop(lambda carry: carry[0][0] >= 0, one, (block.entry(row, 0), *(none,) * 4))
     return count, steps
 
 
-def given_up_from(block: Block, gather: Callable[[], None], number: Array, column: Array,
-                  is_redone: Array) -> tuple[Array, Array, Array]:
+def given_up_from(block: Block, gather: Callable[[], None], entry: Entry, column: Array,
+                  is_redone: Array) -> tuple[Entry, Array, Array]:
     """Finds the first tile from a column on (from the start, if `is_redone` is 0) that was given up.
 
     Returns:
-      Its number, negative if there is none; its column; 1.
+      Its entry, negative if there is none; its column; 1.
     """
-    row, table, given_up = lax.axis_index("block"), block.gmem["table"], block.gmem["given_up"]
+    row, given_up = lax.axis_index("block"), block.gmem["given_up"]
 
     def is_given_up(column: Index) -> Flag:
         flags = [given_up[row, warpgroup, column] for warpgroup in range(block.schedule.warpgroups)]
         return functools.reduce(jnp.maximum, flags) != 0
 
-    def start() -> tuple[Array, Array]:
+    def start() -> tuple[Entry, Array]:
         gather()
-        first = jnp.where(is_given_up(block.any_given_up), table[row, 0], -1)
-        return first, jnp.int32(0)
+        any_given_up = is_given_up(block.any_given_up)
+        return tuple(jnp.where(any_given_up, x, -1) for x in block.entry(row, 0)), jnp.int32(0)
 
-    at = lax.cond(is_redone == 0, start, lambda: (number, column))
-    number, column = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
-                                   lambda at: (table[row, at[1] + 1], at[1] + 1), at)
-    return number, column, jnp.int32(1)
+    at = lax.cond(is_redone == 0, start, lambda: (entry, column))
+    entry, column = lax.while_loop(lambda at: (at[0][0] >= 0) & jnp.logical_not(is_given_up(at[1])),
+                                  lambda at: (block.entry(row, at[1] + 1), at[1] + 1), at)
+    return entry, column, jnp.int32(1)
 
 
 class Rows(NamedTuple):
@@ -147,7 +161,11 @@ def rows_of(block: Block, tile: Tile, warpgroup: Index) -> Rows:
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
-    needed = work.row_tiles(tile.mask, block.spec, s, tile.q_tile, warpgroup)
+    match tile.mask:
+        case ArrayMask() as mask:
+            needed = mask.tiles("key_tiles", tile.q_tile * s.warpgroups + warpgroup)
+        case StaticMask(mask):
+            needed = work.row_tiles(mask, block.spec, s, tile.q_tile, warpgroup)
     slack: float | Float[Array, ""] = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv

@@ -1,0 +1,247 @@
+"""Masks that hold arrays in the Hopper kernels: what is made of them beside the launches, and the kernels themselves in
+Pallas' interpreter, on small shapes, with NaN in what they hide.
+
+See `test_forward` and `test_backward` for what the interpreter lacks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
+
+from hopper.test_backward import cotangents, interpreted_gradients, statistics
+from pallas_flash import device, masks
+from pallas_flash import packed as packed_sequences
+from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, rules
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.spec import AttentionSpec
+from pallas_flash.testing import conformance
+from pallas_flash.testing.problems import Problem
+
+BATCH, HEADS, KEY_HEADS, Q_LEN, KV_LEN = 2, 2, 1, 80, 100
+
+
+def packed(*lengths):
+    """Ids 0, 1, ... of documents of the given lengths; a negative length is padding."""
+    return np.concatenate([np.full(abs(n), i if n > 0 else -1) for i, n in enumerate(lengths)]).astype(np.int32)
+
+
+def ids_in_any_order(length, seed):
+    return np.random.default_rng(seed).integers(-1, 3, (BATCH, length)).astype(np.int32)
+
+
+DOCUMENTS = masks.SegmentIds(np.stack([packed(30, 50), packed(70, 4, -6)]),
+                             np.stack([packed(40, 60), packed(70, 10, -20)]))
+
+
+def sequences(alignment):
+    """Packed sequences, one of them without queries, and padding."""
+    q_starts, kv_starts = np.array([0, 20, 20, 70], np.int32), np.array([0, 30, 45, 90], np.int32)
+    sequence = lambda starts, length: np.searchsorted(starts[1:], np.arange(length), side="right").astype(np.int32)
+    return packed_sequences.Packed(masks.Window(30, 0), q_starts, kv_starts, sequence(q_starts, Q_LEN),
+                                   sequence(kv_starts, KV_LEN), alignment)
+
+
+MASKS = {
+    "lengths": masks.InBounds(kv_len=np.array([77, 0])),
+    "lengths-offsets": masks.InBounds(q_len=np.array([80, 33]), kv_len=np.array([100, 77]))
+                       & masks.Causal(np.array([30, -20])),
+    "window-of-each-head": masks.Window(np.array([[3, 40]]), np.array([[0, 5]]), np.array([[30], [0]])),
+    "prefix": masks.PrefixLM(np.array([50, 0]), np.array([-10, 20])),
+    "documents": DOCUMENTS,
+    "documents-causal": DOCUMENTS & masks.Causal(np.array([10, -5])) & masks.InBounds(kv_len=np.array([95, 79])),
+    "ids-in-any-order": masks.Window(60, 20)
+                        & masks.SegmentIds(ids_in_any_order(Q_LEN, 0), ids_in_any_order(KV_LEN, 1)),
+    "ids-shared": masks.SegmentIds(packed(64, 16), packed(64, 36)),
+    "sequences": sequences("first"),
+    "sequences-at-their-ends": sequences("last"),
+}
+
+
+def canonical(mask):
+    return jax.tree.map(jnp.asarray, mask.canonical())
+
+
+@functools.cache
+def pairs(name, batch=BATCH, heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN):
+    """Which pairs a mask keeps: (batch, heads, q_len, kv_len)."""
+    q_pos, kv_pos = (jnp.arange(n, dtype=jnp.int32) for n in (q_len, kv_len))
+    keep = masks.over_batch(canonical(MASKS[name]), lambda part: part.keep(q_pos[:, None], kv_pos[None, :]))
+    return np.asarray(jnp.broadcast_to(keep, (batch, heads, q_len, kv_len)))
+
+
+# -- what kernels read -------------------------------------------------------------------------------------------------
+
+def spec_of(mask, d=64):
+    array = lambda length, heads: jax.ShapeDtypeStruct((BATCH, length, heads, d), jnp.bfloat16)
+    return AttentionSpec.of(array(Q_LEN, HEADS), array(KV_LEN, KEY_HEADS), array(KV_LEN, KEY_HEADS), mask=mask)
+
+
+FORWARD = ForwardSchedule(block_kv=32, warpgroups=2, num_blocks=3)
+BACKWARD = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=48, warpgroups=1))
+
+
+@functools.cache
+def arrays(name):
+    """Of the forward and of the backward, in NumPy."""
+    spec, mask = spec_of(MASKS[name]), canonical(MASKS[name])
+    made = jax.jit(lambda mask: (mask_arrays.forward(spec, FORWARD, mask), mask_arrays.backward(spec, BACKWARD, mask)))
+    return jax.tree.map(np.asarray, made(mask))
+
+
+@pytest.mark.parametrize("of_keys", [True, False], ids=["keys", "queries"])
+@pytest.mark.parametrize("name", MASKS)
+def test_positions_keep_the_pairs_that_the_mask_keeps(name, of_keys):
+    for found in arrays(name)[0 if of_keys else 1:]:
+        wanted = mask_arrays.names(MASKS[name], of_keys)
+        assert set(wanted) <= set(found)
+        keep, interval = np.ones((1, 1, Q_LEN, KV_LEN), bool), "keys" if of_keys else "queries"
+        if interval in wanted:
+            length, other = (Q_LEN, KV_LEN) if of_keys else (KV_LEN, Q_LEN)
+            distance = np.arange(other) - found[interval][:, :, 0, :length, None]
+            keep = (distance >= 0) & (distance < found[interval][:, :, 1, :length, None])
+            keep = keep if of_keys else keep.swapaxes(2, 3)
+        if "q_ids" in wanted:
+            same = found["q_ids"][:, :, 0, :, None] == found["kv_ids"][:, :, 0, None, :]
+            assert not same[:, :, Q_LEN:].any()
+            assert not same[..., KV_LEN:].any()
+            keep = keep & same[:, :, :Q_LEN, :KV_LEN]
+        np.testing.assert_array_equal(np.broadcast_to(keep, pairs(name).shape), pairs(name))
+
+
+def check_ranges(found, keep, block, other_block):
+    """Everything outside of a range is hidden, everything in its full part is kept; returns how many tiles were
+    skipped and full.
+    """
+    skipped = full = 0
+    ranges = np.broadcast_to(found, (*keep.shape[:2], *found.shape[2:]))
+    for index in np.ndindex(ranges.shape[:3]):
+        start, full_start, full_stop, stop = ranges[index]
+        assert 0 <= start <= stop
+        rows = keep[index[:2]][index[2] * block:(index[2] + 1) * block]
+        for tile in range(-(-rows.shape[1] // other_block)):
+            part = rows[:, tile * other_block:(tile + 1) * other_block]
+            if not start <= tile < stop:
+                assert not part.any(), (index, tile)
+                skipped += 1
+            elif full_start <= tile < full_stop:
+                assert part.all(), (index, tile)
+                assert part.shape[1] == other_block, (index, tile)
+                full += 1
+    return skipped, full
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_ranges_skip_what_is_hidden_and_mask_what_is_not_kept(name):
+    forward, backward = arrays(name)
+    skipped, full = check_ranges(forward["key_tiles"], pairs(name), 64, FORWARD.block_kv)
+    assert skipped > 0
+    assert full > 0 or name not in ("lengths", "lengths-offsets", "prefix", "ids-shared")
+    check_ranges(backward["key_tiles"], pairs(name), BACKWARD.dq.block_q, BACKWARD.dq.block_kv)
+    of_keys = pairs(name).swapaxes(2, 3)
+    ranges = np.repeat(backward["query_tiles"], HEADS // KEY_HEADS, axis=1)
+    check_ranges(ranges, of_keys, BACKWARD.kv.block_kv, BACKWARD.kv.block_q)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_tile_loads_what_its_rows_walk(name):
+    """At least one key tile, so that rows without keys are written, too."""
+    forward, _ = arrays(name)
+    needed = np.broadcast_to(forward["key_tiles"], (BATCH, HEADS, *forward["key_tiles"].shape[2:]))
+    entries = [entry for entry in forward["table"].reshape(-1, 3).tolist() if entry[0] >= 0]
+    q_tiles = needed.shape[2] // FORWARD.warpgroups
+    assert sorted(number for number, _, _ in entries) == list(range(BATCH * HEADS * q_tiles))
+    for number, lo, hi in entries:
+        pair, q_tile = divmod(number, q_tiles)
+        rows = needed[*divmod(pair, HEADS)][q_tile * FORWARD.warpgroups:][:FORWARD.warpgroups]
+        assert (lo <= rows[:, 0]).all()
+        assert (rows[:, 0] < rows[:, 3]).all()
+        assert (rows[:, 3] <= hi).all()
+        assert hi <= -(-KV_LEN // FORWARD.block_kv)
+
+
+# -- the kernels -------------------------------------------------------------------------------------------------------
+
+BAD = 50
+"""A key whose value is NaN, that some queries attend to."""
+
+
+def truth(name, heads):
+    """The problem, its operands, cotangents and error budget."""
+    problem = Problem(name, "arrays", batch=BATCH, q_heads=heads, kv_heads=1, q_len=Q_LEN, kv_len=KV_LEN, d=64, d_v=64,
+                      mask=MASKS[name], dtypes=("bfloat16",))
+    operands, cotangent = conformance.random_case(problem, "bfloat16")
+    return problem, operands, cotangent, conformance.budget(problem, "bfloat16", operands, cotangent)
+
+
+def with_nan(x, where):
+    """x, (batch, length, heads, d), with NaN in some positions, (batch, length)."""
+    return np.where(where[:, :, None, None], np.asarray(np.nan, x.dtype), x)
+
+
+def given(spec, schedule, mask, found):
+    """The arrays of a mask, in the order of a pass."""
+    make = mask_arrays.forward if isinstance(schedule, ForwardSchedule) else mask_arrays.backward
+    made = make(spec, schedule, canonical(mask))
+    return [made[name] for name in found.inputs if name in made]
+
+
+@pytest.mark.interpreted
+def test_forward_agrees_with_the_oracle():
+    """A value that is NaN reaches the queries that attend to it, and no others, of its document or of another."""
+    name = "documents-causal"
+    problem, operands, _, budget = truth(name, 1)
+    spec, keep = problem.spec(), pairs(name)[:, 0]
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), num_blocks=2, warpgroups=2, block_kv=32)
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    bad = np.broadcast_to(np.arange(KV_LEN) == BAD, (BATCH, KV_LEN))
+    q, v = with_nan(operands.q, ~keep.any(axis=2)), with_nan(operands.v, bad)
+    found = launches.forward(spec, schedule)
+    with interpreted(detect_races=True):
+        out, stats = found(*map(jnp.asarray, (q, operands.k, v)), *given(spec, schedule, problem.mask, found))
+        out.block_until_ready()
+    assert not gpu_callbacks.get_races().races_found
+    sees_bad = keep[:, :, BAD]
+    assert np.isnan(np.asarray(out, np.float64)[sees_bad]).all()
+    clean = jnp.where(sees_bad[:, :, None, None], budget.baseline.out, out)
+    used = budget.used(budget.baseline._replace(out=clean, lse=stats[:, :, 0]))
+    assert max(used.values()) <= 1, used
+    assert (np.asarray(out, np.float64)[~keep.any(axis=2)] == 0).all()
+
+
+TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
+FUSED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=True))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "heads", "schedule"), [("lengths-offsets", 1, TWO), ("documents-causal", 2, FUSED)],
+                         ids=["two", "fused"])
+def test_gradients_agree_with_the_oracle(name, heads, schedule):
+    """NaN in keys, values, queries and cotangents that the mask hides reaches nothing. A value that is NaN reaches the
+    queries that attend to it, and the keys that these attend to.
+    """
+    problem, operands, (dout, dlse), budget = truth(name, heads)
+    spec, keep = problem.spec(), pairs(name)[:, 0]
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    idle, unseen = ~keep.any(axis=2), ~keep.any(axis=1)
+    sees_bad = keep[:, :, BAD]  # (batch, q_len)
+    reached = (keep & sees_bad[:, :, None]).any(axis=1)  # (batch, kv_len)
+    assert 0 < sees_bad.sum() < sees_bad.size
+    assert 0 < reached.sum() < reached.size
+    q, dout = with_nan(operands.q, idle), with_nan(np.asarray(dout), idle)
+    k, v = with_nan(operands.k, unseen), with_nan(operands.v, unseen | (np.arange(KV_LEN) == BAD))
+    saved = jnp.asarray(with_nan(budget.oracle.out, sees_bad), "bfloat16"), statistics(spec, budget.oracle.lse)
+    made = given(spec, schedule, problem.mask, launches.backward(spec, schedule))
+    arguments = (*map(jnp.asarray, (q, k, v)), *saved, *cotangents(dout, dlse), *made)
+    found = interpreted_gradients(schedule, spec, arguments)
+    assert np.isnan(np.asarray(found.dq, np.float64)[sees_bad]).all()
+    assert np.isnan(np.asarray(found.dk, np.float64)[reached]).all()
+    clean = {name: jnp.where(rows[:, :, None, None], getattr(budget.baseline, name), getattr(found, name))
+             for name, rows in (("dq", sees_bad), ("dk", reached), ("dv", reached))}
+    used = budget.used(budget.baseline._replace(**clean))
+    assert max(used.values()) <= 1, used
