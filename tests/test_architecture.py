@@ -48,7 +48,7 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "paging", "softmax", "tiles", *FOUNDATIONS}  # packed: a mask
+FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "paging", "softmax", "tiles", *FOUNDATIONS}
 
 ON_MOSAIC = {"hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""

@@ -248,10 +248,10 @@ def test_arrays_of_a_mask_are_split_with_the_rest(name):
     again = lambda spec, fields: jax.tree.unflatten(jax.tree.structure(spec.mask), fields)
 
     def lengths(spec, q, k, v, *fields):
-        return tuple(forward.forward(spec, Operands(q, k, v, None, again(spec, fields), None, None)))
+        return tuple(forward.forward(spec, Operands(q, k, v, None, (), again(spec, fields), (), None, None, None)))
 
     def gradients(spec, q, k, v, out, stats, dout, dstats, *fields):
-        operands = Operands(q, k, v, None, again(spec, fields), None, None)
+        operands = Operands(q, k, v, None, (), again(spec, fields), (), None, None, None)
         return tuple(backward.backward(spec, operands, out, stats, dout, dstats)[:3])
 
     def attend(call, q, k, v, dout, dstats, *fields):
