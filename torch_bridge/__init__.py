@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError('torch_bridge needs PyTorch: pip install "pallas_flash[torch]"', name="torch") from error
 
-from torch_bridge import context, memory
+from torch_bridge import context, flash_attn, memory
 from torch_bridge.activation import activate
 from torch_bridge.explanation import explain, explain_flash_attention
 from torch_bridge.flash import flash_attention
@@ -19,8 +19,8 @@ from torch_bridge.lse import combine
 from torch_bridge.partial import partial_attention, partial_attention_backward
 from torch_bridge.sdpa import scaled_dot_product_attention
 
-__all__ = ["activate", "combine", "explain", "explain_flash_attention", "flash_attention", "partial_attention",
-           "partial_attention_backward", "scaled_dot_product_attention"]
+__all__ = ["activate", "combine", "explain", "explain_flash_attention", "flash_attention", "flash_attn",
+           "partial_attention", "partial_attention_backward", "scaled_dot_product_attention"]
 
 memory.share_with_torch()
 context.undo_start_of_jax()
