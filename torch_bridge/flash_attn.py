@@ -180,8 +180,8 @@ def flash_attn_with_kvcache(
         if rotary is not None:
             q, k = _rotated(rotary, q, k, before, options)
         lengths = _appended(cache, k, v, before, cache_seqlens)
-        out, lse = _cached(q, cache, lengths, cache_leftpad, options)
-        return (out, lse) if return_softmax_lse else out
+        out, lse = _cached(q, cache, lengths, cache_leftpad, options, return_softmax_lse)
+        return out if lse is None else (out, lse)
 
 
 class _Options(NamedTuple):
@@ -296,8 +296,8 @@ def _of_tokens(slopes: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     return slopes[..., None] if slopes.shape[0] == 1 else slopes[sequence].T[None]
 
 
-def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: torch.Tensor | None,
-            options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: torch.Tensor | None, options: _Options,
+            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch, q_len, heads, _ = q.shape
     at, slopes = torch.arange(cache.length, device=q.device), options.slopes(batch, heads)
     to_last = lengths[:, None] - 1 - at
@@ -309,10 +309,9 @@ def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: tor
     call = _prepared((q, *cache.read()), bias, options)
     places = options.places(lengths - q_len, kv_lengths=lengths, segment_ids=ids)
     operands, numbers = places.within(call.operands, options.applied(call.numbers))
-    out, lse = flash.attend(operands, numbers, None, return_lse=True)
-    assert lse is not None
+    out, lse = flash.attend(operands, numbers, None, return_lse=return_lse)
     if slopes is not None:
-        lse = lse + slopes[..., None] * torch.arange(q_len - 1, -1, -1, device=q.device)
+        lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
     return out.transpose(1, 2), lse
 
 
