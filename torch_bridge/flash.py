@@ -11,7 +11,8 @@ import torch
 from torch_bridge import eager, lse, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "prepare"]
+__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "is_integer",
+           "is_on_host", "prepare"]
 
 Window = tuple[int | None, int | None]
 """How many keys a query sees before and after the aligned one; None: all."""
@@ -139,7 +140,7 @@ class Places(NamedTuple):
         if isinstance(offset, torch.Tensor):
             operands = operands._replace(offsets=integers("causal_offset", offset, query))
         elif offset is not None:
-            if not isinstance(offset, int) or isinstance(offset, bool):
+            if not is_integer(offset):
                 raise TypeError(f"causal_offset must be int, a Tensor or None, got causal_offset={offset!r}. Pass a "
                                 "number of keys.")
             numbers = numbers._replace(offset=offset)
@@ -209,21 +210,26 @@ def integers(name: str, given: torch.Tensor, query: torch.Tensor, length: int | 
             f"{name}.dtype={given.dtype}, {name}.shape={tuple(given.shape)}, {name}.device={given.device}",
             "Cast, reshape or move it")
     if given.dtype == torch.int64:
-        if is_id and _is_on_host(given) and given.numel() and given.max() >= 2**31:
+        if is_id and is_on_host(given) and given.numel() and given.max() >= 2**31:
             raise ValueError(f"{name} must be below 2^31, got max({name})={given.max()}. Number the segments from 0.")
         given = given.clamp(-1, 2**31 - 1) if is_id else given.clamp(-_FAR, _FAR)
     return given.to(torch.int32).expand(wanted)
 
 
-def _is_on_host(tensor: torch.Tensor) -> bool:
+def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether its values can be asked for without waiting for a GPU or breaking a trace."""
     return (not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and tensor.is_cpu
             and not torch._C._are_functorch_transforms_active())
 
 
+def is_integer(number: object) -> bool:
+    """Whether it is an int, or stands for one while torch traces lengths that vary."""
+    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
+
+
 def _checked_window(window: object) -> Window:
     if not isinstance(window, tuple | list) or len(window) != 2 or any(
-            side is not None and (not isinstance(side, int) or isinstance(side, bool)) for side in window):
+            side is not None and not is_integer(side) for side in window):
         raise TypeError(f"window must be (left, right), each an int or None, got {window=}. Count the keys seen on "
                         "each side of the aligned one.")
     left, right = window

@@ -154,10 +154,11 @@ def flash_attn_with_kvcache(
       k, v: (batch, seqlen_new, heads_k, dim), written from position cache_seqlens of each sequence on.
       rotary_cos, rotary_sin: (positions, rotary_dim / 2): k is rotated at the positions it is written to, q at those
         from cache_seqlens on, or, without causal and a window, all of it at cache_seqlens. Only with k and v.
-      cache_seqlens: how many positions count already: one number, or integers (batch,). None: all, and no k and v.
+      cache_seqlens: how many positions count already: one number, or integers (batch,), at least 0 and at most
+        seqlen_cache - seqlen_new, which is checked on a CPU only. None: all, and no k and v.
       cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
       cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
-      block_table: integers (batch, pages of a sequence).
+      block_table: integers (batch, pages of a sequence); not with cache_batch_idx.
       rotary_interleaved: the pairs are 0 and 1, 2 and 3, ...; else 0 and rotary_dim / 2, 1 and rotary_dim / 2 + 1, ...
       num_splits: not needed, and not read.
       return_softmax_lse: also return softmax_lse (batch, heads, seqlen_q).
@@ -171,15 +172,19 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None and (rotary_cos is not None or block_table is not None):
         other = "block_table" if rotary_cos is None else "rotary_cos"
         raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
+    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     with torch.no_grad():
         cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
         cache.check(q.shape[0])
         rotary = _rotary(rotary_cos, rotary_sin, rotary_interleaved, q, k)
-        before = _lengths(cache_seqlens, q, cache)
+        new = _check_new(cache, k, v, cache_seqlens, q.shape[0])
+        before = _lengths(cache_seqlens, q, cache, new)
         if rotary is not None:
             q, k = _rotated(rotary, q, k, before, options)
-        lengths = _appended(cache, k, v, before, cache_seqlens)
+        if k is not None and v is not None:
+            cache.append(k, v, before)
+        lengths = before + new
         out, lse = _cached(q, cache, lengths, cache_leftpad, options, return_softmax_lse)
         return out if lse is None else (out, lse)
 
@@ -198,11 +203,15 @@ class _Options(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Whether there is a rule of positions."""
-        return self.causal or tuple(self.window_size) != (-1, -1)
+        return self.causal or self.window is not None
 
     @property
     def window(self) -> flash.Window | None:
-        left, right = (None if side < 0 else side for side in self.window_size)
+        given = self.window_size
+        if not isinstance(given, tuple | list) or len(given) != 2 or not all(map(flash.is_integer, given)):
+            raise TypeError(f"window_size must be (left, right), both int, got window_size={given!r}. Pass -1 for a "
+                            "side without a limit.")
+        left, right = (None if side < 0 else side for side in given)
         return None if left is None and right is None else (left, right)
 
     def places(self, offset: int | torch.Tensor, kv_lengths: torch.Tensor | None = None,
@@ -219,7 +228,10 @@ class _Options(NamedTuple):
         """(batch or 1, heads), None without ALiBi."""
         if self.alibi_slopes is None:
             return None
-        if not self.causal and self.window_size[1] != 0:
+        if not isinstance(self.alibi_slopes, torch.Tensor):
+            raise TypeError(f"alibi_slopes must be a Tensor, not {type(self.alibi_slopes).__name__}. Wrap it: "
+                            "torch.tensor(...) on the device of q.")
+        if not self.causal and (self.window is None or self.window[1] != 0):
             raise NotImplementedError(
                 "alibi_slopes needs causal=True, or a window_size whose right is 0: with keys on both sides the bias "
                 "would be an array of seqlen_q * seqlen_k. Pass that as attn_mask to torch_bridge.flash_attention.")
@@ -275,7 +287,7 @@ def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Op
             return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = tensors
     _check_rank(3, "(tokens, heads, dim)", q=q, k=k, v=v)
-    packed.check(starts, q.device)
+    packed.check(starts, q.device, (q.shape[0], k.shape[0]))
     slopes = options.slopes(starts.query.shape[0] - 1, q.shape[1])
     numbers = options.applied(Numbers.of(causal_offset=None, scale=options.softmax_scale, dropout_p=options.dropout_p))
     left, right = options.places(0).sides(numbers)
@@ -315,25 +327,34 @@ def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: tor
     return out.transpose(1, 2), lse
 
 
-def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """How many positions of each sequence count before anything is appended, (batch,) int32."""
-    if isinstance(cache_seqlens, torch.Tensor):
-        return flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
-    count = cache.length if cache_seqlens is None else cache_seqlens
-    return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
-
-
-def _appended(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, before: torch.Tensor,
-              cache_seqlens: object) -> torch.Tensor:
-    """Writes k and v; returns how many positions count then."""
+def _check_new(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, cache_seqlens: object,
+               batch: int) -> int:
+    """How many positions k and v take; raises where they cannot be appended, whatever the lengths."""
     if k is None and v is None:
-        return before
+        return 0
     if k is None or v is None or cache_seqlens is None:
         given = ", ".join(f"{name}={'None' if x is None else 'given'}"
                           for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens)))
         raise messages.must("k, v and cache_seqlens go together", given, "Pass all of them to append to the cache")
-    cache.append(k, v, before)
-    return before + k.shape[1]
+    cache.check_new(k, v, batch)
+    return k.shape[1]
+
+
+def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: KVCache, new: int) -> torch.Tensor:
+    """How many positions of each sequence count before `new` more are appended, (batch,) int32."""
+    room = cache.length - new
+    must = f"cache_seqlens must be from 0 to seqlen_cache - seqlen_new = {room}"
+    if isinstance(cache_seqlens, torch.Tensor):
+        lengths = flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
+        if flash.is_on_host(cache_seqlens) and ((lengths < 0) | (lengths > room)).any():
+            raise messages.must(must, f"cache_seqlens={lengths.tolist()}", "Allocate a longer cache")
+        return lengths
+    count = cache.length if cache_seqlens is None else cache_seqlens
+    if not flash.is_integer(count):
+        raise TypeError(f"cache_seqlens must be int, a Tensor or None, got {cache_seqlens=}")
+    if not 0 <= count <= room:
+        raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache")
+    return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
 
 
 def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, q: torch.Tensor,
@@ -371,5 +392,8 @@ def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torc
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:
+    if any(not isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise TypeError(f"{', '.join(tensors)} must be Tensors, not "
+                        f"({', '.join(type(x).__name__ for x in tensors.values())})")
     if any(x.dim() != axes for x in tensors.values()):
         raise messages.must(f"{', '.join(tensors)} must be {shape}", messages.shapes(**tensors), "Add or merge axes")

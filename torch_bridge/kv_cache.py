@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from torch_bridge import messages
+from torch_bridge import flash, messages
 
 __all__ = ["KVCache", "Rotary"]
 
@@ -22,14 +22,28 @@ class KVCache(NamedTuple):
         if self.keys.dim() != 4 or self.keys.shape[:3] != self.values.shape[:3]:
             raise messages.must("k_cache and v_cache must be (batch, seqlen, heads, dim), equal but for dim",
                                 messages.shapes(k_cache=self.keys, v_cache=self.values), "Allocate them alike")
+        if self.rows is not None and self.pages is not None:
+            raise messages.must("cache_batch_idx and block_table exclude each other", "both",
+                                "Pass block_table[cache_batch_idx] alone")
         named = {"cache_batch_idx": (self.rows, 1), "block_table": (self.pages, 2)}
         for name, (table, axes) in named.items():
-            if table is not None and (table.dim() != axes or table.shape[0] != batch or table.is_floating_point()):
+            if table is not None and (table.dim() != axes or table.shape[0] != batch or table.dtype not in _INDICES):
                 raise messages.must(f"{name} must hold integers, {axes} axes, the first of them batch = {batch}",
                                     f"{name}.shape={tuple(table.shape)}, {name}.dtype={table.dtype}", "Reshape it")
         if self.rows is None and self.pages is None and self.keys.shape[0] != batch:
             raise messages.must(f"k_cache must have as many rows as q, {batch}, without cache_batch_idx",
                                 f"k_cache.shape={tuple(self.keys.shape)}", "Pass cache_batch_idx, or a part of it")
+        if self.rows is not None:
+            _check_range("cache_batch_idx", self.rows, self.keys.shape[0])
+
+    def check_new(self, key: torch.Tensor, value: torch.Tensor, batch: int) -> None:
+        """Raises unless key and value (batch, new, heads, dim) can be written to the cache as they are."""
+        for name, x, cache in (("k", key, self.keys), ("v", value, self.values)):
+            wanted = (batch, key.shape[1], *cache.shape[2:])
+            if x.shape != wanted or x.dtype != cache.dtype:
+                raise messages.must(f"{name} must be (batch, seqlen_new, heads, dim) = {wanted}, {cache.dtype} as its "
+                                    "cache",
+                                    f"{name}.shape={tuple(x.shape)}, {name}.dtype={x.dtype}", "Cast or expand it")
 
     @property
     def length(self) -> int:
@@ -41,7 +55,9 @@ class KVCache(NamedTuple):
         pos = at.long()[:, None] + torch.arange(key.shape[1], device=key.device)
         if self.pages is not None:
             page_length = self.keys.shape[1]
-            index = (self.pages.long().gather(1, pos // page_length), pos % page_length)
+            pages = self.pages.long().gather(1, pos // page_length)
+            _check_range("block_table", pages, self.keys.shape[0])
+            index = (pages, pos % page_length)
         else:
             rows = torch.arange(key.shape[0], device=key.device) if self.rows is None else self.rows.long()
             index = (rows[:, None].expand_as(pos), pos)
@@ -56,6 +72,16 @@ class KVCache(NamedTuple):
         if self.rows is not None:
             return self.keys[self.rows.long()], self.values[self.rows.long()]
         return self.keys, self.values
+
+
+_INDICES = (torch.int32, torch.int64)
+
+
+def _check_range(name: str, indices: torch.Tensor, count: int) -> None:
+    """Raises where indices that the host knows are beyond the rows, or the pages, of a cache."""
+    if flash.is_on_host(indices) and ((indices < 0) | (indices >= count)).any():
+        raise messages.must(f"{name} must be from 0 to {count - 1}, the last of k_cache", f"{indices.tolist()}",
+                            "Allocate a larger cache")
 
 
 class Rotary(NamedTuple):

@@ -51,15 +51,21 @@ def positions_from_the_end(starts: torch.Tensor, tokens: int) -> tuple[torch.Ten
     return starts[(sequence + 1).clamp(max=last)] - 1 - at, sequence.clamp(max=max(last - 1, 0))
 
 
-def check(starts: Starts, device: torch.device) -> None:
-    """Raises unless both are (sequences + 1,) integers on the device, of the same sequences."""
-    for name, given in (("of queries", starts.query), ("of keys", starts.key)):
+def check(starts: Starts, device: torch.device, tokens: tuple[int, int]) -> None:
+    """Raises unless both are (sequences + 1,) integers on the device, of the same sequences, and, as far as the host
+    knows them, rise from 0 to the numbers of tokens of query and key.
+    """
+    for name, given, count in (("of queries", starts.query, tokens[0]), ("of keys", starts.key, tokens[1])):
         if not isinstance(given, torch.Tensor):
             raise TypeError(f"the boundaries {name} of packed sequences must be a Tensor, not {type(given).__name__}")
         if given.dim() != 1 or not given.shape[0] or given.dtype not in (torch.int32, torch.int64) or (
                 given.device != device):
             raise messages.must(f"the boundaries {name} must be (sequences + 1,) integers, int32, on {device}",
                                 f"shape={tuple(given.shape)}, dtype={given.dtype}, device={given.device}",
+                                "Pass the cumulative sum of the lengths, with 0 in front")
+        if flash.is_on_host(given) and (given[0] != 0 or given[-1] > count or (given.diff() < 0).any()):
+            raise messages.must(f"the boundaries {name} must start at 0, never fall and end at {count}, the number of "
+                                "tokens, or before", f"{given.tolist()}",
                                 "Pass the cumulative sum of the lengths, with 0 in front")
     if starts.query.shape != starts.key.shape:
         raise messages.must("the boundaries of queries and of keys must be of the same sequences", messages.shapes(

@@ -227,7 +227,8 @@ def test_decoding_compiles_once(monkeypatch):
 
 def test_a_whole_cache():
     (q, _, _), (keys, values) = new(2), cache_of()
-    assert_close([flash_attn_with_kvcache(q, keys, values)], by_hand(q, keys, values, [ROOM] * B)[:1])
+    assert_close([flash_attn_with_kvcache(q, keys, values, window_size=(-2, -1))],
+                 by_hand(q, keys, values, [ROOM] * B)[:1])
 
 
 def test_rows_of_a_larger_cache():
@@ -301,6 +302,40 @@ def test_signatures_are_those_of_flash_attn(name, expected):
     assert name in flash_attn.__all__
 
 
+@pytest.mark.parametrize("bad, message", [
+    (dict(cache_seqlens=ROOM), "cache_seqlens must be from 0 to seqlen_cache - seqlen_new = 11, got cache_seqlens=12"),
+    (dict(cache_seqlens=-1), "cache_seqlens must be from 0"),
+    (dict(cache_seqlens=torch.tensor([0, 12, 3])), r"from 0 to .* = 11, got cache_seqlens=\[0, 12, 3\]"),
+    (dict(cache_seqlens=torch.tensor([0, -1, 3])), "cache_seqlens must be from 0"),
+    (dict(k=slice(1)), r"k must be \(batch, seqlen_new, heads, dim\) = \(3, 1, 2, 8\), .*got k.shape=\(1, 1, 2, 8\)"),
+    (dict(k=(slice(None), slice(None), slice(1))), r"k must be .*got k.shape=\(3, 1, 1, 8\)"),
+    (dict(v=(slice(None), [0, 0])), r"v must be .*got v.shape=\(3, 2, 2, 8\)"),
+    (dict(cache_batch_idx=torch.tensor([0, 1, -1])), "cache_batch_idx must be from 0 to 2"),
+    (dict(cache_batch_idx=torch.tensor([0, 1, 3])), "cache_batch_idx must be from 0 to 2"),
+    (dict(block_table=torch.tensor([[0], [1], [7]])), "block_table must be from 0 to 2"),
+], ids=str)
+def test_what_does_not_fit_into_the_cache_leaves_it_as_it_was(bad, message):
+    """Positions below 0 were written from the end of a row, and a k of one sequence into the first row alone."""
+    (q, k, v), (keys, values) = new(1), cache_of()
+    before = keys.clone(), values.clone()
+    k, v = k[bad.pop("k", ...)], v[bad.pop("v", ...)]
+    with pytest.raises(RuntimeError, match=message):
+        flash_attn_with_kvcache(q, keys, values, k, v, **dict(cache_seqlens=1) | bad)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+def test_export_with_lengths_that_vary():
+    """The offset of the bottom right is then no int, but a number that torch traces."""
+    class Attend(torch.nn.Module):
+        def forward(self, q, k):
+            return flash_attn_func(q, k, k, causal=True, window_size=(k.shape[1], -1))
+    q, k = (x.detach() for x in (randn(B, 4, H, D), randn(B, 6, G, D)))
+    lengths = ({1: torch.export.Dim("L", min=2, max=64)}, {1: torch.export.Dim("S", min=2, max=64)})
+    program = torch.export.export(Attend(), (q, k), dynamic_shapes=lengths, strict=False).module()
+    q, k = (x.detach() for x in (randn(B, 6, H, D), randn(B, 2, G, D)))
+    torch.testing.assert_close(program(q, k), expected(q, k, k, causal=True)[0])
+
+
 X, C = torch.zeros(B, 2, H, D), torch.zeros(B, ROOM, G, D)
 P, BOUND = torch.zeros(4, H, D), torch.tensor([0, 4])
 
@@ -309,6 +344,10 @@ P, BOUND = torch.zeros(4, H, D), torch.tensor([0, 4])
     (lambda: flash_attn_func(X, X, X, alibi_slopes=SLOPES), NotImplementedError, "alibi_slopes needs causal=True"),
     (lambda: flash_attn_func(X, X, X, causal=True, alibi_slopes=SLOPES[:2]), RuntimeError, "alibi_slopes must be"),
     (lambda: flash_attn_func(P, P, P), RuntimeError, r"q, k, v must be \(batch, seqlen, heads, dim\)"),
+    (lambda: flash_attn_func(X, X, X, causal=True, alibi_slopes=[1.0] * H), TypeError, "alibi_slopes must be a Tensor"),
+    (lambda: flash_attn_func(X, X, [X]), TypeError, r"must be Tensors, not \(Tensor, Tensor, list\)"),
+    (lambda: flash_attn_func(X, X, X, window_size=(None, 0)), TypeError, "Pass -1 for a side without a limit"),
+    (lambda: flash_attn_func(X, X, X, window_size=4), TypeError, r"window_size must be \(left, right\)"),
     (lambda: flash_attn_qkvpacked_func(X), RuntimeError, r"qkv must be \(batch, seqlen, 3, heads, dim\)"),
     (lambda: flash_attn_varlen_kvpacked_func(P, P, BOUND, BOUND, 4, 4), RuntimeError,
      r"kv must be \(tokens, 2, heads, dim\)"),
@@ -316,10 +355,17 @@ P, BOUND = torch.zeros(4, H, D), torch.tensor([0, 4])
      "does not support block_table"),
     (lambda: flash_attn_varlen_func(P, P, P, BOUND, starts((1, 3)), 4, 4), RuntimeError, "of the same sequences"),
     (lambda: flash_attn_varlen_func(P, P, P, BOUND.float(), BOUND, 4, 4), RuntimeError, "of queries must be"),
+    (lambda: flash_attn_varlen_func(P, P, P, BOUND, BOUND + 1, 4, 4), RuntimeError, "of keys must start at 0"),
+    (lambda: flash_attn_varlen_func(P, P, P, 2 * BOUND, BOUND, 4, 4), RuntimeError, "of queries .* end at 4.*got .*8"),
+    (lambda: flash_attn_varlen_func(P, P, P, *[torch.tensor([0, 3, 2])] * 2, 4, 4), RuntimeError, "never fall"),
     (lambda: flash_attn_varlen_func(P, P, P, [0, 4], [0, 4], 4, 4), TypeError, "must be a Tensor, not list"),
     (lambda: flash_attn_varlen_func(X, X, X, BOUND, BOUND, 4, 4), RuntimeError, r"must be \(tokens, heads, dim\)"),
     (lambda: flash_attn_with_kvcache(X, C, C, X, X), RuntimeError, "k, v and cache_seqlens go together"),
     (lambda: flash_attn_with_kvcache(X, C, C, rotary_cos=X, rotary_sin=X), RuntimeError, "go together, and with k"),
+    (lambda: flash_attn_with_kvcache(X, C, C, cache_seqlens=1.5), TypeError, "cache_seqlens must be int, a Tensor or"),
+    (lambda: flash_attn_with_kvcache(X[0], C, C), RuntimeError, r"q must be \(batch, seqlen, heads, dim\)"),
+    (lambda: flash_attn_with_kvcache(X, C, C, cache_batch_idx=LENGTHS, block_table=LENGTHS[:, None]), RuntimeError,
+     "exclude each other"),
     (lambda: flash_attn_with_kvcache(X, C[:2], C[:2]), RuntimeError, "as many rows as q, 3"),
     (lambda: flash_attn_with_kvcache(X, C, C, cache_leftpad=LENGTHS, block_table=LENGTHS), NotImplementedError,
      "cache_leftpad with block_table"),
