@@ -7,7 +7,7 @@ import torch
 from torch_bridge import messages, packed
 from torch_bridge.arguments import Numbers
 
-__all__ = ["attend"]
+__all__ = ["attend", "has_ragged_lengths"]
 
 
 def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object, numbers: Numbers,
@@ -28,6 +28,11 @@ def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: 
     return torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
 
 
+def has_ragged_lengths(tensor: Any) -> bool:
+    """Whether it is (batch, heads, ragged length, dim) in the jagged layout."""
+    return tensor.layout is torch.jagged and tensor.dim() == 4 and tensor._ragged_idx == 2
+
+
 def _by_length(tensor: torch.Tensor) -> Any:  # its class has no stub
     """(batch, ragged length, heads, dim) without gaps; a view wherever it can be one."""
     moved: Any = tensor.transpose(1, 2)
@@ -39,7 +44,7 @@ def _check(tensors: tuple[Any, Any, Any], attn_mask: object, enable_gqa: bool) -
     if any(not isinstance(x, torch.Tensor) for x in tensors):
         raise TypeError("scaled_dot_product_attention(): query, key and value must be Tensors, not "
                         f"({', '.join(type(x).__name__ for x in tensors)})")
-    if any(x.layout is not torch.jagged or x.dim() != 4 or x._ragged_idx != 2 for x in tensors):
+    if not all(map(has_ragged_lengths, tensors)):
         given = ", ".join(f"{name}: {x.layout}, {x.dim()} axes"
                           for name, x in zip(("query", "key", "value"), tensors, strict=True))
         raise messages.must(

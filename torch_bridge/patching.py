@@ -1,9 +1,9 @@
 """`patched()`: PyTorch's own scaled_dot_product_attention is ours for a while, on CPU and CUDA tensors.
 
     F.scaled_dot_product_attention -> scaled_dot_product_attention (below)
-        a torch function mode or a subclass of Tensor sees it   as it would see PyTorch's
         no context is open                                      what was there before: someone kept the function
         a call that ours does not take                          what was there before, with a warning, and counted
+        a torch function mode or a subclass of Tensor sees it   as it would see PyTorch's
         otherwise                                               torch_bridge.scaled_dot_product_attention
 
 The function that is put there never changes, so a compiled or scripted program, or a module that was imported
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from torch_bridge import records, sdpa
+from torch_bridge import nested, records, sdpa
 
 __all__ = ["patched"]
 
@@ -52,10 +52,11 @@ def patched() -> Iterator[None]:
     first context is entered to where the last is left, in whatever order, also by an exception. Modules that imported
     the function itself, under its name, use ours as well. It can decorate a function.
 
-    A call that ours does not take (nested or sparse tensors, DTensors, devices other than CPU and CUDA) goes to the
-    function that was there before, with a `pallas_flash.FallbackWarning`, once for each reason. TorchScript compiles
-    calls of the function; they come back to Python, so such a program cannot be saved. `activate()` replaces kernels of
-    PyTorch's own function instead: CUDA alone, in float16 and bfloat16, also for saved programs.
+    A call that ours does not take (sparse tensors, nested ones of another layout than torch.jagged, DTensors, devices
+    other than CPU and CUDA) goes to the function that was there before, with a `pallas_flash.FallbackWarning`, once for
+    each reason. TorchScript compiles calls of the function; they come back to Python, so such a program cannot be
+    saved. `activate()` replaces kernels of PyTorch's own function instead: CUDA alone, in float16 and bfloat16, also
+    for saved programs.
     """
     _enter()
     try:
@@ -99,17 +100,17 @@ def scaled_dot_product_attention(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
             scale: float | None, enable_gqa: bool) -> Tensor:
-    if has_torch_function((query, key, value)):
-        seen: Tensor = handle_torch_function(
-            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
-            scale=scale, enable_gqa=enable_gqa)
-        return seen
     function: Callable[..., Tensor] = sdpa.scaled_dot_product_attention
     if _state.depth == 0:
         function = _state.original
     elif (reason := _reason_against(query, key, value)) is not None:
-        function = _state.original
+        function = _state.original  # which a subclass must see as it is: nested tensors ask for it by name
         _say(reason, query)
+    elif has_torch_function((query, key, value)):
+        seen: Tensor = handle_torch_function(
+            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa)
+        return seen
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -123,7 +124,10 @@ def _reason_against(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return None  # an error, and ours says which
         if hasattr(tensor, "placements"):
             return f"the operators have no sharding strategy for DTensors, and {name} is one"
-        if tensor.is_nested or tensor.layout is not torch.strided:
+        if tensor.layout is torch.jagged:
+            if not nested.has_ragged_lengths(tensor):
+                return f"it needs nested tensors (batch, heads, ragged length, dim), and {name} has other axes"
+        elif tensor.is_nested or tensor.layout is not torch.strided:
             return f"it needs strided tensors, and {name} is {'nested' if tensor.is_nested else tensor.layout}"
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             return f"it runs on CPU and CUDA tensors, and {name} is on {tensor.device.type}"

@@ -155,6 +155,22 @@ def test_what_ours_does_not_take_is_left_to_torch_and_said_once(new_reasons):
                 F.scaled_dot_product_attention(nested, nested, nested)
 
 
+def test_jagged_tensors(new_reasons):
+    """PyTorch's function knows them by its own identity: in a context, calls failed that it takes."""
+    x, offsets = torch.randn(9, 4, 8, requires_grad=True), torch.tensor([0, 4, 9])
+    jagged = torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2)
+    with torch_bridge.patched(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = F.scaled_dot_product_attention
+        out = kept(jagged, jagged, jagged)
+    (grad,) = torch.autograd.grad(out.values().sum(), x)
+    assert calls(what="forward") == calls(what="backward") == 1 and grad.shape == x.shape
+    torch.testing.assert_close(kept(*[jagged.detach()] * 3).values(), out.values())
+    assert calls() == 2, "outside torch's own runs"
+    flat = torch.nested.nested_tensor_from_jagged(x.detach().flatten(1), offsets)
+    assert "query has other axes" in patching._reason_against(flat, jagged, jagged)
+
+
 @pytest.mark.parametrize("attribute", ["device", "placements"])
 def test_devices_and_distributed_tensors_are_left_to_torch(attribute):
     class Elsewhere(torch.Tensor):
