@@ -412,6 +412,9 @@ def test_what_cannot_be_right_is_refused():
     q = torch.randn(1, 4, 5, 8)
     with pytest.raises(NotImplementedError, match="Continuous batching"):
         layer_call("pallas", q, q, q, None, cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    for name in ("sinks", "indices", "block_indices"):
+        with pytest.raises(NotImplementedError, match=f"passes '{name}', which pallas_flash does not read"):
+            layer_call("pallas", q, q, q, None, **{name: torch.zeros(1)})
     torch_bridge.transformers.register("short", buckets=lambda length: length - 1)
     with torch.no_grad(), pytest.raises(ValueError, match="Round up"):
         layer_call("short", q, q, q, None)

@@ -19,6 +19,10 @@ from torch_bridge.transformers.rule import Rule
 
 __all__ = ["Attention"]
 
+_UNREAD = ("sinks", "indices", "block_indices")
+"""What some models pass that changes the result: sinks of each query, and the keys that sparse attention selects, which
+they make a mask of for transformers' own implementations alone."""
+
 logger = logging.get_logger(__name__)
 
 
@@ -70,6 +74,11 @@ def _check(others: dict[str, Any], attention_mask: Tensor | None) -> None:
     if others.get("output_attentions"):
         logger.warning_once("pallas_flash never holds the attention weights: output_attentions=True gives None. Use "
                             'attn_implementation="eager" to look at them.')
+    for name in _UNREAD:
+        if others.get(name) is not None:
+            raise NotImplementedError(
+                f"the attention of this model passes {name!r}, which pallas_flash does not read: without it results "
+                'would be wrong. Use attn_implementation="eager" for this model.')
     if attention_mask is None and others.get("cu_seq_lens_q") is not None:
         raise NotImplementedError(
             "packed sequences need a mask, got attention_mask=None with cu_seq_lens_q: pass position_ids without an "
