@@ -168,6 +168,10 @@ class Places(NamedTuple):
         left, right = (None, None) if self.window is None else _checked_window(self.window)
         if self.is_causal:
             right = 0 if right is None else min(right, 0)
+        if left is not None and right is not None and right < -left:
+            raise ValueError("window needs -left <= right, which is at most 0 with is_causal, got "
+                             f"window={self.window}, is_causal={self.is_causal}. Count the keys seen on each side of "
+                             "the aligned one.")
         return left, right
 
     def _ids(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,9 +237,6 @@ def _checked_window(window: object) -> Window:
         raise TypeError(f"window must be (left, right), each an int or None, got {window=}. Count the keys seen on "
                         "each side of the aligned one.")
     left, right = window
-    if left is not None and right is not None and right < -left:
-        raise ValueError(f"window needs -left <= right, got {window=}. Count the keys seen on each side of the aligned "
-                         "one.")
     return left, right
 
 

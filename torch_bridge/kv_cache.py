@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
             raise messages.must(f"k_cache must have as many rows as q, {batch}, without cache_batch_idx",
                                 f"k_cache.shape={tuple(self.keys.shape)}", "Pass cache_batch_idx, or a part of it")
         if self.rows is not None:
-            _check_range("cache_batch_idx", self.rows, self.keys.shape[0])
+            _check_range("cache_batch_idx", self.rows, self.keys.shape[0], "row of k_cache")
 
     def check_new(self, key: torch.Tensor, value: torch.Tensor, batch: int) -> None:
         """Raises unless key and value (batch, new, heads, dim) can be written to the cache as they are."""
@@ -56,7 +56,7 @@ class KVCache(NamedTuple):
         if self.pages is not None:
             page_length = self.keys.shape[1]
             pages = self.pages.long().gather(1, pos // page_length)
-            _check_range("block_table", pages, self.keys.shape[0])
+            _check_range("block_table", pages, self.keys.shape[0], "page of k_cache")
             index = (pages, pos % page_length)
         else:
             rows = torch.arange(key.shape[0], device=key.device) if self.rows is None else self.rows.long()
@@ -77,11 +77,11 @@ class KVCache(NamedTuple):
 _INDICES = (torch.int32, torch.int64)
 
 
-def _check_range(name: str, indices: torch.Tensor, count: int) -> None:
-    """Raises where indices that the host knows are beyond the rows, or the pages, of a cache."""
+def _check_range(name: str, indices: torch.Tensor, count: int, last: str) -> None:
+    """Raises where indices that the host knows are not below count; `last` says what the last one is."""
     if flash.is_on_host(indices) and ((indices < 0) | (indices >= count)).any():
-        raise messages.must(f"{name} must be from 0 to {count - 1}, the last of k_cache", f"{indices.tolist()}",
-                            "Allocate a larger cache")
+        raise messages.must(f"{name} must be from 0 to {count - 1}, the last {last}", f"{indices.tolist()}",
+                            "Allocate more")
 
 
 class Rotary(NamedTuple):
@@ -99,6 +99,7 @@ class Rotary(NamedTuple):
 
     def rotate(self, x: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         """x (batch, length, heads, dim) at positions (batch, length), in float32 and rounded to the dtype of x."""
+        _check_range("cache_seqlens and the positions after it", pos, self.cos.shape[0], "position of rotary_cos")
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         cos, sin = (table[pos.long()][:, :, None].to(wide) for table in (self.cos, self.sin))
         width = 2 * self.cos.shape[1]

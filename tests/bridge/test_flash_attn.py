@@ -312,6 +312,8 @@ def test_signatures_are_those_of_flash_attn(name, expected):
     (dict(v=(slice(None), [0, 0])), r"v must be .*got v.shape=\(3, 2, 2, 8\)"),
     (dict(cache_batch_idx=torch.tensor([0, 1, -1])), "cache_batch_idx must be from 0 to 2"),
     (dict(cache_batch_idx=torch.tensor([0, 1, 3])), "cache_batch_idx must be from 0 to 2"),
+    (dict(rotary_cos=torch.ones(4, 2), rotary_sin=torch.ones(4, 2), cache_seqlens=torch.tensor([0, 4, 1])),
+     r"from 0 to 3, the last position of rotary_cos, got \[\[0\], \[4\], \[1\]\]"),
     (dict(block_table=torch.tensor([[0], [1], [7]])), "block_table must be from 0 to 2"),
 ], ids=str)
 def test_what_does_not_fit_into_the_cache_leaves_it_as_it_was(bad, message):
