@@ -331,6 +331,17 @@ def test_a_number_that_a_function_closes_over_may_change():
     assert first == same != pf.AttentionSpec.of(Q, KEY, V, score=score)
 
 
+@dataclasses.dataclass(frozen=True)
+class Squared(ALiBi):
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        return super().__call__(score, batch, head, q_pos, kv_pos) ** 2
+
+
+def test_another_function_is_not_what_its_base_class_is():
+    """Regression: positions of packed sequences would not have been told to it."""
+    assert ALiBi.is_relative and ALiBi.is_additive and not Squared.is_relative and not Squared.is_additive
+
+
 @dataclasses.dataclass
 class Thawed(Score):
     def __call__(self, score, batch, head, q_pos, kv_pos):
