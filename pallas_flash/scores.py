@@ -71,6 +71,9 @@ class Score:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("is_additive", "is_relative"):  # of another function than the one it was said of
+            if "__call__" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, False)
         jax.tree_util.register_pytree_with_keys(
             cls, functools.partial(mask_fields.flatten, is_static=is_static),
             functools.partial(mask_fields.unflatten, cls))
@@ -233,7 +236,8 @@ def _require_no_arrays(name: str, function: Callable[..., Any]) -> tuple[tuple[s
     """The numbers that a function holds; raises ValueError where it holds arrays."""
     held = tuple(_held(function))
     for what, value in held:
-        if any(_is_array(x) for x in jax.tree.leaves(value)):
+        inside = jax.tree.leaves(list(value.values()) if isinstance(value, dict) else value)
+        if any(map(_is_array, inside)):
             raise errors.invalid(
                 "a score function must not hold arrays, which would have no gradient and be compiled into the program",
                 f"{name}, which reads `{what}`, an array",
