@@ -107,3 +107,9 @@ def test_train_gpt_torch_compares_two_runs(tmp_path):
     pytest.importorskip("torch")
     out = run("train_gpt_torch.py", *SMALL, f"--save-plot={tmp_path / 'loss.png'}")
     assert "largest difference of losses" in out and "implementation=" in out
+
+
+def test_generate_transformers_writes_what_eager_writes():
+    pytest.importorskip("transformers")
+    out = run("generate_transformers.py", "--tokens=3", "--dim=32", "--layers=1", **virtual_devices(1))
+    assert "eager and pallas: 100% of the tokens are the same" in out and "forward, xla" in out

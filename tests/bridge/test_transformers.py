@@ -84,9 +84,9 @@ def padding(side, length=LENGTH, count=3):
 
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 0]])
 INPUTS = {
-    "whole": dict,
-    "left": lambda: dict(attention_mask=padding("left")),
-    "right": lambda: dict(attention_mask=padding("right")),
+    "whole": lambda: dict(use_cache=False),
+    "left": lambda: dict(attention_mask=padding("left"), use_cache=False),
+    "right": lambda: dict(attention_mask=padding("right"), use_cache=False),
     "packed": lambda: dict(position_ids=PACKED, use_cache=False),
 }
 
