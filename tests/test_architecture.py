@@ -58,7 +58,10 @@ MANY_PARAMETERS = {
     "pallas_flash/context_parallel/explanation.py": {"explain_context_parallel"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
     "torch_bridge/explanation.py": {"explain"},
-    "torch_bridge/flash.py": {"flash_attention"},
+    "torch_bridge/flash.py": {"flash_attention", "prepare"},
+    "torch_bridge/flash_attn.py": {  # flash-attn's signatures
+        "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
+        "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
     # what transformers calls

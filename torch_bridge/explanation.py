@@ -1,10 +1,13 @@
 """What a call would run, and which of its tensors are copied on the way, as text."""
 
+from typing import Any
+
 import torch
 
-from torch_bridge import sdpa
+from torch_bridge import flash, sdpa
+from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_flash_attention"]
 
 
 def explain(
@@ -16,12 +19,23 @@ def explain(
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, mask, bias, *_ = call.operands
-    if call.operands.is_empty:
+    return _explain(call.operands, call.numbers)
+
+
+def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any) -> str:
+    """What `flash_attention` would do with these arguments, which it has by the same names: as `explain` says it."""
+    keywords.pop("return_lse", None)
+    text = _explain(*flash.prepare(query, key, value, **keywords))
+    return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
+
+
+def _explain(operands: Operands, numbers: Numbers) -> str:
+    query, key, value, mask, bias, *_ = operands
+    if operands.is_empty:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    plan = exchange.make_plan(call.operands, call.numbers)
+    plan = exchange.make_plan(operands, numbers)
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
     lines = [str(plan.decision), f"layout {plan.layout}: read and written as {order} storage"]
     named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),

@@ -11,7 +11,7 @@ import torch
 from torch_bridge import eager, lse, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers"]
+__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "prepare"]
 
 Window = tuple[int | None, int | None]
 """How many keys a query sees before and after the aligned one; None: all."""
@@ -83,22 +83,37 @@ def flash_attention(
       RuntimeError, IndexError, TypeError, ValueError: as `scaled_dot_product_attention`; and where an argument that
         only this function has does not fit, with what must hold.
     """
+    operands, numbers = prepare(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, causal_offset=causal_offset, window=window,
+        softcap=softcap, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
+        dropout_p=dropout_p, scale=scale, deterministic=deterministic)
+    out, found = attend(operands, numbers, sinks, return_lse)
+    return out if found is None else (out, found)
+
+
+def prepare(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
+    softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
+    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, deterministic: bool = False,
+) -> tuple[Operands, Numbers]:
+    """The checked arguments of `flash_attention`, as the operator takes them; raises as it does."""
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, False, scale, True)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise messages.must("query, key and value must be (batch, heads, length, dim)", messages.shapes(
             query=query, key=key, value=value), "Merge or add axes")
+    if sinks is not None:
+        lse.check_sinks(sinks, query)
     places = Places(is_causal, causal_offset, window, segment_ids, q_lengths, kv_lengths)
     operands, numbers = places.within(call.operands, call.numbers)
-    numbers = numbers._replace(softcap=checked_softcap(softcap), deterministic=numbers.deterministic or deterministic)
-    out, found = attend(operands, numbers, sinks, return_lse)
-    return out if found is None else (out, found)
+    return operands, numbers._replace(softcap=checked_softcap(softcap),
+                                      deterministic=numbers.deterministic or deterministic)
 
 
 def attend(operands: Operands, numbers: Numbers, sinks: torch.Tensor | None,
            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of a checked call; lse is None if it is not asked for."""
-    if sinks is not None:
-        lse.check_sinks(sinks, operands.query)
     if sinks is None and not return_lse:
         return eager.attend(operands, numbers), None
     out, found = eager.attend_with_lse(operands, numbers)

@@ -35,7 +35,7 @@ def scaled_dot_product_attention(
 
     A stand-in for `torch.nn.functional.scaled_dot_product_attention`, computed by pallas_flash: same arguments, results
     and errors, on CPU and CUDA tensors, with autograd, autocast, torch.func, torch.compile and torch.export. The
-    deliberate differences are listed in docs/semantics.md.
+    deliberate differences are listed in docs/semantics.md. Nested tensors (torch.jagged) are (N, Hq, ragged L, E) each.
 
     Args:
       query: (..., Hq, L, E), 2 to any number of axes; bfloat16, float16, float32 or float64.
@@ -57,6 +57,11 @@ def scaled_dot_product_attention(
     """
     if unknown:
         raise messages.unknown_keyword(next(iter(unknown)))
+    if getattr(query, "layout", None) is torch.jagged:
+        from torch_bridge import nested  # which is made from this
+
+        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
+        return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = eager.attend(call.operands, call.numbers)
     return out if call.out_shape is None else out.reshape(call.out_shape)

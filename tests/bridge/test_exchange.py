@@ -51,7 +51,7 @@ ROWS = {
     "negative bit set": (negative, "copied"),
     "key and value in another storage order than query": (
         lambda d: (heads_inside(contiguous(d)), contiguous(d)), "copied"),
-    "sparse or nested": (lambda d: contiguous(d).to_sparse(), "RuntimeError"),
+    "sparse, or nested and not jagged": (lambda d: contiguous(d).to_sparse(), "RuntimeError"),
     "on another device": (lambda d: contiguous("meta"), "RuntimeError"),
 }
 

@@ -1,12 +1,16 @@
 """`flash_attention`: what SDPA's arguments cannot say, against a textbook in float64; and `combine`."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import torch_bridge
 from bridge import textbook
 from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_call, qkv
-from torch_bridge import combine, flash_attention, ops, programs
+from torch_bridge import combine, explain_flash_attention, flash_attention, ops, programs
 
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
 Q, KV = (B, H, L, E), (B, G, S, E)
@@ -16,7 +20,7 @@ SPOTS = torch.rand(B, 1, L, S, generator=torch.Generator().manual_seed(0)) > 0.3
 
 CASES = {
     "aligned at the ends": dict(is_causal=True, causal_offset=S - L, softcap=0.7, scale=1.5),
-    "causal window": dict(is_causal=True, window=(1, 3), causal_offset=OFFSETS), "ahead": dict(window=(-1, 3)),
+    "window": dict(window=(-1, 3), causal_offset=1),
     "lengths": dict(q_lengths=torch.tensor([5, 3], dtype=torch.int32), kv_lengths=LENGTHS),
     "no keys": dict(kv_lengths=torch.tensor([0, 3])), "segments": dict(segment_ids=IDS),
     "mask": dict(attn_mask=SPOTS, softcap=2.0, is_causal=True),
@@ -43,13 +47,20 @@ def ours(query, key, value, **keywords):
     return flash_attention(query, key, value, return_lse=True, **keywords)
 
 
-def check(dtype, *others, **keywords):
+def moved(x, device):
+    if isinstance(x, tuple):
+        return tuple(moved(part, device) for part in x)
+    return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+def check(dtype, *others, device="cpu", **keywords):
     """Ours in a dtype against the textbook in float64: out, lse and every gradient."""
     tensors = leaves([*qkv(Q, KV, KV, dtype=torch.float64, requires_grad=False), *others], dtype)
     douts = torch.randn(Q, dtype=torch.float64), torch.randn(Q[:3], dtype=torch.float64)
     truth = step(textbook.attention, leaves(tensors, torch.float64), douts, **keywords)
     theirs = step(textbook.attention, tensors, douts, **keywords)
-    found = step(ours, tensors, douts, **keywords)
+    found = [x.cpu() for x in step(ours, *(moved(tuple(x), device) for x in (tensors, douts)),
+                                   **{name: moved(x, device) for name, x in keywords.items()})]
     assert found[0].dtype == dtype and found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for a, b in zip(found[2:], tensors, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -68,9 +79,15 @@ def test_every_rule(case):
     check(torch.float64, **CASES[case])
 
 
-@pytest.mark.parametrize("dtype", [x for x in UNIT if x != torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype):
     check(dtype, torch.randn(H), **CASES["all"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_every_rule_on_a_gpu(case):
+    check(torch.bfloat16, torch.randn(H), device="cuda", **CASES[case])
 
 
 def test_sinks_and_a_bias():
@@ -188,11 +205,22 @@ def test_vmap():
             torch.testing.assert_close(a[i], b)
 
 
-def test_gradcheck():
-    args = [x.detach()[..., :3, :4] if x.dim() == 4 else x.detach() for x in given(torch.float64)[:4]]
-    args = [x.clone().requires_grad_() for x in args]
-    function = lambda q, k, v, sinks: flash_attention(q, k, v, sinks=sinks, window=(1, 1), softcap=1.0, return_lse=True)
-    assert torch.autograd.gradcheck(function, args, fast_mode=True)
+def test_explain():
+    q, k, v, sinks, *_ = given()
+    text = explain_flash_attention(q, k, v, window=(2, 0), kv_lengths=LENGTHS, sinks=sinks, return_lse=True)
+    assert "Window(left=2, right=0) & InBounds(kv_len=int32[2x1])" in text and "implementation='xla'" in text
+    assert "key: shared, not copied" in text and text.endswith("sinks: one more pass over out, by PyTorch")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
+        explain_flash_attention(q, k, v, causal=True)
+
+
+def test_the_python_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "torch_bridge.md").read_text()
+    part = text[text.index("## What SDPA's arguments cannot say"):text.index("## How tensors cross")]
+    names = {"torch_bridge": torch_bridge}
+    for block in re.findall(r"^```python\n(.*?)^```", part, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert "k_cache" in names and "sequences" in names
 
 
 def test_autocast_casts_as_it_does_for_sdpa():
@@ -206,11 +234,11 @@ def test_autocast_casts_as_it_does_for_sdpa():
 
 
 def test_combined_parts_are_the_whole():
-    q, k, v = qkv(Q, (B, H, S, E), (B, H, S, E), dtype=torch.float64)
+    q, k, v = qkv(Q, (B, H, 6, E), (B, H, 6, E), dtype=torch.float64)
 
     def by_parts(q, k, v):
-        parts = [flash_attention(q, k[:, :, keys], v[:, :, keys], is_causal=True, causal_offset=-keys.start,
-                                 return_lse=True) for keys in (slice(0, 3), slice(3, 4), slice(4, S))]
+        parts = [flash_attention(q, k[:, :, at:at + 2], v[:, :, at:at + 2], is_causal=True,
+                                 causal_offset=torch.full((B,), -at), return_lse=True) for at in range(0, 6, 2)]
         return combine(*zip(*parts, strict=True))
     whole = flash_attention(q, k, v, is_causal=True, return_lse=True)
     douts = [torch.randn_like(x) for x in whole]

@@ -1,0 +1,375 @@
+"""flash-attn's functions, by its names and with its arguments in its order: import them from here instead.
+
+    from torch_bridge.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+Tensors are (batch, seqlen, heads, dim), or (tokens, heads, dim) where sequences are packed. The causal mask and windows
+are aligned at the bottom right: the query at i is at the key i + seqlen_k - seqlen_q. `window_size` is (left, right),
+-1 for no limit. A row that attends to nothing gives 0; its lse is -inf. What is not supported raises a
+NotImplementedError that names the argument.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from torch_bridge import flash, messages, packed, sdpa
+from torch_bridge.arguments import Numbers
+from torch_bridge.kv_cache import KVCache, Rotary
+
+__all__ = [
+    "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache",
+]
+
+WindowSize = tuple[int, int]
+Returned = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+"""out, or with return_attn_probs (out, softmax_lse, None)."""
+
+
+def flash_attn_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+) -> Returned:
+    """Attention of (batch, seqlen, heads, dim), differentiable.
+
+    Args:
+      q: (batch, seqlen_q, heads, dim); bfloat16, float16, float32 or float64.
+      k, v: (batch, seqlen_k, heads_k, dim); heads is a multiple of heads_k.
+      dropout_p: the probability of dropping an attention weight, drawn from torch's generator.
+      softmax_scale: multiplies the scores; None means 1 / sqrt(dim).
+      causal: the query at i attends to the keys up to i + seqlen_k - seqlen_q.
+      window_size: (left, right): from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right; -1: no limit.
+      softcap: scores become softcap * tanh(scores / softcap); 0: as they are.
+      alibi_slopes: (heads,) or (batch, heads): -slope * |i + seqlen_k - seqlen_q - j| is added to the score of query i
+        and key j. Where no key after the aligned one is seen: causal, or a window with right 0. No gradient.
+      deterministic: gradients are bit-equal on every run.
+      return_attn_probs: also return softmax_lse, and None in place of the probabilities.
+
+    Returns:
+      out (batch, seqlen_q, heads, dim), or (out, softmax_lse, None): softmax_lse (batch, heads, seqlen_q) is the
+      natural logarithm of each row's sum of exponentials, float32 (float64 for float64), with a gradient.
+
+    Raises:
+      RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
+      NotImplementedError: alibi_slopes without causal.
+    """
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_dense((q, k, v), options, return_attn_probs))
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Returned:
+    """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim); they are copied out of it."""
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs))
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Returned:
+    """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim); they are copied out of it."""
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs))
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Returned:
+    """Attention within each of several packed sequences, differentiable; nothing is padded.
+
+    Args:
+      q: (total_q, heads, dim), the tokens of all sequences.
+      k, v: (total_k, heads_k, dim).
+      cu_seqlens_q, cu_seqlens_k: (batch + 1,) integers: sequence j is the tokens from the j-th to the next. They start
+        at 0 and never fall; tokens after the last are padding, whose out is 0. Other values compile nothing.
+      max_seqlen_q, max_seqlen_k: not needed, and not read.
+      block_table: not supported.
+      dropout_p, ...: as in `flash_attn_func`; lengths are those of each sequence.
+
+    Returns:
+      out (total_q, heads, dim), or (out, softmax_lse, None), softmax_lse being (heads, total_q).
+
+    Raises:
+      NotImplementedError: block_table; alibi_slopes without causal.
+    """
+    if block_table is not None:
+        raise NotImplementedError("flash_attn_varlen_func() does not support block_table: packed keys must be one row "
+                                  "of tokens. Use flash_attn_with_kvcache, which takes pages.")
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_varlen((q, k, v), packed.Starts(cu_seqlens_q, cu_seqlens_k), options, return_attn_probs))
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+) -> Returned:
+    """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim); they are copied out of it."""
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_varlen(_parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
+                              return_attn_probs))
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Returned:
+    """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim); they are copied out of it."""
+    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return _returned(*_varlen((q, *_parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
+                              return_attn_probs))
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention to a cache of keys and values, after k and v, if they are given, were written to it in place.
+
+    It has no gradient. Other values of cache_seqlens, of the indices and of the table compile nothing.
+
+    Args:
+      q: (batch, seqlen_q, heads, dim).
+      k_cache, v_cache: (batch, seqlen_cache, heads_k, dim), of the rows cache_batch_idx if it is given; with
+        block_table pages (pages, page_length, heads_k, dim). They are read where they lie, but rows that
+        cache_batch_idx names, and pages, are copied first: seqlen_cache positions of each sequence, in every call.
+      k, v: (batch, seqlen_new, heads_k, dim), written from position cache_seqlens of each sequence on.
+      rotary_cos, rotary_sin: (positions, rotary_dim / 2): k is rotated at the positions it is written to, q at those
+        from cache_seqlens on, or, without causal and a window, all of it at cache_seqlens. Only with k and v.
+      cache_seqlens: how many positions count already: one number, or integers (batch,). None: all, and no k and v.
+      cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
+      cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
+      block_table: integers (batch, pages of a sequence).
+      rotary_interleaved: the pairs are 0 and 1, 2 and 3, ...; else 0 and rotary_dim / 2, 1 and rotary_dim / 2 + 1, ...
+      num_splits: not needed, and not read.
+      return_softmax_lse: also return softmax_lse (batch, heads, seqlen_q).
+      softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; seqlen_k is cache_seqlens +
+        seqlen_new of each sequence.
+
+    Raises:
+      RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
+      NotImplementedError: cache_leftpad with rotary_cos or block_table; alibi_slopes without causal.
+    """
+    if cache_leftpad is not None and (rotary_cos is not None or block_table is not None):
+        other = "block_table" if rotary_cos is None else "rotary_cos"
+        raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
+    options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    with torch.no_grad():
+        cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
+        cache.check(q.shape[0])
+        rotary = _rotary(rotary_cos, rotary_sin, rotary_interleaved, q, k)
+        before = _lengths(cache_seqlens, q, cache)
+        if rotary is not None:
+            q, k = _rotated(rotary, q, k, before, options)
+        lengths = _appended(cache, k, v, before, cache_seqlens)
+        out, lse = _cached(q, cache, lengths, cache_leftpad, options, return_softmax_lse)
+        return out if lse is None else (out, lse)
+
+
+class _Options(NamedTuple):
+    """The arguments that all functions have, under flash-attn's names."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: WindowSize
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+    deterministic: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is a rule of positions."""
+        return self.causal or tuple(self.window_size) != (-1, -1)
+
+    @property
+    def window(self) -> flash.Window | None:
+        left, right = (None if side < 0 else side for side in self.window_size)
+        return None if left is None and right is None else (left, right)
+
+    def places(self, offset: int | torch.Tensor, kv_lengths: torch.Tensor | None = None,
+               segment_ids: flash.SegmentIds | None = None) -> flash.Places:
+        """Which positions attend, the query at i being at the key i + offset."""
+        return flash.Places(self.causal, offset if self.is_local else None, self.window, segment_ids, None, kv_lengths)
+
+    def applied(self, numbers: Numbers) -> Numbers:
+        """The numbers of a call with the soft cap and the kind of gradients."""
+        return numbers._replace(softcap=flash.checked_softcap(self.softcap or None),
+                                deterministic=numbers.deterministic or bool(self.deterministic))
+
+    def slopes(self, batch: int, heads: int) -> torch.Tensor | None:
+        """(batch or 1, heads), None without ALiBi."""
+        if self.alibi_slopes is None:
+            return None
+        if not self.causal and self.window_size[1] != 0:
+            raise NotImplementedError(
+                "alibi_slopes needs causal=True, or a window_size whose right is 0: with keys on both sides the bias "
+                "would be an array of seqlen_q * seqlen_k. Pass that as attn_mask to torch_bridge.flash_attention.")
+        slopes = self.alibi_slopes if self.alibi_slopes.dim() == 2 else self.alibi_slopes[None]
+        if slopes.dim() != 2 or slopes.shape[0] not in (1, batch) or slopes.shape[1] != heads:
+            raise messages.must(f"alibi_slopes must be (heads,) = ({heads},), or (batch, heads) = ({batch}, {heads})",
+                                f"alibi_slopes.shape={tuple(self.alibi_slopes.shape)}", "Give one for each head")
+        return slopes.detach()
+
+
+# --- ALiBi -----------------------------------------------------------------------------------------------------------
+# The query at i + offset sees keys j <= i + offset, where the bias is slope * (j - last) + slope * (last - i - offset).
+# The second term is the same for all keys of a query: it changes lse alone. The first is a bias of O(seqlen_k) memory.
+
+
+def _key_bias(slopes: torch.Tensor, to_last: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """(batch or 1, heads, 1, kv_len) from slopes (batch or 1, heads, kv_len or 1) and last - j (batch or 1, kv_len)."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return -(slopes.to(wide) * to_last.to(wide)[:, None])[:, :, None]
+
+
+def _with_query_bias(lse: torch.Tensor | None, slopes: torch.Tensor, to_last: torch.Tensor) -> torch.Tensor | None:
+    """lse (batch, heads, q_len) with the second term: slopes (batch or 1, heads, q_len or 1), (batch or 1, q_len)."""
+    return None if lse is None else lse + slopes.to(lse.dtype) * to_last.to(lse.dtype)[:, None]
+
+
+# --- the three kinds of calls ----------------------------------------------------------------------------------------
+
+
+def _prepared(tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, options: _Options) -> sdpa.Call:
+    """The checked call of (batch, seqlen, heads, dim)."""
+    query, key, value = (x.transpose(1, 2) for x in tensors)
+    return sdpa.prepare(query, key, value, bias, options.dropout_p, False, options.softmax_scale, True)
+
+
+def _dense(tensors: Sequence[torch.Tensor], options: _Options,
+           return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q, k, v = tensors
+    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, k=k, v=v)
+    batch, q_len, heads, _ = q.shape
+    kv_len, slopes, bias = k.shape[1], options.slopes(batch, heads), None
+    if slopes is not None:
+        bias = _key_bias(slopes[..., None], torch.arange(kv_len - 1, -1, -1, device=q.device)[None], q)
+    call = _prepared(tensors, bias, options)
+    operands, numbers = options.places(kv_len - q_len).within(call.operands, options.applied(call.numbers))
+    out, lse = flash.attend(operands, numbers, None, return_lse)
+    if slopes is not None:
+        lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
+    return out.transpose(1, 2), lse
+
+
+def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Options,
+            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q, k, v = tensors
+    _check_rank(3, "(tokens, heads, dim)", q=q, k=k, v=v)
+    packed.check(starts, q.device)
+    slopes = options.slopes(starts.query.shape[0] - 1, q.shape[1])
+    numbers = options.applied(Numbers.of(causal_offset=None, scale=options.softmax_scale, dropout_p=options.dropout_p))
+    left, right = options.places(0).sides(numbers)
+    numbers = numbers._replace(left=left, right=right, ends_aligned=True)
+    if slopes is None:
+        return packed.attend((q, k, v), starts, numbers, None, return_lse)
+    (of_keys, keys_to_last), (of_queries, queries_to_last) = (
+        (_of_tokens(slopes, sequence), to_last[None]) for to_last, sequence in (
+            packed.positions_from_the_end(starts.key, k.shape[0]),
+            packed.positions_from_the_end(starts.query, q.shape[0])))
+    out, lse = packed.attend((q, k, v), starts, numbers, _key_bias(of_keys, keys_to_last, q), return_lse)
+    lse = _with_query_bias(None if lse is None else lse[None], of_queries, queries_to_last)
+    return out, None if lse is None else lse[0]
+
+
+def _of_tokens(slopes: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """(1, heads, tokens or 1), those of each token's sequence."""
+    return slopes[..., None] if slopes.shape[0] == 1 else slopes[sequence].T[None]
+
+
+def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: torch.Tensor | None, options: _Options,
+            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    batch, q_len, heads, _ = q.shape
+    at, slopes = torch.arange(cache.length, device=q.device), options.slopes(batch, heads)
+    to_last = lengths[:, None] - 1 - at
+    bias = None if slopes is None else _key_bias(slopes[..., None], to_last, q)
+    ids = None
+    if leftpad is not None:
+        first = flash.integers("cache_leftpad", leftpad, q.transpose(1, 2))
+        ids = first.new_zeros((batch, q_len)), torch.where(at >= first[:, None], 0, -1).to(torch.int32)
+    call = _prepared((q, *cache.read()), bias, options)
+    places = options.places(lengths - q_len, kv_lengths=lengths, segment_ids=ids)
+    operands, numbers = places.within(call.operands, options.applied(call.numbers))
+    out, lse = flash.attend(operands, numbers, None, return_lse=return_lse)
+    if slopes is not None:
+        lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
+    return out.transpose(1, 2), lse
+
+
+def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """How many positions of each sequence count before anything is appended, (batch,) int32."""
+    if isinstance(cache_seqlens, torch.Tensor):
+        return flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
+    count = cache.length if cache_seqlens is None else cache_seqlens
+    return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
+
+
+def _appended(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, before: torch.Tensor,
+              cache_seqlens: object) -> torch.Tensor:
+    """Writes k and v; returns how many positions count then."""
+    if k is None and v is None:
+        return before
+    if k is None or v is None or cache_seqlens is None:
+        given = ", ".join(f"{name}={'None' if x is None else 'given'}"
+                          for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens)))
+        raise messages.must("k, v and cache_seqlens go together", given, "Pass all of them to append to the cache")
+    cache.append(k, v, before)
+    return before + k.shape[1]
+
+
+def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, q: torch.Tensor,
+            k: torch.Tensor | None) -> Rotary | None:
+    if cos is None and sin is None:
+        return None
+    if cos is None or sin is None or k is None:
+        raise messages.must("rotary_cos and rotary_sin go together, and with k and v",
+                            f"rotary_cos={type(cos).__name__}, rotary_sin={type(sin).__name__}, k={type(k).__name__}",
+                            "Rotate q before the call where nothing is appended")
+    rotary = Rotary(cos, sin, interleaved)
+    rotary.check(q.shape[3])
+    return rotary
+
+
+def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: torch.Tensor,
+             options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+    assert k is not None
+    new, asked = (torch.arange(x.shape[1], device=q.device) for x in (k, q))
+    of_q = before[:, None] + (asked if options.is_local else torch.zeros_like(asked))
+    return rotary.rotate(q, of_q), rotary.rotate(k, before[:, None] + new)
+
+
+def _returned(out: torch.Tensor, lse: torch.Tensor | None) -> Returned:
+    return out if lse is None else (out, lse, None)
+
+
+def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
+    """The tensors that are packed in the third axis from the end."""
+    if tensor.dim() != axes or tensor.shape[-3] != count:
+        shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
+        raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",
+                            "Stack the tensors in that axis")
+    return tensor.unbind(-3)
+
+
+def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:
+    if any(x.dim() != axes for x in tensors.values()):
+        raise messages.must(f"{', '.join(tensors)} must be {shape}", messages.shapes(**tensors), "Add or merge axes")

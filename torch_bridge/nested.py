@@ -1,0 +1,55 @@
+"""scaled_dot_product_attention of nested tensors in the jagged layout: their memory is a row of packed sequences."""
+
+from typing import Any
+
+import torch
+
+from torch_bridge import messages, packed
+from torch_bridge.arguments import Numbers
+
+__all__ = ["attend"]
+
+
+def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object, numbers: Numbers,
+           enable_gqa: bool) -> torch.Tensor:
+    """out (batch, heads, ragged length, dim), nested as query is; each sequence as if it were alone.
+
+    Args:
+      tensors: query, key and value, (batch, heads, ragged length, dim).
+      attn_mask: must be None.
+      numbers: those of the call.
+      enable_gqa: query may have a multiple of the heads of key.
+    """
+    _check(tensors, attn_mask, enable_gqa)
+    query, key, value = (_by_length(x) for x in tensors)
+    offsets: torch.Tensor = query.offsets()
+    out, _ = packed.attend([x.values() for x in (query, key, value)], packed.Starts(offsets, key.offsets()), numbers,
+                           None, return_lse=False)
+    return torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
+
+
+def _by_length(tensor: torch.Tensor) -> Any:  # its class has no stub
+    """(batch, ragged length, heads, dim) without gaps; a view wherever it can be one."""
+    moved: Any = tensor.transpose(1, 2)
+    return moved if moved.lengths() is None else moved.contiguous()
+
+
+def _check(tensors: tuple[Any, Any, Any], attn_mask: object, enable_gqa: bool) -> None:
+    query, key, value = tensors
+    if any(not isinstance(x, torch.Tensor) for x in tensors):
+        raise TypeError("scaled_dot_product_attention(): query, key and value must be Tensors, not "
+                        f"({', '.join(type(x).__name__ for x in tensors)})")
+    if any(x.layout is not torch.jagged or x.dim() != 4 or x._ragged_idx != 2 for x in tensors):
+        given = ", ".join(f"{name}: {x.layout}, {x.dim()} axes"
+                          for name, x in zip(("query", "key", "value"), tensors, strict=True))
+        raise messages.must(
+            "nested query, key and value must all be (batch, heads, ragged length, dim) in the layout torch.jagged",
+            given, "Make them (batch, ragged length, heads, dim) and transpose(1, 2)")
+    if attn_mask is not None:
+        raise messages.must("attn_mask must be None with nested tensors", f"attn_mask={type(attn_mask).__name__}",
+                            "Leave it out: padding is not there, and is_causal holds within each sequence")
+    if key.shape[2] != value.shape[2]:
+        raise messages.must("nested key and value must have the same offsets", messages.shapes(key=key, value=value),
+                            "Make one from the offsets of the other")
+    if query.shape[0] != key.shape[0] or not (enable_gqa or query.shape[1] == key.shape[1] == value.shape[1]):
+        raise messages.leading_axes(query, key, value, enable_gqa)
