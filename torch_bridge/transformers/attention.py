@@ -83,6 +83,8 @@ def _masked(tensors: tuple[Tensor, Tensor], attention_mask: Tensor | None, is_ca
     function: causal from the first key, and no mask at all for a single query.
     """
     query, key = tensors
+    if isinstance(attention_mask, Rule) and attention_mask.is_written_out:
+        attention_mask = attention_mask.written_out()
     if isinstance(attention_mask, Rule):
         bounds = attention_mask.bounds
         window = None if bounds.left is bounds.right is None else (bounds.left, bounds.right)
