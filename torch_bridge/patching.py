@@ -52,10 +52,10 @@ def patched() -> Iterator[None]:
     first context is entered to where the last is left, in whatever order, also by an exception. Modules that imported
     the function itself, under its name, use ours as well. It can decorate a function.
 
-    A call that ours does not take (nested or sparse tensors, DTensors, devices other than CPU and CUDA) goes to the
-    function that was there before, with a `pallas_flash.FallbackWarning`, once for each reason. TorchScript compiles
-    calls of the function; they come back to Python, so such a program cannot be saved. `activate()` replaces kernels of
-    PyTorch's own function instead: CUDA alone, in float16 and bfloat16, also for saved programs.
+    A call that ours does not take (nested tensors that are not jagged, DTensors, devices other than CPU and CUDA) goes
+    to the function that was there before, with a `pallas_flash.FallbackWarning`, once for each reason. TorchScript
+    compiles calls of the function; they come back to Python, so such a program cannot be saved. `activate()` replaces
+    kernels of PyTorch's own function instead: CUDA alone, in float16 and bfloat16, also for saved programs.
     """
     _enter()
     try:
@@ -123,8 +123,9 @@ def _reason_against(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return None  # an error, and ours says which
         if hasattr(tensor, "placements"):
             return f"the operators have no sharding strategy for DTensors, and {name} is one"
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            return f"it needs strided tensors, and {name} is {'nested' if tensor.is_nested else tensor.layout}"
+        if tensor.layout is not torch.jagged and (tensor.is_nested or tensor.layout is not torch.strided):
+            kind = "nested and" if tensor.is_nested else "of layout"
+            return f"it takes strided and jagged tensors, and {name} is {kind} {tensor.layout}"
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             return f"it runs on CPU and CUDA tensors, and {name} is on {tensor.device.type}"
     return None

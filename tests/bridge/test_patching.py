@@ -155,6 +155,15 @@ def test_what_ours_does_not_take_is_left_to_torch_and_said_once(new_reasons):
                 F.scaled_dot_product_attention(nested, nested, nested)
 
 
+def test_jagged_tensors_run_ours():
+    jagged = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    with torch_bridge.patched():
+        out = F.scaled_dot_product_attention(jagged, jagged, jagged)
+    assert calls(what="forward") == calls(what="forward", implementation="torch") + 1 == 1
+    for a, b in zip(out.unbind(), jagged.unbind()):
+        torch.testing.assert_close(a, TORCH(b[None], b[None], b[None])[0])
+
+
 @pytest.mark.parametrize("attribute", ["device", "placements"])
 def test_devices_and_distributed_tensors_are_left_to_torch(attribute):
     class Elsewhere(torch.Tensor):
