@@ -96,8 +96,7 @@ def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
     for name, x in operands.differentiable._asdict().items():
         _check_shape(spec, name, x, getattr(wanted, name))
     _check_shape(spec, "dropout_seed", operands.dropout_seed, (2,) if spec.dropout_rate else None)
-    if operands.dropout_origin is not None:
-        _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_rate else None)
+    _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_moved else None)
 
 
 def _check_results(spec: AttentionSpec, given: Results[Array], prefix: str = "") -> None:

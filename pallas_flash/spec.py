@@ -72,7 +72,7 @@ class Operands(NamedTuple):
     bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
     dropout_seed: Int[Array, "2"] | None  # uint32
-    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: (0, 0, 0, 0)
+    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: of 0
 
     @property
     def differentiable(self) -> Differentiable[Array]:
@@ -119,6 +119,7 @@ class AttentionSpec:
     softcap(s) = softcap * tanh(s / softcap). Make one with `AttentionSpec.of`.
 
     Attributes:
+      dropout_moved: the problem is a part of a larger one, and drops what that drops there: `Operands.dropout_origin`.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
         rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
     """
@@ -137,6 +138,7 @@ class AttentionSpec:
     softcap: float | None
     scale: float
     dropout_rate: float
+    dropout_moved: bool
     return_lse: bool
     deterministic: bool
     partial: bool
@@ -144,8 +146,8 @@ class AttentionSpec:
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
            bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
-           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False,
-           partial: bool = False) -> "AttentionSpec":
+           dropout_rate: float = 0.0, dropout_moved: bool = False, return_lse: bool = False,
+           deterministic: bool = False, partial: bool = False) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -155,7 +157,7 @@ class AttentionSpec:
           mask: which pairs attend; None for all.
           bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
           softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
-          return_lse, deterministic, partial: Python booleans.
+          dropout_moved, return_lse, deterministic, partial: Python booleans.
 
         Raises:
           ValueError: naming the array, what must hold, what was given and what to do.
@@ -164,6 +166,7 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
+        errors.require_bool("dropout_moved", dropout_moved)
         errors.require_bool("return_lse", return_lse)
         errors.require_bool("deterministic", deterministic)
         errors.require_bool("partial", partial)
@@ -172,8 +175,8 @@ class AttentionSpec:
             kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None,
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
-            dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic),
-            partial=bool(partial))
+            dropout_rate=float(dropout_rate), dropout_moved=bool(dropout_moved), return_lse=bool(return_lse),
+            deterministic=bool(deterministic), partial=bool(partial))
         return spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
 
     def masked(self, mask: masks.Mask, bias: Shaped | None) -> "AttentionSpec":

@@ -60,8 +60,6 @@ MANY_PARAMETERS = {
     "torch_bridge/explanation.py": {"explain"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
-    # bodies of kernels: a parameter is an array
-    "pallas_flash/kernels/hopper/backward/dq.py": {"attention_backward_dq"},
 }
 
 

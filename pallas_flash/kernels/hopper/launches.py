@@ -4,12 +4,14 @@ forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
+
+With dropout both also take its keys, last (`hopper.dropout`).
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper import dropout, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, SplitSchedule
@@ -21,7 +23,8 @@ __all__ = ["backward", "forward"]
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
-    return Pass(inputs=_operands(spec), constants={"table": work.forward_table(spec, schedule)},
+    inputs = _operands(spec) | dropout.input_types(spec)
+    return Pass(inputs=inputs, constants={"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
 
 
@@ -34,6 +37,7 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
+    inputs |= dropout.input_types(spec)
     first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
     launches = (first, *(launch.reading(clean) for launch in gradients))

@@ -29,7 +29,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules: tuple[tuple[bool, str], ...] = ()
+    rules = ((spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"),)
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
 
@@ -54,8 +54,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
-        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
-         "nothing is trained)"),
+        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
+         "devices share (pass dropout_rate=0 where nothing is trained)"),
         (not spec.mask.has_arrays, "takes masks of static numbers only yet, mask has array fields: "
          + ", ".join(f"{type(part).__name__}.{name}" for part in spec.mask.parts for name in part.array_fields())
          + " (a rule of positions, such as Causal() or Window(left=127), needs none)"),

@@ -133,10 +133,10 @@ class Split:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the shards of a problem are problems by themselves: those of arrays in a mask or of random bits are
-        not.
+        """Whether the shards of a problem are problems by themselves: those of arrays in a mask are not. Dropout's
+        bits are: each batch entry and head brings its own key.
         """
-        return not (self.spec.mask.has_arrays or self.spec.bias is not None or self.spec.dropout_rate)
+        return not (self.spec.mask.has_arrays or self.spec.bias is not None)
 
     @property
     def names(self) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
-from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Large, Pairs, weights
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scores import is_large, may_be_large
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     warpgroup: Index
     first: Index  # position
     lse_log2: PerRow
-    delta: PerRow  # -delta
+    delta: PerRow  # what the accumulator of dP starts at: -delta; with dropout -delta / factor
     large: Flag | None  # whether some are large (`scores`); None if none ever is
 
     def own(self, block: Block[DqSchedule], name: str) -> Ref:
@@ -116,6 +116,16 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragme
     return p
 
 
+def kept_of(block: Block[DqSchedule], rows: Rows, kv_tile: Array) -> Kept:
+    """Draws for the weights of a key tile."""
+    columns = block.schedule.block_kv
+    start = lambda: registers.spread(rows.delta, columns)
+    if not block.spec.dropout_rate:
+        return Kept(None, start)
+    draws = dropout.draws(block.spec, block.gmem, (block.batch, block.head), (rows.first, kv_tile * columns), 1)
+    return Kept(dropout.kept(draws, columns), start)
+
+
 def free_keys(block: Block[DqSchedule], i: Index) -> None:
     """Frees the keys of step i."""
     plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
@@ -142,8 +152,10 @@ def one_step(block: Block[DqSchedule], rows: Rows, i: Array, last: Fragment | No
         dq = wgmma.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
     dp = wgmma.multiply_transposed(rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v, from_delta)
-    p = tile_weights(block, rows, block.walk.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
-    ds = p * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
+    kv_tile = block.walk.stop - 1 - i
+    p = tile_weights(block, rows, kv_tile, wgmma.ready(scores, 1 if last is None else 2))
+    kept = kept_of(block, rows, kv_tile)
+    ds = p * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     plgpu.barrier_arrive(bars["v_free"].at[v_slot])
     if last is not None:
         free_keys(block, i - 1)
@@ -199,7 +211,11 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
-        ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
+        dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
+        if spec.dropout_rate:
+            place = (block.batch, block.head), rows.first, position
+            dp = jnp.where(dropout.kept_of_key(spec, block.gmem, *place), dp, rows.delta)
+        ds = (p * dp).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = block.mask.keep(registers.positions(columns, 0, rows.first), position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
@@ -223,18 +239,18 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_pipelined if s.pipelined else gradient_unpipelined)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
-    tiles.store_result(spec, dq * spec.scale, block.smem["q"].at[warpgroup], block.gmem["dq"],
+    tiles.store_result(spec, dq * (spec.scale * dropout.factor(spec)), block.smem["q"].at[warpgroup], block.gmem["dq"],
                        (block.batch, block.head, first, 0))
     plgpu.wait_smem_to_gmem(0)
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout and the statistics."""
-    blocks = work.dq_work(spec, schedule)
+    """The launch that makes dq of q, k, v, dout, the statistics and, if there is dropout, its keys."""
+    blocks, extra = work.dq_work(spec, schedule), tuple(dropout.input_types(spec))
 
-    def attention_backward_dq(q: Ref, k: Ref, v: Ref, dout: Ref, stats: Ref, dq: Ref, smem: dict[str, Ref],
-                              bars: dict[str, Ref]) -> None:
-        gmem = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats, "dq": dq}
+    def attention_backward_dq(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        gmem = dict(zip(("q", "k", "v", "dout", "stats", *extra, "dq"), arrays, strict=True))
         head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         mask = work.worst_case(spec, schedule)
@@ -255,4 +271,4 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         attention_backward_dq, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
-    return Launch(kernel, ("q", "k", "v", "dout", "statistics"), outputs)
+    return Launch(kernel, ("q", "k", "v", "dout", "statistics", *extra), outputs)

@@ -23,12 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
-from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
@@ -40,7 +40,7 @@ from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["INPUTS", "block_of", "gradient_types", "launch", "meet", "scratch"]
+__all__ = ["block_of", "gradient_types", "inputs", "launch", "meet", "references", "scratch"]
 
 
 def load_role(block: Block[KvSchedule]) -> None:
@@ -146,8 +146,9 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     s = issue_scores(block, warpgroup, slot)
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
-    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
-    return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
+    kept = kept_of(block, warpgroup, step)
+    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
 def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
@@ -262,10 +263,11 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
         sums = multiply_weights(block, last, before, *sums)
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
-    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
+    kept = kept_of(block, warpgroup, step)
+    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     if last is not None:
         free_slot(block, before)
-    w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
+    w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums
@@ -310,7 +312,9 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.makes_dq:
         dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
-    for name, x in (("k", dk * spec.scale), ("v", dv)):
+    if spec.dropout_rate:
+        dv = dv * dropout.factor(spec)
+    for name, x in (("k", dk * (spec.scale * dropout.factor(spec))), ("v", dv)):
         tiles.store_result(spec, x, block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
@@ -345,8 +349,14 @@ def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[
     return smem, bars | meeting_barriers(s)
 
 
-INPUTS = "q", "k", "v", "dout", "statistics"
-"""The arrays that every kernel reads that keeps keys."""
+def inputs(spec: AttentionSpec) -> tuple[str, ...]:
+    """The arrays that every kernel reads that keeps keys."""
+    return ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec))
+
+
+def references(spec: AttentionSpec) -> tuple[str, ...]:
+    """What the kernels call them."""
+    return tuple("stats" if name == "statistics" else name for name in inputs(spec))
 
 
 def gradient_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
@@ -385,7 +395,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
 
     def attention_backward_kv(*refs: Any) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
-        names = ["q", "k", "v", "dout", "stats", *last, "dk", "dv", *["dq"] * ordered]
+        names = [*references(spec), *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")
@@ -409,4 +419,4 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, (*INPUTS, *updates), outputs, updates)
+    return Launch(kernel, (*inputs(spec), *updates), outputs, updates)
