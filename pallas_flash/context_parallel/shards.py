@@ -92,8 +92,8 @@ class Shards:
         """The spec of a part of the problem, from its operands."""
         return AttentionSpec.of(
             problem.q, problem.k, problem.v, mask=problem.mask, bias=problem.bias, softcap=self.spec.softcap,
-            scale=self.spec.scale, dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic,
-            partial=partial)
+            scale=self.spec.scale, dropout_rate=self.spec.dropout_rate,
+            dropout_moved=problem.dropout_origin is not None, deterministic=self.spec.deterministic, partial=partial)
 
     def implementation_of(self, spec: AttentionSpec) -> str:
         """The name of what runs a part of the problem."""

@@ -34,9 +34,8 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules: tuple[tuple[bool, str], ...] = (
-        (spec.mask.has_arrays, "a mask that holds arrays"),
-    )
+    rules = ((spec.mask.has_arrays, "a mask that holds arrays"),
+             (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
 
@@ -70,8 +69,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet (keys that lie one after the other it takes)"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
-        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
-         "nothing is trained)"),
+        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
+         "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
 
