@@ -72,7 +72,7 @@ class Operands(NamedTuple):
     bias: Float[Array, "1|b 1|h 1|t 1|s"] | None
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
     dropout_seed: Int[Array, "2"] | None  # uint32
-    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: of 0
+    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
 
     @property
     def differentiable(self) -> Differentiable[Array]:
