@@ -78,7 +78,7 @@ class Operands(NamedTuple):
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
     score_integers: tuple[Array, ...]  # its other arrays
     dropout_seed: Int[Array, "2"] | None  # uint32
-    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: of 0
+    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
     page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
 
     @property

@@ -67,9 +67,9 @@ def test_the_emitted_draws_are_the_definitions(threads, keys_dim, rate):
 Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
 
 
-def operands(q, seed, origin=None):
-    spec = AttentionSpec.of(q, q, q, dropout_rate=0.3, dropout_moved=origin is not None)
-    return spec, Operands(q, q, q, None, (), spec.mask, (), seed, origin, None)
+def operands(q, seed):
+    spec = AttentionSpec.of(q, q, q, dropout_rate=0.3)
+    return spec, Operands(q, q, q, None, (), spec.mask, (), seed, None, None)
 
 
 def key_of(seed, batch, head):
@@ -81,11 +81,6 @@ def test_each_batch_entry_and_query_head_has_its_key():
     assert (keys.shape, keys.dtype) == ((2, 4, 2), jnp.int32)
     assert np.asarray(keys).view(np.uint32)[1, 3].tolist() == key_of(SEED, 1, 3)
     assert dropout.inputs(*operands(Q, None)) == ()
-
-
-def test_a_part_has_the_keys_of_its_place():
-    (part,) = dropout.inputs(*operands(Q, SEED, jnp.array([5, 2, 0, 0], jnp.int32)))
-    assert np.asarray(part).view(np.uint32)[1, 3].tolist() == key_of(SEED, 6, 5)
 
 
 @pytest.mark.parametrize("seeds_axis", [None, 0])
@@ -116,7 +111,7 @@ def test_it_runs_only_when_it_is_named():
 
 
 def test_parts_of_a_problem_are_refused():
-    spec, _ = operands(Q, SEED, jnp.zeros(4, jnp.int32))
+    spec = AttentionSpec.of(Q, Q, Q, dropout_rate=0.3, dropout_moved=True)
     with pytest.raises(errors.UnsupportedError, match="takes dropout of whole problems only yet"):
         dispatch.decide(spec, device.H100, "hopper")
     assert dispatch.decide(spec, device.H100).implementation.name == "xla"
@@ -129,3 +124,16 @@ def test_lowers_with_64_bit_types(x64):
     with device.assume(device.H100):
         text = jax.jit(jax.grad(loss)).trace(q, jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
     assert "attention_backward" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_the_kernels_drop_what_the_definition_drops(d):
+    """With equal scores and unit vectors as values and as cotangents, out and dv are the weights that are kept."""
+    q = jnp.zeros((2, d, 4, d), jnp.bfloat16)
+    unit = jnp.broadcast_to(jnp.eye(d, dtype=jnp.bfloat16)[:, None], q.shape)
+    out, vjp = jax.vjp(lambda v: flash_attention(q, q, v, dropout_rate=0.3, dropout_rng=SEED, implementation="hopper"),
+                       unit)
+    kept = bits.keep(SEED, *np.ogrid[:2, :4, :d, :d], 0.3)
+    assert np.array_equal(out.transpose(0, 2, 1, 3) > 0, kept)
+    assert np.array_equal(vjp(unit)[0].transpose(0, 2, 3, 1) > 0, kept)

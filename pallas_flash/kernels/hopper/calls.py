@@ -83,7 +83,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
 
 def _without_seed(operands: Operands) -> Operands:
     """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
-    return operands._replace(dropout_seed=None, dropout_origin=None)
+    return operands._replace(dropout_seed=None)
 
 
 @vmappable

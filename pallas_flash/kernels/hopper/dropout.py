@@ -52,9 +52,9 @@ def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Int[Array, "b h 2"]
     """The arrays of `input_types`: the keys of each batch entry and query head of a problem."""
     if operands.dropout_seed is None:
         return ()
-    place = jnp.arange(spec.batch)[:, None], jnp.arange(spec.q_heads)[None, :], 0, 0
-    batch, head, *_ = dropout.moved(place, operands.dropout_origin)
-    found = dropout.keys(operands.dropout_seed, *(jnp.asarray(x).astype(jnp.uint32) for x in (batch, head)))
+    assert not spec.dropout_moved, "draws need positions that begin at a multiple of 16"
+    batch, head = jnp.arange(spec.batch, dtype=jnp.uint32)[:, None], jnp.arange(spec.q_heads, dtype=jnp.uint32)[None, :]
+    found = dropout.keys(operands.dropout_seed, batch, head)
     return (lax.bitcast_convert_type(jnp.stack(found, axis=-1), jnp.int32),)
 
 
