@@ -12,7 +12,7 @@ from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "passes"]
 
 
 _forward, _backward = (functools.lru_cache(maxsize=1024)(launch) for launch in (launches.forward, launches.backward))
@@ -29,6 +29,11 @@ def _forward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
 def _backward_on(device: Device) -> Callable[[AttentionSpec], Pass]:
     """The backward of each spec, and the same object for the same device."""
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
+
+
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass]:
+    """The forward and the backward as lists of launches, which another runtime than JAX can run."""
+    return _forward_on(device)(spec), _backward_on(device)(spec)
 
 
 @vmappable
