@@ -58,7 +58,7 @@ MANY_PARAMETERS = {
     "pallas_flash/context_parallel/attention.py": {"context_parallel_attention"},
     "pallas_flash/context_parallel/explanation.py": {"explain_context_parallel"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
-    "torch_bridge/explanation.py": {"explain"},
+    "torch_bridge/explanation.py": {"explain", "precompile"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
     "torch_bridge/activation.py": {"_backward"},
     # bodies of kernels: a parameter is an array

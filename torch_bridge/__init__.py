@@ -13,11 +13,12 @@ except ModuleNotFoundError as error:
 
 from torch_bridge import context, memory
 from torch_bridge.activation import activate
-from torch_bridge.explanation import explain
+from torch_bridge.explanation import explain, precompile
 from torch_bridge.partial import partial_attention, partial_attention_backward
 from torch_bridge.sdpa import scaled_dot_product_attention
 
-__all__ = ["activate", "explain", "partial_attention", "partial_attention_backward", "scaled_dot_product_attention"]
+__all__ = ["activate", "explain", "partial_attention", "partial_attention_backward", "precompile",
+           "scaled_dot_product_attention"]
 
 memory.share_with_torch()
 context.undo_start_of_jax()

@@ -25,6 +25,8 @@ from pallas_flash import device, dispatch, forks, masks
 from pallas_flash.spec import AttentionSpec, Layout
 from torch_bridge import context, lifetime, programs, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.strides import in_layout as _in_layout
+from torch_bridge.strides import with_strides as _with_strides
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
            "gradients", "jax_device", "make_plan", "plan_for", "stats_tensor"]
@@ -85,7 +87,7 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     """A new plan, which says nothing of a fallback: no call need follow."""
     query, key, value, mask, bias, _ = operands
     causal_offset, scale, dropout_p, deterministic, partial = numbers
-    layout = _layout(query, key, value)
+    layout = strides.layout_of(query, key, value)
     rule: masks.Mask = masks.Full() if causal_offset is None else masks.Causal(int(causal_offset))
     if mask is not None:
         rule = rule & masks.Dense(_abstract(mask))
@@ -102,22 +104,9 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
                 programs.forward(spec, name, where), programs.backward(spec, name, where))
 
 
-def _layout(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
-    """The layout in which the fewest elements are copied, the result included; among equals, the query's."""
-    order: tuple[Layout, Layout] = ("BLHD", "BHLD") if strides.is_heads_inside(query) else ("BHLD", "BLHD")
-    copied = [sum(x.numel() for x in (query, query, key, value) if not _in_layout(x, layout).is_contiguous())
-              for layout in order]
-    return order[0] if copied[0] <= copied[1] else order[1]
-
-
 def _strides_like(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides of a gradient: dense, in the storage order of the tensor."""
     return torch.empty_like(tensor, device="meta").stride()
-
-
-def _in_layout(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A view of (batch, heads, length, dim) with the axes in the order of the layout; and back."""
-    return tensor if layout == "BHLD" else tensor.transpose(1, 2)
 
 
 def _abstract(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -157,14 +146,17 @@ def _sharable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] else tensor
 
 
-def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
-    """Why a (batch, heads, length, dim) tensor is copied on its way to JAX, or None if its memory is shared."""
+def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:
+    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared.
+
+    `alignment` is what its address must be a multiple of, in bytes; None: what JAX needs.
+    """
     if tensor.is_neg():
         return "its negative bit is set"
     if not _in_layout(tensor, layout).is_contiguous():
         axes = "(batch, length, heads, dim)" if layout == "BLHD" else "(batch, heads, length, dim)"
         return f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)} are not dense {axes} storage"
-    alignment = ALIGNMENT[tensor.device.type]
+    alignment = alignment or ALIGNMENT[tensor.device.type]
     if offset := tensor.data_ptr() % alignment:
         return f"its address is {offset} bytes past a multiple of {alignment}"
     return None
@@ -241,15 +233,6 @@ def _tensors(arrays: list[jax.Array], like: torch.Tensor,
     for array in kept:
         lifetime.order(array, stream)
     return tensors, kept
-
-
-def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
-    """The tensor itself, or a copy, with exactly these strides."""
-    if tensor.stride() == wanted:
-        return tensor
-    if strides.same_memory(tensor.shape, tensor.stride(), wanted):
-        return tensor.as_strided(tensor.shape, wanted)
-    return torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 # --- what the operators call -----------------------------------------------------------------------------------------

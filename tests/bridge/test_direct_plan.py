@@ -62,8 +62,8 @@ def test_versions_hold_the_sources_and_the_driver():
 MASKS = {
     "full": ((), masks.Full()),
     "causal": (causal(-30), masks.Causal(-30)),
-    "window": ((("Window", dict(left=100, right=0)),), masks.Window(100, 0)),
-    "prefix in a window": ((("PrefixLM", dict(prefix=5)), ("Window", dict(left=60, offset=2))),
+    "window": ((("Window", (("left", 100), ("right", 0))),), masks.Window(100, 0)),
+    "prefix in a window": ((("PrefixLM", (("prefix", 5),)), ("Window", (("left", 60), ("offset", 2)))),
                            masks.PrefixLM(5) & masks.Window(left=60, offset=2)),
 }
 

@@ -31,7 +31,7 @@ def spec_of(problem: Problem) -> AttentionSpec:
 
     rule: masks.Mask = masks.Full()
     for name, numbers in problem.mask:
-        rule = rule & _MASKS[name](**numbers)
+        rule = rule & _MASKS[name](**dict(numbers))
     return AttentionSpec.of(
         array(problem.q_len, problem.q_heads, problem.d), array(problem.kv_len, problem.kv_heads, problem.d),
         array(problem.kv_len, problem.kv_heads, problem.d_v), layout=problem.layout, mask=rule, scale=problem.scale,

@@ -14,13 +14,13 @@ from typing import Literal, Self
 __all__ = ["Gpu", "Mask", "PassName", "Problem", "Request", "causal", "versions"]
 
 PassName = Literal["forward", "backward"]
-Mask = tuple[tuple[str, dict[str, int]], ...]
-"""Masks of pallas_flash, all of which hold: the name of each class, and its numbers."""
+Mask = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""Masks of pallas_flash, all of which hold: the name of each class, and its numbers by name."""
 
 
 def causal(offset: int | None) -> Mask:
     """The mask of a causal offset; None: every pair attends."""
-    return () if offset is None else (("Causal", {"offset": offset}),)
+    return () if offset is None else (("Causal", (("offset", offset),)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Request:
         """The request again from its text."""
         fields = json.loads(text)
         problem = fields["problem"]
-        problem["mask"] = tuple((name, numbers) for name, numbers in problem["mask"])
+        problem["mask"] = tuple((kind, tuple(map(tuple, numbers))) for kind, numbers in problem["mask"])
         gpu = fields["gpu"]
         gpu["capability"] = tuple(gpu["capability"])
         return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"])
