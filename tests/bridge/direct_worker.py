@@ -3,6 +3,7 @@ program twice at the same addresses, as Mosaic's own host code does and from the
 `test_direct_offline` in the environment with JAX's CUDA plugin, with the stand-in driver; it imports no torch.
 """
 
+import ctypes
 import functools
 import sys
 import types
@@ -30,7 +31,28 @@ def main(folder):
         with driver.current(0):
             for step in lowered.steps:
                 plugin.compile_module(step.kernel.code).launch(0, [addresses[name] for name in step.arrays])
-        Loaded(plan.read(content, text), 0).launch(list(addresses.values()), 0)
+        loaded = Loaded(plan.read(content, text), 0)
+        loaded.launch(list(addresses.values()), 0)
+        print(captured(loaded, list(addresses.values())), flush=True)
+
+
+def captured(loaded, addresses):
+    """The kernels of a CUDA graph into which the launches are captured, by name and in order."""
+    stream, graph, count = driver.Pointer(), driver.Pointer(), driver.Size()
+    with driver.current(0):
+        driver.call("cuStreamCreate", ctypes.byref(stream), driver.UInt(1))
+        driver.call("cuStreamBeginCapture_v2", stream, driver.Int(0))
+        loaded.launch(addresses, stream.value)
+        driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        driver.call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes, names = (driver.Pointer * count.value)(), []
+        driver.call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+        for node in nodes:
+            found, name = driver.NodeParameters(), ctypes.c_char_p()
+            driver.call("cuGraphKernelNodeGetParams_v2", driver.Pointer(node), ctypes.byref(found))
+            driver.call("cuFuncGetName", ctypes.byref(name), driver.Pointer(found.function))
+            names.append(name.value.decode())
+    return " ".join(names)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def test_a_first_call_inside_a_capture_is_refused(monkeypatch):
                                    CAUSAL)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"must have run once before it is captured in a CUDA graph.*Call it before"):
-        attention.Direct(problem, torch.device("cuda", 0)).prepare("backward")
+        attention.Direct((problem, torch.device("cuda", 0))).prepare("backward")
 
 
 def test_explain_and_precompile(launched, monkeypatch, tmp_path):

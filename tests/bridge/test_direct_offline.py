@@ -49,16 +49,17 @@ def logged(work):
 
 @pytest.fixture(scope="module")
 def compiled(work):
-    """Of each request, the program, and the launches at the same addresses by Mosaic's host code and by the plan."""
+    """Of each request, the program, the launches at the same addresses by Mosaic's host code and by the plan, and the
+    kernels of a graph into which these are captured."""
     texts = "\n".join(request.text for request in REQUESTS.values())
     done = subprocess.run([places.interpreter(), Path(__file__).with_name("direct_worker.py"), work], text=True,
                           input=texts, env=environment(work), capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     launched, found = [line for line in logged(work) if "launched" in line], {}
-    for name, request in REQUESTS.items():
+    for (name, request), graph in zip(REQUESTS.items(), done.stdout.splitlines(), strict=True):
         program = plan.read((work / f"{request.key}.plan").read_bytes(), request.text)
         count = len(program.steps)
-        found[name] = program, launched[:count], launched[count:2 * count]
+        found[name] = program, launched[:count], launched[count:2 * count], graph.split()
         launched = launched[2 * count:]
     assert not launched
     return found
@@ -67,8 +68,9 @@ def compiled(work):
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_plan_launches_what_mosaic_launches(compiled, name):
     """Grid, block, shared memory, and every byte of the parameters."""
-    program, native, replayed = compiled[name]
+    program, native, replayed, graph = compiled[name]
     assert replayed == native and len(native) == len(program.steps) == 3
+    assert graph == [step.kernel.name for step in program.steps], "all of them, in order, can be captured"
     for step, line in zip(program.steps, replayed, strict=True):
         assert line["device"] == 0 and line["launched"] == step.kernel.name
         assert 0 < line["smem_bytes"] <= 232_448 and line["block"][0] % 128 == 0 and min(line["grid"]) >= 1

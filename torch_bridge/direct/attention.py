@@ -10,6 +10,7 @@ first. Plans stay loaded as long as the process lives: a captured CUDA graph hol
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, causal, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "find", "is_asked_for", "problem_of", "reason_found", "request",
-           "why_not"]
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "problem_of",
+           "reason_found", "request", "why_not"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -86,8 +87,8 @@ def _gpu(device: torch.device) -> Gpu:
 class Direct:
     """A problem on a device: its passes, each found or compiled when it is first asked for."""
 
-    def __init__(self, problem: Problem, device: torch.device) -> None:
-        self.problem, self.device = problem, device
+    def __init__(self, key: "_Key") -> None:
+        self.key, (self.problem, self.device) = key, key
         self._runners: dict[PassName, Runner] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
@@ -112,30 +113,20 @@ class Direct:
                     self._zeros = torch.zeros(program.buffers["dstats"].shape, device=self.device)
                 self._runners[pass_name] = Runner(program, self.device)
 
-    def forward(self, operands: Operands) -> Results:
-        """out, stored as query is, and the statistics of rows."""
-        query, key, value, *_ = operands
-        out, stats = self._runners["forward"]([self._given(x) for x in (query, key, value)])
-        wanted = strides.like_query(query, self.problem.d_v)
-        return Results(strides.with_strides(strides.in_layout(out, self.problem.layout), wanted), stats)
+    def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
+        return self._runners["forward"]([self._given(x) for x in q_like])
 
-    def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
-        """The gradients of query, key and value, each stored as its tensor."""
-        query, key, value, *_ = operands
-        out, stats = results
-        dout, dstats = cotangents
-        given = [self._given(x) for x in (query, key, value, out)]
-        given += [_aligned(stats), self._given(torch.zeros_like(out) if dout is None else dout)]
+    def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
+                 dstats: torch.Tensor | None) -> list[torch.Tensor]:
+        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
+        given = [*map(self._given, q_like), _aligned(stats), self._given(dout)]
         assert self._zeros is not None
         given.append(self._zeros if dstats is None else _aligned(dstats))
-        grads = self._runners["backward"](given)
-        dq, dk, dv = (strides.with_strides(strides.in_layout(grad, self.problem.layout), _strides_like(x))
-                      for grad, x in zip(grads, (query, key, value), strict=True))
-        return PerArray(query=dq, key=dk, value=dv, bias=None)
+        return self._runners["backward"](given)
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return _aligned(strides.in_layout(tensor, self.problem.layout))
-
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if it is dense and aligned, or else a copy."""
@@ -146,11 +137,6 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _strides_like(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides of a gradient: dense, in the storage order of the tensor."""
-    return torch.empty_like(tensor, device="meta").stride()
-
-
 # --- which calls -----------------------------------------------------------------------------------------------------
 
 _Key = tuple[Problem, torch.device]
@@ -159,16 +145,37 @@ _reasons: dict[_Key, str] = {}
 """Why there is no plan, of the problems of which one could not be made."""
 
 
-class _Choice(NamedTuple):
-    key: _Key
+class DirectCall(NamedTuple):
+    """Calls of the same shapes, strides, dtypes and numbers on the direct path."""
+
     direct: Direct
+    out_strides: tuple[int, ...]
+    grad_strides: tuple[tuple[int, ...], ...]  # of query, key and value
+
+    def forward(self, operands: Operands) -> Results:
+        """out, stored as query is, and the statistics of rows."""
+        out, stats = self.direct.forward(operands[:3])
+        return Results(self._stored(out, self.out_strides), stats)
+
+    def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
+        """The gradients of query, key and value, each stored as its tensor."""
+        query, key, value, *_ = operands
+        out, stats = results
+        dout, dstats = cotangents
+        grads = self.direct.backward((query, key, value, out), stats, torch.zeros_like(out) if dout is None else dout,
+                                     dstats)
+        dq, dk, dv = map(self._stored, grads, self.grad_strides)
+        return PerArray(query=dq, key=dk, value=dv, bias=None)
+
+    def _stored(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+        return strides.with_strides(strides.in_layout(tensor, self.direct.problem.layout), wanted)
 
 
-_choices: dict[tuple[object, ...], _Choice | None] = {}
+_choices: dict[tuple[object, ...], DirectCall | None] = {}
 """What calls of these shapes, strides, dtypes and numbers take; None: DLPack."""
 
 
-def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> Direct | None:
+def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCall | None:
     """What runs a pass of a call on the direct path, its plan loaded; None: the call goes through DLPack.
 
     Raises:
@@ -184,20 +191,22 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> Direct | 
             _choices.clear()
         _choices[name] = _choice(operands, numbers) if why_not(operands, numbers) is None else None
     choice = _choices[name]
-    if choice is None or choice.key in _reasons:
+    if choice is None or choice.direct.key in _reasons:
         return None
     try:
         choice.direct.prepare(pass_name)
     except (cache.NoPlanError, driver.DriverError, OSError) as error:
         _warn(choice.direct.problem, pass_name, str(error))
-        _reasons[choice.key] = str(error)  # after the warning: if a filter makes it an error, the next call warns again
+        _reasons[choice.direct.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
         return None
-    return choice.direct
+    return choice
 
 
-def _choice(operands: Operands, numbers: Numbers) -> _Choice:
+def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     key = problem_of(operands, numbers), operands.query.device
-    return _Choice(key, _directs.setdefault(key, Direct(*key)))
+    out_strides = strides.like_query(operands.query, operands.value.shape[3])
+    grad_strides = (torch.empty_like(x, device="meta").stride() for x in operands[:3])  # dense, in the order of x
+    return DirectCall(_directs.setdefault(key, Direct(key)), out_strides, tuple(grad_strides))
 
 
 def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:

@@ -13,7 +13,8 @@ from ctypes import c_uint as UInt
 from ctypes import c_void_p as Pointer
 
 __all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "call", "check",
-           "context_of", "current", "library", "version"]
+           "context_of", "current", "is_current",
+           "library", "version"]
 
 LIBRARY = "libcuda.so.1"
 
@@ -94,6 +95,13 @@ def context_of(index: int) -> int:
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     assert context.value is not None
     return context.value
+
+
+def is_current(index: int) -> bool:
+    """Whether the primary context of a device is the thread's current one."""
+    found = Pointer()
+    check(library(), "cuCtxGetCurrent", library().cuCtxGetCurrent(ctypes.byref(found)))
+    return found.value == context_of(index)
 
 
 @contextlib.contextmanager

@@ -123,9 +123,12 @@ class Loaded:
                 f"kernels must not be launched in a process that was forked after they were loaded, got pid="
                 f"{os.getpid()}: CUDA does not survive a fork. Start the process with the method \"spawn\" or "
                 '"forkserver" (multiprocessing.get_context("spawn")), or fork before CUDA is used.')
-        with driver.current(self.index):
+        if driver.is_current(self.index):
             for step in self._steps:
                 step(addresses, stream)
+        else:
+            with driver.current(self.index):
+                self.launch(addresses, stream)
 
     def unload(self) -> None:
         """Gives the modules' memory back, once the device has run what was launched, and no captured graph will."""

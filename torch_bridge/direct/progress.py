@@ -18,7 +18,8 @@ class Progress:
     """
 
     def __init__(self, title: str) -> None:
-        self._title, self._start, self._step = f"pallas_flash: {title}", time.monotonic(), ""
+        self._title, self._step, self._shown = f"pallas_flash: {title}", "", ""
+        self._next = time.monotonic() + SILENT_SECONDS
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -29,10 +30,11 @@ class Progress:
             self._bar.close()
 
     def wait(self, step: str | None = None) -> None:
-        """Shows that time passes; `step`: what was done last, if that is new. To be called often."""
-        self._step = step or self._step
-        if time.monotonic() - self._start < SILENT_SECONDS:
+        """Shows that time passes, once a second; `step`: what was done last, if that is new. To be called often."""
+        self._step, now = step or self._step, time.monotonic()
+        if now < self._next and (self._bar is None or self._step == self._shown):
             return
+        self._next, self._shown = now + 1.0, self._step
         if self._bar is None:
             self._bar = _bar(self._title)
         if self._bar is not sys.stderr:
