@@ -163,6 +163,13 @@ def test_jax_meets_torch_in_one_file():
     assert importers("jax") & importers("torch") == {"torch_bridge/exchange.py"}
 
 
+def test_who_compiles_imports_no_torch_and_who_launches_no_jax():
+    """Within direct/: attention.py imports JAX to warn, where a call goes through DLPack after all."""
+    direct = lambda *names: {path.rpartition("/")[2] for path in importers(*names) if "/direct/" in path}
+    assert direct("torch") == {"attention.py", "runner.py"}
+    assert direct("jax", "pallas_flash") == {"attention.py", "child.py", "lower.py", "plugin.py"}
+
+
 def test_the_bridge_imports_no_kernel():
     in_bridge = {path for path in importers("pallas_flash.kernels") if path.startswith("torch_bridge/")}
     assert not in_bridge, "a kernel is launched through one public function of pallas_flash"

@@ -17,7 +17,7 @@ from bridge.direct import H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning
 from torch_bridge import ops, streams, strides
-from torch_bridge.arguments import Attention, Numbers, Operands
+from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, cache, driver, runner
 from torch_bridge.direct.plan import Buffer, Program
 from torch_bridge.direct.problem import causal
@@ -189,6 +189,27 @@ def test_other_calls_go_through_dlpack(launched, dtype, arguments, reason):
         torch_bridge.precompile(*tensors, **arguments)
 
 
+def test_what_does_not_fit_is_never_read(launched):
+    """The operators may be called with anything; a kernel would read past the end."""
+    q, k, v = (x.detach() for x in qkv((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), dtype=BF16))
+    for wrong in ((q, k[:, :, :6], v), (q, k[:, :1], v), (q, k, v.expand(2, 2, 7, 8)), (q[..., :4], k, v),
+                  (q.expand(1, 2, 5, 8)[:, :1], k, v)):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.attention(*Attention(Operands(*wrong, None, None, None), FULL, False).flat())
+    assert launched == []
+    operands = Operands(q, k, v, None, None, None)
+    out, stats = ops.attention(*Attention(operands, FULL, True).flat())
+    needs = PerArray(True, True, True, False)
+    for results, dout in ((Results(out[:, :, :4], stats), out), (Results(out, stats[..., :4]), out),
+                          (Results(out, stats.double()), out), (Results(out, stats), out[:, :1])):
+        with pytest.raises(ValueError, match=r"must be Buffer\(shape=.*, got .*Pass the tensors of the forward"):
+            ops.attention_backward(*AttentionBackward(operands, FULL, results, Cotangents(dout, None), needs).flat())
+    cotangents = Cotangents(out.float(), torch.ones_like(stats))
+    wide = AttentionBackward(operands, FULL, Results(out, stats), cotangents, needs)
+    assert ops.attention_backward(*wide.flat())[0].dtype == BF16
+    assert launched == BOTH
+
+
 def test_dlpack_is_the_default(launched, monkeypatch):
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
     for value in ("", "0"):
@@ -262,6 +283,9 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
     assert [request.pass_name for request in asked] == BOTH and launched == []
     assert asked[0].problem.mask == causal(0) and (asked[0].problem.q_heads, asked[0].problem.kv_heads) == (4, 2)
     monkeypatch.setattr(attention, "DEVICES", {"cuda"})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    torch_bridge.precompile(*(x.to("meta") for x in tensors), **arguments)
+    assert [request.text for request in asked[2:]] == [request.text for request in asked[:2]]
     with pytest.raises(RuntimeError, match="for CUDA tensors, query is on cpu"):
         torch_bridge.precompile(*tensors, **arguments)
 

@@ -123,7 +123,7 @@ streams._number = lambda index: 77 + index
 shapes = dict(q=(1, 4, 200, 64), k=(1, 2, 256, 64), v=(1, 2, 256, 64))
 x = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
 program = cache.find(request, 0)
-run = runner.Runner(program, torch.device("cpu:0"))
+run = runner.Runner(program, torch.device("cpu"))
 out, stats = run(list(x.values()))
 shapes = [(tuple(y.shape), str(y.dtype)) for y in (out, stats)]
 named = x | dict(out=out, stats=stats, table=run._constants["table"])

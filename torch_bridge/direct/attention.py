@@ -45,12 +45,15 @@ def is_asked_for() -> bool:
 
 def why_not(operands: Operands, numbers: Numbers) -> str | None:
     """Why the direct path does not take a call of CUDA tensors, as far as the call itself says; None: it does."""
-    query, _, _, mask, bias, _ = operands
+    query, key, value, mask, bias, _ = operands
+    fit = (query.shape[0] == value.shape[0] and key.shape == (*value.shape[:3], query.shape[3])
+           and value.shape[1] > 0 and query.shape[1] % value.shape[1] == 0)
     rules = (
         (query.dtype in _DTYPES, f"it takes bfloat16 and float16, query.dtype is {query.dtype}"),
         (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
         (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
         (not numbers.partial, "it takes no partial attention yet"),
+        (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
     )
     return next((reason for holds, reason in rules if not holds), None)
@@ -120,7 +123,8 @@ class Direct:
     def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
         """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
-        given = [*map(self._given, q_like), _aligned(stats), self._given(dout)]
+        dtype = q_like[0].dtype
+        given = [*(self._given(x.to(dtype)) for x in q_like), _aligned(stats), self._given(dout.to(dtype))]
         assert self._zeros is not None
         given.append(self._zeros if dstats is None else _aligned(dstats))
         return self._runners["backward"](given)

@@ -116,9 +116,8 @@ def _digest_of_sources() -> str:
 
 
 def _ptxas() -> str:
-    """The ptxas on PATH, which JAX prefers to its wheel's: its place, size and time."""
-    path = shutil.which("ptxas")
-    if path is None:
-        return ""
-    status = os.stat(path)
-    return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
+    """Each ptxas that JAX would prefer to its wheel's: on PATH, and in the usual places of a toolkit."""
+    on_path = shutil.which("ptxas")
+    found = [*([on_path] if on_path else []), "/usr/local/cuda/bin/ptxas", "/opt/cuda/bin/ptxas"]
+    states = ((os.path.realpath(path), os.stat(path)) for path in found if os.path.exists(path))
+    return "; ".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)

@@ -25,7 +25,8 @@ class Runner:
         numbers = {name: i for i, name in enumerate(program.buffers)}
         self.program, self._device, self._index = program, device, device.index or 0
         self._loaded = Loaded(program, self._index)
-        self._inputs = [numbers[name] for name in program.inputs]
+        self._inputs = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
+                        for name in program.inputs]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
         self._constants = {
@@ -43,9 +44,16 @@ class Runner:
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The results, dense, in new memory, for tensors that are dense and aligned as `Loaded.launch` says."""
+        """The results, dense, in new memory, for tensors that are dense and aligned as `Loaded.launch` says.
+
+        Raises:
+          ValueError: a tensor has another shape, dtype or device than the kernels were compiled for: they would read
+            past its end.
+        """
         addresses, bits = self._known.copy(), 0
-        for i, tensor in zip(self._inputs, tensors, strict=True):
+        for (i, shape, dtype), tensor in zip(self._inputs, tensors, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
+                raise self._misfit(i, tensor)
             addresses[i] = address = tensor.data_ptr()
             bits |= address
         assert not bits % ALIGNMENT, [x.data_ptr() % ALIGNMENT for x in tensors]
@@ -59,6 +67,11 @@ class Runner:
             addresses[i] = start + offset
         self._loaded.launch(addresses, streams.number(self._index))
         return results
+
+    def _misfit(self, i: int, tensor: torch.Tensor) -> ValueError:
+        name = [*self.program.buffers][i]
+        return ValueError(f"{name} must be {self.program.buffers[name]} on {self._device}, got {tuple(tensor.shape)} "
+                          f"{tensor.dtype} on {tensor.device}. Pass the tensors of the forward and its results.")
 
     def unload(self) -> None:
         """Unloads the modules (`Loaded.unload`)."""
