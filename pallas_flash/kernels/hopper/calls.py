@@ -19,7 +19,7 @@ from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "passes"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +67,16 @@ def _forward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     """The backward of each spec, and the same object for the same device."""
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
+
+
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+    """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
+    arrays that JAX makes beside the launches.
+    """
+    if spec.mask.has_arrays or spec.dropout_rate:
+        return None
+    return (launches.forward(spec, defaults.default_forward(spec, device)),
+            launches.backward(spec, defaults.default_backward(spec, device)))
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
