@@ -296,6 +296,19 @@ def _as_data(x: Shaped) -> Shaped:
     return jax.ShapeDtypeStruct(x.shape, jnp.int32) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.int32)
 
 
+def _check_parameters(score: Score) -> None:
+    """Raises ValueError unless the function can be called with the score and its place."""
+    try:
+        parameters = inspect.signature(score.function if isinstance(score, _Plain) else score)
+    except ValueError:  # of a function that is not Python's
+        return
+    try:
+        parameters.bind("score", "batch", "head", "q_pos", "kv_pos")
+    except TypeError as error:
+        raise errors.invalid("a score function must take (score, batch, head, q_pos, kv_pos)", f"{score}{parameters}",
+                             "give it these five parameters, also those that it does not use") from error
+
+
 @functools.lru_cache(maxsize=1024)
 def check_result(score: Score, dtype: np.dtype) -> None:
     """Raises ValueError unless a function with placeholders gives one number for a pair, from traced scalars."""
@@ -303,9 +316,16 @@ def check_result(score: Score, dtype: np.dtype) -> None:
         return jax.ShapeDtypeStruct(x.shape, dtype if _is_float(x) else x.dtype)
     number, place = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((), jnp.int32)
     arrays = tuple(tuple(map(as_given, xs)) for xs in (floats(score), integers(score)))
+    _check_parameters(score)
+
+    def result(arrays: Any, *args: Any) -> Array:
+        found = score.filled(*arrays)(*args)
+        if found is None:
+            raise errors.invalid(f"the score function {score} must return one floating-point number for a pair", "None",
+                                 "return the score that it makes")
+        return jnp.asarray(found)
     try:
-        traced = jax.make_jaxpr(lambda arrays, *args: jnp.asarray(score.filled(*arrays)(*args)))(
-            arrays, number, place, place, place, place)
+        traced = jax.make_jaxpr(result)(arrays, number, place, place, place, place)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
             jax.errors.TracerIntegerConversionError) as error:
         raise errors.invalid(f"the score function {score} must work on traced scalars",

@@ -1,10 +1,11 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_bridge import flash, sdpa
+from torch_bridge import flash, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import attention, cache
 from torch_bridge.direct.launch import ALIGNMENT
@@ -29,6 +30,9 @@ def explain(
 
 def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any) -> str:
     """What `flash_attention` would do with these arguments, which it has by the same names: as `explain` says it."""
+    for name in keywords:
+        if name not in inspect.signature(flash.flash_attention).parameters:
+            raise messages.unknown_keyword(flash.flash_attention, name)
     keywords.pop("return_lse", None)
     text = _explain(*flash.prepare(query, key, value, **keywords))
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"

@@ -4,14 +4,15 @@ Only torch is used here and everything is traceable (see sdpa.py). Lengths, offs
 other values of the same shapes compile nothing. Sinks are applied to its results (lse.py).
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, Never, overload
 
 import torch
 
 from torch_bridge import eager, lse, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "prepare"]
+__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "is_on_host",
+           "prepare"]
 
 Window = tuple[int | None, int | None]
 """How many keys a query sees before and after the aligned one; None: all."""
@@ -45,6 +46,7 @@ def flash_attention(
     softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, return_lse: bool = False, deterministic: bool = False,
+    **unknown: Never,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """out = dropout(softmax(softcap(scale * query key^T) + attn_mask, where the masks keep)) value.
 
@@ -83,12 +85,17 @@ def flash_attention(
       RuntimeError, IndexError, TypeError, ValueError: as `scaled_dot_product_attention`; and where an argument that
         only this function has does not fit, with what must hold.
     """
+    if unknown:
+        raise messages.unknown_keyword(flash_attention, next(iter(unknown)))
     operands, numbers = prepare(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, causal_offset=causal_offset, window=window,
         softcap=softcap, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
         dropout_p=dropout_p, scale=scale, deterministic=deterministic)
     out, found = attend(operands, numbers, sinks, return_lse)
     return out if found is None else (out, found)
+
+
+flash_attention.__signature__ = messages.without_unknown(flash_attention)  # type: ignore[attr-defined]
 
 
 def prepare(
@@ -209,13 +216,13 @@ def integers(name: str, given: torch.Tensor, query: torch.Tensor, length: int | 
             f"{name}.dtype={given.dtype}, {name}.shape={tuple(given.shape)}, {name}.device={given.device}",
             "Cast, reshape or move it")
     if given.dtype == torch.int64:
-        if is_id and _is_on_host(given) and given.numel() and given.max() >= 2**31:
+        if is_id and is_on_host(given) and given.numel() and given.max() >= 2**31:
             raise ValueError(f"{name} must be below 2^31, got max({name})={given.max()}. Number the segments from 0.")
         given = given.clamp(-1, 2**31 - 1) if is_id else given.clamp(-_FAR, _FAR)
     return given.to(torch.int32).expand(wanted)
 
 
-def _is_on_host(tensor: torch.Tensor) -> bool:
+def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether its values can be asked for without waiting for a GPU or breaking a trace."""
     return (not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and tensor.is_cpu
             and not torch._C._are_functorch_transforms_active())
@@ -225,11 +232,11 @@ def _checked_window(window: object) -> Window:
     if not isinstance(window, tuple | list) or len(window) != 2 or any(
             side is not None and (not isinstance(side, int) or isinstance(side, bool)) for side in window):
         raise TypeError(f"window must be (left, right), each an int or None, got {window=}. Count the keys seen on "
-                        "each side of the aligned one.")
+                        "each side of the aligned one; None is no limit.")
     left, right = window
     if left is not None and right is not None and right < -left:
         raise ValueError(f"window needs -left <= right, got {window=}. Count the keys seen on each side of the aligned "
-                         "one.")
+                         "one; None, not -1, is no limit.")
     return left, right
 
 

@@ -172,6 +172,7 @@ def flash_attn_with_kvcache(
         other = "block_table" if rotary_cos is None else "rotary_cos"
         raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    messages.require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     with torch.no_grad():
         cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
         cache.check(q.shape[0])
@@ -198,11 +199,15 @@ class _Options(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Whether there is a rule of positions."""
-        return self.causal or tuple(self.window_size) != (-1, -1)
+        return self.causal or self.window is not None
 
     @property
     def window(self) -> flash.Window | None:
-        left, right = (None if side < 0 else side for side in self.window_size)
+        given = self.window_size
+        if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(x, int) for x in given):
+            raise TypeError(f"window_size must be (left, right), two ints, got window_size={given!r}. Count the keys "
+                            "seen on each side of the aligned one; -1 is no limit.")
+        left, right = (None if side < 0 else side for side in given)
         return None if left is None and right is None else (left, right)
 
     def places(self, offset: int | torch.Tensor, kv_lengths: torch.Tensor | None = None,
@@ -219,7 +224,8 @@ class _Options(NamedTuple):
         """(batch or 1, heads), None without ALiBi."""
         if self.alibi_slopes is None:
             return None
-        if not self.causal and self.window_size[1] != 0:
+        messages.require_tensors(alibi_slopes=self.alibi_slopes)
+        if not self.causal and (self.window is None or self.window[1] != 0):
             raise NotImplementedError(
                 "alibi_slopes needs causal=True, or a window_size whose right is 0: with keys on both sides the bias "
                 "would be an array of seqlen_q * seqlen_k. Pass that as attn_mask to torch_bridge.flash_attention.")
@@ -319,6 +325,9 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: K
     """How many positions of each sequence count before anything is appended, (batch,) int32."""
     if isinstance(cache_seqlens, torch.Tensor):
         return flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
+    if cache_seqlens is not None and not isinstance(cache_seqlens, int):
+        raise TypeError("cache_seqlens must be an int, or a Tensor of integers (batch,), got type(cache_seqlens)="
+                        f"{type(cache_seqlens).__name__}. Wrap it: torch.tensor(...) on the device of q.")
     count = cache.length if cache_seqlens is None else cache_seqlens
     return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
 
@@ -332,6 +341,10 @@ def _appended(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, be
         given = ", ".join(f"{name}={'None' if x is None else 'given'}"
                           for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens)))
         raise messages.must("k, v and cache_seqlens go together", given, "Pass all of them to append to the cache")
+    if flash.is_on_host(before) and before.numel() and (most := int(before.max())) + k.shape[1] > cache.length:
+        raise messages.must("k and v must fit into the cache",
+                            f"max(cache_seqlens)={most} and {k.shape[1]} more, room for {cache.length}",
+                            "Allocate a longer cache, or give the sequence more pages")
     cache.append(k, v, before)
     return before + k.shape[1]
 
@@ -371,5 +384,6 @@ def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torc
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:
+    messages.require_tensors(**tensors)
     if any(x.dim() != axes for x in tensors.values()):
         raise messages.must(f"{', '.join(tensors)} must be {shape}", messages.shapes(**tensors), "Add or merge axes")

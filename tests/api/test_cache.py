@@ -440,7 +440,8 @@ def test_explain_says_what_runs_and_why_hopper_does_not():
     text = cache.explain(q, cached, mask=Causal() & Window(left=jnp.array([3, 4])), device=device.H200)
     assert "len=1x48" in text and "implementation='xla'" in text and "pages=8x16" in text
     assert "mask=Filled(Window(right=0), lengths=int32[2x1])" in text
-    assert "takes no keys and values in pages yet" in text and "mask has Filled" in text
+    assert "takes no keys and values in pages yet" in text
+    assert "takes no cache of keys and values yet" in text  # not "give lengths as InBounds"
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), implementation="hopper")
 
@@ -482,5 +483,7 @@ def test_what_is_wrong_is_said(name):
 
 
 def test_an_unknown_keyword_is_named():
+    with pytest.raises(TypeError, match=r"has no argument `score`.*\. Call flash_attention, which has it"):
+        cache.attend(Q[:, :1], EMPTY["contiguous"](), score=abs)  # the message began "Flash_attention"
     with pytest.raises(TypeError, match=r"attend\(\) has no argument `kv_lengths`"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), kv_lengths=[1, 2])

@@ -324,6 +324,14 @@ P, BOUND = torch.zeros(4, H, D), torch.tensor([0, 4])
     (lambda: flash_attn_with_kvcache(X, C, C, cache_leftpad=LENGTHS, block_table=LENGTHS), NotImplementedError,
      "cache_leftpad with block_table"),
     (lambda: flash_attn_with_kvcache(X, C, C, cache_batch_idx=LENGTHS[:2]), RuntimeError, "cache_batch_idx must hold"),
+    # These were Python's own: "int is not iterable", "no attribute dim", "fill_value must be Number", IndexError.
+    (lambda: flash_attn_func(X, X, X, window_size=3), TypeError, r"window_size must be \(left, right\), two ints, got"),
+    (lambda: flash_attn_func([X], X, X), TypeError, r"q, k, v must be Tensors, got type\(q\)=list"),
+    (lambda: flash_attn_func(X, X, X, causal=True, alibi_slopes=[0.5] * H), TypeError, "alibi_slopes must be Tensors"),
+    (lambda: flash_attn_with_kvcache(X, C, C, C[:, :1], C[:, :1], cache_seqlens=[1, 2, 3]), TypeError,
+     "cache_seqlens must be an int, or a Tensor .*=list. Wrap it"),
+    (lambda: flash_attn_with_kvcache(X, C, C, C[:, :1], C[:, :1], cache_seqlens=ROOM), RuntimeError,
+     r"k and v must fit into the cache, got max\(cache_seqlens\)=\d+ and 1 more, room for"),
 ])
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):

@@ -440,6 +440,8 @@ def test_what_cannot_be_right_is_refused():
     q = torch.randn(1, 4, 5, 8)
     with pytest.raises(NotImplementedError, match="Continuous batching"):
         layer_call("pallas", q, q, q, None, cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    with pytest.raises(TypeError, match=r"buckets must be a function .*buckets=64"):
+        torch_bridge.transformers.register(buckets=64)
     torch_bridge.transformers.register("short", buckets=lambda length: length - 1)
     with torch.no_grad(), pytest.raises(ValueError, match="Round up"):
         layer_call("short", q, q, q, None)
