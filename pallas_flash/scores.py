@@ -30,8 +30,8 @@ from pallas_flash import errors, mask_fields
 from pallas_flash.arrays import Array, Bool, Float, Int, Shaped
 from pallas_flash.mask_fields import ArrayField
 
-__all__ = ["At", "Function", "Pairs", "Score", "applied", "attending", "check_result", "checked", "floats", "gradients",
-           "integers", "is_static", "tile", "value_and_slope"]
+__all__ = ["At", "Function", "Pairs", "Score", "applied", "attending", "check_result", "checked", "even_if_large",
+           "floats", "gradients", "integers", "is_static", "tile", "value_and_slope"]
 
 Function = Callable[[Any, Any, Any, Any, Any], Any]
 """A score function: (score, batch, head, q_pos, kv_pos) -> score."""
@@ -134,28 +134,30 @@ def integers(score: "Score | None") -> tuple[Any, ...]:
 # --- what kernels ask ------------------------------------------------------------------------------------------------
 
 def applied(function: Score, score: Float[Array, "b h q s"], pairs: Pairs) -> Float[Array, "b h q s"]:
-    """The function of each pair of a tile; -inf hides a pair. From 2^32 on (float64: 2^61) the last bit is cleared."""
-    return _even_if_large(function.on_tile(score, pairs))
+    """The function of each pair of a tile; -inf hides a pair."""
+    return function.on_tile(score, pairs)
 
 
-def _even_if_large(score: Array) -> Array:
-    """Clears the last bit of large scores, as `softmax.reference_point` does of lse.
+def even_if_large(score: Array) -> Array:
+    """Clears the last bit of scores from 2^32 on (float64: 2^61), as `softmax.reference_point` does of lse.
 
     In a row of equal scores, masks of finfo.min say, lse is that score plus the logarithm of the number of keys, which
     is lost where the score is large. The rest of lse holds it if score and lse differ by nothing else.
+
+    Args:
+      score: what the softmax is of: after the bias, whose sum with a score may set the last bit again.
     """
     info = jnp.finfo(score.dtype)
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(score), jnp.int64 if info.bits == 64 else jnp.int32)
+    bits = jax.lax.bitcast_convert_type(score, jnp.int64 if info.bits == 64 else jnp.int32)
     even = jax.lax.bitcast_convert_type(bits & -2, score.dtype)
-    is_large = (abs(score) >= 2.0 ** (info.nmant + 9)) & jnp.isfinite(score)
-    return score + jnp.where(is_large, even - jax.lax.stop_gradient(score), jnp.zeros_like(score))
+    return jnp.where((abs(score) >= 2.0 ** (info.nmant + 9)) & jnp.isfinite(score), even, score)
 
 
 def value_and_slope(function: Score, score: Float[Array, "b h q s"],
                     pairs: Pairs) -> tuple[Float[Array, "b h q s"], Float[Array, "b h q s"]]:
     """`applied`, and its derivative with respect to the score."""
-    value, slope = jax.jvp(lambda s: function.on_tile(s, pairs), (score,), (jnp.ones_like(score),))
-    return _even_if_large(value), slope
+    found: tuple[Array, Array] = jax.jvp(lambda s: function.on_tile(s, pairs), (score,), (jnp.ones_like(score),))
+    return found
 
 
 def gradients(function: Score, score: Float[Array, "b h q s"], pairs: Pairs, keep: Bool[Array, "1|b 1|h q s"],

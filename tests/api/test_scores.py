@@ -201,6 +201,23 @@ def test_a_row_of_the_smallest_scores_is_the_mean(low):
     assert_agree(np.asarray(dv), np.broadcast_to(grouped[:, None], V.shape))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_row_of_the_smallest_scores_and_biases_is_the_mean(implementation):
+    """Regression: where the function hides the one key whose bias is not finfo.min, gradients were n times too large
+    in xla; where both are finfo.min, in xla, too, and the reference gave 0."""
+    least, first = jnp.finfo("float32").min, np.where(np.arange(T) < 4, 0, 1)[:, None]  # key 0 of queries from 4 on
+    function = lambda score, batch, head, q_pos, kv_pos: jnp.where(
+        q_pos < 4, least, jnp.where(kv_pos == 0, -jnp.inf, score))
+    bias = np.where(first & (np.arange(S) == 0), 0, least).astype(np.float32)
+    call = lambda q, k, v: pf.flash_attention(q, k, v, score=function, bias=bias, implementation=implementation)
+    out, vjp = jax.vjp(call, Q, KEY, V)
+    weights = np.where(np.arange(S) >= first, 1 / (S - first), 0).astype(np.float32)
+    by_heads = lambda x: x.reshape(B, T, K, H // K, D)
+    assert_agree(by_heads(np.asarray(out)), np.broadcast_to(
+        np.einsum("ts,bskd->btkd", weights, V)[:, :, :, None], (B, T, K, H // K, D)))
+    assert_agree(np.asarray(vjp(jnp.asarray(DOUT))[2]), np.einsum("ts,btkgd->bskd", weights, by_heads(DOUT)))
+
+
 # Transforms, shards, packed sequences ---------------------------------------------------------------------------------
 
 def test_packed_sequences_count_from_their_own_first_token():

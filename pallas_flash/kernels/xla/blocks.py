@@ -156,6 +156,7 @@ class Problem:
         if attends is not None:
             keep = attends if keep is None else keep & attends
             s = jnp.maximum(s, jnp.finfo(s.dtype).min)  # masks of it stay finite: a row of them has equal scores
+            s = s if self.score is None else scores.even_if_large(s)  # the anchor knows of the bias alone
         if keep is not None:
             s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
         return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope, before)
