@@ -82,7 +82,9 @@ def train(name: str, args: argparse.Namespace, text: np.ndarray, held_out: np.nd
     """Trains a new model with the attention called `name`, on batches that depend on the seed alone."""
     model, run = make_model(args, name), _report.Run(name)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    warmup = max(0.1, 1.5 / max(args.steps, 2))  # a part of all steps; one step would be a division by 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps,
+                                                   pct_start=warmup)
     losses: list[Tensor] = []
     start = 0.0
     with tqdm(total=args.steps, desc=name, unit="step") as progress:

@@ -44,6 +44,7 @@ def draw(mask, length, block):
 
 def main():
     check_mask(Chunked(10), q_len=24, kv_len=33)  # the bounds agree with keep, for every tile
+    print("rows are queries, columns keys: # attends, - does not but is computed, a space is skipped with its tile")
     draw(Chunked(10) & Causal(), length=24, block=4)
 
     mask = Chunked(100) & Causal()

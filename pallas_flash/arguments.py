@@ -66,7 +66,7 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[st
     elif name == "enable_gqa":
         do = "leave it out: the heads of key may divide those of query"
     elif name == "score":
-        do = "flash_attention has it, for sequences on one device; what is added to the scores can be a bias"
+        do = "call flash_attention, which has it, on one device; what is added to the scores can be a bias"
     elif here:
         do = f"pass {here[0]}"
     elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
@@ -88,7 +88,7 @@ def array(name: str, x: object) -> Shaped:
         return x
     do = "pass a JAX or NumPy array"
     if errors.is_torch(x):
-        do += ", or PyTorch tensors to torch_bridge.scaled_dot_product_attention"
+        do += ", or PyTorch tensors to torch_bridge.flash_attention"
     elif isinstance(x, masks.Mask):
         do += "; flash_attention takes a rule as its mask"
     raise errors.invalid(f"{name} must be an array", f"type({name})={type(x).__name__}", do)

@@ -99,8 +99,7 @@ def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
         raise errors.invalid(f"the arrays of the score function must have the shapes {wanted.score} in {spec}",
                              f"{shapes}", "pass those that the spec was made from")
     _check_shape(spec, "dropout_seed", operands.dropout_seed, (2,) if spec.dropout_rate else None)
-    if operands.dropout_origin is not None:
-        _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_rate else None)
+    _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_moved else None)
     _check_shape(spec, "page_table", operands.page_table, spec.page_table_shape)
 
 

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pallas_flash import errors
 from pallas_flash.arrays import Array, Float
@@ -67,6 +67,8 @@ class Implementation:
       schedules: those of the forward and of the backward; None where there are no schedules.
       is_made_for: (device) -> whether it was written for that kind of device: an automatic choice that leaves it there
         warns.
+      launches: where the passes of a spec come from as lists of kernel launches, a function written "module:name":
+        (spec, device) -> the forward, the backward (`kernels.mosaic.launch.Pass`); None: they are JAX's own programs.
       not_measured: (spec) -> what of the spec it computes, but has not yet computed on a GPU in our tests, as reasons
         against an automatic choice: who names the implementation gets it.
     """
@@ -79,6 +81,7 @@ class Implementation:
     modules: tuple[str, str]
     schedules: tuple[Schedules, Schedules] | None = None
     is_made_for: Callable[[Device], bool] = _no_device
+    launches: str | None = None
     not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
@@ -111,7 +114,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.rules:reasons_against",
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
-                   hopper.not_measured),
+                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -143,6 +146,11 @@ class Decision:
             return ()
         before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(self.implementation)]
         return tuple(row for row in before if row.is_made_for(self.device))
+
+    def passes(self) -> tuple[Any, Any] | None:
+        """The forward and the backward as lists of launches (`Implementation.launches`); None where there are none."""
+        where = self.implementation.launches
+        return None if where is None else pkgutil.resolve_name(where)(self.spec, self.device)
 
     def __str__(self) -> str:
         lines = [str(self.spec), f"on {self.device.name}: implementation={self.implementation.name!r}, "

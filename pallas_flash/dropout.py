@@ -19,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["ROUNDS", "factor", "group", "keep", "keep_rate", "keys", "moved", "threefry_2x32", "threshold"]
+__all__ = ["LEVELS", "PARITY", "ROTATIONS", "ROUNDS", "factor", "keep", "keep_rate", "kept_by", "keys", "moved",
+           "threefry_2x32", "threshold"]
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
 ROUNDS = 13
-"""Of the draw for a group of pairs."""
-_LEVELS = 2**16
-"""Values that the bits of a pair take."""
+"""Of a draw."""
+LEVELS = 2**16
+"""How many values the bits of a pair take."""
 
 Integers = int | np.ndarray | Array
 Place = tuple[Integers, Integers, Integers, Integers]
@@ -37,12 +38,12 @@ Place = tuple[Integers, Integers, Integers, Integers]
 
 def threshold(rate: float) -> int:
     """The smallest 16 bits that are kept: the rate in units of 2^-16, from 0 (all are kept) to 2^16 (none is)."""
-    return round(_LEVELS * rate)
+    return round(LEVELS * rate)
 
 
 def keep_rate(rate: float) -> float:
     """The exact probability of keeping a weight: 1 - rate, rounded to a multiple of 2^-16."""
-    return 1 - threshold(rate) / _LEVELS
+    return 1 - threshold(rate) / LEVELS
 
 
 def factor(rate: float) -> float:
@@ -59,11 +60,11 @@ def _rotate_left(x: Array, distance: int) -> Array:
 
 def threefry_2x32(key: tuple[Array, Array], counter: tuple[Array, Array], rounds: int = 20) -> tuple[Array, Array]:
     """Two random words for each counter. All words are uint32 and broadcast together."""
-    words = (*key, key[0] ^ key[1] ^ np.uint32(_PARITY))
+    words = (*key, key[0] ^ key[1] ^ np.uint32(PARITY))
     x0, x1 = counter[0] + words[0], counter[1] + words[1]
     for i in range(rounds):
         x0 = x0 + x1
-        x1 = _rotate_left(x1, _ROTATIONS[i // 4 % 2][i % 4]) ^ x0
+        x1 = _rotate_left(x1, ROTATIONS[i // 4 % 2][i % 4]) ^ x0
         if i % 4 == 3:
             turn = i // 4 + 1
             x0, x1 = x0 + words[turn % 3], x1 + words[(turn + 1) % 3] + np.uint32(turn)
@@ -93,11 +94,6 @@ def keys(seed: Array, batch: Array, head: Array) -> tuple[Array, Array]:
     return threefry_2x32((seed[0], seed[1]), (batch, head))
 
 
-def group(position: Array) -> Array:
-    """Which pair {p, p + 8} of positions a uint32 position belongs to."""
-    return (position >> np.uint32(4)) * np.uint32(8) + (position & np.uint32(7))
-
-
 def keep(seed: Array, batch: Integers, head: Integers, q_pos: Integers, kv_pos: Integers, rate: float) -> Array:
     """True where an attention weight is kept, with probability `keep_rate(rate)`.
 
@@ -111,7 +107,17 @@ def keep(seed: Array, batch: Integers, head: Integers, q_pos: Integers, kv_pos: 
     counters = [jnp.asarray(x).astype(jnp.uint32) for x in (batch, head, q_pos, kv_pos)]
     ndim = max(x.ndim for x in counters)
     batch, head, q_pos, kv_pos = (x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in counters)
-    x0, x1 = threefry_2x32(keys(seed, batch, head), (group(q_pos), group(kv_pos)), ROUNDS)
+    return kept_by(keys(seed, batch, head), q_pos, kv_pos, rate)
+
+
+def kept_by(key: tuple[Array, Array], q_pos: Array, kv_pos: Array, rate: float) -> Array:
+    """`keep` of one or more keys. All but the rate are uint32 and broadcast together."""
+    x0, x1 = threefry_2x32(key, (_group(q_pos), _group(kv_pos)), ROUNDS)
     word = jnp.where(q_pos & np.uint32(8) != 0, x1, x0)
-    bits = jnp.where(kv_pos & np.uint32(8) != 0, word >> np.uint32(16), word & np.uint32(_LEVELS - 1))
+    bits = jnp.where(kv_pos & np.uint32(8) != 0, word >> np.uint32(16), word & np.uint32(LEVELS - 1))
     return bits >= np.uint32(threshold(rate))
+
+
+def _group(position: Array) -> Array:
+    """Which pair {p, p + 8} a position belongs to."""
+    return (position >> np.uint32(4)) * np.uint32(8) + (position & np.uint32(7))

@@ -51,7 +51,7 @@ def as_array(value: object) -> FieldArray:
     """Returns `value` if it is, or stands for, an array; else converts it to a NumPy array."""
     if errors.is_torch(value):
         raise errors.invalid("a mask must hold JAX or NumPy arrays", f"type={type(value).__name__}",
-                             "convert it, or give PyTorch tensors to torch_bridge.scaled_dot_product_attention")
+                             "convert it, or give PyTorch tensors to torch_bridge.flash_attention")
     return value if _is_array(value) else np.asarray(value)
 
 

@@ -272,10 +272,14 @@ class Window(Mask):
     offset: Positions = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.left, tuple):  # it would be an array, a number for each batch entry
+            raise errors.invalid("left and right of Window must be two arguments", f"left={self.left}",
+                                 f"write Window{self.left}, or pass an array for numbers that differ in the batch")
         _check_integers(self)
         if is_static(self.left) and is_static(self.right) and self.right < -self.left:
             raise errors.invalid("Window needs -left <= right", f"left={self.left}, right={self.right}",
-                                 "give the number of keys on each side of the aligned one")
+                                 "give the number of keys on each side of the aligned one, and leave out a side "
+                                 "without a limit")
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         distance = kv_pos - (q_pos + self.offset)

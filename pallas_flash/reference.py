@@ -42,6 +42,7 @@ def _scores(spec: AttentionSpec, operands: Operands, q: Array, k: Array, keep: A
     if operands.bias is not None:
         bias, anchor = (x.astype(s.dtype) for x in (operands.bias, spec.anchor(operands)))
         s, unit = s * unit + jnp.where(keep, bias, jnp.zeros_like(bias)) - anchor, 1.0
+        s = jnp.where(s == -jnp.inf, jnp.finfo(s.dtype).min, s)  # masks of it, twice, stay finite
     return jnp.where(keep, s, -jnp.inf), unit
 
 

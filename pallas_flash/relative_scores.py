@@ -30,8 +30,9 @@ def _check_offset(owner: str, offset: Any) -> None:
 
 
 def _check_array(label: str, x: Any, axes: tuple[str, ...]) -> None:
-    if not hasattr(x, "shape") or len(x.shape) != len(axes) or not jnp.issubdtype(x.dtype, jnp.floating):
-        given = f"{x.dtype} of shape {tuple(x.shape)}" if hasattr(x, "shape") else f"type {type(x).__name__}"
+    is_array = hasattr(x, "shape") and not errors.is_torch(x)
+    if not is_array or len(x.shape) != len(axes) or not jnp.issubdtype(x.dtype, jnp.floating):
+        given = f"{x.dtype} of shape {tuple(x.shape)}" if is_array else f"type {type(x).__name__}"
         raise errors.invalid(f"{label} must be a floating-point array ({', '.join(axes)}{',' * (len(axes) == 1)})",
                              given, "pass a JAX or NumPy array")
 

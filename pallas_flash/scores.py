@@ -30,8 +30,8 @@ from pallas_flash import errors, mask_fields
 from pallas_flash.arrays import Array, Bool, Float, Int, Shaped
 from pallas_flash.mask_fields import ArrayField
 
-__all__ = ["At", "Function", "Pairs", "Score", "applied", "attending", "check_result", "checked", "floats", "gradients",
-           "integers", "is_static", "tile", "value_and_slope"]
+__all__ = ["At", "Function", "Pairs", "Score", "applied", "attending", "check_result", "checked", "even_if_large",
+           "floats", "gradients", "integers", "is_static", "tile", "value_and_slope"]
 
 Function = Callable[[Any, Any, Any, Any, Any], Any]
 """A score function: (score, batch, head, q_pos, kv_pos) -> score."""
@@ -71,6 +71,9 @@ class Score:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("is_additive", "is_relative"):  # of another function than the one it was said of
+            if "__call__" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, False)
         jax.tree_util.register_pytree_with_keys(
             cls, functools.partial(mask_fields.flatten, is_static=is_static),
             functools.partial(mask_fields.unflatten, cls))
@@ -131,28 +134,30 @@ def integers(score: "Score | None") -> tuple[Any, ...]:
 # --- what kernels ask ------------------------------------------------------------------------------------------------
 
 def applied(function: Score, score: Float[Array, "b h q s"], pairs: Pairs) -> Float[Array, "b h q s"]:
-    """The function of each pair of a tile; -inf hides a pair. From 2^32 on (float64: 2^61) the last bit is cleared."""
-    return _even_if_large(function.on_tile(score, pairs))
+    """The function of each pair of a tile; -inf hides a pair."""
+    return function.on_tile(score, pairs)
 
 
-def _even_if_large(score: Array) -> Array:
-    """Clears the last bit of large scores, as `softmax.reference_point` does of lse.
+def even_if_large(score: Array) -> Array:
+    """Clears the last bit of scores from 2^32 on (float64: 2^61), as `softmax.reference_point` does of lse.
 
     In a row of equal scores, masks of finfo.min say, lse is that score plus the logarithm of the number of keys, which
     is lost where the score is large. The rest of lse holds it if score and lse differ by nothing else.
+
+    Args:
+      score: what the softmax is of: after the bias, whose sum with a score may set the last bit again.
     """
     info = jnp.finfo(score.dtype)
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(score), jnp.int64 if info.bits == 64 else jnp.int32)
+    bits = jax.lax.bitcast_convert_type(score, jnp.int64 if info.bits == 64 else jnp.int32)
     even = jax.lax.bitcast_convert_type(bits & -2, score.dtype)
-    is_large = (abs(score) >= 2.0 ** (info.nmant + 9)) & jnp.isfinite(score)
-    return score + jnp.where(is_large, even - jax.lax.stop_gradient(score), jnp.zeros_like(score))
+    return jnp.where((abs(score) >= 2.0 ** (info.nmant + 9)) & jnp.isfinite(score), even, score)
 
 
 def value_and_slope(function: Score, score: Float[Array, "b h q s"],
                     pairs: Pairs) -> tuple[Float[Array, "b h q s"], Float[Array, "b h q s"]]:
     """`applied`, and its derivative with respect to the score."""
-    value, slope = jax.jvp(lambda s: function.on_tile(s, pairs), (score,), (jnp.ones_like(score),))
-    return _even_if_large(value), slope
+    found: tuple[Array, Array] = jax.jvp(lambda s: function.on_tile(s, pairs), (score,), (jnp.ones_like(score),))
+    return found
 
 
 def gradients(function: Score, score: Float[Array, "b h q s"], pairs: Pairs, keep: Bool[Array, "1|b 1|h q s"],
@@ -233,7 +238,8 @@ def _require_no_arrays(name: str, function: Callable[..., Any]) -> tuple[tuple[s
     """The numbers that a function holds; raises ValueError where it holds arrays."""
     held = tuple(_held(function))
     for what, value in held:
-        if any(_is_array(x) for x in jax.tree.leaves(value)):
+        inside = jax.tree.leaves(list(value.values()) if isinstance(value, dict) else value)
+        if any(map(_is_array, inside)):
             raise errors.invalid(
                 "a score function must not hold arrays, which would have no gradient and be compiled into the program",
                 f"{name}, which reads `{what}`, an array",
@@ -292,6 +298,19 @@ def _as_data(x: Shaped) -> Shaped:
     return jax.ShapeDtypeStruct(x.shape, jnp.int32) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.int32)
 
 
+def _check_parameters(score: Score) -> None:
+    """Raises ValueError unless the function can be called with the score and its place."""
+    try:
+        parameters = inspect.signature(score.function if isinstance(score, _Plain) else score)
+    except ValueError:  # of a function that is not Python's
+        return
+    try:
+        parameters.bind("score", "batch", "head", "q_pos", "kv_pos")
+    except TypeError as error:
+        raise errors.invalid("a score function must take (score, batch, head, q_pos, kv_pos)", f"{score}{parameters}",
+                             "give it these five parameters, also those that it does not use") from error
+
+
 @functools.lru_cache(maxsize=1024)
 def check_result(score: Score, dtype: np.dtype) -> None:
     """Raises ValueError unless a function with placeholders gives one number for a pair, from traced scalars."""
@@ -299,9 +318,16 @@ def check_result(score: Score, dtype: np.dtype) -> None:
         return jax.ShapeDtypeStruct(x.shape, dtype if _is_float(x) else x.dtype)
     number, place = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((), jnp.int32)
     arrays = tuple(tuple(map(as_given, xs)) for xs in (floats(score), integers(score)))
+    _check_parameters(score)
+
+    def result(arrays: Any, *args: Any) -> Array:
+        found = score.filled(*arrays)(*args)
+        if found is None:
+            raise errors.invalid(f"the score function {score} must return one floating-point number for a pair", "None",
+                                 "return the score that it makes")
+        return jnp.asarray(found)
     try:
-        traced = jax.make_jaxpr(lambda arrays, *args: jnp.asarray(score.filled(*arrays)(*args)))(
-            arrays, number, place, place, place, place)
+        traced = jax.make_jaxpr(result)(arrays, number, place, place, place, place)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
             jax.errors.TracerIntegerConversionError) as error:
         raise errors.invalid(f"the score function {score} must work on traced scalars",

@@ -78,7 +78,7 @@ class Operands(NamedTuple):
     mask: masks.Mask  # canonical: array fields have leading axes (1|b 1|h)
     score_integers: tuple[Array, ...]  # its other arrays
     dropout_seed: Int[Array, "2"] | None  # uint32
-    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; None: (0, 0, 0, 0)
+    dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
     page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
 
     @property
@@ -129,6 +129,7 @@ class AttentionSpec:
 
     Attributes:
       score: the score function, with placeholders for its arrays; None: there is none.
+      dropout_moved: the problem is a part of a larger one, and drops what that drops there: `Operands.dropout_origin`.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
         rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
       pages: keys and values lie in so many pages, (pages, page_size, heads, dim) or heads before page_size, and
@@ -150,6 +151,7 @@ class AttentionSpec:
     softcap: float | None
     scale: float
     dropout_rate: float
+    dropout_moved: bool
     return_lse: bool
     deterministic: bool
     partial: bool
@@ -158,8 +160,9 @@ class AttentionSpec:
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
            bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
-           dropout_rate: float = 0.0, return_lse: bool = False, deterministic: bool = False,
-           partial: bool = False, score: scores.Score | scores.Function | None = None) -> "AttentionSpec":
+           dropout_rate: float = 0.0, dropout_moved: bool = False, return_lse: bool = False,
+           deterministic: bool = False, partial: bool = False,
+           score: scores.Score | scores.Function | None = None) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
 
         Args:
@@ -169,7 +172,7 @@ class AttentionSpec:
           mask: which pairs attend; None for all.
           bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
           softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
-          return_lse, deterministic, partial: Python booleans.
+          dropout_moved, return_lse, deterministic, partial: Python booleans.
           score: what becomes of scores before the bias: a `Score`, or a plain function.
 
         Raises:
@@ -179,6 +182,7 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
+        errors.require_bool("dropout_moved", dropout_moved)
         errors.require_bool("return_lse", return_lse)
         errors.require_bool("deterministic", deterministic)
         errors.require_bool("partial", partial)
@@ -187,8 +191,8 @@ class AttentionSpec:
             kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None, score=None,
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
-            dropout_rate=float(dropout_rate), return_lse=bool(return_lse), deterministic=bool(deterministic),
-            partial=bool(partial), pages=None)
+            dropout_rate=float(dropout_rate), dropout_moved=bool(dropout_moved), return_lse=bool(return_lse),
+            deterministic=bool(deterministic), partial=bool(partial), pages=None)
         spec = spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
         return spec.scored(scores.checked(score))
 

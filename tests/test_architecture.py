@@ -27,6 +27,7 @@ ARROWS = {
     "autodiff": {"device", "dispatch", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},
+    "launches": {"device", "dispatch", "errors", "spec"},  # and what a launch is
     "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "paging", "scores", "softmax"},  # softmax: what a bias is anchored at
     "scores": {"errors", "mask_fields"},  # fields: those of a score function are kept as those of a mask
@@ -66,7 +67,7 @@ MANY_PARAMETERS = {
     "pallas_flash/context_parallel/attention.py": {"context_parallel_attention"},
     "pallas_flash/context_parallel/explanation.py": {"explain_context_parallel"},
     "torch_bridge/sdpa.py": {"scaled_dot_product_attention", "prepare"},
-    "torch_bridge/explanation.py": {"explain"},
+    "torch_bridge/explanation.py": {"explain", "precompile"},
     "torch_bridge/flash.py": {"flash_attention", "prepare"},
     "torch_bridge/flash_attn.py": {  # flash-attn's signatures
         "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
@@ -123,6 +124,8 @@ def allowed(module, target):
         return target[0] in FOR_KERNELS
     if module[0] == "dispatch" and target[0] == "kernels":
         return len(target) > 2 and target[2] == "support"
+    if module[0] == "launches" and target[0] == "kernels":
+        return target[1:3] == ("mosaic", "launch")
     return target[0] in ARROWS[module[0]]
 
 
@@ -149,6 +152,7 @@ def test_arrows(path):
     ("masks", "from pallas_flash.tiles import cdiv"),
     ("softmax", "import pallas_flash"),
     ("dispatch", "from pallas_flash.kernels.xla import forward"),
+    ("launches", "from pallas_flash.kernels.hopper import launches"),
 ])
 def test_wrong_arrows_are_seen(module, source):
     assert wrong_arrows(tuple(module.split(".")), ast.parse(source))
@@ -171,8 +175,15 @@ def test_flax_and_torch_have_their_places():
     assert all(path.startswith("torch_bridge/transformers/") for path in importers("transformers"))
 
 
-def test_jax_meets_torch_in_two_files():
-    assert importers("jax") & importers("torch") <= {"torch_bridge/exchange.py", "torch_bridge/direct.py"}
+def test_jax_meets_torch_in_one_file():
+    assert importers("jax") & importers("torch") == {"torch_bridge/exchange.py"}
+
+
+def test_who_compiles_imports_no_torch_and_who_launches_no_jax():
+    """Within direct/: attention.py imports JAX to warn, where a call goes through DLPack after all."""
+    direct = lambda *names: {path.rpartition("/")[2] for path in importers(*names) if "/direct/" in path}
+    assert direct("torch") == {"attention.py", "runner.py"}
+    assert direct("jax", "pallas_flash") == {"attention.py", "child.py", "lower.py", "plugin.py"}
 
 
 def test_the_bridge_imports_no_kernel():

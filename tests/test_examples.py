@@ -119,3 +119,9 @@ def test_generate_gives_the_same_with_a_cache_and_without():
     out = run("generate.py", "--steps=2", "--tokens=20", "--dim=32", "--layers=1", "--heads=2", "--kv-heads=1",
               "--page-size=16", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert "with a cache:" in out and "100% of the texts are the same" in out and "pages=24x16" in out
+
+
+def test_generate_transformers_writes_what_eager_writes():
+    pytest.importorskip("transformers")
+    out = run("generate_transformers.py", "--tokens=3", "--dim=32", "--layers=1", **virtual_devices(1))
+    assert "eager and pallas: 100% of the tokens are the same" in out and "forward, xla" in out

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 from torch_bridge import context, flash_attn, memory, transformers
 from torch_bridge.activation import activate
-from torch_bridge.explanation import explain, explain_flash_attention
+from torch_bridge.explanation import explain, explain_flash_attention, precompile
 from torch_bridge.flash import flash_attention
 from torch_bridge.lse import combine
 from torch_bridge.partial import partial_attention, partial_attention_backward
@@ -22,8 +22,8 @@ from torch_bridge.records import report
 from torch_bridge.sdpa import scaled_dot_product_attention
 
 __all__ = ["activate", "combine", "explain", "explain_flash_attention", "flash_attention", "flash_attn",
-           "partial_attention", "partial_attention_backward", "patched", "report", "scaled_dot_product_attention",
-           "transformers"]
+           "partial_attention", "partial_attention_backward", "patched", "precompile", "report",
+           "scaled_dot_product_attention", "transformers"]
 
 memory.share_with_torch()
 context.undo_start_of_jax()

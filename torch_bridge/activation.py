@@ -38,10 +38,11 @@ def activate() -> None:
     attention = importlib.import_module("torch.nn.attention")
     if not hasattr(attention, "register_flash_attention_impl"):
         raise RuntimeError(f"PyTorch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl. Call "
-                           "torch_bridge.scaled_dot_product_attention instead, or update PyTorch.")
+                           "torch_bridge.scaled_dot_product_attention, or use torch_bridge.patched(), instead, or "
+                           "update PyTorch.")
     if not torch.cuda.is_available():
         raise RuntimeError("activate() replaces kernels of PyTorch's CUDA flash backend, and PyTorch sees no CUDA "
-                           "device. torch_bridge.scaled_dot_product_attention also runs on CPU tensors.")
+                           "device. torch_bridge.patched() replaces PyTorch's own function for CPU tensors, too.")
     attention.register_flash_attention_impl(NAME, register_fn=_register)
     attention.activate_flash_attention_impl(NAME)
 

@@ -7,11 +7,13 @@ import torch
 
 from pallas_flash import diagnosis
 from torch_bridge import explanation, memory
+from torch_bridge.direct import attention, cache
 
 __all__ = ["report"]
 
 PACKAGES = ("torch", *diagnosis.PACKAGES)
-SETTINGS = tuple(dict.fromkeys((*diagnosis.SETTINGS, *memory.CHOICES, "PYTORCH_CUDA_ALLOC_CONF")))
+SETTINGS = tuple(dict.fromkeys((*diagnosis.SETTINGS, *memory.CHOICES, "PYTORCH_CUDA_ALLOC_CONF",
+                                attention.VARIABLE, cache.VARIABLE)))
 
 
 def report() -> str:

@@ -1,27 +1,24 @@
-"""Eager calls, straight to the exchange.
+"""Eager calls, straight to what computes them.
 
 PyTorch's dispatcher and the formulas of `register_autograd` took a third of a small call's host time
 (docs/notes/torch_bridge.md). The operators of ops.py are needed where something may observe or change a call: the
 compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most calls involve none of these:
 
-    nothing intercepts the call, nothing needs a gradient    exchange.attend
-    nothing intercepts the call                              _Attention, around exchange.attend_saving
+    nothing intercepts the call, nothing needs a gradient    routes.attend
+    nothing intercepts the call                              _Attention, around routes.attend_saving
     otherwise                                                the operator
 
-The statistics of rows, which only the backward reads, stay an array of JAX between the two.
+The statistics of rows, which only the backward reads, stay what the route made between the two, an array of JAX mostly.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.autograd import forward_ad
 
-from torch_bridge import derivatives, ops
+from torch_bridge import derivatives, ops, routes
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
-
-if TYPE_CHECKING:
-    from pallas_flash.arrays import Array
 
 __all__ = ["attend", "attend_with_lse"]
 
@@ -50,8 +47,7 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
         if needs_grad:
             out: torch.Tensor = _Attention.apply(*operands, numbers)
             return out
-        from torch_bridge import exchange
-        return exchange.attend(operands, numbers)
+        return routes.attend(operands, numbers)
     return _by_operator(operands, numbers, needs_grad).out
 
 
@@ -89,7 +85,7 @@ def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 
 class _Context(derivatives.Context, Protocol):
-    stats: "Array"
+    stats: routes.Stats
 
 
 class _Attention(torch.autograd.Function):
@@ -97,27 +93,23 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Context, *args: Any) -> torch.Tensor:
-        from torch_bridge import exchange
-
         *tensors, ctx.numbers = args
         operands = Operands._make(tensors)
-        out, ctx.stats = exchange.attend_saving(operands, ctx.numbers)
+        out, ctx.stats = routes.attend_saving(operands, ctx.numbers)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, out)
         return out
 
     @staticmethod
     def backward(ctx: _Context, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        from torch_bridge import exchange
-
         flags, saved = ctx.needs_input_grad, ctx.saved_tensors
         if dout is None:
             return (None,) * len(flags)
         operands, out, needs = Operands._make(saved[:-1]), saved[-1], PerArray.among(flags)
         if not torch.is_grad_enabled() and _is_plain((*saved, dout)):
-            grads = exchange.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
+            grads = routes.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
         else:  # second derivatives, batches of dout
-            results = Results(out, exchange.stats_tensor(ctx.stats, out))
+            results = Results(out, routes.stats_tensor(ctx.stats, out))
             found = ops.attention_backward(*AttentionBackward(
                 operands, ctx.numbers, results, Cotangents(dout, None), needs).flat())
             grads = PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))

@@ -26,6 +26,7 @@ from pallas_flash.spec import AttentionSpec, Layout
 from torch_bridge import context, lifetime, programs, records, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.rules import Rule
+from torch_bridge.strides import in_layout, with_strides
 
 __all__ = ["ALIGNMENT", "Plan", "attend", "attend_saving", "backward", "copy_reason", "double_backward", "forward",
            "gradients", "jax_device", "make_plan", "plan_for", "row_anchor", "stats_tensor"]
@@ -93,10 +94,10 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
 def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     """A new plan, which says nothing of a fallback: no call need follow."""
     query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
-    layout, rule = _layout(query, key, value), Rule.of(operands, numbers)
+    layout, rule = strides.layout_of(query, key, value), Rule.of(operands, numbers)
     with _precision(query):
         spec = AttentionSpec.of(
-            *(_abstract(_in_layout(x, layout)) for x in (query, key, value)), layout=layout, softcap=numbers.softcap,
+            *(_abstract(in_layout(x, layout)) for x in (query, key, value)), layout=layout, softcap=numbers.softcap,
             scale=numbers.scale, dropout_rate=numbers.dropout_p, deterministic=numbers.deterministic,
             partial=numbers.partial)
         given = {name: _abstract(getattr(operands, name)) for name in rule.given}
@@ -110,22 +111,9 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
                 records.Runs(spec, program.name, decision.reasons))
 
 
-def _layout(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
-    """The layout in which the fewest elements are copied, the result included; among equals, the query's."""
-    order: tuple[Layout, Layout] = ("BLHD", "BHLD") if strides.is_heads_inside(query) else ("BHLD", "BLHD")
-    copied = [sum(x.numel() for x in (query, query, key, value) if not _in_layout(x, layout).is_contiguous())
-              for layout in order]
-    return order[0] if copied[0] <= copied[1] else order[1]
-
-
 def _strides_like(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides of a gradient: dense, in the storage order of the tensor."""
     return torch.empty_like(tensor, device="meta").stride()
-
-
-def _in_layout(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A view of (batch, heads, length, dim) with the axes in the order of the layout; and back."""
-    return tensor if layout == "BHLD" else tensor.transpose(1, 2)
 
 
 def _abstract(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -165,14 +153,17 @@ def _sharable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] else tensor
 
 
-def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
-    """Why a (batch, heads, length, dim) tensor is copied on its way to JAX, or None if its memory is shared."""
+def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:
+    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared.
+
+    `alignment` is what its address must be a multiple of, in bytes; None: what JAX needs.
+    """
     if tensor.is_neg():
         return "its negative bit is set"
-    if not _in_layout(tensor, layout).is_contiguous():
+    if not in_layout(tensor, layout).is_contiguous():
         axes = "(batch, length, heads, dim)" if layout == "BLHD" else "(batch, heads, length, dim)"
         return f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)} are not dense {axes} storage"
-    alignment = ALIGNMENT[tensor.device.type]
+    alignment = alignment or ALIGNMENT[tensor.device.type]
     if offset := tensor.data_ptr() % alignment:
         return f"its address is {offset} bytes past a multiple of {alignment}"
     return None
@@ -181,7 +172,7 @@ def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
 def _shared(layout: Layout, q_like: Sequence[torch.Tensor],
             others: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Tensors in the layout (`q_like`) and others as they are, copied where necessary; those that are None left out."""
-    tensors = [_sharable(_in_layout(tensor, layout)) for tensor in q_like]
+    tensors = [_sharable(in_layout(tensor, layout)) for tensor in q_like]
     tensors.extend(_sharable(tensor) for tensor in others if tensor is not None)
     return tensors
 
@@ -251,15 +242,6 @@ def _tensors(arrays: list[jax.Array], like: torch.Tensor,
     return tensors, kept
 
 
-def _with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
-    """The tensor itself, or a copy, with exactly these strides."""
-    if tensor.stride() == wanted:
-        return tensor
-    if strides.same_memory(tensor.shape, tensor.stride(), wanted):
-        return tensor.as_strided(tensor.shape, wanted)
-    return torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 # --- what the operators call -----------------------------------------------------------------------------------------
 
 
@@ -281,7 +263,7 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     plan = plan_for(operands, numbers)
     plan.runs.count("forward")
     (out,), _ = _run(plan, plan.forward[False], (query, key, value), others)
-    return _with_strides(_in_layout(out, plan.layout), plan.out_strides)
+    return with_strides(in_layout(out, plan.layout), plan.out_strides)
 
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, jax.Array]:
@@ -296,7 +278,7 @@ def _attend_saving(operands: Operands, numbers: Numbers, num_kept: int) -> tuple
     plan = plan_for(operands, numbers)
     plan.runs.count("forward")
     tensors, kept = _run(plan, plan.forward[True], (query, key, value), others, num_kept=num_kept)
-    tensors[0] = _with_strides(_in_layout(tensors[0], plan.layout), plan.out_strides)
+    tensors[0] = with_strides(in_layout(tensors[0], plan.layout), plan.out_strides)
     return tensors, kept
 
 
@@ -355,11 +337,11 @@ def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: 
     if given.needs.bias and operands.bias is None:
         given = given._replace(needs=given.needs._replace(bias=False))
     dout, *others = others
-    moved = (_in_layout(out, plan.layout), None if dout is None else _in_layout(dout, plan.layout))
+    moved = (in_layout(out, plan.layout), None if dout is None else in_layout(dout, plan.layout))
     grads, _ = _run(plan, plan.backward[given], (query, key, value), (*arrays, *moved, *others), known)
     rest = iter(grads)
     return PerArray(*(
-        _with_strides(_in_layout(next(rest), plan.layout) if like_query else next(rest), wanted)
+        with_strides(in_layout(next(rest), plan.layout) if like_query else next(rest), wanted)
         if needed and wanted is not None else None
         for needed, wanted, like_query in zip(given.needs, plan.grad_strides, _LIKE_QUERY, strict=True)))
 
@@ -383,7 +365,7 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
     present = tuple(x is not None for x in (*tangents, *cotangents))
     inputs = (*operands.differentiable, *cotangents)
     layouts = [plan.layout if like_query else "BHLD" for like_query in (*_LIKE_QUERY, *_COTANGENT_LIKE_QUERY)]
-    moved = [None if x is None else _in_layout(x, layout)
+    moved = [None if x is None else in_layout(x, layout)
              for x, layout in zip((*tangents, *cotangents), layouts, strict=True)]
     derivative = programs.double_backward(plan.program)[present]
     results, _ = _run(plan, derivative, (query, key, value), (*arrays, *moved))
@@ -393,4 +375,4 @@ def double_backward(operands: Operands, numbers: Numbers, tangents: PerArray[tor
 
 
 def _like(result: torch.Tensor, target: torch.Tensor, layout: Layout) -> torch.Tensor:
-    return _with_strides(_in_layout(result, layout), _strides_like(target))
+    return with_strides(in_layout(result, layout), _strides_like(target))

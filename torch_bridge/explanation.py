@@ -1,20 +1,26 @@
-"""What a call would run, and which of its tensors are copied on the way, as text."""
+"""What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_bridge import flash, sdpa
+from torch_bridge import flash, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
+from torch_bridge.direct import attention, cache
+from torch_bridge.direct.launch import ALIGNMENT
 
-__all__ = ["explain", "explain_flash_attention"]
+if TYPE_CHECKING:
+    from torch_bridge.exchange import Plan
+
+__all__ = ["explain", "explain_flash_attention", "precompile"]
 
 
 def explain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> str:
-    """What `scaled_dot_product_attention` would do with these arguments: implementation and why, layout, copies.
+    """What `scaled_dot_product_attention` would do with these arguments: implementation and why, path, layout, copies.
 
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
@@ -24,6 +30,9 @@ def explain(
 
 def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any) -> str:
     """What `flash_attention` would do with these arguments, which it has by the same names: as `explain` says it."""
+    for name in keywords:
+        if name not in inspect.signature(flash.flash_attention).parameters:
+            raise messages.unknown_keyword(flash.flash_attention, name)
     keywords.pop("return_lse", None)
     text = _explain(*flash.prepare(query, key, value, **keywords))
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
@@ -37,14 +46,70 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
 
     plan = exchange.make_plan(operands, numbers)
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
-    lines = [str(plan.decision), f"layout {plan.layout}: read and written as {order} storage"]
+    why_not = _why_not_direct(operands, numbers, plan)
+    alignment = ALIGNMENT if why_not is None else None
+    lines = [str(plan.decision), _path(operands, numbers, why_not),
+             f"layout {plan.layout}: read and written as {order} storage"]
     named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),
              "attn_mask": (mask if bias is None else bias, "BHLD")}
     for name, (tensor, layout) in named.items():
         if tensor is not None:
-            reason = exchange.copy_reason(tensor, layout)
+            reason = exchange.copy_reason(tensor, layout, alignment)
             lines.append(f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}")
     out = torch.empty_strided(query.shape[:3] + value.shape[3:], plan.out_strides, device="meta")
+    memory = "JAX" if why_not else "torch's"
     same = (out if plan.layout == "BHLD" else out.transpose(1, 2)).is_contiguous()
-    lines.append(f"out: {'JAX memory, not copied' if same else 'copied into the storage order of query'}")
+    lines.append(f"out: {f'{memory} memory, not copied' if same else 'copied into the storage order of query'}")
     return "\n".join(lines)
+
+
+def _why_not_direct(operands: Operands, numbers: Numbers, plan: "Plan") -> str | None:
+    """Why a call goes through DLPack; None: it takes the direct path."""
+    query, row = operands.query, plan.decision.implementation
+    if query.device.type not in attention.DEVICES:
+        return f"tensors are on {query.device}"
+    if not attention.is_asked_for():
+        return f"{attention.VARIABLE}=1 is not set"
+    if row.launches is None:
+        return f"implementation={row.name!r} is JAX's own program, not a list of launches"
+    return (attention.why_not(operands, numbers)
+            or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+
+
+def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
+    if why_not is not None:
+        return f"path: DLPack, JAX's runtime launches ({why_not})"
+    problem, device = attention.problem_of(operands, numbers), operands.query.device
+    plans = (cache.path_of(attention.request(problem, name, device)).exists() for name in attention.PASSES)
+    forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
+    return (f"path: direct, launched on torch's stream ({attention.VARIABLE}=1; in this form not yet run on a GPU); "
+            f"plans: forward {forward}, backward {backward}")
+
+
+def precompile(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> None:
+    """Compiles what `scaled_dot_product_attention` launches on the direct path for these arguments: the forward and the
+    backward, whose plans are kept on disk (docs/torch_bridge.md). Where they are there already, they are only read.
+
+    Arguments and errors are those of `scaled_dot_product_attention`. The tensors' values do not matter, and those on
+    the device "meta" stand for tensors of the same shapes and strides on the current CUDA device. PALLAS_FLASH_DIRECT
+    need not be set.
+
+    Raises:
+      RuntimeError: the direct path does not take such a call, or cannot compile it; with the reason.
+    """
+    call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    device = call.operands.query.device
+    if device.type == "meta":
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = attention.why_not(*call[:2])
+    if device.type not in attention.DEVICES:
+        reason = f"it is for CUDA tensors, query is on {device}"
+    if reason is not None:
+        raise RuntimeError(f"precompile needs a call that the direct path takes: {reason}. Through DLPack, JAX "
+                           "compiles in the first call.")
+    problem = attention.problem_of(*call[:2])
+    for name in attention.PASSES:
+        cache.find(attention.request(problem, name, device), device.index or 0)

@@ -4,7 +4,7 @@ Only torch is used here and everything is traceable (see sdpa.py). Lengths, offs
 other values of the same shapes compile nothing. Sinks are applied to its results (lse.py).
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, Never, overload
 
 import torch
 
@@ -46,6 +46,7 @@ def flash_attention(
     softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, return_lse: bool = False, deterministic: bool = False,
+    **unknown: Never,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """out = dropout(softmax(softcap(scale * query key^T) + attn_mask, where the masks keep)) value.
 
@@ -84,12 +85,17 @@ def flash_attention(
       RuntimeError, IndexError, TypeError, ValueError: as `scaled_dot_product_attention`; and where an argument that
         only this function has does not fit, with what must hold.
     """
+    if unknown:
+        raise messages.unknown_keyword(flash_attention, next(iter(unknown)))
     operands, numbers = prepare(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, causal_offset=causal_offset, window=window,
         softcap=softcap, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
         dropout_p=dropout_p, scale=scale, deterministic=deterministic)
     out, found = attend(operands, numbers, sinks, return_lse)
     return out if found is None else (out, found)
+
+
+flash_attention.__signature__ = messages.without_unknown(flash_attention)  # type: ignore[attr-defined]
 
 
 def prepare(
@@ -171,7 +177,7 @@ class Places(NamedTuple):
         if left is not None and right is not None and right < -left:
             raise ValueError("window needs -left <= right, which is at most 0 with is_causal, got "
                              f"window={self.window}, is_causal={self.is_causal}. Count the keys seen on each side of "
-                             "the aligned one.")
+                             "the aligned one; None, not -1, is no limit.")
         return left, right
 
     def _ids(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +241,7 @@ def _checked_window(window: object) -> Window:
     if not isinstance(window, tuple | list) or len(window) != 2 or any(
             side is not None and not is_integer(side) for side in window):
         raise TypeError(f"window must be (left, right), each an int or None, got {window=}. Count the keys seen on "
-                        "each side of the aligned one.")
+                        "each side of the aligned one; None is no limit.")
     left, right = window
     return left, right
 

@@ -173,6 +173,7 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None and (rotary_cos is not None or block_table is not None):
         other = "block_table" if rotary_cos is None else "rotary_cos"
         raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
+    messages.require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     with torch.no_grad():
@@ -210,8 +211,8 @@ class _Options(NamedTuple):
     def window(self) -> flash.Window | None:
         given = self.window_size
         if not isinstance(given, tuple | list) or len(given) != 2 or not all(map(flash.is_integer, given)):
-            raise TypeError(f"window_size must be (left, right), both int, got window_size={given!r}. Pass -1 for a "
-                            "side without a limit.")
+            raise TypeError(f"window_size must be (left, right), two ints, got window_size={given!r}. Count the keys "
+                            "seen on each side of the aligned one; -1 is no limit.")
         left, right = (None if side < 0 else side for side in given)
         return None if left is None and right is None else (left, right)
 
@@ -229,9 +230,7 @@ class _Options(NamedTuple):
         """(batch or 1, heads), None without ALiBi."""
         if self.alibi_slopes is None:
             return None
-        if not isinstance(self.alibi_slopes, torch.Tensor):
-            raise TypeError(f"alibi_slopes must be a Tensor, not {type(self.alibi_slopes).__name__}. Wrap it: "
-                            "torch.tensor(...) on the device of q.")
+        messages.require_tensors(alibi_slopes=self.alibi_slopes)
         if not self.causal and (self.window is None or self.window[1] != 0):
             raise NotImplementedError(
                 "alibi_slopes needs causal=True, or a window_size whose right is 0: with keys on both sides the bias "
@@ -348,13 +347,15 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: K
     if isinstance(cache_seqlens, torch.Tensor):
         lengths = flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
         if flash.is_on_host(cache_seqlens) and ((lengths < 0) | (lengths > room)).any():
-            raise messages.must(must, f"cache_seqlens={lengths.tolist()}", "Allocate a longer cache")
+            raise messages.must(must, f"cache_seqlens={lengths.tolist()}", "Allocate a longer cache, or give the "
+                                "sequence more pages")
         return lengths
     count = cache.length if cache_seqlens is None else cache_seqlens
     if not flash.is_integer(count):
-        raise TypeError(f"cache_seqlens must be int, a Tensor or None, got {cache_seqlens=}")
+        raise TypeError("cache_seqlens must be an int, or a Tensor of integers (batch,), got type(cache_seqlens)="
+                        f"{type(cache_seqlens).__name__}. Wrap it: torch.tensor(...) on the device of q.")
     if not 0 <= count <= room:
-        raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache")
+        raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache, or give the sequence more pages")
     return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
 
 
@@ -393,8 +394,6 @@ def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torc
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:
-    if any(not isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise TypeError(f"{', '.join(tensors)} must be Tensors, not "
-                        f"({', '.join(type(x).__name__ for x in tensors.values())})")
+    messages.require_tensors(**tensors)
     if any(x.dim() != axes for x in tensors.values()):
         raise messages.must(f"{', '.join(tensors)} must be {shape}", messages.shapes(**tensors), "Add or merge axes")

@@ -31,7 +31,8 @@ def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tup
 def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
     """Raises unless there is one logit for each head of query (batch, heads, length, dim)."""
     if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks must be a Tensor of shape (heads,), not {type(sinks).__name__}")
+        raise TypeError(f"sinks must be a Tensor of shape (heads,), not {type(sinks).__name__}. Wrap it: "
+                        "torch.tensor(...) on the device of query.")
     heads = query.shape[1]
     if tuple(sinks.shape) != (heads,) or not sinks.is_floating_point() or sinks.device != query.device:
         raise messages.must(

@@ -1,11 +1,12 @@
 """Errors for arguments of other attention functions and for shapes that nearly fit; each says what to write."""
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["leading_axes", "mask_shape", "must", "shapes", "unknown_keyword", "without_unknown"]
+__all__ = ["leading_axes", "mask_shape", "must", "require_tensors", "shapes", "unknown_keyword", "without_unknown"]
 
 _OURS = "torch_bridge.flash_attention"
 _INSTEAD = {
@@ -23,6 +24,10 @@ _INSTEAD = {
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), "torch_bridge.flash_attn.flash_attn_varlen_func"),
     "alibi_slopes": "attn_mask=..., the slopes times the distances",
     "deterministic": "torch.use_deterministic_algorithms(True)",
+    **dict.fromkeys(("score", "score_mod"), "attn_mask=... for what is added to the scores, or in JAX "
+                    "pallas_flash.flash_attention(score=...)"),
+    **dict.fromkeys(("dropout_rng", "generator"), "torch.manual_seed"),
+    "layout": "tensors (batch, heads, length, dim): x.transpose(1, 2) of the other order is not copied",
 }
 """Names of arguments in other attention libraries -> what to use here."""
 
@@ -37,11 +42,25 @@ def shapes(**tensors: torch.Tensor) -> str:
     return ", ".join(f"{name}.shape={tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
-def unknown_keyword(name: str) -> TypeError:
-    """The error of a keyword that torch's function does not have either."""
+def require_tensors(**values: object) -> None:
+    """Raises TypeError, as torch does, unless all are tensors: JAX's and NumPy's arrays are not."""
+    if all(isinstance(value, torch.Tensor) for value in values.values()):
+        return
+    given = ", ".join(f"type({name})={type(value).__name__}" for name, value in values.items())
+    do = "torch.tensor(...) makes one of numbers"
+    if any(hasattr(value, "__dlpack__") and not isinstance(value, torch.Tensor) for value in values.values()):
+        do = "torch.from_dlpack(array) makes one of an array; pallas_flash.flash_attention takes JAX arrays"
+    raise TypeError(f"{', '.join(values)} must be Tensors, got {given}. {do}.")
+
+
+def unknown_keyword(function: Callable[..., object], name: str) -> TypeError:
+    """The error of a keyword that a function does not have: what to write for it, and what there is."""
+    *known, last = without_unknown(function).parameters
     instead = f" Use {_INSTEAD[name]}." if name in _INSTEAD else ""
-    return TypeError(f"scaled_dot_product_attention() got an unexpected keyword argument {name!r}.{instead} It takes "
-                     "query, key, value, attn_mask, dropout_p, is_causal, scale and enable_gqa.")
+    if function.__name__ == "flash_attention":  # the argument itself, in place of a call that has it
+        instead = re.sub(rf"{re.escape(_OURS)}\((.*)\)\.$", r"\1.", instead)
+    return TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{instead} It takes "
+                     f"{', '.join(known)} and {last}.")
 
 
 def without_unknown(function: Callable[..., object]) -> inspect.Signature:

@@ -41,9 +41,7 @@ def _by_length(tensor: torch.Tensor) -> Any:  # its class has no stub
 
 def _check(tensors: tuple[Any, Any, Any], attn_mask: object, enable_gqa: bool) -> None:
     query, key, value = tensors
-    if any(not isinstance(x, torch.Tensor) for x in tensors):
-        raise TypeError("scaled_dot_product_attention(): query, key and value must be Tensors, not "
-                        f"({', '.join(type(x).__name__ for x in tensors)})")
+    messages.require_tensors(query=query, key=key, value=value)
     if not all(map(has_ragged_lengths, tensors)):
         given = ", ".join(f"{name}: {x.layout}, {x.dim()} axes"
                           for name, x in zip(("query", "key", "value"), tensors, strict=True))

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
-from torch_bridge import strides
+from torch_bridge import routes, strides
 from torch_bridge.arguments import (
     SCHEMAS,
     Attention,
@@ -59,16 +59,14 @@ def _attention(*args: object) -> tuple[torch.Tensor, ...]:
     if call.operands.is_empty:
         out, stats = _fake_attention(*args)
         return out.zero_(), stats.fill_(-torch.inf)  # nothing reads the statistics
-    from torch_bridge import exchange  # imports JAX
-    return exchange.forward(*call)
+    return routes.forward(*call)
 
 
 def _attention_backward(*args: object) -> tuple[torch.Tensor, ...]:
     call = AttentionBackward.of(args)
     if call.operands.is_empty or all(x is None for x in call.cotangents):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    from torch_bridge import exchange
-    return exchange.backward(*call)
+    return routes.backward(*call)
 
 
 def _attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
@@ -76,7 +74,7 @@ def _attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
     require_float64(call.operands.query)
     if call.operands.is_empty:
         return tuple(grad.zero_() for grad in _fake_attention_double_backward(*args))
-    from torch_bridge import exchange
+    from torch_bridge import exchange  # imports JAX
     return exchange.double_backward(*call)
 
 

@@ -57,7 +57,8 @@ def check(starts: Starts, device: torch.device, tokens: tuple[int, int]) -> None
     """
     for name, given, count in (("of queries", starts.query, tokens[0]), ("of keys", starts.key, tokens[1])):
         if not isinstance(given, torch.Tensor):
-            raise TypeError(f"the boundaries {name} of packed sequences must be a Tensor, not {type(given).__name__}")
+            raise TypeError(f"the boundaries {name} of packed sequences must be a Tensor, not {type(given).__name__}. "
+                            "Wrap them: torch.tensor(boundaries, dtype=torch.int32) on the device of the tensors.")
         if given.dim() != 1 or not given.shape[0] or given.dtype not in (torch.int32, torch.int64) or (
                 given.device != device):
             raise messages.must(f"the boundaries {name} must be (sequences + 1,) integers, int32, on {device}",

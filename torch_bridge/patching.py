@@ -126,9 +126,10 @@ def _reason_against(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return f"the operators have no sharding strategy for DTensors, and {name} is one"
         if tensor.layout is torch.jagged:
             if not nested.has_ragged_lengths(tensor):
-                return f"it needs nested tensors (batch, heads, ragged length, dim), and {name} has other axes"
+                return f"it takes jagged tensors (batch, heads, ragged length, dim), and {name} has other axes"
         elif tensor.is_nested or tensor.layout is not torch.strided:
-            return f"it needs strided tensors, and {name} is {'nested' if tensor.is_nested else tensor.layout}"
+            kind = "nested and" if tensor.is_nested else "of layout"
+            return f"it takes strided and jagged tensors, and {name} is {kind} {tensor.layout}"
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             return f"it runs on CPU and CUDA tensors, and {name} is on {tensor.device.type}"
     return None

@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
         and value differ, inside CUDA graph capture, and in a process that was forked after JAX had started.
     """
     if unknown:
-        raise messages.unknown_keyword(next(iter(unknown)))
+        raise messages.unknown_keyword(scaled_dot_product_attention, next(iter(unknown)))
     if getattr(query, "layout", None) is torch.jagged:
         from torch_bridge import nested  # which is made from this
 
@@ -120,10 +120,11 @@ def _number(name: str, value: SupportsFloat) -> float:
 def _check_types(query: object, key: object, value: object, attn_mask: object, is_causal: object,
                  enable_gqa: object) -> None:
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
-        given = ", ".join(type(x).__name__ for x in (query, key, value))
-        raise TypeError(f"scaled_dot_product_attention(): query, key and value must be Tensors, not ({given})")
+        messages.require_tensors(query=query, key=key, value=value)
     if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"scaled_dot_product_attention(): attn_mask must be a Tensor, not {type(attn_mask).__name__}")
+        raise TypeError(f"attn_mask must be a Tensor or None, got type(attn_mask)={type(attn_mask).__name__}. Pass "
+                        "booleans, True where a query attends, or floats to add; a rule is is_causal=True, or window= "
+                        "of torch_bridge.flash_attention.")
     if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
         raise TypeError("scaled_dot_product_attention(): is_causal and enable_gqa must be bool, "
                         f"got {is_causal=}, {enable_gqa=}")

@@ -10,7 +10,7 @@ import collections
 
 import torch
 
-__all__ = ["current", "is_known", "known", "record", "recycle"]
+__all__ = ["current", "is_known", "known", "number", "record", "recycle"]
 
 # The number of the current stream on a device, as the code that inductor generates asks for it.
 _number = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
@@ -32,6 +32,11 @@ def current(index: int) -> torch.cuda.Stream:
         if stream.stream_id != stream.cuda_stream or stream.cuda_stream == 0:  # equal where torch did not make it
             _streams[index][number] = stream
     return stream
+
+
+def number(index: int) -> int:
+    """The number of torch's current stream on a device, for whoever launches on it; also during CUDA graph capture."""
+    return int(_number(index))
 
 
 def is_known(index: int) -> bool:

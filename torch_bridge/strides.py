@@ -6,10 +6,15 @@ query, a gradient that of its input. Axes of size 1 and broadcast axes (stride 0
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-__all__ = ["dense", "is_heads_inside", "like_query", "same_memory", "stats_dtype"]
+__all__ = ["Layout", "dense", "in_layout", "is_heads_inside", "layout_of", "like_query", "same_memory", "stats_dtype",
+           "with_strides"]
+
+Layout = Literal["BLHD", "BHLD"]
+"""As `pallas_flash.spec.Layout`, which would import JAX."""
 
 
 def is_heads_inside(tensor: torch.Tensor) -> bool:
@@ -43,3 +48,25 @@ def stats_dtype(query: torch.Tensor) -> torch.dtype:
 def same_memory(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
     """True if two strides address the same elements: they may differ on axes of one element, or if there is none."""
     return 0 in shape or all(x == y for size, x, y in zip(shape, a, b, strict=True) if size != 1)
+
+
+def layout_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Layout:
+    """The layout in which the fewest elements are copied, the result included; among equals, the query's."""
+    order: tuple[Layout, Layout] = ("BLHD", "BHLD") if is_heads_inside(query) else ("BHLD", "BLHD")
+    copied = [sum(x.numel() for x in (query, query, key, value) if not in_layout(x, layout).is_contiguous())
+              for layout in order]
+    return order[0] if copied[0] <= copied[1] else order[1]
+
+
+def in_layout(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """A view of (batch, heads, length, dim) with the axes in the order of the layout; and back."""
+    return tensor if layout == "BHLD" else tensor.transpose(1, 2)
+
+
+def with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+    """The tensor itself, or a copy, with exactly these strides."""
+    if tensor.stride() == wanted:
+        return tensor
+    if same_memory(tensor.shape, tensor.stride(), wanted):
+        return tensor.as_strided(tensor.shape, wanted)
+    return torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

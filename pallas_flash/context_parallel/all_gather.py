@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import autodiff, dispatch, sharding
+from pallas_flash import autodiff, sharding
 from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.context_parallel.order import reorder
 from pallas_flash.context_parallel.ring import anchored, attended
@@ -153,10 +153,10 @@ class _Chunk(NamedTuple):
         return found
 
     def _runs_as_well(self, static: Mask, traced: Mask, start: Int[Array, ""], partial: bool) -> bool:
-        """Whether the implementation that would run the static mask takes the traced one."""
+        """Whether what would run the static mask would also run the traced one."""
         specs = [self.shards.spec_of(self._operands(mask, start), partial=partial) for mask in (static, traced)]
-        decision = dispatch.decide(specs[0], self.shards.device, self.shards.implementation)
-        return not decision.implementation.why_not(specs[1], self.shards.device)
+        wanted, found = map(self.shards.decide, specs)
+        return wanted is found
 
     def _operands(self, mask: Mask, start: Int[Array, ""]) -> Operands:
         """Under a static mask moved to where the chunk is, joined by the parts of the whole one that hold arrays."""

@@ -230,7 +230,8 @@ def shards_of(options: Options, arrays: Arrays, mask: Mask, n: int) -> Shards:
     """The problem as one of n devices has it; raises for what cannot be."""
     q, k, v = arrays.query, arrays.key, arrays.value
     spec = AttentionSpec.of(q, k, v, scale=options.scale, softcap=options.softcap, dropout_rate=options.dropout_rate,
-                            return_lse=True, deterministic=options.deterministic)
+                            dropout_moved=bool(options.dropout_rate), return_lse=True,
+                            deterministic=options.deterministic)
     chunking = Chunking(n, spec.q_len, options.load_balance)
     checks.lengths(spec, chunking)
     checks.mask(mask, options.load_balance, options.dropout_rate)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import dispatch, masks, sharding, softmax
+from pallas_flash import dispatch, errors, masks, sharding, softmax
 from pallas_flash.arrays import Array
 from pallas_flash.context_parallel import plan
 from pallas_flash.context_parallel.hops import Chosen, Ring
@@ -92,8 +92,15 @@ class Shards:
         """The spec of a part of the problem, from its operands."""
         return AttentionSpec.of(
             problem.q, problem.k, problem.v, mask=problem.mask, bias=problem.bias, softcap=self.spec.softcap,
-            scale=self.spec.scale, dropout_rate=self.spec.dropout_rate, deterministic=self.spec.deterministic,
-            partial=partial)
+            scale=self.spec.scale, dropout_rate=self.spec.dropout_rate,
+            dropout_moved=problem.dropout_origin is not None, deterministic=self.spec.deterministic, partial=partial)
+
+    def decide(self, spec: AttentionSpec) -> dispatch.Implementation | None:
+        """What would run a part of the problem; None: nothing that was asked for can."""
+        try:
+            return dispatch.decide(spec, self.device, self.implementation).implementation
+        except errors.UnsupportedError:
+            return None
 
     def implementation_of(self, spec: AttentionSpec) -> str:
         """The name of what runs a part of the problem."""

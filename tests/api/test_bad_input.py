@@ -185,7 +185,12 @@ MASKS = {
     **{f"Window({left}, {right})": (
         dict(mask=lambda left=left, right=right: Window(left, right)),
         f"Window needs -left <= right, got left={left}, right={right}. "
-        "Give the number of keys on each side of the aligned one.") for left, right in ((-2, 1), (-1, -1), (3, -4))},
+        "Give the number of keys on each side of the aligned one, and leave out a side without a limit.")
+        for left, right in ((-2, 1), (-1, -1), (3, -4))},
+    "both sides of a window in one": (  # two entries of a batch of 2 without a word
+        dict(mask=lambda: Window((3, 0))),
+        "left and right of Window must be two arguments, got left=(3, 0). Write Window(3, 0), or pass an array for "
+        "numbers that differ in the batch."),
     "offsets of another batch": (
         dict(mask=lambda: Causal(ids(3))),
         f"Window.offset must have shape (batch=2 or 1, q_heads=4 or 1), got Window.offset.shape=(3, 1). {MATCH}"),
@@ -437,7 +442,7 @@ TORCH = {
 @pytest.mark.parametrize("make", TORCH.values(), ids=TORCH)
 def test_torch_tensors_are_for_the_bridge(make):
     torch = pytest.importorskip("torch")
-    with pytest.raises(ValueError, match=r"torch_bridge\.scaled_dot_product_attention"):
+    with pytest.raises(ValueError, match=r"torch_bridge\.flash_attention"):
         flash_attention(**{**{name: np.zeros(x.shape, np.float32) for name, x in SHAPES.items()},
                            **make(torch.zeros(2, dtype=torch.int32))})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import subprocess
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from pallas_flash.kernels.xla import schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
+from tests.hopper.offline import places
 
 pytestmark = pytest.mark.usefixtures("small_tiles", "full_precision")
 
@@ -324,6 +326,41 @@ def test_memory_does_not_grow_with_the_capacity(pages):
     assert memory.temp_size_in_bytes < cached.capacity * DIM * 4 / 4  # of the scores of a row, of a quarter of the keys
 
 
+FOR_AN_H200 = """
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from pallas_flash import cache, device
+from tests.context_parallel.offline.compile_programs import TARGET
+
+found = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+place = SingleDeviceSharding(found.devices[0])
+there = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+def step(cached, q, new):
+    cached = cache.append(cached, new, new)
+    return cached, cache.attend(q, cached, implementation="xla")
+
+cached = jax.tree.map(there, jax.eval_shape(lambda: cache.empty(2, 16383, 2, 64)))
+q, new = (there(jax.ShapeDtypeStruct((2, 1, heads, 64), "bfloat16")) for heads in (4, 2))
+with device.assume(device.H200):
+    memory = jax.jit(step, donate_argnums=0).lower(cached, q, new).compile().memory_analysis()
+print(2 * 2 * cached.key.size, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+"""
+
+
+@pytest.mark.skipif(places.why_not() is not None, reason=str(places.why_not()))
+def test_a_gpus_program_leaves_the_cache_in_place(tmp_path):
+    """Regression: XLA copied all of it into a layout with heads first, at every step."""
+    environment = {name: value for name, value in places.environment(tmp_path, next(iter(
+        places.compilers().values()))).items() if not name.startswith("MOSAIC_GPU_DUMP")}
+    done = subprocess.run([places.interpreter(), "-c", FOR_AN_H200], cwd=places.ROOT, env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    size, kept, temporary = map(int, done.stdout.split())
+    assert kept >= size and temporary < size / 4
+
+
 def test_other_lengths_and_tables_compile_nothing(caplog):
     cached, new = EMPTY["pages"](), (K[:, :1], V[:, :1])
     cached = cache.append(cached, *new)
@@ -403,7 +440,8 @@ def test_explain_says_what_runs_and_why_hopper_does_not():
     text = cache.explain(q, cached, mask=Causal() & Window(left=jnp.array([3, 4])), device=device.H200)
     assert "len=1x48" in text and "implementation='xla'" in text and "pages=8x16" in text
     assert "mask=Filled(Window(right=0), lengths=int32[2x1])" in text
-    assert "takes no keys and values in pages yet" in text and "Filled.lengths" in text
+    assert "takes no keys and values in pages yet" in text
+    assert "takes no cache of keys and values yet" in text  # not "give lengths as InBounds"
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), implementation="hopper")
 
@@ -445,5 +483,7 @@ def test_what_is_wrong_is_said(name):
 
 
 def test_an_unknown_keyword_is_named():
+    with pytest.raises(TypeError, match=r"has no argument `score`.*\. Call flash_attention, which has it"):
+        cache.attend(Q[:, :1], EMPTY["contiguous"](), score=abs)  # the message began "Flash_attention"
     with pytest.raises(TypeError, match=r"attend\(\) has no argument `kv_lengths`"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), kv_lengths=[1, 2])

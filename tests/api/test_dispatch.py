@@ -221,10 +221,10 @@ def test_explain_of_what_is_empty():
 
 def test_explain_says_what_to_change():
     odd, bias = jax.ShapeDtypeStruct((2, 64, 4, 36), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    text = explain(odd, odd, odd, bias=bias, kv_lengths=jax.ShapeDtypeStruct((2,), jnp.int32), dropout_rate=0.5,
-                   device=device.H100)
+    dense = Dense(jax.ShapeDtypeStruct((64, 64), jnp.bool_))
+    text = explain(odd, odd, odd, bias=bias, mask=dense, dropout_rate=0.5, device=device.H100)
     for remedy in ("(cast query, key and value)", "to d=40, d_v=40, keep scale=0.166667", "(what only hides pairs",
-                   "(pass 0 where nothing is trained)", "(a rule of positions, such as Causal()"):
+                   "(give lengths as InBounds, documents as SegmentIds"):
         assert remedy in text, remedy
 
 

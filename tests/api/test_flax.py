@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_flash import ALiBi, ContextParallel, flash_attention
 from pallas_flash import flax as adapter
 from pallas_flash.errors import UnsupportedError
 from pallas_flash.flax import attention_fn, dot_product_attention
@@ -474,3 +475,35 @@ else:
     raise AssertionError("no error")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Score functions ------------------------------------------------------------------------------------------------------
+
+def nearer(score, batch, head, q_pos, kv_pos):
+    return score - 0.1 * (head + batch + 1).astype(score.dtype) * abs(q_pos - kv_pos).astype(score.dtype)
+
+
+def test_a_decode_step_has_its_position_in_a_score_function():
+    """Each row of a causal call is a step whose mask shows the filled slots; two batch dimensions are one."""
+    q, k, v = (normal(i, (2, 1, LENGTH, HEADS, 8)) for i in range(3))
+    attend = attention_fn(score=nearer, implementation="reference")
+    whole = attend(q, k, v, is_causal=True)
+    at = np.array([3, LENGTH - 1])
+    filled = jnp.asarray(np.arange(LENGTH) <= at[:, None])[:, None, None, None, :]
+    pick = lambda x: np.take_along_axis(np.asarray(x), at[:, None, None, None, None], axis=2)
+    np.testing.assert_allclose(attend(pick(q), k, v, mask=filled), pick(whole), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="one query with the score function nearer must come with a mask of the keys"):
+        attend(q[:, :, :1], k, v)
+
+
+def test_a_score_function_of_construction_and_one_of_a_call():
+    q, k, v = (normal(i, (2, LENGTH, HEADS, 8)) for i in range(3))
+    learned = ALiBi(jnp.ones(HEADS))
+    wanted = flash_attention(q, k, v, score=learned, implementation="reference")
+    attend = attention_fn(score=nearer, implementation="reference")
+    np.testing.assert_array_equal(attend(q, k, v, score=learned), wanted)
+    assert attend == attention_fn(score=nearer, implementation="reference") != attention_fn(implementation="reference")
+    with pytest.raises(ValueError, match=r"same in every call, got ALiBi\(slopes=float32\[4\]\), which holds arrays"):
+        attention_fn(score=learned)
+    with pytest.raises(UnsupportedError, match="score functions are not told the positions"):
+        attention_fn(score=nearer, context_parallel=ContextParallel("x"))(q, k, v)

@@ -226,8 +226,8 @@ def test_a_fallback_warns_when_a_call_is_planned(monkeypatch):
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(exchange, "_plans", {})
     q, mask = torch.randn(SHAPE, dtype=torch.bfloat16), torch.ones(L, L, dtype=torch.bool)
-    assert "not 'hopper': takes masks" in torch_bridge.explain(q, q, q, mask)
-    with pytest.warns(FallbackWarning, match="Dense.attend") as found:
+    assert "not 'hopper': takes arrays in" in torch_bridge.explain(q, q, q, mask)
+    with pytest.warns(FallbackWarning, match="mask has Dense") as found:
         OURS(q, q, q, mask)
     assert len(found) == 1 and found[0].filename == __file__
     OURS(q, q, q, mask[:1])  # another plan, the same reason

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_bridge
 from bridge import textbook
 from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_call, qkv
-from torch_bridge import combine, explain_flash_attention, flash_attention, ops, programs
+from torch_bridge import (
+    combine,
+    explain_flash_attention,
+    flash_attention,
+    ops,
+    programs,
+    scaled_dot_product_attention,
+)
 
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
 Q, KV = (B, H, L, E), (B, G, S, E)
@@ -276,10 +284,25 @@ X, K = torch.zeros(Q), torch.zeros(KV)
     (dict(segment_ids=(IDS[0], IDS[0])), RuntimeError, r"segment_ids\[1\] must hold integers .*\(2, 7\)"),
     (dict(segment_ids=(IDS[0], IDS[1] + 2**31)), ValueError, r"segment_ids\[1\] must be below 2\^31"),
     (dict(is_causal=1), TypeError, "is_causal must be bool"),
+    (dict(window=(-1, 0)), ValueError, "None, not -1, is no limit"),
+    (dict(causal=True), TypeError, r"flash_attention\(\) got an unexpected .*'causal'. Use is_causal=True. It takes"),
+    (dict(window_size=(3, 0)), TypeError, r"Use window=\(left, right\)\. It takes query, .* and deterministic"),
+    (dict(score=abs), TypeError, r"in JAX pallas_flash.flash_attention\(score=\.\.\.\)\. It takes"),
+    (dict(attn_mask=np.ones((L, S), bool)), TypeError, r"attn_mask must be a Tensor or None, got .*ndarray\. Pass"),
 ])
 def test_errors(keywords, error, message):
     with pytest.raises(error, match=message):
         flash_attention(X, K, K, **keywords)
+
+
+@pytest.mark.parametrize("function", [flash_attention, explain_flash_attention, scaled_dot_product_attention])
+def test_arrays_of_other_libraries(function):
+    """The message named scaled_dot_product_attention, whichever was called, and said nothing of what to do."""
+    found = r"query, key, value must be Tensors, got type\(query\)=ndarray, .*torch.from_dlpack\(array\)"
+    with pytest.raises(TypeError, match=found):
+        function(*[np.ones((B, H, L, E))] * 3)
+    with pytest.raises(TypeError, match=r"type\(query\)=list, .*=Tensor\. torch.tensor"):
+        function([[1.0]], K, K)
 
 
 def test_errors_of_shapes():

@@ -84,9 +84,8 @@ def padding(side, length=LENGTH, count=3):
 
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 0]])
 INPUTS = {
-    "whole": dict,
-    "left": lambda: dict(attention_mask=padding("left")),
-    "right": lambda: dict(attention_mask=padding("right")),
+    "left": lambda: dict(attention_mask=padding("left"), use_cache=False),
+    "right": lambda: dict(attention_mask=padding("right"), use_cache=False),
     "packed": lambda: dict(position_ids=PACKED, use_cache=False),
 }
 
@@ -125,8 +124,8 @@ def written_out():
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "case"), [
-    ("Llama", "whole"), *((name, case) for name in MODELS for case in ("left", "right", "packed"))])
+@pytest.mark.parametrize("case", INPUTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_eager(name, case):
     assert_same(causal_lm(name), INPUTS[case]())
     assert written_out() == []
@@ -357,15 +356,44 @@ def test_a_function_that_means_something_else_is_not_known(monkeypatch):
 def test_whatever_looks_into_a_rule_sees_the_mask():
     rule = masks.mask(batch_size=2, q_length=5, kv_length=7, mask_function=hf.sliding_window_causal_mask_function(3),
                       q_offset=2, attention_mask=padding("left", 7, 2).bool())
-    truth = rule.written_out()
+    truth = rule.clone().written_out()
     assert type(truth) is torch.Tensor and isinstance(rule, torch.Tensor) and rule.dtype == torch.bool
-    assert isinstance(rule.contiguous(), Rule) and isinstance(rule.detach(), Rule) and written_out() == []
+    assert isinstance(rule.contiguous(), Rule) and isinstance(rule.detach(), Rule)
+    assert rule.to("meta").device.type == "meta" and isinstance(rule.to("meta"), Rule) and written_out() == []
     assert torch.equal(rule[:, :, :, :3], truth[:, :, :, :3])
     assert torch.equal(rule & False, truth & False) and torch.equal(rule.to(torch.float32), truth.float())
     assert torch.equal(torch.where(rule, 0.0, -1.0), torch.where(truth, 0.0, -1.0))
     assert torch.equal(torch.cat((rule, rule), 3), torch.cat((truth, truth), 3))
-    assert torch.equal(rule.clone().written_out(), truth) and torch.equal(rule.to("cpu"), truth)
-    assert len(written_out()) == 6 and "Rule" in repr(rule)
+    assert torch.equal(rule.clone(), truth) and torch.equal(rule.to("cpu"), truth)
+    assert len(written_out()) == 7 and "Rule" in repr(rule)
+
+
+def and_in_place(rule):
+    rule &= torch.arange(7) != 3
+
+
+def set_item(rule):
+    rule[:, :, 2:, 3] = False
+    rule.detach()[:, :, :2, 3] = False
+
+
+def fill_a_view(rule):
+    rule.clone().fill_(False)
+    rule[..., 3].fill_(False)
+
+
+@pytest.mark.parametrize("change", [and_in_place, set_item, fill_a_view])
+def test_what_a_model_writes_into_a_rule_counts(change):
+    """Regression: it was written into a copy, and attention went by the bounds."""
+    rule = masks.mask(batch_size=2, q_length=5, kv_length=7, q_offset=2)
+    truth = rule.clone().written_out()
+    truth[..., 3] = False
+    change(rule)
+    assert torch.equal(rule & True, truth)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer_call("pallas", q, k, k, rule), layer_call("sdpa", q, k, k, truth))
+        torch.testing.assert_close(layer_call("pallas", q, k, k, rule.clone()), layer_call("sdpa", q, k, k, truth))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -415,6 +443,8 @@ def test_what_cannot_be_right_is_refused():
     for name in ("sinks", "indices", "block_indices"):
         with pytest.raises(NotImplementedError, match=f"passes '{name}', which pallas_flash does not read"):
             layer_call("pallas", q, q, q, None, **{name: torch.zeros(1)})
+    with pytest.raises(TypeError, match=r"buckets must be a function .*buckets=64"):
+        torch_bridge.transformers.register(buckets=64)
     torch_bridge.transformers.register("short", buckets=lambda length: length - 1)
     with torch.no_grad(), pytest.raises(ValueError, match="Round up"):
         layer_call("short", q, q, q, None)
@@ -428,7 +458,7 @@ def test_dropout_is_drawn_from_torchs_generator():
     for _ in range(2):
         torch.manual_seed(3)
         outs.append(layer_call("pallas", q, q, q, None, dropout=0.5))
-    assert torch.equal(*outs) and not torch.equal(outs[0], layer_call("pallas", q, q, q, None))
+    assert torch.equal(*outs) and not torch.equal(outs[0], layer_call("pallas", q, q, q, None, dropout=0.5))
 
 
 def test_a_compiled_model(quiet):

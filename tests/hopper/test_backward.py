@@ -18,7 +18,7 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import device, masks, softmax
-from pallas_flash.kernels.hopper import defaults, launches, rules, scores, work
+from pallas_flash.kernels.hopper import defaults, dropout, launches, rules, scores, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic import interpret
 from pallas_flash.spec import AttentionSpec, Gradients
@@ -50,7 +50,8 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "ordered-own-full": (OWN_ORDERED, dict(q_len=70, kv_len=300, d=64, d_v=64, mask=masks.Full(), deterministic=True)),
     "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
-    "fused-own-ragged": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full())),
+    "fused-own-ragged-dropout-gqa": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full(), q_heads=2,
+                                               dropout_rate=0.3)),
     "two": (TWO, dict(q_len=150, kv_len=100, d=64, d_v=64, q_heads=2, mask=masks.Causal(-20))),
     "two-pipelined-float16": (PIPELINED, dict(q_len=100, kv_len=130, d=40, d_v=72, mask=masks.Causal(30),
                                         dtypes=("float16",))),
@@ -58,7 +59,8 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "two-tiny-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=1e-40)),  # lse / scale is no float32
     "two-negative-scale": (TWO, dict(q_len=100, kv_len=100, d=64, d_v=64, scale=-0.2)),
     "split": (SPLIT, dict(q_len=130, kv_len=130, d=256, d_v=256)),
-    "split-d192-d128-gqa": (SPLIT, dict(q_len=70, kv_len=130, d=192, d_v=128, q_heads=2, mask=masks.Causal(60))),
+    "split-d192-d128-dropout-gqa": (SPLIT, dict(q_len=70, kv_len=130, d=192, d_v=128, q_heads=2, mask=masks.Causal(60),
+                                                dropout_rate=0.3)),
     "split-softcap-float16": (SPLIT, dict(q_len=70, kv_len=70, d=72, d_v=136, softcap=2.0, dtypes=("float16",))),
 }
 
@@ -84,8 +86,9 @@ def is_atomic(buffer_key, source_info):
 
 
 def interpreted(schedule, spec, operands, saved):
-    """The gradients, from q, k and v, and what the forward saved and the cotangents."""
-    return interpreted_gradients(schedule, spec, (operands.q, operands.k, operands.v, *saved))
+    """The gradients, from q, k and v, what the forward saved and the cotangents, and dropout's keys."""
+    arrays = operands.q, operands.k, operands.v, *saved, *dropout.inputs(spec, operands)
+    return interpreted_gradients(schedule, spec, arrays)
 
 
 def interpreted_gradients(schedule, spec, arrays):
@@ -99,7 +102,7 @@ def interpreted_gradients(schedule, spec, arrays):
     with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
           interpret.interpreted(detect_races=True)):
         dq, dk, dv = launches.backward(spec, schedule)(*arrays)
-        found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None)
+        found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"
     assert not any(seen.races_found for seen in detectors)
@@ -322,7 +325,7 @@ def test_a_bad_key_leaves_keys_of_other_queries_alone(name, options):
         np.testing.assert_allclose(x, expected, rtol=0.02, atol=0.02 * np.abs(expected).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["fused", "fused-own-window-bhld", "two", "split", "split-d192-d128-gqa"])
+@pytest.mark.parametrize("name", ["fused", "fused-own-window-bhld", "two", "split", "split-d192-d128-dropout-gqa"])
 def test_idle_queries_are_not_looked_at(name):
     """NaN in queries that attend to nothing, and in their dout."""
     schedule, problem = problem_of(name)

@@ -13,7 +13,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import device, masks, reference
-from pallas_flash.kernels.hopper import defaults, launches, rules
+from pallas_flash import dropout as bits
+from pallas_flash.kernels.hopper import defaults, dropout, launches, rules
 from pallas_flash.kernels.hopper.forward import kernel as forward
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
@@ -21,6 +22,7 @@ from pallas_flash.spec import AttentionSpec, Operands
 pytestmark = pytest.mark.interpreted
 CAUSAL = masks.Causal()
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+SEED = 0x243F6A88, 0x85A308D3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Case:
     given_up: bool = False  # whether tiles must be given up and done again
     repaired: bool = False  # whether rows are spoiled even then
     partial: bool = False
+    dropout_rate: float = 0.0  # then values are unit vectors, and out is the weights that are kept
+
+    @property
+    def seed(self):
+        return jnp.array(SEED, jnp.uint32) if self.dropout_rate else None
 
 
 TIMES = dict(warpgroups=1, block_kv=64, maxima=4)
@@ -89,6 +96,8 @@ CASES = {
     "at-times-softcap": Case(70, 700, TIMES | dict(num_stages=1), masks.Causal(600), scale=2.0, softcap=80.0),
     "at-times-negative-scale": Case(70, 700, TIMES | dict(warpgroups=2, held_columns=32), masks.Window(600, 3, 630),
                                     scale=-0.7),
+    "dropout": Case(110, 110, dict(warpgroups=1, block_kv=64), heads=(2, 1), d=(64, 112), bad_keys=(100,),
+                    dropout_rate=0.3),
     "nan-key-window": Case(200, 200, dict(warpgroups=2, block_kv=32), masks.Window(30, 5), heads=(2, 1), layout="BHLD",
                            bad_keys=(60,)),
 }
@@ -108,6 +117,8 @@ def operands(case):
         q[index(slice(0, None, 2))] = np.sqrt(case.d[0])
         for first, stop, by in case.jumps:
             k[index(slice(first, stop))] = by
+    if case.dropout_rate:
+        v = np.broadcast_to(np.eye(case.kv_len, case.d[1])[None, :, None], shape(*sizes[2]))
     return [jnp.asarray(x).astype(case.dtype) for x in (q, k, v * case.v_scale)]
 
 
@@ -121,8 +132,9 @@ def run(case, spec, q, k, v):
     default = defaults.default_forward(spec, device.H100)
     schedule = dataclasses.replace(default, **(dict(num_blocks=2, maxima=0) | case.schedule))
     assert rules.reasons_against(spec, schedule, 232_448) == []
+    keys = dropout.inputs(spec, Operands(q, k, v, None, (), case.mask, (), case.seed, None, None))
     with interpreted(detect_races=True):
-        out, stats = launches.forward(spec, schedule)(q, k, v)
+        out, stats = launches.forward(spec, schedule)(q, k, v, *keys)
         out.block_until_ready()
     assert not gpu_callbacks.get_races().races_found
     return out, stats
@@ -156,16 +168,17 @@ def give_nothing_up(block, tile, rows, spoiled):
 
 def check(case):
     q, k, v = operands(case)
-    spec = AttentionSpec.of(q, k, v, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap,
-                            partial=case.partial)
+    options = dict(layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap,
+                   dropout_rate=case.dropout_rate)
+    spec = AttentionSpec.of(q, k, v, partial=case.partial, **options)
     bad = list(case.bad_keys)
     axis = 1 if case.layout == "BLHD" else 2
     poisoned = v.at[(slice(None),) * axis + (jnp.asarray(bad, int),)].set(jnp.nan) if bad else v
     out, stats = run(case, spec, q, k, poisoned)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
-        wide_spec = AttentionSpec.of(*wide, layout=case.layout, mask=case.mask, scale=case.scale, softcap=case.softcap)
-        results = reference.forward(wide_spec, Operands(*wide, None, (), case.mask, (), None, None, None))
+        wide_spec = AttentionSpec.of(*wide, **options)
+        results = reference.forward(wide_spec, Operands(*wide, None, (), case.mask, (), case.seed, None, None))
         expected, expected_lse = np.asarray(results[0]), np.asarray(results[1])[:, :, 0]
     keep = np.broadcast_to(case.mask.keep(np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None]),
                            (case.q_len, case.kv_len))
@@ -181,3 +194,7 @@ def check(case):
     assert np.isnan(out[:, :, sees_bad]).all()
     np.testing.assert_allclose(stats[:, :, 0], expected_lse, rtol=1e-5, atol=1e-4)
     assert (out[:, :, ~keep.any(axis=1)] == 0).all()
+    if case.dropout_rate:
+        kept = bits.keep(case.seed, *np.ogrid[:1, :case.heads[0], :case.q_len, :case.kv_len], case.dropout_rate)
+        kept = (np.asarray(kept) & keep)[:, :, ~sees_bad]
+        np.testing.assert_array_equal(out[:, :, ~sees_bad, :case.kv_len] > 0, kept)

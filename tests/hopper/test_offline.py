@@ -19,6 +19,7 @@ from tests.hopper.offline import places, sass
 
 ROOT = Path(__file__).parents[2]
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
+OUTSIDE = 4  # bytes of spills with dropout, outside of the loops that multiply: heads of 256, the kernel of dq
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
 WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 12) else places.why_not()
 
@@ -29,7 +30,10 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+gradients+softcap" for d in (64, 128, 256)),
          *(f"causal-d{d}-s2048+gradients+softcap+deterministic" for d in (64, 128)),
          *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged",
-         *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial"]
+         "causal-d64-s2048+gradients+documents", "causal-d128-s2048+gradients+documents+lengths",
+         "causal-d256-s2048+gradients+lengths",
+         *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
+         *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256))]
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -41,7 +45,7 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
         assert report["compiled"], report
         assert report["registers"], "ptxas' report is missing"
         assert not REJECTED & set(report["advice"]), report
-        assert report["spill_bytes"] == 0, report
+        assert report["spill_bytes"] <= (OUTSIDE if "dropout" in name else 0) and not report["spills_inside"], report
         if report["multiplies"]:
             assert report["moved_descriptors"] is not None, "no innermost loop multiplies"
             assert report["moved_descriptors"] <= MOVED_DESCRIPTORS, report

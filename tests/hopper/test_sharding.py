@@ -18,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_flash import device, masks
-from pallas_flash.kernels.hopper import defaults, launches
+from pallas_flash import dropout as bits
+from pallas_flash.kernels.hopper import defaults, dropout, launches
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands
@@ -137,6 +138,25 @@ def test_a_shards_spec_is_that_of_its_arrays():
     assert seen[-1] == (2, 2, 1, (2, 24, 2, 8), (2, 16, 1, 8))
 
 
+def test_a_shard_drops_what_the_whole_drops():
+    """Its keys of dropout are those of its batch entries and heads in the whole."""
+    spec, (q, k, v, *_) = make(8, 4)
+    spec = dataclasses.replace(spec, dropout_rate=0.5)
+    seed = jnp.array([1, 2], jnp.uint32)
+    operands = Operands(q, k, v, None, (), spec.mask, (), seed, None, None)
+    (keys,) = dropout.inputs(spec, operands)
+
+    def kept(spec, q, k, v, keys):
+        q_pos, kv_pos = (jnp.arange(n, dtype=jnp.uint32) for n in (spec.q_len, spec.kv_len))
+        key = jax.lax.bitcast_convert_type(keys, jnp.uint32)[..., None, None]
+        flags = bits.kept_by((key[:, :, 0], key[:, :, 1]), q_pos[None, None, :, None], kv_pos[None, None, None], 0.5)
+        return jnp.broadcast_to(flags.any(axis=3)[:, :, None], spec.stats_shape).astype(spec.dtype),
+    there = placed(spec, mesh_of(x=2, y=4), (q, k, v, q, keys), "x", "y", "y")
+    found = jax.jit(functools.partial(split, kept, "query key key row -> row", spec))(*there[:3], there[4])[0]
+    whole = bits.keep(seed, *np.ogrid[:4, :8, :24, :16], 0.5).any(axis=3)
+    assert np.array_equal(found[:, :, 0] > 0, whole)
+
+
 def test_the_kernel_is_lowered_for_a_shard():
     """The partitioner asks for a shard's kernel and gets it; a CPU has no use for it."""
     build = functools.cache(lambda spec: launches.forward(spec, defaults.default_forward(spec, device.H100)))
@@ -218,7 +238,7 @@ def test_on_one_device_and_exported_nothing_is_split():
 
 
 def test_problems_whose_shards_are_none_are_not_split():
-    """Random bits, and arrays of a mask that are no arguments, are those of the whole problem."""
+    """Arrays of a mask that are no arguments are those of the whole problem."""
     spec, arrays = make(8, 4)
     mask = masks.InBounds(kv_len=np.arange(4, 8)).canonical()
     with_lengths = dataclasses.replace(spec, mask=mask.with_placeholders())

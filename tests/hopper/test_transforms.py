@@ -15,6 +15,7 @@ from pallas_flash.spec import AttentionSpec, Operands
 
 Q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
 STACKED = jax.ShapeDtypeStruct((3, *Q.shape), Q.dtype)
+OFFSETS = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
 
 
 def attend(q, k, v):
@@ -44,6 +45,12 @@ def scanned(q, k, v):
     return jax.lax.scan(lambda x, _: (attend(x, k, v), None), q, None, length=3)[0]
 
 
+def loss_at(q, k, v, offset):
+    """With a mask that holds arrays: an offset, and the lengths of keys."""
+    mask = pf.Causal(offset=offset) & pf.InBounds(kv_len=jnp.array([200, 256]))
+    return pf.flash_attention(q, k, v, mask=mask, implementation="hopper").astype(jnp.float32).sum()
+
+
 KEEP = jax.checkpoint_policies.save_only_these_names(*pf.RESIDUAL_NAMES)
 CASES = {
     "jit": (attend, (Q, Q, Q)),
@@ -56,6 +63,9 @@ CASES = {
     "shard_map-grad-in-turns": (on_two_devices(jax.grad(in_turns, (0, 1, 2))), (Q, Q, Q)),
     "remat": (jax.grad(jax.checkpoint(loss, policy=KEEP), (0, 1, 2)), (Q, Q, Q)),
     "scan": (scanned, (Q, Q, Q)),
+    "grad-arrays": (jax.grad(loss_at, (0, 1, 2)), (Q, Q, Q, OFFSETS[0])),
+    "vmap-grad-arrays": (jax.vmap(jax.grad(loss_at, (0, 1, 2)), in_axes=(0, None, None, 0)),
+                         (STACKED, Q, Q, OFFSETS[1])),
     "shard_map": (on_two_devices(attend), (Q, Q, Q)),
     "shard_map-grad": (on_two_devices(jax.grad(loss, (0, 1, 2))), (Q, Q, Q)),
 }

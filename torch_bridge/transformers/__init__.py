@@ -33,10 +33,14 @@ def register(name: str = "pallas", *, buckets: Callable[[int], int] | None = buc
     Raises:
       ModuleNotFoundError: transformers is not installed.
       ValueError: the name has "flash" or "|" in it.
+      TypeError: buckets is not a function.
     """
     if "flash" in name or "|" in name or not name:
         raise ValueError('name must not be empty, nor contain "flash" or "|", to which transformers gives a meaning of '
                          f'its own, got {name=}. Leave it out: "pallas".')
+    if buckets is not None and not callable(buckets):
+        raise TypeError(f"buckets must be a function length -> length, or None, got {buckets=}. Leave it out for the "
+                        "lengths of torch_bridge.transformers.bucket.")
     try:
         import transformers
     except ModuleNotFoundError as error:

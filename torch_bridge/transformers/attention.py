@@ -92,6 +92,8 @@ def _masked(tensors: tuple[Tensor, Tensor], attention_mask: Tensor | None, is_ca
     function: causal from the first key, and no mask at all for a single query.
     """
     query, key = tensors
+    if isinstance(attention_mask, Rule) and attention_mask.is_written_out:
+        attention_mask = attention_mask.written_out()
     if isinstance(attention_mask, Rule):
         bounds = attention_mask.bounds
         window = None if bounds.left is bounds.right is None else (bounds.left, bounds.right)
@@ -125,30 +127,42 @@ def _bias(position_bias: Tensor | None, attention_mask: Tensor | None, query: Te
 
 def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Tensor], masked: _Masked,
                 numbers: dict[str, Any]) -> Tensor:
-    """`flash_attention` of tensors padded to buckets; padded keys are beyond kv_lengths."""
+    """`flash_attention` of tensors padded to buckets. What was there before sees no key that is padding."""
     query, key, value = tensors
     q_len, kv_len = query.shape[2], key.shape[2]
     q_size, kv_size = 1 if q_len == 1 else buckets(q_len), buckets(kv_len)
     if q_size < q_len or kv_size < kv_len:
         raise ValueError(f"buckets must give lengths of at least the given ones, got {q_size} for {q_len} and {kv_size}"
                          f" for {kv_len}. Round up.")
-    ids, attn_mask = masked.ids, masked.attn_mask
-    if ids is not None:
-        ids = padded(ids[0], q_size, 1, -1), padded(ids[1], kv_size, 1, -1)
-    if attn_mask is not None:
-        attn_mask = _padded_mask(attn_mask, (q_len, kv_len), (q_size, kv_size))
-    arguments = masked._replace(ids=ids, attn_mask=attn_mask).arguments()
+    arguments = _padded_masks(masked, (q_len, kv_len), (q_size, kv_size)).arguments()
     if masked.window is not None and masked.offset:
         arguments["causal_offset"] = torch.full((1,), masked.offset, dtype=torch.int32, device=query.device)
-    lengths = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
+    if _sees_padding(masked, q_len, kv_len):
+        arguments["kv_lengths"] = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
     out: Tensor = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
-                                  kv_lengths=lengths, **arguments, **numbers)
+                                  **arguments, **numbers)
     return out[:, :, :q_len]
 
 
-def _padded_mask(attn_mask: Tensor, lengths: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
-    """A mask for padded queries and keys; axes of size 1 for all queries or all keys stay."""
-    for axis, length, size in zip((attn_mask.dim() - 2, attn_mask.dim() - 1), lengths, sizes, strict=True):
-        if attn_mask.shape[axis] == length:
-            attn_mask = padded(attn_mask, size, axis)
-    return attn_mask
+def _padded_masks(masked: _Masked, lengths: tuple[int, int], sizes: tuple[int, int]) -> _Masked:
+    """Padded keys have no id and False; axes of size 1 for all queries or all keys stay."""
+    ids, attn_mask = masked.ids, masked.attn_mask
+    if ids is not None:
+        ids = padded(ids[0], sizes[0], 1, -1), padded(ids[1], sizes[1], 1, -1)
+    if attn_mask is not None:
+        for axis, length, size in zip((attn_mask.dim() - 2, attn_mask.dim() - 1), lengths, sizes, strict=True):
+            if attn_mask.shape[axis] == length:
+                attn_mask = padded(attn_mask, size, axis)
+    return masked._replace(ids=ids, attn_mask=attn_mask)
+
+
+def _sees_padding(masked: _Masked, q_len: int, kv_len: int) -> bool:
+    """Whether a query would see keys from kv_len on. A rule of static numbers alone is what most kernels take, so what
+    follows from it needs no run-time length; it follows for all lengths of a kind of call, or for none.
+    """
+    if masked.ids is not None:
+        return False
+    if masked.attn_mask is not None and masked.attn_mask.dtype == torch.bool and masked.attn_mask.shape[-1] == kv_len:
+        return False
+    right = None if masked.window is None else masked.window[1]
+    return right is None or q_len - 1 + masked.offset + right >= kv_len

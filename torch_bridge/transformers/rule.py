@@ -1,7 +1,8 @@
 """Which keys a query attends to, as bounds and ids: a boolean tensor (batch, 1, q_len, kv_len) that holds no elements.
 
 Models hand masks on, but some slice, move or add them. Whatever PyTorch operation looks into a `Rule` gets the mask
-written out, so a model that does more with it than hand it on is slower, not wrong.
+written out, once, and works on that memory: a view of it, or what is written into it, is the mask from then on. So a
+model that does more with a mask than hand it on is slower, not wrong.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,13 @@ class Bounds(NamedTuple):
     offset: int
 
 
+class _Written:
+    """The mask in memory, if somebody has looked into it; shared by the aliases of a rule."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+
 class Rule(torch.Tensor):
     """The pairs that are within the bounds and have equal ids; an id below 0 has no equal.
 
@@ -35,6 +43,7 @@ class Rule(torch.Tensor):
     bounds: Bounds
     q_ids: torch.Tensor | None
     kv_ids: torch.Tensor | None
+    _written: _Written
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -46,10 +55,21 @@ class Rule(torch.Tensor):
             Rule, tuple(shape), dtype=torch.bool, device=torch.device(device))
         rule.bounds = bounds
         rule.q_ids, rule.kv_ids = (None, None) if ids is None else ids
+        rule._written = _Written()
         return rule
 
+    @property
+    def is_written_out(self) -> bool:
+        """Whether somebody has looked into the mask, and may have changed it: its memory says what it is."""
+        return self._written.mask is not None
+
     def written_out(self) -> torch.Tensor:
-        """The same as an ordinary boolean tensor."""
+        """The same as an ordinary boolean tensor, always in the same memory."""
+        if self._written.mask is None:
+            self._written.mask = self._computed()
+        return self._written.mask
+
+    def _computed(self) -> torch.Tensor:
         left, right, offset = self.bounds
         distance = (torch.arange(self.shape[3], device=self.device)[None, :]
                     - torch.arange(offset, offset + self.shape[2], device=self.device)[:, None])
@@ -71,19 +91,23 @@ class Rule(torch.Tensor):
             cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
             kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if function in _MOVES and kwargs.get("dtype", torch.bool) == torch.bool:
-            return args[0]._moved(function, kwargs)
+        if function in _ALIASES or (function in _COPIES and kwargs.get("dtype") in (None, torch.bool)
+                                    and not args[0].is_written_out):
+            return args[0]._again(function in _ALIASES, kwargs.get("device"))
         shape = next(tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Rule))
         records.count("mask", "dense", f"attention_mask {shape}", (f"the model calls {function} on it",))
         args, kwargs = pytree.tree_map_only(Rule, Rule.written_out, (args, dict(kwargs)))
         return function(*args, **kwargs)
 
-    def _moved(self, function: Callable[..., torch.Tensor], kwargs: Mapping[str, Any]) -> "Rule":
-        device = torch.device(kwargs.get("device") or self.device)
+    def _again(self, is_alias: bool, device: torch.device | None) -> "Rule":
+        device = torch.device(device or self.device)
         ids = None if self.q_ids is None or self.kv_ids is None else (self.q_ids.to(device), self.kv_ids.to(device))
-        return Rule.of(self.shape, device, self.bounds, ids)
+        rule = Rule.of(self.shape, device, self.bounds, ids)
+        if is_alias:
+            rule._written = self._written
+        return rule
 
 
-_MOVES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default,
-          torch.ops.aten._to_copy.default}
-"""Operations of which the result is the same mask."""
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+"""Operations whose result is the same mask."""

@@ -12,14 +12,14 @@ import jax
 
 from pallas_flash import masks
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import defaults, launches, mask_arrays
+from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "passes"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,21 +69,48 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
 
 
-@vmappable
-def forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+    """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
+    arrays that JAX makes beside the launches.
+    """
+    if spec.mask.has_arrays or spec.dropout_rate:
+        return None
+    return (launches.forward(spec, defaults.default_forward(spec, device)),
+            launches.backward(spec, defaults.default_backward(spec, device)))
+
+
+def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
+    return _run_forward(spec, _without_seed(operands), dropout.inputs(spec, operands))
+
+
+def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
+             dstats: jax.Array) -> Gradients[jax.Array]:
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
+    results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
+    return _run_backward(spec, _without_seed(operands), results, cotangents, keys)
+
+
+def _without_seed(operands: Operands) -> Operands:
+    """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
+    return operands._replace(dropout_seed=None)
+
+
+@vmappable
+def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
+                 keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key {'field ' * len(fields)}-> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *fields)
+    roles = f"query key key {'row ' * len(keys)}{'field ' * len(fields)}-> query row"
+    arrays = operands.q, operands.k, operands.v, *keys, *fields
+    out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 
 
 @vmappable
-def backward(spec: AttentionSpec, device: Device, operands: Operands, out: jax.Array, stats: jax.Array,
-             dout: jax.Array, dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
+def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
+                  cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key query row query row {'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, out, stats, dout, dstats, *fields
+    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -116,7 +116,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
-    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128):
+    spills = spec.d == 128 and spec.softcap is not None and spec.dropout_rate > 0  # 208 bytes, in the loop
+    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
             return BackwardSchedule(fused)

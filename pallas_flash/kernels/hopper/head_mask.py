@@ -16,9 +16,6 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = ["ArrayMask", "HeadMask", "StaticMask"]
 
-_COLUMNS = 32
-"""Ids of columns are loaded for so many at a time: with all at once registers would be spilled."""
-
 
 class StaticMask(NamedTuple):
     """A mask without arrays: the same for all batch entries and heads."""
@@ -96,14 +93,8 @@ class ArrayMask(NamedTuple):
         if keys_dim == 0:
             rows, columns = ("kv_ids", rows[1]), ("q_ids", columns[1])
         (name, first), own = columns, self._rows(rows[0], 0, rows[1])
-
-        def part(i: int) -> Fragment:
-            piece = s[:, i:i + _COLUMNS]
-            ids = registers.load_row(self.gmem[name], (*self._at(name), 0), first + i, piece.shape[1])
-            same = registers.spread(own, piece.shape[1]) == registers.stack(ids)
-            return jnp.where(same, piece, -jnp.inf)
-
-        return registers.concatenate([part(i) for i in range(0, s.shape[1], _COLUMNS)])
+        ids = registers.load_row(self.gmem[name], (*self._at(name), 0), first, s.shape[1])
+        return jnp.where(registers.spread(own, s.shape[1]) == registers.stack(ids), s, -jnp.inf)
 
     def _rows(self, name: str, i: int, first: Index) -> Int[Array, "64"]:
         """Loads a number for each of 64 rows: row i of an array, from position `first` on."""

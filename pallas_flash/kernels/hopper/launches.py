@@ -5,14 +5,14 @@ forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant.
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
-Where the mask holds arrays, each pass has those of `mask_arrays` as more inputs, after the others; the forward's table
-is one of them then.
+With dropout both also take its keys (`hopper.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
+more inputs, last; the forward's table is one of them then.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.kernels.hopper import mask_arrays, work
+from pallas_flash.kernels.hopper import dropout, mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, SplitSchedule
@@ -25,8 +25,8 @@ __all__ = ["backward", "forward"]
 def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
     arrays = spec.mask.has_arrays
-    return Pass(inputs=_operands(spec) | (mask_arrays.types(spec, schedule) if arrays else {}),
-                constants={} if arrays else {"table": work.forward_table(spec, schedule)},
+    inputs = _operands(spec) | dropout.input_types(spec) | (mask_arrays.types(spec, schedule) if arrays else {})
+    return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
 
 
@@ -39,6 +39,7 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
+    inputs |= dropout.input_types(spec)
     if spec.mask.has_arrays:
         inputs |= mask_arrays.types(spec, schedule)
     first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)

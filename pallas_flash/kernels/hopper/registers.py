@@ -28,7 +28,7 @@ __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
     "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
     "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
-    "store_row_stats", "store_rows", "store_zeros", "zeros",
+    "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
@@ -158,7 +158,7 @@ def load_chunks(ref: Ref, first: int, columns: int, dtype: np.dtype) -> Fragment
     def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
         i32, pair = ptx.i32(), ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
         const = lambda value: mgpu.utils.c(value, i32)
-        warp, row, quarter = _thread()
+        warp, row, quarter = thread_in_tile()
         start = arith.addi(arith.muli(warp, const(16 * CHUNK)), arith.addi(
             arith.muli(row, const(CHUNK)), arith.muli(quarter, const(2))))
         layout = TILE.to_mgpu()
@@ -255,7 +255,7 @@ def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns:
         a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
         times = lambda x, n: arith.muli(x, mgpu.utils.c(n, i64))
         row = arith.addi(times(arith.addi(times(arith.addi(times(a, second), b), third), c), width), first)
-        quarter = _thread()[2]  # columns 8 j + 2 quarter + 0, 1
+        quarter = thread_in_tile()[2]  # columns 8 j + 2 quarter + 0, 1
         row = arith.addi(row, arith.extui(i64, arith.muli(quarter, mgpu.utils.c(2, i32))))
         element = ir.MemRefType(ref.type).element_type
         layout = COLUMN_LAYOUT.to_mgpu()
@@ -370,7 +370,7 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
         i32, i64, f32 = ptx.i32(), ir.IntegerType.get_signless(64), ir.F32Type.get()
         const = lambda value: mgpu.utils.c(value, i32)
         times = lambda x, n: arith.muli(arith.extui(i64, x), mgpu.utils.c(n, i64))
-        warp, row, quarter = _thread()
+        warp, row, quarter = thread_in_tile()
         places = [i.registers.item() for i in index]
         places[axis] = arith.addi(places[axis], arith.addi(arith.muli(warp, const(16)), row))
         start = arith.addi(times(quarter, 2), mgpu.utils.c(column, i64))
@@ -416,7 +416,7 @@ def _unravelled(row: Index, shape: tuple[int, ...]) -> tuple[Index, ...]:
     return row, *indices
 
 
-def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
+def thread_in_tile() -> tuple[ir.Value, ir.Value, ir.Value]:
     """Warp, row and quarter of a row of this thread in an 8-row group of the layout TILE; made where they are used, or
     LLVM would keep what follows from them through every loop.
     """

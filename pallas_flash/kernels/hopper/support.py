@@ -2,6 +2,7 @@
 
 from pallas_flash import masks, tiles
 from pallas_flash.device import Device
+from pallas_flash.filled import Filled
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
@@ -34,9 +35,8 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules: tuple[tuple[bool, str], ...] = (
-        (spec.mask.has_arrays, "a mask that holds arrays"),
-    )
+    rules = ((spec.mask.has_arrays, "a mask that holds arrays"),
+             (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
 
@@ -68,10 +68,10 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
-        (spec.pages is None, "takes no keys and values in pages yet (keys that lie one after the other it takes)"),
+        (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
-        (spec.dropout_rate == 0, f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where "
-         "nothing is trained)"),
+        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
+         "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
 
@@ -80,9 +80,11 @@ def _mask_reasons(mask: masks.Mask) -> list[str]:
     """A mask without arrays may be of any class. Where one part holds arrays, the kernels know all parts by class."""
     if not mask.has_arrays:
         return []
-    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
+    is_cached = any(type(part) is Filled for part in mask.parts)
+    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part) and type(part) is not Filled})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
+        (not is_cached, "takes no cache of keys and values yet"),
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds and packed sequences of "
          f"these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as SegmentIds; a mask "
          "without arrays may be of any class)"),

@@ -134,11 +134,10 @@ class Split:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the shards of a problem are problems by themselves: those of a bias, of random bits, or of a mask
-        whose arrays are not among the call's are not.
+        """Whether the shards of a problem are problems by themselves: those of a bias, or of a mask whose arrays are
+        not among the call's, are not. Dropout's bits are: each batch entry and head brings its own key.
         """
-        has_fields = self.names[0].count("field") == len(jax.tree.leaves(self.spec.mask))
-        return has_fields and not (self.spec.bias is not None or self.spec.dropout_rate)
+        return self.spec.bias is None and self.names[0].count("field") == len(jax.tree.leaves(self.spec.mask))
 
     @property
     def names(self) -> tuple[list[str], list[str]]:

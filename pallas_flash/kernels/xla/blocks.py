@@ -37,7 +37,7 @@ class Problem:
     """A spec and its operands, padded to whole tiles, heads split, with the mask that also cuts off the padding.
 
     Attributes:
-      reaches_back: keys are not padded, and the last tile, which they do not fill, begins with keys of the one before.
+      keys_in_place: keys are a cache, which is neither padded nor copied.
     """
 
     spec: AttentionSpec
@@ -52,7 +52,7 @@ class Problem:
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
     page_table: Int[Array, "b p"] | None
-    reaches_back: bool
+    keys_in_place: bool
 
     @property
     def unit(self) -> float:
@@ -97,7 +97,15 @@ class Problem:
         """One tile of k or v."""
         if self.page_table is not None:
             return paging.rows(array, self.page_table, self._kv_positions(tile), self.kv_axis)
+        if self.keys_in_place and self.spec.layout == "BLHD":
+            # XLA wants what it multiplies heads first: of a slice it would copy the whole cache into that layout.
+            return jnp.take(array, self._kv_positions(tile), axis=self.kv_axis, mode="clip")
         return slice_tile(array, tile, self.schedule.block_kv, self.kv_axis)
+
+    @property
+    def reaches_back(self) -> bool:
+        """Whether the last tile, which the keys do not fill, begins with keys of the one before."""
+        return self.keys_in_place and self.spec.kv_len % self.schedule.block_kv != 0
 
     def einsum(self, subscripts: str, a: Array, b: Array) -> Array:
         """A product accumulated in the spec's accumulation type; fp32 is never rounded to tf32 or bf16."""
@@ -148,6 +156,7 @@ class Problem:
         if attends is not None:
             keep = attends if keep is None else keep & attends
             s = jnp.maximum(s, jnp.finfo(s.dtype).min)  # masks of it stay finite: a row of them has equal scores
+            s = s if self.score is None else scores.even_if_large(s)  # the anchor knows of the bias alone
         if keep is not None:
             s = jnp.where(keep, s, jnp.full_like(s, -jnp.inf))
         return Tile(s, keep, self._dropped(q_pos, kv_pos, s.dtype), slope, before)
@@ -240,7 +249,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
     q, k = jax.lax.optimization_barrier((operands.q, operands.k))
     axis = spec.layout.index("L")
     q_len, kv_len = _padded(spec, schedule)
-    ragged, kv_ragged = q_len != spec.q_len or kv_len != spec.kv_len, kv_len != spec.kv_len
+    ragged = q_len != spec.q_len or kv_len != spec.kv_len
     if keys_in_place:
         kv_len = spec.kv_len
     bias, anchor = None, None
@@ -253,7 +262,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
         score=expanded_score(spec, operands, schedule),
         mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
         dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin, page_table=operands.page_table,
-        reaches_back=keys_in_place and kv_ragged)
+        keys_in_place=keys_in_place)
 
 
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly

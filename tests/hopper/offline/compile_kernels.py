@@ -69,28 +69,31 @@ def with_arrays(problem, options: list[str]):
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
-    softcap, ragged (48 positions less), partial (results in float32; with gradients always), lengths, documents (a mask
-    that holds arrays beside the problem's)."""
+    softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
+    documents (a mask that holds arrays beside the problem's)."""
     import dataclasses
 
     import jax
+    import jax.numpy as jnp
 
     from pallas_flash import autodiff, device, flash_attention
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
     problem, less = problems.find(name), 48 if "ragged" in options else 0
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
-                                  kv_len=problem.kv_len - less, softcap=30.0 if "softcap" in options else None)
+                                  kv_len=problem.kv_len - less, softcap=30.0 if "softcap" in options else None,
+                                  dropout_rate=0.1 if "dropout" in options else 0.0)
     problem = dataclasses.replace(problem, mask=with_arrays(problem, options))
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
     keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
-                    deterministic=problem.deterministic, return_lse=True, implementation="hopper")
+                    dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
+                    implementation="hopper")
 
     def call(q, k, v):
-        return flash_attention(q, k, v, **keywords)
+        return flash_attention(q, k, v, dropout_rng=jnp.array([1, 2], jnp.uint32), **keywords)
 
     def call_with_gradients(q, k, v):
         results, vjp = jax.vjp(call, q, k, v)

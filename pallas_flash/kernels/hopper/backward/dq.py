@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
-from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Large, Pairs, weights
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     warpgroup: Index
     first: Index  # position
     lse_log2: PerRow
-    delta: PerRow  # -delta
+    delta: PerRow  # what the accumulator of dP starts at: -delta; with dropout -delta / factor
     large: Flag | None  # whether some are large (`scores`); None if none ever is
 
     def own(self, block: Block[DqSchedule], name: str) -> Ref:
@@ -118,6 +118,16 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragme
     return p
 
 
+def kept_of(block: Block[DqSchedule], rows: Rows, kv_tile: Array) -> Kept:
+    """Draws for the weights of a key tile."""
+    columns = block.schedule.block_kv
+    start = lambda: registers.spread(rows.delta, columns)
+    if not block.spec.dropout_rate:
+        return Kept(None, start)
+    draws = dropout.draws(block.spec, block.gmem, (block.batch, block.head), (rows.first, kv_tile * columns), 1)
+    return Kept(dropout.kept(draws, columns), start)
+
+
 def free_keys(block: Block[DqSchedule], i: Index) -> None:
     """Frees the keys of step i."""
     plgpu.barrier_arrive(block.bars["k_free"].at[rem(i, block.schedule.k_stages)])
@@ -144,8 +154,10 @@ def one_step(block: Block[DqSchedule], rows: Rows, i: Array, last: Fragment | No
         dq = wgmma.accumulate(dq, last, keys_of(block, i - 1))
     plgpu.barrier_wait(bars["v_full"].at[v_slot])
     dp = wgmma.multiply_transposed(rows.own(block, "dout"), block.smem["v"].at[v_slot], spec.d_v, from_delta)
-    p = tile_weights(block, rows, block.walk.stop - 1 - i, wgmma.ready(scores, 1 if last is None else 2))
-    ds = p * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
+    kv_tile = block.walk.stop - 1 - i
+    p = tile_weights(block, rows, kv_tile, wgmma.ready(scores, 1 if last is None else 2))
+    kept = kept_of(block, rows, kv_tile)
+    ds = p * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     plgpu.barrier_arrive(bars["v_free"].at[v_slot])
     if last is not None:
         free_keys(block, i - 1)
@@ -201,7 +213,11 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
-        ds = (p * (own.dot("dout", "v", spec.d_v, position) + rows.delta)).astype(spec.dtype).astype(jnp.float32)
+        dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
+        if spec.dropout_rate:
+            place = (block.batch, block.head), rows.first, position
+            dp = jnp.where(dropout.kept_of_key(spec, block.gmem, *place), dp, rows.delta)
+        ds = (p * dp).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = block.mask.keep(columns, rows.first, position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
@@ -225,7 +241,7 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.barrier_wait(block.bars["q_full"].at[warpgroup])
     dq = (gradient_pipelined if s.pipelined else gradient_unpipelined)(block, rows)
     dq = repaired(block, rows, plgpu.layout_cast(dq, registers.TILE))
-    tiles.store_result(spec, dq * spec.scale, block.smem["q"].at[warpgroup], block.gmem["dq"],
+    tiles.store_result(spec, dq * (spec.scale * dropout.factor(spec)), block.smem["q"].at[warpgroup], block.gmem["dq"],
                        (block.batch, block.head, first, 0))
     plgpu.wait_smem_to_gmem(0)
 
@@ -246,9 +262,11 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout, the statistics and, if the mask holds arrays, those of `mask_arrays`.
+    """The launch that makes dq of q, k, v, dout, the statistics, and what mask and dropout need: arrays of
+    `mask_arrays`, and dropout's keys.
     """
-    blocks, extra = work.dq_work(spec, schedule), mask_arrays.names(spec.mask, of_keys=True)
+    blocks = work.dq_work(spec, schedule)
+    extra = *mask_arrays.names(spec.mask, of_keys=True), *dropout.input_types(spec)
 
     def attention_backward_dq(*refs: Any) -> None:
         *arrays, smem, bars = refs

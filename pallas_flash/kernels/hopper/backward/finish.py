@@ -4,7 +4,7 @@ import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.kernels.hopper import dropout, memory, registers, tiles
 from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic.launch import Launch
@@ -33,7 +33,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
     """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     shape = memory.dq_acc_shape(spec, schedule)
-    count = shape[2] * per_tile
+    count, unit = shape[2] * per_tile, spec.scale * dropout.factor(spec)
 
     def attention_backward_finish(acc: Ref, dq: Ref, smem: dict[str, Ref], _: dict[str, Ref]) -> None:
         block = lax.axis_index("block")
@@ -41,7 +41,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         tile, row = div(rows, per_tile), rem(rows, per_tile)
         for column in range(columns):
-            x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * spec.scale
+            x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * unit
             if spec.partial:
                 tiles.store_rows(spec, x, dq, (batch, q_head, rows * CHUNK, column))
             else:

@@ -23,12 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
-from pallas_flash.kernels.hopper.backward.weights import lse_of, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
@@ -148,8 +148,9 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     s = issue_scores(block, warpgroup, slot)
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
-    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
-    return Weights(p.astype(block.spec.dtype), ds.astype(block.spec.dtype))
+    kept = kept_of(block, warpgroup, step)
+    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
 def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
@@ -264,10 +265,11 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
         sums = multiply_weights(block, last, before, *sums)
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
-    ds = slope * plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
+    kept = kept_of(block, warpgroup, step)
+    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     if last is not None:
         free_slot(block, before)
-    w = Weights(p.astype(spec.dtype), ds.astype(spec.dtype))
+    w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums
@@ -312,7 +314,9 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     dk, dv = (plgpu.layout_cast(x, registers.TILE) for x in (dk, dv))
     if s.makes_dq:
         dk, dv = mark_nonfinite(block, warpgroup, spoiled, dk, dv)
-    for name, x in (("k", dk * spec.scale), ("v", dv)):
+    if spec.dropout_rate:
+        dv = dv * dropout.factor(spec)
+    for name, x in (("k", dk * (spec.scale * dropout.factor(spec))), ("v", dv)):
         tiles.store_result(spec, x, block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
     plgpu.wait_smem_to_gmem(0)
 
@@ -349,7 +353,8 @@ def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[
 
 def inputs(spec: AttentionSpec) -> tuple[str, ...]:
     """The arrays that every kernel reads that keeps keys."""
-    return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=False))
+    return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=False),
+            *dropout.input_types(spec))
 
 
 def references(spec: AttentionSpec) -> tuple[str, ...]:

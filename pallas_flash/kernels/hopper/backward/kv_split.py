@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
@@ -77,7 +77,7 @@ def weights_of(block: Block[SplitSchedule], step: Step, lse: weights.Lse, s: Fra
     """Computes P^T of a tile's scores in the input's type, and hands it over."""
     p, slope = weights.tile_weights(block, 0, step, lse, s, SHIFT)
     hand_p_over(block, step, slope)
-    return p.astype(block.spec.dtype)
+    return weights.kept_of(block, 0, step).weights(p).astype(block.spec.dtype)
 
 
 def take_ds(block: Block[SplitSchedule], step: Step, dp: Fragment) -> Fragment:
@@ -85,7 +85,8 @@ def take_ds(block: Block[SplitSchedule], step: Step, dp: Fragment) -> Fragment:
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
     p = registers.load_chunk(block.smem["p"].at[slot, 0])
-    dp = plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
+    kept = weights.kept_of(block, 0, step)
+    dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     plgpu.barrier_arrive(block.bars["p_free"].at[slot])
     free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
@@ -142,7 +143,7 @@ def compute_role(block: Block[SplitSchedule], warpgroup: int) -> None:
         without_bad_rows(block, "v", 0)
     unshift = 2.0**-SHIFT
     dk_unit = spec.scale * (1 if spec.dtype == jnp.float16 else unshift)
-    x = gradient(block, warpgroup) * (unshift, dk_unit)[warpgroup]
+    x = gradient(block, warpgroup) * ((unshift, dk_unit)[warpgroup] * dropout.factor(spec))
     if warpgroup == 0:
         tiles.see_last_phases(block.bars["p_free"], s.p_slots, block.walk.steps)
     kv.meet(block)  # keys and values may be written over

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import memory, registers, tiles, work
+from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
@@ -40,7 +40,8 @@ def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) ->
     lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
     reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
     rounding = ptx.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
-    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
+    start = -delta / dropout.factor(spec) if spec.dropout_rate else -delta
+    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, start),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
 

@@ -9,7 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import registers, wgmma, work
+from pallas_flash.arrays import Array, Bool
+from pallas_flash.kernels.hopper import dropout, registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
 from pallas_flash.kernels.hopper.head_mask import HeadMask
@@ -20,7 +21,8 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Exponents", "Large", "Lse", "Pairs", "lse_of", "start_of_dp", "tile_weights", "weights"]
+__all__ = ["Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "start_of_dp",
+           "tile_weights", "weights"]
 
 
 Exponents = Fragment | PerRow
@@ -116,6 +118,36 @@ def start_of_dp(block: KeyBlock, slot: Index) -> Fragment:
     """Loads -delta of a slot's queries into every row of an accumulator."""
     stats = block.smem["stats"].at[slot, int(Statistics.DELTA)]
     return wgmma.settled(registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT)))
+
+
+class Kept(NamedTuple):
+    """Which weights of a tile dropout keeps."""
+
+    flags: Bool[Array, "64 n"] | None  # None: there is no dropout
+    start: Callable[[], Fragment]  # what the accumulator of dP started at
+
+    def weights(self, p: Fragment) -> Fragment:
+        """Zeroes the weights p that are dropped."""
+        return p if self.flags is None else jnp.where(self.flags, p, 0.0)
+
+    def dp(self, dp: Fragment) -> Fragment:
+        """Takes the product out of dP - delta where a weight is dropped."""
+        return dp if self.flags is None else jnp.where(self.flags, dp, self.start())
+
+
+def kept_of(block: KeyBlock, warpgroup: Index, step: Step) -> Kept:
+    """Draws for the weights P^T of a step."""
+    s = block.schedule
+
+    def start() -> Fragment:
+        stats = block.smem["stats"].at[step.slot(s.num_stages), int(Statistics.DELTA)]
+        return registers.stack(plgpu.load(stats, layout=registers.COLUMN_LAYOUT))
+
+    if not block.spec.dropout_rate:
+        return Kept(None, start)
+    first = step.tile * s.block_q, block.tile * s.block_kv + warpgroup * ROWS_PER_WARPGROUP
+    draws = dropout.draws(block.spec, block.gmem, (block.batch, step.head), first, 0)
+    return Kept(dropout.kept(draws, s.block_q), start)
 
 
 def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import dropout, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -120,12 +120,21 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     s, unit = scaled(block.spec, s), score_unit(block.spec)
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
-    return first_softmax(s, unit, block.spec.dtype)
+    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, unit, block.spec.dtype))
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
     """Sets scores of a key tile to -inf where the mask does not keep a pair."""
     return tile.mask.hide(s, (rows.first, kv_tile * block.schedule.block_kv), 1)
+
+
+def without_dropped(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softmax) -> Softmax:
+    """Zeroes the weights of a key tile that dropout drops. The row sum l_i has them."""
+    if not block.spec.dropout_rate:
+        return state
+    first = rows.first, kv_tile * block.schedule.block_kv
+    draws = dropout.draws(block.spec, block.gmem, (tile.batch, tile.head), first, 1)
+    return state._replace(p=dropout.without_dropped(draws, state.p))
 
 
 def await_keys(block: Block, tile: Tile, rows: Rows, kv_tile: Index) -> None:
@@ -186,7 +195,8 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
             await_keys(block, tile, rows, kv_tile - 1)
         return values_ready(acc)
 
-    return next_softmax(state, (s, unit), maximum, block.schedule.held_columns, wait)
+    state, acc = next_softmax(state, (s, unit), maximum, block.schedule.held_columns, wait)
+    return without_dropped(block, tile, rows, kv_tile, state), acc
 
 
 class Sums(NamedTuple):
@@ -205,12 +215,15 @@ def sums_of(block: Block, state: Softmax) -> Sums:
 
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
-    """Writes out = acc / l_i and the statistics to global memory."""
+    """Writes out = acc / l_i, with the factor of dropout, and the statistics to global memory."""
     m_i, rounding, l_i = sums
     head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
         registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
-    out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(softmax.rescale(l_i), acc.shape[1])
+    inverse = softmax.rescale(l_i)
+    if block.spec.dropout_rate:
+        inverse = inverse * dropout.factor(block.spec)
+    out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(inverse, acc.shape[1])
     if block.spec.partial:
         tiles.store_rows(block.spec, out, block.gmem["out"], (tile.batch, tile.head, rows.first, 0))
     else:
@@ -328,9 +341,10 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
-    spec's layout, of `work.forward_table(spec, schedule)` and, if the mask holds arrays, of those of `mask_arrays`.
+    spec's layout, of `work.forward_table(spec, schedule)`, and of what mask and dropout need: arrays of `mask_arrays`,
+    and dropout's keys.
     """
-    inputs = "q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True)
+    inputs = "q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True), *dropout.input_types(spec)
     blocks, slots = work.forward_table(spec, schedule).shape
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import registers, work
+from pallas_flash.kernels.hopper import dropout, registers, work
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -74,7 +74,11 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)
-        values = jnp.where(keep(spec.d_v), registers.spread(p, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
+        kept = p
+        if spec.dropout_rate:
+            place = (tile.batch, tile.head), rows.first, position
+            kept = jnp.where(dropout.kept_of_key(spec, block.gmem, *place), p, 0.0)
+        values = jnp.where(keep(spec.d_v), registers.spread(kept, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
         return m_new, l_i * alpha + p, acc * registers.spread(alpha, spec.d_v) + values
 
     block_kv = block.schedule.block_kv

@@ -1,0 +1,38 @@
+"""The passes of a spec as lists of kernel launches, for a runtime that launches them itself."""
+
+from typing import NamedTuple
+
+from pallas_flash import dispatch, errors
+from pallas_flash.device import Device
+from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["Passes", "launches"]
+
+
+class Passes(NamedTuple):
+    """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv."""
+
+    forward: Pass
+    backward: Pass
+
+
+def launches(spec: AttentionSpec, device: Device) -> Passes:
+    """The launches of what an automatic choice runs for `spec` on `device`, with the default schedules.
+
+    Trace their kernels under `device.assume(device)`.
+
+    Raises:
+      UnsupportedError: that is no list of launches, with the reasons against each implementation that has one.
+    """
+    decision = dispatch.decide(spec, device)
+    passes = None if spec.is_empty else decision.passes()
+    if passes is None:
+        nothing = ("nothing runs: there is no output element or no key" if spec.is_empty else
+                   f"{decision.implementation.name!r} reads arrays that JAX makes beside the launches, those of a mask "
+                   "that holds arrays or of dropout")
+        found = [f"{row.name!r} {reason}" for row in dispatch.IMPLEMENTATIONS if row.launches
+                 for reason in decision.reasons[row.name]] or [nothing]
+        raise errors.unsupported(f"launches of {spec} on {device.name}", found,
+                                 f"let JAX run it (implementation={decision.implementation.name!r})")
+    return Passes(*passes)

@@ -1,0 +1,327 @@
+"""Calls on the direct path, from torch's function to the addresses that would be launched, against torch's own results.
+
+CPU tensors stand for those of a GPU, and in the place of a loaded plan a function in Python reads and writes memory at
+the addresses that it is given, as kernels would. What plans hold is tested in test_direct_offline.py.
+"""
+
+import concurrent.futures
+import ctypes
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_bridge
+from bridge.direct import H200
+from bridge.problems import OURS, check, heads_inside, qkv
+from pallas_flash import FallbackWarning
+from torch_bridge import ops, streams, strides
+from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.direct import attention, cache, driver, runner
+from torch_bridge.direct.plan import Buffer, Program
+from torch_bridge.direct.problem import causal
+
+
+def program_of(problem, pass_name):
+    """The arrays of a pass by name, with one more in between; no kernels."""
+    def shape(length, heads, dim):
+        return (problem.batch, length, heads, dim) if problem.layout == "BLHD" else (problem.batch, heads, length, dim)
+    q, out = (Buffer(shape(problem.q_len, problem.q_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
+    k, v = (Buffer(shape(problem.kv_len, problem.kv_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
+    stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
+    known = dict(q=q, k=k, v=v, between=Buffer((33,), "float32"), out=out, stats=stats)
+    if pass_name == "forward":
+        return Program(known, ("q", "k", "v"), ("out", "stats"), {}, ())
+    buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=q, dk=k, dv=v)
+    return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, ())
+
+
+class FakeGpu:
+    """In the place of `Loaded`: computes in float64 what kernels would, in the memory at the addresses."""
+
+    launched, requests = [], {}
+
+    def __init__(self, program, index):
+        self.program, (self.problem, self.pass_name) = program, self.requests[id(program)]
+
+    def array(self, addresses, name):
+        buffer = self.program.buffers[name]
+        memory = (ctypes.c_char * buffer.num_bytes).from_address(addresses[[*self.program.buffers].index(name)])
+        return torch.frombuffer(memory, dtype=runner.DTYPES[buffer.dtype]).view(buffer.shape)
+
+    def launch(self, addresses, stream):
+        assert stream == 78 and all(address and address % 16 == 0 for address in addresses)
+        arrays = {name: self.array(addresses, name) for name in self.program.buffers}
+        for name in (*self.program.scratch, *self.program.results):
+            arrays[name].fill_(torch.nan)
+        heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x
+        group = self.problem.q_heads // self.problem.kv_heads
+        q, k, v = (heads_first(arrays[name]).double() for name in "qkv")
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scale = self.problem.d**-0.5 if self.problem.scale is None else self.problem.scale
+        s = scale * q @ k.mT
+        for _, numbers in self.problem.mask:
+            q_pos, kv_pos = torch.arange(s.shape[2])[:, None] + dict(numbers)["offset"], torch.arange(s.shape[3])
+            s = s.masked_fill(kv_pos > q_pos, -torch.inf)
+        p, lse = s.softmax(-1).nan_to_num(0.0), s.logsumexp(-1)
+        out = p @ v
+        self.launched.append(self.pass_name)
+        if self.pass_name == "forward":
+            heads_first(arrays["out"]).copy_(out)
+            arrays["stats"].copy_(torch.stack((lse, torch.zeros_like(lse)), 2))
+            return
+        assert torch.equal(arrays["stats"][:, :, 0], lse.float()), "the forward's statistics"
+        assert torch.equal(heads_first(arrays["out"]), out.to(arrays["out"].dtype)), "the forward's out"
+        dout, dlse = heads_first(arrays["dout"]).double(), arrays["dstats"][:, :, 0, :, None]
+        ds = scale * p * (dout @ v.mT - (out * dout).sum(-1, keepdim=True) + dlse)
+        for name, grad, shared in (("dq", ds @ k, 1), ("dk", ds.mT @ q, group), ("dv", p.mT @ dout, group)):
+            heads_first(arrays[name]).copy_(grad.unflatten(1, (-1, shared)).sum(2))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The passes that were launched directly."""
+    def find(request, index):
+        program = program_of(request.problem, request.pass_name)
+        FakeGpu.requests[id(program)] = request.problem, request.pass_name
+        kept.append(program)
+        return program
+
+    kept = []
+    for name in ("_choices", "_directs", "_reasons"):
+        monkeypatch.setattr(attention, name, {})
+    monkeypatch.setattr(FakeGpu, "launched", [])
+    monkeypatch.setattr(attention, "DEVICES", {"cpu"})
+    monkeypatch.setattr(attention, "_gpu", lambda device: H200)
+    monkeypatch.setattr(driver, "version", lambda: 13000)
+    monkeypatch.setattr(runner, "Loaded", FakeGpu)
+    monkeypatch.setattr(streams, "_number", lambda index: 78 + index)
+    monkeypatch.setattr(cache, "find", find)
+    monkeypatch.setenv(attention.VARIABLE, "1")
+    return FakeGpu.launched
+
+
+BOTH = ["forward", "backward"]
+BF16 = torch.bfloat16
+FULL, CAUSAL = (Numbers.of(causal_offset=offset, scale=None, dropout_p=0.0) for offset in (None, 0))
+NONE = dict(mask=None, bias=None, seed=None)
+
+
+def sliced(x):
+    """The same values with gaps between them."""
+    wide = torch.cat((x.detach(), x.detach()), -1)
+    return wide[..., :x.shape[-1]].requires_grad_()
+
+
+def moved(x):
+    """The same values, 2 bytes past a multiple of 16."""
+    memory = torch.empty(x.numel() + 8, dtype=x.dtype)
+    start = (2 - memory.data_ptr()) % 16 // x.itemsize
+    return memory[start:start + x.numel()].view(x.shape).copy_(x.detach()).requires_grad_()
+
+
+def negative(x):
+    complex_ = torch.complex(torch.zeros_like(x.detach(), dtype=torch.float), -x.detach().float())
+    return complex_.conj().imag.to(x.dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("change", [lambda x: x, heads_inside, sliced, moved, negative],
+                         ids=["dense", "heads inside", "gaps", "misaligned", "negative"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_torchs(launched, change, dtype):
+    tensors = [change(x) for x in qkv((2, 4, 9, 16), (2, 4, 12, 16), (2, 4, 12, 8), dtype=dtype)]
+    results = check(tensors, is_causal=True)
+    assert launched == BOTH
+    assert results[0].stride() == strides.like_query(tensors[0], 8)
+
+
+@pytest.mark.parametrize("changes", [(heads_inside, sliced, moved), (moved, heads_inside, heads_inside)])
+def test_each_tensor_may_be_stored_otherwise(launched, changes):
+    tensors = qkv(*[(2, 3, 8, 16)] * 3, dtype=BF16)
+    check([change(x) for change, x in zip(changes, tensors)])
+    assert launched == BOTH
+
+
+def test_groups_scale_ranks_and_idle_queries(launched, monkeypatch):
+    check(qkv((2, 6, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16), enable_gqa=True, scale=0.7)
+    check(qkv((5, 8), (7, 8), (7, 8), dtype=BF16), is_causal=True)
+    check(qkv((2, 3, 4, 5, 8), (3, 4, 7, 8), (3, 4, 7, 8), dtype=BF16))
+    tensors = qkv((1, 2, 5, 8), (1, 2, 3, 8), (1, 2, 3, 8), dtype=BF16, requires_grad=False)
+    call = Attention(Operands.of(*tensors, **NONE), CAUSAL._replace(offset=-2), True)
+    out, stats = ops.attention(*call.flat())
+    assert launched == [*BOTH * 3, "forward"] and not out[:, :, :2].any() and torch.isneginf(stats[:, :, 0, :2]).all()
+    monkeypatch.setenv(attention.VARIABLE, "0")
+    torch.testing.assert_close(out, ops.attention(*call.flat())[0])
+
+
+def test_only_what_needs_a_gradient_gets_one(launched):
+    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    out = OURS(q, k.detach(), v)
+    dq, dv = torch.autograd.grad(out, (q, v), torch.ones_like(out))
+    assert launched == BOTH and dq.shape == q.shape and dv.shape == v.shape
+    with torch.no_grad():
+        assert torch.equal(OURS(q, k, v), out)
+    assert launched == [*BOTH, "forward"]
+
+
+def test_operators_take_the_path_too(launched):
+    """What modes and transforms see is the operator, and it launches the same."""
+    q, k, v = (x.detach() for x in qkv(*[(2, 2, 5, 8)] * 3, dtype=BF16))
+    out = OURS(q, k, v)
+    assert torch.equal(torch.vmap(OURS)(q[:, None], k[:, None], v[:, None])[:, 0], out)
+    grads = torch.func.grad(lambda *x: OURS(*x).float().square().sum(), (0, 1, 2))(q, k, v)
+    assert [grad.shape for grad in grads] == [q.shape] * 3
+    assert launched == ["forward", "forward", *BOTH]
+    assert ops.attention(*Attention(Operands.of(q, k, v, **NONE), FULL, False).flat())[1].shape == (0,)
+
+
+@pytest.mark.parametrize(("dtype", "arguments", "reason"), [
+    (torch.float32, {}, "takes bfloat16 and float16, query.dtype is torch.float32"),
+    (BF16, dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), "takes no attn_mask yet"),
+    (BF16, dict(attn_mask=torch.zeros(5, 5, dtype=BF16)), "takes no attn_mask yet"),
+    (BF16, dict(dropout_p=0.5), "takes no dropout yet, dropout_p is 0.5"),
+], ids=["float32", "mask", "bias", "dropout"])
+def test_other_calls_go_through_dlpack(launched, dtype, arguments, reason):
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=dtype)
+    OURS(*tensors, **arguments).sum().backward()
+    assert launched == [] and all(x.grad is not None for x in tensors)
+    with pytest.raises(RuntimeError, match=reason):
+        torch_bridge.precompile(*tensors, **arguments)
+
+
+PLACES = {
+    "kv_lengths": torch.tensor([3]), "q_lengths": torch.tensor([3]), "softcap": 5.0, "window": (1, 0),
+    "is_causal": True, "segment_ids": torch.tensor([[0, 0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_arguments_beyond_sdpa_go_through_dlpack(launched, name):
+    """Regression of a merge: a plan for the same shapes must not be taken for a call with lengths."""
+    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16, requires_grad=False)
+    torch_bridge.flash_attention(q, k, v)
+    assert launched == ["forward"]
+    arguments = {name: PLACES[name]} | (dict(causal_offset=torch.tensor([1])) if name == "is_causal" else {})
+    out = torch_bridge.flash_attention(q, k, v, **arguments)
+    assert launched == ["forward"]
+    wide = torch_bridge.flash_attention(*(x.double() for x in (q, k, v)), **arguments)
+    torch.testing.assert_close(out.double(), wide, atol=2e-2, rtol=2e-2)
+
+
+def test_what_does_not_fit_is_never_read(launched):
+    """The operators may be called with anything; a kernel would read past the end."""
+    q, k, v = (x.detach() for x in qkv((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), dtype=BF16))
+    for wrong in ((q, k[:, :, :6], v), (q, k[:, :1], v), (q, k, v.expand(2, 2, 7, 8)), (q[..., :4], k, v),
+                  (q.expand(1, 2, 5, 8)[:, :1], k, v)):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.attention(*Attention(Operands.of(*wrong, **NONE), FULL, False).flat())
+    assert launched == []
+    operands = Operands.of(q, k, v, **NONE)
+    out, stats = ops.attention(*Attention(operands, FULL, True).flat())
+    needs = PerArray(True, True, True, False)
+    for results, dout in ((Results(out[:, :, :4], stats), out), (Results(out, stats[..., :4]), out),
+                          (Results(out, stats.double()), out), (Results(out, stats), out[:, :1])):
+        with pytest.raises(ValueError, match=r"must be Buffer\(shape=.*, got .*Pass the tensors of the forward"):
+            ops.attention_backward(*AttentionBackward(operands, FULL, results, Cotangents(dout, None), needs).flat())
+    cotangents = Cotangents(out.float(), torch.ones_like(stats))
+    wide = AttentionBackward(operands, FULL, Results(out, stats), cotangents, needs)
+    assert ops.attention_backward(*wide.flat())[0].dtype == BF16
+    assert launched == BOTH
+
+
+def test_dlpack_is_the_default(launched, monkeypatch):
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    for value in ("", "0"):
+        monkeypatch.setenv(attention.VARIABLE, value)
+        check(tensors)
+    monkeypatch.delenv(attention.VARIABLE)
+    check(tensors)
+    assert launched == []
+    assert "path: DLPack, JAX's runtime launches (PALLAS_FLASH_DIRECT=1 is not set)" in torch_bridge.explain(*tensors)
+    monkeypatch.setenv(attention.VARIABLE, "yes")
+    with pytest.raises(ValueError, match=r"PALLAS_FLASH_DIRECT must be 0 or 1, got 'yes'"):
+        OURS(*tensors)
+
+
+def test_a_plan_that_cannot_be_made_is_said_once(launched, monkeypatch):
+    def refuse(request, index):
+        raise cache.NoPlanError("needs another JAX")
+    monkeypatch.setattr(cache, "find", refuse)
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    with pytest.raises(FallbackWarning):  # the filter of these tests: nothing is remembered
+        OURS(*tensors)
+    with pytest.warns(FallbackWarning, match=r"forward of Problem.*DLPack.*needs another JAX.*unset PALLAS_FLASH_DIRECT"
+                      ) as seen:
+        check(tensors)
+    assert len(seen) == 1 and Path(seen[0].filename).name == "problems.py", "the caller's line"
+    check(tensors)
+    assert launched == []
+    with pytest.raises(cache.NoPlanError, match="another JAX"):
+        torch_bridge.precompile(*tensors)
+
+
+def test_a_backward_without_a_plan_goes_through_dlpack(launched, monkeypatch):
+    """It takes the statistics of the forward that was launched directly."""
+    find = cache.find
+
+    def forward_alone(request, index):
+        if request.pass_name == "backward":
+            raise driver.DriverError("cuModuleLoadData", 200, "bad image")
+        return find(request, index)
+    monkeypatch.setattr(cache, "find", forward_alone)
+    with pytest.warns(FallbackWarning, match=r"backward of .*cuModuleLoadData returned CUDA error 200: bad image"):
+        check(qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), is_causal=True)
+    assert launched == ["forward"]
+
+
+def test_threads_load_a_plan_once(launched, monkeypatch):
+    asked, find = [], cache.find
+    monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16, requires_grad=False)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: OURS(*tensors), range(16)))
+    assert len(asked) == 1 and all(torch.equal(x, results[0]) for x in results)
+
+
+def test_a_first_call_inside_a_capture_is_refused(monkeypatch):
+    problem = attention.problem_of(Operands.of(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), **NONE),
+                                   CAUSAL)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"must have run once before it is captured in a CUDA graph.*Call it before"):
+        attention.Direct((problem, torch.device("cuda", 0))).prepare("backward")
+
+
+def test_explain_and_precompile(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    tensors = qkv((1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), dtype=BF16)
+    arguments = dict(is_causal=True, enable_gqa=True)
+    assert "not a list of launches" in torch_bridge.explain(*tensors, **arguments), "of a CPU"
+    asked = []
+    monkeypatch.setattr(cache, "find", lambda request, index: asked.append(request))
+    torch_bridge.precompile(*tensors, **arguments)
+    assert [request.pass_name for request in asked] == BOTH and launched == []
+    assert asked[0].problem.mask == causal(0) and (asked[0].problem.q_heads, asked[0].problem.kv_heads) == (4, 2)
+    monkeypatch.setattr(attention, "DEVICES", {"cuda"})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    torch_bridge.precompile(*(x.to("meta") for x in tensors), **arguments)
+    assert [request.text for request in asked[2:]] == [request.text for request in asked[:2]]
+    with pytest.raises(RuntimeError, match="for CUDA tensors, query is on cpu"):
+        torch_bridge.precompile(*tensors, **arguments)
+
+
+def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
+    """With a decision as it is made for a Hopper GPU."""
+    from pallas_flash import device
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(device, "of", lambda where: device.H200)
+    x = moved(qkv((1, 2, 200, 64), dtype=BF16)[0])
+    text = torch_bridge.explain(x, x.detach().clone(), x.detach(), is_causal=True)
+    assert ("path: direct, launched on torch's stream (PALLAS_FLASH_DIRECT=1; in this form not yet run on a GPU); "
+            "plans: forward to be compiled, backward to be compiled") in text
+    assert "query: copied: its address is 2 bytes past a multiple of 16" in text and "out: torch's memory" in text
+    problem = attention.problem_of(Operands.of(x, x, x, **NONE), CAUSAL)
+    cache.path_of(attention.request(problem, "forward", x.device)).write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)

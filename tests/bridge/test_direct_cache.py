@@ -1,0 +1,139 @@
+"""Plans on disk: made once by whoever comes first, whole or not there, and made again where they are damaged.
+
+What makes them is a stand-in that needs no compiler, of which each run leaves a mark.
+"""
+
+import concurrent.futures
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.direct import FORWARD, PROGRAM
+from torch_bridge.direct import cache, plan, progress
+
+ROOT = Path(__file__).parents[2]
+MAKER = """
+import json, os, sys, time, types
+for name, place in dict(torch_bridge="torch_bridge", bridge="tests/bridge").items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [place]
+from bridge.direct import PROGRAM
+from torch_bridge.direct import plan
+text = sys.stdin.read()
+open(os.environ["MARKS"], "a").write("made\\n")
+time.sleep(float(os.environ.get("SLOWLY", 0)))
+print("what a library says", flush=True)
+{}
+"""
+WRITES = """
+open(sys.argv[2], "wb").write(plan.write(PROGRAM, text))
+print(json.dumps(dict(step="half")), flush=True)
+print(json.dumps(dict(done=True)))
+"""
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """How many plans were made; they lie in plans."""
+    marks = tmp_path / "marks"
+    monkeypatch.setenv("MARKS", str(marks))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "plans"))
+    monkeypatch.chdir(ROOT)
+    maker(monkeypatch, WRITES)
+    return lambda: len(marks.read_text().split()) if marks.exists() else 0
+
+
+def maker(monkeypatch, ending):
+    monkeypatch.setattr(cache, "COMMAND", (sys.executable, "-c", MAKER.format(ending)))
+
+
+def test_a_plan_is_made_once_and_found_afterwards(made):
+    assert cache.find(FORWARD, 0) == PROGRAM == cache.find(FORWARD, 0)
+    assert made() == 1
+    assert cache.find(dataclasses.replace(FORWARD, pass_name="backward"), 0) == PROGRAM
+    assert made() == 2
+    assert {path.suffix for path in cache.directory().iterdir()} == {".plan"}, "nothing else is left"
+    assert cache.directory().stat().st_mode & 0o077 == 0, "what others could write would run on the GPU"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:-1], lambda content: content[:100] + b"?" + content[101:],
+    lambda content: plan.write(PROGRAM, "{}"),
+], ids=["empty", "cut off", "changed", "another's"])
+def test_a_damaged_plan_is_made_again(made, damage):
+    cache.find(FORWARD, 0)
+    path = cache.path_of(FORWARD)
+    path.write_bytes(damage(path.read_bytes()))
+    assert cache.find(FORWARD, 0) == PROGRAM and made() == 2
+    assert plan.read(path.read_bytes(), FORWARD.text) == PROGRAM
+
+
+def test_threads_make_it_once(made, monkeypatch):
+    monkeypatch.setenv("SLOWLY", "0.2")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: cache.find(FORWARD, 0), range(4))) == [PROGRAM] * 4
+    assert made() == 1
+
+
+FINDER = """
+import sys, types
+sys.modules["torch_bridge"] = types.ModuleType("torch_bridge")
+sys.modules["torch_bridge"].__path__ = ["torch_bridge"]
+from torch_bridge.direct import cache
+from torch_bridge.direct.problem import Request
+cache.COMMAND = (sys.executable, "-c", sys.argv[2])
+print(len(cache.find(Request.of(sys.argv[1]), 0).steps), "jax" in sys.modules)
+"""
+
+
+def test_processes_make_it_once_and_import_no_jax(made, monkeypatch):
+    monkeypatch.setenv("SLOWLY", "0.3")
+    started = [subprocess.Popen([sys.executable, "-c", FINDER, FORWARD.text, MAKER.format(WRITES)], text=True,
+                                stdout=subprocess.PIPE) for _ in range(3)]
+    assert [process.communicate()[0].split() for process in started] == [["3", "False"]] * 3
+    assert made() == 1
+
+
+def test_why_there_is_none_is_said(made, monkeypatch):
+    maker(monkeypatch, 'print(json.dumps(dict(reason="needs another JAX")))')
+    with pytest.raises(cache.NoPlanError, match=r"^needs another JAX$"):
+        cache.find(FORWARD, 0)
+    maker(monkeypatch, 'print(json.dumps(dict(step="lowered"))); sys.exit("the compiler broke")')
+    with pytest.raises(cache.NoPlanError, match=r"forward of Problem.*code 1 after .*lowered.*\n.*the compiler broke"):
+        cache.find(FORWARD, 0)
+    maker(monkeypatch, "os.abort()")
+    with pytest.raises(cache.NoPlanError, match="code -6 after nothing"):
+        cache.find(FORWARD, 0)
+    assert not list(cache.directory().iterdir()), "nothing is left of a plan that could not be made"
+
+
+def test_a_plan_that_never_comes(made, monkeypatch):
+    monkeypatch.setenv("SLOWLY", "60")
+    monkeypatch.setattr(cache, "MAX_SECONDS", 0.3)
+    with pytest.raises(cache.NoPlanError, match=r"more than 0.3 s"):
+        cache.find(FORWARD, 0)
+
+
+def test_where_plans_are_kept(monkeypatch):
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache.directory() == Path("/somewhere/pallas_flash/plans")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    assert cache.directory() == Path.home() / ".cache/pallas_flash/plans"
+    monkeypatch.setenv(cache.VARIABLE, "/of/mine")
+    assert cache.directory() == Path("/of/mine")
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_more_than_a_second_is_not_silent(capsys, monkeypatch, has_tqdm):
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress.Progress("compiling") as shown:
+        shown.wait("soon")
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress.time, "monotonic", lambda: shown._next + 0.1)
+        shown.wait("lowered")
+    assert "pallas_flash: compiling" in capsys.readouterr().err

@@ -1,0 +1,217 @@
+"""The direct path up to the launch, without a GPU: compiled by JAX's plugin, recorded, and launched by a stand-in
+driver (driver.c) that writes down what it is asked. What a plan launches is what Mosaic's own host code launches.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hopper.offline import places
+
+from bridge.direct import FORWARD, SMALL
+from pallas_flash import device
+from pallas_flash.kernels.hopper import defaults, schedule
+from torch_bridge.direct import cache, lower, plan
+
+ROOT = Path(__file__).parents[2]
+BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
+ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deterministic=True, layout="BLHD"))
+REQUESTS = {"backward": BACKWARD, "ordered": ORDERED}
+WHY_NOT = places.why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with the stand-in driver."""
+    folder = tmp_path_factory.mktemp("direct")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", Path(__file__).with_name("driver.c"),
+                    "-ldl", "-lpthread"], check=True)
+    return folder
+
+
+def environment(work):
+    return os.environ | {"LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}", "PYTHONPATH": str(ROOT),
+                         "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "STANDIN_LOG": str(work / "log"),
+                         "CUDA_ROOT": str(places.cuda_root() or "")}
+
+
+def logged(work):
+    """What the stand-in driver wrote down, which is forgotten."""
+    lines = [json.loads(line) for line in (work / "log").read_text().splitlines()]
+    (work / "log").unlink()
+    return lines
+
+
+@pytest.fixture(scope="module")
+def compiled(work):
+    """Of each request, the program, the launches at the same addresses by Mosaic's host code and by the plan, and the
+    kernels of a graph into which these are captured."""
+    texts = "\n".join(request.text for request in REQUESTS.values())
+    done = subprocess.run([places.interpreter(), Path(__file__).with_name("direct_worker.py"), work], text=True,
+                          input=texts, env=environment(work), capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    launched, found = [line for line in logged(work) if "launched" in line], {}
+    for (name, request), graph in zip(REQUESTS.items(), done.stdout.splitlines(), strict=True):
+        program = plan.read((work / f"{request.key}.plan").read_bytes(), request.text)
+        count = len(program.steps)
+        found[name] = program, launched[:count], launched[count:2 * count], graph.split()
+        launched = launched[2 * count:]
+    assert not launched
+    return found
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_plan_launches_what_mosaic_launches(compiled, name):
+    """Grid, block, shared memory, and every byte of the parameters."""
+    program, native, replayed, graph = compiled[name]
+    assert replayed == native and len(native) == len(program.steps) == 3
+    assert graph == [step.kernel.name for step in program.steps], "all of them, in order, can be captured"
+    for step, line in zip(program.steps, replayed, strict=True):
+        assert line["device"] == 0 and line["launched"] == step.kernel.name
+        assert 0 < line["smem_bytes"] <= 232_448 and line["block"][0] % 128 == 0 and min(line["grid"]) >= 1
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_kernels_are_those_that_explain_names(compiled, name):
+    spec = lower.spec_of(REQUESTS[name].problem)
+    kernels = schedule.kernels(defaults.default_backward(spec, device.H200))
+    names = [step.kernel.name for step in compiled[name][0].steps]
+    assert [name.removesuffix("_mosaic_gpu_kernel") for name in names] == list(kernels)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_array_of_a_launch_is_given_to_it(compiled, name):
+    program = compiled[name][0]
+    for kernel, arrays in program.steps:
+        assert {arrays[i] for _, i in kernel.patches} == {*arrays}
+        words = memoryview(kernel.parameters).cast("Q")
+        assert all(words[place] == 0 for place, _ in kernel.patches)
+        assert not {*words} & {(i + 1) << 36 for i in range(len(arrays))}, "an address of the recording is left"
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_tensor_maps_span_their_arrays(compiled, name):
+    """A map of the stand-in driver holds sizes and strides; its last element is the array's last."""
+    program, seen = compiled[name][0], 0
+    for kernel, arrays in program.steps:
+        words = memoryview(kernel.parameters).cast("Q")
+        for place, i in kernel.patches:
+            buffer, head = program.buffers[arrays[i]], words[place + 1] if place + 16 <= len(words) else 0
+            rank, sizes = head >> 8 & 255, words[place + 2:place + 7]
+            if not (1 <= rank <= 5 and head >> 40 == 0 and all(sizes[:rank])):
+                continue
+            seen += 1
+            strides = [plan.ITEM_BYTES[buffer.dtype], *words[place + 7:place + 7 + rank - 1]]
+            last = sum((size - 1) * stride for size, stride in zip(sizes, strides))
+            assert last + strides[0] == buffer.num_bytes, arrays[i]
+    assert seen >= 4
+
+
+REPLAY = """
+import json, os, sys, threading
+import torch
+from torch_bridge import streams
+from torch_bridge.direct import cache, driver, launch, runner
+from torch_bridge.direct.problem import Request
+request = Request.of(sys.argv[1])
+streams._number = lambda index: 77 + index
+shapes = dict(q=(1, 4, 200, 64), k=(1, 2, 256, 64), v=(1, 2, 256, 64))
+x = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+program = cache.find(request, 0)
+run = runner.Runner(program, torch.device("cpu"))
+out, stats = run(list(x.values()))
+shapes = [(tuple(y.shape), str(y.dtype)) for y in (out, stats)]
+named = x | dict(out=out, stats=stats, table=run._constants["table"])
+pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
+table = named["table"].numpy().tobytes() == program.constants["table"]
+
+second = launch.Loaded(program, 1)   # another device, from a thread that has used neither
+def work():
+    with driver.current(0):
+        second.launch(list(range(0, 16 * len(program.buffers), 16)), 5)
+thread = threading.Thread(target=work); thread.start(); thread.join()
+said = []
+for broken in (dict(cubin=b"\\x7fELF" + bytes(200)), dict(name="other")):
+    try:
+        step = program.steps[0]
+        launch.Loaded(program._replace(steps=(step._replace(kernel=step.kernel._replace(**broken)),)), 0)
+    except driver.DriverError as error:
+        said.append(str(error))
+short = step.kernel._replace(parameters=step.kernel.parameters[:-64], patches=())
+try:
+    launch.Loaded(program._replace(steps=(step._replace(kernel=short),)), 0).launch([0] * len(program.buffers), 0)
+except driver.DriverError as error:
+    said.append(str(error))
+pid = os.fork()
+if pid == 0:
+    try:
+        second.launch([0] * len(program.buffers), 0)
+    except RuntimeError as error:
+        os._exit(7 if "forked after they were loaded" in str(error) else 1)
+    os._exit(2)
+forked = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+second.unload()
+print(json.dumps(dict(shapes=shapes, pointers=pointers, table=table, said=said, forked=forked,
+                      jax="jax" in sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def replayed(work):
+    """The forward's plan, made by the child process and then replayed by a process with torch and no JAX; what that
+    says, and what it launched."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(work).items():
+            patch.setenv(name, value)
+        patch.setenv(cache.VARIABLE, str(work))
+        patch.setattr(cache, "COMMAND", (places.interpreter(), *cache.COMMAND[1:]))
+        program = cache.find(FORWARD, 0)
+        (work / "log").unlink()
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", REPLAY, FORWARD.text], capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return program, json.loads(done.stdout.splitlines()[-1]), logged(work)
+
+
+def test_a_process_with_plans_imports_no_jax(replayed):
+    _, said, _ = replayed
+    assert said["jax"] is False
+    assert said["shapes"] == [[[1, 4, 200, 64], "torch.bfloat16"], [[1, 4, 2, 200], "torch.float32"]] and said["table"]
+
+
+def test_tensors_are_launched_on_torchs_stream(replayed):
+    program, said, lines = replayed
+    (kernel, arrays), = program.steps
+    first = next(line for line in lines if "launched" in line)
+    assert (first["launched"], tuple(first["grid"]), tuple(first["block"]), first["smem_bytes"], first["stream"]) == (
+        kernel.name, kernel.grid, kernel.block, kernel.smem_bytes, 77)
+    words, blank = memoryview(bytes.fromhex(first["parameters"])).cast("Q"), memoryview(kernel.parameters).cast("Q")
+    wanted = list(blank)
+    for place, i in kernel.patches:
+        wanted[place] = said["pointers"][arrays[i]]
+    assert list(words) == wanted
+
+
+def test_each_device_has_its_modules_and_any_thread_launches(replayed):
+    _, _, lines = replayed
+    launched = [line for line in lines if "launched" in line]
+    assert [(line["device"], line["stream"]) for line in launched] == [(0, 77), (1, 5)]
+    loaded = [line["loaded"] for line in lines if "loaded" in line]
+    assert loaded[:2] == [0, 1] and [line["unloaded"] for line in lines if "unloaded" in line] == [1]
+
+
+def test_return_codes_are_errors_that_name_the_call(replayed):
+    _, said, _ = replayed
+    image, name, short = said["said"]
+    assert image == "cuModuleLoadData returned CUDA error 200: the stand-in driver refuses"
+    assert name.startswith("cuModuleGetFunction returned CUDA error 500")
+    assert short.startswith("cuLaunchKernelEx of attention_forward") and "returned CUDA error 1:" in short
+
+
+def test_a_forked_process_is_told(replayed):
+    assert replayed[1]["forked"] == 7

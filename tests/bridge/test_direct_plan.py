@@ -1,0 +1,176 @@
+"""The direct path without a compiler: keys, what is lowered, and the file of a plan, which is trusted only if whole."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from bridge.direct import ADD, FORWARD, H200, PROGRAM, SMALL, VERSIONS
+from pallas_flash import UnsupportedError, device, masks
+from pallas_flash.launches import launches
+from pallas_flash.spec import AttentionSpec
+from torch_bridge.direct import lower, plan
+from torch_bridge.direct.problem import Request, causal, versions
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    *(dict(problem=dataclasses.replace(SMALL, **{name: value})) for name, value in dict(
+        layout="BLHD", dtype="float16", batch=2, q_heads=2, kv_heads=1, q_len=201, kv_len=255, d=128, d_v=128,
+        mask=causal(1), scale=0.5, softcap=30.0, deterministic=True).items()),
+    dict(problem=dataclasses.replace(SMALL, mask=())), dict(pass_name="backward"),
+    dict(gpu=dataclasses.replace(H200, num_sms=78)), dict(gpu=dataclasses.replace(H200, capability=(10, 0))),
+    dict(versions=VERSIONS | {"driver": "13010"}), dict(versions=VERSIONS | {"product": "changed"}),
+], ids=str)
+def test_whatever_differs_has_a_plan_of_its_own(change):
+    other = dataclasses.replace(FORWARD, **change)
+    assert other.key != FORWARD.key
+    assert Request.of(other.text) == other and Request.of(other.text).key == other.key
+
+
+ALONE = """
+import sys, types
+sys.modules["torch_bridge"] = package = types.ModuleType("torch_bridge")  # without torch: importing it takes seconds
+package.__path__ = ["torch_bridge"]
+from torch_bridge.direct.problem import Request, versions
+assert versions(13000)["product"]
+print(Request.of(sys.argv[1]).key, "jax" in sys.modules)
+"""
+
+
+def test_a_key_is_the_same_in_another_process_which_imports_no_jax():
+    done = subprocess.run([sys.executable, "-c", ALONE, FORWARD.text], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONHASHSEED": "7"}, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == [FORWARD.key, "False"]
+
+
+def test_versions_hold_the_sources_and_the_driver():
+    assert versions(13000) != versions(13010)
+    assert len(versions(13000)["product"]) == 64 and versions(13000)["jax"] == jax.__version__
+
+
+# --- lowering --------------------------------------------------------------------------------------------------------
+
+MASKS = {
+    "full": ((), masks.Full()),
+    "causal": (causal(-30), masks.Causal(-30)),
+    "window": ((("Window", (("left", 100), ("right", 0))),), masks.Window(100, 0)),
+    "prefix in a window": ((("PrefixLM", (("prefix", 5),)), ("Window", (("left", 60), ("offset", 2)))),
+                           masks.PrefixLM(5) & masks.Window(left=60, offset=2)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_problem_is_its_spec(name):
+    rule, mask = MASKS[name]
+    q, k = (jax.ShapeDtypeStruct((1, heads, length, 64), "bfloat16") for heads, length in ((4, 200), (2, 256)))
+    for problem, options in ((dataclasses.replace(SMALL, mask=rule), {}),
+                             (dataclasses.replace(SMALL, mask=rule, softcap=20.0, deterministic=True, scale=0.3),
+                              dict(softcap=20.0, deterministic=True, scale=0.3))):
+        assert lower.spec_of(problem) == AttentionSpec.of(q, k, k, layout="BHLD", mask=mask, **options)
+        assert lower.spec_of(Request.of(Request(problem, "forward", H200, {}).text).problem) == lower.spec_of(problem)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({}, "forward"), ({}, "backward"),
+                                               (dict(deterministic=True, mask=causal(-30)), "backward")])
+def test_every_launch_reads_what_there_is(changes, name):
+    request = dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, **changes), pass_name=name)
+    program, found = lower.lower(request), getattr(launches(lower.spec_of(request.problem), device.H200), name)
+    assert program.inputs == tuple(found.inputs) and program.results == found.results
+    assert [step.arrays[:len(launch.inputs)] for step, launch in zip(program.steps, found.launches, strict=True)] == [
+        launch.inputs for launch in found.launches]
+    known = {*program.inputs, *program.constants}
+    for step, launch in zip(program.steps, found.launches, strict=True):
+        assert step.arrays[len(launch.inputs):] == (*launch.outputs, *launch.updates)
+        assert step.kernel.code
+        known |= {*launch.outputs}
+        assert {*step.arrays} <= known <= {*program.buffers}
+    assert {*program.scratch}.isdisjoint({*program.inputs, *program.results, *program.constants})
+    for array, kind in found.inputs.items():
+        assert program.buffers[array] == (kind.shape, kind.dtype.name)
+
+
+def test_what_is_no_list_of_launches_is_refused():
+    with pytest.raises(UnsupportedError, match=r"multiples of 8.*implementation='xla'"):
+        lower.lower(dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, d=60, d_v=60)))
+    with pytest.raises(UnsupportedError, match=r"compute capability 9.0"):
+        launches(lower.spec_of(SMALL), device.A100)
+    with pytest.raises(UnsupportedError, match="no key"):
+        launches(lower.spec_of(dataclasses.replace(SMALL, kv_len=0)), device.H200)
+
+
+def test_another_jax_is_noticed(monkeypatch):
+    """A launch that comes out as anything but one call of its kernel is an error, never a launch left out."""
+    monkeypatch.setattr(lower, "TARGET", "mosaic_gpu_v3")
+    with pytest.raises(RuntimeError, match="more than one call of 'mosaic_gpu_v3'"):
+        lower.lower(FORWARD)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read():
+    content = plan.write(PROGRAM, FORWARD.text)
+    assert plan.read(content, FORWARD.text) == PROGRAM
+    assert PROGRAM.scratch == ("sums", "more")
+    assert content.count(ADD.cubin) == 1, "a kernel that is launched twice is kept once"
+    assert content == plan.write(plan.read(content, FORWARD.text), FORWARD.text)
+
+
+CONTENT = plan.write(PROGRAM, FORWARD.text)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 47, len(CONTENT) // 2, len(CONTENT) - 33, len(CONTENT) - 1])
+def test_a_plan_cut_off_is_not_read(length):
+    with pytest.raises(plan.UnreadablePlanError):
+        plan.read(CONTENT[:length], FORWARD.text)
+
+
+@pytest.mark.parametrize("place", [*range(0, len(CONTENT), 97), len(CONTENT) - 1])
+def test_a_damaged_plan_is_not_read(place):
+    damaged = bytearray(CONTENT)
+    damaged[place] ^= 4
+    with pytest.raises(plan.UnreadablePlanError):
+        plan.read(bytes(damaged), FORWARD.text)
+
+
+def test_a_plan_for_something_else_is_not_read():
+    with pytest.raises(plan.UnreadablePlanError, match="not for"):
+        plan.read(CONTENT, dataclasses.replace(FORWARD, pass_name="backward").text)
+
+
+def rewritten(change):
+    """The content with another header, and the checksum of that."""
+    length = struct.unpack_from("<I", CONTENT, 12)[0]
+    header = json.loads(CONTENT[16:16 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    content = CONTENT[:12] + struct.pack("<I", len(text)) + text + CONTENT[16 + length:-32]
+    return content + hashlib.sha256(content).digest()
+
+
+def test_a_plan_rewritten_unchanged_is_read():
+    assert plan.read(rewritten(lambda header: None), FORWARD.text) == PROGRAM
+
+
+@pytest.mark.parametrize("change", [
+    lambda header: header.pop("steps"), lambda header: header.update(blobs=[]), lambda header: header.pop("blobs"),
+    lambda header: header["blobs"].append(-5), lambda header: header["kernels"][0].pop(),
+    lambda header: header["kernels"][0][-1].append([3, 0]), lambda header: header["kernels"][0][-1].append([0, 2]),
+    lambda header: header["kernels"][0][-1].append([-1, 0]), lambda header: header["steps"].append([2, []]),
+    lambda header: header["steps"].append([0, ["x", "z"]]), lambda header: header["results"].append("z"),
+    lambda header: header["buffers"].update(table=[[5], "int32"]), lambda header: header["buffers"].pop("x"),
+    lambda header: header["buffers"].update(table=[[4], "int31"]), lambda header: header.update(kernels=3),
+], ids=range(15))
+def test_a_plan_that_does_not_fit_itself_is_not_read(change):
+    """Launched, it would read or write at addresses that nobody gave it."""
+    with pytest.raises(plan.UnreadablePlanError):
+        plan.read(rewritten(change), FORWARD.text)

@@ -1,0 +1,232 @@
+"""Calls of the operators on the direct path: which take it, with which plan, and their tensors in and out.
+
+It is taken where PALLAS_FLASH_DIRECT=1 is set and `why_not` has no reason. Where a plan cannot be made, a
+FallbackWarning says why, once, and the call goes through DLPack.
+
+A tensor that is dense in the layout, and aligned to 16 bytes, is read where it lies; any other is copied by torch
+first. Plans stay loaded as long as the process lives: a captured CUDA graph holds the addresses of their constants.
+"""
+
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from torch_bridge import records, strides
+from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.direct import cache, driver
+from torch_bridge.direct.launch import ALIGNMENT
+from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, causal, versions
+from torch_bridge.direct.runner import Runner
+
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "problem_of",
+           "reason_found", "request", "why_not"]
+
+VARIABLE = "PALLAS_FLASH_DIRECT"
+DEVICES = frozenset({"cuda"})
+PASSES: tuple[PassName, ...] = ("forward", "backward")
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_CHOICES = 4096
+_OURS = str(Path(__file__).parents[1])  # where frames are not the caller's
+
+
+def is_asked_for() -> bool:
+    """Whether PALLAS_FLASH_DIRECT is 1; raises ValueError where it is neither that nor 0 nor empty."""
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}. Set it to 1 to launch kernels without JAX's "
+                         "runtime.")
+    return value == "1"
+
+
+def why_not(operands: Operands, numbers: Numbers) -> str | None:
+    """Why the direct path does not take a call of CUDA tensors, as far as the call itself says; None: it does."""
+    query, key, value, mask, bias, *_ = operands
+    fit = (query.shape[0] == value.shape[0] and key.shape == (*value.shape[:3], query.shape[3])
+           and value.shape[1] > 0 and query.shape[1] % value.shape[1] == 0)
+    rules = (
+        (query.dtype in _DTYPES, f"it takes bfloat16 and float16, query.dtype is {query.dtype}"),
+        (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
+        (_has_no_places(operands), "it takes no lengths, offsets, segment ids and packed sequences yet"),
+        (numbers.left is None and numbers.right in (None, 0), "it takes no windows yet"),
+        (numbers.softcap is None, f"it takes no soft cap yet, softcap is {numbers.softcap}"),
+        (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
+        (not numbers.partial, "it takes no partial attention yet"),
+        (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
+        (not operands.is_empty, "there is no output element or no key"),
+    )
+    return next((reason for holds, reason in rules if not holds), None)
+
+
+def _has_no_places(operands: Operands) -> bool:
+    return all(x is None for x in operands.places)
+
+
+def reason_found(problem: Problem, device: torch.device) -> str | None:
+    """Why a plan of the problem could not be made in this process; None: it could, or was not asked for."""
+    return _reasons.get((problem, device))
+
+
+def problem_of(operands: Operands, numbers: Numbers) -> Problem:
+    """The problem of a call, in the layout in which the fewest elements are copied."""
+    query, key, value, *_ = operands
+    (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
+    offset = None if numbers.right is None else int(numbers.offset)
+    return Problem(layout=strides.layout_of(query, key, value),
+                   dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
+                   kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
+                   mask=causal(offset), scale=numbers.scale, softcap=None,
+                   deterministic=numbers.deterministic)
+
+
+def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
+    """What the plan of a pass is found by."""
+    return Request(problem, pass_name, _gpu(device), versions(driver.version()))
+
+
+def _gpu(device: torch.device) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count,
+               found.shared_memory_per_block_optin)
+
+
+class Direct:
+    """A problem on a device: its passes, each found or compiled when it is first asked for."""
+
+    def __init__(self, key: "_Key") -> None:
+        self.key, (self.problem, self.device) = key, key
+        self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
+        self._runners: dict[PassName, Runner] = {}
+        self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
+        self._lock = threading.Lock()
+
+    def prepare(self, pass_name: PassName) -> None:
+        """Loads the plan of a pass, if that is not done.
+
+        Raises:
+          RuntimeError: torch captures a CUDA graph: constants are copied here, which cannot be part of one.
+          NoPlanError, DriverError, OSError: it cannot be made, loaded or kept.
+        """
+        if pass_name in self._runners:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"the {pass_name} of scaled_dot_product_attention must have run once before it is "
+                               f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
+                               "it before with tensors of the same shapes and strides.")
+        with self._lock:
+            if pass_name not in self._runners:
+                program = cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
+                if pass_name == "backward":
+                    self._zeros = torch.zeros(program.buffers["dstats"].shape, device=self.device)
+                self._runners[pass_name] = Runner(program, self.device)
+
+    def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
+        return self._runners["forward"]([self._given(x) for x in q_like])
+
+    def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
+                 dstats: torch.Tensor | None) -> list[torch.Tensor]:
+        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
+        dtype = q_like[0].dtype
+        given = [*(self._given(x.to(dtype)) for x in q_like), _aligned(stats), self._given(dout.to(dtype))]
+        assert self._zeros is not None
+        given.append(self._zeros if dstats is None else _aligned(dstats))
+        return self._runners["backward"](given)
+
+    def _given(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _aligned(strides.in_layout(tensor, self.problem.layout))
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it is dense and aligned, or else a copy."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+# --- which calls -----------------------------------------------------------------------------------------------------
+
+_Key = tuple[Problem, torch.device]
+_directs: dict[_Key, Direct] = {}
+_reasons: dict[_Key, str] = {}
+"""Why there is no plan, of the problems of which one could not be made."""
+
+
+class DirectCall(NamedTuple):
+    """Calls of the same shapes, strides, dtypes and numbers on the direct path."""
+
+    direct: Direct
+    out_strides: tuple[int, ...]
+    grad_strides: tuple[tuple[int, ...], ...]  # of query, key and value
+
+    def forward(self, operands: Operands) -> Results:
+        """out, stored as query is, and the statistics of rows."""
+        out, stats = self.direct.forward(operands[:3])
+        self.direct.runs.count("forward")
+        return Results(self._stored(out, self.out_strides), stats)
+
+    def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
+        """The gradients of query, key and value, each stored as its tensor."""
+        query, key, value, *_ = operands
+        out, stats = results
+        dout, dstats = cotangents
+        grads = self.direct.backward((query, key, value, out), stats, torch.zeros_like(out) if dout is None else dout,
+                                     dstats)
+        self.direct.runs.count("backward")
+        dq, dk, dv = map(self._stored, grads, self.grad_strides)
+        return PerArray(query=dq, key=dk, value=dv, bias=None)
+
+    def _stored(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+        return strides.with_strides(strides.in_layout(tensor, self.direct.problem.layout), wanted)
+
+
+_choices: dict[tuple[object, ...], DirectCall | None] = {}
+"""What calls of these shapes, strides, dtypes and numbers take; None: DLPack."""
+
+
+def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCall | None:
+    """What runs a pass of a call on the direct path, its plan loaded; None: the call goes through DLPack.
+
+    Raises:
+      RuntimeError: as `Direct.prepare`, inside a capture.
+    """
+    query, key, value, mask, bias, *_ = operands
+    if query.device.type not in DEVICES or not is_asked_for():
+        return None
+    name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
+            query.device, mask is None, bias is None, _has_no_places(operands), numbers)
+    if name not in _choices:
+        if len(_choices) >= _MAX_CHOICES:
+            _choices.clear()
+        _choices[name] = _choice(operands, numbers) if why_not(operands, numbers) is None else None
+    choice = _choices[name]
+    if choice is None or choice.direct.key in _reasons:
+        return None
+    try:
+        choice.direct.prepare(pass_name)
+    except (cache.NoPlanError, driver.DriverError, OSError) as error:
+        _warn(choice.direct.problem, pass_name, str(error))
+        _reasons[choice.direct.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
+        return None
+    return choice
+
+
+def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
+    key = problem_of(operands, numbers), operands.query.device
+    out_strides = strides.like_query(operands.query, operands.value.shape[3])
+    grad_strides = (torch.empty_like(x, device="meta").stride() for x in operands[:3])  # dense, in the order of x
+    return DirectCall(_directs.setdefault(key, Direct(key)), out_strides, tuple(grad_strides))
+
+
+def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:
+    from pallas_flash import errors  # imports JAX, which the call will need now
+
+    warnings.warn(errors.fallback(
+        f"the {pass_name} of {problem} goes through DLPack, because the direct path ({VARIABLE}=1) cannot take it",
+        [reason], f"change that, or unset {VARIABLE}"), skip_file_prefixes=(_OURS,))

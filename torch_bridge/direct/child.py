@@ -1,0 +1,54 @@
+"""The process that makes a plan: JAX as a compiler, no torch, and nothing of its parent but a request.
+
+    python child.py INDEX PATH < REQUEST
+
+INDEX is the device as the driver counts, PATH where the plan goes, REQUEST the text of a `Request`. Writes a line of
+JSON for each step, {"step": what was done}, and at the end {"done": true}, or {"reason": why there can be no plan}.
+"""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def alone() -> None:
+    """Makes the modules of this folder importable by their names without what imports torch: the package's own code."""
+    package = types.ModuleType("torch_bridge")
+    package.__path__ = [str(HERE.parent)]
+    sys.modules["torch_bridge"] = package
+    sys.path[0] = str(HERE.parents[1])  # in place of this folder, whose names are not those of modules
+
+
+def say(**line: object) -> None:
+    """Writes a line that the parent reads."""
+    print(json.dumps(line), flush=True)
+
+
+def main(index: int, path: Path, text: str) -> None:
+    """Makes the plan."""
+    from pallas_flash import UnsupportedError
+    from torch_bridge.direct import compile as compiling
+    from torch_bridge.direct import lower, plan, plugin
+    from torch_bridge.direct.problem import Request
+
+    if reason := plugin.why_not():
+        say(reason=reason)
+        return
+    say(step="imported JAX")
+    try:
+        program = lower.lower(Request.of(text))
+    except UnsupportedError as error:
+        say(reason=str(error))
+        return
+    say(step="lowered")
+    compiled = compiling.compile_program(program, index, lambda step: say(step=step))
+    path.write_bytes(plan.write(compiled, text))
+    say(done=True)
+
+
+if __name__ == "__main__":
+    alone()
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.read())

@@ -1,0 +1,138 @@
+"""A plan on a device: its modules loaded, its launches queued on any stream. The driver alone, no torch.
+
+One `Loaded` a device: a module belongs to a context. Calls may come from any thread, also from one that has no context
+of CUDA yet; each thread has parameters of its own, into which the addresses are written.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch_bridge.direct import driver
+from torch_bridge.direct.driver import Pointer, Size, UInt
+from torch_bridge.direct.plan import Kernel, Program
+
+__all__ = ["ALIGNMENT", "Loaded"]
+
+ALIGNMENT = 16
+"""Bytes to which the address of every array must be aligned: the need of tensor maps."""
+_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_BUFFER, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+
+_has_loaded = _was_forked = False
+
+
+def _note_fork() -> None:
+    global _was_forked
+    _was_forked = _was_forked or _has_loaded
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+class _Parameters(NamedTuple):
+    """What one thread launches a step with; `words` are the parameters, the rest points to them."""
+
+    words: Any
+    config: driver.LaunchConfig
+    config_pointer: Any
+    extra: Any
+    size: Size
+
+
+class _Step:
+    """A launch.
+
+    Args:
+      function: the loaded kernel.
+      places: (place, i): the word of the parameters that is the address of the i-th array of the program.
+    """
+
+    def __init__(self, kernel: Kernel, function: Pointer, places: tuple[tuple[int, int], ...]) -> None:
+        self._kernel, self._function, self._places, self._threads = kernel, function, places, threading.local()
+        self._launch = driver.library().cuLaunchKernelEx
+
+    def _parameters(self) -> _Parameters:
+        """Those of this thread."""
+        found: _Parameters | None = getattr(self._threads, "parameters", None)
+        if found is None:
+            kernel, count = self._kernel, len(self._kernel.parameters) // 8
+            words, size = (ctypes.c_uint64 * count).from_buffer_copy(kernel.parameters), Size(8 * count)
+            extra = (Pointer * 5)(_BUFFER, ctypes.addressof(words), _SIZE, ctypes.addressof(size), None)
+            config = driver.LaunchConfig((UInt * 3)(*kernel.grid), (UInt * 3)(*kernel.block), kernel.smem_bytes)
+            found = self._threads.parameters = _Parameters(words, config, ctypes.byref(config), extra, size)
+        return found
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        words, config, config_pointer, extra, _ = self._parameters()
+        for place, i in self._places:
+            words[place] = addresses[i]
+        config.stream = stream
+        code = self._launch(config_pointer, self._function, None, extra)
+        if code:
+            driver.check(driver.library(), f"cuLaunchKernelEx of {self._kernel.name}", code)
+
+
+class Loaded:
+    """The program of a plan, loaded on a device.
+
+    Args:
+      index: of the device, as the driver counts.
+
+    Raises:
+      DriverError: the driver does not take the machine code, or lacks a function.
+    """
+
+    def __init__(self, program: Program[Kernel], index: int) -> None:
+        global _has_loaded
+        self.index = index
+        numbers = {name: i for i, name in enumerate(program.buffers)}
+        self._modules: list[Pointer] = []
+        with driver.current(index):
+            functions = {kernel: self._function(kernel) for kernel in dict.fromkeys(s.kernel for s in program.steps)}
+        self._steps = tuple(
+            _Step(step.kernel, functions[step.kernel],
+                  tuple((place, numbers[step.arrays[i]]) for place, i in step.kernel.patches))
+            for step in program.steps)
+        _has_loaded = True
+
+    def _function(self, kernel: Kernel) -> Pointer:
+        module, function = Pointer(), Pointer()
+        driver.call("cuModuleLoadData", ctypes.byref(module), kernel.cubin)
+        self._modules.append(module)
+        driver.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.name.encode())
+        driver.call("cuFuncSetAttribute", function, ctypes.c_int(_DYNAMIC_SMEM), ctypes.c_int(kernel.smem_bytes))
+        return function
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        """Queues the launches on a stream of the device.
+
+        Args:
+          addresses: of every array of the program, in the order of its buffers; multiples of ALIGNMENT.
+          stream: its number; 0 is the default stream.
+
+        Raises:
+          RuntimeError: in a process that was forked after a plan was loaded.
+          DriverError: the driver refuses a launch; those before it are queued.
+        """
+        if _was_forked:
+            raise RuntimeError(
+                f"kernels must not be launched in a process that was forked after they were loaded, got pid="
+                f"{os.getpid()}: CUDA does not survive a fork. Start the process with the method \"spawn\" or "
+                '"forkserver" (multiprocessing.get_context("spawn")), or fork before CUDA is used.')
+        if driver.is_current(self.index):
+            for step in self._steps:
+                step(addresses, stream)
+        else:
+            with driver.current(self.index):
+                self.launch(addresses, stream)
+
+    def unload(self) -> None:
+        """Gives the modules' memory back, once the device has run what was launched, and no captured graph will."""
+        with driver.current(self.index):
+            while self._modules:
+                driver.call("cuModuleUnload", self._modules.pop())
+        self._steps = ()

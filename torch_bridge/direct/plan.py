@@ -1,0 +1,195 @@
+"""A pass as data, and the file in which it is kept.
+
+The file, version 1; numbers are little-endian:
+
+    bytes    what
+    8        "PFPLAN\\r\\n"
+    4        the version of the format
+    4        the length of the header
+    ...      the header: JSON in UTF-8, an object
+               request     the text of the `Request` that it was made for
+               buffers     {name: [shape, dtype]}: every array, dense, by name
+               inputs      names of the arrays of a call, in their order
+               results     names of what the pass returns
+               constants   {name: index of a blob}
+               steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
+               kernels     [name, grid, block, smem_bytes, index of the cubin's blob, index of the parameters' blob,
+                            patches]: each patch is [place, i], the 8 bytes at 8 * place of the parameters being the
+                            address of the i-th array of the step
+               blobs       their lengths in bytes
+    ...      the blobs, one after the other
+    32       SHA-256 of all that is before it
+
+It is read as data, and nothing in it is run but by the GPU. A file that is not exactly this is no plan.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from typing import Any, NamedTuple
+
+__all__ = ["Buffer", "Kernel", "Module", "Program", "Step", "UnreadablePlanError", "read", "write"]
+
+MAGIC = b"PFPLAN\r\n"
+VERSION = 1
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+_HEAD = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+
+
+class UnreadablePlanError(ValueError):
+    """A file that is no plan of this version, or not the plan asked for."""
+
+
+class Buffer(NamedTuple):
+    """A dense array; the last axis is innermost."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Module(NamedTuple):
+    """A kernel before it is compiled: what `MosaicGpuCompile` takes."""
+
+    code: bytes
+
+
+class Kernel(NamedTuple):
+    """A launch of a compiled kernel.
+
+    Attributes:
+      name: of the function in the cubin.
+      grid, block: their sizes along x, y and z.
+      smem_bytes: dynamic shared memory of a block.
+      cubin: machine code for one compute capability.
+      parameters: the block of parameters, filled up to a multiple of 8 bytes.
+      patches: (place, i): the 8 bytes at 8 * place are the address of the i-th array of the step.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    smem_bytes: int
+    cubin: bytes
+    parameters: bytes
+    patches: tuple[tuple[int, int], ...]
+
+
+class Step[K](NamedTuple):
+    """A launch: the kernel, and the arrays whose addresses it takes, by name. One that is updated is there twice."""
+
+    kernel: K
+    arrays: tuple[str, ...]
+
+
+class Program[K](NamedTuple):
+    """A pass: its arrays by name, and its launches in their order."""
+
+    buffers: dict[str, Buffer]
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    constants: dict[str, bytes]
+    steps: tuple[Step[K], ...]
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """The arrays that neither come from the caller nor go to it, nor are constants."""
+        outside = {*self.inputs, *self.results, *self.constants}
+        return tuple(name for name in self.buffers if name not in outside)
+
+
+def write(program: Program[Kernel], request: str) -> bytes:
+    """The content of the file."""
+    blobs: list[bytes] = []
+
+    def kept(blob: bytes) -> int:
+        blobs.append(blob)
+        return len(blobs) - 1
+
+    kernels = list(dict.fromkeys(step.kernel for step in program.steps))
+    header = dict(
+        request=request, buffers=program.buffers, inputs=program.inputs, results=program.results,
+        constants={name: kept(value) for name, value in program.constants.items()},
+        steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
+        kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
+                 for k in kernels])
+    text = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
+    content = b"".join((_HEAD.pack(MAGIC, VERSION, len(text)), text, *blobs))
+    return content + hashlib.sha256(content).digest()
+
+
+def read(content: bytes, request: str) -> Program[Kernel]:
+    """The program of a file's content.
+
+    Raises:
+      UnreadablePlanError: it is damaged, of another version, or was made for another request.
+    """
+    header, blobs = _parts(content)
+    try:
+        if header["request"] != request:
+            raise UnreadablePlanError(f"a plan for {header['request']}, not for {request}")
+        program = _program(header, blobs)
+        _check(program)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, UnreadablePlanError):
+            raise
+        raise UnreadablePlanError(f"the header of the plan is not what version {VERSION} says: {error!r}") from error
+    return program
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """The header and the blobs of a file that is whole."""
+    if len(content) < _HEAD.size + _DIGEST_BYTES:
+        raise UnreadablePlanError(f"a plan has at least {_HEAD.size + _DIGEST_BYTES} bytes, not {len(content)}")
+    magic, version, length = _HEAD.unpack_from(content)
+    if magic != MAGIC or version != VERSION:
+        raise UnreadablePlanError(f"a plan begins with {MAGIC!r} and version {VERSION}, not {magic!r} and {version}")
+    end = len(content) - _DIGEST_BYTES
+    if hashlib.sha256(content[:end]).digest() != content[end:]:
+        raise UnreadablePlanError("the checksum is that of other content: the file is damaged or cut off")
+    try:
+        header = json.loads(content[_HEAD.size:_HEAD.size + length])
+        lengths = [int(n) for n in header["blobs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadablePlanError(f"the header of the plan is no JSON object with blobs: {error!r}") from error
+    start = _HEAD.size + length
+    if min(lengths, default=0) < 0 or start + sum(lengths) != end:
+        raise UnreadablePlanError("the blobs have other lengths than the header says")
+    blobs = []
+    for n in lengths:
+        blobs.append(content[start:start + n])
+        start += n
+    return header, blobs
+
+
+def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
+    def sizes(values: list[int]) -> tuple[int, int, int]:
+        x, y, z = values
+        return int(x), int(y), int(z)
+
+    kernels = [Kernel(str(name), sizes(grid), sizes(block), int(smem_bytes), blobs[cubin], blobs[parameters],
+                      tuple((int(place), int(i)) for place, i in patches))
+               for name, grid, block, smem_bytes, cubin, parameters, patches in header["kernels"]]
+    buffers = {name: Buffer(tuple(map(int, shape)), str(dtype)) for name, (shape, dtype) in header["buffers"].items()}
+    return Program(
+        buffers=buffers,
+        inputs=tuple(header["inputs"]), results=tuple(header["results"]),
+        constants={name: blobs[i] for name, i in header["constants"].items()},
+        steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]))
+
+
+def _check(program: Program[Kernel]) -> None:
+    """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
+    rules = [all(name in program.buffers for name in (*program.inputs, *program.results)),
+             all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items())]
+    for kernel, arrays in program.steps:
+        rules += [all(name in program.buffers for name in arrays), len(kernel.parameters) % 8 == 0,
+                  all(0 <= place < len(kernel.parameters) // 8 and 0 <= i < len(arrays)
+                      for place, i in kernel.patches)]
+    if not all(rules):
+        raise UnreadablePlanError("the launches of the plan do not fit its arrays")

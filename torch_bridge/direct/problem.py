@@ -1,0 +1,123 @@
+"""What a plan is made for, as plain data: the problem, the GPU, and the versions of all that has a part in it."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, Self
+
+__all__ = ["Gpu", "Mask", "PassName", "Problem", "Request", "causal", "versions"]
+
+PassName = Literal["forward", "backward"]
+Mask = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""Masks of pallas_flash, all of which hold: the name of each class, and its numbers by name."""
+
+
+def causal(offset: int | None) -> Mask:
+    """The mask of a causal offset; None: every pair attends."""
+    return () if offset is None else (("Causal", (("offset", offset),)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The numbers of a `pallas_flash.AttentionSpec` whose arrays are dense in its layout."""
+
+    layout: Literal["BLHD", "BHLD"]
+    dtype: Literal["bfloat16", "float16"]
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    d: int
+    d_v: int
+    mask: Mask
+    scale: float | None
+    softcap: float | None
+    deterministic: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as `pallas_flash.device.Device` has it."""
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    smem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One pass of a problem, for one kind of GPU, by these versions: all that a plan depends on."""
+
+    problem: Problem
+    pass_name: PassName
+    gpu: Gpu
+    versions: dict[str, str]
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The request as canonical JSON: equal for equal requests, in every process."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def key(self) -> str:
+        """The name of its plan: 64 hexadecimal digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The request again from its text."""
+        fields = json.loads(text)
+        problem = fields["problem"]
+        problem["mask"] = tuple((kind, tuple(map(tuple, numbers))) for kind, numbers in problem["mask"])
+        gpu = fields["gpu"]
+        gpu["capability"] = tuple(gpu["capability"])
+        return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"])
+
+
+@functools.cache
+def versions(driver: int) -> dict[str, str]:
+    """What else machine code and parameters depend on: the sources of this project, JAX, ptxas and the driver.
+
+    Args:
+      driver: what cuDriverGetVersion says. The file that the kernel module offers adds the release: the layout of a
+        tensor map is the driver's own.
+    """
+    kernel_module = Path("/proc/driver/nvidia/version")
+    return {"product": _digest_of_sources(), "ptxas": _ptxas(), "driver": str(driver),
+            "driver_release": kernel_module.read_text() if kernel_module.exists() else "",
+            **{name: _installed(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")}}
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _digest_of_sources() -> str:
+    """A digest of the Python sources that have a part in a plan. A version number stays the same while they change."""
+    spec = importlib.util.find_spec("pallas_flash")  # of a package at the top: it is not imported
+    assert spec is not None and spec.origin is not None
+    digest = hashlib.sha256()
+    for root in (Path(spec.origin).parent, Path(__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _ptxas() -> str:
+    """Each ptxas that JAX would prefer to its wheel's: on PATH, and in the usual places of a toolkit."""
+    on_path = shutil.which("ptxas")
+    found = [*([on_path] if on_path else []), "/usr/local/cuda/bin/ptxas", "/opt/cuda/bin/ptxas"]
+    states = ((os.path.realpath(path), os.stat(path)) for path in found if os.path.exists(path))
+    return "; ".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)

@@ -1,0 +1,51 @@
+"""What is shown while a plan is made: nothing for a second, then tqdm's bar, or a line where there is no tqdm."""
+
+import importlib
+import sys
+import time
+from typing import Any, Self
+
+__all__ = ["Progress"]
+
+SILENT_SECONDS = 1.0
+
+
+class Progress:
+    """Shows, on the standard error, what takes longer than a second; a context.
+
+    Args:
+      title: what is done.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title, self._step, self._shown = f"pallas_flash: {title}", "", ""
+        self._next = time.monotonic() + SILENT_SECONDS
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None and self._bar is not sys.stderr:
+            self._bar.close()
+
+    def wait(self, step: str | None = None) -> None:
+        """Shows that time passes, once a second; `step`: what was done last, if that is new. To be called often."""
+        self._step, now = step or self._step, time.monotonic()
+        if now < self._next and (self._bar is None or self._step == self._shown):
+            return
+        self._next, self._shown = now + 1.0, self._step
+        if self._bar is None:
+            self._bar = _bar(self._title)
+        if self._bar is not sys.stderr:
+            self._bar.set_postfix_str(self._step)
+
+
+def _bar(title: str) -> Any:
+    """tqdm's, which counts the seconds; or the standard error, with a line written to it."""
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError:
+        print(title, file=sys.stderr, flush=True)
+        return sys.stderr
+    return tqdm(desc=title, bar_format="{desc}: {elapsed} {postfix}", leave=False, file=sys.stderr)

@@ -1,0 +1,78 @@
+"""A loaded plan as a function of torch's tensors: on their device, on torch's current stream, in torch's memory."""
+
+from collections.abc import Sequence
+
+import torch
+
+from torch_bridge import streams
+from torch_bridge.direct.launch import ALIGNMENT, Loaded
+from torch_bridge.direct.plan import Kernel, Program
+
+__all__ = ["DTYPES", "Runner"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+_SCRATCH_ALIGNMENT = 256
+
+
+class Runner:
+    """Runs a program on tensors.
+
+    Constants live as long as the runner. What is neither given nor returned lies in one allocation of torch's, which is
+    free for others as soon as the launches are queued: torch gives it to work on the same stream.
+    """
+
+    def __init__(self, program: Program[Kernel], device: torch.device) -> None:
+        numbers = {name: i for i, name in enumerate(program.buffers)}
+        self.program, self._device, self._index = program, device, device.index or 0
+        self._loaded = Loaded(program, self._index)
+        self._inputs = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
+                        for name in program.inputs]
+        self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
+                         for name in program.results]
+        self._constants = {
+            name: torch.frombuffer(bytearray(value), dtype=DTYPES[program.buffers[name].dtype]).to(device)
+            for name, value in program.constants.items()}
+        self._known = [0] * len(numbers)
+        for name, tensor in self._constants.items():
+            self._known[numbers[name]] = tensor.data_ptr()
+        self._scratch, self._scratch_bytes = [], 0
+        for name in program.scratch:
+            self._scratch.append((numbers[name], self._scratch_bytes))
+            size = program.buffers[name].num_bytes
+            self._scratch_bytes += -(-size // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the constants are there for every stream
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The results, dense, in new memory, for tensors that are dense and aligned as `Loaded.launch` says.
+
+        Raises:
+          ValueError: a tensor has another shape, dtype or device than the kernels were compiled for: they would read
+            past its end.
+        """
+        addresses, bits = self._known.copy(), 0
+        for (i, shape, dtype), tensor in zip(self._inputs, tensors, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
+                raise self._misfit(i, tensor)
+            addresses[i] = address = tensor.data_ptr()
+            bits |= address
+        assert not bits % ALIGNMENT, [x.data_ptr() % ALIGNMENT for x in tensors]
+        results = []
+        for i, shape, dtype in self._results:
+            results.append(torch.empty(shape, dtype=dtype, device=self._device))
+            addresses[i] = results[-1].data_ptr()
+        scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+        start = scratch.data_ptr()
+        for i, offset in self._scratch:
+            addresses[i] = start + offset
+        self._loaded.launch(addresses, streams.number(self._index))
+        return results
+
+    def _misfit(self, i: int, tensor: torch.Tensor) -> ValueError:
+        name = [*self.program.buffers][i]
+        return ValueError(f"{name} must be {self.program.buffers[name]} on {self._device}, got {tuple(tensor.shape)} "
+                          f"{tensor.dtype} on {tensor.device}. Pass the tensors of the forward and its results.")
+
+    def unload(self) -> None:
+        """Unloads the modules (`Loaded.unload`)."""
+        self._loaded.unload()

@@ -1,0 +1,82 @@
+"""Which way a call goes: through DLPack into JAX's runtime, or, where that is asked for, straight to the driver.
+
+    exchange.py          every call, on CPU and GPU
+    direct/attention.py  what `attention.why_not` has no reason against, with PALLAS_FLASH_DIRECT=1
+
+JAX is imported by the first call that goes through DLPack.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.direct import attention
+
+if TYPE_CHECKING:
+    from pallas_flash.arrays import Array
+
+__all__ = ["Stats", "attend", "attend_saving", "backward", "forward", "gradients", "stats_tensor"]
+
+type Stats = "Array" | torch.Tensor
+"""The statistics of rows between a forward and its backward: a tensor, if the forward was launched directly."""
+
+
+def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
+    """`forward`'s out alone."""
+    direct = attention.find(operands, numbers, "forward")
+    if direct is not None:
+        return direct.forward(operands).out
+    from torch_bridge import exchange
+    return exchange.attend(operands, numbers)
+
+
+def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
+    """`forward`'s results, the statistics being for `gradients` alone."""
+    direct = attention.find(operands, numbers, "forward")
+    if direct is not None:
+        return direct.forward(operands)
+    from torch_bridge import exchange
+    return exchange.attend_saving(operands, numbers)
+
+
+def stats_tensor(stats: Stats, like: torch.Tensor) -> torch.Tensor:
+    """`attend_saving`'s statistics as a tensor, on the device of `like`."""
+    if isinstance(stats, torch.Tensor):
+        return stats
+    from torch_bridge import exchange
+    return exchange.stats_tensor(stats, like)
+
+
+def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor, Stats], dout: torch.Tensor,
+              needs: PerArray[bool]) -> PerArray[torch.Tensor | None]:
+    """`backward` with the results of `attend_saving`; None in place of the gradients that are not needed."""
+    out, stats = results
+    if isinstance(stats, torch.Tensor):
+        found = backward(operands, numbers, Results(out, stats), Cotangents(dout, None), needs)
+        return PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
+    from torch_bridge import exchange
+    return exchange.gradients(operands, numbers, (out, stats), dout, needs)
+
+
+def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
+    """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows, (0,) if they are not needed."""
+    direct = attention.find(operands, numbers, "forward")
+    if direct is not None:
+        out, stats = direct.forward(operands)
+        return Results(out, stats if needs_stats else stats.new_empty((0,)))
+    from torch_bridge import exchange
+    return exchange.forward(operands, numbers, needs_stats)
+
+
+def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents,
+             needs: PerArray[bool]) -> PerArray[torch.Tensor]:
+    """The gradients with the storage order of their tensors; (0,) in place of those not needed."""
+    is_whole = results.stats.dim() == 4  # else lse alone (`AttentionBackward`)
+    direct = attention.find(operands, numbers, "backward") if is_whole else None
+    if direct is not None:
+        grads = direct.backward(operands, results, cotangents)
+        return PerArray(*(grad if needed and grad is not None else operands.query.new_empty((0,))
+                          for grad, needed in zip(grads, needs, strict=True)))
+    from torch_bridge import exchange
+    return exchange.backward(operands, numbers, results, cotangents, needs)
