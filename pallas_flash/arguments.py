@@ -66,7 +66,7 @@ def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[st
     elif name == "enable_gqa":
         do = "leave it out: the heads of key may divide those of query"
     elif name == "score":
-        do = "flash_attention has it, for sequences on one device; what is added to the scores can be a bias"
+        do = "leave it out: what is added to the scores can be a bias, and flash_attention has score functions"
     elif here:
         do = f"pass {here[0]}"
     elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
