@@ -102,7 +102,7 @@ def interpreted_gradients(schedule, spec, arrays):
     with (unittest.mock.patch.object(gpu_callbacks, "GPURaceDetectionState", detector),
           interpret.interpreted(detect_races=True)):
         dq, dk, dv = launches.backward(spec, schedule)(*arrays)
-        found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None)
+        found = Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
         jax.block_until_ready(found)
     assert len(detectors) == 3, "a kernel for the statistics, and two more"
     assert not any(seen.races_found for seen in detectors)
