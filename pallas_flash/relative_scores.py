@@ -37,10 +37,13 @@ def _check_array(label: str, x: Any, axes: tuple[str, ...]) -> None:
                              given, "pass a JAX or NumPy array")
 
 
-def _require(label: str, found: int, heads: int) -> None:
-    if found != heads:
-        raise errors.invalid(f"{label} must be of the {heads} heads of query", f"{label} of {found}",
-                             "give each query head its own; under shard_map, those of the shard")
+def _require_sizes(owner: str, arrays: dict[str, Any], batch: int, heads: int) -> None:
+    """Raises ValueError unless the offset is of `batch` entries, where it is of any, and the other array of `heads`."""
+    for name, x in arrays.items():
+        wanted, of = (batch, "batch entries") if name == "offset" else (heads, "heads")
+        if not is_static(x) and x.shape and x.shape[0] != wanted:
+            raise errors.invalid(f"{owner}.{name} must be of the {wanted} {of} of query", f"one of {x.shape[0]}",
+                                 "give each its own; under shard_map, those of the shard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,8 @@ class ALiBi(Score):
         _check_array("ALiBi.slopes", self.slopes, ("q_heads",))
         _check_offset("ALiBi", self.offset)
 
-    def require_heads(self, heads: int) -> None:
-        _require("ALiBi.slopes", self.slopes.shape[0], heads)
+    def require_sizes(self, batch: int, heads: int) -> None:
+        _require_sizes("ALiBi", dict(slopes=self.slopes, offset=self.offset), batch, heads)
 
     def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
         distance = abs(_distance(self.offset, batch, q_pos, kv_pos)).astype(score.dtype)
@@ -102,6 +105,9 @@ class RelativeBias(Score):
     def __post_init__(self) -> None:
         _check_array("RelativeBias.table", self.table, ("q_heads", "distances"))
         _check_offset("RelativeBias", self.offset)
+        if self.zero is not None and (not isinstance(self.zero, int | np.integer) or isinstance(self.zero, bool)):
+            raise errors.invalid("RelativeBias.zero must be a Python integer or None", f"zero={self.zero!r}",
+                                 "pass the column of distance 0; what changes from call to call is the offset")
         columns = self.table.shape[1]
         if not columns or (self.zero is None and columns % 2 == 0):
             raise errors.invalid("RelativeBias.table must have an odd number of distances, or `zero` be given",
@@ -127,8 +133,8 @@ class RelativeBias(Score):
     def _zero(self) -> int:
         return self.table.shape[1] // 2 if self.zero is None else self.zero
 
-    def require_heads(self, heads: int) -> None:
-        _require("RelativeBias.table", self.table.shape[0], heads)
+    def require_sizes(self, batch: int, heads: int) -> None:
+        _require_sizes("RelativeBias", dict(table=self.table, offset=self.offset), batch, heads)
 
     def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
         column = _distance(self.offset, batch, q_pos, kv_pos) + self._zero

@@ -71,9 +71,9 @@ class Score:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("is_additive", "is_relative"):  # of another function than the one it was said of
+        for name in ("is_additive", "is_relative", "on_tile", "expanded"):  # of another function than they are about
             if "__call__" in vars(cls) and name not in vars(cls):
-                setattr(cls, name, False)
+                setattr(cls, name, vars(Score)[name])
         jax.tree_util.register_pytree_with_keys(
             cls, functools.partial(mask_fields.flatten, is_static=is_static),
             functools.partial(mask_fields.unflatten, cls))
@@ -95,8 +95,8 @@ class Score:
         del q_len, kv_len
         return self
 
-    def require_heads(self, heads: int) -> None:
-        """Raises ValueError where an array is of another number of heads."""
+    def require_sizes(self, batch: int, heads: int) -> None:
+        """Raises ValueError where an array is of other sizes than these."""
 
     def __str__(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -363,8 +363,8 @@ class At(Score):
     def __str__(self) -> str:
         return str(self.function)
 
-    def require_heads(self, heads: int) -> None:
-        self.function.require_heads(heads)
+    def require_sizes(self, batch: int, heads: int) -> None:
+        self.function.require_sizes(batch, heads)
 
     def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
         at = [x[jnp.minimum(batch, x.shape[0] - 1), jnp.minimum(pos, x.shape[1] - 1)]

@@ -210,7 +210,7 @@ class AttentionSpec:
             return self
         for x in scores.floats(score):
             check_dtype(f"an array of the score function {score}", x)
-        score.require_heads(self.q_heads)
+        score.require_sizes(self.batch, self.q_heads)
         score = score.with_placeholders()
         scores.check_result(score, self.acc_dtype)
         return dataclasses.replace(self, score=score)

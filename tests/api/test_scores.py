@@ -359,6 +359,19 @@ def test_another_function_is_not_what_its_base_class_is():
     assert ALiBi.is_relative and ALiBi.is_additive and not Squared.is_relative and not Squared.is_additive
 
 
+@dataclasses.dataclass(frozen=True)
+class SquaredTable(RelativeBias):
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        return super().__call__(score, batch, head, q_pos, kv_pos) ** 2
+
+
+def test_another_function_is_not_read_as_its_base_class_is():
+    """Regression: xla computed the function of the base class, whose columns it lays out by distance."""
+    found, wanted = (pf.flash_attention(Q, KEY, V, score=SquaredTable(TABLE), implementation=name)
+                     for name in ("xla", "reference"))
+    assert_agree(found, wanted)
+
+
 @dataclasses.dataclass
 class Thawed(Score):
     def __call__(self, score, batch, head, q_pos, kv_pos):
@@ -397,7 +410,9 @@ REFUSED = {
     "a bound array": (lambda: functools.partial(lambda x, score, *place: score + x[0], SLOPES), "must not hold arrays"),
     "a class that is not frozen": (Thawed, "must be a frozen dataclass, got score=Thawed"),
     "a field that is a list": (lambda: Listed([1, 2]), "Listed.numbers must be an array, or be hashable"),
-    "slopes of other heads": (lambda: ALiBi(SLOPES[:3]), "ALiBi.slopes must be of the 4 heads of query, got .* of 3"),
+    "slopes of other heads": (lambda: ALiBi(SLOPES[:3]), "ALiBi.slopes must be of the 4 heads of query, got one of 3"),
+    "offsets of another batch": (lambda: ALiBi(SLOPES, offset=np.arange(1)), "must be of the 2 batch .* one of 1"),
+    "a column between two": (lambda: RelativeBias(TABLE, zero=1.5), "must be a Python integer or None, got zero=1.5"),
     "a table of other heads": (lambda: RelativeBias(TABLE[:2]), "RelativeBias.table must be of the 4 heads"),
     "slopes of integers": (lambda: ALiBi(np.arange(4)), r"floating-point array \(q_heads,\), got int64"),
     "an offset of floats": (lambda: ALiBi(SLOPES, offset=1.5), "ALiBi.offset must be an integer"),
