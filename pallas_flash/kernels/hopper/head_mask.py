@@ -12,6 +12,7 @@ from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import masked
+from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = ["ArrayMask", "HeadMask", "StaticMask"]
@@ -92,8 +93,10 @@ class ArrayMask(NamedTuple):
         """Hides pairs whose ids differ."""
         if keys_dim == 0:
             rows, columns = ("kv_ids", rows[1]), ("q_ids", columns[1])
-        (name, first), own = columns, self._rows(rows[0], 0, rows[1])
-        ids = registers.load_row(self.gmem[name], (*self._at(name), 0), first, s.shape[1])
+        # Opaque, or LLVM would keep what follows from them, addresses first, in registers through every loop.
+        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
+        (name, first), own = columns, here._rows(rows[0], 0, ptx.opaque(rows[1]))
+        ids = registers.load_row(self.gmem[name], (*here._at(name), 0), ptx.opaque(first), s.shape[1])
         return jnp.where(registers.spread(own, s.shape[1]) == registers.stack(ids), s, -jnp.inf)
 
     def _rows(self, name: str, i: int, first: Index) -> Int[Array, "64"]:
