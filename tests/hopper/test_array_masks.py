@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from hopper.test_backward import cotangents, interpreted_gradients, statistics
 from pallas_flash import device, masks
 from pallas_flash import packed as packed_sequences
-from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, rules
+from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays, rules
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec
@@ -241,4 +241,30 @@ def test_gradients_agree_with_the_oracle(schedule):
     clean = {name: jnp.where(rows[:, :, None, None], getattr(budget.baseline, name), getattr(found, name))
              for name, rows in (("dq", sees_bad), ("dk", reached), ("dv", reached))}
     used = budget.used(budget.baseline._replace(**clean))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.interpreted
+def test_gradients_with_dropout_agree_with_the_oracle():
+    """Heads of a group have arrays and draws of their own, one batch entry has no keys; NaN in all that is hidden."""
+    q_len, kv_len = 24, 40
+    ids = masks.SegmentIds(np.stack([packed(10, 14), packed(20, -4)]), np.stack([packed(12, 28), packed(25, -15)]))
+    mask = ids & masks.InBounds(kv_len=np.array([38, 0])) & masks.Causal(np.array([[10, 0], [5, -3]]))
+    problem = Problem("dropout", "arrays", batch=BATCH, q_heads=HEADS, kv_heads=KEY_HEADS, q_len=q_len, kv_len=kv_len,
+                      d=64, d_v=64, mask=mask, dropout_rate=0.3, dtypes=("bfloat16",))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    assert rules.reasons_against(spec, TWO, 232_448) == []
+    pos = jnp.arange(q_len)[:, None], jnp.arange(kv_len)[None]
+    keep = np.asarray(masks.over_batch(canonical(mask), lambda part: part.keep(*pos)))
+    idle, unseen = ~keep.any(axis=(1, 3)), ~keep.any(axis=(1, 2))
+    given_operands = jax.tree.map(jnp.asarray, operands._replace(
+        q=with_nan(operands.q, idle), k=with_nan(operands.k, unseen), v=with_nan(operands.v, unseen)))
+    saved = jnp.asarray(budget.oracle.out, "bfloat16"), statistics(spec, budget.oracle.lse)
+    made = given(spec, TWO, mask, launches.backward(spec, TWO))
+    arrays = (*given_operands[:3], *saved, *cotangents(with_nan(np.asarray(dout), idle), dlse),
+              *dropout.inputs(spec, given_operands), *made)
+    with interpreted():
+        dq, dk, dv = launches.backward(spec, TWO)(*arrays)
+    used = budget.used(budget.baseline._replace(dq=dq, dk=dk, dv=dv))
     assert max(used.values()) <= 1, used
