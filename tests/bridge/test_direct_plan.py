@@ -169,8 +169,17 @@ def test_a_plan_rewritten_unchanged_is_read():
     lambda header: header["steps"].append([0, ["x", "z"]]), lambda header: header["results"].append("z"),
     lambda header: header["buffers"].update(table=[[5], "int32"]), lambda header: header["buffers"].pop("x"),
     lambda header: header["buffers"].update(table=[[4], "int31"]), lambda header: header.update(kernels=3),
-], ids=range(15))
+    lambda header: header.update(buffers=[]), lambda header: header.update(blobs=[float("inf")]),
+    lambda header: header["kernels"][0].__setitem__(3, float("inf")),
+], ids=range(18))
 def test_a_plan_that_does_not_fit_itself_is_not_read(change):
     """Launched, it would read or write at addresses that nobody gave it."""
     with pytest.raises(plan.UnreadablePlanError):
         plan.read(rewritten(change), FORWARD.text)
+
+
+def test_a_header_of_endless_depth_is_not_read():
+    text = b'{"blobs":' + b"[" * 100_000
+    content = CONTENT[:12] + struct.pack("<I", len(text)) + text
+    with pytest.raises(plan.UnreadablePlanError, match="no JSON object"):
+        plan.read(content + hashlib.sha256(content).digest(), FORWARD.text)

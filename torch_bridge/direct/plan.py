@@ -135,7 +135,7 @@ def read(content: bytes, request: str) -> Program[Kernel]:
             raise UnreadablePlanError(f"a plan for {header['request']}, not for {request}")
         program = _program(header, blobs)
         _check(program)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, UnreadablePlanError):
             raise
         raise UnreadablePlanError(f"the header of the plan is not what version {VERSION} says: {error!r}") from error
@@ -155,7 +155,7 @@ def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
     try:
         header = json.loads(content[_HEAD.size:_HEAD.size + length])
         lengths = [int(n) for n in header["blobs"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise UnreadablePlanError(f"the header of the plan is no JSON object with blobs: {error!r}") from error
     start = _HEAD.size + length
     if min(lengths, default=0) < 0 or start + sum(lengths) != end:
