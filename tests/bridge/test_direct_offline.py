@@ -112,6 +112,16 @@ def test_tensor_maps_span_their_arrays(compiled, name):
     assert seen >= 4
 
 
+def test_a_child_that_sees_another_kind_of_gpu_makes_no_plan(work):
+    """CUDA_VISIBLE_DEVICES may change after CUDA has started. What it makes would be kept, and refused ever after."""
+    blackwell = dataclasses.replace(FORWARD, gpu=dataclasses.replace(FORWARD.gpu, capability=(10, 0)))
+    done = subprocess.run([places.interpreter(), cache.COMMAND[1], "1", work / "none"], text=True, input=blackwell.text,
+                          env=environment(work), capture_output=True)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert "to be of compute capability (10, 0), as NVIDIA H200, it is of (9, 0)" in last["reason"], done.stderr[-4000:]
+    assert not (work / "none").exists()
+
+
 REPLAY = """
 import json, os, sys, threading
 import torch
