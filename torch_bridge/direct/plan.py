@@ -186,7 +186,8 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
     rules = [all(name in program.buffers for name in (*program.inputs, *program.results)),
-             all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items())]
+             all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
+             {*program.results}.isdisjoint({*program.inputs, *program.constants})]  # results are new memory
     for kernel, arrays in program.steps:
         rules += [all(name in program.buffers for name in arrays), len(kernel.parameters) % 8 == 0,
                   all(0 <= place < len(kernel.parameters) // 8 and 0 <= i < len(arrays)
