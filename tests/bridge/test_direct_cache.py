@@ -27,7 +27,8 @@ from torch_bridge.direct import plan
 text = sys.stdin.read()
 open(os.environ["MARKS"], "a").write("made\\n")
 time.sleep(float(os.environ.get("SLOWLY", 0)))
-print("what a library says", flush=True)
+print("what a library says", 17, "null", sep="\\n", flush=True)
+os.write(2, b"\\xff, which is no text: ")
 {}
 """
 WRITES = """

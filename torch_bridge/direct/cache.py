@@ -140,7 +140,7 @@ def _make(request: Request, index: int, path: Path) -> None:
     # JAX compiles in it, and needs no client of the GPU. Its other settings have no part in the key of a plan.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["JAX_PLATFORMS"] = "cpu"
-    with (tempfile.TemporaryFile("w+") as errors,
+    with (tempfile.TemporaryFile("w+", errors="replace") as errors,
           subprocess.Popen([*COMMAND, str(index), str(path)], env=environment, text=True, stdin=subprocess.PIPE,
                            stdout=subprocess.PIPE, stderr=errors) as child):
         assert child.stdin is not None and child.stdout is not None
@@ -184,5 +184,6 @@ def _followed(lines: IO[str], progress: Progress) -> dict[str, str]:
             *whole, rest = (rest + read).split(b"\n")
             for line in whole:
                 with contextlib.suppress(ValueError):  # what a library prints is none of ours
-                    last = json.loads(line)
+                    found = json.loads(line)
+                    last = found if isinstance(found, dict) else last
                 progress.wait(last.get("step"))
