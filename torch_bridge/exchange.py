@@ -150,7 +150,9 @@ def _sharable(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_neg()
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"] else tensor
+    address = tensor.data_ptr()
+    is_sharable = address and not address % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"]
+    return tensor if is_sharable else tensor.clone()  # 0: torch's own zeros, without memory
 
 
 def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:

@@ -209,6 +209,68 @@ def test_arguments_beyond_sdpa_go_through_dlpack(launched, name):
     torch.testing.assert_close(out.double(), wide, atol=2e-2, rtol=2e-2)
 
 
+OTHERWISE = {
+    "query": torch.zeros(1, 2, 5, 16, dtype=BF16), "key": torch.zeros(1, 2, 7, 8, dtype=BF16),
+    "value": torch.zeros(1, 2, 5, 16, dtype=BF16), "mask": torch.ones(1, 1, 5, 5, dtype=torch.bool),
+    "bias": torch.zeros(1, 1, 5, 5, dtype=BF16), "offsets": torch.ones(1, dtype=torch.int32),
+    "q_lengths": torch.ones(1, dtype=torch.int32), "kv_lengths": torch.ones(1, dtype=torch.int32),
+    "q_ids": torch.zeros(1, 5, dtype=torch.int32), "kv_ids": torch.zeros(1, 5, dtype=torch.int32),
+    "q_starts": torch.zeros(2, dtype=torch.int32), "kv_starts": torch.zeros(2, dtype=torch.int32),
+    "left": 1, "right": None, "offset": 1, "softcap": 2.0, "scale": 0.5, "dropout_p": 0.5, "deterministic": True,
+    "partial": True,
+}
+WITHOUT_EFFECT = {"seed": "dropout's, which is refused", "ends_aligned": "of packed sequences, which are refused"}
+
+
+def test_every_argument_is_in_the_problem_or_refused():
+    """So that a field that is added can not be forgotten: the call would be launched as if it were not there."""
+    assert {*OTHERWISE, *WITHOUT_EFFECT} == {*Operands._fields, *Numbers._fields}
+    operands = Operands.of(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16, requires_grad=False), **NONE)
+    assert attention.why_not(operands, CAUSAL) is None
+    problem = attention.problem_of(operands, CAUSAL)
+    for name, value in OTHERWISE.items():
+        changed = {name: value}
+        other = (operands._replace(**changed), CAUSAL) if name in Operands._fields else (
+            operands, CAUSAL._replace(**changed))
+        assert attention.why_not(*other) is not None or attention.problem_of(*other) != problem, name
+    for right, reason in ((1, "no windows"), (-1, "no windows")):
+        assert reason in str(attention.why_not(operands, CAUSAL._replace(right=right)))
+
+
+def test_a_scale_that_is_no_number_is_refused_as_elsewhere(launched):
+    """It cannot be part of a key."""
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    for scale in (torch.inf, -torch.inf, torch.nan, 1e31):
+        with pytest.raises(ValueError, match="scale must be a Python number from -1e"):
+            OURS(*tensors, scale=scale)
+    assert launched == []
+
+
+def test_the_default_dtype_has_no_part_in_it(launched):
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert launched == BOTH
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_a_cotangent_without_memory(launched, monkeypatch, asked):
+    """torch's own tensors of zeros have the address 0, which JAX read: the process ended."""
+    monkeypatch.setenv(attention.VARIABLE, asked)
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    grads = torch.autograd.grad(OURS(*tensors), tensors, torch._efficientzerotensor((1, 2, 5, 8), dtype=BF16))
+    assert launched == BOTH * int(asked) and not any(grad.any() for grad in grads)
+
+
+def test_threads_that_forget_choices_disturb_nobody(launched, monkeypatch):
+    monkeypatch.setattr(attention, "_MAX_CHOICES", 1)
+    inputs = [qkv(*[(1, 2, length, 8)] * 3, dtype=BF16, requires_grad=False) for length in (3, 4, 5, 6)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda i: OURS(*inputs[i % 4]), range(64)))) == 64
+
+
 def test_what_does_not_fit_is_never_read(launched):
     """The operators may be called with anything; a kernel would read past the end."""
     q, k, v = (x.detach() for x in qkv((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), dtype=BF16))
@@ -224,6 +286,9 @@ def test_what_does_not_fit_is_never_read(launched):
                           (Results(out, stats.double()), out), (Results(out, stats), out[:, :1])):
         with pytest.raises(ValueError, match=r"must be Buffer\(shape=.*, got .*Pass the tensors of the forward"):
             ops.attention_backward(*AttentionBackward(operands, FULL, results, Cotangents(dout, None), needs).flat())
+    with pytest.raises(ValueError, match=r"^k must be Buffer.*got .*torch.float32"):
+        ops.attention_backward(*AttentionBackward(operands._replace(key=k.float()), FULL, Results(out, stats),
+                                                  Cotangents(out, None), needs).flat())
     cotangents = Cotangents(out.float(), torch.ones_like(stats))
     wide = AttentionBackward(operands, FULL, Results(out, stats), cotangents, needs)
     assert ops.attention_backward(*wide.flat())[0].dtype == BF16

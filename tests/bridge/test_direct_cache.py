@@ -5,6 +5,8 @@ What makes them is a stand-in that needs no compiler, of which each run leaves a
 
 import concurrent.futures
 import dataclasses
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,8 @@ from torch_bridge.direct import plan
 text = sys.stdin.read()
 open(os.environ["MARKS"], "a").write("made\\n")
 time.sleep(float(os.environ.get("SLOWLY", 0)))
-print("what a library says", flush=True)
+print("what a library says", 17, "null", sep="\\n", flush=True)
+os.write(2, b"\\xff, which is no text: ")
 {}
 """
 WRITES = """
@@ -117,12 +120,57 @@ def test_a_plan_that_never_comes(made, monkeypatch):
         cache.find(FORWARD, 0)
 
 
+def test_what_everyone_may_write_is_not_run(made):
+    cache.find(FORWARD, 0)
+    for mode in (0o777, 0o1777):
+        cache.directory().chmod(mode)
+        with pytest.raises(cache.NoPlanError, match=r"must not be writable by everyone.*got .*plans, drwxrwx.*chmod"):
+            cache.find(FORWARD, 0)
+    cache.directory().chmod(0o755)
+    assert cache.find(FORWARD, 0) == PROGRAM and made() == 1
+
+
+def test_nobody_else_writes_to_a_plan_whatever_the_umask(made):
+    before = os.umask(0)
+    try:
+        cache.find(FORWARD, 0)
+    finally:
+        os.umask(before)
+    assert cache.path_of(FORWARD).stat().st_mode & 0o777 == 0o644
+
+
+def test_jaxs_settings_of_the_parent_have_no_part_in_a_plan(made, monkeypatch):
+    """They are not in its key."""
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    maker(monkeypatch, 'print(json.dumps(dict(reason=str({k: v for k, v in os.environ.items() if k[:4] == "JAX_"}))))')
+    with pytest.raises(cache.NoPlanError, match=r"^{'JAX_PLATFORMS': 'cpu'}$"):
+        cache.find(FORWARD, 0)
+
+
+def test_a_lock_is_given_back_though_a_forked_process_has_it_open(tmp_path, monkeypatch):
+    """Whoever waits for it would wait until that process ends. A file that is not closed stands for the other's."""
+    kept = []
+    with monkeypatch.context() as patch:
+        with cache._locked(tmp_path / "lock"):
+            waiting = os.open(tmp_path / "lock", os.O_RDWR)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            patch.setattr(os, "close", kept.append)
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(kept) == 1
+    for file in (waiting, *kept):
+        os.close(file)
+
+
 def test_where_plans_are_kept(monkeypatch):
     monkeypatch.delenv(cache.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache.directory() == Path("/somewhere/pallas_flash/plans")
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     assert cache.directory() == Path.home() / ".cache/pallas_flash/plans"
+    monkeypatch.setattr(Path, "home", lambda: Path("~no-such-user").expanduser())
+    with pytest.raises(cache.NoPlanError, match=r"has no home directory.*Name a directory in PALLAS_FLASH_PLANS"):
+        cache.directory()
     monkeypatch.setenv(cache.VARIABLE, "/of/mine")
     assert cache.directory() == Path("/of/mine")
 

@@ -114,6 +114,17 @@ def test_another_jax_is_noticed(monkeypatch):
         lower.lower(FORWARD)
 
 
+def test_a_launch_that_writes_to_the_callers_arrays_is_refused(monkeypatch):
+    """JAX would copy them before; here they are the user's tensors, and constants of all calls."""
+    passes = launches(lower.spec_of(SMALL), device.H200)
+    for name in ("q", "table"):
+        launch = passes.forward.launches[0]._replace(updates=(name,))
+        changed = passes._replace(forward=dataclasses.replace(passes.forward, launches=(launch,)))
+        monkeypatch.setattr(lower, "launches", lambda *_, changed=changed: changed)
+        with pytest.raises(RuntimeError, match=rf"updates {name}, which outlives the call"):
+            lower.lower(FORWARD)
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +180,18 @@ def test_a_plan_rewritten_unchanged_is_read():
     lambda header: header["steps"].append([0, ["x", "z"]]), lambda header: header["results"].append("z"),
     lambda header: header["buffers"].update(table=[[5], "int32"]), lambda header: header["buffers"].pop("x"),
     lambda header: header["buffers"].update(table=[[4], "int31"]), lambda header: header.update(kernels=3),
-], ids=range(15))
+    lambda header: header["results"].append("x"), lambda header: header["results"].append("table"),
+    lambda header: header.update(buffers=[]), lambda header: header.update(blobs=[float("inf")]),
+    lambda header: header["kernels"][0].__setitem__(3, float("inf")),
+], ids=range(20))
 def test_a_plan_that_does_not_fit_itself_is_not_read(change):
     """Launched, it would read or write at addresses that nobody gave it."""
     with pytest.raises(plan.UnreadablePlanError):
         plan.read(rewritten(change), FORWARD.text)
+
+
+def test_a_header_of_endless_depth_is_not_read():
+    text = b'{"blobs":' + b"[" * 100_000
+    content = CONTENT[:12] + struct.pack("<I", len(text)) + text
+    with pytest.raises(plan.UnreadablePlanError, match="no JSON object"):
+        plan.read(content + hashlib.sha256(content).digest(), FORWARD.text)

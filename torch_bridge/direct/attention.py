@@ -31,6 +31,7 @@ DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
+_MAX_SCALE = 1e30  # of a spec, which raises; it is not NaN either
 _OURS = str(Path(__file__).parents[1])  # where frames are not the caller's
 
 
@@ -56,6 +57,7 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
         (numbers.softcap is None, f"it takes no soft cap yet, softcap is {numbers.softcap}"),
         (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
         (not numbers.partial, "it takes no partial attention yet"),
+        (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
     )
@@ -121,7 +123,8 @@ class Direct:
             if pass_name not in self._runners:
                 program = cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
                 if pass_name == "backward":
-                    self._zeros = torch.zeros(program.buffers["dstats"].shape, device=self.device)
+                    self._zeros = torch.zeros(program.buffers["dstats"].shape, dtype=torch.float32,
+                                              device=self.device)
                 self._runners[pass_name] = Runner(program, self.device)
 
     def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -131,8 +134,9 @@ class Direct:
     def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
         """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
-        dtype = q_like[0].dtype
-        given = [*(self._given(x.to(dtype)) for x in q_like), _aligned(stats), self._given(dout.to(dtype))]
+        *q_k_v, out = q_like
+        dtype = q_k_v[0].dtype
+        given = [*map(self._given, q_k_v), self._given(out.to(dtype)), _aligned(stats), self._given(dout.to(dtype))]
         assert self._zeros is not None
         given.append(self._zeros if dstats is None else _aligned(dstats))
         return self._runners["backward"](given)
@@ -147,7 +151,8 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_neg()
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    address = tensor.data_ptr()
+    return tensor if address and not address % ALIGNMENT else tensor.clone()  # 0: one of zeros, without memory
 
 
 # --- which calls -----------------------------------------------------------------------------------------------------
@@ -201,11 +206,13 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCal
         return None
     name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
             query.device, mask is None, bias is None, _has_no_places(operands), numbers)
-    if name not in _choices:
+    try:
+        choice = _choices[name]
+    except KeyError:
+        choice = _choice(operands, numbers) if why_not(operands, numbers) is None else None
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
-        _choices[name] = _choice(operands, numbers) if why_not(operands, numbers) is None else None
-    choice = _choices[name]
+        _choices[name] = choice
     if choice is None or choice.direct.key in _reasons:
         return None
     try:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import selectors
+import stat
 import subprocess
 import sys
 import tempfile
@@ -36,11 +37,19 @@ class NoPlanError(RuntimeError):
 
 
 def directory() -> Path:
-    """Where plans are kept: PALLAS_FLASH_PLANS, else pallas_flash/plans in XDG_CACHE_HOME, else in ~/.cache."""
+    """Where plans are kept: PALLAS_FLASH_PLANS, else pallas_flash/plans in XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+      NoPlanError: the user has no home directory, and neither variable is set.
+    """
     if named := os.environ.get(VARIABLE):
         return Path(named)
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "pallas_flash" / "plans"
+    try:
+        return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "pallas_flash" / "plans"
+    except RuntimeError as error:
+        raise NoPlanError(f"plans must be kept in a directory, and this user has no home directory, got {error} Name a "
+                          f"directory in {VARIABLE}.") from error
 
 
 def path_of(request: Request) -> Path:
@@ -56,25 +65,36 @@ def find(request: Request, index: int) -> Program[Kernel]:
       index: of a device of that kind, as the driver counts.
 
     Raises:
-      NoPlanError: it cannot be made.
+      NoPlanError: it cannot be made, or everyone may write to the directory.
       OSError: the directory cannot be written.
     """
     path = path_of(request)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _require_trusted(path.parent)
     found = _read(path, request)
     if found is not None:
         return found
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in there runs on the GPU
     with _locked(path.with_suffix(".lock")):
         found = _read(path, request)  # another process may have made it
         if found is not None:
             return found
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as new:
-            _make(request, index, Path(new, "plan"))
-            os.replace(Path(new, "plan"), path)
+            made = Path(new, "plan")
+            _make(request, index, made)
+            made.chmod(made.stat().st_mode & 0o755)  # whatever the process's umask: nobody else writes to it
+            os.replace(made, path)
     found = _read(path, request)
     if found is None:
         raise NoPlanError(f"{path} cannot be read although it was just written. Name another directory in {VARIABLE}.")
     return found
+
+
+def _require_trusted(folder: Path) -> None:
+    """Raises NoPlanError where everyone may write: plans run on the GPU, and their checksums are no signatures."""
+    mode = folder.stat().st_mode
+    if mode & stat.S_IWOTH:
+        raise NoPlanError(f"a directory of plans must not be writable by everyone, because they are machine code, got "
+                          f"{folder}, {stat.filemode(mode)}. Run chmod o-w on it, or name another in {VARIABLE}.")
 
 
 def _read(path: Path, request: Request) -> Program[Kernel] | None:
@@ -90,15 +110,18 @@ def _locked(path: Path) -> Iterator[None]:
     """Holds a lock among processes, and among threads; its file is there as long as it is held or waited for."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_in_place(file, path):
-            break
-        os.close(file)  # who held it before has removed it
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_in_place(file, path):
+                continue  # who held it before has removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open, too
+            return
+        finally:
+            os.close(file)
 
 
 def _is_in_place(file: int, path: Path) -> bool:
@@ -114,8 +137,10 @@ def _make(request: Request, index: int, path: Path) -> None:
     Raises:
       NoPlanError: it says why there can be none, or it fails.
     """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # JAX compiles in it, and needs no client of the GPU
-    with (tempfile.TemporaryFile("w+") as errors,
+    # JAX compiles in it, and needs no client of the GPU. Its other settings have no part in the key of a plan.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["JAX_PLATFORMS"] = "cpu"
+    with (tempfile.TemporaryFile("w+", errors="replace") as errors,
           subprocess.Popen([*COMMAND, str(index), str(path)], env=environment, text=True, stdin=subprocess.PIPE,
                            stdout=subprocess.PIPE, stderr=errors) as child):
         assert child.stdin is not None and child.stdout is not None
@@ -159,5 +184,6 @@ def _followed(lines: IO[str], progress: Progress) -> dict[str, str]:
             *whole, rest = (rest + read).split(b"\n")
             for line in whole:
                 with contextlib.suppress(ValueError):  # what a library prints is none of ours
-                    last = json.loads(line)
+                    found = json.loads(line)
+                    last = found if isinstance(found, dict) else last
                 progress.wait(last.get("step"))

@@ -31,15 +31,21 @@ def main(index: int, path: Path, text: str) -> None:
     """Makes the plan."""
     from pallas_flash import UnsupportedError
     from torch_bridge.direct import compile as compiling
-    from torch_bridge.direct import lower, plan, plugin
+    from torch_bridge.direct import driver, lower, plan, plugin
     from torch_bridge.direct.problem import Request
 
     if reason := plugin.why_not():
         say(reason=reason)
         return
     say(step="imported JAX")
+    request = Request.of(text)
+    if (found := driver.capability(index)) != request.gpu.capability:  # its machine code would be another GPU's
+        say(reason=f"needs device {index} of the process that compiles to be of compute capability "
+                   f"{request.gpu.capability}, as {request.gpu.name}, it is of {found}: it sees other devices. Set "
+                   "CUDA_VISIBLE_DEVICES before CUDA is used")
+        return
     try:
-        program = lower.lower(Request.of(text))
+        program = lower.lower(request)
     except UnsupportedError as error:
         say(reason=str(error))
         return

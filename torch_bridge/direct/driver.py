@@ -12,11 +12,11 @@ from ctypes import c_size_t as Size
 from ctypes import c_uint as UInt
 from ctypes import c_void_p as Pointer
 
-__all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "call", "check",
-           "context_of", "current", "is_current",
-           "library", "version"]
+__all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "call", "capability",
+           "check", "context_of", "current", "is_current", "library", "version"]
 
 LIBRARY = "libcuda.so.1"
+_CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 class DriverError(RuntimeError):
@@ -85,6 +85,15 @@ def version() -> int:
     found = Int()
     call("cuDriverGetVersion", ctypes.byref(found))
     return found.value
+
+
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a device."""
+    device, major, minor = Int(), Int(), Int()
+    call("cuDeviceGet", ctypes.byref(device), Int(index))
+    for found, attribute in zip((major, minor), _CAPABILITY):
+        call("cuDeviceGetAttribute", ctypes.byref(found), Int(attribute), device)
+    return major.value, minor.value
 
 
 @functools.cache

@@ -91,8 +91,12 @@ class Loaded:
         self.index = index
         numbers = {name: i for i, name in enumerate(program.buffers)}
         self._modules: list[Pointer] = []
-        with driver.current(index):
-            functions = {kernel: self._function(kernel) for kernel in dict.fromkeys(s.kernel for s in program.steps)}
+        try:
+            with driver.current(index):
+                functions = {kernel: self._function(kernel) for kernel in {step.kernel: None for step in program.steps}}
+        except BaseException:
+            self.unload()
+            raise
         self._steps = tuple(
             _Step(step.kernel, functions[step.kernel],
                   tuple((place, numbers[step.arrays[i]]) for place, i in step.kernel.patches))

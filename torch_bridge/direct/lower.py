@@ -43,7 +43,8 @@ def lower(request: Request) -> Program[Module]:
 
     Raises:
       UnsupportedError: it is no list of launches on that GPU, with every reason.
-      RuntimeError: this JAX lowers a launch to something else than a call of a Mosaic kernel.
+      RuntimeError: this JAX lowers a launch to something else than a call of a Mosaic kernel, or a launch writes to the
+        caller's arrays.
     """
     gpu = device.Device("gpu", **vars(request.gpu))
     found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
@@ -51,6 +52,9 @@ def lower(request: Request) -> Program[Module]:
     steps = []
     with device.assume(gpu):
         for launch in found.launches:
+            if kept := {*launch.updates} & {*found.inputs, *found.constants}:
+                raise RuntimeError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
+                                   "launches before it made")
             steps.append(_step(launch, [types[name] for name in launch.inputs]))
             types |= launch.outputs
     return Program(buffers={name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()},

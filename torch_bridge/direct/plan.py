@@ -135,7 +135,7 @@ def read(content: bytes, request: str) -> Program[Kernel]:
             raise UnreadablePlanError(f"a plan for {header['request']}, not for {request}")
         program = _program(header, blobs)
         _check(program)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, UnreadablePlanError):
             raise
         raise UnreadablePlanError(f"the header of the plan is not what version {VERSION} says: {error!r}") from error
@@ -155,7 +155,7 @@ def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
     try:
         header = json.loads(content[_HEAD.size:_HEAD.size + length])
         lengths = [int(n) for n in header["blobs"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise UnreadablePlanError(f"the header of the plan is no JSON object with blobs: {error!r}") from error
     start = _HEAD.size + length
     if min(lengths, default=0) < 0 or start + sum(lengths) != end:
@@ -186,7 +186,8 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
     rules = [all(name in program.buffers for name in (*program.inputs, *program.results)),
-             all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items())]
+             all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
+             {*program.results}.isdisjoint({*program.inputs, *program.constants})]  # results are new memory
     for kernel, arrays in program.steps:
         rules += [all(name in program.buffers for name in arrays), len(kernel.parameters) % 8 == 0,
                   all(0 <= place < len(kernel.parameters) // 8 and 0 <= i < len(arrays)
