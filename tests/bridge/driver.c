@@ -263,15 +263,4 @@ int cuTensorMapEncodeTiled(uint64_t *map, int type, uint32_t rank, void *address
   return SUCCESS;
 }
 
-int cuGetProcAddress_v2(const char *symbol, void **function, int version, unsigned long long flags, int *status) {
-  char versioned[128];
-  snprintf(versioned, sizeof versioned, "%s_v2", symbol);
-  *function = dlsym(RTLD_DEFAULT, symbol);
-  if (!*function) *function = dlsym(RTLD_DEFAULT, versioned);
-  if (status) *status = !*function;
-  return *function ? SUCCESS : NOT_FOUND;
-}
-int cuGetProcAddress(const char *symbol, void **function, int version, unsigned long long flags) {
-  int status;
-  return cuGetProcAddress_v2(symbol, function, version, flags, &status);
-}
+#include "../hopper/offline/proc_address.h"

@@ -38,15 +38,4 @@ int cuFuncSetAttribute(void *function, int attribute, int value) { return SUCCES
 int cuGetErrorName(int error, const char **name) { return *name = "OFFLINE", SUCCESS; }
 int cuGetErrorString(int error, const char **text) { return *text = "the offline compiler has no device", SUCCESS; }
 
-int cuGetProcAddress_v2(const char *symbol, void **function, int version, unsigned long long flags, int *status) {
-  char versioned[128];
-  snprintf(versioned, sizeof versioned, "%s_v2", symbol);
-  *function = dlsym(RTLD_DEFAULT, symbol);
-  if (!*function) *function = dlsym(RTLD_DEFAULT, versioned);
-  if (status) *status = !*function;
-  return *function ? SUCCESS : NOT_FOUND;
-}
-int cuGetProcAddress(const char *symbol, void **function, int version, unsigned long long flags) {
-  int status;
-  return cuGetProcAddress_v2(symbol, function, version, flags, &status);
-}
+#include "proc_address.h"
