@@ -144,17 +144,6 @@ def jax_device(device: torch.device) -> jax.Device:
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
 
 
-def _sharable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its memory can be shared as it is, or else a copy."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    address = tensor.data_ptr()
-    is_sharable = address and not address % ALIGNMENT["cuda" if tensor.is_cuda else "cpu"]
-    return tensor if is_sharable else tensor.clone()  # 0: torch's own zeros, without memory
-
-
 def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:
     """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared.
 
@@ -174,8 +163,9 @@ def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = No
 def _shared(layout: Layout, q_like: Sequence[torch.Tensor],
             others: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Tensors in the layout (`q_like`) and others as they are, copied where necessary; those that are None left out."""
-    tensors = [_sharable(in_layout(tensor, layout)) for tensor in q_like]
-    tensors.extend(_sharable(tensor) for tensor in others if tensor is not None)
+    alignment = ALIGNMENT["cuda" if q_like[0].is_cuda else "cpu"]
+    tensors = [strides.sharable(in_layout(tensor, layout), alignment) for tensor in q_like]
+    tensors.extend(strides.sharable(tensor, alignment) for tensor in others if tensor is not None)
     return tensors
 
 

@@ -1,5 +1,5 @@
-"""Strides and dtypes of results: pure arithmetic on shapes and strides, shared by the operators and by their fake
-versions.
+"""Strides and dtypes of results: arithmetic on shapes and strides, shared by the operators and by their fake versions;
+and tensors, copied where they are stored otherwise than is wanted, for both ways to the kernels.
 
 A result keeps the storage order of the tensor that it belongs to, as PyTorch's fused backends do: `out` that of the
 query, a gradient that of its input. Axes of size 1 and broadcast axes (stride 0) say nothing about order.
@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Layout", "dense", "in_layout", "is_heads_inside", "layout_of", "like_query", "same_memory", "stats_dtype",
-           "with_strides"]
+__all__ = ["Layout", "dense", "in_layout", "is_heads_inside", "layout_of", "like_query", "same_memory", "sharable",
+           "stats_dtype", "with_strides"]
 
 Layout = Literal["BLHD", "BHLD"]
 """As `pallas_flash.spec.Layout`, which would import JAX."""
@@ -61,6 +61,16 @@ def layout_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> La
 def in_layout(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A view of (batch, heads, length, dim) with the axes in the order of the layout; and back."""
     return tensor if layout == "BHLD" else tensor.transpose(1, 2)
+
+
+def sharable(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    """The tensor itself if it is dense, at an address that is a multiple of `alignment` bytes; or else a copy."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    address = tensor.data_ptr()
+    return tensor if address and not address % alignment else tensor.clone()  # 0: torch's own zeros, without memory
 
 
 def with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:

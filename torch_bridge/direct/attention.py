@@ -136,23 +136,14 @@ class Direct:
         """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
         *q_k_v, out = q_like
         dtype = q_k_v[0].dtype
-        given = [*map(self._given, q_k_v), self._given(out.to(dtype)), _aligned(stats), self._given(dout.to(dtype))]
+        given = [*map(self._given, q_k_v), self._given(out.to(dtype)), strides.sharable(stats, ALIGNMENT),
+                 self._given(dout.to(dtype))]
         assert self._zeros is not None
-        given.append(self._zeros if dstats is None else _aligned(dstats))
+        given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
         return self._runners["backward"](given)
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _aligned(strides.in_layout(tensor, self.problem.layout))
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if it is dense and aligned, or else a copy."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    address = tensor.data_ptr()
-    return tensor if address and not address % ALIGNMENT else tensor.clone()  # 0: one of zeros, without memory
+        return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
 
 
 # --- which calls -----------------------------------------------------------------------------------------------------
