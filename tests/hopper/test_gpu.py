@@ -458,14 +458,17 @@ def test_gradients_of_a_long_sequence(deterministic):
 ONE_CALL = """
 import json, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from pallas_flash import Causal, flash_attention
+from pallas_flash import Causal, SegmentIds, flash_attention
 
-direction, implementation, length, d = *sys.argv[1:3], *map(int, sys.argv[3:])
+direction, implementation, options, length, d = *sys.argv[1:4], *map(int, sys.argv[4:])
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
 draw = lambda seed: np.random.default_rng(seed).standard_normal((1, length, 2, d)).astype(jnp.bfloat16)
 arrays = jax.block_until_ready([jax.device_put(draw(seed)) for seed in range(4)])
-attend = lambda *qkv: flash_attention(*qkv, mask=Causal(), implementation=implementation)
+ids = np.arange(length)[None] // 70
+options = {"plain": dict(mask=Causal()), "documents": dict(mask=Causal() & SegmentIds(ids, ids)),
+           "dropout": dict(mask=Causal(), dropout_rate=0.1, dropout_rng=jax.random.key(0))}[options]
+attend = lambda *qkv: flash_attention(*qkv, **options, implementation=implementation)
 
 def run(q, k, v, dout):
     return attend(q, k, v) if direction == "forward" else jax.vjp(attend, q, k, v)[1](dout)
@@ -477,9 +480,10 @@ assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves
 """
 
 
-def one_call(direction: str, length: int, d: int, *prefix: str, **environment: str) -> subprocess.CompletedProcess:
+def one_call(direction: str, length: int, d: int, *prefix: str, options: str = "plain",
+             **environment: str) -> subprocess.CompletedProcess:
     """A causal call in a process of its own, which prints the seconds it took and how often the cache had it."""
-    command = [*prefix, sys.executable, "-c", ONE_CALL, direction, IMPLEMENTATION, str(length), str(d)]
+    command = [*prefix, sys.executable, "-c", ONE_CALL, direction, IMPLEMENTATION, options, str(length), str(d)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
@@ -503,8 +507,9 @@ def test_a_cold_call_takes_five_seconds_and_the_cache_serves_the_next_process(di
 
 @pytest.mark.timeout(240)
 @each_direction
+@pytest.mark.parametrize("options", ("plain", "documents", "dropout"))
 @pytest.mark.parametrize("tool", ("memcheck", "initcheck"))
-def test_compute_sanitizer_finds_nothing(direction, tool):
+def test_compute_sanitizer_finds_nothing(direction, tool, options):
     """Each array is an allocation of its own, so that what lies past its end is not another one's.
 
     initcheck does not see what TMA writes: to it, a result copied to the host was never written, nor were dq's sums,
@@ -514,7 +519,7 @@ def test_compute_sanitizer_finds_nothing(direction, tool):
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
     check = (program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no")
-    done = one_call(direction, 200, 64, *check, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
+    done = one_call(direction, 200, 64, *check, options=options, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
     text = done.stdout + done.stderr
     if tool == "initcheck":
         assert "ERROR SUMMARY" in text and "\"hits\"" in text, text[-4000:]

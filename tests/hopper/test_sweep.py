@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from agreement import assert_within, with_rest
 
-from pallas_flash import Causal, Full, InBounds, PrefixLM, Window, dispatch
+from pallas_flash import Causal, Full, InBounds, PrefixLM, SegmentIds, Window, dispatch
 from pallas_flash.kernels.hopper import calls, launches, rules
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.spec import Operands
-from pallas_flash.testing import conformance, textbook
+from pallas_flash.testing import conformance, inputs, textbook
 from pallas_flash.testing.budget import Budget
 from pallas_flash.testing.problems import Problem
 
@@ -43,6 +43,29 @@ OPTIONS: dict[str, dict] = {
 }
 
 
+def _ids(*lengths):
+    """Ids 0, 1, ... of documents of the given lengths; a negative length is padding."""
+    return np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
+
+
+_DOCUMENTS = np.stack([_ids(150, 9, 241), _ids(64, 128, 100, -108)])
+_SHUFFLED = np.random.default_rng(0).integers(-1, 4, (2, 400)).astype(np.int32)
+FEATURES: dict[str, dict] = {
+    "documents": dict(mask=Causal() & SegmentIds(_DOCUMENTS, _DOCUMENTS)),
+    "documents-gqa-softcap": dict(mask=Causal() & SegmentIds(_DOCUMENTS, _DOCUMENTS), q_heads=4, softcap=2.0),
+    "ids-in-any-order": dict(mask=Window(200, 100) & SegmentIds(_SHUFFLED, np.roll(_SHUFFLED, 31, axis=1))),
+    "lengths-offsets": dict(mask=InBounds(q_len=np.array([400, 133]), kv_len=np.array([391, 0]))
+                            & Causal(np.array([30, -20]))),
+    "lengths-deterministic": dict(mask=Causal() & InBounds(kv_len=np.array([65, 399])), deterministic=True),
+    "window-of-each-head": dict(mask=Window(np.array([[3, 140]]), np.array([[0, 5]]), np.array([[130], [0]]))),
+    "prefix-of-each-entry": dict(mask=PrefixLM(np.array([250, 0])), layout="BHLD", q_heads=4),
+    "dropout": dict(dropout_rate=0.1),
+    "dropout-gqa-deterministic": dict(dropout_rate=0.4, q_heads=4, kv_heads=1, deterministic=True),
+    "dropout-softcap": dict(dropout_rate=0.2, softcap=2.0, mask=Full()),
+    "documents-dropout": dict(mask=Causal() & SegmentIds(_DOCUMENTS, _DOCUMENTS), dropout_rate=0.2),
+}
+
+
 def problem_of(name, dims, **options):
     fields = dict(batch=2, q_heads=2, kv_heads=2, q_len=400, kv_len=400, d=dims[0], d_v=dims[1], mask=Causal(),
                   dtypes=("bfloat16",))
@@ -51,7 +74,8 @@ def problem_of(name, dims, **options):
 
 PROBLEMS = [*(problem_of(f"len-{q}x{kv}", dims, q_len=q, kv_len=kv) for dims in DIMS[:3] for q, kv in LENGTHS),
             *(problem_of(name, dims, **options) for dims in DIMS[:3] for name, options in OPTIONS.items()),
-            *(problem_of(name, dims, **OPTIONS[name]) for dims in DIMS[3:] for name in ("window", "heads-first-gqa"))]
+            *(problem_of(name, dims, **OPTIONS[name]) for dims in DIMS[3:] for name in ("window", "heads-first-gqa")),
+            *(problem_of(name, dims, **options) for dims in DIMS for name, options in FEATURES.items())]
 
 
 def budget_of(problem, operands, cotangents):
@@ -69,6 +93,35 @@ def test_agrees_with_the_oracle(problem):
     assert conformance.supports(problem, dtype, "hopper")
     case = conformance.random_case(problem, dtype)
     assert_within(budget_of(problem, *case), conformance.compiled(problem, "hopper")(*case)._asdict())
+
+
+@pytest.mark.parametrize("name", ["documents", "ids-in-any-order", "lengths-offsets", "documents-dropout"])
+@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+def test_what_array_masks_hide_changes_nothing(dims, name):
+    problem = problem_of(f"poison-{name}", dims, **FEATURES[name])
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    for value in (np.nan, np.inf):
+        bad = inputs.poisoned(problem.spec(), operands, value)
+        assert any(not np.array_equal(a, b) for a, b in zip(operands[:3], bad[:3], strict=True))
+        found = conformance.compiled(problem, "hopper")(bad, cotangents)
+        assert_within(budget_of(problem, operands, cotangents), found._asdict())
+
+
+@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_bad_document_reaches_no_other(dims, deterministic):
+    """Documents share tiles: NaN in all of one, in its cotangents too, changes no number of the others."""
+    problem = problem_of("bad-document", dims, **FEATURES["documents"], deterministic=deterministic)
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    bad = _DOCUMENTS == 1
+    spoiled = [np.where(bad[:, :, None, None], np.asarray(np.nan, x.dtype), x) for x in (*operands[:3], dout)]
+    run = conformance.compiled(problem, "hopper")
+    clean = run(operands, (dout, dlse))
+    found = run(operands._replace(**dict(zip("qkv", spoiled, strict=False))), (spoiled[3], dlse))
+    for name in ("out", "dq", "dk", "dv"):
+        a, b = (np.asarray(getattr(x, name), np.float32) for x in (found, clean))
+        assert np.isnan(a[bad]).all(), name
+        np.testing.assert_allclose(a[~bad], b[~bad], rtol=0.02, atol=2e-3, err_msg=name)
 
 
 BACKWARD: dict[str, tuple[tuple[int, int], BackwardSchedule]] = {
