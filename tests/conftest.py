@@ -15,13 +15,15 @@ def driver_runs() -> bool:
         return False
 
 
+VIRTUAL_DEVICES = 8
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "JAX_PLATFORMS" not in os.environ and not driver_runs():
     # The CUDA plugin of JAX 0.11, where it is installed, crashes without a driver.
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = (
+        f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}')
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need a Hopper GPU; elsewhere they are skipped.
 
     Those marked `interpreted` need JAX without a GPU: each warpgroup of an interpreted kernel is a thread that runs a
-    program of its own on the default device, and on one GPU they would wait for each other for ever.
+    program of its own on the default device, and on one GPU they would wait for each other for ever. Those marked
+    `virtual` need several devices; a CPU has as many as are asked for.
 
     Tests that name no implementation run what this machine has: a Hopper GPU's kernels where they can, "xla" elsewhere.
     That is no error of theirs.
@@ -44,6 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = {} if has_hopper() else {"gpu": "needs a Hopper GPU"}
     if jax.default_backend() == "gpu":
         lacking["interpreted"] = "needs JAX_PLATFORMS=cpu"
+    if jax.device_count() < VIRTUAL_DEVICES:
+        lacking["virtual"] = f"needs {VIRTUAL_DEVICES} devices: JAX_PLATFORMS=cpu gives virtual ones"
     for item in items:
         if has_hopper():
             item.add_marker(pytest.mark.filterwarnings("ignore::pallas_flash.FallbackWarning"), append=False)

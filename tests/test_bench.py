@@ -232,7 +232,7 @@ def test_the_check_looks_at_every_head_of_the_corners_and_for_nan_everywhere(xla
     assert case.errors(xla, {"out": jax.numpy.asarray(middle)})["out"] == np.inf
 
 
-def test_torch_contestants_on_the_same_numbers(monkeypatch):
+def test_torch_contestants_on_the_same_numbers(monkeypatch, on_cpu):
     """On the CPU, with PyTorch's plain backend in place of a GPU's."""
     torch = pytest.importorskip("torch")
     from bench import torch_contestants
@@ -252,6 +252,13 @@ def test_torch_contestants_on_the_same_numbers(monkeypatch):
             results = prepared.results(call.finish())
             assert max(case.errors(plain, results).values()) < 1e-5
         assert call.count == 4
+
+
+@pytest.fixture
+def on_cpu():
+    """JAX's arrays and programs on a CPU, also where there is a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def _without_graphs(monkeypatch, cuda):
@@ -305,7 +312,8 @@ def test_a_chain_computes_as_often_as_it_says(name, direction):
 def test_the_time_of_a_chain_is_that_of_its_calls():
     """A chain of eight takes more than four times one call: XLA dropped none."""
     product = lambda x: x @ x
-    x = jax.random.normal(jax.random.key(0), (700, 700))
+    size = 700 if jax.default_backend() == "cpu" else 8192  # a call takes longer than it takes to start it
+    x = jax.random.normal(jax.random.key(0), (size, size))
     seconds = {}
     for count in (1, 8):
         compiled = jax.jit(chain.chained(product, count)).lower(x).compile()
@@ -314,7 +322,7 @@ def test_the_time_of_a_chain_is_that_of_its_calls():
     assert seconds[8] > 4 * seconds[1]
 
 
-def test_records_say_how_a_contestant_was_timed(monkeypatch):
+def test_records_say_how_a_contestant_was_timed(monkeypatch, full_precision):
     monkeypatch.setattr(chain, "length", lambda *args: 3)
     ours = next(c for c in contestants.OURS if c.name == "xla")
     prepare = contestants.JaxContestant.prepare
@@ -386,7 +394,7 @@ class Held(contextlib.AbstractContextManager):
         self.held = False
 
 
-def test_compiling_leaves_the_device_to_others(monkeypatch):
+def test_compiling_leaves_the_device_to_others(monkeypatch, full_precision):
     """Executables are made without the lock, and run with it."""
     lock, log = Held(), []
     make = contestants.compiled

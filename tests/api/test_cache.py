@@ -442,7 +442,7 @@ def test_explain_says_what_runs_and_why_hopper_does_not():
     assert "mask=Filled(Window(right=0), lengths=int32[2x1])" in text
     assert "takes no keys and values in pages yet" in text
     assert "takes no cache of keys and values yet" in text  # not "give lengths as InBounds"
-    with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+    with pytest.raises(UnsupportedError, match="needs bfloat16 or float16"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), implementation="hopper")
 
 

@@ -124,11 +124,10 @@ def test_flax(seen):
     assert ["kv_len" in str(w.message) for w in seen] == [True]
 
 
+@pytest.mark.virtual
 @pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
 def test_sequences_over_devices(strategy, seen):
     """Each strategy decides for its own parts, on each device, in both passes."""
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
     mesh = jax.make_mesh((2,), ("s",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.PartitionSpec(None, "s")
 

@@ -16,6 +16,7 @@ from pallas_flash.errors import UnsupportedError
 from pallas_flash.flax import attention_fn, dot_product_attention
 from pallas_flash.masks import Causal, Dense, InBounds, SegmentIds, Window, over_batch
 
+flax = pytest.importorskip("flax")
 linen = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
 
@@ -205,6 +206,8 @@ def test_decoding_with_a_cache_equals_the_whole_sequence_at_once(module, mask, f
 @both_modules
 def test_decoding_is_that_of_flax_itself(module, full_precision):
     """Step by step, without a rule at construction."""
+    if module is Nnx and tuple(map(int, flax.__version__.split(".")[:3])) < (0, 12, 12):
+        pytest.skip("a causal decode step of nnx attends to key 0 alone before Flax 0.12.12")
     x, found = normal(0, (2, LENGTH, FEATURES)), []
     for flash in (True, False):
         layer = module(flash=flash)

@@ -241,6 +241,7 @@ def test_no_sequences_are_padding_alone():
     assert (np.asarray(lse) == -np.inf).all()
 
 
+@pytest.mark.virtual
 def test_rows_of_several_devices():
     """Each device packs documents of its own; under `vmap`, each row."""
     starts = np.array([[0, 13, 30, 38], [0, 0, 21, 40]], np.int32)

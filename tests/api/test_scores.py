@@ -287,7 +287,7 @@ def test_gradients_of_half_precision_arrays_are_summed_in_float32():
     np.testing.assert_allclose(float(gradient[0]), -distances, rtol=float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.virtual
 @pytest.mark.parametrize("kind", [AxisType.Explicit, "shard_map"])
 def test_sharded_batch_and_heads(kind):
     """Under jit heads are those of the whole arrays; under shard_map the table is that of the shard's heads."""

@@ -314,7 +314,8 @@ def test_a_plan_that_cannot_be_made_is_said_once(launched, monkeypatch):
         raise cache.NoPlanError("needs another JAX")
     monkeypatch.setattr(cache, "find", refuse)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
-    with pytest.raises(FallbackWarning):  # the filter of these tests: nothing is remembered
+    with warnings.catch_warnings(), pytest.raises(FallbackWarning):  # nothing is remembered
+        warnings.simplefilter("error", FallbackWarning)
         OURS(*tensors)
     with pytest.warns(FallbackWarning, match=r"forward of Problem.*DLPack.*needs another JAX.*unset PALLAS_FLASH_DIRECT"
                       ) as seen:

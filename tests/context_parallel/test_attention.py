@@ -14,6 +14,8 @@ import pallas_flash as pf
 from pallas_flash.testing import conformance, problems
 from tests.context_parallel import spread
 
+pytestmark = pytest.mark.virtual
+
 CASES = [
     ("mask-full", 4, None), ("mask-causal", 8, "zigzag"), ("mask-causal-empty-rows", 2, "zigzag"),
     ("mask-window-causal", 4, "zigzag"), ("mask-window-beside", 2, None), ("mask-window-per-batch", 2, None),

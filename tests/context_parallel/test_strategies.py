@@ -13,7 +13,7 @@ import pallas_flash as pf
 from pallas_flash import device
 from pallas_flash.context_parallel import all_gather
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.virtual]
 
 S = 64
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")

@@ -7,6 +7,7 @@ head of the group, q and s positions of query and key, d and v dims. Statistics 
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -108,8 +109,15 @@ class Problem:
         return self.keys_in_place and self.spec.kv_len % self.schedule.block_kv != 0
 
     def einsum(self, subscripts: str, a: Array, b: Array) -> Array:
-        """A product accumulated in the spec's accumulation type; fp32 is never rounded to tf32 or bf16."""
-        precision = jax.lax.Precision.HIGHEST if self.spec.dtype.itemsize > 2 else None
+        """A product accumulated in the spec's accumulation type; fp32 is never rounded to tf32 or bf16.
+
+        XLA:GPU may compute sums of a few terms in a loop that rounds each term to the type of the operands, so those
+        are widened: they are too few for a tensor core.
+        """
+        is_wide = self.spec.dtype.itemsize > 2 or _terms(subscripts, a) <= FEW_TERMS
+        if is_wide:
+            a, b = a.astype(self.spec.acc_dtype), b.astype(self.spec.acc_dtype)
+        precision = jax.lax.Precision.HIGHEST if is_wide else None
         return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=self.spec.acc_dtype)
 
     def split_heads(self, x: Array) -> Array:
@@ -265,7 +273,14 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
         keys_in_place=keys_in_place)
 
 
+FEW_TERMS = 8
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
+
+
+def _terms(subscripts: str, a: Array) -> int:
+    """How many terms each element of an einsum of `a` and another array sums."""
+    operands, result = subscripts.split("->")
+    return math.prod(size for name, size in zip(operands.split(",")[0], a.shape, strict=True) if name not in result)
 
 
 def masked_product(problem: Problem, subscripts: str, weights: Array, keep: Array | None, values: Array) -> Array:
