@@ -4,6 +4,7 @@ PyTorch's dispatcher and the formulas of `register_autograd` took a third of a s
 (docs/notes/torch_bridge.md). The operators of ops.py are needed where something may observe or change a call: the
 compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most calls involve none of these:
 
+    the direct path has taken such a call before             _Launched, or its shortcut's forward alone
     nothing intercepts the call, nothing needs a gradient    routes.attend
     nothing intercepts the call                              _Attention, around routes.attend_saving
     otherwise                                                the operator
@@ -19,8 +20,9 @@ from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops, routes
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
+from torch_bridge.direct import shortcut
 
-__all__ = ["attend", "attend_with_lse"]
+__all__ = ["attend", "attend_again", "attend_with_lse"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 # The keys that a thread adds to those of tensors where nothing intercepts calls. Modes, transforms and tracers of every
@@ -30,6 +32,24 @@ _PLAIN_KEYS = (torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 _included_keys = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
+
+
+def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
+                 value: torch.Tensor) -> torch.Tensor | None:
+    """`attend`'s out for a call of plain tensors that the direct path has taken before, where nothing intercepts this
+    one; else None.
+    """
+    if not _nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
+        return None
+    known = shortcut.find(name, query, key, value)
+    if known is None:
+        return None
+    if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
+        return known.forward(query, key, value)[0]
+    if _is_excluded(_AUTOGRAD):
+        return None
+    out: torch.Tensor = _Launched.apply(query, key, value, known)
+    return out
 
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
@@ -80,8 +100,13 @@ def _detached(operands: Operands) -> Operands:
 
 def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether operations on these tensors (or None) dispatch to autograd and their device's kernels only."""
+    return _nothing_intercepts() and all(type(x) in _PLAIN_TYPES for x in tensors)
+
+
+def _nothing_intercepts() -> bool:
+    """Whether operations on plain tensors dispatch to autograd and their device's kernels only."""
     return (not _included_keys().raw_repr() & ~_PLAIN_KEYS and forward_ad._current_level < 0
-            and not torch._C._len_torch_function_stack() and all(type(x) in _PLAIN_TYPES for x in tensors))
+            and not torch._C._len_torch_function_stack())
 
 
 class _Context(derivatives.Context, Protocol):
@@ -106,11 +131,47 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             return (None,) * len(flags)
         operands, out, needs = Operands._make(saved[:-1]), saved[-1], PerArray.among(flags)
-        if not torch.is_grad_enabled() and _is_plain((*saved, dout)):
-            grads = routes.gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
-        else:  # second derivatives, batches of dout
-            results = Results(out, routes.stats_tensor(ctx.stats, out))
-            found = ops.attention_backward(*AttentionBackward(
-                operands, ctx.numbers, results, Cotangents(dout, None), needs).flat())
-            grads = PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
+        grads = _gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
         return grads.among_arguments(len(flags))
+
+
+def _gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor, routes.Stats], dout: torch.Tensor,
+               needs: PerArray[bool]) -> PerArray[torch.Tensor | None]:
+    out, stats = results
+    if not torch.is_grad_enabled() and _is_plain((*operands, out, dout)):
+        return routes.gradients(operands, numbers, results, dout, needs)
+    # Second derivatives, batches of dout.
+    found = ops.attention_backward(*AttentionBackward(
+        operands, numbers, Results(out, routes.stats_tensor(stats, out)), Cotangents(dout, None), needs).flat())
+    return PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
+
+
+class _LaunchedContext(derivatives.Context, Protocol):
+    known: shortcut.Shortcut
+
+
+class _Launched(torch.autograd.Function):
+    """Forward and backward of a shortcut."""
+
+    @staticmethod
+    def forward(ctx: _LaunchedContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                known: shortcut.Shortcut) -> torch.Tensor:
+        out, stats = known.forward(query, key, value)
+        ctx.known = known
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, stats)
+        return out
+
+    @staticmethod
+    def backward(ctx: _LaunchedContext, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dout is None:
+            return None, None, None, None
+        saved, (*needs, _) = ctx.saved_tensors, ctx.needs_input_grad
+        if not torch.is_grad_enabled() and _is_plain((*saved, dout)):
+            found = ctx.known.backward(saved, dout)
+            if found is not None:
+                return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), None
+        query, key, value, out, stats = saved
+        operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
+        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs, False)))
+        return grads.query, grads.key, grads.value, None

@@ -23,7 +23,7 @@ from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, causal, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "problem_of",
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "known", "problem_of",
            "reason_found", "request", "why_not"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
@@ -142,6 +142,33 @@ class Direct:
         given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
         return self._runners["backward"](given)
 
+    def run_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
+        """`backward` of query, key, value, out and statistics that fit as they are, into gradients that are there."""
+        assert self._zeros is not None
+        self._runners["backward"].run((*saved, dout, self._zeros), grads)
+
+    def runner(self, pass_name: PassName) -> Runner | None:
+        """What runs a pass, if it is prepared."""
+        return self._runners.get(pass_name)
+
+    def try_prepare(self, pass_name: PassName) -> bool:
+        """Prepares a pass; where that cannot be, warns once with the reason, and returns False from then on.
+
+        Raises:
+          RuntimeError: as `prepare`, inside a capture.
+        """
+        if pass_name in self._runners:
+            return True
+        if self.key in _reasons:
+            return False
+        try:
+            self.prepare(pass_name)
+        except (cache.NoPlanError, driver.DriverError, OSError) as error:
+            _warn(self.problem, pass_name, str(error))
+            _reasons[self.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
+            return False
+        return True
+
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
 
@@ -160,6 +187,7 @@ class DirectCall(NamedTuple):
     direct: Direct
     out_strides: tuple[int, ...]
     grad_strides: tuple[tuple[int, ...], ...]  # of query, key and value
+    is_in_place: bool  # tensors and results are dense in the layout: nothing is copied but what is not aligned
 
     def forward(self, operands: Operands) -> Results:
         """out, stored as query is, and the statistics of rows."""
@@ -192,11 +220,9 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCal
     Raises:
       RuntimeError: as `Direct.prepare`, inside a capture.
     """
-    query, key, value, mask, bias, *_ = operands
-    if query.device.type not in DEVICES or not is_asked_for():
+    if operands.query.device.type not in DEVICES or not is_asked_for():
         return None
-    name = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
-            query.device, mask is None, bias is None, _has_no_places(operands), numbers)
+    name = _name(operands, numbers)
     try:
         choice = _choices[name]
     except KeyError:
@@ -204,22 +230,29 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCal
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
-    if choice is None or choice.direct.key in _reasons:
-        return None
-    try:
-        choice.direct.prepare(pass_name)
-    except (cache.NoPlanError, driver.DriverError, OSError) as error:
-        _warn(choice.direct.problem, pass_name, str(error))
-        _reasons[choice.direct.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
-        return None
-    return choice
+    return choice if choice is not None and choice.direct.try_prepare(pass_name) else None
+
+
+def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
+    """What `find` found for a call of these shapes, strides, dtypes and numbers; None: nothing, or it was not asked."""
+    return _choices.get(_name(operands, numbers))
+
+
+def _name(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
+    query, key, value, mask, bias, *_ = operands
+    return (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
+            query.device, mask is None, bias is None, _has_no_places(operands), numbers)
 
 
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     key = problem_of(operands, numbers), operands.query.device
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
     grad_strides = (torch.empty_like(x, device="meta").stride() for x in operands[:3])  # dense, in the order of x
-    return DirectCall(_directs.setdefault(key, Direct(key)), out_strides, tuple(grad_strides))
+    direct = _directs.setdefault(key, Direct(key))
+    in_place = all(strides.in_layout(x, direct.problem.layout).is_contiguous() for x in operands[:3])
+    out = torch.empty_strided((*operands.query.shape[:3], operands.value.shape[3]), out_strides, device="meta")
+    in_place = in_place and strides.in_layout(out, direct.problem.layout).is_contiguous()
+    return DirectCall(direct, out_strides, tuple(grad_strides), in_place)
 
 
 def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:

@@ -1,6 +1,6 @@
 """A loaded plan as a function of torch's tensors: on their device, on torch's current stream, in torch's memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -61,12 +61,31 @@ class Runner:
         for i, shape, dtype in self._results:
             results.append(torch.empty(shape, dtype=dtype, device=self._device))
             addresses[i] = results[-1].data_ptr()
-        scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
-        start = scratch.data_ptr()
-        for i, offset in self._scratch:
-            addresses[i] = start + offset
-        self._loaded.launch(addresses, streams.number(self._index))
+        self._launch(addresses)
         return results
+
+    def run(self, tensors: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
+        """Writes the results into tensors that are there, for calls that are known to fit: shapes, dtypes and devices
+        of all are those of the program, dense and aligned.
+        """
+        addresses = self._known.copy()
+        for (i, _, _), tensor in zip(self._inputs, tensors, strict=True):
+            addresses[i] = tensor.data_ptr()
+        for (i, _, _), tensor in zip(self._results, results, strict=True):
+            addresses[i] = tensor.data_ptr()
+        self._launch(addresses)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of an array of the program."""
+        return self.program.buffers[name].shape
+
+    def _launch(self, addresses: list[int]) -> None:
+        if self._scratch_bytes:
+            scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+            start = scratch.data_ptr()
+            for i, offset in self._scratch:
+                addresses[i] = start + offset
+        self._loaded.launch(addresses, streams.number(self._index))
 
     def _misfit(self, i: int, tensor: torch.Tensor) -> ValueError:
         name = [*self.program.buffers][i]
