@@ -1,0 +1,106 @@
+"""Calls that the direct path has seen before, from torch's function to the addresses: what they skip changes nothing.
+
+On the stand-ins of test_direct.py.
+"""
+
+import pytest
+import torch
+
+from bridge.problems import OURS, check, heads_inside, qkv
+from bridge.test_direct import BF16, BOTH, launched, moved
+from torch_bridge.direct import attention, shortcut
+
+__all__ = ["launched"]  # a fixture
+
+
+@pytest.fixture
+def short(launched, monkeypatch):
+    """The passes that took a shortcut."""
+    seen = []
+
+    def noted(name, original):
+        def run(self, *args):
+            result = original(self, *args)
+            seen.extend([name] * (result is not None))
+            return result
+        return run
+    for name in BOTH:
+        monkeypatch.setattr(shortcut.Shortcut, name, noted(name, getattr(shortcut.Shortcut, name)))
+    return seen
+
+
+@pytest.mark.parametrize("change", [lambda x: x, heads_inside], ids=["dense", "heads inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_call_seen_before_takes_a_shortcut(short, launched, change, dtype):
+    shapes = (2, 4, 9, 16), (2, 2, 12, 16), (2, 2, 12, 8)
+    new = lambda change=change: [change(x) for x in qkv(*shapes, dtype=dtype)]
+    options = dict(is_causal=True, enable_gqa=True, scale=0.4)
+    check(new(), **options)
+    assert short == []
+    for again in range(1, 3):
+        check(new(), **options)
+        assert short == BOTH * again and launched == BOTH * (again + 1)
+    tensors = new()
+    out = OURS(*tensors, **options)
+    with torch.no_grad():
+        assert torch.equal(OURS(*tensors, **options), out)
+    for x in tensors[:2]:
+        x.requires_grad_(False)
+    out = OURS(*tensors, **options)
+    (dv,) = torch.autograd.grad(out, tensors[2:], torch.ones_like(out))
+    assert dv.shape == shapes[2] and dv.stride() == torch.empty_like(tensors[2]).stride()
+    del short[:]
+    check(new(), **(options | dict(scale=0.5)))
+    check(new(moved), **options)
+    check([x.transpose(2, 3).contiguous().transpose(2, 3).detach().requires_grad_() for x in new()], **options)
+    assert short == []
+
+
+def test_a_shortcut_is_not_taken_where_a_call_is_another(short, launched, monkeypatch):
+    tensors = qkv(*[(2, 2, 6, 8)] * 3, dtype=BF16)
+    empty = torch._efficientzerotensor((2, 2, 6, 8), dtype=BF16)
+    OURS(*tensors[:2], empty)
+    assert not OURS(*tensors[:2], empty).any() and short == []
+    out = OURS(*tensors)
+    dout = torch.ones((), dtype=BF16).expand(out.shape)  # stored otherwise than out: copied
+    wanted = torch.autograd.grad(out, tensors, dout)
+    again = OURS(*tensors)
+    for found in (torch.autograd.grad(again, tensors, dout, retain_graph=True),
+                  torch.autograd.grad(again, tensors, moved(dout).detach(), retain_graph=True),
+                  torch.autograd.grad(again, tensors, dout.contiguous(), create_graph=True)):
+        assert all(map(torch.equal, found, wanted))
+    zeros = torch.autograd.grad(again, tensors, torch._efficientzerotensor(out.shape, dtype=BF16))
+    assert not any(x.any() for x in zeros)
+    assert short == [*BOTH, *BOTH, "backward", "backward"]  # not with create_graph
+    with torch.autocast("cpu", torch.float16):
+        assert OURS(*tensors).dtype == torch.float16
+    with pytest.raises(TypeError, match="is_causal"):
+        OURS(*tensors, is_causal=0)
+    negated = [torch._neg_view(x.detach()) for x in tensors]
+    assert all(x.is_neg() for x in negated)
+    OURS(*(x.resolve_neg() for x in negated))
+    check([x.requires_grad_() for x in negated])
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv(attention.VARIABLE, "0")
+    del launched[:]
+    check(tensors)
+    assert launched == []
+
+
+def test_a_shortcut_keeps_what_autograd_knows(short):
+    """A saved tensor that was overwritten is an error, and so is a second backward."""
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    OURS(*tensors)
+    out = OURS(*(x * 1 for x in tensors))
+    out.sum().backward(retain_graph=True)
+    changed = tensors[0] * 1
+    out = OURS(changed, *tensors[1:])
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    assert short.count("forward") == 2
