@@ -1,8 +1,9 @@
 """Whether results are right, before they are timed: against float32 results that do not come from the kernels.
 
 Only the first and the last (batch, key head) are compared, the ends of every array; the rest must be finite. Of what is
-learned, and for packed sequences, all rows of the first and the last key head are. The truth is `reference` where its
-score matrix is small, else our blockwise implementation; that of packed sequences is one of padded rows.
+learned, and for packed sequences, all rows of the first and the last key head are. The truth is the textbook's formula
+where a head's score matrix is small, else our blockwise implementation; packed sequences are padded rows there. Which
+pairs attend is an argument of the formula: XLA would spend a minute on folding it into a constant.
 """
 
 import dataclasses
@@ -15,16 +16,14 @@ import numpy as np
 
 from bench import features
 from bench.contestants import SHARED, UNTRIED, Arrays, Contestant, Exclusive, compiled
-from pallas_flash import autodiff, flash_attention, masks, reference
+from pallas_flash import dropout, flash_attention, masks
 from pallas_flash.packed import Packed
-from pallas_flash.sinks import with_sinks
-from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing.problems import Problem
 
 __all__ = ["NOISE", "Check"]
 
-REFERENCE = 2**25
-"""Pairs of a head up to which the score matrix is written out."""
+WRITTEN_OUT = 2**25
+"""Pairs of a head up to which the score matrix is."""
 NOISE = 0.25
 """The largest deviation from what dropout does on average (`Check.noise`)."""
 
@@ -100,75 +99,110 @@ class Check:
 
     def _truth(self, corner: _Corner) -> dict[str, np.ndarray]:
         axis = self.problem.layout.index("H")
-        by_heads = lambda name, x: np.asarray(x if name in ("dbias", "dsinks") else jnp.moveaxis(x, axis, 1))
-        return {name: by_heads(name, x) for name, x in self.compute(*self._cut(corner)).items()}
+
+        def of_rows(name: str, x: jax.Array) -> np.ndarray:
+            if name in ("dbias", "dsinks"):
+                return np.asarray(x)
+            if self._rows is not None:
+                x = x[self._rows.is_real][None]
+            return np.asarray(jnp.moveaxis(x, axis, 1))
+        return {name: of_rows(name, x) for name, x in self.compute(*self._cut(corner)).items()}
+
+    @functools.cached_property
+    def _rows(self) -> "_Rows | None":
+        return _Rows.of(self.problem) if isinstance(self.problem.mask, Packed) else None
 
     def _cut(self, corner: _Corner) -> tuple[Arrays, jax.Array]:
-        """The inputs of one key head, float32, and where they begin in the whole (`Operands.dropout_origin`)."""
+        """The inputs of one key head, float32, with "keep" in place of the mask where the scores are written out; and
+        where they begin in the whole (`Operands.dropout_origin`)."""
         first, count = corner.batches[0], len(corner.batches)
-        axis = self.problem.layout.index("H")
+        heads, axis = self._heads("out", corner.kv_head), self.problem.layout.index("H")
 
         def cut(x: Any, name: str) -> Any:
-            heads = self._heads(name, corner.kv_head)
-            x = jax.lax.slice_in_dim(x[first:first + count], heads.start, heads.stop, axis=axis)
-            return x.astype(jnp.float32)
-        heads = self._heads("out", corner.kv_head)
+            of_x = self._heads(name, corner.kv_head)
+            x = jax.lax.slice_in_dim(x[first:first + count], of_x.start, of_x.stop, axis=axis).astype(jnp.float32)
+            return x if self._rows is None else x[0][self._rows.where]
         q, k, v, dout = (cut(x, name) for x, name in zip(self.arrays[:4], ("dq", "dk", "dv", "out"), strict=True))
-        whole = {"bias": lambda x: x[:, heads.start:heads.stop].astype(jnp.float32),
-                 "sinks": lambda x: x[heads.start:heads.stop].astype(jnp.float32),
-                 "mask": lambda x: jax.tree.map(lambda leaf: leaf[first:first + count] if leaf.shape[0] > 1 else leaf,
-                                                x.canonical())}
-        learned, given = ({name: whole.get(name, lambda x: x)(x) for name, x in more.items()}
+        of_head = {"bias": lambda x: x[:, heads.start:heads.stop], "sinks": lambda x: x[heads.start:heads.stop]}
+        learned, given = ({name: of_head[name](x).astype(jnp.float32) for name, x in more.items() if name in of_head}
                           for more in self.arrays[4:])
+        if self.problem.dropout_rate:
+            given["dropout_rng"] = self.arrays.given["dropout_rng"]
+        if self._is_written_out:
+            keep = _keep(self.problem if self._rows is None else self._rows.padded)
+            given["keep"] = keep[first:first + count] if keep.shape[0] == self.problem.batch else keep
         return Arrays(q, k, v, dout, learned, given), jnp.array([first, heads.start, 0, 0], jnp.int32)
+
+    @property
+    def _is_written_out(self) -> bool:
+        return self._rows is not None or self.problem.q_len * self.problem.kv_len <= WRITTEN_OUT
 
     @functools.cached_property
     def compute(self) -> Any:
         """The executable that gives right results, compiled when it is first asked for."""
-        function = functools.partial(_everything, self.problem, self.gradients)
-        return compiled(function, jax.eval_shape(lambda: self._cut(self.corners[0])), self.exclusive, UNTRIED)
+        shapes = jax.eval_shape(lambda: self._cut(self.corners[0]))
+        return compiled(self._everything, shapes, self.exclusive, UNTRIED)
+
+    def _everything(self, arrays: Arrays, origin: jax.Array) -> dict[str, jax.Array]:
+        q, k, v, dout, learned, given = arrays
+        function = _textbook if self._is_written_out else _blockwise
+        attend = lambda q, k, v, learned: function(self.problem, origin, (q, k, v), **learned, **given)
+        if not self.gradients:
+            return {"out": attend(q, k, v, learned)}
+        out, vjp = jax.vjp(attend, q, k, v, learned)
+        *found, of_learned = vjp(dout)
+        return {"out": out} | dict(zip(("dq", "dk", "dv"), found, strict=True)) | {
+            f"d{name}": x for name, x in of_learned.items()}
 
 
-def _everything(problem: Problem, gradients: bool, arrays: Arrays, origin: jax.Array) -> dict[str, jax.Array]:
-    if isinstance(problem.mask, Packed):
-        return _of_sequences(problem, gradients, arrays, origin)
-    q, k, v, dout, learned, given = arrays
-    attend = lambda q, k, v, learned: _attend(problem, origin, q, k, v, **learned, **given)
-    if not gradients:
-        return {"out": attend(q, k, v, learned)}
-    out, vjp = jax.vjp(attend, q, k, v, learned)
-    *found, of_learned = vjp(dout)
-    return {"out": out} | dict(zip(("dq", "dk", "dv"), found, strict=True)) | {
-        f"d{name}": x for name, x in of_learned.items()}
+class _Rows(NamedTuple):
+    """Packed sequences as rows of one sequence each and padding."""
+
+    padded: Problem
+    where: np.ndarray  # (sequences, longest): each row's tokens
+    is_real: np.ndarray  # those of them that are no padding
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Rows":
+        starts = np.asarray(features.boundaries(problem))
+        lengths, count = np.diff(starts).astype(np.int32), features.longest(problem)
+        padded = dataclasses.replace(
+            problem, batch=len(lengths), q_len=count, kv_len=count,
+            mask=features.rule(problem.mask) & masks.InBounds(q_len=lengths, kv_len=lengths))
+        where = np.minimum(starts[:-1, None] + np.arange(count), problem.q_len - 1)
+        return cls(padded, where, np.arange(count) < lengths[:, None])
 
 
-def _attend(problem: Problem, origin: jax.Array, q: Any, k: Any, v: Any, mask: Any = None, bias: Any = None,
-            sinks: Any = None, dropout_rng: Any = None, starts: Any = None) -> jax.Array:
-    del starts  # the mask says it
-    mask = problem.mask.canonical() if mask is None else mask
-    if problem.q_len * problem.kv_len > REFERENCE:
-        return flash_attention(q, k, v, mask=mask, scale=problem.scale, implementation="xla",
-                               softcap=problem.softcap, layout=problem.layout)
-    spec = AttentionSpec.of(q, k, v, mask=mask, bias=bias, scale=problem.scale, softcap=problem.softcap,
-                            layout=problem.layout, dropout_rate=problem.dropout_rate,
-                            dropout_moved=dropout_rng is not None, return_lse=True)
-    operands = Operands(q=q, k=k, v=v, bias=bias, score=(), mask=mask, score_integers=(), dropout_seed=dropout_rng,
-                        dropout_origin=None if dropout_rng is None else origin, page_table=None)
-    out, stats = reference.forward(spec, operands)
-    if sinks is None:
-        return out
-    return with_sinks(problem.layout, out, autodiff.natural_lse(spec, operands, stats), sinks)[0]
+def _keep(problem: Problem) -> jax.Array:
+    """Which pairs attend, (batch or 1, 1, q_len, kv_len)."""
+    q_pos, kv_pos = jnp.arange(problem.q_len)[:, None], jnp.arange(problem.kv_len)[None, :]
+    return masks.over_batch(problem.mask.canonical(), lambda part: part.keep(q_pos, kv_pos))
 
 
-def _of_sequences(problem: Problem, gradients: bool, arrays: Arrays, origin: jax.Array) -> dict[str, jax.Array]:
-    """Those of packed sequences, from rows of one sequence each and padding."""
-    starts = np.asarray(problem.mask.cu_seqlens_q)
-    lengths, longest = np.diff(starts).astype(np.int32), features.longest(problem)
-    where = starts[:-1, None] + np.arange(longest)
-    real = np.arange(longest) < lengths[:, None]
-    padded = dataclasses.replace(
-        problem, batch=len(lengths), q_len=longest, kv_len=longest,
-        mask=features.rule(problem.mask) & masks.InBounds(q_len=lengths, kv_len=lengths))
-    rows = (x[0][np.minimum(where, problem.q_len - 1)] for x in arrays[:4])
-    found = _everything(padded, gradients, Arrays(*rows, {}, {}), origin)
-    return {name: x[real][None] for name, x in found.items()}
+def _blockwise(problem: Problem, origin: jax.Array, qkv: tuple[Any, Any, Any]) -> jax.Array:
+    del origin
+    return flash_attention(*qkv, mask=problem.mask, scale=problem.scale, implementation="xla", softcap=problem.softcap,
+                           layout=problem.layout)
+
+
+def _textbook(problem: Problem, origin: jax.Array, qkv: tuple[Any, Any, Any], keep: Any, bias: Any = None,
+              sinks: Any = None, dropout_rng: Any = None) -> jax.Array:
+    """out = dropout(softmax(softcap(scale Q K^T) + bias, where keep)) V of the queries' heads of one key head."""
+    q, k, v = (x if problem.layout == "BHLD" else x.swapaxes(1, 2) for x in qkv)
+    exactly = jax.lax.Precision.HIGHEST
+    s = jnp.einsum("bhtd,bsd->bhts", q, k[:, 0], precision=exactly) * problem.spec().scale
+    if problem.softcap is not None:
+        s = problem.softcap * jnp.tanh(s / problem.softcap)
+    s = jnp.where(keep, s if bias is None else s + bias, -jnp.inf)
+    row_max = jax.lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(s.dtype).min / 2))
+    p = jnp.exp(s - row_max)
+    total = p.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks[None, :, None, None] - row_max)
+    p = p / jnp.where(total == 0, 1, total)
+    if dropout_rng is not None:
+        place = dropout.moved(tuple(jnp.ogrid[tuple(slice(n) for n in p.shape)]), origin)
+        p = jnp.where(dropout.keep(dropout_rng, *place, problem.dropout_rate), p * dropout.factor(problem.dropout_rate),
+                      0)
+    out = jnp.einsum("bhts,bsv->bhtv", p, v[:, 0], precision=exactly)
+    return out if problem.layout == "BHLD" else out.swapaxes(1, 2)

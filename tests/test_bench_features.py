@@ -89,6 +89,19 @@ def test_features_are_right_before_they_are_timed(name, monkeypatch):
     assert (direction, label) == ("both", "Ignorant") and "wrong: relative errors" in reason
 
 
+@pytest.mark.parametrize("name", ["ragged-packed", "padding", "window-softcap", "bias-gradient", "dropout"])
+def test_the_truth_is_that_of_the_reference(name):
+    problem = SMALL[name]
+    arrays = contestants.inputs_of(problem)
+    case = check.Check(problem, arrays, gradients=True)
+    reference = contestants._ours("reference")
+    function, args = contestants._direction(reference.attention(problem), arrays, "both")
+    results = contestants._named("both", jax.jit(function)(*args))
+    assert max(case.errors(reference, results).values()) < 1e-6
+    for i, corner in enumerate(case.corners):  # all of the tokens of packed sequences
+        assert case._truths[i]["out"].shape == (len(corner.batches), 1, problem.q_len, problem.d_v)
+
+
 def test_a_library_says_which_features_it_lacks():
     fa3, cudnn = (dataclasses.replace(c, platforms=("cpu", "gpu"))
                   for c in contestants.find(["fa3", "cudnn"], contestants.PEERS))
