@@ -106,32 +106,11 @@ class Check:
             if self._rows is not None:
                 x = x[self._rows.is_real][None]
             return np.asarray(jnp.moveaxis(x, axis, 1))
-        return {name: of_rows(name, x) for name, x in self.compute(*self._cut(corner)).items()}
+        return {name: of_rows(name, x) for name, x in self.compute(*self._arguments(corner)).items()}
 
     @functools.cached_property
     def _rows(self) -> "_Rows | None":
         return _Rows.of(self.problem) if isinstance(self.problem.mask, Packed) else None
-
-    def _cut(self, corner: _Corner) -> tuple[Arrays, jax.Array]:
-        """The inputs of one key head, float32, with "keep" in place of the mask where the scores are written out; and
-        where they begin in the whole (`Operands.dropout_origin`)."""
-        first, count = corner.batches[0], len(corner.batches)
-        heads, axis = self._heads("out", corner.kv_head), self.problem.layout.index("H")
-
-        def cut(x: Any, name: str) -> Any:
-            of_x = self._heads(name, corner.kv_head)
-            x = jax.lax.slice_in_dim(x[first:first + count], of_x.start, of_x.stop, axis=axis).astype(jnp.float32)
-            return x if self._rows is None else x[0][self._rows.where]
-        q, k, v, dout = (cut(x, name) for x, name in zip(self.arrays[:4], ("dq", "dk", "dv", "out"), strict=True))
-        of_head = {"bias": lambda x: x[:, heads.start:heads.stop], "sinks": lambda x: x[heads.start:heads.stop]}
-        learned, given = ({name: of_head[name](x).astype(jnp.float32) for name, x in more.items() if name in of_head}
-                          for more in self.arrays[4:])
-        if self.problem.dropout_rate:
-            given["dropout_rng"] = self.arrays.given["dropout_rng"]
-        if self._is_written_out:
-            keep = _keep(self.problem if self._rows is None else self._rows.padded)
-            given["keep"] = keep[first:first + count] if keep.shape[0] == self.problem.batch else keep
-        return Arrays(q, k, v, dout, learned, given), jnp.array([first, heads.start, 0, 0], jnp.int32)
 
     @property
     def _is_written_out(self) -> bool:
@@ -140,8 +119,38 @@ class Check:
     @functools.cached_property
     def compute(self) -> Any:
         """The executable that gives right results, compiled when it is first asked for."""
-        shapes = jax.eval_shape(lambda: self._cut(self.corners[0]))
-        return compiled(self._everything, shapes, self.exclusive, UNTRIED)
+        return compiled(lambda *args: self._everything(*self._cut(*args)), self._arguments(self.corners[0]),
+                        self.exclusive, UNTRIED)
+
+    def _arguments(self, corner: _Corner) -> tuple[Any, ...]:
+        """All arrays; the first row of the batch and the key head that are compared; the positions."""
+        problem = self.problem if self._rows is None else self._rows.padded
+        return self.arrays, np.int32(corner.batches[0]), np.int32(corner.kv_head), *(
+            np.arange(length, dtype=np.int32) for length in (problem.q_len, problem.kv_len))
+
+    def _cut(self, arrays: Arrays, first: jax.Array, kv_head: jax.Array, q_pos: jax.Array,
+             kv_pos: jax.Array) -> tuple[Arrays, jax.Array]:
+        """The inputs of one key head, float32, with "keep" in place of the mask where the scores are written out; and
+        where they begin in the whole (`Operands.dropout_origin`)."""
+        axis, count = self.problem.layout.index("H"), len(self.corners[0].batches)
+        part = jax.lax.dynamic_slice_in_dim
+
+        def cut(x: Any, heads: int) -> Any:
+            x = part(part(x, first, count), kv_head * heads, heads, axis=axis).astype(jnp.float32)
+            return x if self._rows is None else x[0][self._rows.where]
+        q, k, v, dout = (cut(x, heads) for x, heads in zip(arrays[:4], (self.group, 1, 1, self.group), strict=True))
+        of_head = {name: functools.partial(part, start_index=kv_head * self.group, slice_size=self.group, axis=axis)
+                   for name, axis in (("bias", 1), ("sinks", 0))}
+        learned, given = ({name: of_head[name](x).astype(jnp.float32) for name, x in more.items() if name in of_head}
+                          for more in arrays[4:])
+        if self.problem.dropout_rate:
+            given["dropout_rng"] = arrays.given["dropout_rng"]
+        if self._is_written_out:
+            problem = self.problem if self._rows is None else self._rows.padded
+            keep = masks.over_batch(problem.mask.canonical(), lambda part: part.keep(q_pos[:, None], kv_pos[None, :]))
+            given["keep"] = part(keep, first, count) if keep.shape[0] == self.problem.batch else keep
+        origin = jnp.stack([first, kv_head * self.group, jnp.int32(0), jnp.int32(0)])
+        return Arrays(q, k, v, dout, learned, given), origin
 
     def _everything(self, arrays: Arrays, origin: jax.Array) -> dict[str, jax.Array]:
         q, k, v, dout, learned, given = arrays
@@ -171,12 +180,6 @@ class _Rows(NamedTuple):
             mask=features.rule(problem.mask) & masks.InBounds(q_len=lengths, kv_len=lengths))
         where = np.minimum(starts[:-1, None] + np.arange(count), problem.q_len - 1)
         return cls(padded, where, np.arange(count) < lengths[:, None])
-
-
-def _keep(problem: Problem) -> jax.Array:
-    """Which pairs attend, (batch or 1, 1, q_len, kv_len)."""
-    q_pos, kv_pos = jnp.arange(problem.q_len)[:, None], jnp.arange(problem.kv_len)[None, :]
-    return masks.over_batch(problem.mask.canonical(), lambda part: part.keep(q_pos, kv_pos))
 
 
 def _blockwise(problem: Problem, origin: jax.Array, qkv: tuple[Any, Any, Any]) -> jax.Array:
