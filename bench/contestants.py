@@ -278,7 +278,7 @@ def _fa3(problem: Problem) -> Callable[..., Any]:
         if starts is None:
             return dew_flash_attn.flash_mha(q, k, v, sinks=sinks, **options)
         one_row = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        out = dew_flash_attn.flash_mha_varlen(*one_row, starts, features.longest(problem), **options)
+        out = dew_flash_attn.flash_mha_varlen(*one_row, starts, features.longest(problem), sinks=sinks, **options)
         return out.reshape(q.shape)
     return attend
 

@@ -12,9 +12,8 @@ UNITS = {"host_us": "host", "device_us": "GPU"}
 
 
 def tables(found: list[Record]) -> Iterator[Table]:
-    """Header and rows of each table, of the commit that was measured last."""
-    chosen = [r for r in found if r["kind"] in KINDS]
-    newest = [r for r in chosen if r["environment"]["commit"] == chosen[-1]["environment"]["commit"]]
+    """Header and rows of each table, of the commit that was measured last, from records of `KINDS`."""
+    newest = [r for r in found if r["environment"]["commit"] == found[-1]["environment"]["commit"]]
     yield _calls([r for r in newest if r["kind"] == "bridge-path" and "reason" not in r])
     yield _first_calls([r for r in newest if r["kind"] == "bridge-first-call"])
 

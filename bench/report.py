@@ -168,15 +168,18 @@ def _bridge(found: list[Record]) -> str:
 
 
 def _paths(found: list[Record]) -> str:
-    tables = [_table(header, rows) for header, rows in path_report.tables(found) if rows]
-    return "\n\n".join(tables) if tables else NOTHING
+    chosen = [r for r in found if r["kind"] in path_report.KINDS]
+    tables = [_table(header, rows) for header, rows in path_report.tables(chosen) if rows]
+    return "\n\n".join([*tables, *(f"{_measured_on(record)}." for record in chosen[-1:])]) if tables else NOTHING
 
 
 def _features(found: list[Record]) -> str:
     header, rows, notes = feature_report.rows(found)
     if not rows:
         return NOTHING
-    return _table(header, rows) + "".join(f"\n\n{text}" for text in ("\n".join(f"- {note}" for note in notes),) if text)
+    last = [r for r in found if r["kind"] in ("feature", "left out")][-1]
+    return "\n\n".join(filter(None, [_table(header, rows), "\n".join(f"- {note}" for note in notes),
+                                     f"{_measured_on(last)}."]))
 
 
 def _cpu(found: list[Record]) -> str:

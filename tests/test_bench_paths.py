@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import types
 
 import pytest
@@ -91,6 +92,12 @@ def test_the_first_call_of_a_process_on_a_cpu():
     assert found["error"] < bridge_paths.LIMIT and found["warnings"] == [] and found["beside_torch_mib"] is None
 
 
+def test_a_process_of_its_own_imports_no_jax_before_the_bridge_does():
+    """Whether the bridge imports JAX could not be seen otherwise."""
+    code = "import sys, bench.first_call, torch_bridge; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_process_that_took_another_way_or_failed_is_no_measurement(monkeypatch):
     fine = {"milliseconds": {}, "beside_torch_mib": 0.0, "imports_jax": False, "error": 3e-3, "warnings": []}
 
@@ -139,4 +146,5 @@ def test_the_tables_of_ways():
     assert "torch_bridge by DLPack, 64 | 5.0 | 2.0 | 3.0 | 0.1 | 0.0 | yes" in rows
     assert "torch_bridge, direct, no plans, 64 | no ptxas | – | – | – | – | –" in rows
     assert "torch_bridge, direct" in report.block("benchmarks", list(_records()))
+    assert text.endswith("NVIDIA H200; commit 0123456789; 2026-01-02.")
     assert report.block("paths", []) == report.NOTHING
