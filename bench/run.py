@@ -83,7 +83,9 @@ class _Truths:
         if not errors:
             return ""
         limit = NOISE if self._is_noisy(contestant) else self.case(contestant).limit
-        return "" if max(errors.values()) <= limit else f"wrong: relative errors {errors}, more than {limit:.1e}"
+        if all(error <= limit for error in errors.values()):  # NaN is not
+            return ""
+        return f"wrong: relative errors {errors}, more than {limit:.1e}"
 
     def _is_noisy(self, contestant: Contestant) -> bool:
         return bool(self.problem.dropout_rate) and contestant.has_own_bits
