@@ -416,7 +416,7 @@ def features(length: int = 4096, heads: int = 16, d: int = 128) -> list[Problem]
         "window-softcap": ("a window of a quarter of the keys, and a soft cap", dict(mask=window, softcap=2.0)),
     }
     common: _Fields = dict(batch=4, q_heads=heads, kv_heads=heads, mask=Causal(), plain=Plain(Causal()),
-                           tags=("features",))
+                           tags=("features", f"features-d{d}"))
     return [_benchmark(f"{name}-d{d}-s{length}", source, length, d, **(common | options))
             for name, (source, options) in table.items()]
 
