@@ -4,7 +4,7 @@ line.
 The problem is too small to keep a device busy. The loops do not synchronise, so that a figure is what the host spends
 before it may go on. On an H100 the whole forward must stay within 200 us; the obvious way through DLPack takes 560. All
 of it takes about 20 seconds there, half of them to start. Where there is no history of the code, set BENCH_COMMIT
-(bench/environment.py).
+(bench/environment.py). `python -m bench.bridge_paths` measures whole calls by DLPack and by the direct path.
 """
 
 import argparse

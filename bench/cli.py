@@ -90,7 +90,8 @@ def _report(args: argparse.Namespace) -> None:
 
 def _contestants(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Ours and the peers that are installed; the others get a line."""
-    import bench.torch_contestants  # noqa: F401  (adds itself to the peers)
+    import bench.plain
+    import bench.torch_contestants  # noqa: F401  (both add themselves to the peers)
     from bench import contestants
     ours, peers = contestants.find(args.impl, list(contestants.OURS)), contestants.find(args.peers, contestants.PEERS)
     for peer in peers:
@@ -132,7 +133,8 @@ def _run(args: argparse.Namespace) -> None:
     tasks = [jobs.Task(problem.name, directions, options) for chosen, directions, options in passes
              for problem in chosen]
     advance, say, name = _bar(sum(len(task.directions) * task.options.rounds * task.options.timed for task in tasks))
-    events = {"round": lambda _: advance(), "left out": lambda reason: _left_out(say, *reason),
+    left_out = _leaver(path, common, say)
+    events = {"round": lambda _: advance(), "left out": lambda reason: left_out(*reason),
               "records": lambda measured: _write(path, measured, say)}
     if args.jobs > 1:
         setting = jobs.Setting([c.name for c in ours] or ["none"], [c.name for c in peers] or ["none"], common)
@@ -154,6 +156,19 @@ def _write(path: pathlib.Path, measured: list[dict[str, Any]], say: Callable[[st
         records.append(path, record)
     for line in _summary(measured):
         say(line)
+
+
+def _leaver(path: pathlib.Path, common: dict[str, Any], say: Callable[[str], Any]) -> Callable[..., None]:
+    """Says who is left out; of a feature it is a record too who cannot run it, and why."""
+    from bench import records
+    from pallas_flash.testing import problems
+
+    def leave(problem: str, direction: str, label: str, reason: str) -> None:
+        if problems.find(problem).plain:
+            records.append(path, common | dict(kind="left out", problem=problem, direction=direction, label=label,
+                                               reason=reason))
+        _left_out(say, problem, direction, label, reason)
+    return leave
 
 
 def _passes(args: argparse.Namespace) -> list[tuple[list[Any], list[str], Any]]:

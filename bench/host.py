@@ -23,7 +23,7 @@ def _call(contestant: Contestant, arrays: Arrays, direction: str) -> timing.Call
     if direction == "forward":
         jitted, args = jax.jit(attend), arrays[:3]
     else:
-        jitted, args = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)), tuple(arrays)
+        jitted, args = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)), arrays[:4]
     return timing.Call(lambda: jitted(*args), jax.block_until_ready)
 
 

@@ -58,7 +58,8 @@ def measure(pipe: Connection, setting: Setting) -> None:
 
     The kinds: "ready" for a task; "left out" (the arguments of `run.LeftOut`); "round"; "records"; "failed" (a reason).
     """
-    import bench.torch_contestants  # noqa: F401  (adds itself to the peers)
+    import bench.plain
+    import bench.torch_contestants  # noqa: F401  (both add themselves to the peers)
     from bench import contestants
     from pallas_flash.testing import problems
     ours = contestants.find(setting.ours, list(contestants.OURS))

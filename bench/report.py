@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import plots, records
+from bench import feature_report, path_report, plots, records
 
 __all__ = ["HEADLINE", "block", "write"]
 
@@ -83,7 +83,7 @@ def _gpus(found: list[Record]) -> dict[str, list[Record]]:
     """The records of each GPU, the one whose speed was measured last first."""
     on_gpu = [r for r in found if r["environment"]["platform"] == "gpu"]
     measured = records.by_device([r for r in on_gpu if r["kind"] == "speed"])
-    kinds = {"speed", "host", "bridge-call", "bridge-part"}
+    kinds = {"speed", "feature", "left out", "host", "bridge-call", "bridge-part", *path_report.KINDS}
     everything = records.by_device([r for r in on_gpu if r["kind"] in kinds])
     return {name: everything[name] for name in (*measured, *(name for name in everything if name not in measured))}
 
@@ -167,6 +167,21 @@ def _bridge(found: list[Record]) -> str:
     return _table(["(1, 8, 128, 64) bfloat16", "", "microseconds"], rows) if rows else NOTHING
 
 
+def _paths(found: list[Record]) -> str:
+    chosen = [r for r in found if r["kind"] in path_report.KINDS]
+    tables = [_table(header, rows) for header, rows in path_report.tables(chosen) if rows]
+    return "\n\n".join([*tables, *(f"{_measured_on(record)}." for record in chosen[-1:])]) if tables else NOTHING
+
+
+def _features(found: list[Record]) -> str:
+    header, rows, notes = feature_report.rows(found)
+    if not rows:
+        return NOTHING
+    last = [r for r in found if r["kind"] in ("feature", "left out")][-1]
+    return "\n\n".join(filter(None, [_table(header, rows), "\n".join(f"- {note}" for note in notes),
+                                     f"{_measured_on(last)}."]))
+
+
 def _cpu(found: list[Record]) -> str:
     newest = records.latest(_newest_cpu(found), "problem", "direction", "contestant")
     rows, ours = [], _ours(list(newest.values()))
@@ -233,8 +248,12 @@ OF_A_GPU: Blocks = {
     "both": ("Forward and backward, TFLOP/s", _speed("both")),
     "accuracy": ("Relative error, |ours - truth| / |truth|; in brackets over FlashAttention-3's on the same inputs",
                  _accuracy),
+    "features": ("Documents, lengths, padding, bias, dropout, sinks: 4 rows of 4,096 tokens, 16 heads, bfloat16; the "
+                 "plain call has the same sequences, or as many pairs that attend", _features),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "bridge": ("Host time of a call from PyTorch", _bridge),
+    "paths": ("A call from PyTorch by each way, medians; in brackets over PyTorch's own choice in the same rounds",
+              _paths),
 }
 """Title and text of each block about one GPU, made from that GPU's records."""
 OTHERS: Blocks = {

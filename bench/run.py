@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench import chain, records, timing
-from bench.check import Check
-from bench.contestants import SHARED, Contestant, Exclusive, Prepared, inputs_of
-from pallas_flash import tiles
+from bench import chain, features, plain, records, timing
+from bench.check import NOISE, Check
+from bench.contestants import SHARED, Arrays, Contestant, Exclusive, Prepared, inputs_of
+from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing.problems import Problem
 
 __all__ = ["Hooks", "LeftOut", "Options", "flops", "matmul_peak", "measure"]
@@ -38,7 +38,7 @@ class Hooks(NamedTuple):
 
 def flops(problem: Problem, direction: str) -> float:
     """Floating-point operations of the pairs that attend: 2 products forward, 5 backward (the scores once more)."""
-    pairs = tiles.attended_pairs(problem.mask, problem.q_len, problem.kv_len) * problem.batch * problem.q_heads
+    pairs = features.attended(problem) * problem.q_heads
     forward = 2 * pairs * (problem.d + problem.d_v)
     backward = 2 * pairs * (3 * problem.d + 2 * problem.d_v)
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
@@ -53,6 +53,44 @@ def matmul_peak(rounds: int = 9) -> float:
     return 2 * size**3 / statistics.median(timing.burst(call, 0.02) for _ in range(rounds))
 
 
+class _Truths:
+    """The right results for the contestants of a problem: its own, those of its plain call, those without dropout."""
+
+    def __init__(self, problem: Problem, arrays: Arrays, gradients: bool, exclusive: Exclusive) -> None:
+        self.problem, self.arrays, self.gradients, self.exclusive = problem, arrays, gradients, exclusive
+        self._cases: dict[tuple[AttentionSpec, bool], Check] = {}
+
+    def case(self, contestant: Contestant) -> Check:
+        """The truth of what a contestant computes, its executable compiled."""
+        wanted = contestant.computes(self.problem)
+        key = (wanted.spec(), wanted.sinks)
+        if key not in self._cases:
+            self._cases[key] = Check(wanted, self.arrays.of(wanted), self.gradients, self.exclusive)
+            _ = self._cases[key].compute  # compiled now, not when the device is held
+        return self._cases[key]
+
+    def errors(self, contestant: Contestant, prepared: Prepared, call: timing.Call) -> dict[str, float]:
+        """How far the results of a call are from the truth."""
+        case = self.case(contestant)
+        with self.exclusive:
+            results = prepared.results(call.finish())
+            if self._is_noisy(contestant):
+                return case.noise(contestant, results, self.problem.dropout_rate)
+            return case.errors(contestant, results)
+
+    def wrong(self, contestant: Contestant, errors: dict[str, float]) -> str:
+        """Why errors are too large; empty if they are not."""
+        if not errors:
+            return ""
+        limit = NOISE if self._is_noisy(contestant) else self.case(contestant).limit
+        if all(error <= limit for error in errors.values()):  # NaN is not
+            return ""
+        return f"wrong: relative errors {errors}, more than {limit:.1e}"
+
+    def _is_noisy(self, contestant: Contestant) -> bool:
+        return bool(self.problem.dropout_rate) and contestant.has_own_bits
+
+
 class _Entrant(NamedTuple):
     contestant: Contestant
     prepared: Prepared
@@ -63,53 +101,42 @@ class _Entrant(NamedTuple):
     """Why it is not a chain, where the others are."""
 
 
-def _enter(case: Check, contestants: Iterable[Contestant], direction: str, timed: bool,
+def _enter(truths: _Truths, contestants: Iterable[Contestant], direction: str, timed: bool,
            hooks: Hooks) -> Iterator[_Entrant]:
     """Compiles and checks each contestant; one that cannot run the problem, or is wrong, is left out."""
     for contestant in contestants:
-        reason = contestant.why_not(case.problem)
+        reason = contestant.why_not(truths.problem)
         if not reason:
             try:
-                prepared = contestant.prepare(case.problem, case.arrays, direction, hooks.exclusive)
-                errors = _errors(case, contestant, prepared, prepared.call) if timed else {}
+                prepared = contestant.prepare(truths.problem, truths.arrays, direction, hooks.exclusive)
+                errors = truths.errors(contestant, prepared, prepared.call) if timed else {}
             except Exception as error:  # whatever a peer raises: the others are still to be measured
                 reason = _first_line(error)
             else:
-                reason = _wrong(case, errors)
+                reason = truths.wrong(contestant, errors)
                 if not reason:
                     yield _Entrant(contestant, prepared, errors, prepared.call)
                     continue
-        hooks.left_out(case.problem.name, direction, contestant.label, reason)
-
-
-def _errors(case: Check, contestant: Contestant, prepared: Prepared, call: timing.Call) -> dict[str, float]:
-    with case.exclusive:
-        return case.errors(contestant, prepared.results(call.finish()))
+        hooks.left_out(truths.problem.name, direction, contestant.label, reason)
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
 
 
-def _wrong(case: Check, errors: dict[str, float]) -> str:
-    if max(errors.values(), default=0) <= case.limit:
-        return ""
-    return f"wrong: relative errors {errors}, more than {case.limit:.1e}"
-
-
-def _in_chains(case: Check, entrants: list[_Entrant], options: Options) -> list[_Entrant]:
+def _in_chains(truths: _Truths, entrants: list[_Entrant], options: Options) -> list[_Entrant]:
     """The entrants, with chains to be timed if calls are so short that the gaps between them count."""
-    with case.exclusive:
+    with truths.exclusive:
         fastest = min(timing.burst(entrant.call, options.burst_seconds / 10) for entrant in entrants)
-    count = chain.length(case.problem.kv_len, fastest, options.burst_seconds)
-    return entrants if count is None else [_in_chain(case, entrant, count) for entrant in entrants]
+    count = chain.length(truths.problem.kv_len, fastest, options.burst_seconds)
+    return entrants if count is None else [_in_chain(truths, entrant, count) for entrant in entrants]
 
 
-def _in_chain(case: Check, entrant: _Entrant, count: int) -> _Entrant:
+def _in_chain(truths: _Truths, entrant: _Entrant, count: int) -> _Entrant:
     """An entrant whose call is a chain, checked like a single call; where that fails, as it was and the reason."""
     try:
         call = entrant.prepared.chain(count)
-        reason = _wrong(case, _errors(case, entrant.contestant, entrant.prepared, call))
+        reason = truths.wrong(entrant.contestant, truths.errors(entrant.contestant, entrant.prepared, call))
     except Exception as error:  # one that cannot be captured, say
         reason = _first_line(error)
     return entrant._replace(not_chained=reason) if reason else entrant._replace(call=call)
@@ -126,15 +153,13 @@ def measure(problem: Problem, ours: list[Contestant], peers: list[Contestant], d
     """
     with hooks.exclusive:
         arrays = jax.block_until_ready(inputs_of(problem))
-    case = Check(problem, arrays, directions != ["forward"], hooks.exclusive)
-    if options.timed:
-        _ = case.compute  # compiled now, not when the device is held
+    truths = _Truths(problem, arrays, directions != ["forward"], hooks.exclusive)
     names = [contestant.name for contestant in ours]
     for direction in directions:
-        entrants = list(_enter(case, [*ours, *peers], direction, options.timed, hooks))
+        entrants = list(_enter(truths, [*ours, *peers], direction, options.timed, hooks))
         times: dict[str, list[float]] = {}
         if options.timed and entrants:
-            entrants = _in_chains(case, entrants, options)
+            entrants = _in_chains(truths, entrants, options)
             calls = {entrant.contestant.name: entrant.call for entrant in entrants}
             with hooks.exclusive:
                 times = timing.interleaved(calls, options.rounds, options.burst_seconds, after_round=hooks.after_round)
@@ -145,14 +170,14 @@ def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str
             common: Record) -> Record:
     name = entrant.contestant.name
     record = common | dict(
-        kind="speed" if times else "memory", problem=problem.name, direction=direction, contestant=name,
-        label=entrant.contestant.label, spec=records.spec_fields(problem.spec()),
+        kind="memory" if not times else "feature" if problem.plain else "speed", problem=problem.name,
+        direction=direction, contestant=name, label=entrant.contestant.label, spec=records.spec_fields(problem.spec()),
         schedule=entrant.contestant.schedule(problem, direction), errors=entrant.errors,
         extra_bytes=entrant.prepared.extra_bytes)
     if not times:
         return record
     seconds = timing.spread(times[name])
-    rate = flops(problem, direction) / seconds.median
+    rate = flops(entrant.contestant.computes(problem), direction) / seconds.median
     against = {mine: timing.ratios(times[mine], times[name])._asdict()
                for mine in ours if mine in times and mine != name}
     return record | dict(
@@ -160,4 +185,12 @@ def _record(problem: Problem, direction: str, entrant: _Entrant, times: dict[str
         rounds_us=[round(t * 1e6, 3) for t in times[name]], tflops=rate / 1e12,
         chained=entrant.call.count if entrant.call.count > 1 else None,
         matmul_share=rate / common["matmul_flops"] if common.get("matmul_flops") else None, ratio_to=against,
-        **{"not_chained": entrant.not_chained} if entrant.not_chained else {})
+        **{"not_chained": entrant.not_chained} if entrant.not_chained else {},
+        **_beside_plain(problem, times[name], times.get(plain.PLAIN.name)) if name in ours else {})
+
+
+def _beside_plain(problem: Problem, mine: list[float], times: list[float] | None) -> Record:
+    """What of the speed of the problem's plain call is left; nothing where that was not timed."""
+    if times is None:
+        return {}
+    return dict(plain_share=plain.share(problem), of_plain=plain.of_plain(problem, mine, times)._asdict())

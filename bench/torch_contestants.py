@@ -2,14 +2,16 @@
 numbers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from bench.contestants import PEERS, SHARED, Arrays, Contestant, Exclusive, Prepared, simple_mask
+from bench.contestants import PEERS, SHARED, Arrays, Contestant, Exclusive, Prepared, refusal, simple_mask
 from bench.timing import Call
+from pallas_flash import masks
 from pallas_flash.testing.problems import Problem
 
 __all__ = ["TORCH"]
@@ -24,29 +26,36 @@ class TorchContestant(Contestant):
 
     packages = ("torch",)
     get = "pip install 'torch>=2.11'"
+    has_own_bits = True
 
-    def __init__(self, name: str, label: str, backend: str | None) -> None:
-        self.name, self.label, self.backend = name, label, backend
+    def __init__(self, name: str, label: str, backend: str | None, takes: tuple[str, ...] = ()) -> None:
+        self.name, self.label, self.backend, self.takes = name, label, backend, takes
+
+    def computes(self, problem: Problem) -> Problem:
+        return dataclasses.replace(problem, dropout_rate=0.0)
 
     def why_not(self, problem: Problem) -> str:
         import torch
         if not torch.cuda.is_available():
             return "runs on gpu only"
-        mask = simple_mask(problem)
-        return f"has no mask like {problem.mask}" if mask is None or mask[1] is not None else ""
+        if reason := refusal(problem, self.takes):
+            return reason
+        _, window = simple_mask(problem) or (False, None)
+        return "" if window is None else f"has no mask like {problem.mask}"
 
     def _function(self, problem: Problem) -> Callable[..., Any]:
         import torch
         is_causal, _ = simple_mask(problem) or (False, None)
-        options = dict(is_causal=is_causal, scale=problem.scale, enable_gqa=problem.q_heads != problem.kv_heads)
+        options = dict(is_causal=is_causal and not _needs_array(problem), scale=problem.scale,
+                       dropout_p=problem.dropout_rate, enable_gqa=problem.q_heads != problem.kv_heads)
         if self.backend is None:
             from torch_bridge import scaled_dot_product_attention
             return functools.partial(scaled_dot_product_attention, **options)
         backend = getattr(torch.nn.attention.SDPBackend, self.backend)
 
-        def attend(q: Any, k: Any, v: Any) -> Any:
+        def attend(*tensors: Any) -> Any:  # q, k, v, and a mask where there is one
             with torch.nn.attention.sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+                return torch.nn.functional.scaled_dot_product_attention(*tensors, **options)
         return attend
 
     def prepare(self, problem: Problem, arrays: Arrays, direction: str, exclusive: Exclusive = SHARED) -> Prepared:
@@ -63,32 +72,58 @@ class TorchContestant(Contestant):
     def _begin(self, problem: Problem, arrays: Arrays, direction: str) -> Begin:
         import torch
         view = (lambda x: x) if problem.layout == "BHLD" else (lambda x: x.transpose(1, 2))
-        q, k, v, dout = (view(torch.from_dlpack(x).clone()) for x in arrays)
-        attend, inputs = self._function(problem), [x.detach().requires_grad_() for x in (q, k, v)]
+        q, k, v, dout = (view(torch.from_dlpack(x).clone()) for x in arrays[:4])
+        tensors = [q, k, v, *_mask(problem, arrays)]
+        names = ("dq", "dk", "dv", *(f"d{name}" for name in problem.learned))
+        attend, leaves = self._function(problem), [x.detach() for x in tensors]
+        inputs = [x.requires_grad_() for x in leaves[:len(names)]]
 
         def forward() -> dict[str, Any]:
             with torch.no_grad():
-                return {"out": attend(q, k, v)}
+                return {"out": attend(*tensors)}
 
         def gradients(out: Any, **options: Any) -> dict[str, Any]:
-            return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, inputs, dout, **options), strict=True))
+            return dict(zip(names, torch.autograd.grad(out, inputs, dout, **options), strict=True))
 
         def both() -> dict[str, Any]:
-            out = attend(*inputs)
+            out = attend(*leaves)
             return {"out": out.detach()} | gradients(out)
 
         def begin() -> Callable[[], dict[str, Any]]:
             if direction != "backward":
                 return {"forward": forward, "both": both}[direction]
-            saved = attend(*inputs)
+            saved = attend(*leaves)
             return lambda: gradients(saved, retain_graph=True)
         return begin
 
     def row(self, problem: Problem, array: Any, batch: int, head: int) -> np.ndarray:
-        return array[batch, head].float().cpu().numpy()
+        return self.numbers(array[batch, head])
+
+    def numbers(self, array: Any) -> np.ndarray:
+        return array.float().cpu().numpy()
 
     def is_finite(self, array: Any) -> bool:
         return bool(array.isfinite().all())
+
+
+def _needs_array(problem: Problem) -> bool:
+    """Whether a problem is one with `attn_mask`, beside which `is_causal` is an error."""
+    return problem.mask.has_arrays or problem.bias is not None
+
+
+def _mask(problem: Problem, arrays: Arrays) -> list[Any]:
+    """What PyTorch calls attn_mask, made once and not timed: booleans (batch, 1, q_len, kv_len), or the bias, which is
+    -inf where the rule of the mask hides a pair."""
+    import jax.numpy as jnp
+    import torch
+    if not _needs_array(problem):
+        return []
+    q_pos, kv_pos = jnp.arange(problem.q_len)[:, None], jnp.arange(problem.kv_len)[None, :]
+    keep = masks.over_batch(problem.mask.canonical(), lambda part: part.keep(q_pos, kv_pos))
+    if problem.bias is None:
+        return [torch.from_dlpack(keep).clone()]
+    bias = (arrays.learned | arrays.given)["bias"]
+    return [torch.from_dlpack(jnp.where(keep, bias, -jnp.inf)).clone()]
 
 
 def _graph(begin: Begin, count: int) -> Call:
@@ -122,10 +157,12 @@ def _peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+_ARRAYS = ("documents", "lengths", "a dense mask", "a bias")
 TORCH = (
-    TorchContestant("torch-cudnn", "PyTorch (cuDNN)", "CUDNN_ATTENTION"),
-    TorchContestant("torch-flash", "PyTorch (FA2)", "FLASH_ATTENTION"),
-    TorchContestant("torch-efficient", "PyTorch (efficient)", "EFFICIENT_ATTENTION"),
+    TorchContestant("torch-cudnn", "PyTorch (cuDNN)", "CUDNN_ATTENTION", (*_ARRAYS, "dropout")),
+    TorchContestant("torch-flash", "PyTorch (FA2)", "FLASH_ATTENTION", ("dropout",)),
+    TorchContestant("torch-efficient", "PyTorch (efficient)", "EFFICIENT_ATTENTION",
+                    (*_ARRAYS, "the gradient of a bias", "dropout")),
     TorchContestant("bridge", "torch_bridge", None),
 )
 PEERS.extend(TORCH)

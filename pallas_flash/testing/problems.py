@@ -4,7 +4,7 @@
     large scores  conformance problems whose budget is what one step of float32 in each score changes: lse is as large
                   as they are, and rounding it must not reach a weight;
     defects       conformance problems on which another library was wrong, with the report;
-    benchmarks    what speed is measured on.
+    benchmarks    what speed is measured on; those of features beside a plain call.
 
 Lengths of conformance problems are a few tiles of every kernel (`LEN` = 150 and the like); masks with arrays hold them.
 """
@@ -26,7 +26,8 @@ from pallas_flash.scores import Score
 from pallas_flash.spec import AttentionSpec, Layout, Operands
 from pallas_flash.testing import inputs
 
-__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "Keywords", "LARGE_SCORES", "Problem", "find", "select"]
+__all__ = ["BENCHMARKS", "CONFORMANCE", "DEFECTS", "DTYPES", "Keywords", "LARGE_SCORES", "Plain", "Problem", "features",
+           "find", "select"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 HALF = ("bfloat16", "float16")
@@ -56,6 +57,20 @@ class Keywords(_Options):
     return_lse: Literal[True]
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The call that a benchmark of a feature is measured against: nothing but a mask of numbers.
+
+    Attributes:
+      mask: its mask.
+      lengths: of the sequences in a row of tokens, which are the batch of that call, or of one for each length; None:
+        its shapes are those of the problem.
+    """
+
+    mask: Mask
+    lengths: tuple[int, ...] | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """A named problem. The fields up to `deterministic` are those of `AttentionSpec`; bias is its shape, and the score
@@ -68,6 +83,9 @@ class Problem:
       bias_size, bias_masks, row_lse: see `inputs.operands`.
       score_size: see `inputs.with_scores_of`.
       tags: words to select by.
+      sinks: each head has a sink; for benchmarks, a spec knows of none.
+      learned: of "bias" and "sinks", those whose gradients a benchmark computes.
+      plain: what a benchmark of a feature is measured against.
     """
 
     name: str
@@ -94,6 +112,9 @@ class Problem:
     row_lse: float | None = None
     score_size: float | None = None
     tags: tuple[str, ...] = ()
+    sinks: bool = False
+    learned: tuple[str, ...] = ()
+    plain: Plain | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -355,7 +376,52 @@ def _benchmarks() -> list[Problem]:
                     for s in (1024, 2048, 4096, 8192, 16_384)]
 
 
-BENCHMARKS: tuple[Problem, ...] = tuple(_benchmarks())
+def _scaled(length: int, *of_4096: int) -> tuple[int, ...]:
+    return tuple(x * length // 4096 for x in of_4096)
+
+
+def _documents(length: int, *starts: int) -> tuple[tuple[int, ...], Mask, Mask]:
+    """The lengths of the documents in a row, and them in each of 4 rows: as segment ids, and packed in one row."""
+    lengths = np.diff(_scaled(length, *starts, 4096))
+    bounds = np.concatenate([[0], np.cumsum(np.tile(lengths, 4))]).astype(np.int32)
+    ids, number = np.tile(_packed(*lengths), (4, 1)), np.repeat(np.arange(4 * len(lengths), dtype=np.int32),
+                                                                np.tile(lengths, 4))
+    return (tuple(lengths.tolist()), Causal() & SegmentIds(ids, ids),
+            packed.Packed(Causal(), bounds, bounds, number, number))
+
+
+def features(length: int = 4096, heads: int = 16, d: int = 128) -> list[Problem]:
+    """Benchmarks of what models ask of attention besides a plain causal call, for 4 rows of tokens."""
+    kv_lengths = np.array(_scaled(length, 4096, 3072, 2048, 3996), np.int32)
+    padding = Dense((np.arange(length) < kv_lengths[:, None])[:, None, None])
+    window = Window(left=length // 4 - 1, right=0)
+    equal, equal_ids, equal_packed = _documents(length, 0, 1024, 2048, 3072)
+    ragged, ragged_ids, ragged_packed = _documents(length, 0, 1500, 1800, 2800, 2896)
+    row: _Fields = dict(batch=1, q_len=4 * length, kv_len=4 * length)
+    bias: _Fields = dict(bias=(1, heads, length, length))
+    table: dict[str, tuple[str, _Fields]] = {
+        "ragged-ids": ("5 documents in each row, as segment ids", dict(mask=ragged_ids, plain=Plain(Causal(), ragged))),
+        "ragged-packed": ("the same, packed", dict(mask=ragged_packed, plain=Plain(Causal(), ragged), **row)),
+        "bias-gradient": ("a learned bias of each head", dict(**bias, learned=("bias",))),
+        "bias": ("a bias of each head, without gradient", bias),
+        "documents-ids": ("4 documents in each row, as segment ids",
+                          dict(mask=equal_ids, plain=Plain(Causal(), equal))),
+        "documents-packed": ("the same, packed", dict(mask=equal_packed, plain=Plain(Causal(), equal), **row)),
+        "lengths": ("keys of different lengths, causal", dict(mask=Causal() & InBounds(kv_len=kv_lengths))),
+        "lengths-full": ("keys of different lengths", dict(mask=InBounds(kv_len=kv_lengths), plain=Plain(Full()))),
+        "padding": ("the same as booleans (batch, 1, 1, length), causal", dict(mask=Causal() & padding)),
+        "padding-full": ("booleans (batch, 1, 1, length)", dict(mask=padding, plain=Plain(Full()))),
+        "dropout": ("one weight in ten is dropped", dict(dropout_rate=0.1)),
+        "sinks": ("a learned sink of each head", dict(sinks=True, learned=("sinks",))),
+        "window-softcap": ("a window of a quarter of the keys, and a soft cap", dict(mask=window, softcap=2.0)),
+    }
+    common: _Fields = dict(batch=4, q_heads=heads, kv_heads=heads, mask=Causal(), plain=Plain(Causal()),
+                           tags=("features", f"features-d{d}"))
+    return [_benchmark(f"{name}-d{d}-s{length}", source, length, d, **(common | options))
+            for name, (source, options) in table.items()]
+
+
+BENCHMARKS: tuple[Problem, ...] = (*_benchmarks(), *features(), *features(d=64))
 
 
 def find(name: str) -> Problem:

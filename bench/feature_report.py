@@ -1,0 +1,54 @@
+"""The table of what models ask of attention besides a plain call: records of `bench run --problems features`."""
+
+from typing import Any
+
+from bench import plots, records
+from bench.plain import PLAIN
+from pallas_flash.testing import problems
+
+__all__ = ["rows"]
+
+Record = dict[str, Any]
+Newest = dict[tuple[Any, ...], Record]
+DIRECTIONS = ("forward", "backward", "both")
+
+
+def rows(found: list[Record]) -> tuple[list[str], list[list[str]], list[str]]:
+    """The header, one row a problem and direction, and notes: why ours has no number."""
+    newest = records.latest([r for r in found if r["kind"] in ("feature", "left out")], "problem", "direction", "label")
+    measured = {(problem, direction) for problem, direction, _ in newest}
+    made, notes = [], dict[str, None]()
+    for problem in problems.select(["features"]):
+        for direction in DIRECTIONS:
+            if (problem.name, direction) in measured:
+                made.append([f"`{problem.name}`", direction, *_cells(newest, problem.name, direction)])
+                notes |= dict.fromkeys(_refusals(newest, problem.name, direction))
+    return ["problem", "direction", "pallas_flash, ms", "of a plain call's speed", "fastest peer", "ms",
+            "its time over ours"], made, list(notes)
+
+
+def _of(newest: Newest, problem: str, direction: str) -> list[Record]:
+    return [record for (name, where, _), record in newest.items() if (name, where) == (problem, direction)]
+
+
+def _cells(newest: Newest, problem: str, direction: str) -> list[str]:
+    timed = {r["contestant"]: r for r in _of(newest, problem, direction) if r["kind"] == "feature"}
+    ours = next((name for name in plots.OURS if name in timed), None)
+    mine = timed.get(ours)
+    peers = [r for name, r in timed.items() if name not in (*plots.OURS, PLAIN.name)]
+    peer = min(peers, key=lambda r: r["median_us"], default=None)
+    left = mine and mine.get("of_plain")
+    over = peer and peer["ratio_to"].get(ours)
+    return [_ms(mine), f"{left['median']:.2f}" if left else "–", peer["label"] if peer else "–", _ms(peer),
+            f"{over['median']:.2f}" if over else "–"]
+
+
+def _ms(record: Record | None) -> str:
+    return f"{record['median_us'] / 1e3:.3f}" if record else "–"
+
+
+def _refusals(newest: Newest, problem: str, direction: str) -> list[str]:
+    """Why an implementation of ours was not timed."""
+    ours = {f"pallas_flash ({name})" for name in plots.OURS}
+    return [f"`{problem}`: {r['label']}: {r['reason']}" for r in _of(newest, problem, direction)
+            if r["kind"] == "left out" and r["label"] in ours]
