@@ -20,7 +20,7 @@ from torch_bridge import ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, cache, driver, runner, shortcut
 from torch_bridge.direct.plan import Buffer, Program
-from torch_bridge.direct.problem import causal
+from torch_bridge.direct.problem import window
 
 
 def program_of(problem, pass_name):
@@ -60,10 +60,13 @@ class FakeGpu:
         q, k, v = (heads_first(arrays[name]).double() for name in "qkv")
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         scale = self.problem.d**-0.5 if self.problem.scale is None else self.problem.scale
-        s = scale * q @ k.mT
-        for _, numbers in self.problem.mask:
-            q_pos, kv_pos = torch.arange(s.shape[2])[:, None] + dict(numbers)["offset"], torch.arange(s.shape[3])
-            s = s.masked_fill(kv_pos > q_pos, -torch.inf)
+        s, slope = scale * q @ k.mT, 1.0
+        if (cap := self.problem.softcap) is not None:
+            s, slope = cap * torch.tanh(s / cap), 1 - torch.tanh(s / cap)**2
+        for kind, numbers in self.problem.mask:
+            number = dict(left=2**30, right=0 if kind == "Causal" else 2**30) | dict(numbers)
+            distance = torch.arange(s.shape[3]) - torch.arange(s.shape[2])[:, None] - number["offset"]
+            s = s.masked_fill((distance > number["right"]) | (distance < -number["left"]), -torch.inf)
         p, lse = s.softmax(-1).nan_to_num(0.0), s.logsumexp(-1)
         out = p @ v
         self.launched.append(self.pass_name)
@@ -74,7 +77,7 @@ class FakeGpu:
         assert torch.equal(arrays["stats"][:, :, 0], lse.float()), "the forward's statistics"
         assert torch.equal(heads_first(arrays["out"]), out.to(arrays["out"].dtype)), "the forward's out"
         dout, dlse = heads_first(arrays["dout"]).double(), arrays["dstats"][:, :, 0, :, None]
-        ds = scale * p * (dout @ v.mT - (out * dout).sum(-1, keepdim=True) + dlse)
+        ds = scale * slope * p * (dout @ v.mT - (out * dout).sum(-1, keepdim=True) + dlse)
         for name, grad, shared in (("dq", ds @ k, 1), ("dk", ds.mT @ q, group), ("dv", p.mT @ dout, group)):
             heads_first(arrays[name]).copy_(grad.unflatten(1, (-1, shared)).sum(2))
 
@@ -192,8 +195,8 @@ def test_other_calls_go_through_dlpack(launched, dtype, arguments, reason):
 
 
 PLACES = {
-    "kv_lengths": torch.tensor([3]), "q_lengths": torch.tensor([3]), "softcap": 5.0, "window": (1, 0),
-    "is_causal": True, "segment_ids": torch.tensor([[0, 0, 1, 1, 1]]),
+    "kv_lengths": torch.tensor([3]), "q_lengths": torch.tensor([3]), "is_causal": True,
+    "segment_ids": torch.tensor([[0, 0, 1, 1, 1]]),
 }
 
 
@@ -234,8 +237,23 @@ def test_every_argument_is_in_the_problem_or_refused():
         other = (operands._replace(**changed), CAUSAL) if name in Operands._fields else (
             operands, CAUSAL._replace(**changed))
         assert attention.why_not(*other) is not None or attention.problem_of(*other) != problem, name
-    for right, reason in ((1, "no windows"), (-1, "no windows")):
-        assert reason in str(attention.why_not(operands, CAUSAL._replace(right=right)))
+    assert "no such window, (1, -2)" in str(attention.why_not(operands, CAUSAL._replace(left=1, right=-2)))
+    assert "no such soft cap, nan" in str(attention.why_not(operands, CAUSAL._replace(softcap=torch.nan)))
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(window=(1, 0)), dict(window=(None, 2), causal_offset=1), dict(window=(2, None)), dict(softcap=1.5),
+    dict(window=(0, 1), softcap=0.7)], ids=str)
+def test_windows_and_soft_caps(launched, arguments):
+    tensors = qkv((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16)
+    out = torch_bridge.flash_attention(*tensors, **arguments)
+    found = out, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert launched == BOTH
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    out = torch_bridge.flash_attention(*wide, **arguments)
+    assert launched == BOTH
+    for x, exact in zip(found, (out, *torch.autograd.grad(out, wide, torch.ones_like(out))), strict=True):
+        torch.testing.assert_close(x.double(), exact, atol=3e-2, rtol=3e-2)
 
 
 def test_a_scale_that_is_no_number_is_refused_as_elsewhere(launched):
@@ -368,7 +386,8 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "find", lambda request, index: asked.append(request))
     torch_bridge.precompile(*tensors, **arguments)
     assert [request.pass_name for request in asked] == BOTH and launched == []
-    assert asked[0].problem.mask == causal(0) and (asked[0].problem.q_heads, asked[0].problem.kv_heads) == (4, 2)
+    problem = asked[0].problem
+    assert problem.mask == window(None, 0, 0) and (problem.q_heads, problem.kv_heads) == (4, 2)
     monkeypatch.setattr(attention, "DEVICES", {"cuda"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     torch_bridge.precompile(*(x.to("meta") for x in tensors), **arguments)

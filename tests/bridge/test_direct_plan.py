@@ -17,7 +17,7 @@ from pallas_flash import UnsupportedError, device, masks
 from pallas_flash.launches import launches
 from pallas_flash.spec import AttentionSpec
 from torch_bridge.direct import lower, plan
-from torch_bridge.direct.problem import Request, causal, versions
+from torch_bridge.direct.problem import Request, versions, window
 
 # --- keys ------------------------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ from torch_bridge.direct.problem import Request, causal, versions
 @pytest.mark.parametrize("change", [
     *(dict(problem=dataclasses.replace(SMALL, **{name: value})) for name, value in dict(
         layout="BLHD", dtype="float16", batch=2, q_heads=2, kv_heads=1, q_len=201, kv_len=255, d=128, d_v=128,
-        mask=causal(1), scale=0.5, softcap=30.0, deterministic=True).items()),
+        mask=window(None, 0, 1), scale=0.5, softcap=30.0, deterministic=True).items()),
     dict(problem=dataclasses.replace(SMALL, mask=())), dict(pass_name="backward"),
     dict(gpu=dataclasses.replace(H200, num_sms=78)), dict(gpu=dataclasses.replace(H200, capability=(10, 0))),
     dict(versions=VERSIONS | {"driver": "13010"}), dict(versions=VERSIONS | {"product": "changed"}),
@@ -61,8 +61,9 @@ def test_versions_hold_the_sources_and_the_driver():
 
 MASKS = {
     "full": ((), masks.Full()),
-    "causal": (causal(-30), masks.Causal(-30)),
-    "window": ((("Window", (("left", 100), ("right", 0))),), masks.Window(100, 0)),
+    "causal": (window(None, 0, -30), masks.Causal(-30)),
+    "window": (window(100, 0, 0), masks.Window(100, 0)),
+    "an open window": (window(None, 3, 2), masks.Window(right=3, offset=2)),
     "prefix in a window": ((("PrefixLM", (("prefix", 5),)), ("Window", (("left", 60), ("offset", 2)))),
                            masks.PrefixLM(5) & masks.Window(left=60, offset=2)),
 }
@@ -80,7 +81,7 @@ def test_a_problem_is_its_spec(name):
 
 
 @pytest.mark.parametrize(("changes", "name"), [({}, "forward"), ({}, "backward"),
-                                               (dict(deterministic=True, mask=causal(-30)), "backward")])
+                                               (dict(deterministic=True, mask=window(None, 0, -30)), "backward")])
 def test_every_launch_reads_what_there_is(changes, name):
     request = dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, **changes), pass_name=name)
     program, found = lower.lower(request), getattr(launches(lower.spec_of(request.problem), device.H200), name)

@@ -20,7 +20,7 @@ from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import cache, driver
 from torch_bridge.direct.launch import ALIGNMENT
-from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, causal, versions
+from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "known", "problem_of",
@@ -31,7 +31,7 @@ DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
-_MAX_SCALE = 1e30  # of a spec, which raises; it is not NaN either
+_MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 _OURS = str(Path(__file__).parents[1])  # where frames are not the caller's
 
 
@@ -53,8 +53,9 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
         (query.dtype in _DTYPES, f"it takes bfloat16 and float16, query.dtype is {query.dtype}"),
         (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
         (_has_no_places(operands), "it takes no lengths, offsets, segment ids and packed sequences yet"),
-        (numbers.left is None and numbers.right in (None, 0), "it takes no windows yet"),
-        (numbers.softcap is None, f"it takes no soft cap yet, softcap is {numbers.softcap}"),
+        (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
+         f"it takes no such window, ({numbers.left}, {numbers.right})"),
+        (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
         (not numbers.partial, "it takes no partial attention yet"),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
@@ -77,11 +78,11 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     """The problem of a call, in the layout in which the fewest elements are copied."""
     query, key, value, *_ = operands
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
-    offset = None if numbers.right is None else int(numbers.offset)
+    left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
     return Problem(layout=strides.layout_of(query, key, value),
                    dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
-                   mask=causal(offset), scale=numbers.scale, softcap=None,
+                   mask=window(left, right, int(numbers.offset)), scale=numbers.scale, softcap=numbers.softcap,
                    deterministic=numbers.deterministic)
 
 

@@ -11,16 +11,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, Self
 
-__all__ = ["Gpu", "Mask", "PassName", "Problem", "Request", "causal", "versions"]
+__all__ = ["Gpu", "Mask", "PassName", "Problem", "Request", "versions", "window"]
 
 PassName = Literal["forward", "backward"]
 Mask = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """Masks of pallas_flash, all of which hold: the name of each class, and its numbers by name."""
 
 
-def causal(offset: int | None) -> Mask:
-    """The mask of a causal offset; None: every pair attends."""
-    return () if offset is None else (("Causal", (("offset", offset),)),)
+def window(left: int | None, right: int | None, offset: int) -> Mask:
+    """The mask of a window, as `arguments.Numbers` has it."""
+    if left is None and right is None:
+        return ()
+    if left is None and right == 0:
+        return (("Causal", (("offset", offset),)),)
+    sides = (("left", left), ("right", right))
+    return (("Window", (*((name, side) for name, side in sides if side is not None), ("offset", offset))),)
 
 
 @dataclasses.dataclass(frozen=True)
