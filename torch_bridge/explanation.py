@@ -72,7 +72,7 @@ def _why_not_direct(operands: Operands, numbers: Numbers, plan: "Plan") -> str |
         return f"{attention.VARIABLE}=1 is not set"
     if row.launches is None:
         return f"implementation={row.name!r} is JAX's own program, not a list of launches"
-    return (attention.why_not(operands, numbers)
+    return (attention.why_not(operands, numbers) or attention.why_not_device(query.device)
             or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 
 
@@ -82,7 +82,7 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     problem, device = attention.problem_of(operands, numbers), operands.query.device
     plans = (cache.path_of(attention.request(problem, name, device)).exists() for name in attention.PASSES)
     forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
-    return (f"path: direct, launched on torch's stream ({attention.VARIABLE}=1; in this form not yet run on a GPU); "
+    return (f"path: direct, launched on torch's stream ({attention.VARIABLE}=1); "
             f"plans: forward {forward}, backward {backward}")
 
 
@@ -107,6 +107,8 @@ def precompile(
     reason = attention.why_not(*call[:2])
     if device.type not in attention.DEVICES:
         reason = f"it is for CUDA tensors, query is on {device}"
+    elif reason is None:
+        reason = attention.why_not_device(device)
     if reason is not None:
         raise RuntimeError(f"precompile needs a call that the direct path takes: {reason}. Through DLPack, JAX "
                            "compiles in the first call.")

@@ -6,6 +6,7 @@ the addresses that it is given, as kernels would. What plans hold is tested in t
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -198,6 +199,18 @@ PLACES = {
     "kv_lengths": torch.tensor([3]), "q_lengths": torch.tensor([3]), "is_causal": True,
     "segment_ids": torch.tensor([[0, 0, 1, 1, 1]]),
 }
+
+
+def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
+    """Regression: each new problem started a process that could only say no."""
+    monkeypatch.setattr(attention, "_gpu", lambda device: dataclasses.replace(
+        H200, name="NVIDIA A100", capability=(8, 0)))
+    monkeypatch.setattr(cache, "find", None)
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    check(tensors)
+    assert launched == []
+    with pytest.raises(RuntimeError, match=r"for compute capability 9\.0, NVIDIA A100 has 8\.0"):
+        torch_bridge.precompile(*tensors)
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -403,7 +416,7 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     monkeypatch.setattr(device, "of", lambda where: device.H200)
     x = moved(qkv((1, 2, 200, 64), dtype=BF16)[0])
     text = torch_bridge.explain(x, x.detach().clone(), x.detach(), is_causal=True)
-    assert ("path: direct, launched on torch's stream (PALLAS_FLASH_DIRECT=1; in this form not yet run on a GPU); "
+    assert ("path: direct, launched on torch's stream (PALLAS_FLASH_DIRECT=1); "
             "plans: forward to be compiled, backward to be compiled") in text
     assert "query: copied: its address is 2 bytes past a multiple of 16" in text and "out: torch's memory" in text
     problem = attention.problem_of(Operands.of(x, x, x, **NONE), CAUSAL)

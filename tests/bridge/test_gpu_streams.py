@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import torch_bridge
 from bridge.problems import OURS, heads_inside
 from torch_bridge import lifetime, views
 
@@ -33,6 +34,16 @@ SHAPE = (2, 8, 512, 64)
 @pytest.fixture(scope="module")
 def jax():
     return pytest.importorskip("jax")
+
+
+@pytest.fixture(params=["dlpack", "direct"])
+def path(request, monkeypatch):
+    """Each way to the kernels; a test that did not take it fails."""
+    direct = lambda: sum(row.calls for row in torch_bridge.report() if "launched directly" in row.problem)
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1" if request.param == "direct" else "0")
+    before = direct()
+    yield request.param
+    assert (direct() > before) == (request.param == "direct")
 
 
 @functools.cache
@@ -219,7 +230,7 @@ def dropped_output(jax, bridge):
     return one_round
 
 
-def test_an_output_may_be_dropped_before_torch_has_read_it(jax):
+def test_an_output_may_be_dropped_before_torch_has_read_it(jax, path):
     assert_seen(read_late(jax, obvious, torch.cuda.current_stream()))
     assert not any(x.is_wrong for x in read_late(jax, ours, torch.cuda.current_stream()))
     assert wrong_rounds(dropped_output(jax, ours), ROUNDS) == 0
@@ -252,7 +263,7 @@ def dropped_on_another_stream(jax, bridge):
     return one_round
 
 
-def test_an_output_may_be_read_by_another_stream(jax):
+def test_an_output_may_be_read_by_another_stream(jax, path):
     assert_seen(read_late(jax, obvious, torch.cuda.Stream()))
     assert not any(x.is_wrong for x in read_late(jax, ours, torch.cuda.Stream()))
     assert wrong_rounds(dropped_on_another_stream(jax, ours), ROUNDS) == 0
@@ -282,11 +293,11 @@ def refilled_inputs(jax, bridge, milliseconds=lambda: 3):
     return one_round
 
 
-def test_inputs_may_be_dropped_and_refilled_right_after_the_call(jax):
+def test_inputs_may_be_dropped_and_refilled_right_after_the_call(jax, path):
     assert wrong_rounds(refilled_inputs(jax, ours), ROUNDS) == 0
 
 
-def test_inputs_of_a_stream_that_is_about_to_rest(jax):
+def test_inputs_of_a_stream_that_is_about_to_rest(jax, path):
     """A call asks whether the stream is at rest, and orders nothing if it is: here it may be either at that moment."""
     def milliseconds():
         return torch.rand(()).item() * 0.2
@@ -307,8 +318,9 @@ def test_a_control_without_order_is_seen(jax):
     assert not any(x.is_wrong for x in read_early(jax, bridge(jax.dlpack.from_dlpack), times=2))
 
 
-def test_views_of_reused_memory(jax):
+def test_views_of_reused_memory(jax, monkeypatch):
     """Kept views are used again by other tensors at the same addresses, in one order and in another."""
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0")  # the other way keeps no views
     tensors = [fresh() for _ in range(4)]
     expected = [ours(*x).clone() for x in tensors]
     torch.cuda.synchronize()
@@ -329,7 +341,7 @@ def test_views_of_reused_memory(jax):
     assert views.kept_views() - before < 100, "memory was not reused: this test proves nothing"
 
 
-def test_side_streams(jax):
+def test_side_streams(jax, path):
     tensors = fresh()
     expected = ours(*tensors).clone()
     streams, beside = [torch.cuda.Stream() for _ in range(3)], Beside(jax)
@@ -351,7 +363,7 @@ def test_side_streams(jax):
     assert wrong_rounds(one_round, ROUNDS) == 0
 
 
-def test_training_steps(jax):
+def test_training_steps(jax, path):
     """Forward and backward; the saved tensors go, and the gradients are read late."""
     beside, tensors, dout = Beside(jax), fresh(), fresh(1)[0]
 
@@ -376,7 +388,7 @@ def test_training_steps(jax):
     assert wrong_rounds(one_round, ROUNDS) == 0
 
 
-def test_threads_with_streams_of_their_own(jax):
+def test_threads_with_streams_of_their_own(jax, path):
     tensors = fresh()
     expected = ours(*tensors).clone()
     torch.cuda.synchronize()
@@ -400,8 +412,15 @@ def test_threads_with_streams_of_their_own(jax):
 # --- order, copies, capture ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_the_host_does_not_wait(jax, dropout_p):
+def test_the_host_does_not_wait_for_dropout(jax):
+    the_host_does_not_wait(0.4)
+
+
+def test_the_host_does_not_wait(jax, path):
+    the_host_does_not_wait(0.0)
+
+
+def the_host_does_not_wait(dropout_p):
     def call(q, k, v):
         return OURS(q, k, v, is_causal=True, dropout_p=dropout_p)
     q, k, v = (x.requires_grad_() for x in fresh())
@@ -434,7 +453,7 @@ def kernels_of(step, times=3):
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "training step"])
 @pytest.mark.parametrize("inside", [False, True], ids=["BHLE", "BLHE"])
-def test_hopper_kernels_run_without_a_copy_kernel(jax, inside, direction):
+def test_hopper_kernels_run_without_a_copy_kernel(jax, path, inside, direction):
     """Plain XLA fuses as it likes; this is about the hand-written kernels."""
     from pallas_flash import dispatch
     if not all("hopper" in module for module in dispatch.get("hopper").modules[:1 if direction == "forward" else 2]):
@@ -450,7 +469,45 @@ def test_hopper_kernels_run_without_a_copy_kernel(jax, inside, direction):
     assert not [name for name in names if re.search(r"transpose|copy|memcpy", name, re.IGNORECASE)], names
 
 
-def test_a_capture_is_refused_with_a_sentence(jax):
+def test_a_captured_training_step_is_right_for_new_numbers(monkeypatch):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    tensors, dout = [x.requires_grad_() for x in fresh()], fresh(1)[0]
+
+    def step():
+        out = ours(*tensors)
+        return out, *torch.autograd.grad(out, tensors, dout)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for x in (*tensors, dout):
+                x.normal_()
+        graph.replay()
+        for found, wanted in zip(captured, step(), strict=True):  # dq is a sum in any order
+            torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_a_first_call_in_a_capture_is_refused_with_a_sentence(monkeypatch):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    x = torch.ones(8, device="cuda")
+    tensors = [torch.randn(1, 2, 72, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="must have run once before it is captured"), torch.cuda.graph(graph):
+        x.mul_(2)
+        ours(*tensors)
+    torch.cuda.synchronize()
+    assert ours(*tensors).isfinite().all()
+
+
+def test_a_capture_is_refused_with_a_sentence(jax, monkeypatch):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0")
     tensors, x = fresh(), torch.ones(8, device="cuda")
     ours(*tensors)
     torch.cuda.synchronize()
@@ -462,7 +519,7 @@ def test_a_capture_is_refused_with_a_sentence(jax):
     assert ours(*tensors).isfinite().all()
 
 
-def test_an_output_dropped_during_a_capture_is_kept(jax):
+def test_an_output_dropped_during_a_capture_is_kept(jax, path):
     out = ours(*fresh())
     x = torch.ones(8, device="cuda")
     torch.cuda.synchronize()

@@ -24,11 +24,12 @@ from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, version
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "known", "problem_of",
-           "reason_found", "request", "why_not"]
+           "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
+_CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
@@ -63,6 +64,15 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
         (not operands.is_empty, "there is no output element or no key"),
     )
     return next((reason for holds, reason in rules if not holds), None)
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """Why the direct path does not take calls on a GPU; None: it does."""
+    gpu = _gpu(device)
+    if gpu.capability == _CAPABILITY:
+        return None
+    needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
+    return f"it launches kernels for compute capability {needed}, {gpu.name} has {found}"
 
 
 def _has_no_places(operands: Operands) -> bool:
@@ -227,7 +237,8 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCal
     try:
         choice = _choices[name]
     except KeyError:
-        choice = _choice(operands, numbers) if why_not(operands, numbers) is None else None
+        is_taken = why_not(operands, numbers) is None and why_not_device(operands.query.device) is None
+        choice = _choice(operands, numbers) if is_taken else None
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
