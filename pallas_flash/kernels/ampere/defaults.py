@@ -1,0 +1,65 @@
+"""The default schedules: tables by head size and shared memory.
+
+The arithmetic, and what was compiled: docs/notes/ampere.md. No schedule here has run on a card of its own generation;
+that they stand in this order was measured with prototypes on an H200.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+from pallas_flash.device import Device
+from pallas_flash.kernels.ampere.memory import smem_bytes
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["assume", "default_backward", "default_forward"]
+
+_SYSTEM_BYTES = 1024
+"""Shared memory that CUDA takes for each block."""
+
+_assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
+    "assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
+    """Makes `schedule` the default of its pass, for every spec and device, in this thread: for benchmarks. Programs
+    that JAX keeps have the schedules that they were traced with: call `jax.clear_caches` before and after.
+    """
+    token = _assumed.set(schedule)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule) -> int:
+    """How many blocks of a schedule the shared memory of an SM holds."""
+    return (device.smem_bytes + _SYSTEM_BYTES) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
+
+
+def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
+    """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
+    128 threads allow; else of 32.
+    """
+    if isinstance(assumed := _assumed.get(), ForwardSchedule):
+        return assumed
+    wide = ForwardSchedule(num_sms=device.num_sms)
+    narrow = dataclasses.replace(wide, block_kv=32)
+    return wide if _sharing(spec, device, wide) >= 2 else narrow
+
+
+def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
+    """Returns the backward's schedule of a spec: tiles of 64 queries in two slots where shared memory has room for them
+    (twice, if blocks have one warpgroup); else of 32 queries in one slot.
+    """
+    if isinstance(assumed := _assumed.get(), BackwardSchedule):
+        return assumed
+    if max(spec.d, spec.d_v) <= 64:
+        wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
+    else:
+        wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=64, num_sms=device.num_sms), 1
+    narrow = dataclasses.replace(wide, block_q=32, part_q=32, num_stages=1)
+    return wide if _sharing(spec, device, wide) >= blocks else narrow
