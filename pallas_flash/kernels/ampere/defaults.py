@@ -42,24 +42,28 @@ def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardS
 
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
-    128 threads allow; else of 32.
+    128 threads allow; else of 32. Values wider than 128 leave registers for 16 rows a warp.
     """
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
-    wide = ForwardSchedule(num_sms=device.num_sms)
+    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
     return wide if _sharing(spec, device, wide) >= 2 else narrow
 
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """Returns the backward's schedule of a spec: tiles of 64 queries in two slots where shared memory has room for them
-    (twice, if blocks have one warpgroup); else of 32 queries in one slot.
+    (twice, if blocks have one warpgroup); else of 32 queries in one slot, of 128 keys or, if need be, of 64.
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     if max(spec.d, spec.d_v) <= 64:
         wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
     else:
-        wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=64, num_sms=device.num_sms), 1
+        part = 64 if spec.d + spec.d_v <= 256 else 32
+        wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
     narrow = dataclasses.replace(wide, block_q=32, part_q=32, num_stages=1)
-    return wide if _sharing(spec, device, wide) >= blocks else narrow
+    few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
+    if _sharing(spec, device, wide) >= blocks:
+        return wide
+    return narrow if _sharing(spec, device, narrow) else few_keys
