@@ -111,7 +111,7 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
         const = lambda value: mgpu.utils.c(value, i32)
         wide = lambda x, stride: arith.muli(arith.extui(i64, x), mgpu.utils.c(stride, i64))
         batch, head, first = (x.registers.item() for x in index)
-        thread = mgpu.utils.thread_idx()
+        thread = ptx.moved(mgpu.utils.thread_idx())
         row, unit = arith.shrui(thread, const(3)), arith.andi(thread, const(7))
         position, shape = arith.addi(first, row), _static_shape(source)
         start = arith.addi(wide(batch, math.prod(shape[1:])), arith.addi(
