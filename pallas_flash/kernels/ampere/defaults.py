@@ -16,8 +16,12 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = ["assume", "default_backward", "default_forward"]
 
-_SYSTEM_BYTES = 1024
-"""Shared memory that CUDA takes for each block."""
+_SYSTEM_BYTES = 1024 + 128
+"""Shared memory of each block that is not its own: CUDA takes 1,024 bytes, and Mosaic has one byte of static memory,
+which counts as 128.
+"""
+_RESERVED = 1024
+"""What an SM has beyond the most that one block may ask for."""
 
 _assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
     "assumed", default=None)
@@ -37,7 +41,7 @@ def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
 
 def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule) -> int:
     """How many blocks of a schedule the shared memory of an SM holds."""
-    return (device.smem_bytes + _SYSTEM_BYTES) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
+    return (device.smem_bytes + _RESERVED) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
 
 
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
@@ -52,8 +56,8 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
 
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
-    """Returns the backward's schedule of a spec: tiles of 64 queries in two slots where shared memory has room for them
-    (twice, if blocks have one warpgroup); else of 32 queries in one slot, of 128 keys or, if need be, of 64.
+    """Returns the backward's schedule of a spec, the first for which shared memory has room (twice, if blocks have one
+    warpgroup): tiles of 64 queries in two slots, in one slot; of 32 queries; and of 64 keys a block, not 128.
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
@@ -62,8 +66,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     else:
         part = 64 if spec.d + spec.d_v <= 256 else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
-    narrow = dataclasses.replace(wide, block_q=32, part_q=32, num_stages=1)
+    one_slot = dataclasses.replace(wide, num_stages=1)
+    narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
     few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
-    if _sharing(spec, device, wide) >= blocks:
-        return wide
-    return narrow if _sharing(spec, device, narrow) else few_keys
+    fitting = (s for s in (wide, one_slot, narrow) if _sharing(spec, device, s) >= blocks)
+    return next(fitting, few_keys)
