@@ -119,9 +119,9 @@ def flash_attention(
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run; for the arrays of score functions see docs/semantics.md.
       layout: the order of the axes of query, key, value and out.
-      implementation: "hopper", "xla" or "reference"; a tuple of these for the first in it that can run this on the
-        device; or None for the fastest that can, with a `FallbackWarning` where that is not one written for the device.
-        See `explain`. The device is the one that the arrays are committed to (by `jax.device_put`, a sharding);
+      implementation: "hopper", "ampere", "xla" or "reference"; a tuple of these for the first in it that can run this
+        on the device; or None for the fastest that can, with a `FallbackWarning` where that is not one written for the
+        device. See `explain`. The device is the one that the arrays are committed to (by `jax.device_put`, a sharding);
         otherwise, and inside `jit`, where they have no place yet, it is `jax.default_device` or JAX's first.
 
     Returns:
@@ -129,8 +129,8 @@ def flash_attention(
       q_len) being the natural logarithm of each row's sum of exponentials, sinks included, float32 (float64 for float64
       input). Without the batch axis, as packed sequences are, lse is (q_heads, q_len).
 
-    NaN and infinity reach only the pairs that attend; for the exceptions in "hopper" and "reference", and every other
-    convention, see docs/semantics.md.
+    NaN and infinity reach only the pairs that attend; for the exceptions in "hopper", "ampere" and "reference", and
+    every other convention, see docs/semantics.md.
 
     Raises:
       ValueError: wrong shapes, dtypes or numbers; the message names the array.

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pallas_flash import errors
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
+from pallas_flash.kernels.ampere import support as ampere
 from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -21,7 +22,7 @@ __all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Requested",
            "explain", "get", "require_names", "warn_of_fallback"]
 
 
-Name = Literal["hopper", "xla", "reference"]
+Name = Literal["hopper", "ampere", "xla", "reference"]
 """Of each row of `IMPLEMENTATIONS`: what a type checker knows of them."""
 
 Requested = Name | tuple[Name, ...] | None
@@ -115,6 +116,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
                    "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured),
+    Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
+                   True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
+                   (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",
+                              "pallas_flash.kernels.ampere.rules:reasons_against",
+                              "pallas_flash.kernels.ampere.defaults:assume",
+                              "pallas_flash.kernels.ampere.schedule:kernels"),
+                    Schedules("pallas_flash.kernels.ampere.defaults:default_backward",
+                              "pallas_flash.kernels.ampere.rules:reasons_against",
+                              "pallas_flash.kernels.ampere.defaults:assume",
+                              "pallas_flash.kernels.ampere.schedule:kernels")), not_measured=ampere.not_measured),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),

@@ -51,7 +51,7 @@ ARROWS = {
 """Which modules of pallas_flash each may import; those of a package may import each other."""
 FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "paging", "softmax", "tiles", *FOUNDATIONS}
 
-ON_MOSAIC = {"hopper"}
+ON_MOSAIC = {"ampere", "hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
 
 MOSAIC = "jax.experimental.pallas.mosaic_gpu"
@@ -144,6 +144,7 @@ def test_arrows(path):
     ("kernels.xla.forward", "from pallas_flash.kernels.hopper import schedule"),
     ("kernels.xla.forward", "from pallas_flash.kernels.mosaic import scheduling"),
     ("kernels.hopper.calls", "from pallas_flash.kernels.xla import forward"),
+    ("kernels.ampere.calls", "from pallas_flash.kernels.hopper import schedule"),
     ("kernels.mosaic.ptx", "from pallas_flash.kernels.hopper import schedule"),
     ("kernels.mosaic.call", "from pallas_flash.kernels.xla.blocks import Blocks"),
     ("kernels.mosaic.call", "from pallas_flash import autodiff"),
@@ -222,9 +223,10 @@ FLOORS = ("schedule", "work", "memory", "rules", "defaults")
 
 
 @pytest.mark.parametrize("floor", FLOORS)
-def test_floors_stand_on_those_before(floor):
-    source = tree(ROOT / f"pallas_flash/kernels/hopper/{floor}.py")
-    own = {target[2] for target in ours(source) if target[:2] == ("kernels", "hopper")}
+@pytest.mark.parametrize("package", sorted(ON_MOSAIC))
+def test_floors_stand_on_those_before(package, floor):
+    source = tree(ROOT / f"pallas_flash/kernels/{package}/{floor}.py")
+    own = {target[2] for target in ours(source) if target[:2] == ("kernels", package)}
     assert own <= set(FLOORS[:FLOORS.index(floor)])
     assert not any("pallas" in name.split(".") or "mlir" in name for name in imports(source))
 

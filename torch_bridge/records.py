@@ -22,8 +22,8 @@ class Row(NamedTuple):
     what: str
     """The pass: "forward", "backward", "double backward", "row anchor". Or what else was done for a call: "mask"."""
     implementation: str
-    """Of pallas_flash: "hopper", "xla" or "reference"; "torch": a call was left to PyTorch's own function; of a mask
-    "dense": it was written out."""
+    """Of pallas_flash: "hopper", "ampere", "xla" or "reference"; "torch": a call was left to PyTorch's own function; of
+    a mask "dense": it was written out."""
     problem: str
     """Shapes, dtype, mask and options."""
     reasons: tuple[str, ...]

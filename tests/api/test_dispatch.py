@@ -75,15 +75,26 @@ def test_these_run_everywhere_when_named(name, where):
     assert dispatch.decide(spec(softcap=3.0, deterministic=True), where, name).implementation.name == name
 
 
+@pytest.mark.parametrize("where", [device.A100, device.L4, device.RTX_4090, device.H200, device.B200, device.RTX_5090],
+                         ids=lambda where: where.name)
+def test_mma_kernels_run_when_named_on_every_gpu_since_ampere(where):
+    """They have not run on a GPU, so an automatic choice leaves them, and says so."""
+    assert dispatch.decide(spec(), where, "ampere").implementation.name == "ampere"
+    assert "not 'ampere': has not run on a GPU yet" in dispatch.explain(spec(), where)
+
+
 def test_the_reference_is_never_automatic():
     assert not dispatch.get("reference").automatic
     assert "it runs only when it is named" in dispatch.explain(spec(), device.CPU)
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in ("xla", "reference")])
-def test_a_gpu_generation_refuses_the_others(name):
+T4 = dataclasses.replace(device.A100, name="Tesla T4", capability=(7, 5))
+
+
+@pytest.mark.parametrize(("name", "gpu", "capability"), [("hopper", device.A100, "8.0"), ("ampere", T4, "7.5")])
+def test_a_gpu_generation_refuses_the_others(name, gpu, capability):
     assert dispatch.decide(spec(), device.CPU).reasons[name]
-    for where, given in ((device.CPU, "'cpu'"), (device.A100, "8.0")):
+    for where, given in ((device.CPU, "'cpu'"), (gpu, capability)):
         with pytest.raises(UnsupportedError, match=rf"implementation='{name}' cannot run .* device (is|has) {given}"):
             dispatch.decide(spec(), where, name)
 

@@ -11,8 +11,8 @@ from pallas_flash.arrays import Array, Bool, Int
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.hopper.scores import masked
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scores import masked
 from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = ["ArrayMask", "HeadMask", "StaticMask"]

@@ -47,8 +47,9 @@ def compile_module(module: bytes, work: Path) -> dict:
     text, code = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
     kernel = next((re.sub(r"_\d+$", "", Path(f).stem) for f in new if f.endswith(".ptx")), None)
-    return dict(kernel=kernel, compiled=compiled, multiplies="HGMMA" in code,
-                moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code),
+    product = "HGMMA" if "HGMMA" in code else "HMMA"
+    return dict(kernel=kernel, compiled=compiled, multiplies=product in code,
+                moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code, product),
                 registers=number(r"Used (\d+) registers"), spill_bytes=number(r"(\d+) bytes spill stores"),
                 advice=sorted(set(re.findall(r"C75\d\d", text))))
 

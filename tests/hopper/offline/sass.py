@@ -9,8 +9,8 @@ MOVED = re.compile(r"\bR2UR\b")
 SPILLED = re.compile(r"\b(STL|LDL)\b")
 
 
-def hot_loops(text: str) -> list[list[str]]:
-    """The instructions of each innermost loop that multiplies: it holds HGMMA, and no other loop.
+def hot_loops(text: str, product: str = "HGMMA") -> list[list[str]]:
+    """The instructions of each innermost loop that multiplies: it holds that instruction, and no other loop.
 
     A loop reaches from a label to a jump back to it. What stands behind the kernel and jumps back into a loop (spinning
     on a barrier) makes a longer interval around the loop, never a shorter one within.
@@ -19,7 +19,7 @@ def hot_loops(text: str) -> list[list[str]]:
     inside = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
     innermost = [span for span in spans if not any(inside(other, span) for other in spans)]
     bodies = [lines[first:last + 1] for first, last in innermost]
-    return [body for body in bodies if any("HGMMA" in line for line in body)]
+    return [body for body in bodies if any(product in line for line in body)]
 
 
 def _loops(text: str) -> Iterator[tuple[int, int]]:
@@ -31,8 +31,8 @@ def _loops(text: str) -> Iterator[tuple[int, int]]:
             yield labels[jump[1]], i
 
 
-def _most(text: str, wanted: re.Pattern[str]) -> int | None:
-    counts = [sum(bool(wanted.search(line)) for line in loop) for loop in hot_loops(text)]
+def _most(text: str, wanted: re.Pattern[str], product: str = "HGMMA") -> int | None:
+    counts = [sum(bool(wanted.search(line)) for line in loop) for loop in hot_loops(text, product)]
     return max(counts, default=None)
 
 
@@ -45,6 +45,6 @@ def moved_descriptors(text: str) -> int | None:
     return _most(text, MOVED)
 
 
-def spills_inside(text: str) -> int | None:
+def spills_inside(text: str, product: str = "HGMMA") -> int | None:
     """Loads and stores of spilled registers in a hot loop, the worst if there are several; None without such a loop."""
-    return _most(text, SPILLED)
+    return _most(text, SPILLED, product)

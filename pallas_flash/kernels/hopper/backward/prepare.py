@@ -17,11 +17,11 @@ from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
-from pallas_flash.kernels.hopper.scores import is_large, may_be_large, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 

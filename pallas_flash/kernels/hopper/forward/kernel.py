@@ -53,11 +53,11 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
-from pallas_flash.kernels.hopper.scores import scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.scores import scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 

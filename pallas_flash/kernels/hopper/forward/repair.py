@@ -17,10 +17,10 @@ from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowes
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.hopper.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div
+from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 

@@ -1,0 +1,107 @@
+"""What the stages of the kernel of dk, dv and dq share: a block, its walk over query tiles, its steps."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.ampere import copies
+from pallas_flash.kernels.ampere.backward.statistics import Statistics
+from pallas_flash.kernels.ampere.copies import Team
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
+from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["Block", "HeadAndTile", "Step", "Walk"]
+
+type HeadAndTile = tuple[Array, Array]
+"""Where a step of a walk is: at a query head, and a query tile."""
+
+
+class Walk(NamedTuple):
+    """A block's steps: for each of `heads` query heads from `head` on, the query tiles [start, stop)."""
+
+    head: Index
+    heads: int
+    start: Index
+    full_start: Index  # tiles [full_start, full_stop) need no mask
+    full_stop: Index
+    stop: Index
+
+    @property
+    def steps(self) -> Index:
+        """How many there are; not above 0 where stop <= start."""
+        return self.heads * (self.stop - self.start)
+
+    @property
+    def first(self) -> HeadAndTile:
+        """(head, tile) of the first step."""
+        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.start, jnp.int32)
+
+    def next(self, head: Array, tile: Array) -> HeadAndTile:
+        """(head, tile) of the step after this one."""
+        if self.heads == 1:
+            return head, tile + 1
+        last = tile + 1 == self.stop
+        return jnp.where(last, head + 1, head), jnp.where(last, self.start, tile + 1)
+
+    def partial(self, tile: Array) -> Flag:
+        """True where a tile needs the mask."""
+        return (tile < self.full_start) | (tile >= self.full_stop)
+
+
+class Step(NamedTuple):
+    """One query tile of a walk, for one query head."""
+
+    ordinal: Index  # how many steps came before it
+    head: Array
+    tile: Array
+
+
+class Block(NamedTuple):
+    """A block: its key tile, and its walk over query tiles."""
+
+    spec: AttentionSpec
+    schedule: BackwardSchedule
+    gmem: dict[str, Ref]  # q, k, v, dout, stats, dq_sums, dk, dv
+    smem: dict[str, Ref]  # memory.kv_buffers
+    team: Team
+    batch: Index
+    head: Index  # of keys
+    tile: Index
+    walk: Walk
+
+    @property
+    def own(self) -> Index:
+        """The first of the warpgroup's rows in the key tile."""
+        return self.team.warpgroup * (ROWS * self.schedule.row_tiles)
+
+    def own_rows(self, name: str) -> Ref:
+        """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
+        return self.smem[name].at[:, pl.ds(self.own, ROWS * self.schedule.row_tiles)]
+
+    def first_key(self, row_tile: int) -> Index:
+        """The position of the first key of 64 in the warpgroup's registers."""
+        return self.tile * self.schedule.block_kv + self.own + row_tile * ROWS
+
+    def slot(self, ordinal: Index) -> Index:
+        """The slot of the query tile of a step."""
+        return rem(ordinal, self.schedule.num_stages) if self.schedule.num_stages > 1 else 0
+
+    def load_keys(self) -> None:
+        """Starts to load the key tile and the values."""
+        for name in "kv":
+            index = self.batch, self.head, self.tile * self.schedule.block_kv
+            copies.load_tile(self.team, self.spec, self.gmem[name], index, self.smem[name])
+
+    def load(self, step: Step) -> None:
+        """Starts to load the query, the dout and the statistics of a step."""
+        slot, first = self.slot(step.ordinal), step.tile * self.schedule.block_q
+        for name in ("q", "dout"):
+            index = self.batch, step.head, first
+            copies.load_tile(self.team, self.spec, self.gmem[name], index, self.smem[name].at[slot])
+        for row in (Statistics.LSE, Statistics.DELTA):
+            source = self.gmem["stats"].at[self.batch, step.head, int(row), pl.ds(first, self.schedule.block_q)]
+            copies.load_words(self.team, source, self.smem["stats"].at[slot, int(row)])

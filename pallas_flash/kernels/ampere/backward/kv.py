@@ -1,0 +1,214 @@
+"""dk, dv and dq with mma.sync, a block for each key tile (FlashAttention-2, Dao, 2023).
+
+Each warpgroup keeps dk and dv of its keys in registers, 64 or 128 of them. The block walks the query tiles that the
+mask needs (for each query head of the group), a part of a tile at a time:
+
+    S^T = K Q^T        P^T = exp2(S^T unit - lse)     dv += P^T dO
+    dP^T = V dO^T - delta     dS^T = P^T * dP^T       dk += dS^T Q
+
+P^T and dS^T go from registers to the products for dv and dk. dq = dS K needs dS of all the block's keys: dS^T goes
+through shared memory, where all warpgroups meet after each tile; each then makes some chunks of dq, four warps as
+2 x 2, and adds them to float32 sums in global memory.
+
+With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import tiles
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere.backward.block import Block, HeadAndTile, Step, Walk
+from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
+from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
+from pallas_flash.kernels.ampere.copies import Team
+from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
+from pallas_flash.kernels.ampere.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["launch"]
+
+
+class Sums(NamedTuple):
+    """dk and dv of a warpgroup's keys, of each 64."""
+
+    dk: tuple[Fragment, ...]
+    dv: tuple[Fragment, ...]
+
+
+class Part(NamedTuple):
+    """Some queries of a step's tile."""
+
+    step: Step
+    slot: Index
+    start: int  # of the tile
+    flags: tuple[Flag | None, Flag | None]  # whether the tile needs the mask, and exact exponents; None: none does
+
+
+def needs(block: Block, step: Step, slot: Index) -> tuple[Flag | None, Flag | None]:
+    """Whether a tile needs the mask, and exact exponents because a query is large; None where no tile ever does."""
+    spec = block.spec
+    partial = block.walk.partial(step.tile) if work.kv_work(spec, block.schedule).partial else None
+    if not may_be_large(spec):
+        return partial, None
+    own = block.smem["stats"].at[slot, int(Statistics.LSE), pl.ds(0, 8)]
+    return partial, is_marked(plgpu.load(own, layout=COLUMN_LAYOUT), COLUMN_LAYOUT)
+
+
+def statistic(block: Block, part: Part, row: Statistics) -> Fragment:
+    """A statistic of the part's queries, in every row: (64, part_q)."""
+    own = block.smem["stats"].at[part.slot, int(row), pl.ds(part.start, block.schedule.part_q)]
+    return registers.stack(plgpu.load(own, layout=COLUMN_LAYOUT))
+
+
+def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
+    """Adds to exponents what lse lost in its rounding, if a query is large, and hides pairs, if the tile is partial."""
+    (partial, large), s = part.flags, block.schedule
+    first = ptx.opaque(part.step.tile * s.block_q + part.start)
+
+    def exact(y: Fragment) -> Fragment:
+        index = block.batch, part.step.head, int(Statistics.ROUNDING)
+        return y + registers.stack(registers.load_row(block.gmem["stats"], index, first, s.part_q))
+
+    if large is not None:
+        y = lax.cond(large, exact, lambda y: y, y)
+    if partial is not None:
+        y = block_mask.hide(work.mask_of(block.spec, s), y, (first, block.first_key(row_tile)), 0)
+    return y
+
+
+def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragment, Fragment]:
+    """P^T, and P^T times the slope of the soft cap, from x = K Q^T of the part."""
+    spec = block.spec
+    s = scaled(spec, x)
+    y = s * score_unit(spec) - statistic(block, part, Statistics.LSE)
+    flags = [flag for flag in part.flags if flag is not None]
+    if flags:
+        needed = flags[0] if len(flags) == 1 else flags[0] | flags[1]
+        y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
+    p = jnp.exp2(y)
+    return p, slope(spec, s, p)
+
+
+def add_part(block: Block, part: Part, sums: Sums) -> Sums:
+    """Adds a part of a query tile to dk and dv, and writes its dS^T to shared memory."""
+    spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
+    rows = pl.ds(part.start, s.part_q)
+    q, dout = (block.smem[name].at[part.slot, :, rows] for name in ("q", "dout"))
+    scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
+    start = [statistic(block, part, Statistics.DELTA)] * count
+    dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
+    ps, dss = [], []
+    for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
+        p, sloped = weights(block, part, i, x)
+        ds = (sloped * dp).astype(spec.dtype)
+        own = block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)]
+        mma.store_rows(ds, own, i * ROWS, 0, part.start)
+        ps.append(p.astype(spec.dtype))
+        dss.append(ds)
+    return Sums(mma.accumulate(sums.dk, dss, q), mma.accumulate(sums.dv, ps, dout))
+
+
+def add_dq(block: Block, step: Step) -> None:
+    """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written."""
+    size, count = block.team.size, chunks(block.spec.d)
+    for first in range(0, count, size):
+        chunk = first + block.team.warpgroup
+
+        def add(chunk: Index = chunk) -> None:
+            target = block.gmem["dq_sums"].at[block.batch, step.head, step.tile, chunk]
+            mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target)
+
+        if first + size <= count:
+            add()
+        else:
+            pl.when(chunk < count)(add)
+
+
+def one_step(block: Block, step: Step, sums: Sums) -> Sums:
+    """Adds a query tile, which is on its way, to the sums, and starts to load the next one."""
+    s, slot = block.schedule, block.slot(step.ordinal)
+    copies.sync(block.team)
+
+    def load_next() -> None:
+        @pl.when(step.ordinal + 1 < block.walk.steps)
+        def load() -> None:
+            block.load(Step(step.ordinal + 1, *block.walk.next(step.head, step.tile)))
+
+    if s.num_stages > 1:
+        load_next()
+    flags = needs(block, step, slot)
+    for start in range(0, s.block_q, s.part_q):
+        sums = add_part(block, Part(step, slot, start, flags), sums)
+    copies.meet(block.team)
+    if s.num_stages == 1:
+        load_next()
+    add_dq(block, step)
+    return sums
+
+
+def compute(block: Block) -> None:
+    """Runs a block."""
+    spec, count = block.spec, block.schedule.row_tiles
+    block.load_keys()
+    copies.sync(block.team)
+    spoiled = without_bad_rows(block)
+
+    @pl.when(block.walk.steps > 0)
+    def load() -> None:
+        block.load(Step(jnp.int32(0), *block.walk.first))
+
+    def step(i: Array, carry: tuple[HeadAndTile, Sums]) -> tuple[HeadAndTile, Sums]:
+        at, sums = carry
+        return block.walk.next(*at), one_step(block, Step(i, *at), sums)
+
+    sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
+    _, sums = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step, (block.walk.first, sums))
+    for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
+        dk, dv = mark_nonfinite(block, i, spoiled, dk * spec.scale, dv)
+        first = block.first_key(i)
+        axis, place = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (
+            2, (block.batch, block.head, first))
+        registers.store_rows(dk.astype(spec.result_dtype), block.gmem["dk"], place, axis)
+        registers.store_rows(dv.astype(spec.result_dtype), block.gmem["dv"], place, axis)
+
+
+def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
+    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout and the statistics that
+    `backward.prepare` makes.
+    """
+    inputs = "q", "k", "v", "dout", "statistics", "dq_sums"
+    names = "q", "k", "v", "dout", "stats", "dq_sums", "dk", "dv"
+    shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
+    outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
+               for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
+    size = schedule.warpgroups
+
+    def attention_backward_kv(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        pair, kv_tile = blocks.head_and_tile(lax.axis_index("block"))
+        batch, head = div(pair, spec.kv_heads), rem(pair, spec.kv_heads)
+        team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
+        needed = tiles.TileRange(*map(ptx.scalar, work.q_range(spec, schedule, kv_tile)))
+        walk = Walk(head * spec.group, spec.group, *needed)
+        gmem = dict(zip(names, arrays, strict=True))
+        compute(Block(spec, schedule, gmem, smem, team, batch, head, kv_tile, walk))
+
+    threads: dict[str, Any] = dict(num_threads=size, thread_name="warpgroup") if size > 1 else {}
+    kernel = plgpu.kernel(
+        attention_backward_kv, out_type=tuple(outputs.values()),
+        scratch_types=allocate(memory.kv_buffers(spec, schedule), size), grid=(blocks.blocks,), grid_names=("block",),
+        compiler_params=copies.COMPILER, **threads)
+    return Launch(kernel, inputs, outputs, ("dq_sums",))

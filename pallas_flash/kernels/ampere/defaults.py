@@ -1,0 +1,73 @@
+"""The default schedules: tables by head size and shared memory.
+
+The arithmetic, and what was compiled: docs/notes/ampere.md. No schedule here has run on a card of its own generation;
+that they stand in this order was measured with prototypes on an H200.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+from pallas_flash.device import Device
+from pallas_flash.kernels.ampere.memory import smem_bytes
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["assume", "default_backward", "default_forward"]
+
+_SYSTEM_BYTES = 1024 + 128
+"""Shared memory of each block that is not its own: CUDA takes 1,024 bytes, and Mosaic has one byte of static memory,
+which counts as 128.
+"""
+_RESERVED = 1024
+"""What an SM has beyond the most that one block may ask for."""
+
+_assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
+    "assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
+    """Makes `schedule` the default of its pass, for every spec and device, in this thread: for benchmarks. Programs
+    that JAX keeps have the schedules that they were traced with: call `jax.clear_caches` before and after.
+    """
+    token = _assumed.set(schedule)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule) -> int:
+    """How many blocks of a schedule the shared memory of an SM holds."""
+    return (device.smem_bytes + _RESERVED) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
+
+
+def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
+    """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
+    128 threads allow; else of 32. Values wider than 128 leave registers for 16 rows a warp.
+    """
+    if isinstance(assumed := _assumed.get(), ForwardSchedule):
+        return assumed
+    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
+    narrow = dataclasses.replace(wide, block_kv=32)
+    return wide if _sharing(spec, device, wide) >= 2 else narrow
+
+
+def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
+    """Returns the backward's schedule of a spec, the first for which shared memory has room (twice, if blocks have one
+    warpgroup): tiles of 64 queries in two slots, in one slot; of 32 queries; and of 64 keys a block, not 128.
+    """
+    if isinstance(assumed := _assumed.get(), BackwardSchedule):
+        return assumed
+    if max(spec.d, spec.d_v) <= 64:
+        wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
+    else:
+        part = 64 if spec.d + spec.d_v <= 256 else 32
+        wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
+    one_slot = dataclasses.replace(wide, num_stages=1)
+    narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
+    few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
+    fitting = (s for s in (wide, one_slot, narrow) if _sharing(spec, device, s) >= blocks)
+    return next(fitting, few_keys)

@@ -1,0 +1,132 @@
+"""FlashAttention's forward pass with mma.sync and cp.async, in Pallas Mosaic GPU.
+
+A block is one warpgroup, and has one query tile, of two tiles of 64 rows in registers: 32 rows a warp, so that each
+piece of keys or values that ldmatrix brings serves two products. It walks the key tiles that the mask needs, from the
+last to the first. There is one buffer for keys and one for values:
+
+    keys     | load K(j)  | S = Q K(j)^T |          load K(j - 1)          | S = Q K(j - 1)^T
+    values   | O += P V   |  load V(j)   |       softmax of S, O += P V(j) |  load V(j - 1)
+             ^ sync       ^ sync         ^ sync                            ^ sync
+
+Two blocks share an SM where registers and shared memory allow it, and hide each other's waits.
+
+Numbers. m_i is the row maximum of products of queries and keys, not scaled (`mosaic.scores`); l_i (64, 8) a row sum
+that is still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is
+float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import softmax, tiles
+from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere.copies import Team
+from pallas_flash.kernels.ampere.forward.block import Block
+from pallas_flash.kernels.ampere.forward.repair import Sums, repaired
+from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
+from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
+from pallas_flash.kernels.ampere.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.scores import scaled, score_unit
+from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["launch"]
+
+
+type States = tuple[State, ...]
+"""Of each 64 rows."""
+
+
+def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
+    """Adds a tile of keys, which is on its way, and starts to load the one before it."""
+    spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
+    copies.sync(block.team)
+    block.load("v", kv_tile)
+    scores = mma.multiply_transposed(block.smem["q"], block.smem["k"], spec.d)
+    copies.sync(block.team)
+
+    @pl.when(kv_tile > block.needed.start)
+    def _() -> None:
+        block.load("k", kv_tile - 1)
+
+    new, weights = [], []
+    for i, (state, x) in enumerate(zip(states, scores, strict=True)):
+        x = scaled(spec, x)
+        if masked:
+            x = block_mask.hide(work.mask_of(spec, s), x, (block.first + i * ROWS, first), 1)
+        state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
+        new.append(state)
+        weights.append(p)
+    accs = mma.accumulate([state.acc for state in new], weights, block.smem["v"])
+    return tuple(state._replace(acc=acc) for state, acc in zip(new, accs, strict=True))
+
+
+def walk(block: Block) -> States:
+    """Runs over all key tiles, from the last to the first: those that need the mask, those that do not, and again those
+    that do.
+    """
+    first, full_first, full_stop, stop = block.needed
+    states = (start(score_unit(block.spec), block.spec.d_v),) * block.schedule.row_tiles
+    partial = work.forward_work(block.spec, block.schedule).partial
+    parts = ((full_stop, stop, True), (full_first, full_stop, False), (first, full_first, True))
+    for lo, hi, masked in parts if partial else ((first, stop, False),):
+        def one(i: Index, states: States, hi: Index = hi, masked: bool = masked) -> States:
+            return step(block, hi - 1 - i, states, masked)
+
+        states = lax.fori_loop(jnp.int32(0), ptx.scalar(hi - lo), one, states)
+    return states
+
+
+def finish(block: Block, row_tile: int, sums: Sums, acc: registers.Fragment) -> None:
+    """Writes out = acc / l_i and the statistics of 64 rows to global memory."""
+    spec, first = block.spec, block.first + row_tile * ROWS
+    m_i, rounding, l_i = sums
+    row, unit = 2 * (block.batch * spec.q_heads + block.head), softmax.unit(spec.scale, spec.softcap)
+    for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
+        registers.store_row_stats(x, block.gmem["stats"], row + i, first, spec.q_len)
+    out = acc * registers.spread(softmax.rescale(l_i), acc.shape[1])
+    axis, index = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (2, (block.batch, block.head,
+                                                                                           first))
+    registers.store_rows(out.astype(spec.result_dtype), block.gmem["out"], index, axis)
+
+
+def compute(block: Block) -> None:
+    """Runs a block."""
+    spec = block.spec
+    copies.load_tile(block.team, spec, block.gmem["q"], (block.batch, block.head, block.first), block.smem["q"])
+    block.load("k", jnp.maximum(block.needed.stop - 1, 0))
+    for i, state in enumerate(walk(block)):
+        finish(block, i, *repaired(block, i, state))
+
+
+def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
+    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k and v in
+    the spec's layout.
+    """
+    inputs = "q", "k", "v"
+    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
+               "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
+    blocks = work.forward_work(spec, schedule)
+
+    def attention_forward(*refs: Any) -> None:
+        *arrays, smem, _ = refs
+        pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
+        batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)
+        gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
+        needed = work.kv_range(spec, schedule, q_tile)
+        needed = tiles.TileRange(*map(ptx.scalar, needed))
+        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, q_tile * schedule.block_q, needed))
+
+    kernel = plgpu.kernel(
+        attention_forward, out_type=tuple(outputs.values()),
+        scratch_types=allocate(memory.forward_buffers(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
+        compiler_params=copies.COMPILER)
+    return Launch(kernel, inputs, outputs)

@@ -1,0 +1,44 @@
+"""The passes of a spec as lists of kernel launches (`mosaic.launch`).
+
+forward: q, k, v -> out, stats. One kernel.
+
+backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query, one kernel makes dk
+and dv and adds dq up in float32, and `finish` makes dq of that.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.kernels.ampere.backward import finish, kv, prepare
+from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["backward", "forward"]
+
+
+def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
+    """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
+    return Pass(inputs=_operands(spec), constants={}, launches=(forward_kernel.launch(spec, schedule),),
+                results=("out", "stats"))
+
+
+def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
+    """The backward: the cotangents of q, k and v, in the spec's layout and `result_dtype`.
+
+    Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
+    lse counts.
+    """
+    out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
+    stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
+    first = prepare.launch(spec, schedule)
+    clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
+    return Pass(inputs=_operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}, constants={},
+                launches=(first, kv.launch(spec, schedule).reading(clean), finish.launch(spec, schedule)),
+                results=("dq", "dk", "dv"))
+
+
+def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = spec.operand_shapes
+    return {name: jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in zip("qkv", shapes[:3])}

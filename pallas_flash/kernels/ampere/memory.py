@@ -1,0 +1,73 @@
+"""The shared memory of each kernel as data: its buffers, from which both what it allocates (`scratch`) and `smem_bytes`
+come, and the float32 sums in global memory through which dq goes.
+
+Tiles are kept in chunks of 64 columns: (chunks, rows, 64).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_flash import tiles
+from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule, ForwardSchedule, chunks
+from pallas_flash.kernels.ampere.work import may_have_idle_queries
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["Buffer", "dq_sums_shape", "forward_buffers", "kv_buffers", "prepare_buffers", "smem_bytes"]
+
+_ALIGNMENT = 1024
+"""Each buffer begins at a multiple of so many bytes."""
+_FLOAT32 = np.dtype("float32")
+_STATISTICS = 2  # of each query: what is subtracted from exponents, and where dP starts
+
+
+class Buffer(NamedTuple):
+    """An array in shared memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def smem_bytes(self) -> int:
+        return _ALIGNMENT * tiles.cdiv(math.prod(self.shape) * self.dtype.itemsize, _ALIGNMENT)
+
+
+def forward_buffers(spec: AttentionSpec, s: ForwardSchedule) -> tuple[Buffer, ...]:
+    """A tile of queries, of keys and of values."""
+    return (Buffer("q", (chunks(spec.d), s.block_q, CHUNK), spec.dtype),
+            Buffer("k", (chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
+            Buffer("v", (chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
+
+
+def kv_buffers(spec: AttentionSpec, s: BackwardSchedule) -> tuple[Buffer, ...]:
+    """Tiles of keys and values, slots of queries and douts with their statistics, and dS^T on its way to dq.
+
+    dS^T is in chunks of 64 queries, or of 32.
+    """
+    d, d_v, width = chunks(spec.d), chunks(spec.d_v), min(CHUNK, s.block_q)
+    return (Buffer("k", (d, s.block_kv, CHUNK), spec.dtype), Buffer("v", (d_v, s.block_kv, CHUNK), spec.dtype),
+            Buffer("q", (s.num_stages, d, s.block_q, CHUNK), spec.dtype),
+            Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype),
+            Buffer("ds", (s.block_q // width, s.block_kv, width), spec.dtype),
+            Buffer("stats", (s.num_stages, _STATISTICS, s.block_q), _FLOAT32))
+
+
+def prepare_buffers(spec: AttentionSpec) -> tuple[Buffer, ...]:
+    """64 rows of out and of dout, and of q if it is copied."""
+    rows = [Buffer(name, (chunks(spec.d_v), ROWS, CHUNK), spec.dtype) for name in ("out", "dout")]
+    q = Buffer("q", (chunks(spec.d), ROWS, CHUNK), spec.dtype)
+    return *rows, *[q] * may_have_idle_queries(spec)
+
+
+def dq_sums_shape(spec: AttentionSpec, s: BackwardSchedule) -> tuple[int, ...]:
+    """The shape of dq's float32 sums: (batch, q_heads, query tiles, chunks, numbers of a tile's chunk)."""
+    count = tiles.cdiv(spec.q_len, ROWS) * (ROWS // s.block_q)
+    return spec.batch, spec.q_heads, count, chunks(spec.d), s.block_q * CHUNK
+
+
+def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> int:
+    """Shared memory of a block."""
+    buffers = forward_buffers(spec, s) if isinstance(s, ForwardSchedule) else kv_buffers(spec, s)
+    return sum(buffer.smem_bytes for buffer in buffers)

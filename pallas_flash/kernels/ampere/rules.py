@@ -1,0 +1,48 @@
+"""Reasons against a schedule: what the kernels cannot run, or would not fit."""
+
+from pallas_flash.kernels.ampere.memory import smem_bytes
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["reasons_against"]
+
+_Rules = tuple[tuple[bool, str], ...]
+"""What must hold, and what is said where it does not."""
+
+_REGISTERS = 255
+"""Of a thread. About 45 of them hold addresses, operands of products, and numbers of rows."""
+_OTHERS = 45
+
+
+def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, smem_limit: int) -> list[str]:
+    """Returns why the kernels cannot run a spec with a schedule; an empty list if they can.
+
+    Args:
+      smem_limit: bytes of shared memory that a block may have.
+    """
+    rules = _forward_rules(spec, schedule) if isinstance(schedule, ForwardSchedule) else _backward_rules(spec, schedule)
+    needed = smem_bytes(spec, schedule)
+    rules += ((needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),)
+    return [reason for holds, reason in rules if not holds]
+
+
+def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
+    held = s.row_tiles * (s.block_kv + spec.d_v) // 2
+    return (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 128, f"{s.block_kv=} must be a multiple of 16 and at most 128"),
+        (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
+        (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
+    )
+
+
+def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
+    held = s.row_tiles * (spec.d + spec.d_v + 2 * s.part_q) // 2
+    return (
+        (s.block_q in (32, 64), f"{s.block_q=} must be 32 or 64"),
+        (s.part_q % 16 == 0 and 0 < s.part_q <= s.block_q and s.block_q % max(s.part_q, 1) == 0,
+         f"{s.part_q=} must be a multiple of 16 that divides {s.block_q=}"),
+        (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
+        (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
+        (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
+        (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
+    )

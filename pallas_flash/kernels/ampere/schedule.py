@@ -1,0 +1,80 @@
+"""Schedules: the tile sizes and pipeline depths of the kernels, and the units they are counted in. A schedule says how
+fast, never what: it changes no result beyond rounding.
+
+On this file stand, each importing only those before it and none of them Mosaic: `work` (which tiles a block walks),
+`memory` (its buffers), `rules` (reasons against a schedule) and `defaults` (which schedule a spec gets where).
+"""
+
+import dataclasses
+
+from pallas_flash import tiles
+
+__all__ = ["CHUNK", "ROWS", "BackwardSchedule", "ForwardSchedule", "chunks", "kernels"]
+
+CHUNK = 64
+"""Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, once around all banks."""
+
+ROWS = 64
+"""Rows of a tile in registers: 16 for each warp of a warpgroup."""
+
+
+def chunks(dim: int) -> int:
+    """The number of chunks of 64 columns that hold `dim` columns."""
+    return tiles.cdiv(dim, CHUNK)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardSchedule:
+    """The forward kernel's schedule: a block of one warpgroup for each query tile.
+
+    Attributes:
+      block_kv: keys of a tile; a multiple of 16.
+      row_tiles: tiles of 64 query rows in registers: each loaded piece of keys or values serves all of them.
+      slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
+      section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
+      num_sms: the SMs of the device.
+    """
+
+    block_kv: int = 64
+    row_tiles: int = 2
+    slack: float = 2.0
+    section_bytes: int = 32 << 20
+    num_sms: int = 108
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.row_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardSchedule:
+    """The schedule of the kernel of dk, dv and dq: each warpgroup keeps dk and dv of its keys in registers.
+
+    Attributes:
+      block_q: queries of a tile: 32 or 64.
+      part_q: queries whose scores are in registers at a time; divides `block_q`.
+      warpgroups: of a block.
+      row_tiles: tiles of 64 keys in the registers of a warpgroup.
+      num_stages: slots for tiles of queries and douts; with 2 the next is loaded while this one is used.
+      section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
+      num_sms: the SMs of the device.
+    """
+
+    block_q: int = 64
+    part_q: int = 32
+    warpgroups: int = 1
+    row_tiles: int = 2
+    num_stages: int = 2
+    section_bytes: int = 32 << 20
+    num_sms: int = 108
+
+    @property
+    def block_kv(self) -> int:
+        return ROWS * self.row_tiles * self.warpgroups
+
+
+def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:
+    """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
+    if isinstance(schedule, ForwardSchedule):
+        return ("attention_forward",)
+    return "attention_backward_prepare", "attention_backward_kv", "attention_backward_finish"

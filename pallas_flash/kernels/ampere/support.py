@@ -1,0 +1,70 @@
+"""What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
+
+from pallas_flash import masks, tiles
+from pallas_flash.device import Device
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["not_measured", "why_not"]
+
+CAPABILITY = (8, 0)
+MAX_DIM = 256
+MAX_DIMS = 320
+"""Of d and d_v together: a warpgroup keeps dk and dv of 64 keys in registers, half a register a column."""
+_UNIT = 8
+"""cp.async copies 16 bytes: 8 elements of a 16-bit type."""
+
+
+def why_not(spec: AttentionSpec, device: Device) -> list[str]:
+    """The reasons why the kernels cannot run `spec` on `device`, each what is needed and what there is, and in
+    parentheses what to change to reach them.
+    """
+    return _device_reasons(device) + _spec_reasons(spec)
+
+
+def not_measured(spec: AttentionSpec) -> list[str]:
+    """What of `spec` the kernels take, but have computed in Pallas' interpreter only, each with what to do: all of it,
+    until the conformance suite has run on a GPU.
+    """
+    del spec
+    return ['has not run on a GPU yet (name implementation="ampere" to try it)']
+
+
+def _device_reasons(device: Device) -> list[str]:
+    needed = "8.0 or higher"
+    if device.platform != "gpu" or device.capability is None:
+        return [f"needs an NVIDIA GPU of compute capability {needed}, device is {device.platform!r}"]
+    if device.capability < CAPABILITY:
+        return [f"needs compute capability {needed}, device has {'.'.join(map(str, device.capability))}"]
+    return []
+
+
+def _spec_reasons(spec: AttentionSpec) -> list[str]:
+    dims = f"d={spec.d}, d_v={spec.d_v}"
+    padded = "d={}, d_v={}".format(*(tiles.cdiv(dim, _UNIT) * _UNIT for dim in (spec.d, spec.d_v)))
+    rules = (
+        (spec.dtype.name in ("bfloat16", "float16"),
+         f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
+        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and spec.d + spec.d_v <= MAX_DIMS,
+         f"needs head dimensions from 1 to {MAX_DIM}, together at most {MAX_DIMS} (gradients of 64 keys are in "
+         f"registers), {dims}"),
+        (spec.d % _UNIT == 0 and spec.d_v % _UNIT == 0,
+         f"needs head dimensions that are multiples of {_UNIT} (copies of 16 bytes), {dims} "
+         f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
+        (spec.score is None, f"takes no score function yet, score={spec.score}"),
+        (spec.pages is None, "takes no keys and values in pages yet"),
+        (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
+        (spec.dropout_rate == 0 and not spec.dropout_moved,
+         f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where nothing is trained)"),
+        (not spec.deterministic, "adds the parts of dq in any order (pass deterministic=False where bits need not "
+         "repeat)"),
+    )
+    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
+
+
+def _mask_reasons(mask: masks.Mask) -> list[str]:
+    """A mask without arrays may be of any class."""
+    if not mask.has_arrays:
+        return []
+    own = sorted({type(part).__name__ for part in mask.parts if part.has_arrays})
+    return [f"takes no mask that holds arrays yet, mask has {', '.join(own)} (give numbers that are the same for the "
+            "batch as Python integers)"]

@@ -1,0 +1,103 @@
+"""Which tiles a block walks.
+
+The mask is asked in a kernel, for the block's own tiles, and on the host, for what is decided before a kernel runs: the
+order of blocks, and which branches can be left out. It holds no arrays (`support`).
+"""
+
+import functools
+from typing import Any, overload
+
+import numpy as np
+
+from pallas_flash import masks, tiles
+from pallas_flash.arithmetic import Positions
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import scheduling
+from pallas_flash.kernels.mosaic.scheduling import Work
+from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "padded_q", "q_range"]
+
+
+@functools.lru_cache(maxsize=256)
+def mask_of(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> masks.Mask:
+    """The spec's mask, and the ends of ragged tiles: a weight must be 0 where copies fill with zeros.
+
+    Queries past the end need no end of their own: they are not stored, and in the backward their lse says that they
+    attend to nothing.
+    """
+    if spec.kv_len % s.block_kv:
+        return spec.mask & masks.InBounds(kv_len=spec.kv_len)
+    return spec.mask
+
+
+@functools.lru_cache(maxsize=256)
+def may_have_idle_queries(spec: AttentionSpec) -> bool:
+    """Whether the mask's bounds leave room for a query that attends to nothing."""
+    pos = np.arange(spec.q_len)
+    lo, full_lo, full_hi, hi = (np.broadcast_to(np.clip(x, 0, spec.kv_len), pos.shape)
+                                for x in spec.mask.kv_bounds(pos, pos + 1))
+    return not np.all(np.maximum(lo, full_lo) < np.minimum(hi, full_hi))
+
+
+def padded_q(spec: AttentionSpec) -> int:
+    """Queries, rounded up to what the backward's statistics are padded to."""
+    return tiles.cdiv(spec.q_len, 64) * 64
+
+
+# -- the forward -------------------------------------------------------------------------------------------------------
+
+@overload
+def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Positions) -> tiles.TileRange[Any]:
+    """The key tiles that a query tile needs."""
+    rows = tiles.interval(q_tile, s.block_q, spec.q_len)
+    return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_work(spec: AttentionSpec, s: ForwardSchedule) -> Work:
+    """The forward's blocks, one for each query tile and query head. A section holds whole groups of heads where it can.
+    """
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
+    return _work(spec.batch * spec.q_heads, q_tile, kv_range(spec, s, q_tile), head_bytes, s)
+
+
+# -- the backward ------------------------------------------------------------------------------------------------------
+
+@overload
+def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Index) -> tiles.TileRange[Index]: ...
+
+
+@overload
+def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+
+
+def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> tiles.TileRange[Any]:
+    """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
+    must be masked.
+    """
+    keys = kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv
+    return tiles.q_tiles(mask_of(spec, s), keys, s.block_q, spec.q_len)
+
+
+@functools.lru_cache(maxsize=256)
+def kv_work(spec: AttentionSpec, s: BackwardSchedule) -> Work:
+    """The blocks of the kernel that keeps key tiles, one for each tile and key head."""
+    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
+    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + 4 * spec.d)
+    return _work(spec.batch * spec.kv_heads, kv_tile, q_range(spec, s, kv_tile), head_bytes, s)
+
+
+def _work(heads: int, tile: np.ndarray, needed: tiles.TileRange[Positions], head_bytes: int,
+          s: ForwardSchedule | BackwardSchedule) -> Work:
+    each = tiles.TileRange(*(np.broadcast_to(np.asarray(x), tile.shape) for x in needed))
+    return scheduling.work(heads, each, s.section_bytes // max(head_bytes, 1), s.num_sms)

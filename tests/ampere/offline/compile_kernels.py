@@ -1,0 +1,54 @@
+"""Compiles the kernels with mma.sync to the machine code of a GPU; run by `test_offline`, in its own process.
+
+    python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
+
+CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-window": causal without the
+last two. The environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+
+from pallas_flash import device, masks
+from pallas_flash.kernels.ampere import defaults, launches
+from pallas_flash.spec import AttentionSpec
+from tests.hopper.offline.compile_kernels import compile_module, mosaic_modules
+
+GPUS = {"8.0": device.A100, "8.9": device.L4, "9.0": device.H200, "10.0": device.B200, "12.0": device.RTX_5090}
+
+
+def spec_of(name: str) -> AttentionSpec:
+    """The problem of a name."""
+    options = name.split("-")
+    number = lambda letter: next((int(x[1:]) for x in options if re.fullmatch(rf"{letter}\d+", x)), None)
+    d, d_v, length = number("d"), number("v"), 4096 - 48 * ("ragged" in options)
+    shape = lambda dim: jax.ShapeDtypeStruct((1, length, 4, dim), jnp.bfloat16)
+    mask = masks.Window(300, 50) if "window" in options else masks.Causal()
+    return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask,
+                            softcap=30.0 if "softcap" in options else None)
+
+
+def main(capability: str, names: list[str]) -> None:
+    """Lowers for the capability: Mosaic asks JAX's default device for it, and there is none."""
+    major, minor = map(int, capability.split("."))
+    mgpu.utils._infer_arch = lambda: (major, minor)
+    gpu, work = GPUS[capability], Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    for name in names:
+        spec = spec_of(name)
+        for launched in (launches.forward(spec, defaults.default_forward(spec, gpu)),
+                         launches.backward(spec, defaults.default_backward(spec, gpu))):
+            function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
+            lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
+            for module in mosaic_modules(lowered):
+                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

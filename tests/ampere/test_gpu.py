@@ -1,0 +1,90 @@
+"""What only a GPU shows about the kernels with mma.sync: that registers lie as the instructions want them, races, tiles
+and tails of every head size, and repeated runs.
+
+A Hopper GPU has these instructions, too. Masks, dtypes and defects of other libraries on small shapes are in
+test_conformance, large scores in test_large_scores.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_flash import Causal, Full, PrefixLM, Window, device, flash_attention
+from pallas_flash.kernels.ampere import defaults, rules
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from tests.hopper.test_gpu import Case, assert_right, case_of, problem_of, results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+
+SHAPES = {
+    "d64": (64, dict(q_len=768, kv_len=768, batch=2)),
+    "d64-full-ragged": (64, dict(q_len=999, kv_len=777, mask=Full())),
+    "d64-bottom-right-heads-first": (64, dict(q_len=300, kv_len=700, mask=Causal(offset=400), layout="BHLD")),
+    "d64-prefix-fp16": (64, dict(q_len=500, kv_len=500, mask=PrefixLM(150), dtypes=("float16",))),
+    "d64-rows-of-lse-200": (64, dict(q_len=700, kv_len=700, row_lse=200.0)),
+    "d96": (96, dict(q_len=500, kv_len=500)),
+    "d128-mqa": (128, dict(q_len=1000, kv_len=1000, q_heads=8, kv_heads=1)),
+    "d128-window": (128, dict(q_len=900, kv_len=900, mask=Window(left=200, right=30))),
+    "d128-more-queries-fp16": (128, dict(q_len=700, kv_len=300, dtypes=("float16",))),
+    "d128-idle": (128, dict(q_len=400, kv_len=300, mask=Causal(offset=-100))),
+    "d40-v136-softcap": (40, dict(d_v=136, q_len=300, kv_len=300, layout="BHLD", softcap=3.0)),
+    "d192-v128": (192, dict(d_v=128, q_len=500, kv_len=500)),
+    "one-query": (128, dict(q_len=1, kv_len=900, mask=Causal(offset=899))),
+}
+
+
+def ours(direction, case, **keywords):
+    """A function of `case.arrays` to its results, by name."""
+    options = case.problem.keywords(case.operands) | keywords
+    attend = lambda q, k, v: flash_attention(q, k, v, implementation="ampere", **options)
+    return functools.partial(results, direction, attend)
+
+
+def everything(case: Case):
+    """What both directions compute."""
+    found = {}
+    for direction in ("forward", "backward"):
+        found |= jax.jit(ours(direction, case))(*case.arrays)
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    d, options = SHAPES[name]
+    case = case_of(problem_of("tiles and tails of every head size", d, **options))
+    assert_right(case, everything(case))
+
+
+SCHEDULES = {
+    "32-keys": (128, ForwardSchedule(block_kv=32)),
+    "16-rows-a-warp": (64, ForwardSchedule(row_tiles=1)),
+    "32-queries": (64, BackwardSchedule(block_q=32, num_stages=1)),
+    "32-queries-two-warpgroups": (128, BackwardSchedule(block_q=32, row_tiles=1, warpgroups=2, num_stages=1)),
+    "64-keys": (128, BackwardSchedule(block_q=32, row_tiles=1, num_stages=1)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_smaller_gpus(name):
+    """A Hopper GPU has more shared memory, so its defaults are others."""
+    d, schedule = SCHEDULES[name]
+    case = case_of(problem_of("other schedules", d, q_len=450, kv_len=450))
+    assert rules.reasons_against(case.problem.spec(), schedule, device.L4.smem_bytes) == []
+    with defaults.assume(schedule):
+        jax.clear_caches()
+        assert_right(case, everything(case))
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_runs_repeat(d):
+    """All but dq, whose additions have no order, is the same in each of a hundred runs: a race would show."""
+    case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4))
+    run = {direction: jax.jit(ours(direction, case)) for direction in ("forward", "backward")}
+    for direction, names in (("forward", ("out", "lse")), ("backward", ("dk", "dv"))):
+        first = run[direction](*case.arrays)
+        for _ in range(100):
+            again = run[direction](*case.arrays)
+            assert all(np.array_equal(first[name], again[name]) for name in names), direction

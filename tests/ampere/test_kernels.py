@@ -1,0 +1,89 @@
+"""The kernels with mma.sync themselves on a CPU: Pallas' GPU interpreter runs them on small shapes, against the float64
+oracle.
+
+What is inline PTX has its plain meaning inside `interpreted()`: copies, products by mma.sync, votes, additions to
+global memory. Masks, tails, indices, the order of stages and the barriers between warpgroups are those of the real
+kernel; that a fragment's registers lie as mma.sync and ldmatrix want them only a GPU shows (test_gpu).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_within, with_rest
+
+from pallas_flash import masks
+from pallas_flash.kernels.ampere import launches, rules
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.testing import conformance
+from pallas_flash.testing.problems import Problem
+
+pytestmark = pytest.mark.interpreted
+NARROW = BackwardSchedule(block_q=32, num_stages=1)
+TWO_WARPGROUPS = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=64)
+CASES = {
+    "causal": (NARROW, dict(q_len=140, kv_len=140, d=64, d_v=64)),
+    "causal-gqa-bhld": (BackwardSchedule(), dict(q_len=70, kv_len=130, d=72, d_v=40, mask=masks.Causal(60), q_heads=2,
+                                                 layout="BHLD")),
+    "window-idle-float16": (TWO_WARPGROUPS, dict(q_len=150, kv_len=100, d=96, d_v=96, dtypes=("float16",),
+                                                 mask=masks.Window(30, 5, -70))),
+    "full-softcap": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
+                     dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2)),
+    "large-scores": (BackwardSchedule(), dict(q_len=70, kv_len=70, d=64, d_v=64, row_lse=5000.0)),
+}
+FORWARD = ForwardSchedule(block_kv=64)
+
+
+@pytest.fixture(autouse=True)
+def fast_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def problem_of(name):
+    schedule, fields = CASES[name]
+    small = dict(batch=1, q_heads=1, kv_heads=1, mask=masks.Causal(), dtypes=("bfloat16",))
+    return schedule, Problem(name, "interpreted", **(small | fields))
+
+
+def run(schedule, spec, operands, cotangents):
+    """Everything that both passes compute, by name."""
+    assert rules.reasons_against(spec, schedule, 166_912) == rules.reasons_against(spec, FORWARD, 166_912) == []
+    q, k, v = map(jnp.asarray, operands[:3])
+    dout, dlse = cotangents
+    with interpreted():
+        out, stats = launches.forward(spec, FORWARD)(q, k, v)
+        gradients = launches.backward(spec, schedule)(q, k, v, out, stats, jnp.asarray(dout),
+                                                      jnp.asarray(with_rest(dlse, np.nan)))
+    return dict(out=out, lse=stats[:, :, 0], **dict(zip(("dq", "dk", "dv"), gradients, strict=True)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_oracle(name):
+    schedule, problem = problem_of(name)
+    dtype = problem.dtypes[0]
+    case = conformance.random_case(problem, dtype)
+    found = run(schedule, problem.spec(), *case)
+    assert_within(conformance.budget(problem, dtype, *case), found)
+
+
+def test_a_hidden_key_that_is_not_finite_reaches_nothing():
+    """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key."""
+    problem = Problem("hidden", "interpreted", batch=1, q_heads=1, kv_heads=1, q_len=40, kv_len=70, d=64, d_v=64,
+                      mask=masks.Causal(10), dtypes=("bfloat16",))
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    k, v, seen = operands.k.copy(), operands.v.copy(), 48
+    k[:, 60], v[:, 65], v[:, seen] = np.nan, np.inf, np.nan
+    found = run(NARROW, problem.spec(), operands._replace(k=k, v=v), cotangents)
+    attends, budget = np.arange(40) + 10 >= seen, conformance.budget(problem, "bfloat16", operands, cotangents)
+    for name in ("out", "dq"):
+        rows = np.asarray(found[name], np.float32)[0, :, 0]
+        wanted = getattr(budget.oracle, name)[0, :, 0]
+        assert np.isnan(rows[attends]).all(), name
+        np.testing.assert_allclose(rows[~attends], wanted[~attends], atol=2.0**-6 * np.abs(wanted).max(), err_msg=name)
+    for name in ("dk", "dv"):  # the last keys meet only queries that attend to the bad one, or none
+        assert (np.asarray(found[name], np.float32)[0, 50:, 0] == 0).all(), name

@@ -1,0 +1,38 @@
+"""The kernels with mma.sync compile for every GPU generation since Ampere, without a GPU, and spill next to nothing
+where they multiply.
+
+Here too, as in `tests.hopper.test_offline`, ptxas of the pinned wheel says so. A thread has 255 registers at most, and
+the largest schedules use all of them: a few spilled ones cost less than a smaller tile (docs/notes/ampere.md).
+"""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.hopper.offline import places
+from tests.hopper.test_offline import ROOT
+
+WHY_NOT = places.why_not()
+IN_THE_LOOP = 8  # instructions that touch a spilled register, of about 1,000 in a step
+BYTES = 40
+NAMES = {"8.0": ["d64", "d128"], "8.9": ["d128-window"], "9.0": ["d96-ragged-softcap"], "10.0": ["d64"],
+         "12.0": ["d128"]}
+"""What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.parametrize("capability", NAMES)
+def test_kernels_compile_for_every_generation(tmp_path, capability):
+    names = NAMES[capability]
+    environment = places.environment(tmp_path, next(iter(places.compilers().values())))
+    done = subprocess.run(
+        [places.interpreter(), "-m", "tests.ampere.offline.compile_kernels", capability, *names], cwd=ROOT, text=True,
+        env=environment | {"STAND_IN_CAPABILITY": capability.replace(".", "")}, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == 4 * len(names), "a kernel for the forward, three for the backward"
+    for report in reports:
+        assert report["compiled"] and report["registers"], report
+        assert report["spill_bytes"] <= BYTES and (report["spills_inside"] or 0) <= IN_THE_LOOP, report
+        assert not report["multiplies"] or report["spills_inside"] is not None, "no innermost loop multiplies"

@@ -1,0 +1,105 @@
+"""Which schedule a spec gets on which GPU, which are legal, and what the kernels refuse: decided without a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_flash import Causal, Dense, Full, InBounds, Window, device
+from pallas_flash.kernels.ampere import defaults, memory, rules, support, work
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.spec import AttentionSpec
+
+GPUS = [device.A100, device.L4, device.RTX_4090, device.H200, device.B200, device.RTX_5090]
+DIMS = [(8, 8), (64, 64), (96, 96), (128, 128), (64, 128), (192, 128), (256, 64), (64, 256), (160, 160)]
+
+
+def spec_of(d, d_v=None, length=4096, dtype=jnp.bfloat16, **options):
+    shape = lambda dim: jax.ShapeDtypeStruct((2, length, 4, dim), dtype)
+    return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), **dict(mask=Causal()) | options)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_defaults_are_legal_everywhere(gpu, dims):
+    spec = spec_of(*dims)
+    assert support.why_not(spec, gpu) == []
+    for schedule in (defaults.default_forward(spec, gpu), defaults.default_backward(spec, gpu)):
+        assert rules.reasons_against(spec, schedule, gpu.smem_bytes) == []
+        assert schedule.num_sms == gpu.num_sms
+
+
+@pytest.mark.parametrize(("gpu", "d", "forward", "backward"), [
+    (device.A100, 64, 2, 2), (device.A100, 128, 2, 1), (device.RTX_4090, 64, 2, 2), (device.RTX_4090, 128, 2, 1),
+    (device.H200, 64, 2, 2), (device.H200, 128, 2, 1)], ids=str)
+def test_as_many_blocks_share_an_sm_as_registers_allow(gpu, d, forward, backward):
+    """Blocks of 128 threads with 255 registers: two; of 256: one."""
+    spec = spec_of(d)
+    sharing = lambda s: (gpu.smem_bytes + 1024) // (memory.smem_bytes(spec, s) + 1024 + 128)
+    assert sharing(defaults.default_forward(spec, gpu)) >= forward
+    assert sharing(defaults.default_backward(spec, gpu)) >= backward
+
+
+@pytest.mark.parametrize(("schedule", "reason"), [
+    (ForwardSchedule(block_kv=24), "s.block_kv=24 must be a multiple of 16"),
+    (ForwardSchedule(row_tiles=3), "s.row_tiles=3 must be 1 or 2"),
+    (ForwardSchedule(block_kv=128), "scores and accumulator need 256 registers a thread of 255"),
+    (BackwardSchedule(), "dk, dv and scores need 320 registers a thread of 255"),
+    (BackwardSchedule(row_tiles=1, block_q=128), "s.block_q=128 must be 32 or 64"),
+    (BackwardSchedule(row_tiles=1, part_q=48), "s.part_q=48 must be a multiple of 16 that divides s.block_q=64"),
+    (BackwardSchedule(row_tiles=1, num_stages=3), "s.num_stages=3 must be 1 or 2"),
+    (BackwardSchedule(row_tiles=1, warpgroups=2), "needs 148480 bytes of shared memory, there are 101376"),
+])
+def test_reasons_against_a_schedule(schedule, reason):
+    assert any(text.startswith(reason) for text in rules.reasons_against(spec_of(128), schedule, 101_376))
+
+
+def test_assumed_schedules_are_the_defaults_of_their_pass():
+    spec, assumed = spec_of(64), BackwardSchedule(block_q=32)
+    with defaults.assume(assumed):
+        assert defaults.default_backward(spec, device.A100) is assumed
+        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(num_sms=108)
+    assert defaults.default_backward(spec, device.A100) != assumed
+
+
+REFUSED = {
+    "float32": (dict(dtype=jnp.float32), "needs bfloat16 or float16"),
+    "wide": (dict(d=256), "needs head dimensions from 1 to 256, together at most 320"),
+    "odd": (dict(d=60), "needs head dimensions that are multiples of 8"),
+    "deterministic": (dict(deterministic=True), "adds the parts of dq in any order"),
+    "dropout": (dict(dropout_rate=0.1), "takes no dropout yet, dropout_rate=0.1"),
+    "arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical()), "takes no mask that holds arrays yet"),
+    "dense": (dict(mask=Dense(np.ones((4096, 4096), bool)).canonical()), "takes no mask that holds arrays yet"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    options, reason = REFUSED[name]
+    reasons = support.why_not(spec_of(**dict(d=64) | options), device.A100)
+    assert len(reasons) == 1 and reasons[0].startswith(reason)
+
+
+def test_gpus_before_ampere_are_refused():
+    turing = dataclasses.replace(device.A100, name="Tesla T4", capability=(7, 5))
+    assert support.why_not(spec_of(64), turing) == ["needs compute capability 8.0 or higher, device has 7.5"]
+    assert "device is 'cpu'" in support.why_not(spec_of(64), device.CPU)[0]
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Causal(-1000), Window(300, 40), InBounds(900, 700)], ids=str)
+@pytest.mark.parametrize("length", [1000, 1024])
+def test_ranges_hold_every_pair_that_is_kept(mask, length):
+    """What a tile leaves out keeps nothing, and what it does not mask keeps everything."""
+    spec, tile = spec_of(64, length=length, mask=mask), np.arange(8)
+    forward, backward = ForwardSchedule(), BackwardSchedule()
+    kept = np.broadcast_to(mask.keep(*np.ogrid[:length, :length]), (length, length))
+    for pairs, block, other, ranges in (
+            (kept, forward.block_q, forward.block_kv, work.kv_range(spec, forward, tile)),
+            (kept.T, backward.block_kv, backward.block_q, work.q_range(spec, backward, tile))):
+        for i, bounds in enumerate(zip(*(np.broadcast_to(x, 8) for x in ranges), strict=True)):
+            start, full_start, full_stop, stop = (other * int(x) for x in bounds)
+            rows = pairs[block * i:block * (i + 1)]
+            assert not rows[:, :start].any() and not rows[:, max(start, stop):].any()
+            assert rows[:, full_start:full_stop].all()
