@@ -51,7 +51,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["counters_shape", "launch"]
@@ -259,9 +259,7 @@ def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
     slot = segment.slot(segment.part)
     rows.store_part(block.spec, acc, block.gmem["part_acc"], slot)
     rows.store_part_statistics(tuple(sums), block.gmem["part_sums"], slot)
-    last: Flag = combine.is_last(block.gmem["counters"], segment.owner, segment.parts)
-
-    @pl.when(last)
+    @pl.when(combine.is_last(block.gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
         unit = softmax.unit(block.spec.scale, block.spec.softcap)
         combine.combine(block.spec, block.gmem, segment, unit, block.schedule.parts_at_once)
