@@ -35,6 +35,16 @@ CAUSAL = Causal()
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunks(Mask):
+    """A class of a user, without bounds."""
+
+    size: int
+
+    def keep(self, q_pos, kv_pos):
+        return q_pos // self.size == kv_pos // self.size
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A batch of sequences in a cache, and the queries at their ends."""
 
@@ -49,6 +59,7 @@ class Case:
     rule: Mask = CAUSAL
     scale: float | None = None
     softcap: float | None = None
+    bad: tuple[int, ...] = ()  # how far before the last key of each sequence values are NaN, or infinite
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # how it differs from the default
 
     @property
@@ -71,9 +82,16 @@ def in_layout(case: Case, x: np.ndarray) -> np.ndarray:
     return x if case.layout == "BLHD" else x.swapaxes(1, 2)
 
 
+def is_bad(case: Case) -> np.ndarray:
+    """(batch, capacity): which values are not finite, of those that the sequences have."""
+    back = np.array(case.lengths)[:, None] - 1 - np.arange(case.capacity)
+    return np.isin(back, case.bad)
+
+
 def stored(case: Case, k: np.ndarray, v: np.ndarray) -> cache.Cache:
     """The cache of these keys, with NaN past each length, and in pages of no sequence; missing pages have no entry."""
     past = np.arange(case.capacity) >= np.array(case.lengths)[:, None]
+    v = np.where(is_bad(case)[..., None, None], np.asarray(np.inf if case.q_len % 2 else np.nan, v.dtype), v)
     k, v = (np.where(past[..., None, None], np.asarray(np.nan, x.dtype), x) for x in (k, v))
     if not case.page:
         return cache.Cache(in_layout(case, k), in_layout(case, v), case.lengths, None, case.layout)
@@ -91,7 +109,7 @@ def stored(case: Case, k: np.ndarray, v: np.ndarray) -> cache.Cache:
 
 
 def exact(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """out (batch, q_len, q_heads, d_v) and lse (batch, q_heads, q_len) in float64."""
+    """out (batch, q_len, q_heads, d_v), NaN where it is not finite, and lse (batch, q_heads, q_len) in float64."""
     q_heads, group = case.heads[0], case.heads[0] // case.heads[1]
     out = np.zeros((case.batch, case.q_len, q_heads, case.d[1]))
     lse = np.full((case.batch, q_heads, case.q_len), -np.inf)
@@ -111,6 +129,7 @@ def exact(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.n
             out[b, :, head] = p @ value / np.where(total > 0, total, 1)[:, None]
             with np.errstate(divide="ignore"):
                 lse[b, head] = m + np.log(total)
+        out[b, (keep & is_bad(case)[b, :length]).any(axis=1)] = np.nan
     return out, lse
 
 
@@ -118,6 +137,9 @@ def assert_right(case: Case, out: Any, lse: Any, wanted: tuple[np.ndarray, np.nd
     """Each row within a unit in the last place of its type, relative to its norm; lse to five digits."""
     assert (out.dtype, lse.dtype) == (case.dtype, jnp.float32)
     found, want = in_layout(case, np.asarray(out, np.float64)), wanted[0]
+    bad = np.isnan(want).any(axis=-1)
+    assert not np.isfinite(found[bad]).any()
+    found, want = found[~bad], want[~bad]
     errors = np.linalg.norm(found - want, axis=-1)
     limits = EPS[case.dtype] * np.linalg.norm(want, axis=-1)
     assert (errors <= limits).all(), (np.argwhere(~(errors <= limits))[:9].tolist(), np.nanmax(errors / limits))
@@ -128,9 +150,9 @@ def assert_right(case: Case, out: Any, lse: Any, wanted: tuple[np.ndarray, np.nd
 
 INTERPRETED = {
     "a head over several blocks": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16",
-                                       softcap=5.0, schedule=dict(num_blocks=4, num_stages=2)),
+                                       softcap=5.0, bad=(0, 70), schedule=dict(num_blocks=4, num_stages=2)),
     "pages and a window": Case((144, 16), 2, (2, 1), (72, 64), 144, 48, rule=Causal() & Window(left=40), scale=-0.2,
-                               schedule=dict(num_blocks=1, num_stages=1)),
+                               bad=(0, 40, 41), schedule=dict(num_blocks=1, num_stages=1)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }
@@ -264,7 +286,11 @@ ON_A_GPU = {
     "window-d64-fp16": LONG(rule=Causal() & Window(left=1), d=(64, 64), dtype="float16"),
     "prefix": LONG(q_len=4, rule=PrefixLM(1000)), "softcap": LONG(softcap=3.0), "negative-scale": LONG(scale=-0.3),
     "window-softcap-d256": LONG(q_len=2, rule=Causal() & Window(left=77), softcap=5.0, d=(256, 256)),
-    "large-scores": LONG(scale=4.0),
+    "large-scores": LONG(scale=4.0), "a-class-of-a-user": LONG(q_len=2, rule=Chunks(300), bad=(0, 250, 310)),
+    "bad-values": LONG(q_len=4, bad=(1, 2)), "bad-values-d256-heads-first-fp16": LONG(
+        q_len=5, d=(256, 256), layout="BHLD", dtype="float16", bad=(2,)),
+    "bad-values-in-pages": PAGED(q_len=3, page=16, d=(64, 96), rule=Causal() & Window(left=100), bad=(0, 101, 102)),
+    "one-query-bad-values": LONG(rule=Causal() & Window(left=100), bad=(101, 102)),
     **{f"pages-of-{page}": PAGED(page=page) for page in (16, 64, 128, 1024)},
     "pages-of-48-d64": Case((0, 1, 700, 2976), page=48, capacity=2976, d=(64, 64), q_len=2),
     "pages-heads-first-d256": PAGED(page=32, layout="BHLD", d=(256, 256), q_len=3),

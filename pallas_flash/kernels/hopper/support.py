@@ -6,13 +6,13 @@ from pallas_flash.filled import Filled, filled_part
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "is_made_for", "not_measured", "why_not"]
+__all__ = ["INTERVAL_RULES", "backward_of", "is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
-_INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
+INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
 """The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
 say which, exactly, for a single position.
 """
@@ -53,8 +53,8 @@ def backward_of(spec: AttentionSpec) -> str | None:
 def _is_known(part: masks.Mask) -> bool:
     """Whether a part of a mask keeps the keys of one interval for each query, or pairs of equal ids."""
     if type(part) is Packed:
-        return all(type(rule) in _INTERVAL_RULES for rule in part.rule.parts)
-    return type(part) in (*_INTERVAL_RULES, masks.SegmentIds)
+        return all(type(rule) in INTERVAL_RULES for rule in part.rule.parts)
+    return type(part) in (*INTERVAL_RULES, masks.SegmentIds)
 
 
 def _device_reasons(device: Device) -> list[str]:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash import softmax, tiles
 from pallas_flash.arrays import Array
@@ -78,10 +78,8 @@ def is_last(counters: Ref, index: Index, count: Index) -> Flag:
             bar.red.or.pred any, $1, {ptx.WARPGROUP}, last; selp.u32 $0, 1, 0, any; }}""",
             "=r,r,r,l,r,~{memory}", has_side_effects=True)
         is_set = arith.cmpi(arith.CmpIPredicate.ne, flag, mgpu.utils.c(0, ptx.i32()))
-        # ptxas knows that a vote is uniform over a warp, of a barrier's result it does not; and where a branch may
-        # diverge, the descriptors of all products leave the uniform registers.
-        voted = nvvm.vote_sync(mgpu.utils.c(0xFFFFFFFF, ptx.i32()), is_set, "any")
-        return mgpu.FragmentedArray.splat(voted, (), is_signed=False)
+        # Where a branch may diverge, the descriptors of all products leave the uniform registers.
+        return mgpu.FragmentedArray.splat(ptx.uniform(is_set), (), is_signed=False)
 
     return vote(counters, ptx.scalar(index), ptx.scalar(count))
 

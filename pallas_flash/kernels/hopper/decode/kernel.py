@@ -18,8 +18,8 @@ what is subtracted from exponents; l_i (64, 8) a row sum that is still spread ov
 type, all else is float32. A head that several blocks share is combined in `decode.combine`; a head that one block has
 is written by it.
 
-What the cache holds past a sequence's length, NaN say, has weight 0, but 0 * NaN is NaN: values that no query of the
-head attends to are zeroed in shared memory, at both ends of what they do attend to.
+What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
+is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
 """
 
 import functools
@@ -31,15 +31,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import combine, rows
+from pallas_flash.kernels.hopper.decode import combine, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
 from pallas_flash.kernels.hopper.decode.work import Segment, blocks, for_each_segment
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, lowest, maximum_of
@@ -48,7 +45,6 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSched
 from pallas_flash.kernels.hopper.scores import masked, scaled, score_unit
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
-from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -162,47 +158,44 @@ def without_hidden(block: Block, segment: Segment, kv_tile: Index, s: Fragment) 
     return masked(s, segment.sequence.mask, q_pos, kv_pos)
 
 
-def _zero_outside_plain(ref: Ref, lo: Index, hi: Index) -> None:
-    row = lax.broadcasted_iota(jnp.int32, ref.shape, 1)
-    ref[...] = jnp.where((row >= lo) & (row < hi), ref[...], jnp.zeros((), ref.dtype))
+def with_clean_values(block: Block, segment: Segment, tile: tuple[Index, Ref], p: Fragment, acc: Fragment) -> Fragment:
+    """Cleans the values of a tile that the mask splits, in shared memory: those that no query of the head attends to
+    become 0, and so do NaN and infinity where queries differ in what they attend to. Returns acc with what these are in
+    the rows of the queries that do attend to them.
 
-
-@interpreted_as(_zero_outside_plain)
-def zero_outside(ref: Ref, lo: Index, hi: Index) -> None:
-    """Zeroes the rows outside of [lo, hi) of (chunks, rows, 64) in shared memory. A row of a chunk is swizzled within
-    its 128 bytes: eight threads zero one, 16 bytes each.
+    Args:
+      tile: the key tile, and its values.
+      p: (64, block_kv) of the input's type, in the layout TILE; acc: (64, d_v), in the layout TILE.
     """
-    chunks, count, _ = ref.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(registers.CHUNKED), ptx.SCALAR, ptx.SCALAR))
-    def zero(_: mgpu.LaunchContext, ref: ir.Value, lo: mgpu.FragmentedArray, hi: mgpu.FragmentedArray) -> None:
-        const = lambda value: mgpu.utils.c(value, ptx.i32())
-        thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
-        for first in range(0, count, ptx.WARPGROUP // 8):
-            row = arith.addi(arith.divui(thread, const(8)), const(first))
-            below = arith.cmpi(arith.CmpIPredicate.slt, row, lo.registers.item())
-            outside = arith.ori(below, arith.cmpi(arith.CmpIPredicate.sge, row, hi.registers.item()))
-            column = arith.muli(arith.remui(thread, const(8)), const(8))
-            for chunk in range(chunks):
-                at = arith.addi(arith.addi(arith.muli(row, const(64)), column),
-                                const(chunk * registers.chunk_bytes(ref) // 2))
-                address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at],
-                                                   ir.MemRefType(ref.type).element_type)
-                mgpu.utils.inline_ptx("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", address, const(0), predicate=outside,
-                                      has_side_effects=True)
-
-    zero(ref, ptx.scalar(lo), ptx.scalar(hi))
-
-
-def without_strangers(block: Block, segment: Segment, kv_tile: Index, values: Ref) -> None:
-    """Zeroes the values of a tile at either end of what the queries attend to that lie outside of it."""
+    kv_tile, found = tile
     first = kv_tile * block.schedule.block_kv
     lo, hi = (ptx.scalar(x) - first for x in segment.sequence.keys)
+    if not values.queries_differ(block.spec):
+        @pl.when((lo > 0) | (hi < block.schedule.block_kv))
+        def _() -> None:
+            values.zero_outside(found, lo, hi)
+            plgpu.commit_smem()
 
-    @pl.when((lo > 0) | (hi < block.schedule.block_kv))
-    def _() -> None:
-        zero_outside(values, lo, hi)
-        plgpu.commit_smem()
+        return acc
+    has_bad = values.clean(found, lo, hi)
+    plgpu.commit_smem()
+
+    def add_bad(p: Fragment, acc: Fragment) -> Fragment:
+        weights = without_hidden(block, segment, kv_tile, p.astype(jnp.float32))
+        index = functools.partial(key_index, block, segment)
+        return values.add_bad(weights, acc, block.gmem["v"], lambda i: index(first + i))
+
+    return lax.cond(has_bad, add_bad, lambda _, acc: acc, p, acc)
+
+
+def key_index(block: Block, segment: Segment, key: Index) -> tuple[Index, Index, Index]:
+    """Where a key of the segment's head lies in k and v, or some other key if there is none."""
+    spec, (batch, kv_head) = block.spec, segment.head
+    key = jnp.minimum(key, spec.kv_len - 1)
+    if spec.pages is not None:
+        page = block.gmem["page_table"][batch, div(key, spec.pages.size)]
+        batch, key = jnp.clip(page, 0, spec.pages.number - 1), rem(key, spec.pages.size)
+    return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)
 
 
 def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
@@ -221,10 +214,11 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     p = jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
-    values = block.smem["v"].at[slot]
+    p, tile = p.astype(spec.dtype), block.smem["v"].at[slot]
     plgpu.barrier_wait(bars["v_full"].at[slot])
-    pl.when(partial)(functools.partial(without_strangers, block, segment, kv_tile, values))
-    acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p.astype(spec.dtype), values)
+    clean = functools.partial(with_clean_values, block, segment, (kv_tile, tile))
+    acc = lax.cond(partial, clean, lambda _, acc: acc, p, acc)
+    acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
     plgpu.barrier_arrive(bars["v_free"].at[slot])
     return State(new, l_i, acc)
