@@ -18,13 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_agree, normal, with_rest
+from agreement import assert_agree, normal
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper import defaults, launches, rules
+from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands, Results
 from tests.hopper.offline.places import cuda_root
@@ -150,7 +153,7 @@ def assert_right(case: Case, out: Any, lse: Any, wanted: tuple[np.ndarray, np.nd
 
 INTERPRETED = {
     "a head over several blocks": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16",
-                                       softcap=5.0, bad=(0, 70), schedule=dict(num_blocks=4, num_stages=2)),
+                                       softcap=5.0, bad=(0,), schedule=dict(num_blocks=4, num_stages=2)),
     "pages and a window": Case((144, 16), 2, (2, 1), (72, 64), 144, 48, rule=Causal() & Window(left=40), scale=-0.2,
                                bad=(0, 40, 41), schedule=dict(num_blocks=1, num_stages=1)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
@@ -233,17 +236,16 @@ def test_defaults_fit(d):
 
 
 def test_its_gradients_are_those_of_xla():
-    case = Case((30, 64), 2, d=(16, 16), capacity=64)
-    q, k, v = rows(case)
-    cached = stored(case, k, v)
-    spec = spec_of(case, q, cached)
-    mask = Filled(case.rule, cached.lengths, case.q_len).canonical()
-    operands = jax.tree.map(jnp.asarray, Operands(q, cached.key, cached.value, None, (), mask, (), None, None, None))
-    results = autodiff.forward(spec, "xla", operands)
-    lse = normal(9, *spec.lse_shape)
-    cotangents = Results(normal(8, *spec.out_shape).astype(case.dtype), with_rest(lse))
-    found, wanted = (autodiff.backward(spec, name, operands, results, cotangents) for name in ("hopper", "xla"))
-    assert_agree(found, wanted)
+    q, cached = shapes(pages=(9, 16))
+    spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct((2, 256, 2, 64), "bfloat16"),) * 2).paged(cached.pages)
+    mask = Filled(CAUSAL, cached.lengths, 1).canonical()
+    spec = spec.masked(mask, None)
+    operands = Operands(q, cached.key, cached.value, None, (), mask, (), None, None, cached.page_table)
+    results = Results(q, jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32))
+    programs = [str(jax.make_jaxpr(functools.partial(autodiff.backward, spec, name))(operands, results, results))
+                for name in ("hopper", "xla")]
+    assert programs[0] == programs[1]
+    assert "dot_general" in programs[0] and "pallas_flash_kernel" not in programs[0]
 
 
 def decoding(q, cached):
@@ -268,6 +270,43 @@ def test_under_transformations(name):
     assert text.count("@mosaic_gpu") == 1
     number = {"scan": "2x256", "pages-vmapped": "27x32", "pages-shared": "9x32"}[name]
     assert f"tensor<{number}x2x64xbf16>" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """The forward of `xla` in the place of the kernel."""
+
+    spec: AttentionSpec
+
+    @property
+    def result_types(self):
+        return (jax.ShapeDtypeStruct(self.spec.out_shape, self.spec.dtype),
+                jax.ShapeDtypeStruct(self.spec.stats_shape, jnp.float32))
+
+    def __call__(self, q, k, v, lengths, table):
+        mask = jax.tree.map(lambda _: lengths, self.spec.mask)
+        return tuple(autodiff.forward(self.spec, "xla", Operands(q, k, v, None, (), mask, (), None, None, table)))
+
+
+def test_devices_share_batch_and_heads_of_pages():
+    """Each has all pages of its heads, and the table of its sequences; nothing is exchanged."""
+    if len(jax.devices()) < 4 or jax.default_backend() != "cpu":
+        pytest.skip("needs four virtual CPU devices: JAX_PLATFORMS=cpu")
+    case = Case((0, 20, 32, 5), d=(16, 16), capacity=32, page=16)
+    q, k, v = rows(case)
+    cached = stored(case, k, v)
+    spec = spec_of(case, q, cached)
+    run = functools.partial(partitioned, StandIn, "query pages pages field table -> query row", spec)
+    arrays = jnp.asarray(q), cached.key, cached.value, cached.lengths[:, None], cached.page_table
+    mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    places = P("batch", None, "heads"), *[P(None, None, "heads")] * 2, P("batch"), P("batch")
+    split = [jax.device_put(x, NamedSharding(mesh, place)) for x, place in zip(arrays, places, strict=True)]
+    program = jax.jit(run).lower(*split).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective", program.as_text())
+    found = program(*split)
+    assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, places[0]), 4)
+    assert_agree(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, jax.jit(run)(*arrays)))
+    assert_right(case, found[0], found[1][:, :, 0], exact(case, q, k, v))
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -68,14 +68,14 @@ def with_arrays(problem, options: list[str]):
 
 
 def decoding(problem, options: list[str]):
-    """Two queries against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments."""
+    """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments."""
     import jax
     import jax.numpy as jnp
 
     from pallas_flash import cache
     spec, size = problem.spec(), 16 if "pages" in options else problem.kv_len
     q, *keys = (jax.ShapeDtypeStruct((batch, length, heads, d), spec.dtype) for batch, length, heads, d in (
-        (spec.batch, 2, spec.q_heads, spec.d), *((spec.batch * spec.kv_len // size, size, spec.kv_heads, d)
+        (spec.batch, 1, spec.q_heads, spec.d), *((spec.batch * spec.kv_len // size, size, spec.kv_heads, d)
                                                  for d in (spec.d, spec.d_v))))
     lengths, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (
         (spec.batch,), (spec.batch, spec.kv_len // size)))
