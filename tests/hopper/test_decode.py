@@ -60,6 +60,7 @@ class Case:
     layout: str = "BLHD"
     dtype: str = "bfloat16"
     rule: Mask = CAUSAL
+    mask: Mask | None = None  # the rule as a call gives it, if it holds arrays
     scale: float | None = None
     softcap: float | None = None
     bad: tuple[int, ...] = ()  # how far before the last key of each sequence values are NaN, or infinite
@@ -71,7 +72,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(mask=self.rule, scale=self.scale, softcap=self.softcap)
+        return dict(mask=self.mask or self.rule, scale=self.scale, softcap=self.softcap)
 
 
 def rows(case: Case) -> tuple[np.ndarray, ...]:
@@ -155,18 +156,17 @@ INTERPRETED = {
     "a head over several blocks": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16",
                                        softcap=5.0, bad=(0,), schedule=dict(num_blocks=4, num_stages=2)),
     "pages and a window": Case((144, 16), 2, (2, 1), (72, 64), 144, 48, rule=Causal() & Window(left=40), scale=-0.2,
-                               bad=(0, 40, 41), schedule=dict(num_blocks=1, num_stages=1)),
+                               mask=Causal() & Window(left=np.array([40, 40])), bad=(0, 40, 41),
+                               schedule=dict(num_blocks=1, num_stages=1)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }
 
 
-def spec_of(case: Case, q: np.ndarray, cached: cache.Cache) -> AttentionSpec:
-    """As `cache.attend` makes it."""
-    keys = (jax.ShapeDtypeStruct(in_layout(case, x).shape, x.dtype) for x in rows(case)[1:])
-    spec = AttentionSpec.of(in_layout(case, q), *keys, layout=case.layout, scale=case.scale, softcap=case.softcap)
-    mask = Filled(case.rule, cached.lengths, case.q_len).canonical()
-    return spec.paged(cached.pages).masked(mask, None)
+def call_of(case: Case, q: np.ndarray, cached: cache.Cache) -> Any:
+    """What `cache.attend` makes of its arguments: a spec and operands."""
+    options = case.options | dict(return_lse=True)
+    return cache._Call.of(in_layout(case, q), cached, options.pop("mask"), None, options)
 
 
 @pytest.mark.interpreted
@@ -175,11 +175,12 @@ def test_the_kernel_agrees_with_the_oracle(name):
     case = INTERPRETED[name]
     q, k, v = rows(case)
     cached = stored(case, k, v)
-    spec = spec_of(case, q, cached)
+    call = call_of(case, q, cached)
+    spec, operands = call.spec, call.operands()
     schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), **case.schedule)
     assert rules.reasons_against(spec, schedule, device.H100.smem_bytes) == []
     one_block = schedule.num_blocks == 1
-    arrays = in_layout(case, q), cached.key, cached.value, cached.lengths[:, None], cached.page_table
+    arrays = *operands[:3], *jax.tree.leaves(operands.mask), operands.page_table
     with interpreted(detect_races=one_block):
         out, stats = jax.jit(launches.forward(spec, schedule))(*(x for x in arrays if x is not None))
         assert_right(case, out, stats[:, :, 0], exact(case, q, k, v))
@@ -216,7 +217,7 @@ def test_an_automatic_choice_leaves_it_out_until_it_has_run():
 @pytest.mark.parametrize(("options", "keywords", "reason"), [
     (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
     (dict(d=20), {}, "multiples of 8"),
-    (dict(), dict(mask=Causal() & Window(left=np.array([3, 4]))), "a rule of numbers .* only, mask has Window"),
+    (dict(), dict(mask=Causal() & Window(left=np.full((2, 8), 3))), "a number for each sequence .*, mask has Window"),
     (dict(), dict(bias=np.zeros((1, 1, 1, 256), "float32")), "takes no bias yet"),
 ])
 def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
@@ -295,7 +296,7 @@ def test_devices_share_batch_and_heads_of_pages():
     case = Case((0, 20, 32, 5), d=(16, 16), capacity=32, page=16)
     q, k, v = rows(case)
     cached = stored(case, k, v)
-    spec = spec_of(case, q, cached)
+    spec = call_of(case, q, cached).spec
     run = functools.partial(partitioned, StandIn, "query pages pages field table -> query row", spec)
     arrays = jnp.asarray(q), cached.key, cached.value, cached.lengths[:, None], cached.page_table
     mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
@@ -322,6 +323,7 @@ ON_A_GPU = {
     "64-rows": LONG(q_len=16, heads=(8, 2)), "64-rows-d256": LONG(q_len=16, heads=(4, 1), d=(256, 256)),
     "63-rows-heads-first": LONG(q_len=9, heads=(14, 2), layout="BHLD"), "mqa": LONG(heads=(32, 1)),
     "all-keys": LONG(q_len=3, rule=Full()), "window": LONG(q_len=4, rule=Causal() & Window(left=300)),
+    "window-of-arrays": LONG(rule=Causal() & Window(left=300), mask=Causal() & Window(left=np.full(6, 300))),
     "window-d64-fp16": LONG(rule=Causal() & Window(left=1), d=(64, 64), dtype="float16"),
     "prefix": LONG(q_len=4, rule=PrefixLM(1000)), "softcap": LONG(softcap=3.0), "negative-scale": LONG(scale=-0.3),
     "window-softcap-d256": LONG(q_len=2, rule=Causal() & Window(left=77), softcap=5.0, d=(256, 256)),
@@ -364,7 +366,7 @@ def test_right_on_a_gpu(name):
 def test_every_schedule_is_right_on_a_gpu(schedule):
     case = dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD")
     q, k, v = rows(case)
-    default = defaults.default_forward(spec_of(case, q, stored(case, k, v)), device.current())
+    default = defaults.default_forward(call_of(case, q, stored(case, k, v)).spec, device.current())
     jax.clear_caches()
     with defaults.assume(dataclasses.replace(default, **schedule)):
         found = ours(case)(in_layout(case, q), stored(case, k, v))

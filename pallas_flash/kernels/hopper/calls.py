@@ -45,7 +45,7 @@ class _WithMask:
 def _forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Computation:
     """The same object for the same spec and schedule."""
     launched = launches.forward(spec, schedule)
-    if isinstance(schedule, DecodeSchedule):  # it reads the mask's lengths as they are
+    if isinstance(schedule, DecodeSchedule):  # it reads the arrays of the mask as they are
         return launched
     make = functools.partial(mask_arrays.forward, spec, schedule)
     return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched

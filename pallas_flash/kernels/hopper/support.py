@@ -1,5 +1,8 @@
 """What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
+import jax
+import numpy as np
+
 from pallas_flash import masks, tiles
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
@@ -89,13 +92,14 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
 def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
     """Keys in a cache are read by a kernel of their own."""
     rows = spec.q_len * spec.group
-    beside = sorted({type(part).__name__ for part in spec.mask.parts if part is not filled})
+    wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
+        np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
     rules = (
         (rows <= MAX_ROWS, f"takes at most {MAX_ROWS} queries that share a key head (q_len * q_heads / kv_heads) "
          f"against a cache, there are {rows} (give it fewer at a time)"),
-        (not beside and not filled.rule.has_arrays and filled.lengths.shape[1] == 1,
-         "takes a rule of numbers beside the lengths of a cache only, mask has "
-         f"{', '.join(beside) or 'arrays or a length for each head'} (pass its numbers as Python integers)"),
+        (not wide and not filled.rule.has_arrays,
+         "takes masks whose arrays are a number for each sequence against a cache only, mask has "
+         f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
     return [reason for holds, reason in rules if not holds]

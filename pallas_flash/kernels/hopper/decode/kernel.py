@@ -38,7 +38,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.decode import combine, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
-from pallas_flash.kernels.hopper.decode.work import Segment, blocks, for_each_segment
+from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, lowest, maximum_of
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
@@ -58,13 +58,13 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: DecodeSchedule
-    gmem: dict[str, Ref]  # q, k, v, lengths, page_table with pages; counters, out, stats, part_acc, part_sums
+    gmem: dict[str, Ref]  # q, k, v, `fields`, page_table with pages; counters, out, stats, part_acc, part_sums
     smem: dict[str, Ref]  # memory.decode_memory
     bars: dict[str, Ref]  # the barriers
 
     def for_each_segment(self, body: Callable[[Segment], None]) -> Array:
         """Runs `body` on every segment of this block; returns how many steps there were."""
-        return for_each_segment(self.spec, self.schedule, self.gmem["lengths"], body)
+        return for_each_segment(self.spec, self.schedule, self.gmem, body)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -280,10 +280,10 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
-    lengths (batch or 1, 1) int32, and of the page table, where there is one. It updates counters (`counters_shape`,
+    the mask's arrays (`work.fields`), and of the page table, where there is one. It updates counters (`counters_shape`,
     int32), which are 0 before and after.
     """
-    inputs = "q", "k", "v", "lengths", *["page_table"] * (spec.pages is not None), "counters"
+    inputs = "q", "k", "v", *fields(spec), *["page_table"] * (spec.pages is not None), "counters"
     count = blocks(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),

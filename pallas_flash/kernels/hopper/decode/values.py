@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.arrays import Array
-from pallas_flash.filled import filled_part
+from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK
@@ -41,9 +41,8 @@ def queries_differ(spec: AttentionSpec) -> bool:
     """Whether one query of a head may attend to a key that another one does not, between keys that both attend to; or
     none, which only rules that are not of intervals do.
     """
-    filled = filled_part(spec.mask)
-    assert filled is not None
-    return spec.q_len > 1 or not all(type(part) in INTERVAL_RULES for part in filled.rule.parts)
+    rules = [rule for part in spec.mask.parts for rule in (part.rule.parts if isinstance(part, Filled) else (part,))]
+    return spec.q_len > 1 or not all(type(rule) in INTERVAL_RULES for rule in rules)
 
 
 def _units(ref: ir.Value, chunks: int, count: int) -> list[tuple[ir.Value, ir.Value]]:

@@ -12,19 +12,19 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
-from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Head", "Segment", "Sequence", "blocks", "for_each_segment", "rows"]
+__all__ = ["Head", "Segment", "Sequence", "blocks", "fields", "for_each_segment", "rows"]
 
 
 def rows(spec: AttentionSpec) -> int:
@@ -50,12 +50,16 @@ class Sequence(NamedTuple):
         return self.tiles.stop - self.tiles.start
 
 
-def sequence(spec: AttentionSpec, s: DecodeSchedule, lengths: Ref, batch: Index) -> Sequence:
-    """The sequence of a batch entry; `lengths` is (batch or 1, 1) int32 in global memory."""
-    filled = filled_part(spec.mask)
-    assert filled is not None
-    length = lengths[batch if lengths.shape[0] > 1 else 0, 0]
-    mask: masks.Mask = Filled(filled.rule, length, filled.q_len)
+def fields(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of the mask, (batch or 1, 1) int32 each, by the names under which the kernel has them."""
+    found = enumerate(jax.tree.leaves(spec.mask))
+    return {f"field{i}": jax.ShapeDtypeStruct(field.shape, field.dtype) for i, field in found}
+
+
+def sequence(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref], batch: Index) -> Sequence:
+    """The sequence of a batch entry, whose mask is that of the spec with this entry's numbers."""
+    numbers = [gmem[name][batch if field.shape[0] > 1 else 0, 0] for name, field in fields(spec).items()]
+    mask: masks.Mask = jax.tree.unflatten(jax.tree.structure(spec.mask), numbers)
     if spec.kv_len % s.block_kv:
         mask = mask & masks.InBounds(kv_len=spec.kv_len)  # a length may say more
     count = tiles.cdiv(spec.kv_len, s.block_kv)
@@ -124,9 +128,10 @@ class _Walk(NamedTuple):
     step: Array
 
 
-def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, lengths: Ref, body: Callable[[Segment], None]) -> Array:
+def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref],
+                     body: Callable[[Segment], None]) -> Array:
     """Runs `body` on every segment of this block; returns how many steps there were."""
-    of, count = functools.partial(sequence, spec, s, lengths), blocks(spec, s)
+    of, count = functools.partial(sequence, spec, s, gmem), blocks(spec, s)
     zero = jnp.int32(0)
     total = lax.fori_loop(zero, jnp.int32(spec.batch), lambda b, n: n + of(b).num_tiles, zero) * spec.kv_heads
     shares = _Shares(div(total, count), lax.rem(total, jnp.int32(count)))
