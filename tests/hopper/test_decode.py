@@ -158,6 +158,8 @@ INTERPRETED = {
     "pages and a window": Case((144, 16), 2, (2, 1), (72, 64), 144, 48, rule=Causal() & Window(left=40), scale=-0.2,
                                mask=Causal() & Window(left=np.array([40, 40])), bad=(0, 40, 41),
                                schedule=dict(num_blocks=1, num_stages=1)),
+    "many sequences": Case((*range(17), *range(17), 9), heads=(1, 1), d=(16, 8), capacity=16,
+                           schedule=dict(num_blocks=2, block_kv=16)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }

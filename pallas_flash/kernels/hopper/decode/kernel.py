@@ -210,7 +210,7 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     partial = (kv_tile < needed.full_start) | (kv_tile >= needed.full_stop)
     s = lax.cond(partial, functools.partial(without_hidden, block, segment, kv_tile), lambda s: s, s)
     new = maximum_of(jnp.maximum(state.maximum.m_i, s.max(axis=1)), unit)
-    alpha = jnp.exp2(state.maximum.start - new.start)
+    alpha = jnp.exp2(jnp.minimum(state.maximum.start - new.start, 0))  # of rows without keys they are huge, and alike
     p = jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)

@@ -20,6 +20,7 @@ from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
+from pallas_flash.kernels.mosaic import lanes
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
@@ -120,31 +121,60 @@ class _Shares(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """Where a block is: at a tile of the list, in a sequence whose tiles begin at `base`."""
+    """Where a block is: at a tile of the list, in a group of 32 sequences."""
 
     tile: Array
-    batch: Array
-    base: Array
+    group: Array  # its first sequence
+    base: Array  # its first tile
     step: Array
+
+
+class _List(NamedTuple):
+    """The list of all key tiles: how many each sequence has, for all of its heads. A warp looks at 32 at a time."""
+
+    batch: int
+    tiles_of: Callable[[Array], Array]  # a sequence
+
+    def of_group(self, first: Array) -> Array:
+        """The tiles of a group of sequences."""
+        return lanes.total(self.tiles_of, first, self.batch)
+
+    def total(self) -> Array:
+        """The tiles of all sequences."""
+        groups = jnp.int32(tiles.cdiv(self.batch, lanes.LANES))
+        return lax.fori_loop(jnp.int32(0), groups, lambda i, n: n + self.of_group(i * lanes.LANES), jnp.int32(0))
+
+    def passed(self, at: _Walk) -> _Walk:
+        """The same tile in its own group."""
+        if self.batch <= lanes.LANES:
+            return at
+        group, base, _ = lax.while_loop(
+            lambda x: at.tile >= x[2],
+            lambda x: (x[0] + lanes.LANES, x[2], x[2] + self.of_group(x[0] + lanes.LANES)),
+            (at.group, at.base, at.base + self.of_group(at.group)))
+        return at._replace(group=group, base=base)
+
+    def sequence_at(self, at: _Walk) -> tuple[Array, Array]:
+        """The sequence of a tile in its own group, and that sequence's first tile."""
+        if self.batch == 1:
+            return jnp.int32(0), jnp.int32(0)
+        found, before = lanes.find(self.tiles_of, at.group, self.batch, at.tile - at.base)
+        return found, at.base + before
 
 
 def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref],
                      body: Callable[[Segment], None]) -> Array:
     """Runs `body` on every segment of this block; returns how many steps there were."""
-    of, count = functools.partial(sequence, spec, s, gmem), blocks(spec, s)
-    zero = jnp.int32(0)
-    total = lax.fori_loop(zero, jnp.int32(spec.batch), lambda b, n: n + of(b).num_tiles, zero) * spec.kv_heads
+    of, count, zero = functools.partial(sequence, spec, s, gmem), blocks(spec, s), jnp.int32(0)
+    every = _List(spec.batch, lambda batch: of(batch).num_tiles * spec.kv_heads)
+    total = every.total()
     shares = _Shares(div(total, count), lax.rem(total, jnp.int32(count)))
     block = lax.axis_index("block")
     stop = shares.start(block + 1)
 
-    def end(batch: Array, base: Array) -> Array:
-        return base + of(batch).num_tiles * spec.kv_heads
-
     def one(at: _Walk) -> _Walk:
-        batch, base, _ = lax.while_loop(
-            lambda x: at.tile >= x[2], lambda x: (x[0] + 1, x[2], end(x[0] + 1, x[2])),
-            (at.batch, at.base, end(at.batch, at.base)))
+        at = every.passed(at)
+        batch, base = every.sequence_at(at)
         found = of(batch)
         kv_head, offset = (f(at.tile - base, found.num_tiles) for f in (lax.div, lax.rem))
         taken = jnp.minimum(found.num_tiles - offset, stop - at.tile)
@@ -152,7 +182,6 @@ def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref
         owner, last = shares.owner(first), shares.owner(first + found.num_tiles - 1)
         body(Segment(Head(batch, kv_head), found, found.tiles.start + offset, taken, at.step, block - owner,
                      last - owner + 1, owner))
-        return _Walk(at.tile + taken, batch, base, at.step + taken)
+        return at._replace(tile=at.tile + taken, step=at.step + taken)
 
-    start = _Walk(shares.start(block), zero, zero, zero)
-    return lax.while_loop(lambda at: at.tile < stop, one, start).step
+    return lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(block), zero, zero, zero)).step
