@@ -79,9 +79,8 @@ def pages_of(block: Block, segment: Segment, kv_tile: Index) -> tuple[Array, ...
     pages, s = block.spec.pages, block.schedule
     if pages is None:
         return ()
-    rows, table = piece_rows(block.spec, s), block.gmem["page_table"]
-    found = []
-    for first in range(0, s.block_kv, rows):
+    found, table = [], block.gmem["page_table"]
+    for first in range(0, s.block_kv, piece_rows(block.spec, s)):
         place = jnp.minimum(div(kv_tile * s.block_kv + first, pages.size), table.shape[1] - 1)
         found.append(jnp.clip(table[segment.head.batch, place], 0, pages.number - 1))
     return tuple(found)
@@ -95,12 +94,12 @@ def load_tile(block: Block, segment: Segment, name: str, kv_tile: Index, slot: I
     if spec.pages is None:
         tiles.load_tile(spec, block.gmem[name], (segment.head.batch, segment.head.kv_head, first), target, full)
         return
-    rows = piece_rows(spec, s)
+    count = piece_rows(spec, s)
     for piece, page in enumerate(pages):
-        place = page, segment.head.kv_head, rem(first + piece * rows, spec.pages.size)
+        place = page, segment.head.kv_head, rem(first + piece * count, spec.pages.size)
         for chunk in range(target.shape[0]):
-            source = tiles.chunk_of(spec, block.gmem[name], place, rows, chunk)
-            plgpu.copy_gmem_to_smem(source, target.at[chunk, pl.ds(piece * rows, rows)], full)
+            source = tiles.chunk_of(spec, block.gmem[name], place, count, chunk)
+            plgpu.copy_gmem_to_smem(source, target.at[chunk, pl.ds(piece * count, count)], full)
 
 
 def load_segment(block: Block, segment: Segment) -> None:
@@ -253,6 +252,7 @@ def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
     slot = segment.slot(segment.part)
     rows.store_part(block.spec, acc, block.gmem["part_acc"], slot)
     rows.store_part_statistics(tuple(sums), block.gmem["part_sums"], slot)
+
     @pl.when(combine.is_last(block.gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
         unit = softmax.unit(block.spec.scale, block.spec.softcap)
