@@ -14,7 +14,7 @@ from bench.timing import Call
 from pallas_flash import masks
 from pallas_flash.testing.problems import Problem
 
-__all__ = ["TORCH"]
+__all__ = ["TORCH", "graph"]
 
 
 Begin = Callable[[], Callable[[], dict[str, Any]]]
@@ -63,7 +63,7 @@ class TorchContestant(Contestant):
 
         def chain(count: int) -> Call:
             with exclusive:
-                return _graph(begin, count)
+                return graph(begin, count)
         with exclusive:
             begin = self._begin(problem, arrays, direction)
             call = Call(begin(), lambda _: torch.cuda.synchronize())
@@ -126,7 +126,7 @@ def _mask(problem: Problem, arrays: Arrays) -> list[Any]:
     return [torch.from_dlpack(jnp.where(keep, bias, -jnp.inf)).clone()]
 
 
-def _graph(begin: Begin, count: int) -> Call:
+def graph(begin: Begin, count: int) -> Call:
     """A CUDA graph of calls, which run in the order of the stream that they are captured from."""
     import torch
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

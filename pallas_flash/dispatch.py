@@ -52,6 +52,10 @@ def _all_measured(spec: AttentionSpec) -> list[str]:
     return []
 
 
+def _itself(spec: AttentionSpec) -> None:
+    del spec
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute attention.
@@ -72,6 +76,8 @@ class Implementation:
         (spec, device) -> the forward, the backward (`kernels.mosaic.launch.Pass`); None: they are JAX's own programs.
       not_measured: (spec) -> what of the spec it computes, but has not yet computed on a GPU in our tests, as reasons
         against an automatic choice: who names the implementation gets it.
+      backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
+        its own.
     """
 
     name: str
@@ -84,6 +90,7 @@ class Implementation:
     is_made_for: Callable[[Device], bool] = _no_device
     launches: str | None = None
     not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
+    backward_of: Callable[[AttentionSpec], str | None] = _itself
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -94,7 +101,9 @@ class Implementation:
                  stats: Float[Array, "b h 2 t"], dout: Float[Array, "b t h v"],
                  dstats: Float[Array, "b h 2 t"]) -> Gradients[Array]:
         """The gradients, from `forward`'s results and their cotangents, of whose statistics only that of lse counts."""
-        gradients: Gradients[Array] = import_module(self.modules[1]).backward(
+        other = self.backward_of(spec)
+        module = (self if other is None else get(other)).modules[1]
+        gradients: Gradients[Array] = import_module(module).backward(
             spec, operands, out, stats, dout, dstats)
         return gradients
 
@@ -115,7 +124,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.rules:reasons_against",
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
-                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured),
+                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",
@@ -175,11 +184,16 @@ class Decision:
         """What each pass runs: the kernels, where they are ours, and the schedule."""
         if self.spec.is_empty:
             return ["  nothing runs: there is no output element or no key"]
-        lines = []
-        for name, schedules in zip(("forward", "backward"), self.implementation.schedules or ()):
+        lines, other = [], self.implementation.backward_of(self.spec)
+        theirs = self.implementation if other is None else get(other)
+        for i, (name, row) in enumerate((("forward", self.implementation), ("backward", theirs))):
+            if row.schedules is None:
+                continue
+            schedules = row.schedules[i]
             schedule = pkgutil.resolve_name(schedules.default)(self.spec, self.device)
             kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
-            lines.append(f"  {name}: " + ", ".join((*kernels, str(schedule))))
+            of = () if row is self.implementation else (f"that of {row.name!r}",)
+            lines.append(f"  {name}: " + ", ".join((*of, *kernels, str(schedule))))
         return lines
 
     def _why_not(self, row: Implementation) -> str:

@@ -8,7 +8,7 @@ from pallas_flash.arithmetic import Positions, maximum, where
 from pallas_flash.mask_fields import ArrayField, as_array
 from pallas_flash.masks import UNBOUNDED, Bounds
 
-__all__ = ["Filled"]
+__all__ = ["Filled", "filled_part"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +51,8 @@ class Filled(masks.Mask):
         found = Bounds(*(maximum(x, 0) - first for x in self.rule.q_bounds(kv_lo, kv_hi)))
         return found & Bounds(0, 0, where(kv_hi <= self.lengths, UNBOUNDED, 0),
                               where(kv_lo < self.lengths, UNBOUNDED, 0))
+
+
+def filled_part(mask: masks.Mask) -> Filled | None:
+    """The part of a mask that says that keys are in a cache; None if they are not."""
+    return next((part for part in mask.parts if isinstance(part, Filled)), None)

@@ -17,6 +17,7 @@ from bench import (
     check,
     cli,
     contestants,
+    decode,
     environment,
     jobs,
     plots,
@@ -632,3 +633,13 @@ def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
     found = list(ring_step.measure(32, 2, (2, 1), 8, rounds=1))
     assert [record["direction"] for record in found] == ["forward", "backward"]
     assert all(record["ring_us"] > 0 and record["over_plain"]["median"] > 0 for record in found)
+
+
+def test_decoding_is_timed_in_bytes_a_second():
+    problem = decode.Problem(2, 48, (2, 1), 8, shortest=5, page=16)
+    record = decode.measure("small", problem, "xla", rounds=1)
+    assert problem.lengths.min() >= 5 and problem.lengths.max() <= 48
+    assert problem.bytes_read == problem.lengths.sum() * 8 * 4
+    assert set(record["us"]) == {"ours"} and record["error"] == 0
+    assert record["gbytes"]["ours"] == pytest.approx(problem.bytes_read / record["us"]["ours"] / 1e3)
+    json.dumps(record)

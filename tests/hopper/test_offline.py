@@ -34,7 +34,9 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d256-s2048+gradients+lengths",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
-         "causal-d128-s2048+gradients+dropout+documents"]
+         "causal-d128-s2048+gradients+dropout+documents",
+         "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
+         "causal-d192-v128-s2048+decode"]
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -13,7 +13,7 @@ import jax
 from pallas_flash import masks
 from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass
@@ -42,9 +42,11 @@ class _WithMask:
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Computation:
+def _forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Computation:
     """The same object for the same spec and schedule."""
     launched = launches.forward(spec, schedule)
+    if isinstance(schedule, DecodeSchedule):  # it reads the arrays of the mask as they are
+        return launched
     make = functools.partial(mask_arrays.forward, spec, schedule)
     return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched
 
@@ -99,9 +101,10 @@ def _without_seed(operands: Operands) -> Operands:
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key {'row ' * len(keys)}{'field ' * len(fields)}-> query row"
-    arrays = operands.q, operands.k, operands.v, *keys, *fields
+    fields, pages = jax.tree.leaves(operands.mask), operands.page_table
+    key, table = ("key", "") if pages is None else ("pages", "table ")
+    roles = f"query {key} {key} {'row ' * len(keys)}{'field ' * len(fields)}{table}-> query row"
+    arrays = operands.q, operands.k, operands.v, *keys, *fields, *[pages] * (pages is not None)
     out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 

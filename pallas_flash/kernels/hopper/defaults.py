@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash.device import Device
+from pallas_flash.filled import filled_part
+from pallas_flash.kernels.hopper.memory import smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
+    DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
     KvSchedule,
@@ -36,12 +39,13 @@ _SHORT_SEQUENCE = 1024  # keys
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
-_assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
-    "assumed", default=None)
+type _Schedule = ForwardSchedule | DecodeSchedule | BackwardSchedule
+
+_assumed: contextvars.ContextVar[_Schedule | None] = contextvars.ContextVar("assumed", default=None)
 
 
 @contextlib.contextmanager
-def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
+def assume(schedule: _Schedule) -> Iterator[None]:
     """Makes `schedule` the default of its pass, for every spec and device, in this thread: for benchmarks. Programs
     that JAX keeps have the schedules that they were traced with: call `jax.clear_caches` before and after.
     """
@@ -52,12 +56,14 @@ def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
         _assumed.reset(token)
 
 
-def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
+def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | DecodeSchedule:
     """Returns the forward's schedule of a spec, from a table by head size.
 
     Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
     (`maxima` and sections too). By analogy: other head sizes up to 192.
     """
+    if filled_part(spec.mask) is not None:
+        return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
@@ -76,6 +82,18 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
     return dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
+
+
+def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
+    """Returns the schedule of a spec whose keys are in a cache: as many stages as fit, up to 6.
+
+    Measured of a proof, heads of 64, 128 and 256: docs/notes/hopper_decode.md, 2026-11-29. By analogy: the others.
+    """
+    if isinstance(assumed := _assumed.get(), DecodeSchedule):
+        return assumed
+    default = DecodeSchedule(q_registers=spec.d <= 192, num_blocks=device.num_sms)
+    fewer = (dataclasses.replace(default, num_stages=stages) for stages in range(default.num_stages, 0, -1))
+    return next(schedule for schedule in fewer if smem_bytes(spec, schedule) <= device.smem_bytes)
 
 
 @functools.lru_cache(maxsize=256)

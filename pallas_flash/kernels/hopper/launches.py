@@ -1,6 +1,7 @@
 """The passes of a spec as lists of kernel launches (`mosaic.launch`).
 
-forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant.
+forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant. Against a cache, q, k, v, the
+mask's arrays and, if there are pages, their table -> out, stats: one kernel, too, whose counters are a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
@@ -11,23 +12,37 @@ more inputs, last; the forward's table is one of them then.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash.kernels.hopper import dropout, mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
+from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
+from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward", "forward"]
 
 
-def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
+def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
+    if isinstance(schedule, DecodeSchedule):
+        return _decode(spec, schedule)
     arrays = spec.mask.has_arrays
     inputs = _operands(spec) | dropout.input_types(spec) | (mask_arrays.types(spec, schedule) if arrays else {})
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
+
+
+def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
+    inputs = _operands(spec) | fields(spec)
+    if spec.page_table_shape is not None:
+        inputs["page_table"] = jax.ShapeDtypeStruct(spec.page_table_shape, jnp.int32)
+    counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
+    return Pass(inputs=inputs, constants={"counters": counters}, launches=(decode_kernel.launch(spec, schedule),),
+                results=("out", "stats"))
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:

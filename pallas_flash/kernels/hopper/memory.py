@@ -14,6 +14,7 @@ from pallas_flash import tiles
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
+    DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
     KeySchedule,
@@ -25,8 +26,8 @@ from pallas_flash.kernels.hopper.work import may_have_idle_queries
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Barrier", "Buffer", "Memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory", "forward_memory",
-    "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+    "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
+    "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -94,6 +95,20 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
     if s.maxima:
         barriers.append(Barrier("row_done", s.warpgroups))
     return Memory(tuple(buffers), tuple(barriers))
+
+
+def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
+    """Key and value tiles in rings, which come in pieces of a page each where there are pages; and the queries, if they
+    are not in registers.
+    """
+    d, d_v = chunks(spec.d), chunks(spec.d_v)
+    pieces = 1 if spec.pages is None else s.block_kv // math.gcd(spec.pages.size, s.block_kv)
+    buffers = [Buffer("k", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
+               Buffer("v", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+    if not s.q_registers:
+        buffers.append(Buffer("q", (d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
+    barriers = *_ring("k", pieces * d, 1, s.num_stages), *_ring("v", pieces * d_v, 1, s.num_stages)
+    return Memory(tuple(buffers), barriers)
 
 
 def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
@@ -174,9 +189,12 @@ def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
     return spec.batch, spec.q_heads, tiles.cdiv(spec.q_len, s.block_q), dq_pieces(spec, s), *_PIECE
 
 
-def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+def smem_bytes(spec: AttentionSpec,
+               s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
     """Shared memory of a block, its barriers included."""
     match s:
+        case DecodeSchedule():
+            memory = decode_memory(spec, s)
         case ForwardSchedule():
             memory = forward_memory(spec, s)
         case KvSchedule():

@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 
+from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
+    DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
     KvSchedule,
@@ -22,13 +24,19 @@ _Rules = tuple[tuple[bool, str], ...]
 """What must hold, and what is said where it does not."""
 
 
-def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, smem_limit: int) -> list[str]:
+def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
+                    smem_limit: int) -> list[str]:
     """Returns why the kernels cannot run a spec with a schedule; an empty list if they can.
 
     Args:
       smem_limit: bytes of shared memory that a block may have.
     """
-    if isinstance(schedule, ForwardSchedule):
+    rules: _Rules
+    if filled_part(spec.mask) is not None and not isinstance(schedule, BackwardSchedule):
+        rules = _decode_rules(spec, schedule, smem_limit)
+    elif isinstance(schedule, DecodeSchedule):
+        rules = ((False, f"{schedule} is for keys in a cache"),)
+    elif isinstance(schedule, ForwardSchedule):
         rules = _forward_rules(spec, schedule, smem_limit)
     else:
         rules = _backward_rules(spec, schedule, smem_limit)
@@ -55,6 +63,22 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
         (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
          "two steps"),
+        (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
+    )
+
+
+def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:
+    if isinstance(s, ForwardSchedule):
+        return ((False, f"{s} is not for keys in a cache"),)
+    needed = smem_bytes(spec, s)
+    registers = s.block_kv * 3 // 4 + spec.d_v // 2 + 8 * chunks(spec.d) * 2 * s.q_registers
+    return (
+        (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (s.num_stages >= 1, f"{s.num_stages=} must be positive"),
+        (s.parts_at_once >= 1, f"{s.parts_at_once=} must be positive"),
+        (registers + 32 <= s.registers[0],
+         f"scores, weights, queries and accumulator need about {registers + 32} registers a thread, there are "
+         f"{s.registers[0]}"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
 

@@ -19,8 +19,8 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "KeySchedule", "KvSchedule",
-    "SplitSchedule", "chunks", "kernels",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule", "KeySchedule",
+    "KvSchedule", "SplitSchedule", "chunks", "kernels",
 ]
 
 CHUNK = 64
@@ -96,6 +96,30 @@ class ForwardSchedule:
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
         return _two_roles(self.warpgroups)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSchedule:
+    """The schedule of the forward against a cache: one block for each SM takes an equal run of all key tiles.
+
+    Attributes:
+      block_kv: keys of a tile; a multiple of 16.
+      num_stages: slots of the ring of key tiles, and of that of value tiles.
+      q_registers: the queries are held in registers, else in shared memory.
+      parts_at_once: partial results of a head that are loaded together where they are combined.
+      num_blocks: blocks of the grid: the SMs of the device.
+    """
+
+    block_kv: int = 64
+    num_stages: int = 6
+    q_registers: bool = True
+    parts_at_once: int = 8
+    num_blocks: int = 132
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the compute warpgroup and of the loading one."""
+        return 240, 40
 
 
 class KeySchedule(Hashable, Protocol):
@@ -276,8 +300,10 @@ class BackwardSchedule:
         return tiles.cdiv(spec.q_len, self.padded_q_block) * self.padded_q_block
 
 
-def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:
+def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
+    if isinstance(schedule, DecodeSchedule):
+        return ("attention_decode",)
     if isinstance(schedule, ForwardSchedule):
         return ("attention_forward",)
     keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"

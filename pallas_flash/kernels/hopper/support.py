@@ -1,16 +1,21 @@
 """What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
+import jax
+import numpy as np
+
 from pallas_flash import masks, tiles
 from pallas_flash.device import Device
-from pallas_flash.filled import Filled
+from pallas_flash.filled import Filled, filled_part
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["is_made_for", "not_measured", "why_not"]
+__all__ = ["INTERVAL_RULES", "backward_of", "is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
-_INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
+MAX_ROWS = 64
+"""Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
+INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
 """The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
 say which, exactly, for a single position.
 """
@@ -35,17 +40,24 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
+    if filled_part(spec.mask) is not None:
+        return ['attention to a cache has not run on a GPU yet (name implementation="hopper" to try it)']
     rules = ((spec.mask.has_arrays, "a mask that holds arrays"),
              (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
 
 
+def backward_of(spec: AttentionSpec) -> str | None:
+    """The implementation whose backward follows the forward, if it is another one: there is none of a cache here."""
+    return None if filled_part(spec.mask) is None else "xla"
+
+
 def _is_known(part: masks.Mask) -> bool:
     """Whether a part of a mask keeps the keys of one interval for each query, or pairs of equal ids."""
     if type(part) is Packed:
-        return all(type(rule) in _INTERVAL_RULES for rule in part.rule.parts)
-    return type(part) in (*_INTERVAL_RULES, masks.SegmentIds)
+        return all(type(rule) in INTERVAL_RULES for rule in part.rule.parts)
+    return type(part) in (*INTERVAL_RULES, masks.SegmentIds)
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -68,23 +80,38 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
-        (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
-    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
+    found = [reason for holds, reason in rules if not holds]
+    return found + (_mask_reasons(spec.mask) if (filled := filled_part(spec.mask)) is None
+                    else _cache_reasons(spec, filled))
+
+
+def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
+    """Keys in a cache are read by a kernel of their own."""
+    rows = spec.q_len * spec.group
+    wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
+        np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
+    rules = (
+        (rows <= MAX_ROWS, f"takes at most {MAX_ROWS} queries that share a key head (q_len * q_heads / kv_heads) "
+         f"against a cache, there are {rows} (give it fewer at a time)"),
+        (not wide and not filled.rule.has_arrays,
+         "takes masks whose arrays are a number for each sequence against a cache only, mask has "
+         f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
+        (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
+    )
+    return [reason for holds, reason in rules if not holds]
 
 
 def _mask_reasons(mask: masks.Mask) -> list[str]:
     """A mask without arrays may be of any class. Where one part holds arrays, the kernels know all parts by class."""
     if not mask.has_arrays:
         return []
-    is_cached = any(type(part) is Filled for part in mask.parts)
-    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part) and type(part) is not Filled})
+    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
-        (not is_cached, "takes no cache of keys and values yet"),
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds and packed sequences of "
          f"these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as SegmentIds; a mask "
          "without arrays may be of any class)"),

@@ -34,7 +34,13 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
 
         @call.def_vmap
         def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[R, R]:
-            operands, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), args, tuple(in_batched))
+            given, mapped = args[0], in_batched[0]
+            apart = dict(k=None, v=None, page_table=None) if spec.pages is not None else {}
+            operands, *arrays = jax.tree.map(
+                functools.partial(_fold, axis_size, spec.batch), (given._replace(**apart), *args[1:]),
+                (mapped._replace(**apart), *in_batched[1:]))
+            if spec.pages is not None:
+                operands = operands._replace(**_folded_pages(axis_size, spec, given, mapped))
             folded = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
             results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), folded)
             return results, jax.tree.map(lambda _: True, results)
@@ -57,5 +63,20 @@ def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
     return jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])).reshape(axis_size * batch, *x.shape[2:])
 
 
+def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands, mapped: Any) -> dict[str, jax.Array]:
+    """k, v and page_table for all elements. Where pages are mapped, each element's come after those of the one before;
+    else all elements share them.
+    """
+    assert spec.pages is not None and operands.page_table is not None
+    table = _fold(axis_size, spec.batch, operands.page_table, mapped.page_table)
+    if not (mapped.k or mapped.v):
+        return dict(k=operands.k, v=operands.v, page_table=table)
+    number = spec.pages.number
+    k, v = (_fold(axis_size, number, x, is_mapped) for x, is_mapped in ((operands.k, mapped.k), (operands.v, mapped.v)))
+    first = number * (jnp.arange(table.shape[0], dtype=table.dtype) // spec.batch)[:, None]
+    return dict(k=k, v=v, page_table=jnp.where((table >= 0) & (table < number), table + first, -1))
+
+
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
-    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders())
+    pages = None if spec.pages is None else dataclasses.replace(spec.pages, number=operands.k.shape[0])
+    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(), pages=pages)

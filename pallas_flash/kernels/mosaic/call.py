@@ -73,6 +73,8 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Arra
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
         field: (batch or 1, q_heads or 1, any, ...): an array of the spec's mask, all of which come in its order;
+        pages: (any, any, kv_heads, any) in the spec's layout: k and v in pages, of which every device takes all;
+        table: (batch, any): of pages;
         whole: anything of which every device takes all.
     """
     return tuple(_kernel_p.bind(*arrays, computation=build(spec), split=Split(build, roles, spec)))
@@ -147,8 +149,13 @@ class Split:
 
     def axes(self, role: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """What each axis of an array is."""
-        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "field": "q_heads", "whole": ""}[role]
+        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "field": "q_heads", "pages": "kv_heads",
+                 "table": "", "whole": ""}[role]
         rank = len(shape)
+        if role == "table":
+            return ("batch", *[""] * (rank - 1))
+        if role == "pages":
+            return ("", "", heads, "") if self.spec.layout == "BLHD" else ("", heads, "", "")
         if not heads:
             return ("",) * rank
         if role == "field":
@@ -162,7 +169,7 @@ class Split:
         """Shardy's einsum-like rule: a letter for each axis that may be split, one of its own for each that must
         not be.
         """
-        grouped = 1 < self.spec.group < self.spec.q_heads and "key" in self.roles.split()
+        grouped = 1 < self.spec.group < self.spec.q_heads and not {"key", "pages"}.isdisjoint(self.roles.split())
         q_heads, kv_heads = ("(g r)", "g") if grouped else ("h", "h" if self.spec.group == 1 else "")
         letters, whole = {"batch": "b", "q_heads": q_heads, "kv_heads": kv_heads, "": ""}, itertools.count()
 

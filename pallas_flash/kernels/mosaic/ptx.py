@@ -22,7 +22,7 @@ from pallas_flash.kernels.mosaic.types import Flag, Index
 
 __all__ = [
     "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved",
-    "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "pin", "scalar",
+    "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin", "scalar", "uniform",
 ]
 
 WARPGROUP = 128
@@ -100,11 +100,21 @@ def _lane_flag(flags: mgpu.FragmentedArray) -> ir.Value:
     return functools.reduce(arith.ori, bits)
 
 
-def _or_in_warpgroup(flag: ir.Value) -> ir.Value:
+def or_in_warpgroup(flag: ir.Value) -> ir.Value:
+    """Returns whether the flag is set in some thread of the warpgroup. It is a barrier of the warpgroup, too.
+
+    ptxas knows that a vote is uniform over a warp. Of a barrier's result it does not: a branch would diverge.
+    """
     barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
-    return mgpu.utils.inline_ptx(
+    found = mgpu.utils.inline_ptx(
         f"bar.red.or.pred $0, $1, {WARPGROUP}, $2;", barrier, flag,
         result_types=ir.IntegerType.get_signless(1), has_side_effects=True, convergent=True)
+    return uniform(found)
+
+
+def uniform(flag: ir.Value) -> ir.Value:
+    """Returns whether the flag is set in some thread of the warp, as what ptxas knows to be uniform over it."""
+    return nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), flag, "any")
 
 
 @interpreted_as(lambda flags, layout: jnp.any(flags))
@@ -116,8 +126,7 @@ def any_in_warp(flags: Array, layout: Layout) -> Flag:
     """
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_FLAG)
     def vote(_: mgpu.LaunchContext, flags: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        vote = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _lane_flag(flags), "any")
-        return mgpu.FragmentedArray.splat(vote, (), is_signed=False)
+        return mgpu.FragmentedArray.splat(uniform(_lane_flag(flags)), (), is_signed=False)
 
     return vote(flags)
 
@@ -136,9 +145,7 @@ def any_nonfinite_in_warpgroup(x: Array, layout: Layout) -> Flag:
             values = [arith.addf(a, b) for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
         largest = mgpu.utils.c(3.4e38, ir.F32Type.get())
         flag = arith.cmpf(arith.CmpFPredicate.UGT, math.absf(values[0]), largest)
-        # ptxas knows that a vote is uniform over a warp. Of a barrier's result it does not: a branch would diverge.
-        voted = nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), _or_in_warpgroup(flag), "any")
-        return mgpu.FragmentedArray.splat(voted, (), is_signed=False)
+        return mgpu.FragmentedArray.splat(or_in_warpgroup(flag), (), is_signed=False)
 
     return vote(x)
 
@@ -188,8 +195,7 @@ def pin(x: Array, layout: Layout) -> None:
                   for i in range(ir.VectorType(register.type).shape[0])]
         huge = mgpu.utils.c(1e38, ir.F32Type.get())
         flag = arith.cmpf(arith.CmpFPredicate.OGT, functools.reduce(arith.addf, values), huge)
-        return mgpu.FragmentedArray.splat(
-            nvvm.vote_sync(mgpu.utils.c(_WHOLE_WARP, i32()), flag, "any"), (), is_signed=False)
+        return mgpu.FragmentedArray.splat(uniform(flag), (), is_signed=False)
 
     @pl.when(impossible(x))
     def _() -> None:

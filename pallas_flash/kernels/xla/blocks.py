@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_flash import dropout, masks, paging, scores, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
-from pallas_flash.filled import Filled
+from pallas_flash.filled import filled_part
 from pallas_flash.kernels.xla.schedule import Schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -244,7 +244,7 @@ def _padded(spec: AttentionSpec, schedule: Schedule) -> tuple[int, int]:
 
 def is_cached(spec: AttentionSpec) -> bool:
     """Whether keys and values are a cache: not to be copied for the few queries that read it."""
-    return spec.pages is not None or any(isinstance(part, Filled) for part in spec.mask.parts)
+    return spec.pages is not None or filled_part(spec.mask) is not None
 
 
 def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in_place: bool = False) -> Problem:

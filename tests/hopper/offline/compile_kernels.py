@@ -68,10 +68,29 @@ def with_arrays(problem, options: list[str]):
     return mask
 
 
+def decoding(problem, options: list[str]):
+    """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_flash import cache
+    spec, size = problem.spec(), 16 if "pages" in options else problem.kv_len
+    q, *keys = (jax.ShapeDtypeStruct((batch, length, heads, d), spec.dtype) for batch, length, heads, d in (
+        (spec.batch, 1, spec.q_heads, spec.d), *((spec.batch * spec.kv_len // size, size, spec.kv_heads, d)
+                                                 for d in (spec.d, spec.d_v))))
+    lengths, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (
+        (spec.batch,), (spec.batch, spec.kv_len // size)))
+
+    def call(q, cached):
+        return cache.attend(q, cached, softcap=problem.softcap, return_lse=True, implementation="hopper")
+
+    return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None))
+
+
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents (a mask that holds arrays beside the problem's)."""
+    documents (a mask that holds arrays beside the problem's); decode, pages: see `decoding`."""
     import dataclasses
 
     import jax
@@ -107,11 +126,13 @@ def lower(name: str, options: list[str]):
         return results, autodiff.backward(partial, "hopper", operands, given, given)
 
     partial = dataclasses.replace(spec, partial=True)
-    function = call_with_gradients if "gradients" in options else call
+    function, arguments = call_with_gradients if "gradients" in options else call, (q, k, v)
     if "partial" in options:
         function = partial_call
+    if "decode" in options:
+        function, arguments = decoding(problem, options)
     with device.assume(device.H100):
-        return jax.jit(function).trace(q, k, v).lower(lowering_platforms=("cuda",))
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def main(names: list[str]) -> None:

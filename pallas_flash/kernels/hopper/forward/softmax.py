@@ -28,7 +28,7 @@ from pallas_flash.kernels.mosaic.types import Flag
 
 __all__ = [
     "Maximum", "NextMaximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
-    "maximum_within", "next_softmax", "rescaled",
+    "maximum_of", "maximum_within", "next_softmax", "rescaled",
 ]
 
 HEAVY = 2.0**14

@@ -1,0 +1,217 @@
+"""Decoding against a cache, in bytes of keys and values a second: `python -m bench.decode`, one JSON object a line.
+
+Beside `cache.attend`: the reads of the Hopper kernel alone, without a product, which nothing that reads the same keys
+can beat by much; and PyTorch's scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous
+and every sequence fills the cache. Short calls are timed in chains (bench/chain.py), PyTorch's in CUDA graphs.
+Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import chain, environment, records, timing, torch_contestants
+from pallas_flash import cache, device, dispatch
+from pallas_flash.filled import Filled
+from pallas_flash.kernels.hopper.schedule import DecodeSchedule
+from pallas_flash.masks import Causal
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["PROBLEMS", "Problem", "main", "measure"]
+
+BURST_SECONDS = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Queries at the end of sequences in a cache, bfloat16.
+
+    Attributes:
+      shortest: lengths are drawn from here to the capacity; None: all sequences fill the cache.
+      page: positions of a page, whose pages lie in any order; 0: contiguous.
+    """
+
+    batch: int
+    capacity: int
+    heads: tuple[int, int] = (32, 8)
+    d: int = 128
+    q_len: int = 1
+    shortest: int | None = None
+    page: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(batch,) int32."""
+        if self.shortest is None:
+            return np.full(self.batch, self.capacity, np.int32)
+        drawn = np.random.default_rng(0).integers(self.shortest, self.capacity + 1, self.batch)
+        return drawn.astype(np.int32)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of keys and values, each once."""
+        return int(self.lengths.sum()) * self.heads[1] * 2 * self.d * 2
+
+    def arrays(self) -> tuple[jax.Array, cache.Cache]:
+        """Queries, and the cache, in the layout "BHLD"."""
+        q_heads, kv_heads = self.heads
+        count, size = self.batch, self.capacity
+        table = None
+        if self.page:
+            count, size = self.batch * self.capacity // self.page, self.page
+            table = jnp.asarray(np.random.default_rng(0).permutation(count).reshape(self.batch, -1), jnp.int32)
+        draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        keys = (draw(seed, count, kv_heads, size, self.d) for seed in (1, 2))
+        q = draw(0, self.batch, q_heads, self.q_len, self.d)
+        return q, cache.Cache(*keys, jnp.asarray(self.lengths), table, "BHLD")
+
+
+PROBLEMS = {
+    "b16-s32768-d128": Problem(16, 32_768), "b16-s32768-d64": Problem(16, 32_768, d=64),
+    "b16-s16384-d256": Problem(16, 16_384, d=256),
+    "b16-s32768-mha": Problem(4, 32_768, (32, 32)), "b64-s32768-mqa": Problem(64, 32_768, (32, 1)),
+    **{f"b1-s{length}-d128": Problem(1, length) for length in (1024, 4096, 16_384, 131_072)},
+    **{f"b16-s32768-q{count}": Problem(16, 32_768, q_len=count) for count in (4, 16)},
+    "b16-lengths-1-to-32768": Problem(16, 32_768, shortest=1),
+    "b128-lengths-128-to-2048": Problem(128, 2048, shortest=128),
+    **{f"b16-s32768-pages-{page}": Problem(16, 32_768, page=page) for page in (16, 64, 128)},
+}
+
+Calls = dict[str, Callable[[int], timing.Call]]
+"""Of each contestant: a call that does the same so many times."""
+
+
+def _jax_calls(implementation: dispatch.Requested, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    attend = functools.partial(cache.attend, implementation=implementation)
+
+    def calls(count: int) -> timing.Call:
+        function = attend if count == 1 else chain.chained(attend, count)
+        program = jax.jit(function).lower(q, filled).compile()
+        return timing.Call(lambda: program(q, filled), jax.block_until_ready, count)
+    return calls
+
+
+@contextlib.contextmanager
+def _reads_alone(spec: AttentionSpec) -> Iterator[None]:
+    """A context in which the Hopper kernel is traced without its products. Its schedule is another one, too, so that it
+    is not taken for the real one.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_flash.kernels.hopper import defaults
+    from pallas_flash.kernels.hopper.decode import kernel
+    from pallas_flash.kernels.mosaic.scheduling import rem
+
+    def step(block: Any, segment: Any, q: Any, i: Any, state: Any) -> Any:
+        slot = rem(segment.step + i, block.schedule.num_stages)
+        for name in ("k", "v"):
+            plgpu.barrier_wait(block.bars[f"{name}_full"].at[slot])
+            plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
+        return state
+
+    schedule = defaults.default_forward(spec, device.current())
+    assert isinstance(schedule, DecodeSchedule)
+    schedule = dataclasses.replace(schedule, parts_at_once=schedule.parts_at_once - 1)
+    jax.clear_caches()
+    try:
+        with mock.patch.object(kernel, "step", step), defaults.assume(schedule):
+            yield
+    finally:
+        jax.clear_caches()
+
+
+def _reads(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    shape = problem.batch, problem.heads[1], problem.capacity, problem.d
+    spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct(shape, q.dtype),) * 2, layout="BHLD").paged(filled.pages)
+    spec = spec.masked(Filled(Causal(), filled.lengths, problem.q_len).canonical(), None)
+
+    def calls(count: int) -> timing.Call:
+        with _reads_alone(spec):
+            return _jax_calls("hopper", q, filled)(count)
+    return calls
+
+
+def _torch(backend: str | None, problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    import torch
+    tensors = [torch.from_dlpack(x) for x in (q, filled.key, filled.value)]
+
+    def attend() -> dict[str, Any]:
+        chosen = contextlib.nullcontext() if backend is None else torch.nn.attention.sdpa_kernel(
+            getattr(torch.nn.attention.SDPBackend, backend))
+        with torch.no_grad(), chosen:
+            return {"out": torch.nn.functional.scaled_dot_product_attention(
+                *tensors, enable_gqa=problem.heads[0] != problem.heads[1])}
+
+    return lambda count: torch_contestants.graph(lambda: attend, count)
+
+
+def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
+    q, filled = problem.arrays()
+    found = {"ours": _jax_calls(implementation, q, filled)}
+    if jax.default_backend() != "gpu":
+        return found
+    found["reads"] = _reads(problem, q, filled)
+    if importlib.util.find_spec("torch") and problem.q_len == 1 and not problem.page and problem.shortest is None:
+        found |= {name: _torch(backend, problem, q, filled)
+                  for name, backend in (("torch", None), ("torch-cudnn", "CUDNN_ATTENTION"))}
+    return found
+
+
+def _error(problem: Problem, implementation: dispatch.Requested) -> float:
+    """How far the result is from that of `xla`, relative to its norm."""
+    q, filled = problem.arrays()
+    run = lambda name: np.asarray(jax.jit(functools.partial(cache.attend, implementation=name))(q, filled), np.float32)
+    found, wanted = run(implementation), run("xla")
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def measure(name: str, problem: Problem, implementation: dispatch.Requested, rounds: int,
+            say: Callable[[str], Any] = print) -> dict[str, Any]:
+    """A record: times of all contestants, and what is ours over each of the others."""
+    if (error := _error(problem, implementation)) > float(jnp.finfo(jnp.bfloat16).eps):
+        raise AssertionError(f"{name}: wrong, relative error {error:.1e}")
+    made, calls = _contestants(problem, implementation), {}
+    for who, make in made.items():
+        try:
+            once = timing.burst(make(1), BURST_SECONDS)
+            count = chain.length(problem.capacity, once, BURST_SECONDS) or 1
+            calls[who] = make(count)
+        except Exception as error:  # what a library cannot run is left out
+            say(f"{name}: {who}: {type(error).__name__}: {str(error)[:200]}")
+    times = timing.interleaved(calls, rounds, BURST_SECONDS)
+    medians = {who: timing.spread(seconds).median for who, seconds in times.items()}
+    return {"environment": environment.describe(), "kind": "decode", "problem": name,
+            "fields": dataclasses.asdict(problem), "implementation": implementation, "error": error,
+            "chained": {who: call.count for who, call in calls.items()},
+            "us": {who: seconds * 1e6 for who, seconds in medians.items()},
+            "gbytes": {who: problem.bytes_read / seconds / 1e9 for who, seconds in medians.items()},
+            "speed_over": {who: timing.ratios(times["ours"], times[who])._asdict() for who in times if who != "ours"}}
+
+
+def main() -> None:
+    """Prints the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", nargs="*", default=list(PROBLEMS), help=", ".join(PROBLEMS))
+    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
+    arguments = parser.parse_args()
+    for name in arguments.problems:
+        record = measure(name, PROBLEMS[name], arguments.implementation, arguments.rounds)
+        print(json.dumps({key: x for key, x in record.items() if key != "environment"}), flush=True)
+        if arguments.save:
+            records.append(records.RESULTS / records.file_name(record["environment"]), record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""A head of keys that several blocks share: each leaves a partial result, and the last to arrive combines them.
+
+A partial result is O, not yet divided, and four numbers of each row (`Sums`); of all partial results those rows alone
+are kept that there are. The combining warpgroup takes 512 numbers of O at a time, four to a thread, so that all threads
+have work however few rows there are.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_flash import softmax, tiles
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.hopper.decode.rows import group_of, place_of, statistic_of
+from pallas_flash.kernels.hopper.decode.work import Head, Segment, rows
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["PIECE", "Sums", "combine", "is_last", "part_size"]
+
+PIECE = 512
+"""Numbers of O that are combined at a time."""
+STRIP = plgpu.Layout.WG_STRIDED((PIECE,), vec_size=4)
+
+
+class Sums(NamedTuple):
+    """What is known of each row beside O: l_i is the sum of exp2((s - m_i) unit - rounding), start = m_i unit +
+    rounding.
+    """
+
+    start: Array  # base 2
+    l_i: Array
+    m_i: Array  # in the unit of scores
+    rounding: Array  # base 2
+
+
+def part_size(spec: AttentionSpec) -> int:
+    """Numbers of O in a partial result, in whole pieces."""
+    return tiles.cdiv(rows(spec) * spec.d_v, PIECE) * PIECE
+
+
+# -- who is last -------------------------------------------------------------------------------------------------------
+
+def _is_last_plain(counters: Ref, index: Index, count: Index) -> Flag:
+    arrived = counters[index] + 1
+    counters[index] = jnp.where(arrived == count, 0, arrived)
+    return arrived == count
+
+
+@interpreted_as(_is_last_plain)
+def is_last(counters: Ref, index: Index, count: Index) -> Flag:
+    """Counts this warpgroup at counters[index]; true in all of its threads if it is the last of `count`, which sets the
+    counter back to 0. What every warpgroup wrote to global memory before is then seen by relaxed loads.
+    """
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
+                       return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, ptx.SCALAR))
+    def vote(_: mgpu.LaunchContext, ref: ir.Value, index: mgpu.FragmentedArray,
+             count: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index.registers.item()], ptx.i32())
+        flag = llvm.inline_asm(ptx.i32(), [barrier, _thread(), address, count.registers.item()], f"""
+            {{ .reg .pred leads, last, any; .reg .b32 before, others;
+            bar.sync $1, {ptx.WARPGROUP};
+            setp.eq.u32 leads, $2, 0; mov.u32 before, 0; sub.u32 others, $4, 1;
+            @leads atom.global.acq_rel.gpu.add.u32 before, [$3], 1;
+            setp.eq.and.u32 last, before, others, leads;
+            @last st.global.u32 [$3], 0;
+            bar.red.or.pred any, $1, {ptx.WARPGROUP}, last; selp.u32 $0, 1, 0, any; }}""",
+            "=r,r,r,l,r,~{memory}", has_side_effects=True)
+        is_set = arith.cmpi(arith.CmpIPredicate.ne, flag, mgpu.utils.c(0, ptx.i32()))
+        # Where a branch may diverge, the descriptors of all products leave the uniform registers.
+        return mgpu.FragmentedArray.splat(ptx.uniform(is_set), (), is_signed=False)
+
+    return vote(counters, ptx.scalar(index), ptx.scalar(count))
+
+
+def _thread() -> ir.Value:
+    return arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(ptx.WARPGROUP, ptx.i32()))
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+def _elements(piece: ir.Value) -> ir.Value:
+    """The first of the four numbers of a piece that this thread has."""
+    const = lambda value: mgpu.utils.c(value, ptx.i32())
+    return arith.addi(arith.muli(piece, const(PIECE)), arith.muli(_thread(), const(4)))
+
+
+def _strip(value: ir.Value) -> mgpu.FragmentedArray:
+    layout = STRIP.to_mgpu()
+    registers = np.array([value], dtype=object).reshape(layout.registers_shape((PIECE,)))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _load_piece_plain(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Index) -> tuple[Array, Sums]:
+    row = (piece * PIECE + lax.iota(jnp.int32, PIECE)) // spec.d_v
+    return acc[slot, pl.ds(piece * PIECE, PIECE)], Sums(*(sums[slot][row, i] for i in range(4)))
+
+
+@interpreted_as(_load_piece_plain)
+def load_piece(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Index) -> tuple[Array, Sums]:
+    """Loads a piece of O of a partial result, (512,) float32 in the layout STRIP, and the sums of each number's row.
+
+    Args:
+      acc: (slots, `part_size`) float32; sums: (slots, 64, 4) float32.
+    """
+    size = acc.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
+                       return_type=(plgpu.ShapeDtypeStruct((PIECE,), jnp.float32, STRIP),) * 5)
+    def load(_: mgpu.LaunchContext, acc: ir.Value, sums: ir.Value, slot: mgpu.FragmentedArray,
+             piece: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
+        i32, i64, f32 = ptx.i32(), ir.IntegerType.get_signless(64), ir.F32Type.get()
+        slot, first = slot.registers.item(), _elements(piece.registers.item())
+        row = arith.divui(first, mgpu.utils.c(spec.d_v, i32))
+        at = arith.addi(arith.muli(arith.extui(i64, slot), mgpu.utils.c(size, i64)), arith.extui(i64, first))
+        own = arith.addi(arith.muli(slot, mgpu.utils.c(ROWS_PER_WARPGROUP, i32)), row)
+        own = arith.muli(arith.extui(i64, own), mgpu.utils.c(4, i64))
+        numbers, four = [], llvm.StructType.get_literal([f32] * 4)
+        for ref, index in ((acc, at), (sums, own)):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
+            loaded = llvm.inline_asm(four, [address], "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];",
+                                     "=f,=f,=f,=f,l", has_side_effects=True)
+            numbers.append([llvm.extractvalue(f32, loaded, [i]) for i in range(4)])
+        vec = ir.VectorType.get((4,), f32)
+        return (_strip(vector.from_elements(vec, numbers[0])),
+                *(_strip(vector.broadcast(vec, x)) for x in numbers[1]))
+
+    found, *of_row = load(acc, sums, ptx.scalar(slot), ptx.scalar(piece))
+    return found, Sums(*of_row)
+
+
+class _Piece(NamedTuple):
+    """Results in the layout STRIP: of each number of O, and of its row."""
+
+    out: Array
+    lse: Array
+    rest: Array
+
+
+def _store_piece_plain(spec: AttentionSpec, x: _Piece, targets: tuple[Ref, Ref], head: Head, piece: Index) -> None:
+    count = rows(spec) * spec.d_v
+    place = piece * PIECE + lax.iota(jnp.int32, PIECE)
+    out = group_of(spec, targets[0], head)
+    old = out[...] if spec.layout == "BLHD" else out[...].swapaxes(0, 1)
+    new = jnp.append(old.reshape(-1), jnp.zeros(1, old.dtype)).at[jnp.minimum(place, count)].set(x.out)
+    new = new[:count].reshape(old.shape)
+    out[...] = new if spec.layout == "BLHD" else new.swapaxes(0, 1)
+    heads = pl.ds(head.kv_head * spec.group, spec.group)
+    for which, values in enumerate((x.lse, x.rest)):
+        old = targets[1][head.batch, heads, which].T
+        row = jnp.minimum(place // spec.d_v, rows(spec))
+        new = jnp.append(old.reshape(-1), jnp.zeros(1, old.dtype)).at[row].set(values)
+        targets[1][head.batch, heads, which] = new[:-1].reshape(old.shape).T
+
+
+@interpreted_as(_store_piece_plain)
+def store_piece(spec: AttentionSpec, x: _Piece, targets: tuple[Ref, Ref], head: Head, piece: Index) -> None:
+    """Stores a piece of the output of a key head, of 16 bits, and the statistics of the rows that begin in it.
+
+    Args:
+      targets: out and statistics.
+    """
+    @plgpu.inline_mgpu(arg_types=(STRIP, STRIP, STRIP, plgpu.RefType(), plgpu.RefType(), *(ptx.SCALAR,) * 3))
+    def store(_: mgpu.LaunchContext, out: mgpu.FragmentedArray, lse: mgpu.FragmentedArray, rest: mgpu.FragmentedArray,
+              *others: Any) -> None:
+        target, stats, *place = others
+        batch, kv_head, piece = (x.registers.item() for x in place)
+        first, dim = _elements(piece), mgpu.utils.c(spec.d_v, ptx.i32())
+        row, column = arith.divui(first, dim), arith.remui(first, dim)
+        inside = arith.cmpi(arith.CmpIPredicate.slt, row, mgpu.utils.c(rows(spec), ptx.i32()))
+        i64 = ir.IntegerType.get_signless(64)
+        at = arith.addi(arith.muli(place_of(spec, (batch, kv_head), row), mgpu.utils.c(spec.d_v, i64)),
+                        arith.extui(i64, column))
+        element = ir.MemRefType(target.type).element_type
+        words = vector.bitcast(ir.VectorType.get((2,), ptx.i32()), out.registers.item())
+        mgpu.utils.inline_ptx(
+            "st.global.v2.b32 [$0], {$1, $2};", mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [at], element),
+            *(vector.extract(words, [], [i]) for i in range(2)), predicate=inside, has_side_effects=True)
+        begins = arith.cmpi(arith.CmpIPredicate.eq, column, mgpu.utils.c(0, ptx.i32()))
+        for which, values in enumerate((lse, rest)):
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(stats),
+                                               [statistic_of(spec, (batch, kv_head), row, which)], ir.F32Type.get())
+            mgpu.utils.inline_ptx("st.global.f32 [$0], $1;", address, vector.extract(values.registers.item(), [], [0]),
+                                  predicate=arith.andi(inside, begins), has_side_effects=True)
+
+    store(*x, *targets, *map(ptx.scalar, (*head, piece)))
+
+
+# -- combining ---------------------------------------------------------------------------------------------------------
+
+class _Total(NamedTuple):
+    """The sum of some partial results: of O, and of each row."""
+
+    acc: Array
+    sums: Sums
+
+
+def _added(total: _Total, parts: list[tuple[Array, Sums]]) -> _Total:
+    """The total with more partial results. It is kept relative to the largest start there is, and to its m_i."""
+    start, l_i, m_i, rounding = total.sums
+    for _, part in parts:
+        larger = jnp.logical_not(part.start <= start)  # so that NaN counts as larger
+        start, m_i, rounding = (jnp.where(larger, new, old) for new, old in (
+            (part.start, start), (part.m_i, m_i), (part.rounding, rounding)))
+    alpha = jnp.exp2(total.sums.start - start)
+    acc, l_i = total.acc * alpha, l_i * alpha
+    for x, part in parts:
+        weight = jnp.exp2(part.start - start)
+        acc, l_i = acc + weight * x, l_i + weight * part.l_i
+    return _Total(acc, Sums(start, l_i, m_i, rounding))
+
+
+def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: float, at_once: int) -> None:
+    """Combines the partial results of a head, and stores out and statistics.
+
+    Args:
+      gmem: part_acc, part_sums, out, stats.
+      unit: of scores.
+      at_once: partial results that are loaded together.
+    """
+    splat = lambda x: plgpu.layout_cast(jnp.full((PIECE,), x, jnp.float32), STRIP)
+
+    def load_some(piece: Index, first: Index) -> list[tuple[Array, Sums]]:
+        found = []
+        for part in range(at_once):
+            slot, there = segment.slot(jnp.minimum(first + part, segment.parts - 1)), first + part < segment.parts
+            x, sums = load_piece(spec, gmem["part_acc"], gmem["part_sums"], slot, piece)
+            start, l_i = jnp.where(there, sums.start, LOWEST), jnp.where(there, sums.l_i, 0.0)
+            found.append((jnp.where(there, x, 0.0), sums._replace(start=start, l_i=l_i)))
+        return found
+
+    @pl.loop(jnp.int32(0), jnp.int32(part_size(spec) // PIECE))
+    def _(piece: Index) -> None:
+        nothing = _Total(splat(0.0), Sums(splat(LOWEST), splat(0.0), splat(0.0), splat(0.0)))
+        rounds = lax.div(segment.parts + (at_once - 1), jnp.int32(at_once))
+        acc, sums = lax.fori_loop(
+            jnp.int32(0), rounds, lambda i, total: _added(total, load_some(piece, i * at_once)), nothing)
+        out = (acc * softmax.rescale(sums.l_i)).astype(gmem["out"].dtype)
+        stats = softmax.statistics(sums.m_i, sums.l_i, unit, sums.rounding)
+        store_piece(spec, _Piece(out, *stats), (gmem["out"], gmem["stats"]), segment.head, piece)
+
+
+LOWEST = -3e38
+"""The start of rows that have met no key, base 2: low, but finite."""

@@ -1,0 +1,311 @@
+"""Decoding for Hopper (sm_90a), in Pallas Mosaic GPU: few queries, and a cache of many keys, which are read once.
+
+Reading the keys takes all of the time, so blocks share the keys, not the queries. There is a block for each SM, of one
+compute warpgroup and a warp that loads. It takes an equal run of the key tiles of all sequences and heads
+(`decode.work`); one tile of 64 rows holds all queries that share a key head (`decode.rows`). The two roles walk the run
+independently, so loads run ahead as far as the rings allow.
+
+Rings and barriers. A barrier is named for the state it announces.
+
+    k_full, k_free    a slot of the ring of key tiles has been loaded / has been read
+    v_full, v_free    the same for value tiles
+
+Pages. A tile is loaded in pieces of as many keys as surely lie in one page. Their numbers are loaded from the table one
+tile ahead.
+
+Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`); start = m_i unit, rounded, is
+what is subtracted from exponents; l_i (64, 8) a row sum that is still spread over columns. P is rounded to the input's
+type, all else is float32. A head that several blocks share is combined in `decode.combine`; a head that one block has
+is written by it.
+
+What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
+is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import softmax
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
+from pallas_flash.kernels.hopper.decode import combine, rows, values
+from pallas_flash.kernels.hopper.decode.combine import Sums
+from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment
+from pallas_flash.kernels.hopper.forward.softmax import Maximum, lowest, maximum_of
+from pallas_flash.kernels.hopper.registers import Fragment
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
+from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.scores import masked, scaled, score_unit
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.spec import AttentionSpec
+
+__all__ = ["counters_shape", "launch"]
+
+
+class Block(NamedTuple):
+    """What the roles of one block share: the problem, and references to global and shared memory."""
+
+    spec: AttentionSpec
+    schedule: DecodeSchedule
+    gmem: dict[str, Ref]  # q, k, v, `fields`, page_table with pages; counters, out, stats, part_acc, part_sums
+    smem: dict[str, Ref]  # memory.decode_memory
+    bars: dict[str, Ref]  # the barriers
+
+    def for_each_segment(self, body: Callable[[Segment], None]) -> Array:
+        """Runs `body` on every segment of this block; returns how many steps there were."""
+        return for_each_segment(self.spec, self.schedule, self.gmem, body)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+def piece_rows(spec: AttentionSpec, s: DecodeSchedule) -> int:
+    """The keys of a tile that are loaded together: those of a page, where there are pages."""
+    return s.block_kv if spec.pages is None else math.gcd(spec.pages.size, s.block_kv)
+
+
+def pages_of(block: Block, segment: Segment, kv_tile: Index) -> tuple[Array, ...]:
+    """The page of each piece of a key tile; some page that exists where there is none, as in a tile past the end."""
+    pages, s = block.spec.pages, block.schedule
+    if pages is None:
+        return ()
+    found, table = [], block.gmem["page_table"]
+    for first in range(0, s.block_kv, piece_rows(block.spec, s)):
+        place = jnp.minimum(div(kv_tile * s.block_kv + first, pages.size), table.shape[1] - 1)
+        found.append(jnp.clip(table[segment.head.batch, place], 0, pages.number - 1))
+    return tuple(found)
+
+
+def load_tile(block: Block, segment: Segment, name: str, kv_tile: Index, slot: Index,
+              pages: tuple[Array, ...]) -> None:
+    """Starts to load a tile of keys (name "k") or values ("v")."""
+    spec, s, full = block.spec, block.schedule, block.bars[f"{name}_full"].at[slot]
+    target, first = block.smem[name].at[slot], kv_tile * s.block_kv
+    if spec.pages is None:
+        tiles.load_tile(spec, block.gmem[name], (segment.head.batch, segment.head.kv_head, first), target, full)
+        return
+    count = piece_rows(spec, s)
+    for piece, page in enumerate(pages):
+        place = page, segment.head.kv_head, rem(first + piece * count, spec.pages.size)
+        for chunk in range(target.shape[0]):
+            source = tiles.chunk_of(spec, block.gmem[name], place, count, chunk)
+            plgpu.copy_gmem_to_smem(source, target.at[chunk, pl.ds(piece * count, count)], full)
+
+
+def load_segment(block: Block, segment: Segment) -> None:
+    """Loads the key and value tiles of a segment as slots become free."""
+    def load(i: Index, pages: tuple[Array, ...]) -> tuple[Array, ...]:
+        for name in ("k", "v"):
+            slot = tiles.await_free(block.bars[f"{name}_free"], block.schedule.num_stages, segment.step + i)
+            load_tile(block, segment, name, segment.first + i, slot, pages)
+        return pages_of(block, segment, segment.first + i + 1)
+
+    lax.fori_loop(jnp.int32(0), segment.num_tiles, load, pages_of(block, segment, segment.first))
+
+
+def load(block: Block) -> None:
+    """Runs the loading warpgroup, of which one warp has work."""
+    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
+
+    @plgpu.warp_map
+    def _(warp: Index) -> None:
+        @pl.when(warp == 0)
+        def _() -> None:
+            steps = block.for_each_segment(functools.partial(load_segment, block))
+            for name in ("k", "v"):
+                tiles.drain(block.bars[f"{name}_free"], steps)
+
+
+# -- computing ---------------------------------------------------------------------------------------------------------
+
+class State(NamedTuple):
+    """The online softmax of 64 rows after some tiles."""
+
+    maximum: Maximum
+    l_i: Fragment  # (64, 8), sums of every eighth column
+    acc: Fragment  # (64, d_v) in the layout ACC
+
+
+def queries(block: Block, segment: Segment) -> Fragment | Ref:
+    """The segment's queries: in registers, or in shared memory where they are wide."""
+    q = rows.load_queries(block.spec, block.gmem["q"], segment.head)
+    if "q" not in block.smem:
+        return q
+    # Every warp has multiplied the queries of the segment before.
+    ptx.named_sync(ptx.first_free(2), ptx.WARPGROUP)
+    registers.store_chunks(q, block.smem["q"])
+    plgpu.commit_smem()
+    return block.smem["q"]
+
+
+def without_hidden(block: Block, segment: Segment, kv_tile: Index, s: Fragment) -> Fragment:
+    """Sets scores of a key tile to -inf where the mask does not keep a pair."""
+    q_pos = jnp.int32(0)
+    if block.spec.q_len > 1:
+        q_pos = div(registers.positions(s.shape[1], 0, 0), block.spec.group)
+    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
+    return masked(s, segment.sequence.mask, q_pos, kv_pos)
+
+
+def with_clean_values(block: Block, segment: Segment, tile: tuple[Index, Ref], p: Fragment, acc: Fragment) -> Fragment:
+    """Cleans the values of a tile that the mask splits, in shared memory: those that no query of the head attends to
+    become 0, and so do NaN and infinity where queries differ in what they attend to. Returns acc with what these are in
+    the rows of the queries that do attend to them.
+
+    Args:
+      tile: the key tile, and its values.
+      p: (64, block_kv) of the input's type, in the layout TILE; acc: (64, d_v), in the layout TILE.
+    """
+    kv_tile, found = tile
+    first = kv_tile * block.schedule.block_kv
+    lo, hi = (ptx.scalar(x) - first for x in segment.sequence.keys)
+    if not values.queries_differ(block.spec):
+        @pl.when((lo > 0) | (hi < block.schedule.block_kv))
+        def _() -> None:
+            values.zero_outside(found, lo, hi)
+            plgpu.commit_smem()
+
+        return acc
+    has_bad = values.clean(found, lo, hi)
+    plgpu.commit_smem()
+
+    def add_bad(p: Fragment, acc: Fragment) -> Fragment:
+        weights = without_hidden(block, segment, kv_tile, p.astype(jnp.float32))
+        index = functools.partial(key_index, block, segment)
+        return values.add_bad(weights, acc, block.gmem["v"], lambda i: index(first + i))
+
+    return lax.cond(has_bad, add_bad, lambda _, acc: acc, p, acc)
+
+
+def key_index(block: Block, segment: Segment, key: Index) -> tuple[Index, Index, Index]:
+    """Where a key of the segment's head lies in k and v, or some other key if there is none."""
+    spec, (batch, kv_head) = block.spec, segment.head
+    key = jnp.minimum(key, spec.kv_len - 1)
+    if spec.pages is not None:
+        page = block.gmem["page_table"][batch, div(key, spec.pages.size)]
+        batch, key = jnp.clip(page, 0, spec.pages.number - 1), rem(key, spec.pages.size)
+    return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)
+
+
+def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
+    """Adds a key tile: S = Q K^T, its softmax, and O += P V."""
+    spec, bars, unit = block.spec, block.bars, score_unit(block.spec)
+    kv_tile, slot = segment.first + i, rem(segment.step + i, block.schedule.num_stages)
+    plgpu.barrier_wait(bars["k_full"].at[slot])
+    s = wgmma.multiply_transposed(q, block.smem["k"].at[slot], spec.d)
+    s = scaled(spec, plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE))
+    plgpu.barrier_arrive(bars["k_free"].at[slot])
+    needed = segment.sequence.tiles
+    partial = (kv_tile < needed.full_start) | (kv_tile >= needed.full_stop)
+    s = lax.cond(partial, functools.partial(without_hidden, block, segment, kv_tile), lambda s: s, s)
+    new = maximum_of(jnp.maximum(state.maximum.m_i, s.max(axis=1)), unit)
+    alpha = jnp.exp2(jnp.minimum(state.maximum.start - new.start, 0))  # of rows without keys they are huge, and alike
+    p = jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
+    l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
+    acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
+    p, tile = p.astype(spec.dtype), block.smem["v"].at[slot]
+    plgpu.barrier_wait(bars["v_full"].at[slot])
+    clean = functools.partial(with_clean_values, block, segment, (kv_tile, tile))
+    acc = lax.cond(partial, clean, lambda _, acc: acc, p, acc)
+    acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
+    acc = wgmma.ready(acc, 0)
+    plgpu.barrier_arrive(bars["v_free"].at[slot])
+    return State(new, l_i, acc)
+
+
+def first_state(block: Block) -> State:
+    """The state before the first tile."""
+    unit = score_unit(block.spec)
+    m_i = plgpu.layout_cast(jnp.full((ROWS_PER_WARPGROUP,), lowest(unit), jnp.float32), registers.ROW_LAYOUT)
+    l_i = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, 8), jnp.float32), registers.TILE)
+    return State(maximum_of(m_i, unit), l_i, registers.zeros(block.spec.d_v))
+
+
+def sums_of(block: Block, state: State) -> Sums:
+    """Adds up l_i after the last tile, and finds how far start was rounded."""
+    m_i, start = state.maximum
+    rounding = ptx.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
+    return Sums(start, state.l_i.sum(axis=1), m_i, rounding)
+
+
+def finish(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Writes out = acc / l_i and the statistics of a head that this block has alone."""
+    head, unit = segment.head, softmax.unit(block.spec.scale, block.spec.softcap)
+    out = acc * registers.spread(softmax.rescale(sums.l_i), acc.shape[1])
+    rows.store_out(block.spec, out.astype(block.spec.dtype), block.gmem["out"], head)
+    stats = softmax.statistics(sums.m_i, sums.l_i, unit, sums.rounding)
+    rows.store_statistics(block.spec, stats, block.gmem["stats"], head)
+
+
+def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Leaves a partial result of a head that several blocks share; the last of them combines."""
+    slot = segment.slot(segment.part)
+    rows.store_part(block.spec, acc, block.gmem["part_acc"], slot)
+    rows.store_part_statistics(tuple(sums), block.gmem["part_sums"], slot)
+
+    @pl.when(combine.is_last(block.gmem["counters"], segment.owner, segment.parts))
+    def _() -> None:
+        unit = softmax.unit(block.spec.scale, block.spec.softcap)
+        combine.combine(block.spec, block.gmem, segment, unit, block.schedule.parts_at_once)
+
+
+def compute_segment(block: Block, segment: Segment) -> None:
+    """Computes what this block has of a head."""
+    q = queries(block, segment)
+    add_tile = functools.partial(step, block, segment, q)
+    state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, first_state(block))
+    sums, acc = sums_of(block, state), plgpu.layout_cast(state.acc, registers.TILE)
+    pl.when(segment.is_whole)(functools.partial(finish, block, segment, sums, acc))
+    pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, block, segment, sums, acc))
+
+
+# -- launch ------------------------------------------------------------------------------------------------------------
+
+def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
+    """The shape of the counters: of each block, how many have left a partial result of the head that begins in it and
+    goes on after it.
+    """
+    return (blocks(spec, schedule),)
+
+
+def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
+    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
+    the mask's arrays (`work.fields`), and of the page table, where there is one. It updates counters (`counters_shape`,
+    int32), which are 0 before and after.
+    """
+    inputs = "q", "k", "v", *fields(spec), *["page_table"] * (spec.pages is not None), "counters"
+    count = blocks(spec, schedule)
+    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
+               "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
+               "part_acc": jax.ShapeDtypeStruct((2 * count, combine.part_size(spec)), jnp.float32),
+               "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS_PER_WARPGROUP, 4), jnp.float32)}
+
+    def attention_decode(*refs: Any) -> None:
+        *arrays, smem, bars = refs
+        block = Block(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem, bars)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            plgpu.set_max_registers(schedule.registers[0], action="increase")
+            block.for_each_segment(functools.partial(compute_segment, block))
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            load(block)
+
+    kernel = plgpu.kernel(
+        attention_decode, out_type=tuple(outputs.values()),
+        scratch_types=allocate(memory.decode_memory(spec, schedule)),
+        grid=(count,), grid_names=("block",), num_threads=2, thread_name="warpgroup", compiler_params=tiles.COMPILER)
+    return Launch(kernel, inputs, outputs, ("counters",))

@@ -1,0 +1,452 @@
+"""The Hopper kernel of decoding against a cache: in Pallas' interpreter on small shapes, and on a GPU.
+
+The oracle is the formula in float64 on the keys of each sequence alone; whatever else the cache holds is NaN. In the
+interpreter blocks run one after the other, which its race detector does not know: it is asked about one block, whose
+rings are those of all.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_agree, normal
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device
+from pallas_flash.filled import Filled
+from pallas_flash.kernels.hopper import defaults, launches, rules
+from pallas_flash.kernels.mosaic import lanes
+from pallas_flash.kernels.mosaic.call import partitioned
+from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.spec import AttentionSpec, Operands, Results
+from tests.hopper.offline.places import cuda_root
+
+EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+REPETITIONS = 1000
+CAUSAL = Causal()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Mask):
+    """A class of a user, without bounds."""
+
+    size: int
+
+    def keep(self, q_pos, kv_pos):
+        return q_pos // self.size == kv_pos // self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A batch of sequences in a cache, and the queries at their ends."""
+
+    lengths: tuple[int, ...]
+    q_len: int = 1
+    heads: tuple[int, int] = (4, 2)
+    d: tuple[int, int] = (128, 128)
+    capacity: int = 128
+    page: int = 0  # positions of a page; 0: contiguous
+    layout: str = "BLHD"
+    dtype: str = "bfloat16"
+    rule: Mask = CAUSAL
+    mask: Mask | None = None  # the rule as a call gives it, if it holds arrays
+    scale: float | None = None
+    softcap: float | None = None
+    bad: tuple[int, ...] = ()  # how far before the last key of each sequence values are NaN, or infinite
+    schedule: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # how it differs from the default
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(mask=self.mask or self.rule, scale=self.scale, softcap=self.softcap)
+
+
+def rows(case: Case) -> tuple[np.ndarray, ...]:
+    """query, key and value of all positions, (batch, length, heads, dim)."""
+    (q_heads, kv_heads), (d, d_v) = case.heads, case.d
+    shapes = ((case.q_len, q_heads, d), (case.capacity, kv_heads, d), (case.capacity, kv_heads, d_v))
+    return tuple(normal(seed, case.batch, *shape).astype(case.dtype) for seed, shape in enumerate(shapes))
+
+
+def in_layout(case: Case, x: np.ndarray) -> np.ndarray:
+    return x if case.layout == "BLHD" else x.swapaxes(1, 2)
+
+
+def is_bad(case: Case) -> np.ndarray:
+    """(batch, capacity): which values are not finite, of those that the sequences have."""
+    back = np.array(case.lengths)[:, None] - 1 - np.arange(case.capacity)
+    return np.isin(back, case.bad)
+
+
+def stored(case: Case, k: np.ndarray, v: np.ndarray) -> cache.Cache:
+    """The cache of these keys, with NaN past each length, and in pages of no sequence; missing pages have no entry."""
+    past = np.arange(case.capacity) >= np.array(case.lengths)[:, None]
+    v = np.where(is_bad(case)[..., None, None], np.asarray(np.inf if case.q_len % 2 else np.nan, v.dtype), v)
+    k, v = (np.where(past[..., None, None], np.asarray(np.nan, x.dtype), x) for x in (k, v))
+    if not case.page:
+        return cache.Cache(in_layout(case, k), in_layout(case, v), case.lengths, None, case.layout)
+    count = case.capacity // case.page
+    number = case.batch * count
+    table = np.random.default_rng(0).permutation(number + 3)[:number].reshape(case.batch, count)
+    pages = []
+    for x in (k, v):
+        held = np.full((number + 3, case.page, *x.shape[2:]), np.nan, x.dtype)
+        held[table] = x.reshape(case.batch, count, case.page, *x.shape[2:])
+        pages.append(in_layout(case, held))
+    missing = np.arange(count) * case.page >= np.array(case.lengths)[:, None]
+    table = np.where(missing, np.where(np.arange(count) % 2, -1, number + 9), table)
+    return cache.Cache(*pages, case.lengths, table, case.layout)
+
+
+def exact(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """out (batch, q_len, q_heads, d_v), NaN where it is not finite, and lse (batch, q_heads, q_len) in float64."""
+    q_heads, group = case.heads[0], case.heads[0] // case.heads[1]
+    out = np.zeros((case.batch, case.q_len, q_heads, case.d[1]))
+    lse = np.full((case.batch, q_heads, case.q_len), -np.inf)
+    scale = case.d[0] ** -0.5 if case.scale is None else case.scale
+    for b, length in enumerate(case.lengths):
+        pos = length - case.q_len + np.arange(case.q_len)
+        keep = (pos >= 0)[:, None] & case.rule.keep(np.maximum(pos, 0)[:, None], np.arange(length)[None])
+        for head in range(q_heads) if length else ():
+            query, key, value = (x.astype(np.float64) for x in (
+                q[b, :, head], k[b, :length, head // group], v[b, :length, head // group]))
+            s = scale * query @ key.T
+            s = s if case.softcap is None else case.softcap * np.tanh(s / case.softcap)
+            s = np.where(keep, s, -np.inf)
+            m = np.where(keep.any(axis=1), s.max(axis=1), 0)
+            p = np.exp(s - m[:, None])
+            total = p.sum(axis=1)
+            out[b, :, head] = p @ value / np.where(total > 0, total, 1)[:, None]
+            with np.errstate(divide="ignore"):
+                lse[b, head] = m + np.log(total)
+        out[b, (keep & is_bad(case)[b, :length]).any(axis=1)] = np.nan
+    return out, lse
+
+
+def assert_right(case: Case, out: Any, lse: Any, wanted: tuple[np.ndarray, np.ndarray]) -> None:
+    """Each row within a unit in the last place of its type, relative to its norm; lse to five digits."""
+    assert (out.dtype, lse.dtype) == (case.dtype, jnp.float32)
+    found, want = in_layout(case, np.asarray(out, np.float64)), wanted[0]
+    bad = np.isnan(want).any(axis=-1)
+    assert not np.isfinite(found[bad]).any()
+    found, want = found[~bad], want[~bad]
+    errors = np.linalg.norm(found - want, axis=-1)
+    limits = EPS[case.dtype] * np.linalg.norm(want, axis=-1)
+    assert (errors <= limits).all(), (np.argwhere(~(errors <= limits))[:9].tolist(), np.nanmax(errors / limits))
+    np.testing.assert_allclose(np.asarray(lse, np.float64), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+# -- in the interpreter ------------------------------------------------------------------------------------------------
+
+INTERPRETED = {
+    "a head over several blocks": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16",
+                                       softcap=5.0, bad=(0,), schedule=dict(num_blocks=4, num_stages=2)),
+    "pages and a window": Case((144, 16), 2, (2, 1), (72, 64), 144, 48, rule=Causal() & Window(left=40), scale=-0.2,
+                               mask=Causal() & Window(left=np.array([40, 40])), bad=(0, 40, 41),
+                               schedule=dict(num_blocks=1, num_stages=1)),
+    "many sequences": Case((3, 0, 32, 9, 1), heads=(1, 1), d=(16, 8), capacity=32,
+                           schedule=dict(num_blocks=2, block_kv=16)),
+    "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
+                       schedule=dict(num_blocks=2, block_kv=32)),
+}
+
+
+def call_of(case: Case, q: np.ndarray, cached: cache.Cache) -> Any:
+    """What `cache.attend` makes of its arguments: a spec and operands."""
+    options = case.options | dict(return_lse=True)
+    return cache._Call.of(in_layout(case, q), cached, options.pop("mask"), None, options)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_the_kernel_agrees_with_the_oracle(name, monkeypatch):
+    monkeypatch.setattr(lanes, "LANES", 2)  # of a warp that looks at 32 sequences at a time
+    case = INTERPRETED[name]
+    q, k, v = rows(case)
+    cached = stored(case, k, v)
+    call = call_of(case, q, cached)
+    spec, operands = call.spec, call.operands()
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), **case.schedule)
+    assert rules.reasons_against(spec, schedule, device.H100.smem_bytes) == []
+    one_block = schedule.num_blocks == 1
+    arrays = *operands[:3], *jax.tree.leaves(operands.mask), operands.page_table
+    with interpreted(detect_races=one_block):
+        out, stats = jax.jit(launches.forward(spec, schedule))(*(x for x in arrays if x is not None))
+        assert_right(case, out, stats[:, :, 0], exact(case, q, k, v))
+    assert not (one_block and gpu_callbacks.get_races().races_found)
+
+
+# -- who gets it -------------------------------------------------------------------------------------------------------
+
+def shapes(batch=2, q_len=1, q_heads=8, d=64, capacity=256, pages=None, layout="BLHD", dtype="bfloat16"):
+    """A query and a cache of two key heads, of shapes alone."""
+    array = lambda n, length, heads: jax.ShapeDtypeStruct(
+        (n, length, heads, d) if layout == "BLHD" else (n, heads, length, d), dtype)
+    lengths, table = jax.ShapeDtypeStruct((batch,), "int32"), None
+    if pages is not None:
+        table = jax.ShapeDtypeStruct((batch, capacity // pages[1]), "int32")
+    number, size = pages or (batch, capacity)
+    keys = array(number, size, 2)
+    return array(batch, q_len, q_heads), cache.Cache(keys, keys, lengths, table, layout)
+
+
+def test_an_automatic_choice_leaves_it_out_until_it_has_run():
+    q, cached = shapes(pages=(9, 16))
+    text = cache.explain(q, cached, device=device.H200)
+    assert "implementation='xla'" in text
+    assert "not 'hopper': attention to a cache has not run on a GPU yet" in text
+    text = cache.explain(q, cached, device=device.H200, implementation="hopper")
+    assert "forward: attention_decode, DecodeSchedule(block_kv=64" in text
+    assert "backward: that of 'xla', Schedule(" in text
+    q, cached = shapes(q_len=17)
+    text = cache.explain(q, cached, device=device.H200, implementation="hopper")
+    assert "takes at most 64 queries that share a key head" in text and "there are 68" in text
+
+
+@pytest.mark.parametrize(("options", "keywords", "reason"), [
+    (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
+    (dict(d=20), {}, "multiples of 8"),
+    (dict(), dict(mask=Causal() & Window(left=np.full((2, 8), 3))), "a number for each sequence .*, mask has Window"),
+    (dict(), dict(bias=np.zeros((1, 1, 1, 256), "float32")), "takes no bias yet"),
+])
+def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
+    q, cached = shapes(**options)
+    text = cache.explain(q, cached, device=device.H200, implementation="hopper", **keywords)
+    assert text.startswith("UnsupportedError")
+    assert re.search(reason, text), text
+
+
+@pytest.mark.parametrize("d", [(8, 8), (64, 64), (128, 128), (192, 128), (256, 256), (128, 256), (256, 64)])
+def test_defaults_fit(d):
+    q, cached = shapes(d=d[0])
+    cached = dataclasses.replace(cached, value=jax.ShapeDtypeStruct((*cached.value.shape[:3], d[1]), "bfloat16"))
+    spec = AttentionSpec.of(q, cached.key, cached.value).masked(Filled(Causal(), cached.lengths, 1).canonical(), None)
+    schedule = defaults.default_forward(spec, device.H100)
+    assert rules.reasons_against(spec, schedule, device.H100.smem_bytes) == []
+
+
+def test_its_gradients_are_those_of_xla():
+    q, cached = shapes(pages=(9, 16))
+    spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct((2, 256, 2, 64), "bfloat16"),) * 2).paged(cached.pages)
+    mask = Filled(CAUSAL, cached.lengths, 1).canonical()
+    spec = spec.masked(mask, None)
+    operands = Operands(q, cached.key, cached.value, None, (), mask, (), None, None, cached.page_table)
+    results = Results(q, jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32))
+    programs = [str(jax.make_jaxpr(functools.partial(autodiff.backward, spec, name))(operands, results, results))
+                for name in ("hopper", "xla")]
+    assert programs[0] == programs[1]
+    assert "dot_general" in programs[0] and "pallas_flash_kernel" not in programs[0]
+
+
+def decoding(q, cached):
+    """A step of a decoding loop, lowered for a GPU."""
+    return cache.attend(q, cached, return_lse=True, implementation="hopper")
+
+
+@pytest.mark.parametrize("name", ["scan", "pages-vmapped", "pages-shared"])
+def test_under_transformations(name):
+    """Traced and lowered for an H100: the kernel is there once, with the batch of all elements."""
+    pages = (9, 32) if "pages" in name else None
+    q, cached = shapes(pages=pages)
+    stack = lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+    if name == "scan":
+        function = lambda q, cached: lax.scan(lambda x, _: (decoding(x, cached)[0], None), q, None, length=3)
+    elif name == "pages-vmapped":
+        function, q, cached = jax.vmap(decoding), stack(q), jax.tree.map(stack, cached)
+    else:
+        function, q = jax.vmap(decoding, in_axes=(0, None)), stack(q)
+    with device.assume(device.H100):
+        text = jax.jit(function).trace(q, cached).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+    number = {"scan": "2x256", "pages-vmapped": "27x32", "pages-shared": "9x32"}[name]
+    assert f"tensor<{number}x2x64xbf16>" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """The forward of `xla` in the place of the kernel."""
+
+    spec: AttentionSpec
+
+    @property
+    def result_types(self):
+        return (jax.ShapeDtypeStruct(self.spec.out_shape, self.spec.dtype),
+                jax.ShapeDtypeStruct(self.spec.stats_shape, jnp.float32))
+
+    def __call__(self, q, k, v, lengths, table):
+        mask = jax.tree.map(lambda _: lengths, self.spec.mask)
+        return tuple(autodiff.forward(self.spec, "xla", Operands(q, k, v, None, (), mask, (), None, None, table)))
+
+
+def test_devices_share_batch_and_heads_of_pages():
+    """Each has all pages of its heads, and the table of its sequences; nothing is exchanged."""
+    if len(jax.devices()) < 4 or jax.default_backend() != "cpu":
+        pytest.skip("needs four virtual CPU devices: JAX_PLATFORMS=cpu")
+    case = Case((0, 20, 32, 5), d=(16, 16), capacity=32, page=16)
+    q, k, v = rows(case)
+    cached = stored(case, k, v)
+    spec = call_of(case, q, cached).spec
+    run = functools.partial(partitioned, StandIn, "query pages pages field table -> query row", spec)
+    arrays = jnp.asarray(q), cached.key, cached.value, cached.lengths[:, None], cached.page_table
+    mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    places = P("batch", None, "heads"), *[P(None, None, "heads")] * 2, P("batch"), P("batch")
+    split = [jax.device_put(x, NamedSharding(mesh, place)) for x, place in zip(arrays, places, strict=True)]
+    program = jax.jit(run).lower(*split).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective", program.as_text())
+    found = program(*split)
+    assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, places[0]), 4)
+    assert_agree(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, jax.jit(run)(*arrays)))
+    assert_right(case, found[0], found[1][:, :, 0], exact(case, q, k, v))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+LENGTHS = (0, 1, 700, 3000, 1535, 2048)
+LONG = functools.partial(Case, LENGTHS, capacity=3000)
+PAGED = functools.partial(Case, LENGTHS, capacity=3072)
+ON_A_GPU = {
+    **{f"d{d}": LONG(d=(d, d)) for d in (8, 64, 72, 96, 128, 192, 256)},
+    "d192-v128": LONG(d=(192, 128), heads=(8, 1)), "d128-v256": LONG(d=(128, 256)), "d40-v136": LONG(d=(40, 136)),
+    "heads-first": LONG(layout="BHLD", heads=(8, 8)), "fp16": LONG(dtype="float16"),
+    "fp16-d64-v96-heads-first": LONG(d=(64, 96), layout="BHLD", dtype="float16", q_len=5),
+    "64-rows": LONG(q_len=16, heads=(8, 2)), "64-rows-d256": LONG(q_len=16, heads=(4, 1), d=(256, 256)),
+    "63-rows-heads-first": LONG(q_len=9, heads=(14, 2), layout="BHLD"), "mqa": LONG(heads=(32, 1)),
+    "all-keys": LONG(q_len=3, rule=Full()), "window": LONG(q_len=4, rule=Causal() & Window(left=300)),
+    "window-of-arrays": LONG(rule=Causal() & Window(left=300), mask=Causal() & Window(left=np.full(6, 300))),
+    "window-d64-fp16": LONG(rule=Causal() & Window(left=1), d=(64, 64), dtype="float16"),
+    "prefix": LONG(q_len=4, rule=PrefixLM(1000)), "softcap": LONG(softcap=3.0), "negative-scale": LONG(scale=-0.3),
+    "window-softcap-d256": LONG(q_len=2, rule=Causal() & Window(left=77), softcap=5.0, d=(256, 256)),
+    "large-scores": LONG(scale=4.0), "a-class-of-a-user": LONG(q_len=2, rule=Chunks(300), bad=(0, 250, 310)),
+    "bad-values": LONG(q_len=4, bad=(1, 2)), "bad-values-d256-heads-first-fp16": LONG(
+        q_len=5, d=(256, 256), layout="BHLD", dtype="float16", bad=(2,)),
+    "bad-values-in-pages": PAGED(q_len=3, page=16, d=(64, 96), rule=Causal() & Window(left=100), bad=(0, 101, 102)),
+    "one-query-bad-values": LONG(rule=Causal() & Window(left=100), bad=(101, 102)),
+    **{f"pages-of-{page}": PAGED(page=page) for page in (16, 64, 128, 1024)},
+    "pages-of-48-d64": Case((0, 1, 700, 2976), page=48, capacity=2976, d=(64, 64), q_len=2),
+    "pages-heads-first-d256": PAGED(page=32, layout="BHLD", d=(256, 256), q_len=3),
+    "pages-window-fp16": PAGED(page=16, dtype="float16", rule=Causal() & Window(left=100), d=(192, 128)),
+    "many-sequences": Case(tuple(int(n) for n in np.random.default_rng(0).integers(0, 257, 700)), capacity=256),
+    "one-long-sequence": Case((131_072,), capacity=131_072, heads=(4, 1)),
+    "one-short-sequence": Case((100,), capacity=131_072, heads=(4, 1)),
+    "one-tile": Case((5,), capacity=20, heads=(1, 1)),
+}
+
+
+def ours(case: Case) -> Any:
+    """A jitted function of queries and a cache to out and lse."""
+    return jax.jit(functools.partial(cache.attend, return_lse=True, implementation="hopper", **case.options))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_right_on_a_gpu(name):
+    case = ON_A_GPU[name]
+    q, k, v = rows(case)
+    found = ours(case)(in_layout(case, q), stored(case, k, v))
+    assert_right(case, *found, exact(case, q, k, v))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("schedule", [
+    dict(num_blocks=1), dict(num_blocks=3, num_stages=1), dict(num_blocks=1000), dict(block_kv=32, parts_at_once=1),
+    dict(block_kv=128, num_stages=2), dict(block_kv=80, num_stages=4), dict(q_registers=False)], ids=str)
+def test_every_schedule_is_right_on_a_gpu(schedule):
+    case = dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD")
+    q, k, v = rows(case)
+    default = defaults.default_forward(call_of(case, q, stored(case, k, v)).spec, device.current())
+    jax.clear_caches()
+    with defaults.assume(dataclasses.replace(default, **schedule)):
+        found = ours(case)(in_layout(case, q), stored(case, k, v))
+    jax.clear_caches()
+    assert_right(case, *found, exact(case, q, k, v))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["64-rows", "pages-of-16", "mqa", "many-sequences"])
+def test_repeated_runs_are_equal_bit_by_bit(name):
+    case = ON_A_GPU[name]
+    q, k, v = rows(case)
+    bits = lambda x: lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    attend = lambda *args: tuple(map(bits, ours(case)(*args)))
+
+    @jax.jit
+    def count(q, cached):
+        first = attend(q, cached)
+
+        def once(_, differing):
+            arrays, differing = lax.optimization_barrier(((q, cached), differing))  # no run is moved out of the loop
+            again = attend(*arrays)
+            return differing + sum(jnp.any(a != b).astype(jnp.int32) for a, b in zip(first, again))
+        return lax.fori_loop(0, REPETITIONS, once, jnp.int32(0))
+
+    assert int(count(in_layout(case, q), stored(case, k, v))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_a_decoding_loop_is_right_on_a_gpu():
+    """Appended in place and read in the next step, under one `jit`; and gradients of it are those of `xla`."""
+    case = Case((0, 40, 100), capacity=160, heads=(4, 2))
+    q, k, v = rows(dataclasses.replace(case, q_len=20))
+    start = jax.tree.map(jnp.asarray, stored(case, k, v))
+    new = tuple(jnp.asarray(normal(seed, case.batch, 20, 2, 128), case.dtype) for seed in (7, 8))
+
+    def loop(implementation, q, new, start):
+        def one(at, rows):
+            at = cache.append(at, *(x[:, None] for x in rows[1:]))
+            return at, cache.attend(rows[0][:, None], at, implementation=implementation)[:, 0]
+        by_step = tuple(x.swapaxes(0, 1) for x in (q, *new))
+        return lax.scan(one, start, by_step)[1].astype(jnp.float32)
+
+    found, wanted = (jax.jit(functools.partial(loop, name))(q, new, start) for name in ("hopper", "xla"))
+    np.testing.assert_allclose(found, wanted, atol=2.0**-6)
+    gradient = lambda name: jax.jit(jax.grad(lambda q, new: loop(name, q, new, start).sum(), (0, 1)))(q, new)
+    assert_agree(gradient("hopper"), gradient("xla"))
+
+
+SANITIZED = """
+import numpy as np
+from tests.hopper import test_decode
+case = test_decode.{case}
+q, k, v = test_decode.rows(case)
+found = test_decode.ours(case)(test_decode.in_layout(case, q), test_decode.stored(case, k, v))
+test_decode.assert_right(case, *map(np.asarray, found), test_decode.exact(case, q, k, v))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+@pytest.mark.parametrize("case", [
+    "Case((300, 0, 77), 2, capacity=320, page=32)", "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')"])
+def test_compute_sanitizer_finds_nothing(tool, case):
+    """Each array is an allocation of its own, so that what lies past its end is not another one's."""
+    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
+    if program is None:
+        pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
+    options = ("--report-api-errors", "no") if tool == "memcheck" else ("--racecheck-report", "all")
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=attention_decode", *options,
+               sys.executable, "-c", SANITIZED.format(case=case)]
+    here = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    summary = "ERROR SUMMARY: 0 errors" if tool == "memcheck" else "RACECHECK SUMMARY: 0 hazards"
+    assert done.returncode == 0 and summary in text, text[-4000:]
