@@ -33,7 +33,7 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
     """`forward`'s results, the statistics being for `gradients` alone."""
-    direct = attention.find(operands, numbers, "forward")
+    direct = attention.find(operands, numbers, "forward", then="backward")
     if direct is not None:
         return direct.forward(operands)
     from torch_bridge import exchange

@@ -7,6 +7,7 @@ the addresses that it is given, as kernels would. What plans hold is tested in t
 import concurrent.futures
 import ctypes
 import dataclasses
+import threading
 import warnings
 from pathlib import Path
 
@@ -103,11 +104,13 @@ def launched(monkeypatch):
     monkeypatch.setattr(runner, "Loaded", FakeGpu)
     monkeypatch.setattr(streams, "_number", lambda index: 78 + index)
     monkeypatch.setattr(cache, "find", find)
+    monkeypatch.setattr(attention.Direct, "expect", lambda self, pass_name: None)
     monkeypatch.setenv(attention.VARIABLE, "1")
     return FakeGpu.launched
 
 
 BOTH = ["forward", "backward"]
+EXPECT = attention.Direct.expect
 BF16 = torch.bfloat16
 FULL, CAUSAL = (Numbers.of(causal_offset=offset, scale=None, dropout_p=0.0) for offset in (None, 0))
 NONE = dict(mask=None, bias=None, seed=None)
@@ -357,6 +360,33 @@ def test_a_plan_that_cannot_be_made_is_said_once(launched, monkeypatch):
     assert launched == []
     with pytest.raises(cache.NoPlanError, match="another JAX"):
         torch_bridge.precompile(*tensors)
+
+
+def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tmp_path):
+    """Each takes seconds in a process of its own. A call that needs no gradient has none made."""
+    seen, done = [], threading.Event()
+    find = cache.find
+
+    def slow(request, index, quiet=False):
+        seen.append((request.pass_name, quiet))
+        if quiet:
+            done.set()
+            raise cache.NoPlanError("said when it is asked for")
+        if request.pass_name == "forward" and len(seen) > 1:
+            assert done.wait(10)
+        return find(request, index)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "find", slow)
+    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    with torch.no_grad():
+        OURS(q, k, v)
+    assert seen == [("forward", False)]
+    del seen[:]
+    monkeypatch.setattr(attention.Direct, "expect", EXPECT)
+    check(qkv(*[(1, 2, 6, 8)] * 3, dtype=BF16))
+    assert done.wait(10)
+    assert sorted(seen) == [("backward", False), ("backward", True), ("forward", False)]
+    assert launched == ["forward", *BOTH]
 
 
 def test_a_backward_without_a_plan_goes_through_dlpack(launched, monkeypatch):

@@ -7,6 +7,7 @@ A tensor that is dense in the layout, and aligned to 16 bytes, is read where it 
 first. Plans stay loaded as long as the process lives: a captured CUDA graph holds the addresses of their constants.
 """
 
+import contextlib
 import os
 import threading
 import warnings
@@ -114,8 +115,21 @@ class Direct:
         self.key, (self.problem, self.device) = key, key
         self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
         self._runners: dict[PassName, Runner] = {}
+        self._expected: set[PassName] = set()
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
+
+    def expect(self, pass_name: PassName) -> None:
+        """Has the plan of a pass made meanwhile, if there is none; what cannot be is said when the pass is prepared."""
+        wanted = request(self.problem, pass_name, self.device)
+        if pass_name in self._expected or pass_name in self._runners or cache.path_of(wanted).exists():
+            return
+        self._expected.add(pass_name)
+
+        def make() -> None:
+            with contextlib.suppress(cache.NoPlanError, OSError):
+                cache.find(wanted, self.device.index or 0, quiet=True)
+        threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
 
     def prepare(self, pass_name: PassName) -> None:
         """Loads the plan of a pass, if that is not done.
@@ -162,8 +176,9 @@ class Direct:
         """What runs a pass, if it is prepared."""
         return self._runners.get(pass_name)
 
-    def try_prepare(self, pass_name: PassName) -> bool:
-        """Prepares a pass; where that cannot be, warns once with the reason, and returns False from then on.
+    def try_prepare(self, pass_name: PassName, then: PassName | None = None) -> bool:
+        """Prepares a pass, and has that of the next made meanwhile; where it cannot be, warns once with the reason, and
+        returns False from then on.
 
         Raises:
           RuntimeError: as `prepare`, inside a capture.
@@ -173,6 +188,8 @@ class Direct:
         if self.key in _reasons:
             return False
         try:
+            if then is not None:
+                self.expect(then)
             self.prepare(pass_name)
         except (cache.NoPlanError, driver.DriverError, OSError) as error:
             _warn(self.problem, pass_name, str(error))
@@ -225,8 +242,12 @@ _choices: dict[tuple[object, ...], DirectCall | None] = {}
 """What calls of these shapes, strides, dtypes and numbers take; None: DLPack."""
 
 
-def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCall | None:
+def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: PassName | None = None
+         ) -> DirectCall | None:
     """What runs a pass of a call on the direct path, its plan loaded; None: the call goes through DLPack.
+
+    Args:
+      then: a pass that will follow, whose plan may be made at the same time.
 
     Raises:
       RuntimeError: as `Direct.prepare`, inside a capture.
@@ -242,7 +263,9 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName) -> DirectCal
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
-    return choice if choice is not None and choice.direct.try_prepare(pass_name) else None
+    if choice is None or not choice.direct.try_prepare(pass_name, then):
+        return None
+    return choice
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:

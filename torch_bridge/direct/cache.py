@@ -57,12 +57,13 @@ def path_of(request: Request) -> Path:
     return directory() / f"{request.key}.plan"
 
 
-def find(request: Request, index: int) -> Program[Kernel]:
+def find(request: Request, index: int, *, quiet: bool = False) -> Program[Kernel]:
     """The plan of a request, from its file; where there is none, it is made, which takes seconds.
 
     Args:
       request: what the plan is for.
       index: of a device of that kind, as the driver counts.
+      quiet: shows no progress.
 
     Raises:
       NoPlanError: it cannot be made, or everyone may write to the directory.
@@ -80,7 +81,7 @@ def find(request: Request, index: int) -> Program[Kernel]:
             return found
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as new:
             made = Path(new, "plan")
-            _make(request, index, made)
+            _make(request, index, made, quiet)
             made.chmod(made.stat().st_mode & 0o755)  # whatever the process's umask: nobody else writes to it
             os.replace(made, path)
     found = _read(path, request)
@@ -131,7 +132,7 @@ def _is_in_place(file: int, path: Path) -> bool:
         return False
 
 
-def _make(request: Request, index: int, path: Path) -> None:
+def _make(request: Request, index: int, path: Path, quiet: bool) -> None:
     """Has a child process write the plan to `path`.
 
     Raises:
@@ -148,7 +149,8 @@ def _make(request: Request, index: int, path: Path) -> None:
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(request.text)
                 child.stdin.close()
-            last = _followed(child.stdout, Progress(f"compiling the {request.pass_name} (kept in {path.parents[1]})"))
+            title = f"compiling the {request.pass_name} (kept in {path.parents[1]})"
+            last = _followed(child.stdout, Progress(title, quiet))
             code = child.wait()
         except BaseException:
             child.kill()

@@ -1,6 +1,7 @@
 """What is shown while a plan is made: nothing for a second, then tqdm's bar, or a line where there is no tqdm."""
 
 import importlib
+import math
 import sys
 import time
 from typing import Any, Self
@@ -15,11 +16,12 @@ class Progress:
 
     Args:
       title: what is done.
+      quiet: shows nothing.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, quiet: bool = False) -> None:
         self._title, self._step, self._shown = f"pallas_flash: {title}", "", ""
-        self._next = time.monotonic() + SILENT_SECONDS
+        self._next = math.inf if quiet else time.monotonic() + SILENT_SECONDS
         self._bar: Any = None
 
     def __enter__(self) -> Self:
