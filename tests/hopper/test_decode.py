@@ -24,10 +24,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device
+from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device, paging
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper import defaults, launches, rules
-from pallas_flash.kernels.mosaic import lanes
+from pallas_flash.kernels.mosaic import batching, lanes
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands, Results
@@ -275,6 +275,24 @@ def test_under_transformations(name):
     assert text.count("@mosaic_gpu") == 1
     number = {"scan": "2x256", "pages-vmapped": "27x32", "pages-shared": "9x32"}[name]
     assert f"tensor<{number}x2x64xbf16>" in text
+
+
+@pytest.mark.parametrize("mapped", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_vmap_folds_pages_into_one_table(mapped):
+    """Which of k, v and the table are mapped: in the folded problem each sequence reads what it read before."""
+    q, cached = shapes(pages=(9, 16), capacity=48, d=8)
+    spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct((2, 48, 2, 8), "bfloat16"),) * 2).paged(cached.pages)
+    k, v = (normal(seed, 3, 9, 16, 2, 8) for seed in (0, 1))
+    table = np.random.default_rng(2).integers(0, 9, (3, 2, 3)).astype(np.int32)
+    given = [x if is_mapped else x[0] for x, is_mapped in zip((k, v, table), mapped)]
+    fields = dict(q=None, bias=None, score=(), mask=Full(), score_integers=(), dropout_seed=None, dropout_origin=None)
+    operands, flags = (Operands(k=a, v=b, page_table=c, **fields) for a, b, c in (map(jnp.asarray, given), mapped))
+    found = batching._folded_pages(3, spec, operands, flags)
+    read = lambda x, table: paging.rows(jnp.asarray(x), jnp.asarray(table), jnp.arange(48), 1)
+    of = lambda i, j: given[i][j] if mapped[i] else given[i]
+    for i, name in enumerate("kv"):
+        wanted = jnp.concatenate([read(of(i, j), of(2, j)) for j in range(3)])
+        np.testing.assert_array_equal(read(found[name], found["page_table"]), wanted)
 
 
 @dataclasses.dataclass(frozen=True)
