@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import pkgutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -268,7 +269,6 @@ def choose(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...]
 
 
 _OURS = tuple(f"{pathlib.Path(__file__).parents[1] / package}/" for package in ("pallas_flash", "torch_bridge"))
-"""Where frames are not the caller's."""
 _warned: set[tuple[str, str]] = set()
 """Implementation and reason of the warnings that were given."""
 _warned_lock = threading.Lock()
@@ -284,11 +284,17 @@ def warn_of_fallback(decision: Decision) -> None:
         if not new:
             continue
         try:
-            warnings.warn(_fallback(decision, row.name), skip_file_prefixes=_OURS)
+            warnings.warn(_fallback(decision, row.name), skip_file_prefixes=_not_the_callers())
         except errors.FallbackWarning:  # a filter made it an error, and shall do so in the next call
             with _warned_lock:
                 _warned.difference_update(new)
             raise
+
+
+def _not_the_callers() -> tuple[str, ...]:
+    """Where frames are not the caller's: ours, and PyTorch's, whose autograd stands between two of ours."""
+    torch = sys.modules.get("torch")
+    return _OURS if torch is None else (*_OURS, f"{pathlib.Path(str(torch.__file__)).parent}/")
 
 
 def _fallback(decision: Decision, left: str) -> errors.FallbackWarning:

@@ -219,13 +219,17 @@ def test_a_cpu_call_waits_for_its_results_before_it_drops_its_tensors(monkeypatc
     assert len(waits) == 1 + interrupted and not exchange._interrupted
 
 
-def test_a_fallback_warns_when_a_call_is_planned(monkeypatch):
-    """Once a reason, with the caller's line, and not in `explain`: a GPU with kernels that take no mask tensor."""
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_fallback_warns_when_a_call_is_planned(monkeypatch, needs_grad):
+    """Once a reason, with the caller's line (regression: PyTorch's own, from within autograd), and not in `explain`: a
+    GPU with kernels that take no mask tensor.
+    """
     from pallas_flash import FallbackWarning, device, dispatch
     monkeypatch.setattr(device, "of", lambda _: device.H100)
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(exchange, "_plans", {})
     q, mask = torch.randn(SHAPE, dtype=torch.bfloat16), torch.ones(L, L, dtype=torch.bool)
+    q.requires_grad_(needs_grad)
     assert "not 'hopper': takes arrays in" in torch_bridge.explain(q, q, q, mask)
     with pytest.warns(FallbackWarning, match="mask has Dense") as found:
         OURS(q, q, q, mask)

@@ -34,7 +34,7 @@ _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
-_OURS = str(Path(__file__).parents[1])  # where frames are not the caller's
+_NOT_THE_CALLERS = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)  # autograd's are in between
 
 
 def is_asked_for() -> bool:
@@ -295,4 +295,4 @@ def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:
 
     warnings.warn(errors.fallback(
         f"the {pass_name} of {problem} goes through DLPack, because the direct path ({VARIABLE}=1) cannot take it",
-        [reason], f"change that, or unset {VARIABLE}"), skip_file_prefixes=(_OURS,))
+        [reason], f"change that, or unset {VARIABLE}"), skip_file_prefixes=_NOT_THE_CALLERS)
