@@ -11,13 +11,15 @@ import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
 from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "padded_q", "q_range"]
+__all__ = [
+    "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "padded_q", "q_range", "row_range",
+]
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,6 +62,11 @@ def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Positions) -> tile
     """The key tiles that a query tile needs."""
     rows = tiles.interval(q_tile, s.block_q, spec.q_len)
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
+
+
+def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.TileRange[Any]:
+    """The key tiles that the 64 queries from `first` on need, past the end of the sequence too."""
+    return tiles.kv_tiles(mask_of(spec, s), (first, first + ROWS), s.block_kv, spec.kv_len)
 
 
 @functools.lru_cache(maxsize=256)
