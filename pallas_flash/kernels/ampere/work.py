@@ -18,7 +18,8 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "padded_q", "q_range", "row_range",
+    "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range", "padded_q", "q_range",
+    "row_range",
 ]
 
 
@@ -92,7 +93,12 @@ def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> til
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
-    keys = kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv
+    return own_q_range(spec, s, (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv))
+
+
+def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
+                keys: tuple[Positions, Positions]) -> tiles.TileRange[Any]:
+    """The query tiles that the keys of an interval need."""
     return tiles.q_tiles(mask_of(spec, s), keys, s.block_q, spec.q_len)
 
 
