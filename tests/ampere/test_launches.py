@@ -5,8 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, device
+from pallas_flash import Causal, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import kernels
 from pallas_flash.spec import AttentionSpec
@@ -29,3 +31,29 @@ def test_only_the_kernels_that_explain_names_are_launched(offset):
         assert jaxpr.out_avals == [jax.core.ShapedArray(kind.shape, kind.dtype) for kind in found.result_types]
         for name in {name for step in found.launches for name in step.inputs}:
             assert name in found.inputs or any(name in step.outputs for step in found.launches), name
+
+
+def on_two_devices(function):
+    """`function` of a batch that two devices share."""
+    def call(*arrays):
+        if len(jax.devices()) < 2:
+            pytest.skip("needs 2 devices")
+        mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+        return jax.shard_map(function, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))(*arrays)
+    return call
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.vmap, on_two_devices], ids=["grad", "vmap", "shard_map"])
+def test_each_kernel_is_lowered_once(transform, x64):
+    """In 64-bit mode, too: kernels count in int32."""
+    def loss(q, k, v):
+        out, lse = flash_attention(q, k, v, mask=Causal(), return_lse=True, implementation="ampere")
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    q = jax.ShapeDtypeStruct((*[3] * (transform is jax.vmap), 2, 256, 4, 64), jnp.bfloat16)
+    with device.assume(device.H200):
+        gradients = jax.jit(transform(jax.grad(loss, (0, 1, 2))))
+        text = gradients.trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    wanted = ["backward_finish", "backward_kv", "backward_prepare", "forward"]
+    assert sorted(re.search(r"attention_([a-z_]+[a-z])", line)[1] for line in calls) == wanted

@@ -6,6 +6,7 @@ ldmatrix reads (`mma`). Rows past the end of the array, and columns past the hea
 no bytes. A thread holds one address on each side; the offsets from there are constants.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -107,28 +108,21 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *(ptx.SCALAR,) * 3))
     def copy(_: mgpu.LaunchContext, source: ir.Value, target: ir.Value, *index: mgpu.FragmentedArray) -> None:
-        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
-        const = lambda value: mgpu.utils.c(value, i32)
-        wide = lambda x, stride: arith.muli(arith.extui(i64, x), mgpu.utils.c(stride, i64))
+        const = lambda value: mgpu.utils.c(value, ptx.i32())
+        below = lambda x, limit: arith.cmpi(arith.CmpIPredicate.slt, x, const(limit))
         batch, head, first = (x.registers.item() for x in index)
         thread = ptx.moved(mgpu.utils.thread_idx())
         row, unit = arith.shrui(thread, const(3)), arith.andi(thread, const(7))
-        position, shape = arith.addi(first, row), _static_shape(source)
-        start = arith.addi(wide(batch, math.prod(shape[1:])), arith.addi(
-            wide(head, math.prod(shape[4 - axis:])), arith.addi(wide(position, down), wide(unit, _UNIT))))
-        element = ir.MemRefType(source.type).element_type
-        origin = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(source), [start], element)
+        position = arith.addi(first, row)
+        origin = _global_address(source, axis, (batch, head, position, unit))
         swizzled = arith.muli(arith.xori(unit, arith.andi(row, const(7))), const(16))
         to = arith.addi(shared_address(target), arith.addi(arith.muli(row, const(_ROW_BYTES)), swizzled))
         for chunk in range(count):
-            units = min(_UNIT, (width - chunk * CHUNK) // _UNIT)
-            in_row = None if units == _UNIT else arith.cmpi(arith.CmpIPredicate.slt, unit, const(units))
+            units = (width - chunk * CHUNK) // _UNIT
+            in_row = [below(unit, units)] if units < _UNIT else []
             for i in range(0, rows, at_once):
-                inside = in_row
-                if length % rows:
-                    below = arith.cmpi(arith.CmpIPredicate.slt, position, const(length - i))
-                    inside = below if in_row is None else arith.andi(below, in_row)
-                size = const(16) if inside is None else arith.select(inside, const(16), const(0))
+                inside = [below(position, length - i)] * (length % rows > 0) + in_row
+                size = arith.select(functools.reduce(arith.andi, inside), const(16), const(0)) if inside else const(16)
                 offsets = (chunk * rows + i) * _ROW_BYTES, 2 * (i * down + chunk * CHUNK)
                 mgpu.utils.inline_ptx(
                     f"cp.async.cg.shared.global [$0+{offsets[0]}], [$1+{offsets[1]}], 16, $2;", to, origin, size,
@@ -137,8 +131,18 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
     copy(source, target, *map(ptx.scalar, index))
 
 
-def _static_shape(ref: ir.Value) -> list[int]:
-    return list(ir.MemRefType(ref.type).shape)
+def _global_address(ref: ir.Value, axis: int, place: tuple[ir.Value, ...]) -> ir.Value:
+    """The address of a unit of 16 bytes of an array of four axes; `axis` is that of positions.
+
+    Args:
+      place: batch, head, position and unit, int32.
+    """
+    i64, kind = ir.IntegerType.get_signless(64), ir.MemRefType(ref.type)
+    shape = list(kind.shape)
+    strides = math.prod(shape[1:]), math.prod(shape[4 - axis:]), math.prod(shape[axis + 1:]), _UNIT
+    terms = [arith.muli(arith.extui(i64, x), mgpu.utils.c(stride, i64)) for x, stride in zip(place, strides)]
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [functools.reduce(arith.addi, terms)],
+                                    kind.element_type)
 
 
 def shared_address(ref: ir.Value) -> ir.Value:

@@ -11,13 +11,16 @@ import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
 from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "padded_q", "q_range"]
+__all__ = [
+    "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range", "padded_q", "q_range",
+    "row_range",
+]
 
 
 @functools.lru_cache(maxsize=256)
@@ -62,6 +65,11 @@ def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Positions) -> tile
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
 
 
+def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.TileRange[Any]:
+    """The key tiles that the 64 queries from `first` on need, past the end of the sequence too."""
+    return tiles.kv_tiles(mask_of(spec, s), (first, first + ROWS), s.block_kv, spec.kv_len)
+
+
 @functools.lru_cache(maxsize=256)
 def forward_work(spec: AttentionSpec, s: ForwardSchedule) -> Work:
     """The forward's blocks, one for each query tile and query head. A section holds whole groups of heads where it can.
@@ -85,7 +93,12 @@ def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> til
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
-    keys = kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv
+    return own_q_range(spec, s, (kv_tile * s.block_kv, (kv_tile + 1) * s.block_kv))
+
+
+def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
+                keys: tuple[Positions, Positions]) -> tiles.TileRange[Any]:
+    """The query tiles that the keys of an interval need."""
     return tiles.q_tiles(mask_of(spec, s), keys, s.block_q, spec.q_len)
 
 

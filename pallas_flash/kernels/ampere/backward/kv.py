@@ -121,6 +121,28 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     return Sums(mma.accumulate(sums.dk, dss, q), mma.accumulate(sums.dv, ps, dout))
 
 
+def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
+    """Adds a query tile to dk and dv, if the warpgroup's keys meet it, and writes its dS^T to shared memory."""
+    s = block.schedule
+
+    def add(sums: Sums) -> Sums:
+        flags = needs(block, step, slot)
+        for start in range(0, s.block_q, s.part_q):
+            sums = add_part(block, Part(step, slot, start, flags), sums)
+        return sums
+
+    def leave_out(sums: Sums) -> Sums:
+        nothing = registers.zeros(s.block_q).astype(block.spec.dtype)
+        for i in range(s.row_tiles):
+            mma.store_rows(nothing, block.smem["ds"].at[:, pl.ds(block.own, ROWS * s.row_tiles)], i * ROWS, 0)
+        return sums
+
+    if s.warpgroups == 1 or not work.kv_work(block.spec, s).partial:
+        return add(sums)
+    own = work.own_q_range(block.spec, s, (block.first_key(0), block.first_key(s.row_tiles)))
+    return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
+
+
 def add_dq(block: Block, step: Step) -> None:
     """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written."""
     size, count = block.team.size, chunks(block.spec.d)
@@ -149,9 +171,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
 
     if s.num_stages > 1:
         load_next()
-    flags = needs(block, step, slot)
-    for start in range(0, s.block_q, s.part_q):
-        sums = add_part(block, Part(step, slot, start, flags), sums)
+    sums = add_tile(block, step, slot, sums)
     copies.meet(block.team)
     if s.num_stages == 1:
         load_next()

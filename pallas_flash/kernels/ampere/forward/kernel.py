@@ -15,6 +15,7 @@ that is still spread over columns: it is added up once, at the end. P is rounded
 float32.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -29,13 +30,14 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.repair import Sums, repaired
 from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
+from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit
-from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -45,12 +47,41 @@ type States = tuple[State, ...]
 """Of each 64 rows."""
 
 
+def products(block: Block, meets: list[Flag] | None) -> tuple[Fragment, ...]:
+    """S = Q K^T of each 64 rows; of rows that do not meet the tile, any finite numbers."""
+    q, k, spec = block.smem["q"], block.smem["k"], block.spec
+    if meets is None:
+        return mma.multiply_transposed(q, k, spec.d)
+
+    def of_rows(i: int) -> Fragment:
+        (s,) = mma.multiply_transposed(q.at[:, pl.ds(i * ROWS, ROWS)], k, spec.d)
+        return s
+
+    return tuple(lax.cond(meets_it, functools.partial(of_rows, i), lambda: registers.zeros(block.schedule.block_kv))
+                 for i, meets_it in enumerate(meets))
+
+
+def add_values(block: Block, meets: list[Flag] | None, states: list[State], weights: list[Fragment]) -> States:
+    """O += P V of each 64 rows; rows that do not meet the tile have no weights."""
+    accs, v = [state.acc for state in states], block.smem["v"]
+    if meets is None:
+        new = mma.accumulate(accs, weights, v)
+    else:
+        new = tuple(lax.cond(meets_it, lambda acc, p: mma.accumulate([acc], [p], v)[0], lambda acc, _: acc, acc, p)
+                    for meets_it, acc, p in zip(meets, accs, weights, strict=True))
+    return tuple(state._replace(acc=acc) for state, acc in zip(states, new, strict=True))
+
+
 def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     """Adds a tile of keys, which is on its way, and starts to load the one before it."""
     spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
+    mask, meets = work.mask_of(spec, s), None
+    if masked and s.row_tiles > 1:
+        ranges = (work.row_range(spec, s, block.first + i * ROWS) for i in range(s.row_tiles))
+        meets = [(kv_tile >= found.start) & (kv_tile < found.stop) for found in ranges]
     copies.sync(block.team)
     block.load("v", kv_tile)
-    scores = mma.multiply_transposed(block.smem["q"], block.smem["k"], spec.d)
+    scores = products(block, meets)
     copies.sync(block.team)
 
     @pl.when(kv_tile > block.needed.start)
@@ -61,12 +92,11 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
         x = scaled(spec, x)
         if masked:
-            x = block_mask.hide(work.mask_of(spec, s), x, (block.first + i * ROWS, first), 1)
+            x = block_mask.hide(mask, x, (block.first + i * ROWS, first), 1)
         state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
         new.append(state)
         weights.append(p)
-    accs = mma.accumulate([state.acc for state in new], weights, block.smem["v"])
-    return tuple(state._replace(acc=acc) for state, acc in zip(new, accs, strict=True))
+    return add_values(block, meets, new, weights)
 
 
 def walk(block: Block) -> States:
@@ -85,7 +115,7 @@ def walk(block: Block) -> States:
     return states
 
 
-def finish(block: Block, row_tile: int, sums: Sums, acc: registers.Fragment) -> None:
+def finish(block: Block, row_tile: int, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i and the statistics of 64 rows to global memory."""
     spec, first = block.spec, block.first + row_tile * ROWS
     m_i, rounding, l_i = sums
