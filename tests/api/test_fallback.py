@@ -13,9 +13,9 @@ import pytest
 from pallas_flash import (
     AttentionSpec,
     Causal,
-    Dense,
     FallbackWarning,
     InBounds,
+    SegmentIds,
     context_parallel_attention,
     device,
     dispatch,
@@ -45,12 +45,13 @@ def seen():
 
 
 def test_what_it_says(seen):
-    flash_attention(Q, Q, Q, bias=BIAS, mask=Dense(jnp.ones((8, 8), bool)))
+    ids = SegmentIds(jnp.zeros(8, int), jnp.zeros(8, int))
+    flash_attention(Q, Q, Q, bias=BIAS, mask=ids & ids)
     (warning,) = seen
     text = str(warning.message)
     assert warning.category is FallbackWarning and warning.filename == __file__
     assert text.startswith("implementation='xla' runs AttentionSpec(") and " on NVIDIA H100 80GB HBM3, because" in text
-    for part in ("takes no bias", "mask has Dense", "implementation='xla'", "filterwarnings"):
+    for part in ("takes no bias", "takes one SegmentIds", "implementation='xla'", "filterwarnings"):
         assert part in text, part
 
 

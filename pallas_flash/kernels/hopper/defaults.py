@@ -23,6 +23,7 @@ from pallas_flash.kernels.hopper.work import (
     every_loaded,
     every_q_range,
     every_row_block,
+    has_bits,
     has_order,
     makespan,
     worst_case,
@@ -136,7 +137,8 @@ def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     if widest <= 128:
         return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
-    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
+    narrow = 32 if has_bits(spec.mask) else 48  # bits come in words of 32 keys
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if capped and v_stages == 1 else 64,
                                                         v_stages=v_stages))
 
 

@@ -35,17 +35,19 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules = ((spec.mask.has_arrays, "a mask that holds arrays"),
+    dense = any(type(part) is masks.Dense for part in spec.mask.parts)
+    others = any(part.has_arrays and type(part) is not masks.Dense for part in spec.mask.parts)
+    rules = ((others, "a mask that holds arrays"), (dense, "a dense mask"),
              (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
 
 
 def _is_known(part: masks.Mask) -> bool:
-    """Whether a part of a mask keeps the keys of one interval for each query, or pairs of equal ids."""
+    """Whether a part of a mask keeps the keys of one interval for each query, pairs of equal ids, or what bits say."""
     if type(part) is Packed:
         return all(type(rule) in _INTERVAL_RULES for rule in part.rule.parts)
-    return type(part) in (*_INTERVAL_RULES, masks.SegmentIds)
+    return type(part) in (*_INTERVAL_RULES, masks.SegmentIds, masks.Dense)
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -85,9 +87,9 @@ def _mask_reasons(mask: masks.Mask) -> list[str]:
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
         (not is_cached, "takes no cache of keys and values yet"),
-        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds and packed sequences of "
-         f"these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as SegmentIds; a mask "
-         "without arrays may be of any class)"),
+        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
+         f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
+         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class)"),
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

@@ -54,7 +54,7 @@ def compile_module(module: bytes, work: Path) -> dict:
 
 
 def with_arrays(problem, options: list[str]):
-    """The mask of a problem, in which lengths or documents are arrays."""
+    """The mask of a problem, in which lengths, documents or pairs are arrays."""
     import numpy as np
 
     from pallas_flash import masks
@@ -64,13 +64,17 @@ def with_arrays(problem, options: list[str]):
     if "documents" in options:
         ids = (np.zeros((problem.batch, length), np.int32) for length in (problem.q_len, problem.kv_len))
         mask = mask & masks.SegmentIds(*ids)
+    if "dense" in options:
+        mask = mask & masks.Dense(np.ones((problem.batch, 1, problem.q_len, problem.kv_len), bool))
+    if "padding" in options:
+        mask = mask & masks.Dense(np.ones((problem.batch, 1, 1, problem.kv_len), bool))
     return mask
 
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents (a mask that holds arrays beside the problem's)."""
+    documents, dense, padding (a mask that holds arrays beside the problem's)."""
     import dataclasses
 
     import jax
