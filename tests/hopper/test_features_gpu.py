@@ -4,12 +4,14 @@ forward, lse and all gradients against the formulas in float64, with NaN and inf
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_within
 
 from hopper.test_sweep import budget_of, problem_of
-from pallas_flash import Causal, Dense, Full, SegmentIds, Window
+from pallas_flash import Causal, Dense, Full, SegmentIds, Window, flash_attention
 from pallas_flash.testing import conformance, inputs
 
 pytestmark = pytest.mark.gpu
@@ -94,3 +96,76 @@ def test_a_bad_key_reaches_only_the_queries_whose_bit_is_set(dims, deterministic
         a, b = (np.asarray(x[name], np.float32) for x in (found, clean))
         assert np.isnan(a[sees]).all(), name
         np.testing.assert_allclose(a[~sees], b[~sees], rtol=0.02, atol=2e-3, err_msg=name)
+
+
+def far(*shape):
+    """Biases of which some are -inf and some so far below the others that rows which see only those need an anchor."""
+    found = np.random.default_rng(3).standard_normal((*shape, 1, KV_LEN)).astype(np.float32)
+    found[..., :70], found[..., 150:160], found[..., 300:] = -2e3, -np.inf, -np.inf
+    return found
+
+
+BIAS = {
+    "keys": dict(bias=(BATCH, 2, 1, KV_LEN), mask=Full()),
+    "keys-shared": dict(bias=(1, 1, 1, KV_LEN), bias_dtype="float32"),
+    "keys-masks": dict(bias=(BATCH, 1, 1, KV_LEN), bias_masks=True, mask=Causal(-20)),
+    "keys-gqa-heads-first": dict(bias=(1, 4, 1, KV_LEN), q_heads=4, layout="BHLD", mask=Window(150, 60)),
+    "keys-softcap": dict(bias=(BATCH, 1, 1, KV_LEN), softcap=2.0),
+    "keys-dropout": dict(bias=(BATCH, 1, 1, KV_LEN), dropout_rate=0.2),
+    "keys-deterministic": dict(bias=(BATCH, 2, 1, KV_LEN), deterministic=True),
+    "keys-documents": dict(bias=(BATCH, 1, 1, KV_LEN), mask=SegmentIds(IDS[:Q_LEN], IDS[:KV_LEN])),
+    "keys-float16": dict(bias=(BATCH, 2, 1, KV_LEN), dtypes=("float16",)),
+}
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("name", BIAS)
+def test_biases_of_keys_agree_with_the_oracle(name, dims):
+    """Their gradients, too; also with what they and masks hide poisoned."""
+    problem = problem_of(f"bias-{name}", dims, **(dict(q_len=Q_LEN, kv_len=KV_LEN) | BIAS[name]))
+    operands, cotangents = conformance.random_case(problem, problem.dtypes[0])
+    operands = operands._replace(bias=far(*problem.bias[:2]).astype(operands.bias.dtype))
+    budget = budget_of(problem, operands, cotangents)
+    assert_within(budget, run(problem, operands, cotangents))
+    assert_within(budget, run(problem, inputs.poisoned(problem.spec(), operands), cotangents))
+
+
+def test_a_bias_of_the_smallest_number_masks_as_in_other_libraries():
+    """Rows that see no other key weigh all keys alike, and their gradients are finite."""
+    problem = problem_of("bias-smallest", (128, 128), q_len=Q_LEN, kv_len=KV_LEN, bias=(BATCH, 1, 1, KV_LEN))
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    smallest = np.where(np.arange(KV_LEN) < 70, float(jnp.finfo(jnp.bfloat16).min), 0.0)
+    bias = np.broadcast_to(smallest, problem.bias).astype(operands.bias.dtype)
+    found = run(problem, operands._replace(bias=bias), cotangents)
+    assert all(np.isfinite(np.asarray(found[name], np.float32)).all() for name in ("out", "dq", "dk", "dv"))
+    v = np.asarray(operands.v, np.float32)  # causal: query 69 sees the first 70 keys
+    np.testing.assert_allclose(np.asarray(found["out"], np.float32)[:, 69], v[:, :70].mean(axis=1), atol=0.02)
+
+
+SINKS = {"causal": dict(), "window": dict(mask=Window(100, 0)), "empty-rows": dict(mask=Causal(-70)),
+         "dense": dict(mask=Dense(KEYS), kv_len=KV_LEN)}
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("name", SINKS)
+def test_sinks_agree_with_those_of_the_reference(name, dims):
+    """out, lse and the gradients of all, that of the sinks included."""
+    problem = problem_of(f"sinks-{name}", dims, **SINKS[name])
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    sinks = np.array([0.5, 3.0], np.float32)
+
+    def everything(implementation, q, k, v, sinks):
+        call = lambda *given: flash_attention(*given[:3], sinks=given[3], mask=problem.mask, return_lse=True,
+                                              implementation=implementation)
+        results, vjp = jax.vjp(call, q, k, v, sinks)
+        return results, vjp((cotangents[0].astype(results[0].dtype), cotangents[1]))
+
+    found = jax.jit(everything, static_argnums=0)("hopper", *operands[:3], sinks)
+    wide = [np.asarray(x, np.float32) for x in operands[:3]]
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.jit(everything, static_argnums=0)("reference", *wide, sinks)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        finite = np.isfinite(b)
+        assert np.array_equal(finite, np.isfinite(a))
+        assert np.abs(a - b)[finite].max() <= 0.02 * np.abs(b[finite]).max()

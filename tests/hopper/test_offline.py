@@ -32,7 +32,8 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged",
          "causal-d64-s2048+gradients+documents", "causal-d128-s2048+gradients+documents+lengths",
          "causal-d256-s2048+gradients+lengths", "causal-d64-s2048+gradients+padding",
-         *(f"causal-d{d}-s2048+gradients+dense" for d in (128, 256)),
+         *(f"causal-d{d}-s2048+gradients+dense" for d in (128, 256)), "causal-d128-s2048+gradients+bias",
+         "causal-d64-s2048+gradients+bias+softcap",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
          "causal-d128-s2048+gradients+dropout+documents"]

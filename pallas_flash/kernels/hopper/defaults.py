@@ -63,9 +63,12 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
         return assumed
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
+    # Registers a thread: a bias needs about 20 more than the kernels for 64 with a soft cap (160 a thread, of three
+    # warpgroups) and for 128 (240, 64 of them queries) have left; they would be spilled in the loop.
+    biased, capped = spec.bias is not None, spec.softcap is not None
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
-        (128, ForwardSchedule(block_kv=128, q_registers=True)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=2 if biased and capped else 3, held_columns=0)),
+        (128, ForwardSchedule(block_kv=128, q_registers=not biased)),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
@@ -92,7 +95,8 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """Returns `ForwardSchedule.maxima`: how often the row maximum is taken. Taking it rarely pays where rows walk over
     many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
     """
-    if spec.q_len == 0 or spec.mask.has_arrays:  # of arrays nothing is known: a row may meet its first key at any step
+    # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
+    if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None:
         return 0
     start, *_, stop = every_row_block(spec, schedule)
     shortest, longest = np.min(stop - start), np.max(stop - start)
@@ -117,7 +121,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
-    spills = spec.d == 128 and spec.softcap is not None and spec.dropout_rate > 0  # 208 bytes, in the loop
+    # 208 bytes with dropout, 104 with a bias, in the loop
+    spills = spec.d == 128 and spec.softcap is not None and (spec.dropout_rate > 0 or spec.bias is not None)
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
@@ -137,7 +142,7 @@ def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     if widest <= 128:
         return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
-    narrow = 32 if has_bits(spec.mask) else 48  # bits come in words of 32 keys
+    narrow = 32 if has_bits(spec.mask) or spec.bias is not None else 48  # bits come in words of 32 keys
     return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if capped and v_stages == 1 else 64,
                                                         v_stages=v_stages))
 

@@ -37,7 +37,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     dense = any(type(part) is masks.Dense for part in spec.mask.parts)
     others = any(part.has_arrays and type(part) is not masks.Dense for part in spec.mask.parts)
-    rules = ((others, "a mask that holds arrays"), (dense, "a dense mask"),
+    rules = ((others, "a mask that holds arrays"), (dense, "a dense mask"), (spec.bias is not None, "a bias"),
              (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
@@ -71,17 +71,19 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
-        (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
+        (spec.bias is None or spec.bias.shape[2] == 1, f"takes a bias of keys only yet, (batch, heads, 1, kv_len), not "
+         f"{spec.bias} (what only hides pairs can be a mask)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
-    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
+    has_arrays = spec.mask.has_arrays or spec.bias is not None
+    return [reason for holds, reason in rules if not holds] + (_mask_reasons(spec.mask) if has_arrays else [])
 
 
 def _mask_reasons(mask: masks.Mask) -> list[str]:
-    """A mask without arrays may be of any class. Where one part holds arrays, the kernels know all parts by class."""
-    if not mask.has_arrays:
-        return []
+    """A mask without arrays may be of any class. Where one part holds arrays, as what a bias hides does, the kernels
+    know all parts by class.
+    """
     is_cached = any(type(part) is Filled for part in mask.parts)
     own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part) and type(part) is not Filled})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
@@ -89,7 +91,7 @@ def _mask_reasons(mask: masks.Mask) -> list[str]:
         (not is_cached, "takes no cache of keys and values yet"),
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
          f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
-         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class)"),
+         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias)"),
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_flash import device
 from pallas_flash.device import Device
+from pallas_flash.masks import ArrayField
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["vmappable"]
@@ -58,4 +59,5 @@ def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
 
 
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
-    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders())
+    bias = None if operands.bias is None else ArrayField.of(operands.bias)
+    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(), bias=bias)

@@ -74,7 +74,7 @@ def with_arrays(problem, options: list[str]):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents, dense, padding (a mask that holds arrays beside the problem's)."""
+    documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key)."""
     import dataclasses
 
     import jax
@@ -92,7 +92,8 @@ def lower(name: str, options: list[str]):
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
-    keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
+    bias = jnp.zeros((spec.batch, 1, 1, spec.kv_len), spec.dtype) if "bias" in options else None
+    keywords = dict(bias=bias, mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     implementation="hopper")
 

@@ -1,0 +1,132 @@
+"""A bias of each key: added to scores in registers, forward and backward; its gradient is `hopper.dbias`.
+
+With a bias, scores are in the unit 1: s * unit + (bias - anchor). The anchor (`AttentionSpec.anchor`) is the largest
+bias of a row, where that is far from 0. Both are float32 arrays that XLA makes beside the launches, O(length):
+
+    bias    (batch or 1, heads or 1, 1, kv_len), zeros where it is -inf
+    anchor  (batch or 1, heads or 1, 1, q_len), of each query
+
+A bias of -inf hides a key from all queries, as a dense mask of that shape does, so it becomes one (`as_mask`): such
+keys are skipped by whole tiles, and what is in them reaches nothing.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import masks, softmax, tiles
+from pallas_flash.arrays import Array, Float
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.spec import AttentionSpec, Operands
+
+__all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "types"]
+
+
+# -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
+
+def as_mask(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
+    """The same problem with what a bias of -inf hides in its mask, too."""
+    if operands.bias is None:
+        return spec, operands
+    mask = operands.mask & masks.Dense(operands.bias != -jnp.inf)
+    return dataclasses.replace(spec, mask=mask.with_placeholders()), operands._replace(mask=mask)
+
+
+def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Float[Array, "1|b 1|h 1 n"], ...]:
+    """What a pass is made of: the bias and its anchor; nothing if there is no bias."""
+    if operands.bias is None:
+        return ()
+    bias = operands.bias.astype(jnp.float32)
+    anchor = spec.anchor(operands)[..., 0].astype(jnp.float32)
+    anchor = jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))
+    return jnp.where(bias == -jnp.inf, 0.0, bias), anchor[:, :, None]
+
+
+def names(spec: AttentionSpec) -> tuple[str, ...]:
+    """The arrays that every kernel reads that makes scores."""
+    return ("bias", "anchor") if spec.bias is not None else ()
+
+
+def arrays(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule,
+           given: tuple[Array, ...]) -> dict[str, Array]:
+    """The arrays that kernels read, padded to whole tiles, of `inputs`."""
+    if isinstance(schedule, ForwardSchedule):
+        blocks = schedule.block_kv, schedule.block_q
+    else:
+        dq_block = schedule.dq.block_kv if schedule.dq is not None else 1
+        blocks = math.lcm(schedule.kv.block_kv, dq_block), schedule.padded_q_block
+    lengths = (tiles.cdiv(length, block) * block for length, block in zip((spec.kv_len, spec.q_len), blocks))
+    return {name: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3])))
+            for name, x, length in zip(names(spec), given, lengths)}
+
+
+def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of a pass; none if there is no bias."""
+    if spec.bias is None:
+        return {}
+    fields = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (spec.bias, spec.mask))
+
+    def make(bias: Array, mask: masks.Mask) -> dict[str, Array]:
+        operands = Operands(q=bias, k=bias, v=bias, bias=bias, score=(), mask=mask, score_integers=(),
+                            dropout_seed=None, dropout_origin=None, page_table=None)
+        return arrays(spec, schedule, inputs(spec, operands))
+
+    found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, *fields)
+    return found
+
+
+# -- in registers ------------------------------------------------------------------------------------------------------
+
+class HeadBias(NamedTuple):
+    """The bias of one batch entry and query head."""
+
+    spec: AttentionSpec
+    gmem: dict[str, Ref]
+    batch: Index
+    head: Index
+
+    def added(self, s: Fragment, first: tuple[Index, Index], keys_dim: int) -> Fragment:
+        """Scores with the bias, in the unit 1; 8 columns at a time.
+
+        Args:
+          s: (64, n), in their own unit, in the layout TILE.
+          first: the positions of the first query and of the first key.
+          keys_dim: the axis that runs over keys.
+        """
+        # Opaque, or LLVM would keep what follows from them, addresses first, in registers through every loop.
+        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
+        own, other = ("anchor", "bias") if keys_dim == 1 else ("bias", "anchor")
+        row, column = (ptx.opaque(x) for x in (first if keys_dim == 1 else first[::-1]))
+        rows = registers.spread(here._rows(own, row), 8)
+        parts = []
+        for i in range(0, s.shape[1], 8):
+            columns = registers.stack(registers.load_row(self.gmem[other], (*here._at(other), 0), column + i, 8))
+            bias, anchor = (columns, rows) if keys_dim == 1 else (rows, columns)
+            parts.append(s[:, i:i + 8] * self._unit + (bias - anchor))
+        return registers.concatenate(parts)
+
+    def added_to_key(self, s: PerRow, first: Index, key: Index) -> PerRow:
+        """Scores of 64 queries and one key, with the bias of the key."""
+        bias = self.gmem["bias"][*self._at("bias"), 0, key]
+        return s * self._unit + (bias - self._rows("anchor", first))
+
+    @property
+    def _unit(self) -> float:
+        return softmax.unit(self.spec.scale, self.spec.softcap)
+
+    def _rows(self, name: str, first: Index) -> PerRow:
+        ref = self.gmem[name].at[*self._at(name), 0, pl.ds(first, ROWS_PER_WARPGROUP)]
+        return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)
+
+    def _at(self, name: str) -> tuple[Index, Index]:
+        batch, heads = self.gmem[name].shape[:2]
+        return self.batch if batch > 1 else 0, self.head if heads > 1 else 0
