@@ -202,8 +202,8 @@ BAD = 50
 """A key whose value is NaN, that some queries attend to."""
 
 
-NAMES = "documents-causal", "dense-causal", "dense-documents"
-"""All that a mask may hold: ids, offsets, lengths, bits of pairs and bits that all queries share."""
+NAMES = "documents-causal", "dense-causal"
+"""All that a mask may hold: ids, offsets, lengths and bits."""
 
 
 @functools.cache
@@ -228,7 +228,7 @@ def given(spec, schedule, mask, found):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", NAMES[::2])
+@pytest.mark.parametrize("name", NAMES[:1])
 def test_forward_agrees_with_the_oracle(name):
     """A value that is NaN reaches the queries that attend to it, and no others, of its document or of another."""
     problem, operands, _, budget = truth(name)

@@ -1,4 +1,4 @@
-"""A bias of each key in the Hopper kernels, in Pallas' interpreter, and its gradient; see `test_array_masks`."""
+"""A bias of each key, or of each pair, in the Hopper kernels, in Pallas' interpreter, and its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ def with_far_rows(array):
     """Some keys far below all others, so that queries which see no others need an anchor; some at -inf."""
     array = array.copy()
     array[..., :9], array[..., 20:24], array[..., 40:] = -3e3, -np.inf, -np.inf
+    array[..., 1::2, 9:12] = -np.inf
     return array
 
 
 @pytest.mark.interpreted
 def test_everything_agrees_with_the_oracle():
-    """Without NaN: a bias of -inf hides keys as a dense mask, and `test_array_masks` puts NaN in those."""
-    problem = problem_of("bias", batch=1, q_heads=1, bias=(1, 1, 1, KV_LEN), mask=Causal(offset=5))
+    """Without NaN in what a bias of -inf hides: `test_array_masks` has it in what bits hide."""
+    problem = problem_of("bias", batch=1, q_heads=1, bias=(1, 1, Q_LEN, KV_LEN), mask=Causal(offset=5))
     operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
     operands = operands._replace(bias=with_far_rows(operands.bias))
     budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
@@ -50,7 +51,7 @@ def test_everything_agrees_with_the_oracle():
         arrays = *given[:3], out, stats, jnp.asarray(dout), dstats, *fields
         dq, dk, dv = jax.block_until_ready(calls._backward(biased, BACKWARD)(*arrays))
     found = dict(out=out, dq=dq, dk=dk, dv=dv, lse=autodiff.natural_lse(spec, given, stats),
-                 dbias=dbias(biased, operands, Results(out, stats), Results(jnp.asarray(dout), dstats)))
+                 dbias=dbias(spec, given, Results(out, stats), Results(jnp.asarray(dout), dstats)))
     used = budget.used(budget.baseline._replace(**found))
     assert max(used.values()) <= 1, used
 
@@ -58,6 +59,7 @@ def test_everything_agrees_with_the_oracle():
 DBIAS = {
     "shared-by-heads": dict(bias=(2, 1, 1, KV_LEN), mask=Window(30, 10), dropout_rate=0.3),
     "shared-by-all": dict(bias=(1, 1, 1, KV_LEN), softcap=2.0, layout="BHLD", bias_dtype="float32", q_len=200),
+    "pairs": dict(bias=(1, 2, 200, KV_LEN), q_len=200, mask=Causal(-20)),
     "lengths": dict(bias=(1, 2, 1, KV_LEN), mask=masks.InBounds(kv_len=np.array([30, 0]))),
 }
 
@@ -73,7 +75,7 @@ def test_gradient_agrees_with_the_oracle(name):
     results = Results(jnp.asarray(budget.oracle.out, "bfloat16"), jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
     cotangents = Results(jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2))
     given = jax.tree.map(jnp.asarray, inputs.poisoned(spec, operands))
-    found = jax.jit(lambda operands: dbias(*bias.as_mask(spec, operands), results, cotangents))(given)
+    found = jax.jit(lambda operands: dbias(spec, operands, results, cotangents))(given)
     assert found.dtype == operands.bias.dtype
     used = budget.used(budget.baseline._replace(dbias=found))
     assert max(used.values()) <= 1, used
@@ -83,6 +85,6 @@ def test_what_the_kernels_take():
     spec = problem_of("keys", bias=(1, 2, 1, KV_LEN), mask=Causal()).spec()
     assert support.why_not(spec, device.H100) == []
     assert any("a bias has not run" in reason for reason in support.not_measured(spec))
-    pairs = problem_of("pairs", bias=(1, 2, Q_LEN, KV_LEN)).spec()
-    assert any("takes a bias of keys only" in reason for reason in support.why_not(pairs, device.H100))
+    queries = problem_of("queries", bias=(1, 2, Q_LEN, 1)).spec()
+    assert any("takes a bias of keys or of pairs" in reason for reason in support.why_not(queries, device.H100))
     assert defaults.default_forward(spec, device.H100).maxima == 0

@@ -105,10 +105,11 @@ def test_a_bad_key_reaches_only_the_queries_whose_bit_is_set(dims, deterministic
         np.testing.assert_allclose(a[~sees], b[~sees], rtol=0.02, atol=2e-3, err_msg=name)
 
 
-def far(*shape):
+def far(shape):
     """Biases of which some are -inf and some so far below the others that rows which see only those need an anchor."""
-    found = np.random.default_rng(3).standard_normal((*shape, 1, KV_LEN)).astype(np.float32)
+    found = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     found[..., :70], found[..., 150:160], found[..., 300:] = -2e3, -np.inf, -np.inf
+    found[..., 1::3, 40:90] = -np.inf
     return found
 
 
@@ -122,15 +123,21 @@ BIAS = {
     "keys-deterministic": dict(bias=(BATCH, 2, 1, KV_LEN), deterministic=True),
     "keys-documents": dict(bias=(BATCH, 1, 1, KV_LEN), mask=SegmentIds(IDS[:Q_LEN], IDS[:KV_LEN])),
     "keys-float16": dict(bias=(BATCH, 2, 1, KV_LEN), dtypes=("float16",)),
+    "pairs": dict(bias=(BATCH, 2, Q_LEN, KV_LEN), mask=Full()),
+    "pairs-shared": dict(bias=(1, 1, Q_LEN, KV_LEN), bias_dtype="float32"),
+    "pairs-gqa-heads-first": dict(bias=(1, 4, Q_LEN, KV_LEN), q_heads=4, layout="BHLD", bias_masks=True),
+    "pairs-softcap-window": dict(bias=(BATCH, 1, Q_LEN, KV_LEN), softcap=2.0, mask=Window(150, 60)),
+    "pairs-dropout": dict(bias=(1, 2, Q_LEN, KV_LEN), dropout_rate=0.2, bias_dtype="float16"),
+    "pairs-whole-tiles": dict(bias=(1, 2, 384, 256), q_len=384, kv_len=256, deterministic=True),
 }
 
 
-@at_dims(BIAS, ("keys",))
-def test_biases_of_keys_agree_with_the_oracle(name, dims):
+@at_dims(BIAS, ("keys", "pairs"))
+def test_biases_agree_with_the_oracle(name, dims):
     """Their gradients, too; also with what they and masks hide poisoned."""
     problem = problem_of(f"bias-{name}", dims, **(dict(q_len=Q_LEN, kv_len=KV_LEN) | BIAS[name]))
     operands, cotangents = conformance.random_case(problem, problem.dtypes[0])
-    operands = operands._replace(bias=far(*problem.bias[:2]).astype(operands.bias.dtype))
+    operands = operands._replace(bias=far(problem.bias).astype(operands.bias.dtype))
     budget = budget_of(problem, operands, cotangents)
     assert_within(budget, run(problem, operands, cotangents))
     assert_within(budget, run(problem, inputs.poisoned(problem.spec(), operands), cotangents))

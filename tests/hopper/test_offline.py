@@ -33,6 +33,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d64-s2048+gradients+documents", "causal-d128-s2048+gradients+documents+lengths",
          "causal-d256-s2048+gradients+lengths", "causal-d64-s2048+gradients+padding",
          *(f"causal-d{d}-s2048+gradients+dense" for d in (128, 256)), "causal-d128-s2048+gradients+bias",
+         *(f"causal-d{d}-s2048+gradients+pairs" for d in (64, 128)),
          "causal-d64-s2048+gradients+bias+softcap",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),

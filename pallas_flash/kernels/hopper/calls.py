@@ -99,7 +99,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
     found: Gradients[jax.Array] = _run_backward(spec, _without_seed(operands), results, cotangents, keys)
     if spec.bias is None:
         return found
-    return found._replace(dbias=dbias(*bias.as_mask(spec, operands), results, cotangents))
+    return found._replace(dbias=dbias(spec, operands, results, cotangents))
 
 
 def _without_seed(operands: Operands) -> Operands:

@@ -63,11 +63,12 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
         return assumed
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
-    # Registers a thread: a bias needs about 20 more than the kernels for 64 with a soft cap (160 a thread, of three
-    # warpgroups) and for 128 (240, 64 of them queries) have left; they would be spilled in the loop.
-    biased, capped = spec.bias is not None, spec.softcap is not None
+    # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
+    # warpgroups) and for 128 (240, 64 of them queries) have left, one of pairs than those for 64 without one; they
+    # would be spilled in the loop.
+    biased = spec.bias is not None
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=2 if biased and capped else 3, held_columns=0)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=2 if _is_tight(spec) and biased else 3, held_columns=0)),
         (128, ForwardSchedule(block_kv=128, q_registers=not biased)),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
@@ -121,8 +122,10 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
-    # 208 bytes with dropout, 104 with a bias, in the loop
-    spills = spec.d == 128 and spec.softcap is not None and (spec.dropout_rate > 0 or spec.bias is not None)
+    # With 128, 208 bytes with soft cap and dropout, 104 with soft cap and a bias; with a bias of pairs 52 to 96; in the
+    # loop.
+    capped = spec.d == 128 and spec.softcap is not None
+    spills = (capped and (spec.dropout_rate > 0 or spec.bias is not None)) or _has_bias_of_pairs(spec)
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
@@ -135,16 +138,25 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
-    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
-    if widest <= 64:  # with a soft cap, which takes registers: what spills nothing
-        return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
+    widest, tight = max(spec.d, spec.d_v), _is_tight(spec)
+    if widest <= 64:  # where scores take registers: what spills nothing
+        return BackwardSchedule(KvSchedule(warpgroups=2 if tight else 3, num_stages=4),
                                 DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
-        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
+        return BackwardSchedule(SplitSchedule() if tight else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
     narrow = 32 if has_bits(spec.mask) or spec.bias is not None else 48  # bits come in words of 32 keys
-    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if capped and v_stages == 1 else 64,
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if tight and v_stages == 1 else 64,
                                                         v_stages=v_stages))
+
+
+def _has_bias_of_pairs(spec: AttentionSpec) -> bool:
+    return spec.bias is not None and spec.bias.shape[2] > 1
+
+
+def _is_tight(spec: AttentionSpec) -> bool:
+    """Whether scores need more registers than products alone: for a soft cap, or a bias of pairs."""
+    return spec.softcap is not None or _has_bias_of_pairs(spec)
 
 
 def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:

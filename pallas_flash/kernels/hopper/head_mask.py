@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array, Bool, Int
-from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper import bias, registers
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import BITS, ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.scores import masked
@@ -88,6 +88,9 @@ class ArrayMask(NamedTuple):
         if "key_bits" in self.gmem:
             bit = registers.positions(columns, 1, 0) * 0 + rem(key, BITS)
             found.append((self._word("key_bits", first, div(key, BITS), columns) >> bit & 1) != 0)
+        if bias.of_pairs(self.gmem):
+            own = bias.column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
+            found.append(registers.spread(own, columns) != -jnp.inf)
         return functools.reduce(operator.and_, found)
 
     def _within(self, s: Fragment, name: str, row: Index, column: Index) -> Fragment:

@@ -71,8 +71,10 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
-        (spec.bias is None or spec.bias.shape[2] == 1, f"takes a bias of keys only yet, (batch, heads, 1, kv_len), not "
-         f"{spec.bias} (what only hides pairs can be a mask)"),
+        (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
+         f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
+        (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
+         "takes a bias of pairs in 16 or 32 bits only, bias is float64 (cast it)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )

@@ -74,7 +74,8 @@ def with_arrays(problem, options: list[str]):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key)."""
+    documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key), pairs (a bias of each
+    pair)."""
     import dataclasses
 
     import jax
@@ -92,16 +93,18 @@ def lower(name: str, options: list[str]):
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
-    bias = jnp.zeros((spec.batch, 1, 1, spec.kv_len), spec.dtype) if "bias" in options else None
-    keywords = dict(bias=bias, mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
+    biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
+    bias = [jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in biases.items() if name in options]
+    keywords = dict( mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     implementation="hopper")
 
-    def call(q, k, v):
-        return flash_attention(q, k, v, dropout_rng=jnp.array([1, 2], jnp.uint32), **keywords)
+    def call(q, k, v, *bias):
+        rng = jnp.array([1, 2], jnp.uint32)
+        return flash_attention(q, k, v, bias=bias[0] if bias else None, dropout_rng=rng, **keywords)
 
-    def call_with_gradients(q, k, v):
-        results, vjp = jax.vjp(call, q, k, v)
+    def call_with_gradients(q, k, v, *bias):
+        results, vjp = jax.vjp(lambda *qkv: call(*qkv, *bias), q, k, v)
         return vjp(results)
 
     def partial_call(q, k, v):
@@ -115,7 +118,7 @@ def lower(name: str, options: list[str]):
     if "partial" in options:
         function = partial_call
     with device.assume(device.H100):
-        return jax.jit(function).trace(q, k, v).lower(lowering_platforms=("cuda",))
+        return jax.jit(function).trace(q, k, v, *bias).lower(lowering_platforms=("cuda",))
 
 
 def main(names: list[str]) -> None:
