@@ -139,9 +139,10 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
     widest, tight = max(spec.d, spec.d_v), _is_tight(spec)
+    both = spec.softcap is not None and _has_bias_of_pairs(spec)
     if widest <= 64:  # where scores take registers: what spills nothing
         return BackwardSchedule(KvSchedule(warpgroups=2 if tight else 3, num_stages=4),
-                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
+                                DqSchedule(warpgroups=2 if both else 3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
         return BackwardSchedule(SplitSchedule() if tight else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
