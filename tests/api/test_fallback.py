@@ -13,9 +13,9 @@ import pytest
 from pallas_flash import (
     AttentionSpec,
     Causal,
-    Dense,
     FallbackWarning,
     InBounds,
+    SegmentIds,
     context_parallel_attention,
     device,
     dispatch,
@@ -45,12 +45,13 @@ def seen():
 
 
 def test_what_it_says(seen):
-    flash_attention(Q, Q, Q, bias=BIAS, mask=Dense(jnp.ones((8, 8), bool)))
+    ids = SegmentIds(jnp.zeros(8, int), jnp.zeros(8, int))
+    flash_attention(Q, Q, Q, bias=BIAS, mask=ids & ids)
     (warning,) = seen
     text = str(warning.message)
     assert warning.category is FallbackWarning and warning.filename == __file__
     assert text.startswith("implementation='xla' runs AttentionSpec(") and " on NVIDIA H100 80GB HBM3, because" in text
-    for part in ("takes no bias", "mask has Dense", "implementation='xla'", "filterwarnings"):
+    for part in ("takes one SegmentIds", "implementation='xla'", "filterwarnings"):
         assert part in text, part
 
 
@@ -74,7 +75,7 @@ def test_not_again_for_the_gradient_or_under_transformations(seen):
 
 @pytest.mark.parametrize("call", [
     lambda: flash_attention(Q, Q, Q, bias=BIAS, implementation="xla"),
-    lambda: flash_attention(Q, Q, Q, bias=BIAS, implementation=("hopper", "xla")),
+    lambda: flash_attention(WIDE, WIDE, WIDE, implementation=("hopper", "xla")),
     lambda: jax.eval_shape(lambda: flash_attention(Q, Q, Q, mask=Causal())),
     lambda: flash_attention(Q[:0], Q[:0], Q[:0], bias=BIAS),
     lambda: explain(Q, Q, Q, bias=BIAS),
@@ -97,7 +98,7 @@ def test_a_filter_makes_every_call_an_error():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         for _ in range(2):
-            with pytest.raises(FallbackWarning, match="takes no bias"):
+            with pytest.raises(FallbackWarning, match="a bias has not run"):
                 flash_attention(Q, Q, Q, bias=BIAS)
 
 

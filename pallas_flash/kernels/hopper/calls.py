@@ -1,7 +1,7 @@
 """What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
 
-Where a mask holds arrays, they are arguments like others, and what kernels read instead of them (`mask_arrays`) is made
-beside the launches: on each device, for its shard and its schedule.
+Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
+(`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 
 from pallas_flash import masks
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays
+from pallas_flash.kernels.hopper import bias, defaults, dropout, launches, mask_arrays
+from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
@@ -23,12 +24,14 @@ __all__ = ["backward", "forward", "passes"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _WithMask:
-    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask."""
+class _WithArrays:
+    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask, then those of the
+    bias, if there is one.
+    """
 
     spec: AttentionSpec
     launched: Pass
-    make: Callable[[masks.Mask], dict[str, jax.Array]]
+    schedule: ForwardSchedule | BackwardSchedule
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -36,9 +39,16 @@ class _WithMask:
 
     def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         fields, structure = jax.tree.flatten(self.spec.mask)
-        count = len(arrays) - len(fields)
-        made = self.make(jax.tree.unflatten(structure, arrays[count:]))
+        biases = len(bias.names(self.spec))
+        count, end = len(arrays) - len(fields) - biases, len(arrays) - biases
+        mask: masks.Mask = jax.tree.unflatten(structure, arrays[count:end])
+        made = self._of_mask(mask) | bias.arrays(self.spec, self.schedule, arrays[end:])
         return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
+
+    def _of_mask(self, mask: masks.Mask) -> dict[str, jax.Array]:
+        if isinstance(self.schedule, ForwardSchedule):
+            return mask_arrays.forward(self.spec, self.schedule, mask)
+        return mask_arrays.backward(self.spec, self.schedule, mask)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -47,16 +57,14 @@ def _forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) ->
     launched = launches.forward(spec, schedule)
     if isinstance(schedule, DecodeSchedule):  # it reads the arrays of the mask as they are
         return launched
-    make = functools.partial(mask_arrays.forward, spec, schedule)
-    return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched
+    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
     launched = launches.backward(spec, schedule)
-    make = functools.partial(mask_arrays.backward, spec, schedule)
-    return _WithMask(spec, launched, make) if spec.mask.has_arrays else launched
+    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,7 +83,7 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
     arrays that JAX makes beside the launches.
     """
-    if spec.mask.has_arrays or spec.dropout_rate:
+    if spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None:
         return None
     return (launches.forward(spec, defaults.default_forward(spec, device)),
             launches.backward(spec, defaults.default_backward(spec, device)))
@@ -88,9 +96,12 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, and of a bias."""
     results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
-    return _run_backward(spec, _without_seed(operands), results, cotangents, keys)
+    found: Gradients[jax.Array] = _run_backward(spec, _without_seed(operands), results, cotangents, keys)
+    if spec.bias is None:
+        return found
+    return found._replace(dbias=dbias(spec, operands, results, cotangents))
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -101,7 +112,8 @@ def _without_seed(operands: Operands) -> Operands:
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    fields, pages = jax.tree.leaves(operands.mask), operands.page_table
+    spec, operands = bias.as_mask(spec, operands)
+    fields, pages = (*jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)), operands.page_table
     key, table = ("key", "") if pages is None else ("pages", "table ")
     roles = f"query {key} {key} {'row ' * len(keys)}{'field ' * len(fields)}{table}-> query row"
     arrays = operands.q, operands.k, operands.v, *keys, *fields, *[pages] * (pages is not None)
@@ -112,7 +124,8 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
-    fields = jax.tree.leaves(operands.mask)
+    spec, operands = bias.as_mask(spec, operands)
+    fields = *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)
     roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
     arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)

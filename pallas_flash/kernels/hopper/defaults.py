@@ -26,6 +26,7 @@ from pallas_flash.kernels.hopper.work import (
     every_loaded,
     every_q_range,
     every_row_block,
+    has_bits,
     has_order,
     makespan,
     worst_case,
@@ -68,9 +69,13 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
         return assumed
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
+    # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
+    # warpgroups) and for 128 (240, 64 of them queries) have left, one of pairs than those for 64 without one; they
+    # would be spilled in the loop.
+    biased = spec.bias is not None
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=3, held_columns=0)),
-        (128, ForwardSchedule(block_kv=128, q_registers=True)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=2 if _is_tight(spec) and biased else 3, held_columns=0)),
+        (128, ForwardSchedule(block_kv=128, q_registers=not biased)),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
@@ -109,7 +114,8 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     """Returns `ForwardSchedule.maxima`: how often the row maximum is taken. Taking it rarely pays where rows walk over
     many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
     """
-    if spec.q_len == 0 or spec.mask.has_arrays:  # of arrays nothing is known: a row may meet its first key at any step
+    # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
+    if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None:
         return 0
     start, *_, stop = every_row_block(spec, schedule)
     shortest, longest = np.min(stop - start), np.max(stop - start)
@@ -134,7 +140,10 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
-    spills = spec.d == 128 and spec.softcap is not None and spec.dropout_rate > 0  # 208 bytes, in the loop
+    # With 128, 208 bytes with soft cap and dropout, 104 with soft cap and a bias; with a bias of pairs 52 to 96; in the
+    # loop.
+    capped = spec.d == 128 and spec.softcap is not None
+    spills = (capped and (spec.dropout_rate > 0 or spec.bias is not None)) or _has_bias_of_pairs(spec)
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
@@ -147,15 +156,26 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
-    widest, capped = max(spec.d, spec.d_v), spec.softcap is not None
-    if widest <= 64:  # with a soft cap, which takes registers: what spills nothing
-        return BackwardSchedule(KvSchedule(warpgroups=2 if capped else 3, num_stages=4),
-                                DqSchedule(warpgroups=3, k_stages=4, v_stages=4, pipelined=True))
+    widest, tight = max(spec.d, spec.d_v), _is_tight(spec)
+    both = spec.softcap is not None and _has_bias_of_pairs(spec)
+    if widest <= 64:  # where scores take registers: what spills nothing
+        return BackwardSchedule(KvSchedule(warpgroups=2 if tight else 3, num_stages=4),
+                                DqSchedule(warpgroups=2 if both else 3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
-        return BackwardSchedule(SplitSchedule() if capped else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
+        return BackwardSchedule(SplitSchedule() if tight else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
-    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=48 if capped and v_stages == 1 else 64,
+    narrow = 32 if has_bits(spec.mask) or spec.bias is not None else 48  # bits come in words of 32 keys
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if tight and v_stages == 1 else 64,
                                                         v_stages=v_stages))
+
+
+def _has_bias_of_pairs(spec: AttentionSpec) -> bool:
+    return spec.bias is not None and spec.bias.shape[2] > 1
+
+
+def _is_tight(spec: AttentionSpec) -> bool:
+    """Whether scores need more registers than products alone: for a soft cap, or a bias of pairs."""
+    return spec.softcap is not None or _has_bias_of_pairs(spec)
 
 
 def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:

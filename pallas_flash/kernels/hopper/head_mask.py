@@ -1,5 +1,7 @@
 """The mask of one batch entry and head, as kernels ask it pair by pair: a rule of static numbers, or arrays."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array, Bool, Int
-from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper import bias, registers
 from pallas_flash.kernels.hopper.registers import Fragment
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.schedule import BITS, ROWS_PER_WARPGROUP
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked
 from pallas_flash.kernels.mosaic.types import Index, Ref
 
@@ -67,6 +70,9 @@ class ArrayMask(NamedTuple):
         row, column = first if keys_dim == 1 else first[::-1]
         if "q_ids" in self.gmem:
             s = self._with_equal_ids(s, ("q_ids", row), ("kv_ids", column), keys_dim)
+        bits = "key_bits" if keys_dim == 1 else "query_bits"
+        if bits in self.gmem:
+            s = self._with_bits(s, bits, row, column)
         name = "keys" if keys_dim == 1 else "queries"
         return self._within(s, name, row, column) if name in self.gmem else s
 
@@ -79,7 +85,13 @@ class ArrayMask(NamedTuple):
         if "q_ids" in self.gmem:
             found.append(registers.spread(self._rows("q_ids", 0, first), columns)
                          == self.gmem["kv_ids"][*self._at("kv_ids"), 0, key])
-        return found[0] if len(found) == 1 else found[0] & found[1]
+        if "key_bits" in self.gmem:
+            bit = registers.positions(columns, 1, 0) * 0 + rem(key, BITS)
+            found.append((self._word("key_bits", first, div(key, BITS), columns) >> bit & 1) != 0)
+        if bias.of_pairs(self.gmem):
+            own = bias.column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
+            found.append(registers.spread(own, columns) != -jnp.inf)
+        return functools.reduce(operator.and_, found)
 
     def _within(self, s: Fragment, name: str, row: Index, column: Index) -> Fragment:
         """Hides what lies outside of each row's interval, 8 columns at a time."""
@@ -99,7 +111,28 @@ class ArrayMask(NamedTuple):
         ids = registers.load_row(self.gmem[name], (*here._at(name), 0), ptx.opaque(first), s.shape[1])
         return jnp.where(registers.spread(own, s.shape[1]) == registers.stack(ids), s, -jnp.inf)
 
-    def _rows(self, name: str, i: int, first: Index) -> Int[Array, "64"]:
+    def _with_bits(self, s: Fragment, name: str, row: Index, column: Index) -> Fragment:
+        """Hides pairs whose bit is not set, 8 columns at a time: of a word shifted by a thread's own column, the bit of
+        every eighth one lies where a constant says.
+        """
+        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))  # as for ids
+        row, first_word = ptx.opaque(row), div(ptx.opaque(column), BITS)
+        parts = []
+        for first in range(0, s.shape[1], BITS):
+            word = here._word(name, row, first_word + first // BITS, 8) >> registers.positions(8, 1, 0)
+            for i in range(0, BITS, 8):
+                parts.append(jnp.where((word & (1 << i)) != 0, s[:, first + i:first + i + 8], -jnp.inf))
+        return registers.concatenate(parts)
+
+    def _word(self, name: str, row: Index, word: Index, columns: int) -> Array:
+        """Loads a word of bits for each of 64 rows, in each of so many columns; one number where rows share it."""
+        words, rows = self.gmem[name].shape[2:]
+        word = word if words > 1 else 0
+        if rows == 1:
+            return self.gmem[name][*self._at(name), word, 0]
+        return registers.spread(self._rows(name, word, row), columns)
+
+    def _rows(self, name: str, i: Index, first: Index) -> Int[Array, "64"]:
         """Loads a number for each of 64 rows: row i of an array, from position `first` on."""
         ref = self.gmem[name].at[*self._at(name), i, pl.ds(first, ROWS_PER_WARPGROUP)]
         return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)

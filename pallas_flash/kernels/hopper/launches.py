@@ -7,14 +7,15 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
 With dropout both also take its keys (`hopper.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
-more inputs, last; the forward's table is one of them then.
+more inputs; the forward's table is one of them then. With a bias, whose mask always does (`bias.as_mask`), those of
+`hopper.bias` come last.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.kernels.hopper import dropout, mask_arrays, work
+from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
@@ -32,6 +33,7 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
         return _decode(spec, schedule)
     arrays = spec.mask.has_arrays
     inputs = _operands(spec) | dropout.input_types(spec) | (mask_arrays.types(spec, schedule) if arrays else {})
+    inputs |= bias.types(spec, schedule)
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
 
@@ -57,6 +59,7 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     inputs |= dropout.input_types(spec)
     if spec.mask.has_arrays:
         inputs |= mask_arrays.types(spec, schedule)
+    inputs |= bias.types(spec, schedule)
     first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
     launches = (first, *(launch.reading(clean) for launch in gradients))

@@ -1,11 +1,13 @@
 """What kernels read of a mask that holds arrays: made of these by a few XLA operations before the first launch, so that
 other values compile nothing.
 
-A mask is an intersection of rules of two kinds. An interval rule (Window, InBounds, PrefixLM, packed sequences)
+A mask is an intersection of rules of three kinds. An interval rule (Window, InBounds, PrefixLM, packed sequences)
 keeps for each query the keys of one interval, and for each key the queries of one; its bounds of a single position are
-exact. `SegmentIds` keeps pairs of equal ids, in any order. `support` refuses all others. From both come tile ranges,
-for ids from the smallest and the largest one of each tile, O(tiles^2): sound for ids in any order, tight where they do
-not decrease. What a range calls partial is looked at pair by pair, by interval and by id.
+exact. `SegmentIds` keeps pairs of equal ids, in any order. `Dense` keeps any pairs: its booleans become bits
+(`mask_bits`). `support` refuses all others. From all come tile ranges: for ids from the smallest and the largest one of
+each tile, O(tiles^2), sound for ids in any order, tight where they do not decrease; for bits from the words of each
+tile. What a range calls partial is looked at pair by pair, by interval, id and bit. Tiles without a pair are skipped at
+both ends of a range, not within it; of full tiles the longest run goes unmasked.
 
 Arrays, int32; their first two axes are (batch or 1, heads or 1), and lengths are padded to whole tiles:
 
@@ -15,6 +17,8 @@ Arrays, int32; their first two axes are (batch or 1, heads or 1), and lengths ar
     queries      (.., .., 2, kv_len) the same with queries and keys exchanged
     q_ids        (.., .., 1, q_len)  ids; those of padding are -1 on this side,
     kv_ids       (.., .., 1, kv_len) and -2 on this one, so that they equal nothing
+    key_bits     (.., .., words or 1, q_len or 1)  bits of keys for each query
+    query_bits   (.., .., words or 1, kv_len or 1) bits of queries for each key
     table        (blocks, slots, 3)  of the forward: a tile's number, and the key tiles [lo, hi) that it loads
 
 No Mosaic in here: `head_mask` has what kernels do with them.
@@ -31,7 +35,7 @@ import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array, Int
-from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper import mask_bits, work
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 
@@ -43,14 +47,17 @@ type Ranges = tiles.TileRange[Int[Array, "1|b 1|h tiles"]]
 def names(mask: masks.Mask, of_keys: bool) -> tuple[str, ...]:
     """Returns the arrays that a kernel reads that walks over keys, or over queries; none if the mask holds no arrays.
 
-    Where ids are all that a mask has, their padding stands for the ends of the sequences.
+    Where a mask has no interval rules, the padding of its ids, or of its bits of keys, stands for the ends of the
+    sequences.
     """
     if not mask.has_arrays:
         return ()
-    ids = _ids(mask) is not None
-    only_ids = ids and all(isinstance(part, masks.Full | masks.SegmentIds) for part in mask.parts)
-    ranges, interval = ("key_tiles", "keys") if of_keys else ("query_tiles", "queries")
-    return (ranges, *[interval] * (not only_ids), *["q_ids", "kv_ids"] * ids)
+    ids, dense = _ids(mask) is not None, work.has_bits(mask)
+    no_rules = all(isinstance(part, masks.Full | masks.SegmentIds | masks.Dense) for part in mask.parts)
+    no_interval = no_rules and (ids or mask_bits.ends_at_keys(mask))
+    ranges, interval, bits = (("key_tiles", "keys", "key_bits") if of_keys else
+                              ("query_tiles", "queries", "query_bits"))
+    return (ranges, *[interval] * (not no_interval), *["q_ids", "kv_ids"] * ids, *[bits] * dense)
 
 
 def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
@@ -64,35 +71,38 @@ def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) -> dict[str, Array]:
     """The arrays that the forward kernel reads, of the canonical mask that a spec stands for."""
     count = work.q_tiles(spec, schedule) * schedule.warpgroups
-    needed = _key_tiles(spec, mask, (ROWS_PER_WARPGROUP, count), schedule.block_kv)
+    rows = _rows(spec, mask, names(mask, True), (schedule.block_q, schedule.block_kv))
+    needed = _key_tiles(spec, mask, (ROWS_PER_WARPGROUP, count), schedule.block_kv, rows.get("key_bits"))
     per_tile = (*needed.start.shape[:2], -1, schedule.warpgroups)
     start, stop = needed.start.reshape(per_tile), needed.stop.reshape(per_tile)
     lo, hi = _loaded(start, stop)
     stop = jnp.clip(stop, lo[..., None] + 1, hi[..., None])
     start = jnp.clip(start, lo[..., None], stop - 1)
     needed = needed._replace(start=start.reshape(needed.start.shape), stop=stop.reshape(needed.stop.shape))
-    return {"table": _table(spec, schedule, lo, hi), "key_tiles": jnp.stack(needed, axis=-1),
-            **_rows(spec, mask, names(mask, True), (schedule.block_q, schedule.block_kv))}
+    return {"table": _table(spec, schedule, lo, hi), "key_tiles": jnp.stack(needed, axis=-1), **rows}
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
     """The arrays that the kernels of the backward read, of the canonical mask that a spec stands for."""
     kv, dq, wanted, padded_kv = schedule.kv, schedule.dq, names(mask, False), schedule.kv.block_kv
-    kv_tiles = tiles.cdiv(spec.kv_len, kv.block_kv)
-    needed = _of_groups(spec, _query_tiles(spec, mask, (kv.block_kv, kv_tiles), kv.block_q))
-    found = {"query_tiles": jnp.stack(needed, axis=-1)}
     if dq is not None:
-        needed = _key_tiles(spec, mask, (dq.block_q, tiles.cdiv(spec.q_len, dq.block_q)), dq.block_kv)
-        found["key_tiles"] = jnp.stack(needed, axis=-1)
         wanted, padded_kv = wanted + names(mask, True), math.lcm(padded_kv, dq.block_kv)
-    return found | _rows(spec, mask, wanted, (schedule.padded_q_block, padded_kv))
+    found = _rows(spec, mask, wanted, (schedule.padded_q_block, padded_kv))
+    own = kv.block_kv, tiles.cdiv(spec.kv_len, kv.block_kv)
+    needed = _of_groups(spec, _query_tiles(spec, mask, own, kv.block_q, found.get("query_bits")))
+    found["query_tiles"] = jnp.stack(needed, axis=-1)
+    if dq is not None:
+        own = dq.block_q, tiles.cdiv(spec.q_len, dq.block_q)
+        needed = _key_tiles(spec, mask, own, dq.block_kv, found.get("key_bits"))
+        found["key_tiles"] = jnp.stack(needed, axis=-1)
+    return found
 
 
 # -- ranges of tiles ---------------------------------------------------------------------------------------------------
 
 def _interval_rules(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
     """The intersection of a mask's interval rules, with the ends of the sequences."""
-    rules = [part for part in mask.parts if not isinstance(part, masks.SegmentIds)]
+    rules = [part for part in mask.parts if not isinstance(part, masks.SegmentIds | masks.Dense)]
     return functools.reduce(operator.and_, rules, masks.InBounds(q_len=spec.q_len, kv_len=spec.kv_len))
 
 
@@ -109,11 +119,13 @@ def _bounds(mask: masks.Mask, of_keys: bool, lo: Int[Array, " n"], hi: Int[Array
     return masks.over_batch(mask, ask)
 
 
-def _key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_kv: int) -> Ranges:
+def _key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_kv: int,
+               bits: Array | None) -> Ranges:
     """The key tiles that each query tile needs.
 
     Args:
       own: queries of a tile, and the number of tiles. Those past the last query are as the last one, or empty.
+      bits: "key_bits", where the mask has them.
     """
     block, count = own
     tile = jnp.minimum(jnp.arange(count, dtype=jnp.int32), tiles.cdiv(spec.q_len, block) - 1)
@@ -121,18 +133,23 @@ def _key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], bloc
     bounds = _bounds(_interval_rules(spec, mask), True, lo, hi)
     kv_tiles = tiles.cdiv(spec.kv_len, block_kv)
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_kv, kv_tiles)))
+    if bits is not None:
+        needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_kv, kv_tiles))))
     if (ids := _ids(mask)) is None:
         return needed
     return _both(needed, _tiles_with_equal_ids((_array(ids.q_ids), *own), (_array(ids.kv_ids), block_kv, kv_tiles)))
 
 
-def _query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int) -> Ranges:
+def _query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int,
+                 bits: Array | None) -> Ranges:
     """The query tiles that each key tile needs; see `_key_tiles`."""
     block, count = own
     lo = jnp.arange(count, dtype=jnp.int32) * block
     bounds = _bounds(_interval_rules(spec, mask), False, lo, lo + block)
     q_tiles = tiles.cdiv(spec.q_len, block_q)
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_q, q_tiles)))
+    if bits is not None:
+        needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_q, q_tiles))))
     if (ids := _ids(mask)) is None:
         return needed
     return _both(needed, _tiles_with_equal_ids((_array(ids.kv_ids), *own), (_array(ids.q_ids), block_q, q_tiles)))
@@ -151,13 +168,19 @@ def _tiles_with_equal_ids(own: tuple[Array, int, int], other: tuple[Array, int, 
     first, last, is_one = (x[..., :, None] for x in _extremes(*own))
     other_first, other_last, other_is_one = (x[..., None, :] for x in _extremes(*other))
     some = (first <= other_last) & (other_first <= last)
-    full = is_one & other_is_one & (first == other_first)
+    return _range_of(some, is_one & other_is_one & (first == other_first))
+
+
+def _range_of(some: Array, full: Array) -> Ranges:
+    """The range from flags of the other side's tiles, its last axis: from the first to the last tile with some pair,
+    and the longest run of full ones.
+    """
     tile, count = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1), some.shape[-1]
-    stop = jnp.where(some, tile + 1, 0).max(axis=-1)
-    full_start = jnp.where(full, tile, count).min(axis=-1)
-    after = ~full & (tile >= full_start[..., None])
-    full_stop = jnp.where(after, tile, count).min(axis=-1)
-    return tiles.TileRange(jnp.where(some, tile, count).min(axis=-1), full_start, full_stop, stop)
+    before = jax.lax.cummax(jnp.where(full, -1, tile), axis=some.ndim - 1)  # the last tile up to here that is not full
+    length = (tile - before).max(axis=-1)
+    full_stop = jnp.where(tile - before == length[..., None], tile + 1, count + 1).min(axis=-1)
+    return tiles.TileRange(jnp.where(some, tile, count).min(axis=-1), full_stop - length, full_stop,
+                           jnp.where(some, tile + 1, 0).max(axis=-1))
 
 
 def _extremes(ids: Int[Array, "1|b 1|h n"], block: int, count: int) -> tuple[Array, Array, Array]:
@@ -226,6 +249,9 @@ def _rows(spec: AttentionSpec, mask: masks.Mask, wanted: tuple[str, ...], blocks
         found["keys"] = _kept(rules, True, q_len, spec.kv_len)
     if "queries" in wanted:
         found["queries"] = _kept(rules, False, kv_len, spec.q_len)
+    for name, of_keys, rows, columns in (("key_bits", True, q_len, kv_len), ("query_bits", False, kv_len, q_len)):
+        if name in wanted:
+            found[name] = mask_bits.packed(mask, of_keys, rows, columns)
     if ids is not None:
         found |= {"q_ids": _row_ids(ids.q_ids, q_len, -1), "kv_ids": _row_ids(ids.kv_ids, kv_len, -2)}
     return found

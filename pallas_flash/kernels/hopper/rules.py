@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
+    BITS,
     CHUNK,
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
@@ -15,7 +16,7 @@ from pallas_flash.kernels.hopper.schedule import (
     SplitSchedule,
     chunks,
 )
-from pallas_flash.kernels.hopper.work import has_order
+from pallas_flash.kernels.hopper.work import has_bits, has_order
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["reasons_against"]
@@ -59,6 +60,8 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
          f"{s.maxima=} needs weights in bfloat16: {spec.dtype} cannot hold large ones"),
         (s.maxima == 0 or not spec.mask.has_arrays,
          f"{s.maxima=} needs a mask without arrays: with them a row may meet its first key at any step"),
+        (s.block_kv % BITS == 0 or not has_bits(spec.mask),
+         f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
         (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
@@ -115,6 +118,8 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
     held = (spec.d + 2 * s.block_kv) // 2
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
+        (s.block_kv % BITS == 0 or not has_bits(spec.mask),
+         f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (1 <= s.warpgroups <= 3, f"{s.warpgroups=} must be 1, 2 or 3"),
         (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
         (not s.pipelined or s.k_stages > 1, f"{s.pipelined=} needs {s.k_stages=} to be 2 or more"),

@@ -42,7 +42,9 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     if filled_part(spec.mask) is not None:
         return ['attention to a cache has not run on a GPU yet (name implementation="hopper" to try it)']
-    rules = ((spec.mask.has_arrays, "a mask that holds arrays"),
+    dense = any(type(part) is masks.Dense for part in spec.mask.parts)
+    others = any(part.has_arrays and type(part) is not masks.Dense for part in spec.mask.parts)
+    rules = ((others, "a mask that holds arrays"), (dense, "a dense mask"), (spec.bias is not None, "a bias"),
              (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
     return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
             if is_there]
@@ -54,10 +56,10 @@ def backward_of(spec: AttentionSpec) -> str | None:
 
 
 def _is_known(part: masks.Mask) -> bool:
-    """Whether a part of a mask keeps the keys of one interval for each query, or pairs of equal ids."""
+    """Whether a part of a mask keeps the keys of one interval for each query, pairs of equal ids, or what bits say."""
     if type(part) is Packed:
         return all(type(rule) in INTERVAL_RULES for rule in part.rule.parts)
-    return type(part) in (*INTERVAL_RULES, masks.SegmentIds)
+    return type(part) in (*INTERVAL_RULES, masks.SegmentIds, masks.Dense)
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -80,12 +82,15 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
-        (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
+        (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
+         f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
+        (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
+         "takes a bias of pairs in 16 or 32 bits only, bias is float64 (cast it)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     found = [reason for holds, reason in rules if not holds]
-    return found + (_mask_reasons(spec.mask) if (filled := filled_part(spec.mask)) is None
+    return found + (_mask_reasons(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
 
 
@@ -105,16 +110,19 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
     return [reason for holds, reason in rules if not holds]
 
 
-def _mask_reasons(mask: masks.Mask) -> list[str]:
-    """A mask without arrays may be of any class. Where one part holds arrays, the kernels know all parts by class."""
-    if not mask.has_arrays:
+def _mask_reasons(spec: AttentionSpec) -> list[str]:
+    """A mask without arrays may be of any class. Where one part holds arrays, as what a bias hides does, the kernels
+    know all parts by class.
+    """
+    mask = spec.mask
+    if not mask.has_arrays and spec.bias is None:
         return []
     own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
-        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds and packed sequences of "
-         f"these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as SegmentIds; a mask "
-         "without arrays may be of any class)"),
+        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
+         f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
+         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias)"),
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

@@ -30,8 +30,8 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
-    "forward_table", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries",
-    "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
+    "forward_table", "has_bits", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan",
+    "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
 ]
 
 _BackwardPart = KeySchedule | DqSchedule
@@ -52,6 +52,11 @@ def worst_case(spec: AttentionSpec, s: _Schedule) -> masks.Mask:
     mask = _static_parts(spec)
     ends = _forward_ends(spec, s) if isinstance(s, ForwardSchedule) else _backward_ends(spec, s)
     return mask & masks.InBounds(**ends) if ends else mask
+
+
+def has_bits(mask: masks.Mask) -> bool:
+    """Whether a part of a mask is dense: kernels read it as words of bits (`mask_bits`)."""
+    return any(isinstance(part, masks.Dense) for part in mask.parts)
 
 
 def _static_parts(spec: AttentionSpec) -> masks.Mask:
@@ -298,7 +303,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     """Whether the key tiles whose blocks add to a query tile are those that the mask's bounds name, and at least one:
     then `additions_before` follows from a block's number. Nothing is known of a mask that holds arrays.
     """
-    if spec.mask.has_arrays:
+    if spec.mask.has_arrays or spec.bias is not None:
         return False
     needed, (start, _, _, stop) = every_q_range(spec, s), _every_kv_range(spec, s)
     begin, end = needed.start, np.maximum(needed.start, needed.stop)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_flash import device
 from pallas_flash.device import Device
+from pallas_flash.masks import ArrayField
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["vmappable"]
@@ -78,5 +79,7 @@ def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands, mappe
 
 
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
+    bias = None if operands.bias is None else ArrayField.of(operands.bias)
     pages = None if spec.pages is None else dataclasses.replace(spec.pages, number=operands.k.shape[0])
-    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(), pages=pages)
+    return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(),
+                               pages=pages, bias=bias)

@@ -13,7 +13,7 @@ from pallas_flash import masks, softmax
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope"]
+__all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "unit"]
 
 _EXACT_CAP = 128.0
 """A larger soft cap needs a tanh whose relative error is small: 1 - 2 / (e^2x + 1) errs by about 2^-22."""
@@ -25,13 +25,18 @@ _SERIES_END = 0.6
 
 # -- from products to exponents ----------------------------------------------------------------------------------------
 
+def unit(spec: AttentionSpec) -> float:
+    """The unit of scores once they are complete: 1 where a bias has been added (`hopper.bias`)."""
+    return softmax.unit(spec.scale, spec.softcap) if spec.bias is None else 1.0
+
+
 def score_unit(spec: AttentionSpec) -> float:
     """The unit of scores times log2(e). A score times it is an exponent of base 2."""
-    return softmax.unit(spec.scale, spec.softcap) * softmax.LOG2E
+    return unit(spec) * softmax.LOG2E
 
 
 def scaled(spec: AttentionSpec, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes scores in their unit from the products x of queries and keys."""
+    """Computes scores in their unit, without a bias, from the products x of queries and keys."""
     if spec.softcap is None:
         return softmax.scores(x, spec.scale, None)[0]
     return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
@@ -76,8 +81,8 @@ def largest(spec: AttentionSpec) -> float:
 
 
 def may_be_large(spec: AttentionSpec) -> bool:
-    """Whether a row may be large: a soft cap keeps scores below it."""
-    return spec.softcap is None or spec.softcap * softmax.LOG2E > largest(spec) / 2
+    """Whether a row may be large: a soft cap keeps scores below it, but not a bias."""
+    return spec.softcap is None or spec.bias is not None or spec.softcap * softmax.LOG2E > largest(spec) / 2
 
 
 def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array, "..."]:

@@ -55,7 +55,7 @@ def compile_module(module: bytes, work: Path) -> dict:
 
 
 def with_arrays(problem, options: list[str]):
-    """The mask of a problem, in which lengths or documents are arrays."""
+    """The mask of a problem, in which lengths, documents or pairs are arrays."""
     import numpy as np
 
     from pallas_flash import masks
@@ -65,6 +65,10 @@ def with_arrays(problem, options: list[str]):
     if "documents" in options:
         ids = (np.zeros((problem.batch, length), np.int32) for length in (problem.q_len, problem.kv_len))
         mask = mask & masks.SegmentIds(*ids)
+    if "dense" in options:
+        mask = mask & masks.Dense(np.ones((problem.batch, 1, problem.q_len, problem.kv_len), bool))
+    if "padding" in options:
+        mask = mask & masks.Dense(np.ones((problem.batch, 1, 1, problem.kv_len), bool))
     return mask
 
 
@@ -90,7 +94,8 @@ def decoding(problem, options: list[str]):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents (a mask that holds arrays beside the problem's); decode, pages: see `decoding`."""
+    documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key), pairs (a bias of each
+    pair); decode, pages: see `decoding`."""
     import dataclasses
 
     import jax
@@ -108,15 +113,18 @@ def lower(name: str, options: list[str]):
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
+    biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
+    bias = [jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in biases.items() if name in options]
     keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     implementation="hopper")
 
-    def call(q, k, v):
-        return flash_attention(q, k, v, dropout_rng=jnp.array([1, 2], jnp.uint32), **keywords)
+    def call(q, k, v, *bias):
+        rng = jnp.array([1, 2], jnp.uint32)
+        return flash_attention(q, k, v, bias=bias[0] if bias else None, dropout_rng=rng, **keywords)
 
-    def call_with_gradients(q, k, v):
-        results, vjp = jax.vjp(call, q, k, v)
+    def call_with_gradients(q, k, v, *bias):
+        results, vjp = jax.vjp(lambda *qkv: call(*qkv, *bias), q, k, v)
         return vjp(results)
 
     def partial_call(q, k, v):
@@ -126,7 +134,7 @@ def lower(name: str, options: list[str]):
         return results, autodiff.backward(partial, "hopper", operands, given, given)
 
     partial = dataclasses.replace(spec, partial=True)
-    function, arguments = call_with_gradients if "gradients" in options else call, (q, k, v)
+    function, arguments = call_with_gradients if "gradients" in options else call, (q, k, v, *bias)
     if "partial" in options:
         function = partial_call
     if "decode" in options:

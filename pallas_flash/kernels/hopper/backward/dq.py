@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import dropout, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, Walk
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Kept, Large, Pairs, weights
+from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
@@ -112,7 +113,11 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragme
     pairs = Pairs(block.mask, first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
-    _, p = weights(spec, plgpu.layout_cast(s, registers.TILE), lse_log2, Corrections(large, pairs))
+    biased = None
+    if spec.bias is not None:
+        biased = lambda s: HeadBias(spec, block.gmem, block.batch, block.head).added(s, first, 1)
+    x = plgpu.layout_cast(s, registers.TILE)
+    _, p = weights(spec, x, lse_log2, Corrections(large, pairs), biased=biased)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)
     return p
@@ -212,7 +217,11 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
 
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
-        _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large))
+        biased = None
+        if spec.bias is not None:
+            head = HeadBias(spec, block.gmem, block.batch, block.head)
+            biased = functools.partial(head.added_to_key, first=rows.first, key=position)
+        _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large), biased=biased)
         dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
         if spec.dropout_rate:
             place = (block.batch, block.head), rows.first, position
@@ -262,11 +271,11 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout, the statistics, and what mask and dropout need: arrays of
-    `mask_arrays`, and dropout's keys.
+    """The launch that makes dq of q, k, v, dout, the statistics, and what mask, bias and dropout need: arrays of
+    `mask_arrays`, those of `bias`, and dropout's keys.
     """
     blocks = work.dq_work(spec, schedule)
-    extra = *mask_arrays.names(spec.mask, of_keys=True), *dropout.input_types(spec)
+    extra = *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec)
 
     def attention_backward_dq(*refs: Any) -> None:
         *arrays, smem, bars = refs

@@ -13,6 +13,7 @@ from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import dropout, registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
+from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
@@ -80,15 +81,17 @@ class Corrections(NamedTuple):
 
 
 def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections: Corrections,
-            shift: float = 0.0) -> tuple[Exponents, Exponents]:
+            shift: float = 0.0, biased: Callable[[Exponents], Exponents] | None = None) -> tuple[Exponents, Exponents]:
     """Computes P, and P times the slope of the soft cap, from products of queries and keys; both times 2^shift.
 
     Args:
       x: in the layout TILE.
       lse_log2: in the shape of x.
+      biased: adds the bias to scores; None: there is none.
     """
     s, unit = scaled(spec, x), score_unit(spec)
-    p = corrections.weights(s, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
+    complete = s if biased is None else biased(s)
+    p = corrections.weights(complete, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
     return p, slope(spec, s, p)
 
 
@@ -175,7 +178,10 @@ def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fra
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)
-    p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift)
+    biased = None
+    if spec.bias is not None:
+        biased = lambda s: HeadBias(spec, block.gmem, block.batch, step.head).added(s, first, 0)
+    p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift, biased)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)
     return p, sloped

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import dropout, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -57,7 +57,7 @@ from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
-from pallas_flash.kernels.mosaic.scores import scaled, score_unit
+from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
@@ -117,10 +117,18 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s, unit = scaled(block.spec, s), score_unit(block.spec)
+    s = biased(block, tile, rows, kv_tile, scaled(block.spec, s))
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
-    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, unit, block.spec.dtype))
+    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, score_unit(block.spec), block.spec.dtype))
+
+
+def biased(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
+    """Adds the bias to scores of a key tile, if there is one."""
+    if block.spec.bias is None:
+        return s
+    own = bias.HeadBias(block.spec, block.gmem, tile.batch, tile.head)
+    return own.added(s, (rows.first, kv_tile * block.schedule.block_kv), 1)
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -185,7 +193,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
     maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s, unit = scaled(block.spec, s), score_unit(block.spec)
+    s = biased(block, tile, rows, kv_tile, scaled(block.spec, s))
     if work.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)
@@ -195,7 +203,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
             await_keys(block, tile, rows, kv_tile - 1)
         return values_ready(acc)
 
-    state, acc = next_softmax(state, (s, unit), maximum, block.schedule.held_columns, wait)
+    state, acc = next_softmax(state, (s, score_unit(block.spec)), maximum, block.schedule.held_columns, wait)
     return without_dropped(block, tile, rows, kv_tile, state), acc
 
 
@@ -217,8 +225,8 @@ def sums_of(block: Block, state: Softmax) -> Sums:
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i, with the factor of dropout, and the statistics to global memory."""
     m_i, rounding, l_i = sums
-    head, unit = tile.batch * block.spec.q_heads + tile.head, softmax.unit(block.spec.scale, block.spec.softcap)
-    for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
+    head = tile.batch * block.spec.q_heads + tile.head
+    for i, x in enumerate(softmax.statistics(m_i, l_i, unit(block.spec), rounding)):
         registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     inverse = softmax.rescale(l_i)
     if block.spec.dropout_rate:
@@ -341,10 +349,11 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
-    spec's layout, of `work.forward_table(spec, schedule)`, and of what mask and dropout need: arrays of `mask_arrays`,
-    and dropout's keys.
+    spec's layout, of `work.forward_table(spec, schedule)`, and of what mask, bias and dropout need: arrays of
+    `mask_arrays`, those of `bias`, and dropout's keys.
     """
-    inputs = "q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True), *dropout.input_types(spec)
+    inputs = ("q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec),
+              *dropout.input_types(spec))
     blocks, slots = work.forward_table(spec, schedule).shape
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import dropout, registers, work
+from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -71,6 +72,8 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
         m_i, l_i, acc = sums
         keep = lambda columns: tile.mask.keep(columns, rows.first, position)
         s = scaled(spec, own.dot("q", "k", spec.d, position))
+        if spec.bias is not None:
+            s = HeadBias(spec, block.gmem, tile.batch, tile.head).added_to_key(s, rows.first, position)
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)

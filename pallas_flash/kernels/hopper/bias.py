@@ -1,0 +1,181 @@
+"""A bias of each key, or of each pair: added to scores in registers, forward and backward; its gradient is
+`hopper.dbias`.
+
+With a bias, scores are in the unit 1: (s * unit + bias) - anchor, in this order, as in `xla`: a score added to
+finfo.min rounds to it, so that keys that a library hides by it weigh alike where a query sees no other. The anchor
+(`AttentionSpec.anchor`) is the largest bias of a row, where that is far from 0. Kernels read, padded to whole tiles
+where they are not whole:
+
+    bias    (batch or 1, heads or 1, 1, kv_len) float32, zeros where it is -inf; or as it came, with an axis of queries
+    anchor  (batch or 1, heads or 1, 1, q_len) float32, of each query
+
+A bias of -inf hides a key from all queries, as a dense mask of that shape does, so it becomes one (`as_mask`): such
+keys are skipped by whole tiles, and what is in them reaches nothing. In a bias of pairs it is looked for pair by pair,
+in every tile, and skips none.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_flash import masks, softmax, tiles
+from pallas_flash.arrays import Array, Float
+from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.spec import AttentionSpec, Operands
+
+__all__ = ["HeadBias", "arrays", "as_mask", "column_of_pairs", "inputs", "names", "of_pairs", "types"]
+
+
+# -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
+
+def as_mask(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
+    """The same problem with what a bias of -inf hides in its mask, too; of pairs, with an array in the mask, so that
+    nothing is known of it before it runs.
+    """
+    if operands.bias is None or spec.bias is None:
+        return spec, operands
+    hides = operands.bias != -jnp.inf if spec.bias.shape[2] == 1 else jnp.ones((1, 1, 1, 1), jnp.bool_)
+    mask = operands.mask & masks.Dense(hides)
+    return dataclasses.replace(spec, mask=mask.with_placeholders()), operands._replace(mask=mask)
+
+
+def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Float[Array, "1|b 1|h 1 n"], ...]:
+    """What a pass is made of: the bias and its anchor; nothing if there is no bias."""
+    if operands.bias is None:
+        return ()
+    bias = operands.bias
+    if bias.shape[2] == 1:
+        bias = jnp.where(bias == -jnp.inf, 0.0, bias.astype(jnp.float32))
+    anchor = spec.anchor(operands)[..., 0].astype(jnp.float32)
+    anchor = jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))
+    return bias, anchor[:, :, None]
+
+
+def names(spec: AttentionSpec) -> tuple[str, ...]:
+    """The arrays that every kernel reads that makes scores."""
+    return ("bias", "anchor") if spec.bias is not None else ()
+
+
+def arrays(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule,
+           given: tuple[Array, ...]) -> dict[str, Array]:
+    """The arrays that kernels read, padded to whole tiles, of `inputs`."""
+    if isinstance(schedule, ForwardSchedule):
+        blocks = schedule.block_kv, schedule.block_q
+    else:
+        dq_block = schedule.dq.block_kv if schedule.dq is not None else 1
+        blocks = math.lcm(schedule.kv.block_kv, dq_block), schedule.padded_q_block
+    if not given:
+        return {}
+    kv_len, q_len = (tiles.cdiv(length, block) * block for length, block in zip((spec.kv_len, spec.q_len), blocks))
+    bias, anchor = given
+    return {"bias": _padded(bias, q_len, kv_len), "anchor": _padded(anchor, 1, q_len)}
+
+
+def _padded(x: Array, rows: int, columns: int) -> Array:
+    """Adds zeros up to so many rows, if there is more than one, and columns; a copy only where there are fewer."""
+    missing = 0 if x.shape[2] == 1 else rows - x.shape[2], columns - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing))) if any(missing) else x
+
+
+def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of a pass; none if there is no bias."""
+    if spec.bias is None:
+        return {}
+    fields = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (spec.bias, spec.mask))
+
+    def make(bias: Array, mask: masks.Mask) -> dict[str, Array]:
+        operands = Operands(q=bias, k=bias, v=bias, bias=bias, score=(), mask=mask, score_integers=(),
+                            dropout_seed=None, dropout_origin=None, page_table=None)
+        return arrays(spec, schedule, inputs(spec, operands))
+
+    found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, *fields)
+    return found
+
+
+# -- in registers ------------------------------------------------------------------------------------------------------
+
+def of_pairs(gmem: dict[str, Ref]) -> bool:
+    """Whether there is a bias of each pair."""
+    return "bias" in gmem and gmem["bias"].shape[2] > 1
+
+
+def column_of_pairs(ref: Ref, head: tuple[Index, Index], first: Index, key: Index) -> PerRow:
+    """Loads the bias of 64 queries and one key, float32."""
+    column = ref.at[*head, pl.ds(first, ROWS_PER_WARPGROUP), key]
+    return plgpu.load(column, layout=registers.ROW_LAYOUT, optimized=False).astype(jnp.float32)
+
+
+class HeadBias(NamedTuple):
+    """The bias of one batch entry and query head."""
+
+    spec: AttentionSpec
+    gmem: dict[str, Ref]
+    batch: Index
+    head: Index
+
+    def added(self, s: Fragment, first: tuple[Index, Index], keys_dim: int) -> Fragment:
+        """Scores with the bias, in the unit 1; 8 columns at a time.
+
+        Args:
+          s: (64, n), in their own unit, in the layout TILE.
+          first: the positions of the first query and of the first key.
+          keys_dim: the axis that runs over keys.
+        """
+        # Opaque, or LLVM would keep what follows from them, addresses first, in registers through every loop.
+        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
+        own, other = ("anchor", "bias") if keys_dim == 1 else ("bias", "anchor")
+        row, column = (ptx.opaque(x) for x in (first if keys_dim == 1 else first[::-1]))
+        if of_pairs(self.gmem):
+            return here._added_to_pairs(s, row, column, keys_dim)
+        rows = registers.spread(here._rows(own, row), 8)
+        parts = []
+        for i in range(0, s.shape[1], 8):
+            columns = registers.stack(registers.load_row(self.gmem[other], (*here._at(other), 0), column + i, 8))
+            bias, anchor = (columns, rows) if keys_dim == 1 else (rows, columns)
+            parts.append(s[:, i:i + 8] * self._unit + bias - anchor)
+        return registers.concatenate(parts)
+
+    def added_to_key(self, s: PerRow, first: Index, key: Index) -> PerRow:
+        """Scores of 64 queries and one key, with the bias of the key."""
+        if of_pairs(self.gmem):
+            bias = column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
+        else:
+            bias = self.gmem["bias"][*self._at("bias"), 0, key]
+        return s * self._unit + bias - self._rows("anchor", first)
+
+    def _added_to_pairs(self, s: Fragment, row: Index, column: Index, keys_dim: int) -> Fragment:
+        """Scores with the bias of each pair; -inf where that is, whatever the score."""
+        ref, at, parts = self.gmem["bias"], self._at("bias"), []
+        rows = registers.spread(self._rows("anchor", row), 8) if keys_dim == 1 else None
+        for i in range(0, s.shape[1], 8):
+            if rows is not None:
+                tile = ref.at[*at, pl.ds(row, ROWS_PER_WARPGROUP), pl.ds(column + i, 8)]
+                bias, anchor = plgpu.load(tile, layout=registers.TILE, optimized=False), rows
+            else:
+                bias = registers.load_columns(ref, (*at, column + i), row, 8)
+                where = *self._at("anchor"), 0
+                anchor = registers.stack(registers.load_row(self.gmem["anchor"], where, column + i, 8))
+            bias = bias.astype(jnp.float32)
+            parts.append(jnp.where(bias == -jnp.inf, bias, s[:, i:i + 8] * self._unit + bias - anchor))
+        return registers.concatenate(parts)
+
+    @property
+    def _unit(self) -> float:
+        return softmax.unit(self.spec.scale, self.spec.softcap)
+
+    def _rows(self, name: str, first: Index) -> PerRow:
+        ref = self.gmem[name].at[*self._at(name), 0, pl.ds(first, ROWS_PER_WARPGROUP)]
+        return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)
+
+    def _at(self, name: str) -> tuple[Index, Index]:
+        batch, heads = self.gmem[name].shape[:2]
+        return self.batch if batch > 1 else 0, self.head if heads > 1 else 0
