@@ -26,7 +26,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     until the conformance suite has run on a GPU.
     """
     del spec
-    return ['has not run on a GPU yet (name implementation="ampere" to try it)']
+    return ['has not been measured on a GPU yet (name implementation="ampere" to try it)']
 
 
 def _device_reasons(device: Device) -> list[str]:

@@ -40,14 +40,11 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    if filled_part(spec.mask) is not None:
-        return ['attention to a cache has not run on a GPU yet (name implementation="hopper" to try it)']
-    dense = any(type(part) is masks.Dense for part in spec.mask.parts)
-    others = any(part.has_arrays and type(part) is not masks.Dense for part in spec.mask.parts)
-    rules = ((others, "a mask that holds arrays"), (dense, "a dense mask"), (spec.bias is not None, "a bias"),
-             (spec.dropout_rate != 0, f"dropout (dropout_rate={spec.dropout_rate:g})"))
-    return [f'{what} has not run on a GPU yet (name implementation="hopper" to try it)' for is_there, what in rules
-            if is_there]
+    rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
+             (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
+             (spec.bias is not None, "a bias"))
+    return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
+            for is_there, what in rules if is_there]
 
 
 def backward_of(spec: AttentionSpec) -> str | None:
