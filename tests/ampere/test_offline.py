@@ -14,8 +14,8 @@ from tests.hopper.offline import places
 from tests.hopper.test_offline import ROOT
 
 WHY_NOT = places.why_not()
-IN_THE_LOOP = 2  # instructions that touch a spilled register, of about 1,000 in a step, where the mask is
-BYTES = 16
+IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step; 12 with a soft cap
+BYTES = 32
 NAMES = {"8.0": ["d64", "d128"], "8.9": ["d128-window"], "9.0": ["d96-ragged-softcap"], "10.0": ["d64"],
          "12.0": ["d128"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
@@ -34,5 +34,6 @@ def test_kernels_compile_for_every_generation(tmp_path, capability):
     assert len(reports) == 4 * len(names), "a kernel for the forward, three for the backward"
     for report in reports:
         assert report["compiled"] and report["registers"], report
-        assert report["spill_bytes"] <= BYTES and (report["spills_inside"] or 0) <= IN_THE_LOOP, report
+        allowed = 12 if "softcap" in report["problem"] else IN_THE_LOOP
+        assert report["spill_bytes"] <= BYTES and (report["spills_inside"] or 0) <= allowed, report
         assert not report["multiplies"] or report["spills_inside"] is not None, "no innermost loop multiplies"
