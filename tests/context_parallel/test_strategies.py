@@ -1,5 +1,6 @@
 """All-gather and all-to-all over virtual devices, against one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
-from pallas_flash import device
+from pallas_flash import device, dispatch
 from pallas_flash.context_parallel import all_gather
 
 pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.virtual]
@@ -126,15 +127,19 @@ def test_reasons_against(strategy, options, reason):
             spec=P(None, "sequence"), **options), q, k, v, bias=bias)
 
 
-@pytest.mark.parametrize(("implementation", "branches"), [(None, 2), ("hopper", 0)])
-def test_gathered_keys_stay_with_the_kernels_of_static_masks(implementation, branches):
-    """Regression: on an H200, an automatic choice took masks of traced numbers for as good as static ones, and left the
-    kernels, which take those where they are named.
+@pytest.mark.parametrize(("is_measured", "branches"), [(False, 2), (True, 0)])
+def test_gathered_keys_stay_with_the_kernels_of_static_masks(monkeypatch, is_measured, branches):
+    """Regression: on an H200, an automatic choice took masks of traced numbers for as good as static ones where the
+    kernels are chosen for static ones alone, and left the kernels.
     """
+    table = dispatch.IMPLEMENTATIONS
+    row = dataclasses.replace(table[0], not_measured=lambda spec: ["not measured"] * (
+        spec.mask.has_arrays and not is_measured))
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (row, *table[1:]))
     q = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
     mesh = jax.make_mesh((2,), ("sequence",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
     call = functools.partial(pf.context_parallel_attention, axis_name="sequence", mesh=mesh, spec=P(None, "sequence"),
-                             mask=pf.Causal(), strategy="all_gather", implementation=implementation)
+                             mask=pf.Causal(), strategy="all_gather")
     with device.assume(device.H200):
         text = str(jax.make_jaxpr(call)(q, q, q))
     assert "pallas_flash_kernel" in text

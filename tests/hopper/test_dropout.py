@@ -101,13 +101,9 @@ def test_under_vmap_elements_have_the_keys_of_their_seeds(seeds_axis, monkeypatc
 
 # Who runs it ----------------------------------------------------------------------------------------------------------
 
-def test_it_runs_only_when_it_is_named():
+def test_an_automatic_choice_takes_it():
     spec = AttentionSpec.of(Q, Q, Q, dropout_rate=0.3)
-    decision = dispatch.decide(spec, device.H100)
-    assert decision.implementation.name == "xla"
-    assert decision.reasons["hopper"] == [
-        'dropout (dropout_rate=0.3) has not run on a GPU yet (name implementation="hopper" to try it)']
-    assert dispatch.decide(spec, device.H100, "hopper").implementation.name == "hopper"
+    assert dispatch.decide(spec, device.H100).implementation.name == "hopper"
 
 
 def test_parts_of_a_problem_are_refused():
