@@ -105,6 +105,7 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
         (not wide and not filled.rule.has_arrays,
          "takes masks whose arrays are a number for each sequence against a cache only, mask has "
          f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
+        (spec.bias is None, "takes no bias against a cache yet"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
     return [reason for holds, reason in rules if not holds]
