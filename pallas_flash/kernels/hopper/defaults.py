@@ -140,10 +140,10 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
-    # With 128, 208 bytes with soft cap and dropout, 104 with soft cap and a bias; with a bias of pairs 52 to 96; in the
-    # loop.
-    capped = spec.d == 128 and spec.softcap is not None
-    spills = (capped and (spec.dropout_rate > 0 or spec.bias is not None)) or _has_bias_of_pairs(spec)
+    # In the loop: with 128, 208 bytes with soft cap and dropout, 28 with a bias of keys, 104 with that and a soft cap;
+    # with 64 or 128, 52 to 96 with a bias of pairs.
+    capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
+    spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
