@@ -107,17 +107,12 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *(ptx.SCALAR,) * 3))
     def copy(_: mgpu.LaunchContext, source: ir.Value, target: ir.Value, *index: mgpu.FragmentedArray) -> None:
-        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
-        const = lambda value: mgpu.utils.c(value, i32)
-        wide = lambda x, stride: arith.muli(arith.extui(i64, x), mgpu.utils.c(stride, i64))
+        const = lambda value: mgpu.utils.c(value, ptx.i32())
         batch, head, first = (x.registers.item() for x in index)
         thread = ptx.moved(mgpu.utils.thread_idx())
         row, unit = arith.shrui(thread, const(3)), arith.andi(thread, const(7))
-        position, shape = arith.addi(first, row), _static_shape(source)
-        start = arith.addi(wide(batch, math.prod(shape[1:])), arith.addi(
-            wide(head, math.prod(shape[4 - axis:])), arith.addi(wide(position, down), wide(unit, _UNIT))))
-        element = ir.MemRefType(source.type).element_type
-        origin = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(source), [start], element)
+        position = arith.addi(first, row)
+        origin = _origin(source, axis, (batch, head, position), unit)
         swizzled = arith.muli(arith.xori(unit, arith.andi(row, const(7))), const(16))
         to = arith.addi(shared_address(target), arith.addi(arith.muli(row, const(_ROW_BYTES)), swizzled))
         for chunk in range(count):
@@ -137,8 +132,20 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
     copy(source, target, *map(ptx.scalar, index))
 
 
-def _static_shape(ref: ir.Value) -> list[int]:
-    return list(ir.MemRefType(ref.type).shape)
+def _origin(source: ir.Value, axis: int, index: tuple[ir.Value, ir.Value, ir.Value], unit: ir.Value) -> ir.Value:
+    """The address of a unit of 16 bytes of a row.
+
+    Args:
+      source: an array of four axes in global memory, whose positions are `axis`, 1 or 2.
+      index: (batch, head, position), int32.
+    """
+    i64, kind = ir.IntegerType.get_signless(64), ir.MemRefType(source.type)
+    wide = lambda x, stride: arith.muli(arith.extui(i64, x), mgpu.utils.c(stride, i64))
+    (batch, head, position), shape = index, kind.shape
+    start = arith.addi(wide(batch, math.prod(shape[1:])), arith.addi(
+        wide(head, math.prod(shape[4 - axis:])), arith.addi(wide(position, math.prod(shape[axis + 1:])),
+                                                            wide(unit, _UNIT))))
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(source), [start], kind.element_type)
 
 
 def shared_address(ref: ir.Value) -> ir.Value:
