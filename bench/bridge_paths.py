@@ -253,7 +253,9 @@ def _device_turn(graph: _Graph, repeats: int) -> float:
 def _graphs(shape: tuple[int, ...], paths: tuple[Path, ...], rounds: int, repeats: int) -> Iterator[Record]:
     """What replays cost: the host, if the problem is small, and the device."""
     case = _Case.of(shape, "cuda")
-    able = [path for path, reason in _checked(case, paths, "CUDA graphs") if not reason]
+    checked = list(_checked(case, paths, "CUDA graphs"))
+    yield from (_refused("graphs", shape, *one) for one in checked if one[1])
+    able = [path for path, reason in checked if not reason]
     for what, call in _calls(case).items():
         graphs: dict[str, _Graph] = {}
         for path in able:

@@ -10,8 +10,8 @@ import jax
 
 from pallas_flash import compat
 
-__all__ = ["A100", "B200", "CPU", "H100", "H200", "L4", "RTX_4090", "RTX_5090", "Device", "assume", "current", "of",
-           "on"]
+__all__ = ["A100", "B200", "CPU", "H100", "H200", "L4", "RTX_4090", "RTX_5090", "Device", "assume", "current",
+           "default", "of", "on"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,15 @@ def current(arrays: object = ()) -> Device:
         return assumed
     if (committed := _committed(arrays)) is not None:
         return of(committed)
-    default = jax.config.jax_default_device
-    if isinstance(default, str):
-        return of(jax.devices(default)[0])
-    return of(default if default is not None else jax.devices()[0])
+    return default()
+
+
+def default() -> Device:
+    """JAX's default device, whatever is assumed: jax.default_device, else JAX's first."""
+    named = jax.config.jax_default_device
+    if isinstance(named, str):
+        return of(jax.devices(named)[0])
+    return of(named if named is not None else jax.devices()[0])
 
 
 def _committed(arrays: object) -> jax.Device | None:

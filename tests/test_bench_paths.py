@@ -116,6 +116,18 @@ def test_a_process_that_took_another_way_or_failed_is_no_measurement(monkeypatch
     assert "wrong" in ends_with(fine | {"error": 0.5})["reason"]
 
 
+def test_a_path_that_no_graph_is_captured_of_is_recorded(monkeypatch):
+    """Regression: of the large problem, only stderr told that a path was left out."""
+    def refuses(*tensors, is_causal):
+        raise RuntimeError("no such backend")
+    case, path = bridge_paths._Case.of((1, 1, 8, 16), "cpu"), PATHS[0]._replace(attend=refuses)
+    monkeypatch.setattr(bridge_paths._Case, "of", lambda shape, device: case)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    (record,) = bridge_paths._graphs(bridge_paths.LARGE, (path,), 1, 1)
+    assert record["what"] == "graphs" and record["shape"] == list(bridge_paths.LARGE)
+    assert record["reason"] == "RuntimeError: no such backend"
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bridge_paths"])

@@ -72,12 +72,15 @@ def test_kernels_agree_with_the_oracle(name):
 
 
 def test_a_hidden_key_that_is_not_finite_reaches_nothing():
-    """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key."""
+    """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key.
+
+    Regression: a hidden value was finite, but its product with dout was not, and all of dq became NaN.
+    """
     problem = Problem("hidden", "interpreted", batch=1, q_heads=1, kv_heads=1, q_len=40, kv_len=70, d=64, d_v=64,
                       mask=masks.Causal(10), dtypes=("bfloat16",))
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     k, v, seen = operands.k.copy(), operands.v.copy(), 48
-    k[:, 60], v[:, 65], v[:, seen] = np.nan, np.inf, np.nan
+    k[:, 60], v[:, 65], v[:, 66], v[:, seen] = np.nan, np.inf, 3e38, np.nan
     found = run(NARROW, problem.spec(), operands._replace(k=k, v=v), cotangents)
     attends, budget = np.arange(40) + 10 >= seen, conformance.budget(problem, "bfloat16", operands, cotangents)
     for name in ("out", "dq"):

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, device, flash_attention
+from pallas_flash import Causal, UnsupportedError, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import kernels
 from pallas_flash.spec import AttentionSpec
@@ -57,3 +57,17 @@ def test_each_kernel_is_lowered_once(transform, x64):
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     wanted = ["backward_finish", "backward_kv", "backward_prepare", "forward"]
     assert sorted(re.search(r"attention_([a-z_]+[a-z])", line)[1] for line in calls) == wanted
+
+
+def test_exported_programs_are_for_the_generation_that_was_asked_for():
+    """Regression: without a GPU, Mosaic lowers for compute capability 9.0, whatever device is assumed. A program that
+    was exported for an A100 has an instruction that it lacks, of which only its first call would tell.
+    """
+    q = jax.ShapeDtypeStruct((1, 100, 1, 64), jnp.bfloat16)
+    attend = jax.jit(lambda q: flash_attention(q, q, q, mask=Causal(), implementation="ampere"))
+    exported = lambda: jax.export.export(attend, platforms=["cuda"])(q).mlir_module()
+    with device.assume(device.A100), pytest.raises(
+            UnsupportedError, match=r"lowered for NVIDIA A100\S* here: needs .* lowers as 9.0, the target has 8.0"):
+        exported()
+    with device.assume(device.B200):
+        assert "mosaic_gpu" in exported()

@@ -5,14 +5,21 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_flash import errors
 from pallas_flash.device import Device
+from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
+
+_HOPPER = (9, 0)
+"""From here on Mosaic GPU emits an instruction that GPUs before it lack; and what it lowers for where there is no GPU.
+"""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -50,8 +57,26 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
     return _run_backward(spec, operands, Results(out, stats), Results(dout, dstats))
 
 
+@interpreted_as(lambda device: None)
+def _require_its_generation(device: Device) -> None:
+    """Raises UnsupportedError where Mosaic GPU, which asks JAX's default device, would lower for a generation whose
+    instructions `device` lacks: the GPU's compiler would refuse the program, elsewhere and later.
+    """
+    here = default_device()
+    assert device.capability is not None
+    if device.capability < _HOPPER <= (lowered := here.capability or _HOPPER):
+        name = lambda capability: ".".join(map(str, capability))
+        raise errors.unsupported(
+            f'implementation="ampere" cannot be lowered for {device.name} here',
+            [f"needs a default device of JAX before compute capability 9.0, it is {here.name}, for which Mosaic GPU "
+             f"lowers as {name(lowered)}, the target has {name(device.capability)}"],
+            'lower it in a process with such a GPU, by jax.config.update("jax_default_device", ...) if it has several, '
+            'or use implementation="xla"')
+
+
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+    _require_its_generation(device)
     arrays = operands.q, operands.k, operands.v
     out, stats = partitioned(_forward_on(device), "query key key -> query row", spec, *arrays)
     return Results(out, stats)
@@ -60,6 +85,7 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Res
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array]) -> Gradients[jax.Array]:
+    _require_its_generation(device)
     roles = "query key key query row query row -> query key key"
     arrays = operands.q, operands.k, operands.v, *results, *cotangents
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)

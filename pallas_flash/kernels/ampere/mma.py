@@ -23,7 +23,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 
-__all__ = ["accumulate", "add_outer", "load_rows", "multiply_transposed", "store_rows", "warp_in_square"]
+__all__ = ["accumulate", "add_outer", "load_rows", "multiply_transposed", "store_rows"]
 
 _K = 16
 
@@ -31,7 +31,7 @@ type Words = list[ir.Value]
 """32-bit registers of two elements each."""
 
 
-def swizzle(row: ir.Value, width: int) -> ir.Value:
+def _swizzle(row: ir.Value, width: int) -> ir.Value:
     """What the units of 16 bytes of a row, a number below 8, are permuted with in a tile whose chunks have `width`
     columns: eight rows lie in different banks.
     """
@@ -61,7 +61,7 @@ def _pieces(ref: ir.Value, along_rows: bool, row: ir.Value | None = None,
     down, beside = (second, third) if along_rows else (third, second)
     strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
     width = strides[1]
-    swizzled = arith.muli(arith.xori(swizzle(low, width), beside), const(16))
+    swizzled = arith.muli(arith.xori(_swizzle(low, width), beside), const(16))
     if column is not None:
         swizzled = arith.xori(swizzled, arith.muli(column, const(2)))
     own = arith.addi(low, arith.muli(down, const(8)))
@@ -246,7 +246,7 @@ def store_rows(x: Fragment, ref: Ref, first: int, chunk: int, column: int = 0) -
                                                            arith.muli(quarter, const(4))))
         word, flat = ir.VectorType.get((1,), ptx.i32()), x.registers.reshape(-1, 2)
         for j in range(flat.shape[0]):
-            unit = arith.xori(swizzle(row, width), const(column // 8 + j))
+            unit = arith.xori(_swizzle(row, width), const(column // 8 + j))
             address = arith.addi(start, arith.muli(unit, const(16)))
             for i in range(2):
                 offset = 2 * (chunk * strides[0] + (first + 8 * i) * width)
@@ -256,7 +256,7 @@ def store_rows(x: Fragment, ref: Ref, first: int, chunk: int, column: int = 0) -
     store(x, ref)
 
 
-def warp_in_square() -> tuple[ir.Value, ir.Value]:
+def _warp_in_square() -> tuple[ir.Value, ir.Value]:
     """Row and column of this warp, if the four of a warpgroup share a tile as 2 x 2."""
     const = lambda value: mgpu.utils.c(value, ptx.i32())
     warp = arith.andi(arith.shrui(mgpu.utils.thread_idx(), const(5)), const(3))
@@ -284,7 +284,7 @@ def add_outer(a_ref: Ref, b_ref: Ref, target: Ref) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def add(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value, target: ir.Value) -> None:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
-        down, beside = warp_in_square()
+        down, beside = _warp_in_square()
         a_piece = _pieces(a, False, column=arith.muli(down, const(rows // 2)))
         b_piece = _pieces(b, True, column=arith.muli(beside, const(32)))
         sums = [_zeros(32) for _ in range(count)]

@@ -2,9 +2,9 @@
 
 A score is s * unit (`softmax.unit`), and its weight exp2(s * unit * log2(e) - start). Product and difference are one
 instruction, and start is a rounded number: m_i in the forward, lse in the backward. In the forward the rounding is one
-factor for all weights of a row. It cancels in O / l_i and is taken out of lse at the end (`forward.sums_of`), unless it
-is so large that weights overflow (`overflows`). In the backward, what lse lost is added to exponents of rows for which
-it begins to show beside the rounding of weights: they are called large (`is_large`).
+factor for all weights of a row. It cancels in O / l_i and is taken out of lse at the end, unless it is so large that
+weights overflow (`overflows`). In the backward, what lse lost is added to exponents of rows for which it begins to show
+beside the rounding of weights: they are called large (`is_large`).
 """
 
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
     """Sets scores or exponents to -inf where the mask does not keep a pair.
 
     Args:
-      s: (64, n) in the layout TILE.
+      s: (64, n).
       q_pos, kv_pos: the positions of the pairs, in the shape of s.
     """
     return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)

@@ -102,6 +102,17 @@ def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragm
     return p, slope(spec, s, p)
 
 
+def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
+    """dS^T = P^T * dP^T. In a tile that needs the mask, 0 where P is: a hidden value may be so large that dP overflows,
+    and 0 * inf is NaN.
+    """
+    plain = lambda p, dp: p * dp
+    partial, _ = part.flags
+    if partial is None:
+        return plain(p, dp)
+    return lax.cond(partial, lambda p, dp: jnp.where(p == 0, 0.0, p * dp), plain, p, dp)
+
+
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     """Adds a part of a query tile to dk and dv, and writes its dS^T to shared memory."""
     spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
@@ -113,7 +124,7 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
-        ds = (sloped * dp).astype(spec.dtype)
+        ds = slopes(part, sloped, dp).astype(spec.dtype)
         own = block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)]
         mma.store_rows(ds, own, i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
