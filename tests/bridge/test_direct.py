@@ -389,6 +389,18 @@ def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tm
     assert launched == ["forward", *BOTH]
 
 
+def test_a_plan_is_not_made_meanwhile_where_no_thread_can_start(launched, monkeypatch, tmp_path):
+    """At exit, or at a limit, the first call that records a gradient was an error."""
+    def start(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(attention.Direct, "expect", EXPECT)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    OURS(q, k, v)
+    assert launched == ["forward"]
+
+
 def test_a_backward_without_a_plan_goes_through_dlpack(launched, monkeypatch):
     """It takes the statistics of the forward that was launched directly."""
     find = cache.find

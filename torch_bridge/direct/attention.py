@@ -129,7 +129,8 @@ class Direct:
         def make() -> None:
             with contextlib.suppress(cache.NoPlanError, OSError):
                 cache.find(wanted, self.device.index or 0, quiet=True)
-        threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
+        with contextlib.suppress(RuntimeError):  # no thread can start, at exit or at a limit: it is made when prepared
+            threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
 
     def prepare(self, pass_name: PassName) -> None:
         """Loads the plan of a pass, if that is not done.
