@@ -466,3 +466,17 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
+
+
+def test_the_caller_may_be_a_package_whose_name_begins_as_torchs(launched, monkeypatch):
+    """Its files were taken for torch's, and the warning named the line that called them."""
+    def refuse(request, index):
+        raise cache.NoPlanError("needs another JAX")
+    monkeypatch.setattr(cache, "find", refuse)
+    installed = Path(torch.__file__).parents[1]
+    for name, is_the_callers in (("torchtitan/model.py", True), ("torch/autograd/function.py", False)):
+        attention._reasons.clear()
+        call = compile("attend(*tensors)", path := str(installed / name), "exec")
+        with pytest.warns(FallbackWarning) as seen:
+            exec(call, dict(attend=OURS, tensors=qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)))
+        assert [warning.filename for warning in seen] == [path if is_the_callers else __file__]
