@@ -141,6 +141,9 @@ def test_a_number_that_may_change_has_no_shortcut(short, kind):
     assert torch.equal(OURS(*tensors, scale=scale), OURS(*tensors, scale=1.25)) and short == []
     with pytest.raises(TypeError, match="dropout_p"):
         OURS(*tensors, dropout_p=torch.zeros(2))
+    OURS(*tensors, scale=np.float64(0.5))
+    OURS(*tensors, scale=np.float64(0.5))
+    assert short == ["forward"], "NumPy's scalars do not change"
 
 
 @pytest.mark.filterwarnings("ignore:.*(prototype|beta):UserWarning")
