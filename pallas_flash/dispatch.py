@@ -3,11 +3,8 @@ run."""
 
 import dataclasses
 import functools
-import pathlib
 import pkgutil
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -268,7 +265,6 @@ def choose(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...]
     return decision.implementation
 
 
-_OURS = tuple(f"{pathlib.Path(__file__).parents[1] / package}/" for package in ("pallas_flash", "torch_bridge"))
 _warned: set[tuple[str, str]] = set()
 """Implementation and reason of the warnings that were given."""
 _warned_lock = threading.Lock()
@@ -284,17 +280,11 @@ def warn_of_fallback(decision: Decision) -> None:
         if not new:
             continue
         try:
-            warnings.warn(_fallback(decision, row.name), skip_file_prefixes=_not_the_callers())
+            errors.warn(_fallback(decision, row.name))
         except errors.FallbackWarning:  # a filter made it an error, and shall do so in the next call
             with _warned_lock:
                 _warned.difference_update(new)
             raise
-
-
-def _not_the_callers() -> tuple[str, ...]:
-    """Where frames are not the caller's: ours, and PyTorch's, whose autograd stands between two of ours."""
-    torch = sys.modules.get("torch")
-    return _OURS if torch is None else (*_OURS, f"{pathlib.Path(str(torch.__file__)).parent}/")
 
 
 def _fallback(decision: Decision, left: str) -> errors.FallbackWarning:

@@ -1,9 +1,14 @@
 """The errors of the project, and the form of their message: what must hold, what was given, what to do."""
 
+import pathlib
+import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["FallbackWarning", "UnsupportedError", "fallback", "invalid", "is_torch", "mistyped", "require_bool",
-           "unsupported"]
+           "unsupported", "warn"]
+
+_OURS = tuple(f"{pathlib.Path(__file__).parents[1] / package}/" for package in ("pallas_flash", "torch_bridge"))
 
 
 class UnsupportedError(ValueError):
@@ -53,6 +58,15 @@ def unsupported(subject: str, reasons: Sequence[str], do: str) -> UnsupportedErr
 def fallback(subject: str, reasons: Sequence[str], do: str) -> FallbackWarning:
     """A FallbackWarning of the same form."""
     return FallbackWarning(_listing(subject, reasons, do))
+
+
+def warn(warning: FallbackWarning) -> None:
+    """Gives a warning at the caller's line: outside of our files, and of PyTorch's, whose autograd stands between two
+    of ours.
+    """
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    prefixes = _OURS if torch is None else (*_OURS, f"{pathlib.Path(torch).parent}/")
+    warnings.warn(warning, skip_file_prefixes=prefixes)
 
 
 def _listing(subject: str, reasons: Sequence[str], do: str) -> str:

@@ -110,7 +110,7 @@ def _nothing_intercepts() -> bool:
 
 
 class _Context(derivatives.Context, Protocol):
-    stats: routes.Stats
+    stats: routes.Stats | None  # None: a tensor, which is saved
 
 
 class _Attention(torch.autograd.Function):
@@ -120,9 +120,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: _Context, *args: Any) -> torch.Tensor:
         *tensors, ctx.numbers = args
         operands = Operands._make(tensors)
-        out, ctx.stats = routes.attend_saving(operands, ctx.numbers)
+        out, stats = routes.attend_saving(operands, ctx.numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands, out)
+        # A tensor is saved as _Launched does: a checkpoint counts what a call and its repetition save.
+        saved, ctx.stats = (stats, None) if isinstance(stats, torch.Tensor) else (None, stats)
+        ctx.save_for_backward(*operands, out, saved)
         return out
 
     @staticmethod
@@ -130,8 +132,10 @@ class _Attention(torch.autograd.Function):
         flags, saved = ctx.needs_input_grad, ctx.saved_tensors
         if dout is None:
             return (None,) * len(flags)
-        operands, out, needs = Operands._make(saved[:-1]), saved[-1], PerArray.among(flags)
-        grads = _gradients(operands, ctx.numbers, (out, ctx.stats), dout, needs)
+        (*tensors, out, stats), needs = saved, PerArray.among(flags)
+        if stats is None:
+            stats = ctx.stats
+        grads = _gradients(Operands._make(tensors), ctx.numbers, (out, stats), dout, needs)
         return grads.among_arguments(len(flags))
 
 

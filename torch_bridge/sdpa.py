@@ -17,6 +17,7 @@ from torch_bridge.direct import shortcut
 __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN_NUMBERS = (float, int, type(None))  # NumPy's float64 is a float; what an array or a tensor holds may change
 
 
 class Call(NamedTuple):
@@ -64,8 +65,9 @@ def scaled_dot_product_attention(
         numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
         return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     name = None
-    if (attn_mask is None and type(is_causal) is bool and dropout_p == 0 and type(enable_gqa) is bool
-            and not torch.compiler.is_compiling() and shortcut.may_know(query, key, value)):
+    if (attn_mask is None and type(is_causal) is type(enable_gqa) is bool and isinstance(scale, _PLAIN_NUMBERS)
+            and isinstance(dropout_p, _PLAIN_NUMBERS) and dropout_p == 0 and not torch.compiler.is_compiling()
+            and shortcut.may_know(query, key, value)):
         name = shortcut.name_of(query, key, value, is_causal, scale, enable_gqa)
         out = eager.attend_again(name, query, key, value)
         if out is not None:

@@ -6,6 +6,7 @@ Forward, lse and all gradients, with random cotangents of out and of lse. The al
 
 import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -237,3 +238,16 @@ def test_tile_sizes_change_nothing_but_rounding(target, monkeypatch):
     case = conformance.random_case(problem, "float32")
     used = conformance.budget(problem, "float32", *case).used(conformance.compiled(problem, "xla")(*case))
     assert max(used.values()) <= 1, used
+
+
+@pytest.mark.parametrize("d", [8, 16])
+def test_sums_of_few_terms_are_of_wide_numbers(d):
+    """XLA:GPU rounded each of up to 8 terms to the operands' 16 bits: no product of so few takes such operands."""
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, d), "bfloat16") for length, heads in ((3, 2), (64, 1)))
+    loss = lambda q, k, v: flash_attention(q, k, v, mask=Causal(), implementation="xla").sum(dtype=jnp.float32)
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k).lower().as_text()
+    found = re.findall(r"dot_general .*contracting_dims = \[([\d, ]+)\].*: \(tensor<([\dx]+)x(\w+)>", text)
+    assert len(found) == text.count("dot_general ")
+    few = [kind for axes, shape, kind in found
+           if np.prod([int(shape.split("x")[int(axis)]) for axis in axes.split(",")]) <= 8]
+    assert few and {*few} == {"f32"}

@@ -389,6 +389,18 @@ def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tm
     assert launched == ["forward", *BOTH]
 
 
+def test_a_plan_is_not_made_meanwhile_where_no_thread_can_start(launched, monkeypatch, tmp_path):
+    """At exit, or at a limit, the first call that records a gradient was an error."""
+    def start(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(attention.Direct, "expect", EXPECT)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    OURS(q, k, v)
+    assert launched == ["forward"]
+
+
 def test_a_backward_without_a_plan_goes_through_dlpack(launched, monkeypatch):
     """It takes the statistics of the forward that was launched directly."""
     find = cache.find
@@ -454,3 +466,17 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
+
+
+def test_the_caller_may_be_a_package_whose_name_begins_as_torchs(launched, monkeypatch):
+    """Its files were taken for torch's, and the warning named the line that called them."""
+    def refuse(request, index):
+        raise cache.NoPlanError("needs another JAX")
+    monkeypatch.setattr(cache, "find", refuse)
+    installed = Path(torch.__file__).parents[1]
+    for name, is_the_callers in (("torchtitan/model.py", True), ("torch/autograd/function.py", False)):
+        attention._reasons.clear()
+        call = compile("attend(*tensors)", path := str(installed / name), "exec")
+        with pytest.warns(FallbackWarning) as seen:
+            exec(call, dict(attend=OURS, tensors=qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)))
+        assert [warning.filename for warning in seen] == [path if is_the_callers else __file__]

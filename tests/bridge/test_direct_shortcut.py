@@ -3,8 +3,10 @@
 On the stand-ins of test_direct.py.
 """
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
@@ -104,3 +106,49 @@ def test_a_shortcut_keeps_what_autograd_knows(short):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
     assert short.count("forward") == 2
+
+
+def test_a_hook_may_give_back_saved_tensors_stored_otherwise(short):
+    """Read at their addresses as if they were stored as before, their numbers were in the wrong places."""
+    tensors = [heads_inside(x) for x in qkv((2, 4, 6, 8), *[(2, 2, 6, 8)] * 2, dtype=BF16)]
+    options = dict(enable_gqa=True)
+    dout = torch.randn(tensors[0].shape).to(BF16)
+    wanted = torch.autograd.grad(OURS(*tensors, **options), tensors, dout)
+    for change in (torch.Tensor.contiguous, lambda x: moved(x).detach(), torch.Tensor.clone):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, change=change: change(x), lambda x: x):
+            out = OURS(*tensors, **options)
+        assert all(map(torch.equal, torch.autograd.grad(out, tensors, dout), wanted))
+    assert short == ["forward"] * 3 + ["backward"]  # a clone is stored as before
+
+
+def test_the_first_call_in_a_checkpoint_saves_what_its_repetition_saves(short):
+    """The repetition takes a shortcut, and torch counts saved tensors: they were four and five."""
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+
+    def layer(*tensors):
+        return OURS(*(x * 1.5 for x in tensors)).exp().sin()
+    out = torch.utils.checkpoint.checkpoint(layer, *tensors, use_reentrant=False)
+    found = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert short == ["forward"]
+    assert all(map(torch.equal, found, torch.autograd.grad(layer(*tensors), tensors, torch.ones_like(out))))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_a_number_that_may_change_has_no_shortcut(short, kind):
+    tensors, scale = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), kind(0.25)
+    OURS(*tensors, scale=scale)
+    scale += 1
+    assert torch.equal(OURS(*tensors, scale=scale), OURS(*tensors, scale=1.25)) and short == []
+    with pytest.raises(TypeError, match="dropout_p"):
+        OURS(*tensors, dropout_p=torch.zeros(2))
+    OURS(*tensors, scale=np.float64(0.5))
+    OURS(*tensors, scale=np.float64(0.5))
+    assert short == ["forward"], "NumPy's scalars do not change"
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta):UserWarning")
+def test_tensors_without_strides_are_refused_as_ever(short):
+    dense = torch.randn(2, 2, 5, 8, dtype=BF16)
+    for x in (torch.nested.nested_tensor([dense[0], dense[1]]), dense[0, 0].to_sparse_csr()):
+        with pytest.raises(RuntimeError, match="needs strided tensors"):
+            OURS(dense, x, dense)

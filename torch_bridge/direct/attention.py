@@ -10,9 +10,7 @@ first. Plans stay loaded as long as the process lives: a captured CUDA graph hol
 import contextlib
 import os
 import threading
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +32,6 @@ _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
-_NOT_THE_CALLERS = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)  # autograd's are in between
 
 
 def is_asked_for() -> bool:
@@ -129,7 +126,8 @@ class Direct:
         def make() -> None:
             with contextlib.suppress(cache.NoPlanError, OSError):
                 cache.find(wanted, self.device.index or 0, quiet=True)
-        threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
+        with contextlib.suppress(RuntimeError):  # no thread can start, at exit or at a limit: it is made when prepared
+            threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
 
     def prepare(self, pass_name: PassName) -> None:
         """Loads the plan of a pass, if that is not done.
@@ -293,6 +291,6 @@ def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
 def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:
     from pallas_flash import errors  # imports JAX, which the call will need now
 
-    warnings.warn(errors.fallback(
+    errors.warn(errors.fallback(
         f"the {pass_name} of {problem} goes through DLPack, because the direct path ({VARIABLE}=1) cannot take it",
-        [reason], f"change that, or unset {VARIABLE}"), skip_file_prefixes=_NOT_THE_CALLERS)
+        [reason], f"change that, or unset {VARIABLE}"))

@@ -25,15 +25,21 @@ _MAX_SHORTCUTS = 4096
 _shortcuts: dict[Name, "Shortcut"] = {}
 
 
-class _Result(NamedTuple):
-    """A new tensor."""
+class _Stored(NamedTuple):
+    """How a tensor is stored."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
 
     def make(self, device: torch.device) -> torch.Tensor:
+        """A new tensor."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def is_like(self, tensor: torch.Tensor, device: torch.device) -> bool:
+        """Whether a tensor is stored like this, and can be read at its address."""
+        return (tensor.stride() == self.strides and tensor.shape == self.shape and tensor.dtype == self.dtype
+                and tensor.device == device and _is_readable(tensor))
 
 
 class Shortcut(NamedTuple):
@@ -44,9 +50,9 @@ class Shortcut(NamedTuple):
     device: torch.device
     runs: records.Runs
     forward_runner: Runner
-    out: _Result
-    stats: _Result
-    gradients: tuple[_Result, ...]  # of query, key and value
+    out: _Stored
+    stats: _Stored
+    gradients: tuple[_Stored, ...]  # of query, key and value, which are stored like them
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows."""
@@ -56,14 +62,16 @@ class Shortcut(NamedTuple):
         return out, stats
 
     def backward(self, saved: tuple[torch.Tensor, ...], dout: torch.Tensor) -> list[torch.Tensor] | None:
-        """The gradients of query, key and value, each stored as its tensor; None: there is no plan.
+        """The gradients of query, key and value, each stored as its tensor; None: there is no plan, or a hook on saved
+        tensors (`torch.autograd.graph.saved_tensors_hooks`) gave back one that is stored otherwise.
 
         Args:
           saved: query, key, value, out and the statistics of rows.
         """
-        if not self.direct.try_prepare("backward"):
+        stored = zip((*self.gradients, self.out, self.stats), saved, strict=True)
+        if not all(like.is_like(x, self.device) for like, x in stored) or not self.direct.try_prepare("backward"):
             return None
-        if dout.stride() != self.out.strides or dout.dtype != self.out.dtype or not _is_readable(dout):
+        if not self.out.is_like(dout, self.device):
             dout = self.out.make(self.device).copy_(dout)
         grads = [result.make(self.device) for result in self.gradients]
         self.direct.run_backward(saved, dout, grads)
@@ -72,9 +80,12 @@ class Shortcut(NamedTuple):
 
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether calls of these may have shortcuts: plain tensors of a device on which the direct path is asked for."""
+    """Whether calls of these may have shortcuts: plain tensors, with strides, of a device on which the direct path is
+    asked for.
+    """
     return (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
-            and query.device.type in attention.DEVICES and attention.is_asked_for())
+            and query.device.type in attention.DEVICES and attention.is_asked_for()
+            and all(x.layout is torch.strided and not x.is_nested for x in (query, key, value)))
 
 
 def name_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None,
@@ -107,11 +118,11 @@ def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
         return
     query, _, value, *_ = operands
     shape = (*query.shape[:3], value.shape[3])
-    gradients = tuple(_Result(tuple(x.shape), wanted, x.dtype) for x, wanted in zip(
+    gradients = tuple(_Stored(tuple(x.shape), wanted, x.dtype) for x, wanted in zip(
         operands[:3], call.grad_strides, strict=True))
     stats = runner.shape_of("stats")
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
     _shortcuts[name] = Shortcut(
-        call.direct, numbers, query.device, call.direct.runs, runner, _Result(shape, call.out_strides, query.dtype),
-        _Result(stats, torch.empty(stats, device="meta").stride(), torch.float32), gradients)
+        call.direct, numbers, query.device, call.direct.runs, runner, _Stored(shape, call.out_strides, query.dtype),
+        _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), gradients)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.hopper.memory import smem_bytes
+from pallas_flash.kernels.hopper.rules import reasons_against
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
@@ -90,15 +90,18 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
-    """Returns the schedule of a spec whose keys are in a cache: as many stages as fit, up to 6.
+    """Returns the schedule of a spec whose keys are in a cache: queries in registers up to 192, where they and the
+    accumulator fit; and as many stages as fit, up to 6.
 
     Measured of a proof, heads of 64, 128 and 256: docs/notes/hopper_decode.md, 2026-11-29. By analogy: the others.
     """
     if isinstance(assumed := _assumed.get(), DecodeSchedule):
         return assumed
-    default = DecodeSchedule(q_registers=spec.d <= 192, num_blocks=device.num_sms)
-    fewer = (dataclasses.replace(default, num_stages=stages) for stages in range(default.num_stages, 0, -1))
-    return next(schedule for schedule in fewer if smem_bytes(spec, schedule) <= device.smem_bytes)
+    candidates = (
+        DecodeSchedule(q_registers=held, num_stages=stages, num_blocks=device.num_sms)
+        for held in ([True, False] if spec.d <= 192 else [False])
+        for stages in range(DecodeSchedule.num_stages, 0, -1))
+    return next(schedule for schedule in candidates if not reasons_against(spec, schedule, device.smem_bytes))
 
 
 @functools.lru_cache(maxsize=256)

@@ -114,7 +114,7 @@ class Problem:
         XLA:GPU may compute sums of a few terms in a loop that rounds each term to the type of the operands, so those
         are widened: they are too few for a tensor core.
         """
-        is_wide = self.spec.dtype.itemsize > 2 or _terms(subscripts, a) <= FEW_TERMS
+        is_wide = self.spec.dtype.itemsize > 2 or _terms(subscripts, a) <= _FEW_TERMS
         if is_wide:
             a, b = a.astype(self.spec.acc_dtype), b.astype(self.spec.acc_dtype)
         precision = jax.lax.Precision.HIGHEST if is_wide else None
@@ -273,7 +273,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
         keys_in_place=keys_in_place)
 
 
-FEW_TERMS = 8
+_FEW_TERMS = 8
 _MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
 
 

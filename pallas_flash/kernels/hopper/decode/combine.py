@@ -1,6 +1,6 @@
 """A head of keys that several blocks share: each leaves a partial result, and the last to arrive combines them.
 
-A partial result is O, not yet divided, and four numbers of each row (`Sums`); of all partial results those rows alone
+A partial result is O, not yet divided, and two numbers of each row (`Sums`); of all partial results those rows alone
 are kept that there are. The combining warpgroup takes 512 numbers of O at a time, four to a thread, so that all threads
 have work however few rows there are.
 """
@@ -34,14 +34,10 @@ STRIP = plgpu.Layout.WG_STRIDED((PIECE,), vec_size=4)
 
 
 class Sums(NamedTuple):
-    """What is known of each row beside O: l_i is the sum of exp2((s - m_i) unit - rounding), start = m_i unit +
-    rounding.
-    """
+    """What is known of each row beside O: l_i is the sum of exp2((s - m_i) unit)."""
 
-    start: Array  # base 2
-    l_i: Array
     m_i: Array  # in the unit of scores
-    rounding: Array  # base 2
+    l_i: Array
 
 
 def part_size(spec: AttentionSpec) -> int:
@@ -104,7 +100,7 @@ def _strip(value: ir.Value) -> mgpu.FragmentedArray:
 
 def _load_piece_plain(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Index) -> tuple[Array, Sums]:
     row = (piece * PIECE + lax.iota(jnp.int32, PIECE)) // spec.d_v
-    return acc[slot, pl.ds(piece * PIECE, PIECE)], Sums(*(sums[slot][row, i] for i in range(4)))
+    return acc[slot, pl.ds(piece * PIECE, PIECE)], Sums(*(sums[slot][row, i] for i in range(2)))
 
 
 @interpreted_as(_load_piece_plain)
@@ -112,12 +108,12 @@ def load_piece(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Ind
     """Loads a piece of O of a partial result, (512,) float32 in the layout STRIP, and the sums of each number's row.
 
     Args:
-      acc: (slots, `part_size`) float32; sums: (slots, 64, 4) float32.
+      acc: (slots, `part_size`) float32; sums: (slots, 64, 2) float32.
     """
     size = acc.shape[1]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
-                       return_type=(plgpu.ShapeDtypeStruct((PIECE,), jnp.float32, STRIP),) * 5)
+                       return_type=(plgpu.ShapeDtypeStruct((PIECE,), jnp.float32, STRIP),) * 3)
     def load(_: mgpu.LaunchContext, acc: ir.Value, sums: ir.Value, slot: mgpu.FragmentedArray,
              piece: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
         i32, i64, f32 = ptx.i32(), ir.IntegerType.get_signless(64), ir.F32Type.get()
@@ -125,13 +121,16 @@ def load_piece(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Ind
         row = arith.divui(first, mgpu.utils.c(spec.d_v, i32))
         at = arith.addi(arith.muli(arith.extui(i64, slot), mgpu.utils.c(size, i64)), arith.extui(i64, first))
         own = arith.addi(arith.muli(slot, mgpu.utils.c(ROWS_PER_WARPGROUP, i32)), row)
-        own = arith.muli(arith.extui(i64, own), mgpu.utils.c(4, i64))
-        numbers, four = [], llvm.StructType.get_literal([f32] * 4)
-        for ref, index in ((acc, at), (sums, own)):
+        own = arith.muli(arith.extui(i64, own), mgpu.utils.c(2, i64))
+        numbers = []
+        for ref, index, count in ((acc, at, 4), (sums, own, 2)):
             address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], f32)
-            loaded = llvm.inline_asm(four, [address], "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];",
-                                     "=f,=f,=f,=f,l", has_side_effects=True)
-            numbers.append([llvm.extractvalue(f32, loaded, [i]) for i in range(4)])
+            found = ", ".join(f"${i}" for i in range(count))
+            loaded = llvm.inline_asm(
+                llvm.StructType.get_literal([f32] * count), [address],
+                f"ld.relaxed.gpu.global.v{count}.f32 {{{found}}}, [${count}];", "=f," * count + "l",
+                has_side_effects=True)
+            numbers.append([llvm.extractvalue(f32, loaded, [i]) for i in range(count)])
         vec = ir.VectorType.get((4,), f32)
         return (_strip(vector.from_elements(vec, numbers[0])),
                 *(_strip(vector.broadcast(vec, x)) for x in numbers[1]))
@@ -206,19 +205,17 @@ class _Total(NamedTuple):
     sums: Sums
 
 
-def _added(total: _Total, parts: list[tuple[Array, Sums]]) -> _Total:
-    """The total with more partial results. It is kept relative to the largest start there is, and to its m_i."""
-    start, l_i, m_i, rounding = total.sums
+def _added(total: _Total, parts: list[tuple[Array, Sums]], unit: float) -> _Total:
+    """The total with more partial results. It is kept relative to the largest m_i there is."""
+    m_i, l_i = total.sums
     for _, part in parts:
-        larger = jnp.logical_not(part.start <= start)  # so that NaN counts as larger
-        start, m_i, rounding = (jnp.where(larger, new, old) for new, old in (
-            (part.start, start), (part.m_i, m_i), (part.rounding, rounding)))
-    alpha = jnp.exp2(total.sums.start - start)
+        m_i = jnp.where(part.m_i <= m_i, m_i, part.m_i)  # so that NaN counts as larger
+    alpha = jnp.exp2((total.sums.m_i - m_i) * unit)
     acc, l_i = total.acc * alpha, l_i * alpha
     for x, part in parts:
-        weight = jnp.exp2(part.start - start)
+        weight = jnp.exp2((part.m_i - m_i) * unit)
         acc, l_i = acc + weight * x, l_i + weight * part.l_i
-    return _Total(acc, Sums(start, l_i, m_i, rounding))
+    return _Total(acc, Sums(m_i, l_i))
 
 
 def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: float, at_once: int) -> None:
@@ -226,7 +223,7 @@ def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: f
 
     Args:
       gmem: part_acc, part_sums, out, stats.
-      unit: of scores.
+      unit: of scores, times log2(e) (`scores.score_unit`).
       at_once: partial results that are loaded together.
     """
     splat = lambda x: plgpu.layout_cast(jnp.full((PIECE,), x, jnp.float32), STRIP)
@@ -236,20 +233,20 @@ def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: f
         for part in range(at_once):
             slot, there = segment.slot(jnp.minimum(first + part, segment.parts - 1)), first + part < segment.parts
             x, sums = load_piece(spec, gmem["part_acc"], gmem["part_sums"], slot, piece)
-            start, l_i = jnp.where(there, sums.start, LOWEST), jnp.where(there, sums.l_i, 0.0)
-            found.append((jnp.where(there, x, 0.0), sums._replace(start=start, l_i=l_i)))
+            own = Sums(jnp.where(there, sums.m_i, LOWEST), jnp.where(there, sums.l_i, 0.0))
+            found.append((jnp.where(there, x, 0.0), own))
         return found
 
     @pl.loop(jnp.int32(0), jnp.int32(part_size(spec) // PIECE))
     def _(piece: Index) -> None:
-        nothing = _Total(splat(0.0), Sums(splat(LOWEST), splat(0.0), splat(0.0), splat(0.0)))
+        nothing = _Total(splat(0.0), Sums(splat(LOWEST), splat(0.0)))
         rounds = lax.div(segment.parts + (at_once - 1), jnp.int32(at_once))
         acc, sums = lax.fori_loop(
-            jnp.int32(0), rounds, lambda i, total: _added(total, load_some(piece, i * at_once)), nothing)
+            jnp.int32(0), rounds, lambda i, total: _added(total, load_some(piece, i * at_once), unit), nothing)
         out = (acc * softmax.rescale(sums.l_i)).astype(gmem["out"].dtype)
-        stats = softmax.statistics(sums.m_i, sums.l_i, unit, sums.rounding)
+        stats = softmax.statistics(sums.m_i, sums.l_i, softmax.unit(spec.scale, spec.softcap))
         store_piece(spec, _Piece(out, *stats), (gmem["out"], gmem["stats"]), segment.head, piece)
 
 
 LOWEST = -3e38
-"""The start of rows that have met no key, base 2: low, but finite."""
+"""The m_i where there is no partial result: low, but finite."""

@@ -13,10 +13,10 @@ Rings and barriers. A barrier is named for the state it announces.
 Pages. A tile is loaded in pieces of as many keys as surely lie in one page. Their numbers are loaded from the table one
 tile ahead.
 
-Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`); start = m_i unit, rounded, is
-what is subtracted from exponents; l_i (64, 8) a row sum that is still spread over columns. P is rounded to the input's
-type, all else is float32. A head that several blocks share is combined in `decode.combine`; a head that one block has
-is written by it.
+Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`), which is subtracted before they
+are: next to m_i that is exact however large scores are, and the instruction that it costs is small beside reading. l_i
+(64, 8) is a row sum that is still spread over columns. P is rounded to the input's type, all else is float32. A head
+that several blocks share is combined in `decode.combine`; a head that one block has is written by it.
 
 What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
 is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
@@ -39,8 +39,8 @@ from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.decode import combine, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
 from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment
-from pallas_flash.kernels.hopper.forward.softmax import Maximum, lowest, maximum_of
-from pallas_flash.kernels.hopper.registers import Fragment
+from pallas_flash.kernels.hopper.forward.softmax import lowest
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
@@ -131,7 +131,7 @@ def load(block: Block) -> None:
 class State(NamedTuple):
     """The online softmax of 64 rows after some tiles."""
 
-    maximum: Maximum
+    m_i: PerRow
     l_i: Fragment  # (64, 8), sums of every eighth column
     acc: Fragment  # (64, d_v) in the layout ACC
 
@@ -208,9 +208,9 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     needed = segment.sequence.tiles
     partial = (kv_tile < needed.full_start) | (kv_tile >= needed.full_stop)
     s = lax.cond(partial, functools.partial(without_hidden, block, segment, kv_tile), lambda s: s, s)
-    new = maximum_of(jnp.maximum(state.maximum.m_i, s.max(axis=1)), unit)
-    alpha = jnp.exp2(jnp.minimum(state.maximum.start - new.start, 0))  # of rows without keys they are huge, and alike
-    p = jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
+    m_i = jnp.maximum(state.m_i, s.max(axis=1))
+    alpha = jnp.exp2((state.m_i - m_i) * unit)
+    p = jnp.exp2((s - registers.spread(m_i, s.shape[1])) * unit)
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
     p, tile = p.astype(spec.dtype), block.smem["v"].at[slot]
@@ -220,22 +220,15 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
     plgpu.barrier_arrive(bars["v_free"].at[slot])
-    return State(new, l_i, acc)
+    return State(m_i, l_i, acc)
 
 
 def first_state(block: Block) -> State:
     """The state before the first tile."""
-    unit = score_unit(block.spec)
-    m_i = plgpu.layout_cast(jnp.full((ROWS_PER_WARPGROUP,), lowest(unit), jnp.float32), registers.ROW_LAYOUT)
+    low = jnp.full((ROWS_PER_WARPGROUP,), lowest(score_unit(block.spec)), jnp.float32)
+    m_i = plgpu.layout_cast(low, registers.ROW_LAYOUT)
     l_i = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, 8), jnp.float32), registers.TILE)
-    return State(maximum_of(m_i, unit), l_i, registers.zeros(block.spec.d_v))
-
-
-def sums_of(block: Block, state: State) -> Sums:
-    """Adds up l_i after the last tile, and finds how far start was rounded."""
-    m_i, start = state.maximum
-    rounding = ptx.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
-    return Sums(start, state.l_i.sum(axis=1), m_i, rounding)
+    return State(m_i, l_i, registers.zeros(block.spec.d_v))
 
 
 def finish(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
@@ -243,7 +236,7 @@ def finish(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
     head, unit = segment.head, softmax.unit(block.spec.scale, block.spec.softcap)
     out = acc * registers.spread(softmax.rescale(sums.l_i), acc.shape[1])
     rows.store_out(block.spec, out.astype(block.spec.dtype), block.gmem["out"], head)
-    stats = softmax.statistics(sums.m_i, sums.l_i, unit, sums.rounding)
+    stats = softmax.statistics(sums.m_i, sums.l_i, unit)
     rows.store_statistics(block.spec, stats, block.gmem["stats"], head)
 
 
@@ -251,11 +244,11 @@ def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
     """Leaves a partial result of a head that several blocks share; the last of them combines."""
     slot = segment.slot(segment.part)
     rows.store_part(block.spec, acc, block.gmem["part_acc"], slot)
-    rows.store_part_statistics(tuple(sums), block.gmem["part_sums"], slot)
+    rows.store_part_statistics(sums, block.gmem["part_sums"], slot)
 
     @pl.when(combine.is_last(block.gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
-        unit = softmax.unit(block.spec.scale, block.spec.softcap)
+        unit = score_unit(block.spec)
         combine.combine(block.spec, block.gmem, segment, unit, block.schedule.parts_at_once)
 
 
@@ -264,7 +257,7 @@ def compute_segment(block: Block, segment: Segment) -> None:
     q = queries(block, segment)
     add_tile = functools.partial(step, block, segment, q)
     state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, first_state(block))
-    sums, acc = sums_of(block, state), plgpu.layout_cast(state.acc, registers.TILE)
+    sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
     pl.when(segment.is_whole)(functools.partial(finish, block, segment, sums, acc))
     pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, block, segment, sums, acc))
 
@@ -288,7 +281,7 @@ def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
                "part_acc": jax.ShapeDtypeStruct((2 * count, combine.part_size(spec)), jnp.float32),
-               "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS_PER_WARPGROUP, 4), jnp.float32)}
+               "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS_PER_WARPGROUP, 2), jnp.float32)}
 
     def attention_decode(*refs: Any) -> None:
         *arrays, smem, bars = refs

@@ -214,20 +214,20 @@ def store_part(spec: AttentionSpec, x: Fragment, ref: Ref, slot: Index) -> None:
     store(x, ref, ptx.scalar(slot))
 
 
-def _store_part_statistics_plain(x: tuple[PerRow, ...], ref: Ref, slot: Index) -> None:
+def _store_part_statistics_plain(x: tuple[PerRow, PerRow], ref: Ref, slot: Index) -> None:
     ref[slot] = jnp.stack(x, axis=1)
 
 
 @interpreted_as(_store_part_statistics_plain)
-def store_part_statistics(x: tuple[PerRow, ...], ref: Ref, slot: Index) -> None:
-    """Stores four numbers for each row, (64,) float32 each, to ref[slot], (64, 4)."""
-    @plgpu.inline_mgpu(arg_types=(*(ROW_LAYOUT,) * 4, plgpu.RefType(), ptx.SCALAR))
+def store_part_statistics(x: tuple[PerRow, PerRow], ref: Ref, slot: Index) -> None:
+    """Stores two numbers for each row, (64,) float32 each, to ref[slot], (64, 2)."""
+    @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR))
     def store(_: mgpu.LaunchContext, *args: Any) -> None:
         *x, ref, slot = args
         for i, row, quarter in _own_rows():
             index = arith.addi(arith.muli(slot.registers.item(), _const(ROWS_PER_WARPGROUP)), row)
             values = (vector.extract(values.registers.reshape(-1)[i], [], [0]) for values in x)
-            _put("st.global.v4.f32 [$0], {$1, $2, $3, $4};", _below(quarter, 1),
-                 _address(ref, _times(_wide(index), 4)), *values)
+            _put("st.global.v2.f32 [$0], {$1, $2};", _below(quarter, 1), _address(ref, _times(_wide(index), 2)),
+                 *values)
 
     store(*x, ref, ptx.scalar(slot))
