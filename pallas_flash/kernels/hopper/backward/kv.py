@@ -28,7 +28,7 @@ from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
-from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, score_gradients, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
@@ -149,7 +149,7 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
     kept = kept_of(block, warpgroup, step)
-    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    ds = score_gradients(block.spec, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
@@ -266,7 +266,7 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
     kept = kept_of(block, warpgroup, step)
-    ds = slope * kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    ds = score_gradients(block.spec, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     if last is not None:
         free_slot(block, before)
     w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))

@@ -22,8 +22,8 @@ from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit,
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "start_of_dp",
-           "tile_weights", "weights"]
+__all__ = ["Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "score_gradients",
+           "start_of_dp", "tile_weights", "weights"]
 
 
 Exponents = Fragment | PerRow
@@ -93,6 +93,15 @@ def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections:
     complete = s if biased is None else biased(s)
     p = corrections.weights(complete, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
     return p, slope(spec, s, p)
+
+
+def score_gradients(spec: AttentionSpec, p: Fragment, dp: Fragment) -> Fragment:
+    """Computes dS from P times the slope, and from dP - delta.
+
+    It is 0 where P is, also where dP is beyond float32: padding of run-time masks may hold any number.
+    """
+    ds = p * dp
+    return jnp.where(p == 0, 0.0, ds) if spec.mask.has_arrays else ds
 
 
 class Lse(NamedTuple):
