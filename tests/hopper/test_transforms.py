@@ -115,11 +115,11 @@ def test_a_mapped_call_is_for_the_device_it_was_traced_for():
     jax.jit(jax.vmap(run)).trace(STACKED, STACKED, STACKED).lower(lowering_platforms=("cuda",))
 
 
-def exported(function, *shapes):
+def exported(function, *shapes, platforms=("cuda",)):
     """The module of a function as `jax.export` makes it for an H100."""
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
     with device.assume(device.H100):
-        made = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*shapes)
+        made = jax.export.export(jax.jit(function), platforms=platforms, disabled_checks=checks)(*shapes)
     return made.mlir_module()
 
 
@@ -133,6 +133,12 @@ def test_a_symbolic_batch_is_left_to_xla():
     for name in ("hopper", "ampere"):
         with pytest.raises(pf.UnsupportedError, match="needs a batch size that is a number, batch is b"):
             exported(functools.partial(attend, implementation=name), q, lengths)
+
+
+def test_one_program_for_several_platforms_says_what_to_do():
+    """Regression: a NotImplementedError about mpmd_map, which named neither the cause nor what to do."""
+    with pytest.raises(pf.UnsupportedError, match=r'program for cuda and cpu: .* name implementation="xla"'):
+        exported(attend, Q, Q, Q, platforms=("cuda", "cpu"))
 
 
 @pytest.mark.parametrize("size", ["0", "b"])
