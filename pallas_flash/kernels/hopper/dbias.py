@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, softmax, tiles
+from pallas_flash import compat, dropout, masks, softmax, tiles
 from pallas_flash.arrays import Array, Float
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
@@ -54,7 +54,8 @@ def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cota
         found = _of_tile(spec, operands, first, tile).sum(axis=broadcast, keepdims=True)
         return (total + found, None) if shape[2] == 1 else (total, found.astype(dtype))
 
-    total, of_tiles = jax.lax.scan(step, jnp.zeros((*shape[:2], 1, shape[3]), jnp.float32), firsts)
+    zeros = compat.vary_like(jnp.zeros((*shape[:2], 1, shape[3]), jnp.float32), rows)
+    total, of_tiles = jax.lax.scan(step, zeros, firsts)
     if of_tiles is None:
         return total.astype(dtype)
     return jnp.moveaxis(of_tiles, 0, 2).reshape(*shape[:2], -1, shape[3])[:, :, :spec.q_len]

@@ -71,6 +71,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
     padded = "d={}, d_v={}".format(*(tiles.cdiv(dim, TMA_ELEMENTS) * TMA_ELEMENTS for dim in (spec.d, spec.d_v)))
     rules = (
+        (isinstance(spec.batch, int),
+         f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
         (spec.dtype.name in ("bfloat16", "float16"),
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,

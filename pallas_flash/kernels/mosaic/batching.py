@@ -1,7 +1,8 @@
 """vmap for functions that contain a kernel call: the mapped axis joins the batch axis, so one launch serves it all.
 
 Operands that are not mapped are repeated (keys shared by `in_axes=None` are copied for each element); masks and biases
-that are the same for every batch element stay as they are.
+that are the same for every batch element stay as they are. Elements of an axis whose size is a symbol (`jax.export`)
+are computed one after the other.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
 
         @call.def_vmap
         def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[R, R]:
+            if not isinstance(axis_size, int) or axis_size == 0:
+                return _in_turns(call, in_batched, args)
             given, mapped = args[0], in_batched[0]
             apart = dict(k=None, v=None, page_table=None) if spec.pages is not None else {}
             operands, *arrays = jax.tree.map(
@@ -51,6 +54,21 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
         return for_spec(spec, device.current())(operands, *arrays)
 
     return on_current_device
+
+
+def _in_turns[R](call: Callable[..., R], in_batched: list[Any], args: tuple[Any, ...]) -> tuple[R, R]:
+    """The call for one element after the other: an axis of symbolic size has no one launch, and an empty one has none.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    mapped = jax.tree.leaves(in_batched)
+
+    def step(_: None, elements: list[jax.Array]) -> tuple[None, R]:
+        own = iter(elements)
+        given = (next(own) if is_mapped else x for x, is_mapped in zip(leaves, mapped))
+        return None, call(*jax.tree.unflatten(structure, given))
+
+    _, results = jax.lax.scan(step, None, [x for x, is_mapped in zip(leaves, mapped, strict=True) if is_mapped])
+    return results, jax.tree.map(lambda _: True, results)
 
 
 def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:

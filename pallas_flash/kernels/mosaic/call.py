@@ -29,7 +29,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 
-from pallas_flash import compat, masks
+from pallas_flash import compat, errors, masks
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["partitioned"]
@@ -102,6 +102,10 @@ def _run(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, computation: Computation,
            split: "Split | None") -> Sequence[ir.Value | Sequence[ir.Value]]:
+    platforms = ctx.module_context.platforms
+    if len(platforms) > 1:
+        raise errors.unsupported(f"a kernel in a program for {' and '.join(platforms)}", ["it runs on GPUs alone"],
+                                 'export a program for each platform, or name implementation="xla"')
     function: Callable[..., tuple[jax.Array, ...]] = functools.partial(_run, computation)
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
