@@ -36,7 +36,8 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 def not_measured(spec: AttentionSpec) -> list[str]:
-    """What of `spec` the kernels take, but have computed in Pallas' interpreter only, each with what to do.
+    """What of `spec` the kernels take, but which was not timed on a GPU beside other implementations, each with what to
+    do.
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
