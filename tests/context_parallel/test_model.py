@@ -124,7 +124,7 @@ PART = [jax.ShapeDtypeStruct((1, 8192, heads, 128), "bfloat16") for heads in (32
 
 
 @pytest.mark.parametrize(("options", "lines"), [
-    (dict(strategy="ring", has_documents=True), ["keys of the device 3 before: batch=2", "SegmentIds", "'xla'"]),
+    (dict(strategy="ring", has_documents=True), ["keys of the device 3 before: batch=2", "SegmentIds", "'hopper'"]),
     (dict(strategy="ring"), ["keys of the device 0 before: batch=1, heads=32:8, len=8192x8192", "'hopper'"]),
     (dict(strategy="all_gather"), ["2 calls, each batch=1, heads=32:8, len=4096x32768", "'hopper'"]),
     (dict(strategy="all_to_all"), ["one call, batch=1, heads=8:2, len=32768x32768", "'hopper'"]),
