@@ -1,63 +1,19 @@
-"""What the stages of the kernel of dk, dv and dq share: a block, its walk over query tiles, its steps."""
+"""What the stages of the kernel of dk, dv and dq share: a block, and what it loads."""
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
 from pallas_flash.kernels.mosaic.scheduling import rem
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.walk import Step, Walk
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Block", "HeadAndTile", "Step", "Walk"]
-
-type HeadAndTile = tuple[Array, Array]
-"""Where a step of a walk is: at a query head, and a query tile."""
-
-
-class Walk(NamedTuple):
-    """A block's steps: for each of `heads` query heads from `head` on, the query tiles [start, stop)."""
-
-    head: Index
-    heads: int
-    start: Index
-    full_start: Index  # tiles [full_start, full_stop) need no mask
-    full_stop: Index
-    stop: Index
-
-    @property
-    def steps(self) -> Index:
-        """How many there are; not above 0 where stop <= start."""
-        return self.heads * (self.stop - self.start)
-
-    @property
-    def first(self) -> HeadAndTile:
-        """(head, tile) of the first step."""
-        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.start, jnp.int32)
-
-    def next(self, head: Array, tile: Array) -> HeadAndTile:
-        """(head, tile) of the step after this one."""
-        if self.heads == 1:
-            return head, tile + 1
-        last = tile + 1 == self.stop
-        return jnp.where(last, head + 1, head), jnp.where(last, self.start, tile + 1)
-
-    def partial(self, tile: Array) -> Flag:
-        """True where a tile needs the mask."""
-        return (tile < self.full_start) | (tile >= self.full_stop)
-
-
-class Step(NamedTuple):
-    """One query tile of a walk, for one query head."""
-
-    ordinal: Index  # how many steps came before it
-    head: Array
-    tile: Array
+__all__ = ["Block"]
 
 
 class Block(NamedTuple):

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import tiles
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
-from pallas_flash.kernels.ampere.backward.block import Block, HeadAndTile, Step, Walk
+from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.ampere.copies import Team
@@ -36,6 +36,7 @@ from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]

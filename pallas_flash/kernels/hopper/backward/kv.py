@@ -27,7 +27,7 @@ from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, regi
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
-from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile, KeyBlock, Step, Walk
+from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock
 from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, score_gradients, start_of_dp, tile_weights
 from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.memory import Memory
@@ -39,6 +39,7 @@ from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 

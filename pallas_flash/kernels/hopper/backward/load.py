@@ -7,8 +7,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
-from pallas_flash.kernels.hopper.backward.tiles import HeadAndTile, KeyBlock
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.walk import HeadAndTile
 
 __all__ = ["load"]
 

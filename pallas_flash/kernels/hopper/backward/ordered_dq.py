@@ -28,13 +28,14 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, wgmma, work
-from pallas_flash.kernels.hopper.backward.tiles import Block, HeadAndTile
+from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import KvSchedule
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.walk import HeadAndTile
 
 __all__ = ["add_dq", "hand_dq_over"]
 

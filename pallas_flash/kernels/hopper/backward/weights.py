@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import dropout, registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
-from pallas_flash.kernels.hopper.backward.tiles import KeyBlock, Step
+from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
@@ -20,6 +20,7 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "score_gradients",
