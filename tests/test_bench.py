@@ -23,6 +23,7 @@ from bench import (
     plots,
     records,
     report,
+    ring,
     ring_step,
     run,
     timing,
@@ -633,6 +634,17 @@ def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
     found = list(ring_step.measure(32, 2, (2, 1), 8, rounds=1))
     assert [record["direction"] for record in found] == ["forward", "backward"]
     assert all(record["ring_us"] > 0 and record["over_plain"]["median"] > 0 for record in found)
+
+
+@pytest.mark.virtual
+def test_a_sequence_over_devices_is_timed_beside_one_device():
+    found = list(ring.measure(ring.Size(64, (2, 1), 8), "ring", "causal", rounds=1))
+    assert [record["direction"] for record in found] == ["forward", "both"]
+    for record in found:
+        assert record["devices"] == jax.device_count() > 1
+        assert record["largest_difference"] < 0.02
+        assert record["efficiency"]["median"] > 0
+    json.dumps(found)
 
 
 def test_decoding_is_timed_in_bytes_a_second():

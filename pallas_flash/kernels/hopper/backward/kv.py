@@ -150,7 +150,7 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
     kept = kept_of(block, warpgroup, step)
-    ds = score_gradients(block.spec, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
+    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
@@ -267,7 +267,7 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
     kept = kept_of(block, warpgroup, step)
-    ds = score_gradients(block.spec, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
+    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     if last is not None:
         free_slot(block, before)
     w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))

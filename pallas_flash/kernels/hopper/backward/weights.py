@@ -96,13 +96,22 @@ def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections:
     return p, slope(spec, s, p)
 
 
-def score_gradients(spec: AttentionSpec, p: Fragment, dp: Fragment) -> Fragment:
-    """Computes dS from P times the slope, and from dP - delta.
+def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> Fragment:
+    """Computes dS of a step from P times the slope, and from dP - delta.
 
-    It is 0 where P is, also where dP is beyond float32: padding of run-time masks may hold any number.
+    It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
+    need the mask pay for it, in a branch; those of run-time masks all do, without one.
     """
-    ds = p * dp
-    return jnp.where(p == 0, 0.0, ds) if spec.mask.has_arrays else ds
+    partial = partial_of(block, step)
+    guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
+    if block.spec.mask.has_arrays:
+        return guarded(p, dp)
+    return p * dp if partial is None else lax.cond(partial, guarded, lambda p, dp: p * dp, p, dp)
+
+
+def partial_of(block: KeyBlock, step: Step) -> Flag | None:
+    """Returns whether the tile of a step needs the mask; None if no tile does."""
+    return block.walk.partial(step.tile) if work.kv_work(block.spec, block.schedule).partial else None
 
 
 class Lse(NamedTuple):
@@ -183,8 +192,7 @@ def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fra
     """Computes P^T, and P^T times the slope of the soft cap, from s = K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
-    partial = block.walk.partial(step.tile) if work.kv_work(spec, schedule).partial else None
-    pairs = Pairs(block.mask.of_head(step.head), first, 0, partial)
+    pairs = Pairs(block.mask.of_head(step.head), first, 0, partial_of(block, step))
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)
