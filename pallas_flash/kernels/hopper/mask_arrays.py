@@ -211,16 +211,14 @@ def _range_of(some: Array, full: Array) -> Ranges:
 
 
 def _extremes(ids: Int[Array, "1|b 1|h n"], block: int, count: int, piece: int) -> tuple[Array, Array, Array]:
-    """The smallest and the largest id of each tile, and whether it has no other id and no padding; where all is
-    padding, the smallest is above the largest. Made of those of pieces, of which a tile is a whole number: where both
-    sides have the same ids, and the same pieces, XLA makes them once.
+    """The smallest and the largest id of each tile, and whether it has no other id and no padding; see
+    `tiles.id_extremes`. Made of those of pieces, of which a tile is a whole number: where both sides have the same ids,
+    and the same pieces, XLA makes them once.
     """
-    ids = _padded(ids, block * count, -1).reshape(*ids.shape[:2], -1, piece)
-    over_pieces = lambda function, x: functools.reduce(function, [x[..., i::block // piece]
-                                                                  for i in range(block // piece)])
-    largest = jnp.maximum(over_pieces(jnp.maximum, ids.max(axis=-1)), -1)
-    known = jnp.where(ids >= 0, ids, jnp.iinfo(jnp.int32).max)
-    smallest, lowest = (over_pieces(jnp.minimum, x.min(axis=-1)) for x in (known, ids))
+    pieces = block // piece
+    smallest, largest, lowest = (
+        functools.reduce(function, [x[..., i::pieces] for i in range(pieces)])
+        for function, x in zip((jnp.minimum, jnp.maximum, jnp.minimum), tiles.id_extremes(ids, piece, pieces * count)))
     return smallest, largest, (lowest == largest) & (largest >= 0)
 
 
