@@ -295,5 +295,6 @@ def _numbered(starts: Array, tokens: int) -> tuple[Array, Array]:
     if starts.dtype.itemsize >= 4:  # or `tokens` may not fit
         starts = starts.clip(0, tokens)
     starts = jax.lax.cummax(starts.astype(jnp.int32).at[0].set(0).clip(0, tokens))
-    begun = jnp.zeros(tokens + 1, jnp.int32).at[starts[1:]].add(1)
-    return starts, jnp.cumsum(begun, dtype=jnp.int32)[:tokens]
+    # A search that is unrolled is part of what uses it; a scatter and a sum of all before are kernels of their own.
+    found = jnp.searchsorted(starts, jnp.arange(tokens, dtype=jnp.int32), side="right", method="scan_unrolled")
+    return starts, found.astype(jnp.int32) - 1

@@ -15,14 +15,14 @@ from pallas_flash import masks
 from pallas_flash.arithmetic import Positions
 
 __all__ = [
-    "TileRange", "attended_pairs", "cdiv", "interval", "kv_tiles", "q_tiles", "smallest_covering", "sweep",
-    "tile_range", "union",
+    "TileRange", "attended_pairs", "cdiv", "div", "id_extremes", "interval", "kv_tiles", "q_tiles",
+    "smallest_covering", "sweep", "tile_range", "union",
 ]
 
 Carry = TypeVar("Carry")
 
 
-def _div(a: Positions, b: int) -> Positions:
+def div(a: Positions, b: int) -> Positions:
     """a // b for a >= 0. Traced, it is a division that truncates: rounding towards minus infinity costs more, in a
     kernel and in compiling it.
     """
@@ -39,7 +39,7 @@ def cdiv(a: Positions, b: int) -> Positions: ...
 
 def cdiv(a: Positions, b: int) -> Positions:
     """Ceiling of a / b for a >= 0."""
-    return _div(a + b - 1, b)
+    return div(a + b - 1, b)
 
 
 class TileRange[T](NamedTuple):
@@ -65,11 +65,32 @@ def tile_range(bounds: masks.Bounds, block: int, num_tiles: int) -> TileRange[Po
     tiles."""
     end = num_tiles * block
     lo, hi = _clip(bounds.lo, 0, end), _clip(bounds.hi, 0, end)
-    start = _div(lo, block)
+    start = div(lo, block)
     stop = masks.where(hi > lo, cdiv(hi, block), start)
     full_start = _clip(cdiv(_clip(bounds.full_lo, 0, end), block), start, stop)
-    full_stop = _clip(_div(_clip(bounds.full_hi, 0, end), block), full_start, stop)
+    full_stop = _clip(div(_clip(bounds.full_hi, 0, end), block), full_start, stop)
     return TileRange(start, full_start, full_stop, stop)
+
+
+def id_extremes(ids: jax.Array, block: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The smallest id that is no padding, the largest, and the smallest of all, of each of `count` tiles of `block`
+    positions: (.., n) -> (.., count) int32 each.
+
+    Ids below 0 are padding. Where there are no others, the smallest is above the largest, which is then -1. Two tiles
+    can hold equal ids where their intervals from smallest to largest meet, and hold a single one where all three agree.
+    What lies past the end does not count.
+    """
+    missing = block * count - ids.shape[-1]
+    assert missing >= 0, (ids.shape, block, count)
+    none = jnp.iinfo(jnp.int32).max  # or an id
+
+    def whole(padding: int) -> jax.Array:
+        padded = jnp.pad(ids, [*[(0, 0)] * (ids.ndim - 1), (0, missing)], constant_values=padding)
+        return padded.reshape(*ids.shape[:-1], count, block)
+
+    known = whole(-1)
+    smallest = jnp.where(known < 0, none, known).min(axis=-1)
+    return smallest, jnp.maximum(known.max(axis=-1), -1), whole(none).min(axis=-1)
 
 
 def union(bounds: masks.Bounds) -> masks.Bounds:

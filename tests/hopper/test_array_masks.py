@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from hopper.test_backward import cotangents, interpreted_gradients, statistics
 from pallas_flash import device, masks
 from pallas_flash import packed as packed_sequences
-from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays, rules
+from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays, rules, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec
@@ -181,19 +181,58 @@ def test_ranges_skip_what_is_hidden_and_mask_what_is_not_kept(name):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_tile_loads_what_its_rows_walk(name):
-    """At least one key tile, so that rows without keys are written, too."""
-    forward, _ = arrays(name)
-    needed = np.broadcast_to(forward["key_tiles"], (BATCH, HEADS, *forward["key_tiles"].shape[2:]))
-    entries = [entry for entry in forward["table"].reshape(-1, 3).tolist() if entry[0] >= 0]
-    q_tiles = needed.shape[2] // FORWARD.warpgroups
-    assert sorted(number for number, _, _ in entries) == list(range(BATCH * HEADS * q_tiles))
-    for number, lo, hi in entries:
-        pair, q_tile = divmod(number, q_tiles)
-        rows = needed[*divmod(pair, HEADS)][q_tile * FORWARD.warpgroups:][:FORWARD.warpgroups]
-        assert (lo <= rows[:, 0]).all()
-        assert (rows[:, 0] < rows[:, 3]).all()
-        assert (rows[:, 3] <= hi).all()
-        assert hi <= -(-KV_LEN // FORWARD.block_kv)
+    """At least one key tile, so that rows without keys are written, too; and a query tile loads no other tiles than
+    those that some of its rows need. After the last tile comes the counter, 0.
+    """
+    needed, counter = np.split(arrays(name)[0]["key_tiles"], [-1], axis=2)
+    assert (counter == 0).all()
+    start, stop = (needed[..., i].reshape(*needed.shape[:2], -1, FORWARD.warpgroups) for i in (0, 3))
+    assert (start < stop).all()
+    assert (start >= 0).all()
+    assert (stop <= -(-KV_LEN // FORWARD.block_kv)).all()
+    keep, rows = pairs(name), FORWARD.block_q
+    for batch, head, q_tile in np.ndindex(start.shape[:3]):
+        columns = keep[batch, head, q_tile * rows:(q_tile + 1) * rows].any(axis=0)
+        seen = np.flatnonzero(columns) // FORWARD.block_kv
+        lo, hi = start[batch, head, q_tile].min(), stop[batch, head, q_tile].max()
+        assert seen.size == 0 or (lo <= seen.min() and seen.max() < hi)
+
+
+def test_every_tile_is_taken_once():
+    """Also where a section of heads has not all of them, and there are fewer tiles than blocks."""
+    for schedule in (FORWARD, dataclasses.replace(FORWARD, num_blocks=132, section_bytes=1)):
+        for mask in (DOCUMENTS, DOCUMENTS & masks.Causal()):
+            order = work.tile_order(spec_of(mask), schedule)
+            heads, q_tiles = order.head_and_tile(jnp.arange(order.blocks))
+            every = [(head, tile) for head in range(BATCH * HEADS) for tile in range(-(-Q_LEN // schedule.block_q))]
+            assert sorted(zip(heads.tolist(), q_tiles.tolist())) == every
+            assert work.forward_blocks(spec_of(mask), schedule) == min(len(every), schedule.num_blocks)
+
+
+@pytest.mark.parametrize("order", ["sorted", "two runs", "three runs", "padding inside", "any"])
+def test_ranges_of_ids_are_tight(order):
+    """Of full tiles, all where they are one run; where there are two, the longer one."""
+    runs = {"sorted": [(0, 64), (1, 128), (2, 64)], "two runs": [(0, 64), (1, 32), (0, 160)],
+            "three runs": [(0, 32), (1, 32), (0, 96), (1, 32), (0, 64)],
+            "padding inside": [(0, 64), (-1, 64), (0, 128)], "any": []}[order]
+    ids = np.concatenate([np.full(n, i, np.int32) for i, n in runs]) if runs else ids_in_any_order(256, 3)[0]
+    q_ids, kv_ids = ids, np.roll(ids, 32)
+    mask = masks.SegmentIds(q_ids, kv_ids)
+    array = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16)
+    spec = AttentionSpec.of(array(1), array(1), array(1), mask=mask)
+    made = jax.jit(functools.partial(mask_arrays.forward, spec, FORWARD))
+    found = np.asarray(made(canonical(mask))["key_tiles"])[:, :, :-1]
+    keep = (q_ids[:, None] == kv_ids[None]) & (q_ids[:, None] >= 0)
+    check_ranges(found, keep[None, None], 64, FORWARD.block_kv)
+    if order == "any":
+        return
+    tiles = keep.reshape(4, 64, 8, 32)
+    for (start, full_start, full_stop, stop), some, full in zip(found[0, 0].tolist(), tiles.any(axis=(1, 3)),
+                                                                tiles.all(axis=(1, 3))):
+        if some.any():
+            assert (start, stop) == (some.argmax(), 8 - some[::-1].argmax())
+        lengths = [len(run) for run in "".join("x" if x else " " for x in full).split()] or [0]
+        assert full_stop - full_start == max(lengths[0], lengths[-1])
 
 
 # -- the kernels -------------------------------------------------------------------------------------------------------
@@ -233,7 +272,7 @@ def test_forward_agrees_with_the_oracle(name):
     """A value that is NaN reaches the queries that attend to it, and no others, of its document or of another."""
     problem, operands, _, budget = truth(name)
     spec, keep = problem.spec(), pairs(name)[:, 0]
-    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), num_blocks=2, warpgroups=2, block_kv=32)
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), num_blocks=1, warpgroups=2, block_kv=32)
     assert rules.reasons_against(spec, schedule, 232_448) == []
     bad = np.broadcast_to(np.arange(KV_LEN) == BAD, (BATCH, KV_LEN))
     q, v = with_nan(operands.q, ~keep.any(axis=2)), with_nan(operands.v, bad)
@@ -248,6 +287,30 @@ def test_forward_agrees_with_the_oracle(name):
     used = budget.used(budget.baseline._replace(out=clean, lse=stats[:, :, 0]))
     assert max(used.values()) <= 1, used
     assert (np.asarray(out, np.float64)[~keep.any(axis=2)] == 0).all()
+
+
+@pytest.mark.interpreted
+def test_blocks_share_out_tiles_by_a_counter():
+    """Four query tiles for three blocks, two of them without a key; the counter is 0 again at the end, so that the same
+    arrays can be used once more.
+    """
+    ids = masks.SegmentIds(ids_in_any_order(24, 4)[:, :24], ids_in_any_order(40, 5)[:, :40])
+    mask = ids & masks.InBounds(kv_len=np.array([38, 0]))
+    problem = Problem("counter", "arrays", batch=BATCH, q_heads=2, kv_heads=1, q_len=24, kv_len=40, d=64, d_v=64,
+                      mask=mask, dtypes=("bfloat16",))
+    operands, cotangent = conformance.random_case(problem, "bfloat16")
+    budget, spec = conformance.budget(problem, "bfloat16", operands, cotangent), problem.spec()
+    schedule = ForwardSchedule(block_kv=32, warpgroups=2, num_blocks=3)
+    assert rules.reasons_against(spec, schedule, 232_448) == []
+    found = launches.forward(spec, schedule)
+    launch, = found.launches
+    made = jax.jit(functools.partial(mask_arrays.forward, spec, schedule))(canonical(mask))
+    named = dict(zip("qkv", map(jnp.asarray, operands[:3]))) | made | {"key_tiles": jax.new_ref(made["key_tiles"])}
+    with interpreted():
+        out, stats = launch.kernel(*(named[name] for name in launch.inputs))
+    used = budget.used(budget.baseline._replace(out=out, lse=stats[:, :, 0]))
+    assert max(used.values()) <= 1, used
+    assert named["key_tiles"][0, 0, -1].tolist() == [0, 0, 0, 0]
 
 
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))

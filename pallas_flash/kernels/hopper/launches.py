@@ -7,7 +7,7 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
 With dropout both also take its keys (`hopper.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
-more inputs; the forward's table is one of them then. With a bias, whose mask always does (`bias.as_mask`), those of
+more inputs, and the forward no table. With a bias, whose mask always does (`bias.as_mask`), those of
 `hopper.bias` come last.
 """
 

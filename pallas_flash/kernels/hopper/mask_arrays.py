@@ -19,7 +19,9 @@ Arrays, int32; their first two axes are (batch or 1, heads or 1), and lengths ar
     kv_ids       (.., .., 1, kv_len) and -2 on this one, so that they equal nothing
     key_bits     (.., .., words or 1, q_len or 1)  bits of keys for each query
     query_bits   (.., .., words or 1, kv_len or 1) bits of queries for each key
-    table        (blocks, slots, 3)  of the forward: a tile's number, and the key tiles [lo, hi) that it loads
+
+The forward's "key_tiles" have one row more, of zeros: its first number counts the tiles that blocks have taken
+(`forward.counter`). There it costs no kernel of its own, and each call has another one.
 
 No Mosaic in here: `head_mask` has what kernels do with them.
 """
@@ -34,12 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks, tiles
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.hopper import mask_bits, work
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward", "forward", "names", "types"]
+
+_MOST_ON_HOST = 1 << 16
+"""Positions, or tiles, whose numbers are at most made part of the program."""
 
 type Ranges = tiles.TileRange[Int[Array, "1|b 1|h tiles"]]
 
@@ -73,13 +79,8 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) ->
     count = work.q_tiles(spec, schedule) * schedule.warpgroups
     rows = _rows(spec, mask, names(mask, True), (schedule.block_q, schedule.block_kv))
     needed = _key_tiles(spec, mask, (ROWS_PER_WARPGROUP, count), schedule.block_kv, rows.get("key_bits"))
-    per_tile = (*needed.start.shape[:2], -1, schedule.warpgroups)
-    start, stop = needed.start.reshape(per_tile), needed.stop.reshape(per_tile)
-    lo, hi = _loaded(start, stop)
-    stop = jnp.clip(stop, lo[..., None] + 1, hi[..., None])
-    start = jnp.clip(start, lo[..., None], stop - 1)
-    needed = needed._replace(start=start.reshape(needed.start.shape), stop=stop.reshape(needed.stop.shape))
-    return {"table": _table(spec, schedule, lo, hi), "key_tiles": jnp.stack(needed, axis=-1), **rows}
+    needed = _within_loaded(needed, schedule.warpgroups)
+    return {"key_tiles": jnp.pad(jnp.stack(needed, axis=-1), ((0, 0), (0, 0), (0, 1), (0, 0))), **rows}
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
@@ -110,12 +111,27 @@ def _ids(mask: masks.Mask) -> masks.SegmentIds | None:
     return next((part for part in mask.parts if isinstance(part, masks.SegmentIds)), None)
 
 
-def _bounds(mask: masks.Mask, of_keys: bool, lo: Int[Array, " n"], hi: Int[Array, " n"]) -> masks.Bounds:
-    """The bounds on the keys (or on the queries) of each of n intervals: (batch or 1, heads or 1, n) each."""
+def _indices(rules: masks.Mask, count: int) -> Positions:
+    """0, 1, ..., count - 1: on the host, where rules hold no arrays. What follows is then part of the program, and not
+    computed by a kernel in each call.
+    """
+    on_host = not rules.has_arrays and count <= _MOST_ON_HOST
+    return np.arange(count, dtype=np.int32) if on_host else jnp.arange(count, dtype=jnp.int32)
+
+
+def _bounds(mask: masks.Mask, of_keys: bool, lo: Positions, hi: Positions) -> masks.Bounds:
+    """The bounds on the keys (or on the queries) of each of n intervals: (batch or 1, heads or 1, n) each. On the host
+    where the intervals are.
+    """
+    on_host, count = isinstance(lo, np.ndarray), np.shape(lo)
+    own = np if on_host else jnp
+
     def ask(part: masks.Mask) -> masks.Bounds:
         found = part.kv_bounds(lo, hi) if of_keys else part.q_bounds(lo, hi)
-        return masks.Bounds(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), lo.shape) for x in found))
+        return masks.Bounds(*(own.broadcast_to(own.asarray(x, np.int32), count) for x in found))
 
+    if on_host:
+        return masks.Bounds(*(np.asarray(x)[None, None] for x in ask(mask)))
     return masks.over_batch(mask, ask)
 
 
@@ -128,10 +144,9 @@ def _key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], bloc
       bits: "key_bits", where the mask has them.
     """
     block, count = own
-    tile = jnp.minimum(jnp.arange(count, dtype=jnp.int32), tiles.cdiv(spec.q_len, block) - 1)
-    lo, hi = map(_array, tiles.interval(tile, block, spec.q_len))
-    bounds = _bounds(_interval_rules(spec, mask), True, lo, hi)
-    kv_tiles = tiles.cdiv(spec.kv_len, block_kv)
+    rules, kv_tiles = _interval_rules(spec, mask), tiles.cdiv(spec.kv_len, block_kv)
+    tile = masks.minimum(_indices(rules, count), tiles.cdiv(spec.q_len, block) - 1)
+    bounds = _bounds(rules, True, *tiles.interval(tile, block, spec.q_len))
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_kv, kv_tiles)))
     if bits is not None:
         needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_kv, kv_tiles))))
@@ -143,10 +158,9 @@ def _key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], bloc
 def _query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int,
                  bits: Array | None) -> Ranges:
     """The query tiles that each key tile needs; see `_key_tiles`."""
-    block, count = own
-    lo = jnp.arange(count, dtype=jnp.int32) * block
-    bounds = _bounds(_interval_rules(spec, mask), False, lo, lo + block)
-    q_tiles = tiles.cdiv(spec.q_len, block_q)
+    (block, count), rules, q_tiles = own, _interval_rules(spec, mask), tiles.cdiv(spec.q_len, block_q)
+    lo = _indices(rules, count) * block
+    bounds = _bounds(rules, False, lo, lo + block)
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_q, q_tiles)))
     if bits is not None:
         needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_q, q_tiles))))
@@ -160,15 +174,28 @@ def _array(x: Any) -> Array:
 
 
 def _tiles_with_equal_ids(own: tuple[Array, int, int], other: tuple[Array, int, int]) -> Ranges:
-    """The tiles of the other side that may hold an id of each tile of this side.
+    """The tiles of the other side that may hold an id of each tile of this side; of full tiles the first run of them or
+    the last, whichever is longer.
+
+    All six numbers of a range are reductions of the same shape: XLA makes them in one kernel.
 
     Args:
       own, other: ids, (batch or 1, heads or 1, length); positions of a tile, and the number of tiles.
     """
-    first, last, is_one = (x[..., :, None] for x in _extremes(*own))
-    other_first, other_last, other_is_one = (x[..., None, :] for x in _extremes(*other))
+    piece = math.gcd(own[1], other[1])
+    first, last, is_one = (x[..., :, None] for x in _extremes(*own, piece))
+    other_first, other_last, other_is_one = (x[..., None, :] for x in _extremes(*other, piece))
     some = (first <= other_last) & (other_first <= last)
-    return _range_of(some, is_one & other_is_one & (first == other_first))
+    full = is_one & other_is_one & (first == other_first)
+    before = jnp.pad(full[..., :-1], ((0, 0),) * (full.ndim - 1) + ((1, 0),))  # whether the tile before is full
+    tile, count = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1), some.shape[-1]
+    smallest = lambda flags: jnp.where(flags, tile, count).min(axis=-1)
+    largest = lambda flags: jnp.where(flags, tile + 1, 0).max(axis=-1)
+    first_run = smallest(full), smallest(before & ~full)
+    last_run = jnp.maximum(largest(full & ~before) - 1, 0), largest(full)
+    is_first = first_run[1] - first_run[0] >= last_run[1] - last_run[0]
+    full_start, full_stop = (jnp.where(is_first, a, b) for a, b in zip(first_run, last_run))
+    return tiles.TileRange(smallest(some), full_start, full_stop, largest(some))
 
 
 def _range_of(some: Array, full: Array) -> Ranges:
@@ -183,14 +210,16 @@ def _range_of(some: Array, full: Array) -> Ranges:
                            jnp.where(some, tile + 1, 0).max(axis=-1))
 
 
-def _extremes(ids: Int[Array, "1|b 1|h n"], block: int, count: int) -> tuple[Array, Array, Array]:
-    """The smallest and the largest id of each tile, and whether it has no other id and no padding; where all is
-    padding, the smallest is above the largest.
+def _extremes(ids: Int[Array, "1|b 1|h n"], block: int, count: int, piece: int) -> tuple[Array, Array, Array]:
+    """The smallest and the largest id of each tile, and whether it has no other id and no padding; see
+    `tiles.id_extremes`. Made of those of pieces, of which a tile is a whole number: where both sides have the same ids,
+    and the same pieces, XLA makes them once.
     """
-    ids = _padded(ids, block * count, -1).reshape(*ids.shape[:2], count, block)
-    largest = jnp.maximum(ids.max(axis=-1), -1)
-    smallest = jnp.where(ids >= 0, ids, jnp.iinfo(jnp.int32).max).min(axis=-1)
-    return smallest, largest, (ids.min(axis=-1) == largest) & (largest >= 0)
+    pieces = block // piece
+    smallest, largest, lowest = (
+        functools.reduce(function, [x[..., i::pieces] for i in range(pieces)])
+        for function, x in zip((jnp.minimum, jnp.maximum, jnp.minimum), tiles.id_extremes(ids, piece, pieces * count)))
+    return smallest, largest, (lowest == largest) & (largest >= 0)
 
 
 def _both(a: Ranges, b: Ranges) -> Ranges:
@@ -218,25 +247,17 @@ def _of_groups(spec: AttentionSpec, needed: Ranges) -> Ranges:
     return _ordered(jnp.minimum(start, stop), full_start.max(axis=2), full_stop.min(axis=2), stop)
 
 
-# -- the forward's table -----------------------------------------------------------------------------------------------
-
-def _loaded(start: Array, stop: Array) -> tuple[Array, Array]:
-    """The key tiles [lo, hi) that each query tile loads, at least one, of those that each of its blocks of 64 rows
-    needs: (.., .., query tiles, blocks) -> (.., .., query tiles).
+def _within_loaded(needed: Ranges, warpgroups: int) -> Ranges:
+    """The forward's ranges: blocks of 64 rows need at least one key tile, so that rows without keys are written, too,
+    and none but those that the blocks of the same query tile need together, which it loads.
     """
-    some = stop > start
-    hi = jnp.where(some, stop, 0).max(axis=-1)
-    lo = jnp.minimum(jnp.where(some, start, masks.UNBOUNDED).min(axis=-1), hi)
-    return lo, jnp.maximum(hi, lo + 1)
-
-
-def _table(spec: AttentionSpec, schedule: ForwardSchedule, lo: Array, hi: Array) -> Int[Array, "blocks slots 3"]:
-    """`work.forward_table` with the key tiles that each tile loads: no role has to look them up by its number."""
-    table = work.forward_table(spec, schedule)
-    pair, q_tile = np.divmod(np.maximum(table, 0), work.q_tiles(spec, schedule))
-    batch, head = np.divmod(pair, spec.q_heads)
-    at = batch if lo.shape[0] > 1 else 0 * batch, head if lo.shape[1] > 1 else 0 * head, q_tile
-    return jnp.stack([jnp.asarray(table), lo[at], hi[at]], axis=-1)
+    start, stop = ([x[..., i::warpgroups] for i in range(warpgroups)] for x in (needed.start, needed.stop))
+    # Taken apart by hand: XLA gives each reduction a kernel of its own.
+    hi = functools.reduce(jnp.maximum, [jnp.where(b > a, b, 0) for a, b in zip(start, stop)])
+    lo = functools.reduce(jnp.minimum, [jnp.where(b > a, a, hi) for a, b in zip(start, stop)])
+    lo, hi = (jnp.repeat(x, warpgroups, axis=-1) for x in (lo, jnp.maximum(hi, lo + 1)))
+    own_stop = jnp.clip(needed.stop, lo + 1, hi)
+    return needed._replace(start=jnp.clip(needed.start, lo, own_stop - 1), stop=own_stop)
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -267,11 +288,12 @@ def _kept(rules: masks.Mask, of_keys: bool, count: int, other_len: int) -> Int[A
     """The interval of keys (or queries) that interval rules keep for each of `count` positions: its first one, and how
     many. Of one position their bounds are exact.
     """
-    pos = jnp.arange(count, dtype=jnp.int32)
+    pos = _indices(rules, count)
     bounds = _bounds(rules, of_keys, pos, pos + 1)
-    first = jnp.clip(jnp.maximum(bounds.lo, bounds.full_lo), 0, other_len)
-    stop = jnp.clip(jnp.minimum(bounds.hi, bounds.full_hi), 0, other_len)
-    return jnp.stack([first, jnp.maximum(stop - first, 0)], axis=2)
+    first = masks.minimum(masks.maximum(masks.maximum(bounds.lo, bounds.full_lo), 0), other_len)
+    stop = masks.minimum(masks.minimum(bounds.hi, bounds.full_hi), other_len)
+    stack = np.stack if isinstance(pos, np.ndarray) else jnp.stack
+    return jnp.asarray(stack([first, masks.maximum(stop - first, 0)], axis=2))
 
 
 def _padded(x: Array, length: int, value: int) -> Array:

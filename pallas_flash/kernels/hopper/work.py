@@ -30,8 +30,9 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
-    "forward_table", "has_bits", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan",
-    "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "steps", "worst_case",
+    "forward_blocks", "forward_table", "has_bits", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan",
+    "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "steps", "tile_order",
+    "worst_case",
 ]
 
 _BackwardPart = KeySchedule | DqSchedule
@@ -208,10 +209,29 @@ def forward_table(spec: AttentionSpec, schedule: ForwardSchedule) -> np.ndarray:
     """
     lo, hi = every_loaded(spec, schedule)
     cost = hi - lo + _BLOCK_STEPS
-    head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v)
-    section = max(1, schedule.section_bytes // max(head_bytes, 1)) * spec.group
+    section = max(1, _heads_of_section(spec, schedule)) * spec.group
     order = scheduling.in_sections(spec.batch * spec.q_heads, section, np.argsort(-cost, kind="stable"))
     return scheduling.table(order, cost[order % cost.size], schedule.num_blocks)
+
+
+def _heads_of_section(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """How many key heads stay in L2 together."""
+    return schedule.section_bytes // max(2 * spec.kv_len * (spec.d + spec.d_v), 1)
+
+
+@functools.lru_cache(maxsize=256)
+def tile_order(spec: AttentionSpec, schedule: ForwardSchedule) -> Work:
+    """The query tiles of all heads in the order in which blocks take them, where the mask holds arrays: in sections,
+    and those first that are the longest by the mask's parts without arrays.
+    """
+    lo, hi = every_loaded(spec, schedule)
+    heads = _heads_of_section(spec, schedule) * spec.group
+    return scheduling.work(spec.batch * spec.q_heads, tiles.TileRange(lo, lo, hi, hi), heads, schedule.num_blocks)
+
+
+def forward_blocks(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
+    """The number of blocks: at most one for each tile."""
+    return min(schedule.num_blocks, spec.batch * spec.q_heads * q_tiles(spec, schedule))
 
 
 # -- the backward ------------------------------------------------------------------------------------------------------

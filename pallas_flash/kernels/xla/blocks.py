@@ -17,6 +17,7 @@ import numpy as np
 from pallas_flash import dropout, masks, paging, scores, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.filled import filled_part
+from pallas_flash.kernels.xla import ids
 from pallas_flash.kernels.xla.schedule import Schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -263,12 +264,13 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
     bias, anchor = None, None
     if operands.bias is not None:
         bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
+    mask = ids.with_tiles(operands.mask, schedule)
     k, v = (k, operands.v) if keys_in_place else (pad(x, kv_len, axis) for x in (k, operands.v))
     return Problem(
         spec=spec, schedule=schedule,
         q=split_q_heads(pad(q, q_len, axis), spec), k=k, v=v, bias=bias, anchor=anchor,
         score=expanded_score(spec, operands, schedule),
-        mask=operands.mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else operands.mask,
+        mask=mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else mask,
         dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin, page_table=operands.page_table,
         keys_in_place=keys_in_place)
 

@@ -2,7 +2,8 @@
 
 Roles. There is a block for each SM, of `warpgroups` compute warpgroups, of 64 query rows each, and one that loads: a
 warp of it brings queries, one brings keys and one values. A block takes the query tiles that its row of the table
-names, longest first, and the roles walk them independently: loads run ahead of the products as far as the rings allow.
+names, longest first; where the mask holds arrays, it takes one after the other, which a fourth warp does
+(`forward.counter`). The roles walk the tiles independently: loads run ahead of the products as far as the rings allow.
 With `maxima`, they meet at the end of the row, and walk through it once more for tiles that were given up.
 
 Rings and barriers. A barrier is named for the state it announces.
@@ -10,6 +11,7 @@ Rings and barriers. A barrier is named for the state it announces.
     q_full, q_free    a query buffer has been loaded / will not be read again
     k_full, k_free    a slot of the ring of key tiles has been loaded / has been read by every compute warpgroup
     v_full, v_free    the same for value tiles
+    taken_full, taken_free    a tile has been taken / all roles know it
     row_done          every compute warpgroup has come to the end of the row, and what it has stored has arrived
 
 A query tile's key tiles are walked from the last to the first, each taking one step of the rings. A warpgroup starts at
@@ -38,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
-from pallas_flash.kernels.hopper.forward.load import load
+from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
     NextMaximum,
@@ -50,7 +52,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
     next_softmax,
     rescaled,
 )
-from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, for_each_tile, rows_of
+from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
@@ -336,7 +338,7 @@ def compute(block: Block, warpgroup: Index) -> None:
 
     if block.schedule.maxima:
         block.gmem["given_up"][lax.axis_index("block"), warpgroup, block.any_given_up] = jnp.int32(0)
-    for_each_tile(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block))
+    walk(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block))
 
     @pl.when(warpgroup == 0)
     def _() -> None:
@@ -349,20 +351,20 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
-    spec's layout, of `work.forward_table(spec, schedule)`, and of what mask, bias and dropout need: arrays of
-    `mask_arrays`, those of `bias`, and dropout's keys.
+    spec's layout, and of what mask, bias and dropout need: `work.forward_table(spec, schedule)`, or arrays of
+    `mask_arrays`, of which it updates "key_tiles"; those of `bias`, and dropout's keys.
     """
-    inputs = ("q", "k", "v", "table", *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec),
-              *dropout.input_types(spec))
-    blocks, slots = work.forward_table(spec, schedule).shape
+    arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
+    inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec))
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:
+        slots = work.forward_table(spec, schedule).shape[1]
         outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
     def attention_forward(*refs: Any) -> None:
-        *arrays, smem, bars = refs
-        block = Block(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem, bars)
+        *found, smem, bars = refs
+        block = Block(spec, schedule, dict(zip((*inputs, *outputs), found, strict=True)), smem, bars)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -379,4 +381,4 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
         scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, inputs, outputs)
+    return Launch(kernel, inputs, outputs, ("key_tiles",) * bool(arrays))

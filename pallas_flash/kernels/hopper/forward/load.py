@@ -1,18 +1,22 @@
-"""The loading warpgroup of the forward kernel: a warp for queries, one for keys and one for values."""
+"""The loading warpgroup of the forward kernel: a warp for queries, one for keys and one for values; and one that takes
+tiles, where they are taken.
+"""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import tiles
+from pallas_flash.kernels.hopper.forward.counter import for_each_taken, take
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Index
 
-__all__ = ["load"]
+__all__ = ["load", "walk"]
 
 
 def load_query(block: Block, tile: Tile) -> None:
@@ -34,6 +38,11 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
         tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
 
 
+def walk(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Index, Index]:
+    """Runs `body` on every tile of this block; see `for_each_tile`."""
+    return for_each_taken(block, body) if block.takes_tiles else for_each_tile(block, body, gather)
+
+
 def await_row(block: Block) -> None:
     """Waits until every compute warpgroup has reached the end of its row."""
     plgpu.barrier_wait(block.bars["row_done"])
@@ -41,18 +50,21 @@ def await_row(block: Block) -> None:
 
 def load(block: Block) -> None:
     """Runs the loading warpgroup."""
-    walk = functools.partial(for_each_tile, block, gather=functools.partial(await_row, block))
+    each = functools.partial(walk, block, gather=functools.partial(await_row, block))
     plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
 
     @plgpu.warp_map
     def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            count, _ = walk(functools.partial(load_query, block))
+            count, _ = each(functools.partial(load_query, block))
             tiles.drain(block.bars["q_free"], count)
 
         for number, name in enumerate(("k", "v"), 1):
             @pl.when(warp == number)
             def _(name: str = name) -> None:
-                _, steps = walk(functools.partial(load_ring, block, name))
+                _, steps = each(functools.partial(load_ring, block, name))
                 tiles.drain(block.bars[f"{name}_free"], steps)
+
+        if block.takes_tiles:
+            pl.when(warp == 3)(functools.partial(take, block))

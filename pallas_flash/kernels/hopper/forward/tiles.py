@@ -1,9 +1,10 @@
 """What the roles of the forward kernel share: a block's references, the tiles it works on, and a warpgroup's rows.
 
-A block's tiles are those in its row of the table. Where the schedule has `maxima`, the block walks through its row a
-second time, and stops at the tiles that some warpgroup gave up (`forward.softmax`): in those, every step takes the
-maximum. `given_up`, (blocks, warpgroups, columns) int32 in global memory, says for each column of the table whether its
-tile was given up; its last column says whether any was.
+A block's tiles are those in its row of the table, or, where the mask holds arrays, those that it takes
+(`forward.counter`). Where the schedule has `maxima`, the block walks through its row a second time, and stops at the
+tiles that some warpgroup gave up (`forward.softmax`): in those, every step takes the maximum. `given_up`, (blocks,
+warpgroups, columns) int32 in global memory, says for each column of the table whether its tile was given up; its last
+column says whether any was.
 """
 
 import functools
@@ -32,31 +33,25 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Ref]  # q, k, v, table, out, stats; given_up, with `maxima`; `mask_arrays`
+    gmem: dict[str, Ref]  # q, k, v, out, stats; table, or `mask_arrays`; given_up, with `maxima`
     smem: dict[str, Ref]  # memory.forward_memory
     bars: dict[str, Ref]  # the barriers
+
+    @property
+    def takes_tiles(self) -> bool:
+        """Whether blocks take their tiles, instead of having them from a table."""
+        return self.spec.mask.has_arrays
 
     @property
     def any_given_up(self) -> int:
         """The column of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1
 
-    def entry(self, row: Index, column: Index) -> "Entry":
-        """An entry of the table."""
-        table = self.gmem["table"]
-        return tuple(table[row, column, i] for i in range(3)) if len(table.shape) == 3 else (table[row, column],)
-
     def mask_of(self, batch: Index, head: Index) -> HeadMask:
         """The mask of a batch entry and head."""
         if self.spec.mask.has_arrays:
             return ArrayMask(self.gmem, batch, head)
         return StaticMask(work.worst_case(self.spec, self.schedule))
-
-
-type Entry = tuple[Array, ...]
-"""Of the table: a tile's number, negative behind the last one; if the mask holds arrays, also the key tiles [lo, hi)
-that it loads.
-"""
 
 
 class Tile(NamedTuple):
@@ -69,9 +64,9 @@ class Tile(NamedTuple):
     hi: Index
     ordinal: Index  # how many tiles came before it in this block
     step: Index  # how many steps of the rings came before it
-    column: Index  # of this block's row of the table
-    is_redone: Index  # 1 if it was given up before, else 0
     mask: HeadMask
+    column: Index = 0  # of this block's row of the table
+    is_redone: Index = 0  # 1 if it was given up before, else 0
 
     def slot(self, kv_tile: Index, num_stages: int) -> Index:
         """The slot of the rings that holds a key tile."""
@@ -85,52 +80,52 @@ def for_each_tile(block: Block, body: Callable[[Tile], None], gather: Callable[[
     Args:
       gather: waits until every compute warpgroup has reached the end of the row.
     """
-    row, q_tiles = lax.axis_index("block"), work.q_tiles(block.spec, block.schedule)
+    row, table, q_tiles = lax.axis_index("block"), block.gmem["table"], work.q_tiles(block.spec, block.schedule)
     worst_case = work.worst_case(block.spec, block.schedule)
 
-    def one(carry: tuple[Entry, Array, Array, Array, Array]) -> tuple[Entry, Array, Array, Array, Array]:
-        (number, *loaded), column, is_redone, ordinal, step = carry
-        following = block.entry(row, column + 1)  # loaded early, as it comes from global memory
+    def one(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        number, column, is_redone, ordinal, step = carry
+        following = table[row, column + 1]  # loaded early, as it comes from global memory
         pair, q_tile = div(number, q_tiles), rem(number, q_tiles)
-        lo, hi = loaded or work.loaded_tiles(worst_case, block.spec, block.schedule, q_tile)
+        lo, hi = work.loaded_tiles(worst_case, block.spec, block.schedule, q_tile)
         batch, head = div(pair, block.spec.q_heads), rem(pair, block.spec.q_heads)
         mask = block.mask_of(batch, head)
-        body(Tile(batch, head, q_tile, lo, hi, ordinal, step, column, is_redone, mask))
+        body(Tile(batch, head, q_tile, lo, hi, ordinal, step, mask, column, is_redone))
         at = following, column + 1, is_redone
         if block.schedule.maxima:
-            at = lax.cond((following[0] < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
+            at = lax.cond((following < 0) | (is_redone != 0), functools.partial(given_up_from, block, gather),
                           lambda *at: at, *at)
         # Opaque: where all tiles have as many steps, LLVM would work out a slot from the step within the tile, and the
         # descriptors of wgmma would leave the uniform registers.
         return *at, ordinal + 1, ptx.opaque(step + (hi - lo))
 
     none = jnp.int32(0)
-    *_, count, steps = lax.while_loop(lambda carry: carry[0][0] >= 0, one, (block.entry(row, 0), *(none,) * 4))
+    *_, count, steps = lax.while_loop(lambda carry: carry[0] >= 0, one, (table[row, 0], *(none,) * 4))
     return count, steps
 
 
-def given_up_from(block: Block, gather: Callable[[], None], entry: Entry, column: Array,
-                  is_redone: Array) -> tuple[Entry, Array, Array]:
+def given_up_from(block: Block, gather: Callable[[], None], number: Array, column: Array,
+                  is_redone: Array) -> tuple[Array, Array, Array]:
     """Finds the first tile from a column on (from the start, if `is_redone` is 0) that was given up.
 
     Returns:
-      Its entry, negative if there is none; its column; 1.
+      Its number, negative if there is none; its column; 1.
     """
-    row, given_up = lax.axis_index("block"), block.gmem["given_up"]
+    row, table, given_up = lax.axis_index("block"), block.gmem["table"], block.gmem["given_up"]
 
     def is_given_up(column: Index) -> Flag:
         flags = [given_up[row, warpgroup, column] for warpgroup in range(block.schedule.warpgroups)]
         return functools.reduce(jnp.maximum, flags) != 0
 
-    def start() -> tuple[Entry, Array]:
+    def start() -> tuple[Array, Array]:
         gather()
         any_given_up = is_given_up(block.any_given_up)
-        return tuple(jnp.where(any_given_up, x, -1) for x in block.entry(row, 0)), jnp.int32(0)
+        return jnp.where(any_given_up, table[row, 0], -1), jnp.int32(0)
 
-    at = lax.cond(is_redone == 0, start, lambda: (entry, column))
-    entry, column = lax.while_loop(lambda at: (at[0][0] >= 0) & jnp.logical_not(is_given_up(at[1])),
-                                  lambda at: (block.entry(row, at[1] + 1), at[1] + 1), at)
-    return entry, column, jnp.int32(1)
+    at = lax.cond(is_redone == 0, start, lambda: (number, column))
+    number, column = lax.while_loop(lambda at: (at[0] >= 0) & jnp.logical_not(is_given_up(at[1])),
+                                   lambda at: (table[row, at[1] + 1], at[1] + 1), at)
+    return number, column, jnp.int32(1)
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,121 @@
+"""How blocks of the forward kernel share out tiles where the mask holds arrays: each takes the next one when it is due.
+
+What a tile costs is not known before the kernel runs, so there is no table. Tiles have an order (`work.tile_order`),
+and a counter in global memory says how many have been taken. A warp of the loading warpgroup takes them: it counts,
+reads which key tiles the query tile needs, and announces both in shared memory, where all roles of the block read them.
+
+    taken_full, taken_free    a tile has been announced / every role has read what was
+
+There is one slot: the next tile is taken when the compute warpgroups begin with this one, and its number and ranges
+travel while they work. With more slots blocks would keep tiles waiting that another one could begin with.
+
+The counter is the first number of the last row of "key_tiles" (`mask_arrays`). It is 0 before the kernel and after:
+each block ends at a number that is no tile's, and the last of them takes it back to 0.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.hopper import memory, tiles, work
+from pallas_flash.kernels.hopper.forward.tiles import Block, Tile
+from pallas_flash.kernels.hopper.head_mask import ArrayMask
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import Index, Ref
+
+__all__ = ["for_each_taken", "take"]
+
+
+class Taken(NamedTuple):
+    """What a block is told of a tile, in the order of its slot in shared memory."""
+
+    pair: Array  # batch * q_heads + head; negative behind the last tile
+    q_tile: Array
+    lo: Array  # key tiles [lo, hi)
+    hi: Array
+
+
+def for_each_taken(block: Block, body: Callable[[Tile], None]) -> tuple[Index, Index]:
+    """Runs `body` on every tile that `take` takes; returns how many tiles and steps there were."""
+    def one(carry: tuple[Taken, Array, Array]) -> tuple[Taken, Array, Array]:
+        taken, ordinal, step = carry
+        batch, head = div(taken.pair, block.spec.q_heads), rem(taken.pair, block.spec.q_heads)
+        body(Tile(batch, head, taken.q_tile, taken.lo, taken.hi, ordinal, step, mask=block.mask_of(batch, head)))
+        return announced(block, ordinal + 1), ordinal + 1, ptx.opaque(step + (taken.hi - taken.lo))
+
+    none = jnp.int32(0)
+    _, count, steps = lax.while_loop(lambda carry: carry[0].pair >= 0, one, (announced(block, none), none, none))
+    return count, steps
+
+
+def announced(block: Block, ordinal: Array) -> Taken:
+    """Waits until a tile has been announced before which so many have been, and reads it."""
+    slot = rem(ordinal, memory.TAKEN_SLOTS)
+    plgpu.barrier_wait(block.bars["taken_full"].at[slot])
+    taken = Taken(*(block.smem["taken"][slot, i] for i in range(len(Taken._fields))))
+    plgpu.barrier_arrive(block.bars["taken_free"].at[slot])
+    return taken
+
+
+def take(block: Block) -> None:
+    """Runs the warp that takes tiles, until there are none."""
+    free = block.bars["taken_free"]
+
+    def one(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        ordinal, _ = carry
+        slot = tiles.await_free(free, memory.TAKEN_SLOTS, ordinal)
+        taken = next_tile(block)
+        for i, x in enumerate(taken):
+            block.smem["taken"][slot, i] = x
+        plgpu.barrier_arrive(block.bars["taken_full"].at[slot])
+        return ordinal + 1, taken.pair
+
+    count, _ = lax.while_loop(lambda carry: carry[1] >= 0, one, (jnp.int32(0), jnp.int32(0)))
+    tiles.drain(free, count)
+
+
+def next_tile(block: Block) -> Taken:
+    """Takes a tile."""
+    spec, s = block.spec, block.schedule
+    order = work.tile_order(spec, s)
+    number = count_up(block.gmem["key_tiles"], order.blocks + work.forward_blocks(spec, s))
+    pair, q_tile = order.head_and_tile(jnp.minimum(number, order.blocks - 1))
+    mask = ArrayMask(block.gmem, div(pair, spec.q_heads), rem(pair, spec.q_heads))
+    lo, hi = mask.loaded_tiles([q_tile * s.warpgroups + warpgroup for warpgroup in range(s.warpgroups)])
+    return Taken(jnp.where(number < order.blocks, pair, -1), q_tile, lo, hi)
+
+
+def _count_up_plain(key_tiles: Ref, stop: int) -> Array:
+    place = 0, 0, key_tiles.shape[2] - 1, 0
+    number = key_tiles[place]
+    key_tiles[place] = jnp.where(number == stop - 1, 0, number + 1)
+    return number
+
+
+@interpreted_as(_count_up_plain)
+def count_up(key_tiles: Ref, stop: int) -> Array:
+    """Counts this warp at the counter, which goes from stop - 1 back to 0. Returns what the counter was."""
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR),
+                       return_type=plgpu.ShapeDtypeStruct((), jnp.int32, ptx.SCALAR))
+    def count(_: mgpu.LaunchContext, ref: ir.Value, last: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        rows, columns = ir.MemRefType(ref.type).shape[2:]
+        place = mgpu.utils.c((rows - 1) * columns, ptx.i32())
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], ptx.i32())
+        found = llvm.inline_asm(ptx.i32(), [address, last.registers.item()], """
+            { .reg .pred leads; .reg .b32 lane, before;
+            mov.u32 lane, %laneid; setp.eq.u32 leads, lane, 0; mov.u32 before, 0;
+            @leads atom.relaxed.gpu.global.inc.u32 before, [$1], $2;
+            shfl.sync.idx.b32 $0, before, 0, 31, -1; }""",
+            "=r,l,r,~{memory}", has_side_effects=True, convergent=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return count(key_tiles, ptx.scalar(stop - 1))
