@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from pallas_flash import device, dispatch, errors, sharding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
+from pallas_flash.filled import filled_part, lost, within
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
@@ -54,17 +55,36 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
     _check_operands(spec, operands)
 
     def run(operands: Operands) -> Results[Array]:
-        if spec.is_empty:
-            nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
-            return Results(out=jnp.zeros(spec.out_shape, spec.result_dtype),
-                           stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
-        with _on(where):
-            return dispatch.get(name).forward(spec, operands)
+        implementation = dispatch.get(name)
+        if implementation.finds_lost and not spec.is_empty:
+            with _on(where):
+                return implementation.forward(spec, operands)
+        return _marked_lost(spec, operands, _forward_within(spec, implementation, where, operands))
 
     def run_finite(operands: Operands) -> Results[Array]:
         out, stats = run(operands)
         return Results(out, jnp.where(jnp.isneginf(stats), jnp.finfo(stats.dtype).min, stats))
     return sharding.automatic(run_finite if finite else run, sharding.result_places(spec, operands), operands)
+
+
+def _forward_within(spec: AttentionSpec, implementation: dispatch.Implementation, where: Device | None,
+                    operands: Operands) -> Results[Array]:
+    """The forward of an implementation that takes lengths of a cache up to its capacity."""
+    if spec.is_empty:
+        nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
+        return Results(out=jnp.zeros(spec.out_shape, spec.result_dtype),
+                       stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
+    with _on(where):
+        return implementation.forward(spec, operands._replace(mask=within(operands.mask, spec.kv_len)))
+
+
+def _marked_lost(spec: AttentionSpec, operands: Operands, results: Results[Array],
+                 value: float = jnp.nan) -> Results[Array]:
+    """The results with `value` where a sequence has lost keys."""
+    which = lost(operands.mask, spec.kv_len, spec.pages, operands.page_table)
+    if which is None:
+        return results
+    return Results(*(jnp.where(which.reshape(-1, 1, 1, 1), jnp.full_like(x, value), x) for x in results))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
@@ -81,7 +101,10 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
     _check_results(spec, cotangents, "d")
 
     def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        out, stats = results
+        # Of a sequence that has lost keys nothing is differentiated: 0, and not 0 * NaN.
+        out, stats = _marked_lost(spec, operands, results, 0.0)
+        cotangents = _marked_lost(spec, operands, cotangents, 0.0)
+        operands = operands._replace(mask=within(operands.mask, spec.kv_len))
         if finite:
             stats = jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats)
         if spec.is_empty:
@@ -173,8 +196,22 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float
     out, stats = passes.forward(operands) if itself else differentiable(passes, operands)
     lse = natural_lse(spec, operands, stats) if spec.return_lse or sinks is not None else None
     if lse is not None and sinks is not None:
-        out, lse = with_sinks(spec.layout, out, lse, sinks)
+        out, lse = _with_sinks(spec, operands, out, lse, sinks)
     return out, lse if spec.return_lse else None
+
+
+def _with_sinks(spec: AttentionSpec, operands: Operands, out: Array, lse: Array,
+                sinks: Array) -> tuple[Array, Array]:
+    """`with_sinks`; of a sequence that has lost keys nothing is differentiated."""
+    def marked(value: float, out: Array, lse: Array) -> tuple[Array, Array]:
+        def run(operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:
+            found = _marked_lost(spec, operands, Results(out, lse[:, :, None]), value)
+            return found.out, found.stats[:, :, 0]
+        return sharding.automatic(run, (sharding.place(out), sharding.place(lse)), operands, out, lse)
+
+    if filled_part(spec.mask) is None:
+        return with_sinks(spec.layout, out, lse, sinks)
+    return marked(jnp.nan, *with_sinks(spec.layout, *marked(0.0, out, lse), sinks))
 
 
 def differentiable(passes: Passes, operands: Operands) -> Results[Array]:

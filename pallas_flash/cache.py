@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import arguments, autodiff, compat, dispatch, errors, forks, masks, paging, sharding, storage
-from pallas_flash.arrays import Array, Bool, Float, Int, Shaped
+from pallas_flash.arrays import Array, Bool, Int, Shaped
 from pallas_flash.device import Device, current
 from pallas_flash.filled import Filled
 from pallas_flash.spec import AttentionSpec, Operands
@@ -79,7 +79,11 @@ def _write(cache: Cache, pos: Int[Array, "b n"], rows: Array, new: Array) -> Arr
     """The cache's keys, or its values, with new ones at the positions that there is room for."""
     rows, new, pos = compat.vary_like((rows, new, pos), rows, new, pos, cache.page_table)
     axis = cache.layout.index("L")
+    is_one = pos.shape == (1, 1) and cache.capacity > 0
     if cache.pages is None:
+        if is_one:
+            return _write_one(rows, new, (0, pos[0, 0]), pos[0, 0] < cache.capacity, axis)
+
         def one(rows: Array, new: Array, pos: Array) -> Array:
             at = rows.at[pos] if axis == 1 else rows.at[:, pos]
             return at.set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
@@ -88,10 +92,25 @@ def _write(cache: Cache, pos: Int[Array, "b n"], rows: Array, new: Array) -> Arr
     number, size = rows.shape[0], rows.shape[axis]
     page = paging.page_at(cache.page_table, jnp.minimum(pos, cache.capacity - 1), size)
     has_room = (pos < cache.capacity) & (page >= 0) & (page < number)
+    if is_one:
+        return _write_one(rows, new, (page[0, 0], pos[0, 0] % size), has_room[0, 0], axis)
     page = jnp.where(has_room, page, number)
     if axis == 1:
         return rows.at[page, pos % size].set(new, mode="drop")
     return rows.at[page, :, pos % size].set(new.swapaxes(1, 2), mode="drop")
+
+
+def _write_one(rows: Array, new: Array, place: tuple[Array | int, Array], has_room: Bool[Array, ""],
+               axis: int) -> Array:
+    """The rows with one key at a place, (sequence or page, position in it), if there is room.
+
+    XLA writes a single row of a scatter in three kernels, one of which looks whether the place is inside. This is one.
+    """
+    start = [place[0], 0, 0, 0]
+    start[axis] = place[1]
+    old = jax.lax.dynamic_slice(rows, start, new.shape)
+    written: Array = jax.lax.dynamic_update_slice(rows, jnp.where(has_room, new, old), start)
+    return written
 
 
 @overload
@@ -150,9 +169,7 @@ def attend(
     sinks = None if sinks is None else storage.as_jax(arguments.sinks(call.spec, sinks))
     where = current((call, sinks))
     chosen = dispatch.choose(call.spec, where, implementation)
-    found = autodiff.attend(call.spec, autodiff.Target(chosen.name, where), call.operands(), sinks)
-    out, lse = (None if x is None else _nan_where(cache.overflowed, x) for x in found)
-    assert out is not None
+    out, lse = autodiff.attend(call.spec, autodiff.Target(chosen.name, where), call.operands(), sinks)
     return out if lse is None else (out, lse)
 
 
@@ -209,13 +226,14 @@ class _Call(NamedTuple):
 
 
 def _rule(mask: masks.Mask, lengths: Int[Array, " b"], q_len: int, capacity: int) -> masks.Mask:
-    """The mask about queries and keys by number, from one about positions in the sequences."""
-    lengths = jnp.clip(lengths, 0, capacity)
+    """The mask about queries and keys by number, from one about positions in the sequences. Lengths stay as they are
+    (`filled.within`): to change them would be a program of its own for each call in a decoding loop.
+    """
     numbers: masks.Mask = masks.Full()
     arrays: list[masks.Mask] = []
     for part in mask.parts:
         if part.has_arrays:
-            arrays.append(part.canonical().moved(lengths[:, None] - q_len, 0))
+            arrays.append(part.canonical().moved(jnp.clip(lengths, 0, capacity)[:, None] - q_len, 0))
         else:
             numbers = numbers & part
     return functools.reduce(operator.and_, arrays, Filled(numbers, lengths, q_len))
@@ -234,12 +252,6 @@ def _all_rows(cache: Cache) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
         shape[0], shape[cache.layout.index("L")] = cache.batch, cache.capacity
     key, value = (jax.ShapeDtypeStruct(tuple(shape), cache.key.dtype) for shape in shapes)
     return key, value
-
-
-def _nan_where(lost: Bool[Array, " b"], x: Float[Array, "b ..."]) -> Array:
-    def run(lost: Array, x: Array) -> Array:
-        return jnp.where(lost.reshape(-1, *(1,) * (x.ndim - 1)), jnp.full_like(x, jnp.nan), x)
-    return sharding.automatic(run, sharding.place(x), *compat.vary_like((lost, x), lost, x))
 
 
 def _check_room(cache: Cache, new: int) -> None:

@@ -76,6 +76,8 @@ class Implementation:
         against an automatic choice: who names the implementation gets it.
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
         its own.
+      finds_lost: its forward takes lengths of a cache as they are, also above the capacity, and gives NaN for sequences
+        that have lost keys; for the others `autodiff` does.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Implementation:
     launches: str | None = None
     not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
     backward_of: Callable[[AttentionSpec], str | None] = _itself
+    finds_lost: bool = False
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -122,7 +125,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.rules:reasons_against",
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
-                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of),
+                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of,
+                   finds_lost=True),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",

@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Any
 
-from pallas_flash import masks
-from pallas_flash.arithmetic import Positions, maximum, where
+import jax
+import numpy as np
+
+from pallas_flash import masks, paging
+from pallas_flash.arithmetic import Positions, maximum, minimum, where
+from pallas_flash.arrays import Array, Bool, Int
 from pallas_flash.mask_fields import ArrayField, as_array
 from pallas_flash.masks import UNBOUNDED, Bounds
 
-__all__ = ["Filled", "filled_part"]
+__all__ = ["Filled", "filled_part", "lost", "within"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,15 @@ class Filled(masks.Mask):
 
     def __str__(self) -> str:
         return f"Filled({self.rule}, lengths={ArrayField.of(as_array(self.lengths))})"
+
+    def canonical(self) -> masks.Mask:
+        """As of other masks, but lengths of a program are not clipped here (`within` does it where they are used): XLA
+        would run a kernel for it, before each call of a decoding loop.
+        """
+        x = self.lengths
+        if not isinstance(x, jax.Array) or x.dtype != np.int32:
+            return super().canonical()
+        return dataclasses.replace(self, lengths=x.reshape(*x.shape, *(1,) * (2 - x.ndim)))
 
     def _position(self, query: Positions) -> Positions:
         position: Positions = query + (self.lengths - self.q_len)
@@ -56,3 +69,30 @@ class Filled(masks.Mask):
 def filled_part(mask: masks.Mask) -> Filled | None:
     """The part of a mask that says that keys are in a cache; None if they are not."""
     return next((part for part in mask.parts if isinstance(part, Filled)), None)
+
+
+def within(mask: masks.Mask, capacity: int) -> masks.Mask:
+    """The same mask with lengths of at most the capacity. Negative ones attend to nothing as they are."""
+    def bounded(part: Any) -> Any:
+        if not isinstance(part, Filled):
+            return part
+        return dataclasses.replace(part, lengths=minimum(part.lengths, capacity))
+
+    found: masks.Mask = jax.tree.map(bounded, mask, is_leaf=lambda part: isinstance(part, Filled))
+    return found
+
+
+def lost(mask: masks.Mask, capacity: int, pages: paging.Pages | None,
+         page_table: Int[Array, "b p"] | None) -> Bool[Array, " b"] | None:
+    """Which sequences have lost keys: their length is above the capacity, or a page is missing that their keys would
+    lie in; one of them where all have the same length. None if keys are not in a cache.
+
+    Args:
+      mask: canonical, lengths (batch or 1, heads or 1).
+    """
+    part = filled_part(mask)
+    if part is None:
+        return None
+    lengths = part.lengths.max(axis=1)
+    full: Array = lengths > capacity
+    return full if pages is None or page_table is None else full | paging.lack(pages, page_table, lengths)

@@ -8,9 +8,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_flash.arrays import Array, Float, Int
+from pallas_flash.arrays import Array, Bool, Float, Int
 
-__all__ = ["Pages", "page_at", "rows"]
+__all__ = ["Pages", "lack", "page_at", "rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,14 @@ def page_at(page_table: Int[Array, "b p"], pos: Int[Array, "1|b n"], page_size: 
     batch = page_table.shape[0]
     page: Array = jnp.take_along_axis(page_table, jnp.broadcast_to(pos // page_size, (batch, pos.shape[1])), axis=1)
     return page
+
+
+def lack(pages: Pages, page_table: Int[Array, "b p"], lengths: Int[Array, " b"]) -> Bool[Array, " b"]:
+    """Which sequences of so many keys lack a page that some of these keys would lie in. One reduction."""
+    first = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None] * pages.size
+    is_there = (page_table >= 0) & (page_table < pages.number)
+    lacking: Array = jnp.any(~is_there & (first < lengths[:, None]), axis=1)
+    return lacking
 
 
 def rows(pages: Float[Array, "n_pages page_size k d"], page_table: Int[Array, "b p"], pos: Int[Array, " n"],

@@ -84,8 +84,8 @@ class Cache:
     @property
     def overflowed(self) -> Bool[Array, " b"]:
         """Which sequences have lost keys: more were appended than there is room for. `attend` gives NaN for them."""
-        full: Array = self.lengths > self.capacities
-        return full
+        full: Array = self.lengths > self.capacity
+        return full if self.pages is None else full | paging.lack(self.pages, self.page_table, self.lengths)
 
     def room(self, page_table: Any) -> Any:
         """`capacities` under a table, in NumPy if it is; one number where they are the same for all."""

@@ -24,7 +24,7 @@ ARROWS = {
               "storage", *FOUNDATIONS},
     "storage": {"arguments", "mask_fields", "paging", *FOUNDATIONS},
     "packed": {"arguments", "mask_fields", *FOUNDATIONS},
-    "autodiff": {"device", "dispatch", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
+    "autodiff": {"device", "dispatch", "filled", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},
     "launches": {"device", "dispatch", "errors", "spec"},  # and what a launch is
@@ -33,7 +33,7 @@ ARROWS = {
     "scores": {"errors", "mask_fields"},  # fields: those of a score function are kept as those of a mask
     "relative_scores": {"errors", "scores"},
     "paging": set(),
-    "filled": {"mask_fields", "masks"},
+    "filled": {"mask_fields", "masks", "paging"},
     "mask_fields": {"errors"},
     "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},

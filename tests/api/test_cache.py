@@ -229,6 +229,26 @@ def positions(cached: cache.Cache) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
+def test_one_new_key_of_one_sequence(empty, layout):
+    """A program of its own: it lies where it belongs, and is dropped where there is no room."""
+    one = jax.tree.map(lambda x: x[:1] if x.dtype == jnp.int32 else x, empty(layout=layout))
+    if one.pages is None:
+        one = dataclasses.replace(one, key=one.key[:1], value=one.value[:1])
+    else:
+        one = dataclasses.replace(one, page_table=one.page_table.at[0, 2].set(-1))
+    new = (jnp.asarray(heads_first(x[:1, :1], layout)) for x in (K, V))
+    append = jax.jit(functools.partial(lambda key, value, cached: cache.append(cached, key, value), *new))
+    for length in (0, 17, 39, 40, 47, 48, 2**31 - 2):
+        found = append(dataclasses.replace(one, lengths=jnp.array([length])))
+        wanted = np.zeros_like(positions(one))
+        if length < one.capacities[0]:
+            wanted[0, length] = K[0, 0]
+        np.testing.assert_array_equal(positions(found), wanted)
+        assert found.lengths[0] == length + 1 and found.overflowed[0] == (length >= one.capacities[0])
+
+
+@pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
 def test_new_keys_lie_at_the_end_of_each_sequence_and_nowhere_else(empty, layout):
     cached = dataclasses.replace(empty(layout=layout), lengths=[3, 17])
     cached = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, cached)
@@ -257,6 +277,14 @@ def test_what_finds_no_room_is_dropped_and_counted(empty):
     out, lse = jax.jit(functools.partial(cache.attend, return_lse=True))(Q[:, :1], full)
     assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
     assert np.isfinite(out[1]).all() and np.isfinite(lse[1]).all()
+    total = lambda q, cached, sinks: jnp.nansum(cache.attend(q, cached, sinks=sinks))
+    gradients = jax.jit(jax.grad(total, (0, 1, 2), allow_int=True))(Q[:, :1], full, np.ones(HEADS, np.float32))
+    assert all(np.isfinite(x).all() for x in (gradients[0], gradients[1].key, gradients[1].value, gradients[2]))
+    assert not np.asarray(gradients[0][0]).any() and np.asarray(gradients[0][1]).any()
+    for length in (-7, -2**31):
+        none = dataclasses.replace(cached, lengths=jnp.array([length, 5]))
+        out, lse = jax.jit(functools.partial(cache.attend, return_lse=True))(Q[:, :3], none)
+        assert not out[0].any() and np.all(lse[0] == -np.inf) and np.isfinite(lse[1]).all()
     negative = dataclasses.replace(cached, lengths=jnp.array([-7, 5]))
     np.testing.assert_array_equal(jax.jit(cache.append)(negative, K[:, :4], V[:, :4]).lengths, [4, 9])
 
@@ -280,6 +308,8 @@ def test_a_cache_without_sequences_and_one_without_room():
     assert cache.attend(Q[:0, :3], cached).shape == (0, 3, HEADS, DIM)
     paged = cache.append(cache.empty_paged(TABLE[:0], (3, 16), 2, DIM, dtype="float32"), K[:0, :3], V[:0, :3])
     assert cache.attend(Q[:0, :3], paged).shape == (0, 3, HEADS, DIM)
+    full = jax.jit(cache.append)(cache.empty(1, 0, 2, DIM, dtype="float32"), K[:1, :1], V[:1, :1])
+    assert full.key.shape == (1, 0, 2, DIM) and np.isnan(jax.jit(cache.attend)(Q[:1, :1], full)).all()
     nothing = cache.attend(Q[:, :3], cache.empty(2, 0, 2, DIM, dtype="float32"))
     assert nothing.shape == (2, 3, HEADS, DIM) and not nothing.any()
 

@@ -20,6 +20,9 @@ that several blocks share is combined in `decode.combine`; a head that one block
 
 What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
 is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
+
+Lengths are read as they are, above the capacity too, and the table with missing pages (`decode.missing`): a sequence
+that has lost keys gets row sums of NaN, of which everything else becomes NaN. So no other kernel runs for them.
 """
 
 import functools
@@ -36,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import combine, rows, values
+from pallas_flash.kernels.hopper.decode import combine, missing, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
 from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment
 from pallas_flash.kernels.hopper.forward.softmax import lowest
@@ -47,7 +50,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked, scaled, score_unit
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["counters_shape", "launch"]
@@ -223,11 +226,13 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     return State(m_i, l_i, acc)
 
 
-def first_state(block: Block) -> State:
-    """The state before the first tile."""
+def first_state(block: Block, is_lost: Flag) -> State:
+    """The state before the first tile. Row sums of NaN stay NaN: nothing else of a lost sequence is kept in registers.
+    """
     low = jnp.full((ROWS_PER_WARPGROUP,), lowest(score_unit(block.spec)), jnp.float32)
     m_i = plgpu.layout_cast(low, registers.ROW_LAYOUT)
-    l_i = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, 8), jnp.float32), registers.TILE)
+    nothing = jnp.full((ROWS_PER_WARPGROUP, 8), jnp.where(is_lost, jnp.nan, 0.0), jnp.float32)
+    l_i = plgpu.layout_cast(nothing, registers.TILE)
     return State(m_i, l_i, registers.zeros(block.spec.d_v))
 
 
@@ -252,11 +257,27 @@ def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
         combine.combine(block.spec, block.gmem, segment, unit, block.schedule.parts_at_once)
 
 
+def has_lost_keys(block: Block, segment: Segment) -> Flag:
+    """Whether the sequence has lost keys, as far as this block sees it: the length is too large, or a page of the
+    segment's keys is missing. The first segment also looks at the pages before its own, the last at those after.
+    """
+    pages, length = block.spec.pages, segment.sequence.length
+    is_full: Flag = length > block.spec.kv_len
+    if pages is None:
+        return is_full
+    used = div(jnp.clip(length, 0, block.spec.kv_len) + (pages.size - 1), pages.size)
+    start, stop = (tile * block.schedule.block_kv for tile in (segment.first, segment.first + segment.num_tiles))
+    lo = jnp.where(segment.part == 0, 0, div(start, pages.size))
+    hi = jnp.where(segment.part == segment.parts - 1, used, jnp.minimum(div(stop + (pages.size - 1), pages.size), used))
+    return is_full | missing.any_missing(block.gmem["page_table"], segment.head.batch, (lo, hi), pages.number)
+
+
 def compute_segment(block: Block, segment: Segment) -> None:
     """Computes what this block has of a head."""
     q = queries(block, segment)
+    start = first_state(block, has_lost_keys(block, segment))
     add_tile = functools.partial(step, block, segment, q)
-    state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, first_state(block))
+    state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, start)
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
     pl.when(segment.is_whole)(functools.partial(finish, block, segment, sums, acc))
     pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, block, segment, sums, acc))

@@ -19,6 +19,7 @@ from jax import lax
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
+from pallas_flash.filled import filled_part, within
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
 from pallas_flash.kernels.mosaic import lanes
 from pallas_flash.kernels.mosaic.scheduling import div
@@ -42,6 +43,7 @@ class Sequence(NamedTuple):
     """A sequence of the batch: its mask, with its own length, and the key tiles that its queries need."""
 
     mask: masks.Mask
+    length: Array  # as it was given: above the capacity if keys are lost
     keys: tuple[Positions, Positions]  # [lo, hi): no query attends to a key outside
     tiles: tiles.TileRange[Array]  # at least one
 
@@ -61,14 +63,16 @@ def sequence(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref], batch
     """The sequence of a batch entry, whose mask is that of the spec with this entry's numbers."""
     numbers = [gmem[name][batch if field.shape[0] > 1 else 0, 0] for name, field in fields(spec).items()]
     mask: masks.Mask = jax.tree.unflatten(jax.tree.structure(spec.mask), numbers)
-    if spec.kv_len % s.block_kv:
-        mask = mask & masks.InBounds(kv_len=spec.kv_len)  # a length may say more
+    part = filled_part(mask)
+    assert part is not None
+    mask = within(mask, spec.kv_len)
     count = tiles.cdiv(spec.kv_len, s.block_kv)
     bounds = mask.kv_bounds(0, spec.q_len)
     needed = tiles.tile_range(bounds, s.block_kv, count)
     start = jnp.minimum(needed.start, count - 1)
     needed = needed._replace(start=start, stop=jnp.maximum(needed.stop, start + 1))
-    return Sequence(mask, (bounds.lo, bounds.hi), tiles.TileRange(*(jnp.asarray(x, jnp.int32) for x in needed)))
+    return Sequence(mask, part.lengths, (bounds.lo, bounds.hi),
+                    tiles.TileRange(*(jnp.asarray(x, jnp.int32) for x in needed)))
 
 
 class Head(NamedTuple):
