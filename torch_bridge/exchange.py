@@ -214,7 +214,8 @@ def _check_place(query: torch.Tensor) -> None:
     forks.require_no_fork("scaled_dot_product_attention")
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("scaled_dot_product_attention through DLPack cannot be captured in a CUDA graph: JAX "
-                           "launches its kernels on streams of its own. Keep this call outside the graph.")
+                           "launches its kernels on streams of its own. Keep this call outside the graph; "
+                           "torch_bridge.explain says why it does not take the direct path, which can be captured.")
 
 
 # --- tensors from arrays ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 
 from torch_bridge import flash, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache
+from torch_bridge.direct import attention, cache, requirements
 from torch_bridge.direct.launch import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ def _why_not_direct(operands: Operands, numbers: Numbers, plan: "Plan") -> str |
     query, row = operands.query, plan.decision.implementation
     if query.device.type not in attention.DEVICES:
         return f"tensors are on {query.device}"
-    if not attention.is_asked_for():
-        return f"{attention.VARIABLE}=1 is not set"
+    if not attention.is_on():
+        return f"{attention.VARIABLE}=0 is set"
     if row.launches is None:
         return f"implementation={row.name!r} is JAX's own program, not a list of launches"
-    return (attention.why_not(operands, numbers) or attention.why_not_device(query.device)
-            or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+    return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
+            or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
@@ -82,8 +82,7 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     problem, device = attention.problem_of(operands, numbers), operands.query.device
     plans = (cache.path_of(attention.request(problem, name, device)).exists() for name in attention.PASSES)
     forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
-    return (f"path: direct, launched on torch's stream ({attention.VARIABLE}=1); "
-            f"plans: forward {forward}, backward {backward}")
+    return f"path: direct, launched on torch's stream; plans: forward {forward}, backward {backward}"
 
 
 def precompile(
@@ -94,8 +93,8 @@ def precompile(
     backward, whose plans are kept on disk (docs/torch_bridge.md). Where they are there already, they are only read.
 
     Arguments and errors are those of `scaled_dot_product_attention`. The tensors' values do not matter, and those on
-    the device "meta" stand for tensors of the same shapes and strides on the current CUDA device. PALLAS_FLASH_DIRECT
-    need not be set.
+    the device "meta" stand for tensors of the same shapes and strides on the current CUDA device. It does
+    so whatever PALLAS_FLASH_DIRECT is.
 
     Raises:
       RuntimeError: the direct path does not take such a call, or cannot compile it; with the reason.
@@ -108,7 +107,7 @@ def precompile(
     if device.type not in attention.DEVICES:
         reason = f"it is for CUDA tensors, query is on {device}"
     elif reason is None:
-        reason = attention.why_not_device(device)
+        reason = attention.why_not_device(device) or requirements.why_not()
     if reason is not None:
         raise RuntimeError(f"precompile needs a call that the direct path takes: {reason}. Through DLPack, JAX "
                            "compiles in the first call.")

@@ -1,7 +1,7 @@
-"""Which way a call goes: through DLPack into JAX's runtime, or, where that is asked for, straight to the driver.
+"""Which way a call goes: straight to the driver, or through DLPack into JAX's runtime.
 
-    exchange.py          every call, on CPU and GPU
-    direct/attention.py  what `attention.why_not` has no reason against, with PALLAS_FLASH_DIRECT=1
+    direct/attention.py  on a GPU, what nothing is against (`attention.find`), unless PALLAS_FLASH_DIRECT=0 is set
+    exchange.py          every other call, on CPU and GPU
 
 JAX is imported by the first call that goes through DLPack.
 """

@@ -55,7 +55,8 @@ def scaled_dot_product_attention(
 
     Raises:
       RuntimeError, IndexError, TypeError, ValueError: where torch raises them; and RuntimeError if the lengths of key
-        and value differ, inside CUDA graph capture, and in a process that was forked after JAX had started.
+        and value differ; inside CUDA graph capture, where the call is the first of its kind or goes through DLPack; and
+        in a process that was forked after JAX had started or kernels were loaded.
     """
     if unknown:
         raise messages.unknown_keyword(scaled_dot_product_attention, next(iter(unknown)))

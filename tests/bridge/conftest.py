@@ -6,6 +6,8 @@ import jax
 import pytest
 import torch
 
+import torch_bridge
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -41,6 +43,22 @@ def forward_mode():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
+@pytest.fixture(params=["dlpack", "direct"])
+def asked(request, monkeypatch):
+    """Each way to the kernels of a GPU, asked for; a call that the direct one does not take goes the other."""
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1" if request.param == "direct" else "0")
+    return request.param
+
+
+@pytest.fixture
+def path(asked):
+    """Each way to the kernels of a GPU; a test that did not take it fails."""
+    direct = lambda: sum(row.calls for row in torch_bridge.report() if "launched directly" in row.problem)
+    before = direct()
+    yield asked
+    assert (direct() > before) == (asked == "direct")
 
 
 @pytest.fixture

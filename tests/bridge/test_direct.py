@@ -5,6 +5,7 @@ the addresses that it is given, as kernels would. What plans hold is tested in t
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import threading
@@ -20,7 +21,8 @@ from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning
 from torch_bridge import ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import attention, cache, driver, runner, shortcut
+from torch_bridge.direct import attention, cache, driver, launch, requirements, runner, shortcut
+from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Buffer, Program
 from torch_bridge.direct.problem import window
 
@@ -96,7 +98,9 @@ def launched(monkeypatch):
     kept = []
     for name in ("_choices", "_directs", "_reasons"):
         monkeypatch.setattr(attention, name, {})
+    monkeypatch.setattr(attention, "_said", set())
     monkeypatch.setattr(shortcut, "_shortcuts", {})
+    monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})
     monkeypatch.setattr(attention, "_gpu", lambda device: H200)
@@ -105,7 +109,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(streams, "_number", lambda index: 78 + index)
     monkeypatch.setattr(cache, "find", find)
     monkeypatch.setattr(attention.Direct, "expect", lambda self, pass_name: None)
-    monkeypatch.setenv(attention.VARIABLE, "1")
+    monkeypatch.delenv(attention.VARIABLE, raising=False)
     return FakeGpu.launched
 
 
@@ -330,50 +334,87 @@ def test_what_does_not_fit_is_never_read(launched):
     assert launched == BOTH
 
 
-def test_dlpack_is_the_default(launched, monkeypatch):
+def test_direct_is_the_default(launched, monkeypatch):
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
-    for value in ("", "0"):
+    for value in ("", "1"):
         monkeypatch.setenv(attention.VARIABLE, value)
         check(tensors)
-    monkeypatch.delenv(attention.VARIABLE)
+    assert launched == BOTH * 2
+    monkeypatch.setenv(attention.VARIABLE, "0")
     check(tensors)
-    assert launched == []
-    assert "path: DLPack, JAX's runtime launches (PALLAS_FLASH_DIRECT=1 is not set)" in torch_bridge.explain(*tensors)
+    assert launched == BOTH * 2
+    assert "path: DLPack, JAX's runtime launches (PALLAS_FLASH_DIRECT=0 is set)" in torch_bridge.explain(*tensors)
     monkeypatch.setenv(attention.VARIABLE, "yes")
     with pytest.raises(ValueError, match=r"PALLAS_FLASH_DIRECT must be 0 or 1, got 'yes'"):
         OURS(*tensors)
 
 
+def test_an_installation_that_cannot_compile_is_said_once(launched, monkeypatch):
+    """And no process is started that could only say it again."""
+    monkeypatch.setattr(requirements, "why_not", lambda: "needs JAX 0.11, jax is 0.12.0")
+    monkeypatch.setattr(cache, "find", None)
+    with pytest.warns(FallbackWarning, match=r"calls go through DLPack.*jax is 0\.12\.0.*set PALLAS_F") as seen:
+        for length in (5, 6, 7):
+            check(qkv(*[(1, 2, length, 8)] * 3, dtype=BF16))
+    assert len(seen) == 1 and launched == []
+    with pytest.raises(RuntimeError, match=r"jax is 0\.12\.0"):
+        torch_bridge.precompile(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+
+
+def test_what_is_no_list_of_launches_is_not_said_twice(launched, monkeypatch):
+    """What runs in its place says why."""
+    def refuse(request, index):
+        raise NoLaunchesError("'hopper' takes head dims up to 256")
+    monkeypatch.setattr(cache, "find", refuse)
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(tensors)
+    assert launched == []
+    problem = attention.problem_of(Operands.of(*tensors, **NONE), FULL)
+    assert "up to 256" in attention.reason_found(problem, tensors[0].device)
+
+
+def test_amds_gpus_are_left_alone(launched, monkeypatch):
+    """They are of the type "cuda", and some count as 9.0."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    check(qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+    assert launched == []
+
+
 def test_a_plan_that_cannot_be_made_is_said_once(launched, monkeypatch):
     def refuse(request, index):
-        raise cache.NoPlanError("needs another JAX")
+        raise NoPlanError("needs another JAX")
     monkeypatch.setattr(cache, "find", refuse)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
     with warnings.catch_warnings(), pytest.raises(FallbackWarning):  # nothing is remembered
         warnings.simplefilter("error", FallbackWarning)
         OURS(*tensors)
-    with pytest.warns(FallbackWarning, match=r"forward of Problem.*DLPack.*needs another JAX.*unset PALLAS_FLASH_DIRECT"
+    with pytest.warns(FallbackWarning, match=r"forward of Problem.*DLPack.*needs another JAX.*PALLAS_FLASH_DIRECT=0"
                       ) as seen:
         check(tensors)
     assert len(seen) == 1 and Path(seen[0].filename).name == "problems.py", "the caller's line"
     check(tensors)
     assert launched == []
-    with pytest.raises(cache.NoPlanError, match="another JAX"):
+    with pytest.raises(NoPlanError, match="another JAX"):
         torch_bridge.precompile(*tensors)
 
 
-def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tmp_path):
-    """Each takes seconds in a process of its own. A call that needs no gradient has none made."""
-    seen, done = [], threading.Event()
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tmp_path, fails):
+    """Each takes seconds in a process of its own. A call that needs no gradient has none made. One that failed was
+    made, and failed, again."""
+    seen, begun = [], threading.Event()
     find = cache.find
 
     def slow(request, index, quiet=False):
         seen.append((request.pass_name, quiet))
         if quiet:
-            done.set()
-            raise cache.NoPlanError("said when it is asked for")
-        if request.pass_name == "forward" and len(seen) > 1:
-            assert done.wait(10)
+            begun.set()
+            if fails:
+                raise NoPlanError("the compiler broke")
+        elif len(seen) > 1:
+            assert begun.wait(10)
         return find(request, index)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(cache, "find", slow)
@@ -383,10 +424,11 @@ def test_the_backward_is_compiled_while_the_forward_is(launched, monkeypatch, tm
     assert seen == [("forward", False)]
     del seen[:]
     monkeypatch.setattr(attention.Direct, "expect", EXPECT)
-    check(qkv(*[(1, 2, 6, 8)] * 3, dtype=BF16))
-    assert done.wait(10)
-    assert sorted(seen) == [("backward", False), ("backward", True), ("forward", False)]
-    assert launched == ["forward", *BOTH]
+    said = pytest.warns(FallbackWarning, match="backward of .*the compiler broke")
+    with said if fails else contextlib.nullcontext():
+        check(qkv(*[(1, 2, 6, 8)] * 3, dtype=BF16))
+    assert sorted(seen) == [("backward", True), ("forward", False)]
+    assert launched == ["forward", "forward", "backward"][:2 if fails else 3]
 
 
 def test_a_plan_is_not_made_meanwhile_where_no_thread_can_start(launched, monkeypatch, tmp_path):
@@ -425,11 +467,22 @@ def test_threads_load_a_plan_once(launched, monkeypatch):
 
 
 def test_a_first_call_inside_a_capture_is_refused(monkeypatch):
+    """And nothing is compiled for it: the backward's plan was."""
     problem = attention.problem_of(Operands.of(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), **NONE),
                                    CAUSAL)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"must have run once before it is captured in a CUDA graph.*Call it before"):
-        attention.Direct((problem, torch.device("cuda", 0))).prepare("backward")
+    monkeypatch.setattr(attention.Direct, "expect", None)
+    direct = attention.Direct((problem, torch.device("cuda", 0)))
+    for call in (lambda: direct.prepare("backward"), lambda: direct.try_prepare("forward", then="backward")):
+        with pytest.raises(RuntimeError, match=r"must have run once before it is captured in a CUDA graph.*Call it"):
+            call()
+
+
+def test_a_forked_process_does_not_wait_for_a_plan(launched, monkeypatch):
+    """The thread that makes it is not there."""
+    monkeypatch.setattr(launch, "_was_forked", True)
+    with pytest.raises(RuntimeError, match="forked after they were loaded"):
+        OURS(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
 
 
 def test_explain_and_precompile(launched, monkeypatch, tmp_path):
@@ -458,24 +511,26 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     monkeypatch.setattr(device, "of", lambda where: device.H200)
     x = moved(qkv((1, 2, 200, 64), dtype=BF16)[0])
     text = torch_bridge.explain(x, x.detach().clone(), x.detach(), is_causal=True)
-    assert ("path: direct, launched on torch's stream (PALLAS_FLASH_DIRECT=1); "
-            "plans: forward to be compiled, backward to be compiled") in text
+    assert "path: direct, launched on torch's stream; plans: forward to be compiled, backward to be compiled" in text
     assert "query: copied: its address is 2 bytes past a multiple of 16" in text and "out: torch's memory" in text
     problem = attention.problem_of(Operands.of(x, x, x, **NONE), CAUSAL)
     cache.path_of(attention.request(problem, "forward", x.device)).write_bytes(b"")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
+    tmp_path.chmod(0o777)
+    assert "path: DLPack, JAX's runtime launches (a directory of plans must not" in torch_bridge.explain(x, x, x)
 
 
 def test_the_caller_may_be_a_package_whose_name_begins_as_torchs(launched, monkeypatch):
     """Its files were taken for torch's, and the warning named the line that called them."""
     def refuse(request, index):
-        raise cache.NoPlanError("needs another JAX")
+        raise NoPlanError("needs another JAX")
     monkeypatch.setattr(cache, "find", refuse)
     installed = Path(torch.__file__).parents[1]
     for name, is_the_callers in (("torchtitan/model.py", True), ("torch/autograd/function.py", False)):
         attention._reasons.clear()
+        attention._said.clear()
         call = compile("attend(*tensors)", path := str(installed / name), "exec")
         with pytest.warns(FallbackWarning) as seen:
             exec(call, dict(attend=OURS, tensors=qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)))

@@ -9,12 +9,13 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bridge.direct import FORWARD, PROGRAM
-from torch_bridge.direct import cache, plan, progress
+from torch_bridge.direct import cache, parent, plan, progress
 
 ROOT = Path(__file__).parents[2]
 MAKER = """
@@ -45,12 +46,13 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setenv("MARKS", str(marks))
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "plans"))
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(parent, "_failed", [])
     maker(monkeypatch, WRITES)
     return lambda: len(marks.read_text().split()) if marks.exists() else 0
 
 
 def maker(monkeypatch, ending):
-    monkeypatch.setattr(cache, "COMMAND", (sys.executable, "-c", MAKER.format(ending)))
+    monkeypatch.setattr(parent, "COMMAND", (sys.executable, "-c", MAKER.format(ending)))
 
 
 def test_a_plan_is_made_once_and_found_afterwards(made):
@@ -85,9 +87,9 @@ FINDER = """
 import sys, types
 sys.modules["torch_bridge"] = types.ModuleType("torch_bridge")
 sys.modules["torch_bridge"].__path__ = ["torch_bridge"]
-from torch_bridge.direct import cache
+from torch_bridge.direct import cache, parent
 from torch_bridge.direct.problem import Request
-cache.COMMAND = (sys.executable, "-c", sys.argv[2])
+parent.COMMAND = (sys.executable, "-c", sys.argv[2])
 print(len(cache.find(Request.of(sys.argv[1]), 0).steps), "jax" in sys.modules)
 """
 
@@ -102,21 +104,101 @@ def test_processes_make_it_once_and_import_no_jax(made, monkeypatch):
 
 def test_why_there_is_none_is_said(made, monkeypatch):
     maker(monkeypatch, 'print(json.dumps(dict(reason="needs another JAX")))')
-    with pytest.raises(cache.NoPlanError, match=r"^needs another JAX$"):
+    with pytest.raises(parent.NoPlanError, match=r"^needs another JAX$"):
         cache.find(FORWARD, 0)
     maker(monkeypatch, 'print(json.dumps(dict(step="lowered"))); sys.exit("the compiler broke")')
-    with pytest.raises(cache.NoPlanError, match=r"forward of Problem.*code 1 after .*lowered.*\n.*the compiler broke"):
+    with pytest.raises(parent.NoPlanError, match=r"forward of Problem.*code 1 after .*lowered.*\n.*the compiler broke"):
         cache.find(FORWARD, 0)
     maker(monkeypatch, "os.abort()")
-    with pytest.raises(cache.NoPlanError, match="code -6 after nothing"):
+    with pytest.raises(parent.NoPlanError, match="code -6 after nothing"):
         cache.find(FORWARD, 0)
     assert not list(cache.directory().iterdir()), "nothing is left of a plan that could not be made"
 
 
+def test_a_problem_that_is_no_list_of_launches_is_asked_once(made, monkeypatch):
+    """Each process started another that imported JAX to say so."""
+    maker(monkeypatch, 'print(json.dumps(dict(reason="takes head dims up to 256, got d=512", problem=True)))')
+    for _ in range(2):
+        with pytest.raises(parent.NoLaunchesError, match=r"^takes head dims up to 256, got d=512$"):
+            cache.find(FORWARD, 0)
+    assert made() == 1
+
+
+def test_a_compiler_that_always_fails_is_given_up(made, monkeypatch):
+    """Every new problem would take seconds to say the same."""
+    maker(monkeypatch, 'sys.exit("no ptxas")')
+    for _ in range(parent.MAX_FAILURES):
+        with pytest.raises(parent.NoPlanError, match=r"^the process that compiles"):
+            cache.find(FORWARD, 0)
+    for _ in range(2):
+        with pytest.raises(parent.NoPlanError, match=r"^3 processes in a row that should compile.*(?s:.)*no ptxas"):
+            cache.find(FORWARD, 0)
+    assert made() == parent.MAX_FAILURES
+
+
+def test_a_directory_that_cannot_be_written(made, tmp_path, monkeypatch):
+    """The error was the system's alone, and did not say what to do. A file is in its place: root may write anywhere."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file" / "plans"))
+    with pytest.raises(parent.NoPlanError, match=r"be read and written, got .*file.*Name one in PALLAS_FLASH_PLANS"):
+        cache.find(FORWARD, 0)
+    assert made() == 0
+
+
+def test_what_is_made_meanwhile_is_waited_for_and_shown(made, monkeypatch, capsys):
+    monkeypatch.setenv("SLOWLY", "1.2")
+    pending = cache.Pending(FORWARD, 0)
+    assert pending.result() == PROGRAM and made() == 1
+    assert "compiling the forward" in capsys.readouterr().err
+    maker(monkeypatch, 'sys.exit("broken")')
+    pending = cache.Pending(dataclasses.replace(FORWARD, pass_name="backward"), 0)
+    for _ in range(2):
+        with pytest.raises(parent.NoPlanError, match="broken"):
+            pending.result()
+
+
+LEAVES = """
+import sys, threading, time, types
+sys.modules["torch_bridge"] = types.ModuleType("torch_bridge")
+sys.modules["torch_bridge"].__path__ = ["torch_bridge"]
+from torch_bridge.direct import cache, parent
+from torch_bridge.direct.problem import Request
+parent.COMMAND = (sys.executable, "-c", sys.argv[2])
+cache.Pending(Request.of(sys.argv[1]), 0)
+while not parent._children:
+    time.sleep(0.01)
+((_, child),) = parent._children
+print(child.pid)
+"""
+
+
+def test_a_process_that_ends_waits_for_no_plan_and_leaves_no_child(made, monkeypatch):
+    """It waited until the plan of a backward was there that nobody asked for."""
+    monkeypatch.setenv("SLOWLY", "60")
+    done = subprocess.run([sys.executable, "-c", LEAVES, FORWARD.text, MAKER.format(WRITES)], text=True, timeout=20,
+                          capture_output=True, check=True)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(done.stdout), 0)
+            time.sleep(0.05)
+    assert not list(cache.directory().glob(".new-*"))
+
+
+def test_who_waits_for_another_process_is_told(made, monkeypatch, capsys):
+    """Seven of the eight processes of a machine waited in silence."""
+    monkeypatch.setenv("SLOWLY", "1.3")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.find, FORWARD, 0, quiet=True)
+        while not (cache.directory() / f"{FORWARD.key}.lock").exists():
+            time.sleep(0.01)
+        assert cache.find(FORWARD, 0) == first.result() == PROGRAM
+    assert made() == 1 and "compiling the forward" in capsys.readouterr().err
+
+
 def test_a_plan_that_never_comes(made, monkeypatch):
     monkeypatch.setenv("SLOWLY", "60")
-    monkeypatch.setattr(cache, "MAX_SECONDS", 0.3)
-    with pytest.raises(cache.NoPlanError, match=r"more than 0.3 s"):
+    monkeypatch.setattr(parent, "MAX_SECONDS", 0.3)
+    with pytest.raises(parent.NoPlanError, match=r"more than 0.3 s"):
         cache.find(FORWARD, 0)
 
 
@@ -124,7 +206,7 @@ def test_what_everyone_may_write_is_not_run(made):
     cache.find(FORWARD, 0)
     for mode in (0o777, 0o1777):
         cache.directory().chmod(mode)
-        with pytest.raises(cache.NoPlanError, match=r"must not be writable by everyone.*got .*plans, drwxrwx.*chmod"):
+        with pytest.raises(parent.NoPlanError, match=r"must not be writable by everyone.*got .*plans, drwxrwx.*chmod"):
             cache.find(FORWARD, 0)
     cache.directory().chmod(0o755)
     assert cache.find(FORWARD, 0) == PROGRAM and made() == 1
@@ -143,7 +225,7 @@ def test_jaxs_settings_of_the_parent_have_no_part_in_a_plan(made, monkeypatch):
     """They are not in its key."""
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     maker(monkeypatch, 'print(json.dumps(dict(reason=str({k: v for k, v in os.environ.items() if k[:4] == "JAX_"}))))')
-    with pytest.raises(cache.NoPlanError, match=r"^{'JAX_PLATFORMS': 'cpu'}$"):
+    with pytest.raises(parent.NoPlanError, match=r"^{'JAX_PLATFORMS': 'cpu'}$"):
         cache.find(FORWARD, 0)
 
 
@@ -151,7 +233,7 @@ def test_a_lock_is_given_back_though_a_forked_process_has_it_open(tmp_path, monk
     """Whoever waits for it would wait until that process ends. A file that is not closed stands for the other's."""
     kept = []
     with monkeypatch.context() as patch:
-        with cache._locked(tmp_path / "lock"):
+        with cache._locked(tmp_path / "lock", progress.Progress("")):
             waiting = os.open(tmp_path / "lock", os.O_RDWR)
             with pytest.raises(BlockingIOError):
                 fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +251,7 @@ def test_where_plans_are_kept(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     assert cache.directory() == Path.home() / ".cache/pallas_flash/plans"
     monkeypatch.setattr(Path, "home", lambda: Path("~no-such-user").expanduser())
-    with pytest.raises(cache.NoPlanError, match=r"has no home directory.*Name a directory in PALLAS_FLASH_PLANS"):
+    with pytest.raises(parent.NoPlanError, match=r"has no home directory.*Name a directory in PALLAS_FLASH_PLANS"):
         cache.directory()
     monkeypatch.setenv(cache.VARIABLE, "/of/mine")
     assert cache.directory() == Path("/of/mine")

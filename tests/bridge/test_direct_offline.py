@@ -15,7 +15,7 @@ from hopper.offline import places
 from bridge.direct import FORWARD, SMALL
 from pallas_flash import device
 from pallas_flash.kernels.hopper import defaults, schedule
-from torch_bridge.direct import cache, lower, plan
+from torch_bridge.direct import cache, lower, parent, plan
 
 ROOT = Path(__file__).parents[2]
 BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
@@ -115,8 +115,8 @@ def test_tensor_maps_span_their_arrays(compiled, name):
 def test_a_child_that_sees_another_kind_of_gpu_makes_no_plan(work):
     """CUDA_VISIBLE_DEVICES may change after CUDA has started. What it makes would be kept, and refused ever after."""
     blackwell = dataclasses.replace(FORWARD, gpu=dataclasses.replace(FORWARD.gpu, capability=(10, 0)))
-    done = subprocess.run([places.interpreter(), cache.COMMAND[1], "1", work / "none"], text=True, input=blackwell.text,
-                          env=environment(work), capture_output=True)
+    done = subprocess.run([places.interpreter(), parent.COMMAND[1], "1", work / "none"], text=True,
+                          input=blackwell.text, env=environment(work), capture_output=True)
     last = json.loads(done.stdout.splitlines()[-1])
     assert "to be of compute capability (10, 0), as NVIDIA H200, it is of (9, 0)" in last["reason"], done.stderr[-4000:]
     assert not (work / "none").exists()
@@ -179,7 +179,7 @@ def replayed(work):
         for name, value in environment(work).items():
             patch.setenv(name, value)
         patch.setenv(cache.VARIABLE, str(work))
-        patch.setattr(cache, "COMMAND", (places.interpreter(), *cache.COMMAND[1:]))
+        patch.setattr(parent, "COMMAND", (places.interpreter(), *parent.COMMAND[1:]))
         program = cache.find(FORWARD, 0)
         (work / "log").unlink()
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", REPLAY, FORWARD.text], capture_output=True,

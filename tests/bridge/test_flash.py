@@ -94,7 +94,7 @@ def test_dtypes(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_every_rule_on_a_gpu(case):
+def test_every_rule_on_a_gpu(asked, case):
     check(torch.bfloat16, torch.randn(H), device="cuda", **CASES[case])
 
 

@@ -36,16 +36,6 @@ def jax():
     return pytest.importorskip("jax")
 
 
-@pytest.fixture(params=["dlpack", "direct"])
-def path(request, monkeypatch):
-    """Each way to the kernels; a test that did not take it fails."""
-    direct = lambda: sum(row.calls for row in torch_bridge.report() if "launched directly" in row.problem)
-    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1" if request.param == "direct" else "0")
-    before = direct()
-    yield request.param
-    assert (direct() > before) == (request.param == "direct")
-
-
 @functools.cache
 def _matrix():
     return torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
@@ -533,7 +523,7 @@ def test_an_output_dropped_during_a_capture_is_kept(jax, path):
     assert y.sum().item() == 16 and ours(*fresh()).isfinite().all()
 
 
-def test_tensors_on_the_second_device_while_the_first_is_current(jax):
+def test_tensors_on_the_second_device_while_the_first_is_current(jax, asked):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     q, k, v = fresh()
@@ -555,7 +545,7 @@ STARTS_JAX = {
 
 
 @pytest.mark.parametrize("start", STARTS_JAX)
-def test_the_current_device_stays_the_first(start):
+def test_the_current_device_stays_the_first(start, asked):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     program = STARTS_JAX[start] + """
@@ -587,7 +577,7 @@ INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(not HAS_TRITON, rea
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_compile_trains_on_the_gpu(jax, backend, quiet):
+def test_compile_trains_on_the_gpu(jax, path, backend, quiet):
     def step(q, k, v):
         return ours(q * 2, k, v).float().square().sum()
     tensors = [x.requires_grad_() for x in fresh()]
@@ -597,7 +587,7 @@ def test_compile_trains_on_the_gpu(jax, backend, quiet):
         assert (a - b).norm() <= 0.01 * b.norm(), f"d{name}"
 
 
-def test_autocast_on_the_gpu(jax):
+def test_autocast_on_the_gpu(jax, path):
     q, k, v = (torch.randn(SHAPE, device="cuda", requires_grad=True) for _ in range(3))
     with torch.autocast("cuda", torch.bfloat16):
         out = ours(q, k, v.half())
@@ -606,11 +596,9 @@ def test_autocast_on_the_gpu(jax):
     assert q.grad.dtype == torch.float32
 
 
-def test_activate_replaces_the_flash_backend(jax):
+def test_activate_replaces_the_flash_backend(jax, path):
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    import torch_bridge
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         pytest.skip("this PyTorch has no registry of flash attention implementations")
     leaves = [x.requires_grad_() for x in fresh()]
@@ -621,14 +609,12 @@ def test_activate_replaces_the_flash_backend(jax):
             out = F.scaled_dot_product_attention(*leaves, is_causal=True)
         return [out, *torch.autograd.grad(out, leaves, dout)]
     expected = step()
-    lifetime.collect(torch.cuda.current_device())  # of other tests
-    torch.cuda.synchronize()
-    lifetime.collect(torch.cuda.current_device())
-    held = lifetime.held_exports()
+    runs = lambda: sum(row.calls for row in torch_bridge.report())
+    before = runs()
     torch_bridge.activate()
     try:
         ours_now = step()
-        assert lifetime.held_exports() > held
+        assert runs() == before + 2, "a forward and a backward of ours"
     finally:
         torch.nn.attention.restore_flash_attention_impl()
     for a, b in zip(ours_now, expected, strict=True):

@@ -1,16 +1,19 @@
 """Kernels on torch's current stream and memory, without JAX's runtime: JAX is a compiler, in a process of its own.
 
-    problem.py    a pass to compile, as plain data, and the key of its plan
-    child.py      the process that compiles:
-      lower.py      a pass -> its launches, each a Mosaic module
-      plugin.py     a module -> machine code, by what JAX keeps to itself
-      compile.py    each launch as the driver sees it: machine code, grid, parameters
-    plan.py       what is kept of that, a file
-    cache.py      finds plans, and has them made; progress.py shows that
-    driver.py     CUDA's driver
-    launch.py     loads a plan on a device, and launches it on addresses
-    runner.py     the same on torch's tensors
-    attention.py  which calls take this path; their tensors in and out
+    requirements.py  what must be installed
+    problem.py       a pass to compile, as plain data, and the key of its plan
+    parent.py        starts the process that compiles, and follows it
+    child.py         that process:
+      lower.py         a pass -> its launches, each a Mosaic module
+      plugin.py        a module -> machine code, by what JAX keeps to itself
+      compile.py       each launch as the driver sees it: machine code, grid, parameters
+    plan.py          what is kept of that, a file
+    cache.py         finds plans, and has them made; progress.py shows that
+    driver.py        CUDA's driver
+    launch.py        loads a plan on a device, and launches it on addresses
+    runner.py        the same on torch's tensors
+    attention.py     which calls take this path; their tensors in and out
+    shortcut.py      calls seen before
 
 A process that finds its plans imports no JAX. A child process imports no torch.
 """

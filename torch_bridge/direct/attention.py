@@ -1,7 +1,8 @@
 """Calls of the operators on the direct path: which take it, with which plan, and their tensors in and out.
 
-It is taken where PALLAS_FLASH_DIRECT=1 is set and `why_not` has no reason. Where a plan cannot be made, a
-FallbackWarning says why, once, and the call goes through DLPack.
+It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_device` and `requirements.why_not` have no
+reason against. Where the last has one, or a plan cannot be made, a FallbackWarning says why, once for each reason, and
+the call goes through DLPack.
 
 A tensor that is dense in the layout, and aligned to 16 bytes, is read where it lies; any other is copied by torch
 first. Plans stay loaded as long as the process lives: a captured CUDA graph holds the addresses of their constants.
@@ -17,12 +18,14 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import cache, driver
+from torch_bridge.direct import cache, driver, launch, requirements
 from torch_bridge.direct.launch import ALIGNMENT
+from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
+from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_asked_for", "known", "problem_of",
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_on", "known", "problem_of",
            "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
@@ -34,13 +37,12 @@ _MAX_CHOICES = 4096
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
-def is_asked_for() -> bool:
-    """Whether PALLAS_FLASH_DIRECT is 1; raises ValueError where it is neither that nor 0 nor empty."""
+def is_on() -> bool:
+    """Whether PALLAS_FLASH_DIRECT is not 0; raises ValueError where it is neither that nor 1 nor empty."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}. Set it to 1 to launch kernels without JAX's "
-                         "runtime.")
-    return value == "1"
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}. Set it to 0 to let JAX's runtime launch kernels.")
+    return value != "0"
 
 
 def why_not(operands: Operands, numbers: Numbers) -> str | None:
@@ -66,6 +68,8 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
 
 def why_not_device(device: torch.device) -> str | None:
     """Why the direct path does not take calls on a GPU; None: it does."""
+    if torch.version.hip is not None:
+        return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
     gpu = _gpu(device)
     if gpu.capability == _CAPABILITY:
         return None
@@ -112,7 +116,7 @@ class Direct:
         self.key, (self.problem, self.device) = key, key
         self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
         self._runners: dict[PassName, Runner] = {}
-        self._expected: set[PassName] = set()
+        self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
 
@@ -121,34 +125,43 @@ class Direct:
         wanted = request(self.problem, pass_name, self.device)
         if pass_name in self._expected or pass_name in self._runners or cache.path_of(wanted).exists():
             return
-        self._expected.add(pass_name)
+        self._expected[pass_name] = None
+        with contextlib.suppress(RuntimeError):  # no thread can start: it is made when prepared
+            self._expected[pass_name] = cache.Pending(wanted, self.device.index or 0)
 
-        def make() -> None:
-            with contextlib.suppress(cache.NoPlanError, OSError):
-                cache.find(wanted, self.device.index or 0, quiet=True)
-        with contextlib.suppress(RuntimeError):  # no thread can start, at exit or at a limit: it is made when prepared
-            threading.Thread(target=make, name=f"pallas_flash: {pass_name}").start()
+    def require_no_capture(self, pass_name: PassName) -> None:
+        """Raises RuntimeError where torch captures a CUDA graph: loading a plan copies constants, which cannot be part
+        of one, and compiling it would keep the capture waiting.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"the {pass_name} of scaled_dot_product_attention must have run once before it is "
+                               f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
+                               "it before with tensors of the same shapes and strides.")
 
     def prepare(self, pass_name: PassName) -> None:
         """Loads the plan of a pass, if that is not done.
 
         Raises:
-          RuntimeError: torch captures a CUDA graph: constants are copied here, which cannot be part of one.
-          NoPlanError, DriverError, OSError: it cannot be made, loaded or kept.
+          RuntimeError: inside a capture (`require_no_capture`), or in a process forked after a plan was loaded.
+          NoPlanError, DriverError: it cannot be made, kept or loaded.
         """
         if pass_name in self._runners:
             return
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"the {pass_name} of scaled_dot_product_attention must have run once before it is "
-                               f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
-                               "it before with tensors of the same shapes and strides.")
+        self.require_no_capture(pass_name)
+        launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                program = cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
+                program = self._program(pass_name)
                 if pass_name == "backward":
                     self._zeros = torch.zeros(program.buffers["dstats"].shape, dtype=torch.float32,
                                               device=self.device)
                 self._runners[pass_name] = Runner(program, self.device)
+
+    def _program(self, pass_name: PassName) -> Program[Kernel]:
+        pending = self._expected.pop(pass_name, None)
+        if pending is not None:
+            return pending.result()
+        return cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
 
     def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
@@ -175,22 +188,26 @@ class Direct:
         return self._runners.get(pass_name)
 
     def try_prepare(self, pass_name: PassName, then: PassName | None = None) -> bool:
-        """Prepares a pass, and has that of the next made meanwhile; where it cannot be, warns once with the reason, and
+        """Prepares a pass, and has that of the next made meanwhile; where it cannot be, warns with the reason, and
         returns False from then on.
 
         Raises:
-          RuntimeError: as `prepare`, inside a capture.
+          RuntimeError: as `prepare`.
         """
         if pass_name in self._runners:
             return True
         if self.key in _reasons:
             return False
+        self.require_no_capture(pass_name)
         try:
             if then is not None:
                 self.expect(then)
             self.prepare(pass_name)
-        except (cache.NoPlanError, driver.DriverError, OSError) as error:
-            _warn(self.problem, pass_name, str(error))
+        except NoLaunchesError as error:  # what is run instead says why
+            _reasons[self.key] = str(error)
+            return False
+        except (NoPlanError, driver.DriverError) as error:
+            _warn(f"the {pass_name} of {self.problem} goes", str(error))
             _reasons[self.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
         return True
@@ -248,22 +265,31 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
       then: a pass that will follow, whose plan may be made at the same time.
 
     Raises:
-      RuntimeError: as `Direct.prepare`, inside a capture.
+      RuntimeError: as `Direct.prepare`.
     """
-    if operands.query.device.type not in DEVICES or not is_asked_for():
+    if operands.query.device.type not in DEVICES or not is_on():
         return None
     name = _name(operands, numbers)
     try:
         choice = _choices[name]
     except KeyError:
-        is_taken = why_not(operands, numbers) is None and why_not_device(operands.query.device) is None
-        choice = _choice(operands, numbers) if is_taken else None
+        choice = _choice(operands, numbers) if _is_taken(operands, numbers) else None
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
     if choice is None or not choice.direct.try_prepare(pass_name, then):
         return None
     return choice
+
+
+def _is_taken(operands: Operands, numbers: Numbers) -> bool:
+    """Whether nothing is against it; warns where only the installation is."""
+    if why_not(operands, numbers) is not None or why_not_device(operands.query.device) is not None:
+        return False
+    reason = requirements.why_not()
+    if reason is not None:
+        _warn("calls go", reason)
+    return reason is None
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
@@ -288,9 +314,15 @@ def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     return DirectCall(direct, out_strides, tuple(grad_strides), in_place)
 
 
-def _warn(problem: Problem, pass_name: PassName, reason: str) -> None:
+_said: set[str] = set()
+"""The reasons of which a warning was given."""
+
+
+def _warn(subject: str, reason: str) -> None:
+    if reason in _said:
+        return
     from pallas_flash import errors  # imports JAX, which the call will need now
 
-    errors.warn(errors.fallback(
-        f"the {pass_name} of {problem} goes through DLPack, because the direct path ({VARIABLE}=1) cannot take it",
-        [reason], f"change that, or unset {VARIABLE}"))
+    errors.warn(errors.fallback(f"{subject} through DLPack, because the direct path cannot be taken", [reason],
+                                f"change that, or set {VARIABLE}=0"))
+    _said.add(reason)

@@ -4,36 +4,26 @@ Processes that need the same plan at the same time wait for the one that makes i
 into its place), and one that is damaged is made again.
 """
 
+import concurrent.futures
 import contextlib
-import fcntl
-import json
 import os
-import selectors
 import stat
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from torch_bridge.direct import plan
+from torch_bridge.direct import parent, plan
+from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Request
 from torch_bridge.direct.progress import Progress
 
-__all__ = ["VARIABLE", "NoPlanError", "directory", "find", "path_of"]
+__all__ = ["VARIABLE", "Pending", "directory", "find", "path_of", "why_not"]
 
 VARIABLE = "PALLAS_FLASH_PLANS"
-COMMAND: tuple[str, ...] = (sys.executable, str(Path(__file__).with_name("child.py")))
-"""What makes a plan: its arguments are a device's index and a path, its input is a request."""
-MAX_SECONDS = 600.0
-_TAIL = 4000  # characters of what a failed child wrote to its standard error
-
-
-class NoPlanError(RuntimeError):
-    """There is no plan for a request, and can be none: why, and what to do."""
+_SECONDS = 0.1  # between two looks at what is waited for
 
 
 def directory() -> Path:
@@ -52,6 +42,17 @@ def directory() -> Path:
                           f"directory in {VARIABLE}.") from error
 
 
+def why_not() -> str | None:
+    """Why no plan is read from that directory; None if some may be."""
+    try:
+        folder = directory()
+        if folder.exists():
+            _require_trusted(folder)
+    except (NoPlanError, OSError) as error:
+        return str(error)
+    return None
+
+
 def path_of(request: Request) -> Path:
     """Where the plan of a request is kept."""
     return directory() / f"{request.key}.plan"
@@ -66,28 +67,70 @@ def find(request: Request, index: int, *, quiet: bool = False) -> Program[Kernel
       quiet: shows no progress.
 
     Raises:
-      NoPlanError: it cannot be made, or everyone may write to the directory.
-      OSError: the directory cannot be written.
+      NoPlanError: it cannot be made or kept, or everyone may write to the directory.
     """
     path = path_of(request)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _require_trusted(path.parent)
-    found = _read(path, request)
-    if found is not None:
-        return found
-    with _locked(path.with_suffix(".lock")):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_trusted(path.parent)
+        found = _read(path, request)
+        if found is None:
+            with Progress(f"compiling the {request.pass_name} (kept in {path.parent})", quiet) as progress:
+                found = _made(request, index, path, progress)
+    except OSError as error:
+        raise NoPlanError(f"plans must be kept in a directory that can be read and written, got {error}. Name one in "
+                          f"{VARIABLE}.") from error
+    return found
+
+
+def _made(request: Request, index: int, path: Path, progress: Progress) -> Program[Kernel]:
+    """The plan, which this process or another makes now."""
+    with _locked(path.with_suffix(".lock"), progress):
         found = _read(path, request)  # another process may have made it
         if found is not None:
             return found
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as new:
             made = Path(new, "plan")
-            _make(request, index, made, quiet)
+            try:
+                parent.make(request, index, made, progress)
+            except NoLaunchesError as error:
+                made.write_text(str(error))
+                os.replace(made, _refusal(path))
+                raise
             made.chmod(made.stat().st_mode & 0o755)  # whatever the process's umask: nobody else writes to it
             os.replace(made, path)
     found = _read(path, request)
     if found is None:
         raise NoPlanError(f"{path} cannot be read although it was just written. Name another directory in {VARIABLE}.")
     return found
+
+
+class Pending:
+    """A plan that is found, or made, while the caller does something else.
+
+    It has a thread of its own, which does not keep the process alive.
+
+    Raises:
+      RuntimeError: no thread can start, at exit or at a limit.
+    """
+
+    def __init__(self, request: Request, index: int) -> None:
+        self._request, self._found = request, concurrent.futures.Future[Program[Kernel]]()
+        threading.Thread(target=self._find, args=(index,), name=f"pallas_flash: {request.pass_name}",
+                         daemon=True).start()
+
+    def _find(self, index: int) -> None:
+        try:
+            self._found.set_result(find(self._request, index, quiet=True))
+        except BaseException as error:  # whatever it is, it is raised where the plan is needed
+            self._found.set_exception(error)
+
+    def result(self) -> Program[Kernel]:
+        """The plan, for which it waits; raises as `find` does."""
+        with Progress(f"compiling the {self._request.pass_name} (kept in {directory()})") as progress:
+            while not concurrent.futures.wait([self._found], timeout=_SECONDS).done:
+                progress.wait()
+        return self._found.result()
 
 
 def _require_trusted(folder: Path) -> None:
@@ -98,21 +141,41 @@ def _require_trusted(folder: Path) -> None:
                           f"{folder}, {stat.filemode(mode)}. Run chmod o-w on it, or name another in {VARIABLE}.")
 
 
+def _refusal(path: Path) -> Path:
+    """Where it is kept why there is no plan at `path`: then no process is started to ask again."""
+    return path.with_suffix(".none")
+
+
 def _read(path: Path, request: Request) -> Program[Kernel] | None:
-    """The plan in a file; None if there is none, or if what is there cannot be trusted."""
+    """The plan in a file; None if there is none, or if what is there cannot be trusted.
+
+    Raises:
+      NoLaunchesError: it was asked for before, and there can be none.
+    """
     try:
         return plan.read(path.read_bytes(), request.text)
-    except (FileNotFoundError, plan.UnreadablePlanError):
+    except plan.UnreadablePlanError:
+        return None
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            raise NoLaunchesError(_refusal(path).read_text(errors="replace")) from None
         return None
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
     """Holds a lock among processes, and among threads; its file is there as long as it is held or waited for."""
+    import fcntl  # which other systems than Linux may lack
+
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.wait("by another process")
+                time.sleep(_SECONDS)
+                continue
             if not _is_in_place(file, path):
                 continue  # who held it before has removed it
             try:
@@ -130,62 +193,3 @@ def _is_in_place(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _make(request: Request, index: int, path: Path, quiet: bool) -> None:
-    """Has a child process write the plan to `path`.
-
-    Raises:
-      NoPlanError: it says why there can be none, or it fails.
-    """
-    # JAX compiles in it, and needs no client of the GPU. Its other settings have no part in the key of a plan.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment["JAX_PLATFORMS"] = "cpu"
-    with (tempfile.TemporaryFile("w+", errors="replace") as errors,
-          subprocess.Popen([*COMMAND, str(index), str(path)], env=environment, text=True, stdin=subprocess.PIPE,
-                           stdout=subprocess.PIPE, stderr=errors) as child):
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(request.text)
-                child.stdin.close()
-            title = f"compiling the {request.pass_name} (kept in {path.parents[1]})"
-            last = _followed(child.stdout, Progress(title, quiet))
-            code = child.wait()
-        except BaseException:
-            child.kill()
-            raise
-        errors.seek(0)
-        said = errors.read()[-_TAIL:]
-    if "reason" in last:
-        raise NoPlanError(last["reason"])
-    if "done" not in last or code:
-        raise NoPlanError(f"the process that compiles the {request.pass_name} of {request.problem} ended with code "
-                          f"{code} after {last or 'nothing'}; it wrote:\n{said}")
-
-
-def _followed(lines: IO[str], progress: Progress) -> dict[str, str]:
-    """The last of the lines of JSON that a child writes, shown as progress until it ends.
-
-    Raises:
-      NoPlanError: it takes longer than MAX_SECONDS.
-    """
-    last: dict[str, str] = {}
-    end, rest = time.monotonic() + MAX_SECONDS, b""
-    with progress, selectors.DefaultSelector() as selector:
-        selector.register(lines, selectors.EVENT_READ)
-        while True:
-            if time.monotonic() > end:
-                raise NoPlanError(f"compiling took more than {MAX_SECONDS:g} s, after {last or 'nothing'}")
-            if not selector.select(timeout=0.2):
-                progress.wait()
-                continue
-            read = os.read(lines.fileno(), 1 << 16)
-            if not read:
-                return last
-            *whole, rest = (rest + read).split(b"\n")
-            for line in whole:
-                with contextlib.suppress(ValueError):  # what a library prints is none of ours
-                    found = json.loads(line)
-                    last = found if isinstance(found, dict) else last
-                progress.wait(last.get("step"))

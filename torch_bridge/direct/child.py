@@ -3,7 +3,8 @@
     python child.py INDEX PATH < REQUEST
 
 INDEX is the device as the driver counts, PATH where the plan goes, REQUEST the text of a `Request`. Writes a line of
-JSON for each step, {"step": what was done}, and at the end {"done": true}, or {"reason": why there can be no plan}.
+JSON for each step, {"step": what was done}, and at the end {"done": true}, or {"reason": why there can be no plan},
+with {"problem": true} if that is true of the problem whenever it is asked.
 """
 
 import json
@@ -29,11 +30,15 @@ def say(**line: object) -> None:
 
 def main(index: int, path: Path, text: str) -> None:
     """Makes the plan."""
-    from pallas_flash import UnsupportedError
-    from torch_bridge.direct import compile as compiling
-    from torch_bridge.direct import driver, lower, plan, plugin
-    from torch_bridge.direct.problem import Request
-
+    try:
+        from pallas_flash import UnsupportedError
+        from torch_bridge.direct import compile as compiling
+        from torch_bridge.direct import driver, lower, plan, plugin
+        from torch_bridge.direct.problem import Request
+    except ModuleNotFoundError as error:
+        say(reason=f"needs what pallas_flash imports in a new process of {sys.executable}, got {error}: install it "
+                   "there, or name its folder in PYTHONPATH")
+        return
     if reason := plugin.why_not():
         say(reason=reason)
         return
@@ -47,6 +52,9 @@ def main(index: int, path: Path, text: str) -> None:
     try:
         program = lower.lower(request)
     except UnsupportedError as error:
+        say(reason=str(error), problem=True)
+        return
+    except lower.LoweringError as error:
         say(reason=str(error))
         return
     say(step="lowered")

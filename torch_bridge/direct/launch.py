@@ -14,7 +14,7 @@ from torch_bridge.direct import driver
 from torch_bridge.direct.driver import Pointer, Size, UInt
 from torch_bridge.direct.plan import Kernel, Program
 
-__all__ = ["ALIGNMENT", "Loaded"]
+__all__ = ["ALIGNMENT", "Loaded", "require_no_fork"]
 
 ALIGNMENT = 16
 """Bytes to which the address of every array must be aligned: the need of tensor maps."""
@@ -31,6 +31,15 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
+
+
+def require_no_fork() -> None:
+    """Raises RuntimeError in a process that was forked after a plan was loaded."""
+    if _was_forked:
+        raise RuntimeError(
+            f"kernels must not be launched in a process that was forked after they were loaded, got pid={os.getpid()}: "
+            'CUDA does not survive a fork. Start the process with the method "spawn" or "forkserver" '
+            '(multiprocessing.get_context("spawn")), or fork before CUDA is used.')
 
 
 class _Parameters(NamedTuple):
@@ -122,11 +131,7 @@ class Loaded:
           RuntimeError: in a process that was forked after a plan was loaded.
           DriverError: the driver refuses a launch; those before it are queued.
         """
-        if _was_forked:
-            raise RuntimeError(
-                f"kernels must not be launched in a process that was forked after they were loaded, got pid="
-                f"{os.getpid()}: CUDA does not survive a fork. Start the process with the method \"spawn\" or "
-                '"forkserver" (multiprocessing.get_context("spawn")), or fork before CUDA is used.')
+        require_no_fork()
         if driver.is_current(self.index):
             for step in self._steps:
                 step(addresses, stream)

@@ -16,11 +16,15 @@ from pallas_flash.spec import AttentionSpec
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
 from torch_bridge.direct.problem import Problem, Request
 
-__all__ = ["lower", "spec_of"]
+__all__ = ["LoweringError", "lower", "spec_of"]
 
 CALL, TARGET = "stablehlo.custom_call", "mosaic_gpu_v2"
 _MASKS: dict[str, Callable[..., masks.Mask]] = {
     "Causal": masks.Causal, "Window": masks.Window, "PrefixLM": masks.PrefixLM}
+
+
+class LoweringError(RuntimeError):
+    """A launch that does more than to call a Mosaic kernel on arrays of the call."""
 
 
 def spec_of(problem: Problem) -> AttentionSpec:
@@ -43,8 +47,8 @@ def lower(request: Request) -> Program[Module]:
 
     Raises:
       UnsupportedError: it is no list of launches on that GPU, with every reason.
-      RuntimeError: this JAX lowers a launch to something else than a call of a Mosaic kernel, or a launch writes to the
-        caller's arrays.
+      LoweringError: this JAX lowers a launch to something else than a call of a Mosaic kernel, or a launch writes to
+        the caller's arrays.
     """
     gpu = device.Device("gpu", **vars(request.gpu))
     found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
@@ -53,7 +57,7 @@ def lower(request: Request) -> Program[Module]:
     with device.assume(gpu):
         for launch in found.launches:
             if kept := {*launch.updates} & {*found.inputs, *found.constants}:
-                raise RuntimeError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
+                raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
                                    "launches before it made")
             steps.append(_step(launch, [types[name] for name in launch.inputs]))
             types |= launch.outputs
@@ -74,7 +78,7 @@ def _step(launch: Any, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:
     names = [*launch.outputs, *(name for name in launch.inputs if name in launch.updates)]
     wanted = {i: launch.inputs.index(name) for i, name in enumerate(names) if name in launch.updates}
     if aliases != wanted or count != len(names):
-        raise RuntimeError(f"this JAX updates other arrays in place ({aliases} of {count} results) than the launch "
+        raise LoweringError(f"this JAX updates other arrays in place ({aliases} of {count} results) than the launch "
                            f"says ({wanted} of {names})")
     return Step(module, (*launch.inputs, *names))
 
@@ -90,7 +94,7 @@ def _only_call(lowered: Any) -> tuple[Module, dict[int, int], int]:
                 and call.attributes["call_target_name"].value == TARGET
                 and list(call.operands) == list(block.arguments) and list(operations[1].operands) == list(call.results))
     if call is None or not is_plain:
-        raise RuntimeError(f"this JAX lowers a launch to more than one call of {TARGET!r} on its arguments:\n"
+        raise LoweringError(f"this JAX lowers a launch to more than one call of {TARGET!r} on its arguments:\n"
                            + re.sub(r'module = "[^"]*"', "module = ...", str(lowered))[:2000])
     attributes = call.attributes
     aliases = str(attributes["output_operand_aliases"]) if "output_operand_aliases" in attributes else ""

@@ -11,9 +11,7 @@ It was read in JAX 0.11. In other releases it may be otherwise, and nothing woul
 
 import ctypes
 import functools
-import importlib.util
 import os
-import platform
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +19,11 @@ from typing import NamedTuple
 
 import jax
 
+from torch_bridge.direct import requirements
+
 __all__ = ["Compiled", "compile_module", "threads", "why_not"]
 
-SUPPORTED = ((0, 11),)
-PACKAGE, FILE, FUNCTION = "jax_plugins.xla_cuda13", "xla_cuda_plugin.so", "MosaicGpuCompile"
+FUNCTION = "MosaicGpuCompile"
 _WORDS = 32  # of the compiled kernel's structure, in which the pointer to the machine code is looked for
 _CUDA, _ELF, _HEAD_BYTES = 190, b"\x7fELF", 64
 Pointer = ctypes.c_void_p
@@ -44,30 +43,16 @@ class Compiled(NamedTuple):
 
 def why_not() -> str | None:
     """Why this JAX cannot compile for the direct path, and what to do; None if it can."""
-    if jax.__version_info__[:2] not in SUPPORTED:
-        return f"needs JAX {' or '.join('.'.join(map(str, v)) for v in SUPPORTED)}, jax is {jax.__version__}"
-    if platform.system() != "Linux":
-        return f"needs Linux, this is {platform.system()}"
-    if _path() is None:
-        return f"needs {FILE} of {PACKAGE}, which is not there: install jax[cuda13]"
-    if not hasattr(_library(), FUNCTION):
-        return f"needs {FUNCTION} in {_path()}, which lacks it: install the plugin of jax {jax.__version__}"
-    return None
-
-
-def _path() -> Path | None:
-    """The plugin's library; None where it is not installed. The package is not imported: that would load it."""
-    if importlib.util.find_spec(PACKAGE.split(".")[0]) is None:
-        return None
-    found = importlib.util.find_spec(PACKAGE)
-    path = Path(found.origin).with_name(FILE) if found is not None and found.origin else None
-    return path if path is not None and path.exists() else None
+    reason = requirements.why_not_version(jax.__version__) or requirements.why_not()
+    if reason is None and not hasattr(_library(), FUNCTION):
+        return f"needs {FUNCTION} in {requirements.plugin()}, which lacks it: install that of jax {jax.__version__}"
+    return reason
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     import jax.experimental.mosaic.gpu  # noqa: F401  tells the compiler, in variables, where its own libraries lie
-    return ctypes.CDLL(str(_path()))
+    return ctypes.CDLL(str(requirements.plugin()))
 
 
 def compile_module(module: bytes) -> Compiled:
@@ -107,7 +92,7 @@ def _cubin(structure: int) -> bytes:
                 if size and is_there(word, size):
                     return ctypes.string_at(word, size)
     raise RuntimeError(f"the compiled kernel of jax {jax.__version__} does not point to its machine code: the direct "
-                       "path does not know this release. Let JAX's runtime run it (unset PALLAS_FLASH_DIRECT).")
+                       "path does not know this release. Let JAX's runtime run it (PALLAS_FLASH_DIRECT=0).")
 
 
 def _readable() -> list[tuple[int, int]]:

@@ -81,10 +81,10 @@ class Shortcut(NamedTuple):
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether calls of these may have shortcuts: plain tensors, with strides, of a device on which the direct path is
-    asked for.
+    not switched off.
     """
     return (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
-            and query.device.type in attention.DEVICES and attention.is_asked_for()
+            and query.device.type in attention.DEVICES and attention.is_on()
             and all(x.layout is torch.strided and not x.is_nested for x in (query, key, value)))
 
 
