@@ -1,4 +1,4 @@
-"""A stand-in for the Hopper kernels' passes on a CPU: the XLA kernels, on the same problem and the same arrays.
+"""A stand-in for the Hopper kernels' passes on a CPU: the reference, on the same problem and the same arrays.
 
 It takes the place of the kernels alone. What surrounds them, `hopper.calls` and all above it, is what ships.
 """
@@ -9,9 +9,8 @@ import functools
 
 import jax
 
-from pallas_flash import autodiff, device
+from pallas_flash import autodiff, device, reference
 from pallas_flash.kernels.hopper import bias, calls
-from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands
 
 NAMES = "q", "k", "v", "out", "stats", "dout", "dstats"
@@ -40,11 +39,14 @@ class StandIn:
         mask = jax.tree.unflatten(structure, rest[:len(fields)])
         assert len(rest) == len(fields) + len(bias.names(spec))
         found = rest[len(fields)] if spec.bias is not None else None
-        operands = Operands(*(given.pop(name) for name in "qkv"), bias=found, score=(), mask=mask, score_integers=(),
-                            dropout_seed=None, dropout_origin=None, page_table=None)
+
+        def run(*q_k_v):
+            return tuple(reference.forward(spec, Operands(
+                *q_k_v, bias=found, score=(), mask=mask, score_integers=(), dropout_seed=None, dropout_origin=None,
+                page_table=None)))
         if self.is_forward:
-            return tuple(forward.forward(spec, operands))
-        return tuple(backward.backward(spec, operands, **given)[:3])
+            return run(*arrays[:3])
+        return jax.vjp(run, *arrays[:3])[1]((given["dout"], given["dstats"]))
 
 
 @functools.cache

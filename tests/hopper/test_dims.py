@@ -1,5 +1,5 @@
 """Head dimensions that are no multiples of 8, which run on padded copies: the kernels themselves in Pallas'
-interpreter, and, with the XLA kernels in their place, what surrounds them.
+interpreter, and, with the reference in their place, what surrounds them.
 """
 
 import functools
@@ -110,7 +110,7 @@ def test_kernels_of_ampere_agree_with_the_oracle(monkeypatch, fast_to_compile):
 # What surrounds them --------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def stand_in(monkeypatch, small_tiles):
+def stand_in(monkeypatch, fast_to_compile):
     with standing_in(monkeypatch):
         yield
 
@@ -136,14 +136,14 @@ def test_packed_sequences_under_jit(stand_in):
     """Their arrays and the copies come to the same launch."""
     arrays = arrays_of(length=12)
     call = functools.partial(everything, mask=Causal(), cu_seqlens_q=np.array([0, 5, 5, 10]))
-    assert_agree(*(jax.jit(call(name))(*arrays) for name in ("hopper", "xla")))
+    assert_agree(*(jax.jit(call(name))(*arrays) for name in ("hopper", "reference")))
 
 
 def test_under_vmap(stand_in):
     """Padded before the mapped axis joins the batch; keys are not mapped."""
     q, k, v = arrays_of(3, 1, length=8)
     call = functools.partial(everything, mask=Causal())
-    assert_agree(*(jax.jit(jax.vmap(call(name), (0, None, 0)))(q, k[0], v) for name in ("hopper", "xla")))
+    assert_agree(*(jax.jit(jax.vmap(call(name), (0, None, 0)))(q, k[0], v) for name in ("hopper", "reference")))
 
 
 @pytest.mark.virtual
@@ -153,7 +153,7 @@ def test_split_over_devices(stand_in):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     there = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in arrays]
     split = jax.jit(everything("hopper", mask=Causal())).lower(*there).compile()
-    assert_agree(split(*there), jax.jit(everything("xla", mask=Causal()))(*arrays))
+    assert_agree(split(*there), jax.jit(everything("reference", mask=Causal()))(*arrays))
     text = split.as_text()
     assert "all-gather" not in text and "all-to-all" not in text
 

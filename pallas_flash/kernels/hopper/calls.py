@@ -109,7 +109,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
     found = padding.cut_gradients(spec, found)
     if spec.bias is None:
         return found
-    return found._replace(dbias=dbias(spec, operands, results, cotangents))
+    return found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -121,10 +121,11 @@ def _without_seed(operands: Operands) -> Operands:
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     spec, operands = bias.as_mask(spec, operands)
-    fields, pages = (*jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)), operands.page_table
+    fields, biases, pages = jax.tree.leaves(operands.mask), bias.inputs(spec, operands), operands.page_table
     key, table = ("key", "") if pages is None else ("pages", "table ")
-    roles = f"query {key} {key} {'row ' * len(keys)}{'field ' * len(fields)}{table}-> query row"
-    arrays = operands.q, operands.k, operands.v, *keys, *fields, *[pages] * (pages is not None)
+    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}{table}"
+    roles = f"query {key} {key} {more}-> query row"
+    arrays = operands.q, operands.k, operands.v, *keys, *fields, *biases, *[pages] * (pages is not None)
     out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 
@@ -133,8 +134,9 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     spec, operands = bias.as_mask(spec, operands)
-    fields = *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)
-    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
+    fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
+    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}"
+    roles = f"query key key query row query row {more}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields, *biases
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
