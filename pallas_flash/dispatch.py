@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
-from pallas_flash import errors
+from pallas_flash import errors, padding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
 from pallas_flash.kernels.ampere import support as ampere
@@ -54,6 +54,10 @@ def _itself(spec: AttentionSpec) -> None:
     del spec
 
 
+def _no_copies(spec: AttentionSpec) -> None:
+    del spec
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute attention.
@@ -76,6 +80,7 @@ class Implementation:
         against an automatic choice: who names the implementation gets it.
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
         its own.
+      copies: (spec) -> what is copied around the kernels, because they run `padding.padded(spec)`; None: nothing.
       finds_lost: its forward takes lengths of a cache as they are, also above the capacity, and gives NaN for sequences
         that have lost keys; for the others `autodiff` does.
     """
@@ -91,6 +96,7 @@ class Implementation:
     launches: str | None = None
     not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
     backward_of: Callable[[AttentionSpec], str | None] = _itself
+    copies: Callable[[AttentionSpec], padding.Copies | None] = _no_copies
     finds_lost: bool = False
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
@@ -126,7 +132,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
                    "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of,
-                   finds_lost=True),
+                   padding.copies, finds_lost=True),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",
@@ -136,7 +142,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                     Schedules("pallas_flash.kernels.ampere.defaults:default_backward",
                               "pallas_flash.kernels.ampere.rules:reasons_against",
                               "pallas_flash.kernels.ampere.defaults:assume",
-                              "pallas_flash.kernels.ampere.schedule:kernels")), not_measured=ampere.not_measured),
+                              "pallas_flash.kernels.ampere.schedule:kernels")), not_measured=ampere.not_measured,
+                   copies=padding.copies),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -191,11 +198,14 @@ class Decision:
         for i, (name, row) in enumerate((("forward", self.implementation), ("backward", theirs))):
             if row.schedules is None:
                 continue
-            schedules = row.schedules[i]
-            schedule = pkgutil.resolve_name(schedules.default)(self.spec, self.device)
+            schedules, copies = row.schedules[i], row.copies(self.spec)
+            run = self.spec if copies is None else padding.padded(self.spec)
+            schedule = pkgutil.resolve_name(schedules.default)(run, self.device)
             kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
             of = () if row is self.implementation else (f"that of {row.name!r}",)
             lines.append(f"  {name}: " + ", ".join((*of, *kernels, str(schedule))))
+            if copies is not None:
+                lines.append(f"    copies: {copies[i]}")
         return lines
 
     def _why_not(self, row: Implementation) -> str:

@@ -28,11 +28,18 @@ def launches(spec: AttentionSpec, device: Device) -> Passes:
     decision = dispatch.decide(spec, device)
     passes = None if spec.is_empty else decision.passes()
     if passes is None:
-        nothing = ("nothing runs: there is no output element or no key" if spec.is_empty else
-                   f"{decision.implementation.name!r} reads arrays that JAX makes beside the launches, those of a mask "
-                   "that holds arrays or of dropout")
         found = [f"{row.name!r} {reason}" for row in dispatch.IMPLEMENTATIONS if row.launches
-                 for reason in decision.reasons[row.name]] or [nothing]
+                 for reason in decision.reasons[row.name]] or [_what_is_beside(spec, decision)]
         raise errors.unsupported(f"launches of {spec} on {device.name}", found,
                                  f"let JAX run it (implementation={decision.implementation.name!r})")
     return Passes(*passes)
+
+
+def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
+    """Why what runs is no list of launches, although an implementation that has them is chosen."""
+    if spec.is_empty:
+        return "nothing runs: there is no output element or no key"
+    name, copies = decision.implementation.name, decision.implementation.copies(spec)
+    if copies is not None:
+        return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
+    return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

@@ -28,10 +28,11 @@ ARROWS = {
     "sharding": {"compat", "spec"},
     "sinks": {"compat", "sharding", "spec"},
     "launches": {"device", "dispatch", "errors", "spec"},  # and what a launch is
-    "dispatch": {"device", "errors", "spec"},  # and each kernels package's support
+    "dispatch": {"device", "errors", "padding", "spec"},  # and each kernels package's support
     "spec": {"errors", "masks", "paging", "scores", "softmax"},  # softmax: what a bias is anchored at
     "scores": {"errors", "mask_fields"},  # fields: those of a score function are kept as those of a mask
     "relative_scores": {"errors", "scores"},
+    "padding": {"spec"},
     "paging": set(),
     "filled": {"mask_fields", "masks", "paging"},
     "mask_fields": {"errors"},
@@ -49,7 +50,7 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "paging", "softmax", "tiles", *FOUNDATIONS}
+FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "padding", "paging", "softmax", "tiles", *FOUNDATIONS}
 
 ON_MOSAIC = {"ampere", "hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""

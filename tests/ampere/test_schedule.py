@@ -66,8 +66,7 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
 
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "needs bfloat16 or float16"),
-    "wide": (dict(d=256), "needs head dimensions from 1 to 256, together at most 320"),
-    "odd": (dict(d=60), "needs head dimensions that are multiples of 8"),
+    "wide": (dict(d=256), "needs head dimensions from 1 to 256, together, as multiples of 8, at most 320"),
     "deterministic": (dict(deterministic=True), "adds the parts of dq in any order"),
     "dropout": (dict(dropout_rate=0.1), "takes no dropout yet, dropout_rate=0.1"),
     "arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical()), "takes no mask that holds arrays yet"),

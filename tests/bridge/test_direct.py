@@ -188,14 +188,15 @@ def test_operators_take_the_path_too(launched):
     assert ops.attention(*Attention(Operands.of(q, k, v, **NONE), FULL, False).flat())[1].shape == (0,)
 
 
-@pytest.mark.parametrize(("dtype", "arguments", "reason"), [
-    (torch.float32, {}, "takes bfloat16 and float16, query.dtype is torch.float32"),
-    (BF16, dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), "takes no attn_mask yet"),
-    (BF16, dict(attn_mask=torch.zeros(5, 5, dtype=BF16)), "takes no attn_mask yet"),
-    (BF16, dict(dropout_p=0.5), "takes no dropout yet, dropout_p is 0.5"),
-], ids=["float32", "mask", "bias", "dropout"])
-def test_other_calls_go_through_dlpack(launched, dtype, arguments, reason):
-    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "d", "arguments", "reason"), [
+    (torch.float32, 8, {}, "takes bfloat16 and float16, query.dtype is torch.float32"),
+    (BF16, 8, dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), "takes no attn_mask yet"),
+    (BF16, 8, dict(attn_mask=torch.zeros(5, 5, dtype=BF16)), "takes no attn_mask yet"),
+    (BF16, 8, dict(dropout_p=0.5), "takes no dropout yet, dropout_p is 0.5"),
+    (BF16, 12, {}, "multiples of 8, JAX pads copies of the others, d=12, d_v=12"),
+], ids=["float32", "mask", "bias", "dropout", "padded"])
+def test_other_calls_go_through_dlpack(launched, dtype, d, arguments, reason):
+    tensors = qkv(*[(1, 2, 5, d)] * 3, dtype=dtype)
     OURS(*tensors, **arguments).sum().backward()
     assert launched == [] and all(x.grad is not None for x in tensors)
     with pytest.raises(RuntimeError, match=reason):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_flash import Causal, Window, autodiff, device, masks
-from pallas_flash.kernels.hopper import bias, calls, defaults, rules, support
+from pallas_flash.kernels.hopper import bias, calls, defaults, dropout, rules, support
 from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -51,7 +51,7 @@ def test_everything_agrees_with_the_oracle():
         arrays = *given[:3], out, stats, jnp.asarray(dout), dstats, *fields
         dq, dk, dv = jax.block_until_ready(calls._backward(biased, BACKWARD)(*arrays))
     found = dict(out=out, dq=dq, dk=dk, dv=dv, lse=autodiff.natural_lse(spec, given, stats),
-                 dbias=dbias(spec, given, Results(out, stats), Results(jnp.asarray(dout), dstats)))
+                 dbias=dbias(spec, given, Results(out, stats), Results(jnp.asarray(dout), dstats), ()))
     used = budget.used(budget.baseline._replace(**found))
     assert max(used.values()) <= 1, used
 
@@ -89,7 +89,8 @@ def test_gradient_agrees_with_the_oracle(name):
     results = Results(jnp.asarray(budget.oracle.out, "bfloat16"), jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
     cotangents = Results(jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2))
     given = jax.tree.map(jnp.asarray, inputs.poisoned(spec, operands))
-    found = jax.jit(lambda operands: dbias(spec, operands, results, cotangents))(given)
+    found = jax.jit(lambda operands: dbias(
+        spec, operands, results, cotangents, dropout.inputs(spec, operands)))(given)
     assert found.dtype == operands.bias.dtype
     used = budget.used(budget.baseline._replace(dbias=found))
     assert max(used.values()) <= 1, used

@@ -222,7 +222,7 @@ def test_an_automatic_choice_leaves_it_out_until_it_has_run():
 
 @pytest.mark.parametrize(("options", "keywords", "reason"), [
     (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
-    (dict(d=20), {}, "multiples of 8"),
+    (dict(d=20), {}, r"multiples of 8 .* against a cache, which is not copied in each step, .* to d=24, d_v=24"),
     (dict(), dict(mask=Causal() & Window(left=np.full((2, 8), 3))), "a number for each sequence .*, mask has Window"),
     (dict(), dict(bias=np.zeros((1, 1, 1, 256), "float32")), "takes no bias against a cache yet"),
 ])

@@ -33,6 +33,7 @@ DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
 _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
+_UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _MAX_CHOICES = 4096
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
@@ -52,6 +53,9 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
            and value.shape[1] > 0 and query.shape[1] % value.shape[1] == 0)
     rules = (
         (query.dtype in _DTYPES, f"it takes bfloat16 and float16, query.dtype is {query.dtype}"),
+        (query.shape[3] % _UNIT == 0 == value.shape[3] % _UNIT,
+         f"it takes head dimensions that are multiples of {_UNIT}, JAX pads copies of the others, "
+         f"d={query.shape[3]}, d_v={value.shape[3]}"),
         (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
         (_has_no_places(operands), "it takes no lengths, offsets, segment ids and packed sequences yet"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,

@@ -1,11 +1,15 @@
-"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map."""
+"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
+
+Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`): below `forward` and
+`backward` a spec is `padding.padded`.
+"""
 
 import functools
 from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors
+from pallas_flash import errors, padding
 from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches
@@ -48,13 +52,17 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    return _run_forward(spec, operands)
+    found: Results[jax.Array] = _run_forward(padding.padded(spec), padding.padded_operands(spec, operands))
+    return padding.cut_results(spec, found)
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    return _run_backward(spec, operands, Results(out, stats), Results(dout, dstats))
+    results, cotangents = (padding.padded_results(spec, x) for x in (Results(out, stats), Results(dout, dstats)))
+    found: Gradients[jax.Array] = _run_backward(
+        padding.padded(spec), padding.padded_operands(spec, operands), results, cotangents)
+    return padding.cut_gradients(spec, found)
 
 
 @interpreted_as(lambda device: None)

@@ -1,6 +1,6 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import masks, tiles
+from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.spec import AttentionSpec
 
@@ -10,8 +10,6 @@ CAPABILITY = (8, 0)
 MAX_DIM = 256
 MAX_DIMS = 320
 """Of d and d_v together: a warpgroup keeps dk and dv of 64 keys in registers, half a register a column."""
-_UNIT = 8
-"""cp.async copies 16 bytes: 8 elements of a 16-bit type."""
 
 
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
@@ -40,18 +38,15 @@ def _device_reasons(device: Device) -> list[str]:
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
-    padded = "d={}, d_v={}".format(*(tiles.cdiv(dim, _UNIT) * _UNIT for dim in (spec.d, spec.d_v)))
+    wide = padding.padded(spec)
     rules = (
         (isinstance(spec.batch, int),
          f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
         (spec.dtype.name in ("bfloat16", "float16"),
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
-        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and spec.d + spec.d_v <= MAX_DIMS,
-         f"needs head dimensions from 1 to {MAX_DIM}, together at most {MAX_DIMS} (gradients of 64 keys are in "
-         f"registers), {dims}"),
-        (spec.d % _UNIT == 0 and spec.d_v % _UNIT == 0,
-         f"needs head dimensions that are multiples of {_UNIT} (copies of 16 bytes), {dims} "
-         f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
+        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and wide.d + wide.d_v <= MAX_DIMS,
+         f"needs head dimensions from 1 to {MAX_DIM}, together, as multiples of {padding.UNIT}, at most {MAX_DIMS} "
+         f"(gradients of 64 keys are in registers), {dims}"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),

@@ -2,6 +2,9 @@
 
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
 (`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
+
+Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`): below `forward` and
+`backward` a spec is `padding.padded`.
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_flash import masks
+from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.kernels.hopper import bias, defaults, dropout, launches, mask_arrays
 from pallas_flash.kernels.hopper.dbias import dbias
@@ -81,9 +84,9 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
-    arrays that JAX makes beside the launches.
+    arrays that JAX makes beside the launches, or copies of arrays of the call.
     """
-    if spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None:
+    if padding.padded(spec) != spec or spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None:
         return None
     return (launches.forward(spec, defaults.default_forward(spec, device)),
             launches.backward(spec, defaults.default_backward(spec, device)))
@@ -91,17 +94,22 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    return _run_forward(spec, _without_seed(operands), dropout.inputs(spec, operands))
+    found: Results[jax.Array] = _run_forward(
+        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), dropout.inputs(spec, operands))
+    return padding.cut_results(spec, found)
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`, and of a bias."""
     results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
-    found: Gradients[jax.Array] = _run_backward(spec, _without_seed(operands), results, cotangents, keys)
+    found: Gradients[jax.Array] = _run_backward(
+        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
+        padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
+    found = padding.cut_gradients(spec, found)
     if spec.bias is None:
         return found
-    return found._replace(dbias=dbias(spec, operands, results, cotangents))
+    return found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -113,10 +121,11 @@ def _without_seed(operands: Operands) -> Operands:
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     spec, operands = bias.as_mask(spec, operands)
-    fields, pages = (*jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)), operands.page_table
+    fields, biases, pages = jax.tree.leaves(operands.mask), bias.inputs(spec, operands), operands.page_table
     key, table = ("key", "") if pages is None else ("pages", "table ")
-    roles = f"query {key} {key} {'row ' * len(keys)}{'field ' * len(fields)}{table}-> query row"
-    arrays = operands.q, operands.k, operands.v, *keys, *fields, *[pages] * (pages is not None)
+    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}{table}"
+    roles = f"query {key} {key} {more}-> query row"
+    arrays = operands.q, operands.k, operands.v, *keys, *fields, *biases, *[pages] * (pages is not None)
     out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 
@@ -125,8 +134,9 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     spec, operands = bias.as_mask(spec, operands)
-    fields = *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)
-    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
+    fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
+    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}"
+    roles = f"query key key query row query row {more}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields, *biases
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

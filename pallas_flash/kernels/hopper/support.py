@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from pallas_flash import masks, tiles
+from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.packed import Packed
@@ -19,8 +19,6 @@ INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
 """The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
 say which, exactly, for a single position.
 """
-TMA_ELEMENTS = 8
-"""TMA strides are multiples of 16 bytes: 8 elements of a 16-bit type."""
 
 
 def is_made_for(device: Device) -> bool:
@@ -70,7 +68,6 @@ def _device_reasons(device: Device) -> list[str]:
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
-    padded = "d={}, d_v={}".format(*(tiles.cdiv(dim, TMA_ELEMENTS) * TMA_ELEMENTS for dim in (spec.d, spec.d_v)))
     rules = (
         (isinstance(spec.batch, int),
          f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
@@ -78,9 +75,6 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
-        (spec.d % TMA_ELEMENTS == 0 and spec.d_v % TMA_ELEMENTS == 0,
-         f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
-         f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
@@ -96,10 +90,14 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
 
 def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
     """Keys in a cache are read by a kernel of their own."""
-    rows = spec.q_len * spec.group
+    rows, padded = spec.q_len * spec.group, padding.padded(spec)
     wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
         np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
     rules = (
+        (padded == spec,
+         f"needs head dimensions that are multiples of {padding.UNIT} (TMA strides of 16 bytes) against a cache, which "
+         f"is not copied in each step, d={spec.d}, d_v={spec.d_v} (keep query and the cache padded with zeros to "
+         f"d={padded.d}, d_v={padded.d_v}, pass scale={spec.scale:g}, and cut out back)"),
         (rows <= MAX_ROWS, f"takes at most {MAX_ROWS} queries that share a key head (q_len * q_heads / kv_heads) "
          f"against a cache, there are {rows} (give it fewer at a time)"),
         (not wide and not filled.rule.has_arrays,

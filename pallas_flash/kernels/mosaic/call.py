@@ -6,8 +6,10 @@ the marks. Each device computes its own shard, so the result is the same.
 
 Under `jit` with automatic axes. XLA cannot look into a kernel and would gather its operands on every device.
 `partitioned` says which axes of the operands and results are batch and heads; XLA may split those, and each device
-runs the computation of its own shard's spec. Lengths and head dimensions are never split. Where devices share a key
-head, each sums the gradients over its own query heads, and an all-reduce adds these sums.
+runs the computation of its own shard's spec. Lengths and head dimensions are never split. Arrays of a mask and a bias
+are split along the axes that they have, and are whole along those that they are broadcast over. Where devices share a
+key head, each sums the gradients over its own query heads, and an all-reduce adds these sums; so it does with the
+gradient of a bias that they share.
 
 Two kinds of calls are gathered, not split: those exported by `jax.export`, and those inside a `shard_map` that leaves
 some axes automatic. JAX's `custom_partitioning` has two costs: a program with such a call is lowered for real devices
@@ -23,6 +25,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -73,6 +76,8 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Arra
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
         field: (batch or 1, q_heads or 1, any, ...): an array of the spec's mask, all of which come in its order;
+        bias: (batch or 1, q_heads or 1, any, any): the spec's bias, or what is made of it; a result is a sum over the
+          axes that it does not have, of a computation that leaves it in float32 where the spec is `partial`;
         pages: (any, any, kv_heads, any) in the spec's layout: k and v in pages, of which every device takes all;
         table: (batch, any): of pages;
         whole: anything of which every device takes all.
@@ -129,6 +134,9 @@ _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.b
 
 type Shardings = tuple[NamedSharding, ...]
 
+_LEADING = "batch", "q_heads"
+"""The first two axes of the arrays of a mask and of a bias."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -140,10 +148,13 @@ class Split:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the shards of a problem are problems by themselves: those of a bias, or of a mask whose arrays are
-        not among the call's, are not. Dropout's bits are: each batch entry and head brings its own key.
+        """Whether the shards of a problem are problems by themselves: those of a mask or a bias whose arrays are not
+        among the call's are not, nor is a score function, which counts batch and heads of the whole. Dropout's bits
+        are: each batch entry and head brings its own key.
         """
-        return self.spec.bias is None and self.names[0].count("field") == len(jax.tree.leaves(self.spec.mask))
+        spec, given = self.spec, self.names[0]
+        has_all = given.count("field") == len(jax.tree.leaves(spec.mask)) and (spec.bias is None or "bias" in given)
+        return has_all and spec.score is None
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
@@ -153,8 +164,8 @@ class Split:
 
     def axes(self, role: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """What each axis of an array is."""
-        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "field": "q_heads", "pages": "kv_heads",
-                 "table": "", "whole": ""}[role]
+        heads = {"query": "q_heads", "key": "kv_heads", "row": "q_heads", "field": "q_heads", "bias": "q_heads",
+                 "pages": "kv_heads", "table": "", "whole": ""}[role]
         rank = len(shape)
         if role == "table":
             return ("batch", *[""] * (rank - 1))
@@ -162,7 +173,7 @@ class Split:
             return ("", "", heads, "") if self.spec.layout == "BLHD" else ("", heads, "", "")
         if not heads:
             return ("",) * rank
-        if role == "field":
+        if role in ("field", "bias"):
             return *(axis if size > 1 else "" for axis, size in zip(("batch", heads), shape)), *[""] * (rank - 2)
         if role == "row" or self.spec.layout == "BHLD":
             return ("batch", heads, *[""] * (rank - 2))
@@ -202,14 +213,24 @@ class Split:
         return {"": (), "batch": _dividing(mesh, found.get("batch", ()), spec.batch), "kv_heads": shared,
                 "q_heads": _dividing(mesh, heads, spec.q_heads) if one_left else shared}
 
-    def local_mask(self, counts: dict[str, int]) -> masks.Mask:
-        """The mask of a shard's spec, with so many batch entries and heads."""
-        def local(field: masks.ArrayField) -> masks.ArrayField:
-            lead = (min(size, counts[axis]) for size, axis in zip(field.shape, ("batch", "q_heads")))
+    def local(self, counts: dict[str, int]) -> AttentionSpec:
+        """The spec of a shard, with so many batch entries and heads."""
+        def own(field: masks.ArrayField) -> masks.ArrayField:
+            lead = (min(size, counts[axis]) for size, axis in zip(field.shape, _LEADING))
             return masks.ArrayField((*lead, *field.shape[2:]), field.dtype)
 
-        mask: masks.Mask = jax.tree.map(local, self.spec.mask)
-        return mask
+        mask: masks.Mask = jax.tree.map(own, self.spec.mask)
+        bias = None if self.spec.bias is None else own(self.spec.bias)
+        return dataclasses.replace(self.spec, batch=counts["batch"], q_heads=counts["q_heads"],
+                                   kv_heads=counts["kv_heads"], mask=mask, bias=bias)
+
+    def sharers(self, role: str, shape: tuple[int, ...], mesh_axes: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """The mesh axes over whose devices a result is to be summed."""
+        if role == "key":
+            return mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
+        if role == "bias":
+            return tuple(name for axis, size in zip(_LEADING, shape) if size == 1 for name in mesh_axes[axis])
+        return ()
 
     def partition(self, mesh: Mesh, arrays: Sequence[jax.ShapeDtypeStruct],
                   results: Sequence[jax.ShapeDtypeStruct]) -> tuple[Mesh, Callable[..., tuple[jax.Array, ...]],
@@ -220,12 +241,14 @@ class Split:
         roles = self.names
         mesh_axes = self.mesh_axes(mesh, [*zip(roles[0], arrays, strict=True), *zip(roles[1], results, strict=True)])
         counts = {axis: getattr(self.spec, axis) // _size(mesh, names) for axis, names in mesh_axes.items() if axis}
-        local = dataclasses.replace(self.spec, **counts, mask=self.local_mask(counts))
-        sharers = mesh_axes["q_heads"][len(mesh_axes["kv_heads"]):]
+        local, kinds = self.local(counts), [kind.dtype for kind in results]
+        sharers = [self.sharers(role, kind.shape, mesh_axes) for role, kind in zip(roles[1], results)]
+        if any(role == "bias" and axes for role, axes in zip(roles[1], sharers)):
+            local = dataclasses.replace(local, partial=True)
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             found = _unpartitioned(self.build(local), *arrays)
-            return tuple(_summed(x, sharers) if role == "key" and sharers else x for role, x in zip(roles[1], found))
+            return tuple(_summed(x, axes, dtype) if axes else x for x, axes, dtype in zip(found, sharers, kinds))
 
         def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
             split = (mesh_axes[axis] or None for axis in self.axes(role, array.shape))
@@ -234,8 +257,8 @@ class Split:
         return mesh, shard, tuple(map(sharding, roles[1], results)), tuple(map(sharding, roles[0], arrays))
 
 
-def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
+def _summed(x: jax.Array, axes: tuple[str, ...], dtype: np.dtype) -> jax.Array:
+    return jax.lax.psum(x.astype(jnp.float32), axes).astype(dtype)
 
 
 def _size(mesh: Mesh, names: tuple[str, ...]) -> int:

@@ -1,0 +1,70 @@
+"""A stand-in for the Hopper kernels' passes on a CPU: the reference, on the same problem and the same arrays.
+
+It takes the place of the kernels alone. What surrounds them, `hopper.calls` and all above it, is what ships.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+
+from pallas_flash import autodiff, device, reference
+from pallas_flash.kernels.hopper import bias, calls
+from pallas_flash.spec import AttentionSpec, Operands
+
+NAMES = "q", "k", "v", "out", "stats", "dout", "dstats"
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """The forward or the backward of a spec, which kernels are given, as a function of their arrays; no dropout."""
+
+    spec: AttentionSpec
+    is_forward: bool
+
+    @property
+    def result_types(self):
+        spec, shapes = self.spec, self.spec.operand_shapes
+        if self.is_forward:
+            return (jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
+                    jax.ShapeDtypeStruct(spec.stats_shape, spec.acc_dtype))
+        return tuple(jax.ShapeDtypeStruct(shape, spec.result_dtype) for shape in shapes[:3])
+
+    def __call__(self, *arrays):
+        spec, count = self.spec, 3 if self.is_forward else 7
+        assert spec.d % 8 == 0 == spec.d_v % 8, "kernels cannot read other rows"
+        given, rest = dict(zip(NAMES, arrays)), arrays[count:]
+        fields, structure = jax.tree.flatten(spec.mask)
+        mask = jax.tree.unflatten(structure, rest[:len(fields)])
+        assert len(rest) == len(fields) + len(bias.names(spec))
+        found = rest[len(fields)] if spec.bias is not None else None
+
+        def run(*q_k_v):
+            return tuple(reference.forward(spec, Operands(
+                *q_k_v, bias=found, score=(), mask=mask, score_integers=(), dropout_seed=None, dropout_origin=None,
+                page_table=None)))
+        if self.is_forward:
+            return run(*arrays[:3])
+        return jax.vjp(run, *arrays[:3])[1]((given["dout"], given["dstats"]))
+
+
+@functools.cache
+def _builder(is_forward):
+    """The same object for the same pass, as `partitioned` wants it."""
+    return functools.cache(lambda spec: StandIn(spec, is_forward))
+
+
+@contextlib.contextmanager
+def standing_in(monkeypatch):
+    """`implementation="hopper"` runs on a CPU, which is taken for an H200."""
+    def forget():  # programs are kept by spec, not by what ran it
+        autodiff.forward.clear_cache()
+        autodiff.backward.clear_cache()
+
+    monkeypatch.setattr(calls, "_forward_on", lambda where: _builder(True))
+    monkeypatch.setattr(calls, "_backward_on", lambda where: _builder(False))
+    forget()
+    with device.assume(device.H200):
+        yield
+    forget()

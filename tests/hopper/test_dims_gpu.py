@@ -1,0 +1,47 @@
+"""Head dimensions that are no multiples of 8 on a Hopper GPU: forward, lse and all gradients of padded copies against
+the formulas in float64, in every form of the kernels that they come to.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_within
+
+from hopper.test_sweep import budget_of, problem_of
+from pallas_flash import Causal, Dense, InBounds, SegmentIds, Window, device, dispatch, flash_attention
+from pallas_flash.testing import conformance, inputs
+
+pytestmark = pytest.mark.gpu
+
+LEN = 300
+IDS = np.arange(LEN) // 90
+CASES = {  # what they are padded to: 8, 24 and 40, 64 (fused), 104, 128 (fused), 256 (split)
+    "d1": ((1, 1), dict()),
+    "d20-33-gqa": ((20, 33), dict(q_heads=4, layout="BHLD", mask=Window(100, 20))),
+    "d60": ((60, 64), dict(softcap=2.0)),
+    "d100-lengths": ((100, 100), dict(mask=Causal() & InBounds(kv_len=np.array([LEN, 70])))),
+    "d125-documents-dropout": ((125, 125), dict(mask=Causal() & SegmentIds(IDS, IDS), dropout_rate=0.2)),
+    "d125-deterministic": ((125, 125), dict(deterministic=True, dtypes=("float16",))),
+    "d250": ((250, 254), dict()),
+    "d60-dense-bias": ((60, 60), dict(mask=Dense(np.random.default_rng(0).random((2, 1, LEN, LEN)) < 0.5),
+                                      bias=(1, 2, LEN, LEN))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_oracle(name):
+    """With NaN in what masks hide."""
+    dims, options = CASES[name]
+    problem = problem_of(name, dims, **(dict(q_len=LEN, kv_len=LEN) | options))
+    operands, cotangents = conformance.random_case(problem, problem.dtypes[0])
+    assert conformance.supports(problem, problem.dtypes[0], "hopper")
+    found = conformance.compiled(problem, "hopper")(inputs.poisoned(problem.spec(), operands), cotangents)
+    assert_within(budget_of(problem, operands, cotangents), found._asdict())
+
+
+def test_an_automatic_choice_takes_them():
+    q = jnp.ones((1, 128, 2, 20), "bfloat16")
+    spec = problem_of("choice", (20, 20)).spec()
+    assert dispatch.decide(spec, device.current()).implementation.name == "hopper"
+    assert "mosaic_gpu" in jax.jit(lambda q: flash_attention(q, q, q)).lower(q).compile().as_text()
