@@ -1,18 +1,24 @@
-"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map."""
+"""What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
 
+Where a mask holds arrays, they are arguments like others, and what kernels read instead of them (`mask_arrays`) is made
+beside the launches: on each device, for its shard and its schedule.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors
+from pallas_flash import errors, masks
 from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
-from pallas_flash.kernels.ampere import defaults, launches
+from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -22,16 +28,40 @@ _HOPPER = (9, 0)
 """
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WithArrays:
+    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask."""
+
+    spec: AttentionSpec
+    launched: Pass
+    schedule: ForwardSchedule | BackwardSchedule
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self.launched.result_types
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        fields, structure = jax.tree.flatten(self.spec.mask)
+        count = len(arrays) - len(fields)
+        mask: masks.Mask = jax.tree.unflatten(structure, arrays[count:])
+        made = mask_arrays.make(self.spec, self.schedule, mask)
+        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
+
+
+def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
+    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
+
+
 @functools.lru_cache(maxsize=1024)
 def _forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    return launches.forward(spec, schedule)
+    return _computation(spec, launches.forward(spec, schedule), schedule)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    return launches.backward(spec, schedule)
+    return _computation(spec, launches.backward(spec, schedule), schedule)
 
 
 @functools.lru_cache(maxsize=8)
@@ -77,8 +107,9 @@ def _require_its_generation(device: Device) -> None:
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
     _require_its_generation(device)
-    arrays = operands.q, operands.k, operands.v
-    out, stats = partitioned(_forward_on(device), "query key key -> query row", spec, *arrays)
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key {'field ' * len(fields)}-> query row"
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *fields)
     return Results(out, stats)
 
 
@@ -86,7 +117,8 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Res
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array]) -> Gradients[jax.Array]:
     _require_its_generation(device)
-    roles = "query key key query row query row -> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key query row query row {'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

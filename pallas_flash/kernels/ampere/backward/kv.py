@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import tiles
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
@@ -31,11 +31,12 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import mask_ranges, ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -86,7 +87,7 @@ def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
     if large is not None:
         y = lax.cond(large, exact, lambda y: y, y)
     if partial is not None:
-        y = block_mask.hide(work.mask_of(block.spec, s), y, (first, block.first_key(row_tile)), 0)
+        y = block.mask.of_head(part.step.head).hide(y, (first, block.first_key(row_tile)), 0)
     return y
 
 
@@ -134,7 +135,9 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
 
 
 def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
-    """Adds a query tile to dk and dv, if the warpgroup's keys meet it, and writes its dS^T to shared memory."""
+    """Adds a query tile to dk and dv, if the warpgroup's keys meet it, as all do where the mask holds arrays, and
+    writes its dS^T to shared memory.
+    """
     s = block.schedule
 
     def add(sums: Sums) -> Sums:
@@ -149,7 +152,7 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
             mma.store_rows(nothing, block.smem["ds"].at[:, pl.ds(block.own, ROWS * s.row_tiles)], i * ROWS, 0)
         return sums
 
-    if s.warpgroups == 1 or not work.kv_work(block.spec, s).partial:
+    if s.warpgroups == 1 or block.spec.mask.has_arrays or not work.kv_work(block.spec, s).partial:
         return add(sums)
     own = work.own_q_range(block.spec, s, (block.first_key(0), block.first_key(s.row_tiles)))
     return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
@@ -217,13 +220,28 @@ def compute(block: Block) -> None:
         registers.store_rows(dv.astype(spec.result_dtype), block.gmem["dv"], place, axis)
 
 
+def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, tiles.TileRange[Index]]:
+    """The mask of a block's heads (`of_head` is that of one), and the query tiles that they need.
+
+    Args:
+      index: (batch, key head, key tile).
+    """
+    batch, head, kv_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, head)
+        return mask, mask.tiles("query_tiles", kv_tile)
+    needed = work.q_range(spec, s, kv_tile)
+    return StaticMask(work.mask_of(spec, s)), tiles.TileRange(*map(ptx.scalar, needed))
+
+
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout and the statistics that
     `backward.prepare` makes.
     """
-    inputs = "q", "k", "v", "dout", "statistics", "dq_sums"
-    names = "q", "k", "v", "dout", "stats", "dq_sums", "dk", "dv"
+    inputs = "q", "k", "v", "dout", "statistics", *mask_ranges.names(spec.mask, False), "dq_sums"
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
+    names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
                for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
     size = schedule.warpgroups
@@ -233,10 +251,10 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         pair, kv_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.kv_heads), rem(pair, spec.kv_heads)
         team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
-        needed = tiles.TileRange(*map(ptx.scalar, work.q_range(spec, schedule, kv_tile)))
-        walk = Walk(head * spec.group, spec.group, *needed)
         gmem = dict(zip(names, arrays, strict=True))
-        compute(Block(spec, schedule, gmem, smem, team, batch, head, kv_tile, walk))
+        mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
+        walk = Walk(head * spec.group, spec.group, *needed)
+        compute(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
     threads: dict[str, Any] = dict(num_threads=size, thread_name="warpgroup") if size > 1 else {}
     kernel = plgpu.kernel(

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax, tiles
-from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere import copies, mask_arrays, memory, mma, registers, work
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.repair import Sums, repaired
@@ -34,10 +34,11 @@ from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -75,10 +76,7 @@ def add_values(block: Block, meets: list[Flag] | None, states: list[State], weig
 def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     """Adds a tile of keys, which is on its way, and starts to load the one before it."""
     spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
-    mask, meets = work.mask_of(spec, s), None
-    if masked and s.row_tiles > 1:
-        ranges = (work.row_range(spec, s, block.first + i * ROWS) for i in range(s.row_tiles))
-        meets = [(kv_tile >= found.start) & (kv_tile < found.stop) for found in ranges]
+    meets = [block.meets(i, kv_tile) for i in range(s.row_tiles)] if masked and s.row_tiles > 1 else None
     copies.sync(block.team)
     block.load("v", kv_tile)
     scores = products(block, meets)
@@ -92,7 +90,7 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
         x = scaled(spec, x)
         if masked:
-            x = block_mask.hide(mask, x, (block.first + i * ROWS, first), 1)
+            x = block.mask.hide(x, (block.first + i * ROWS, first), 1)
         state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
         new.append(state)
         weights.append(p)
@@ -137,11 +135,26 @@ def compute(block: Block) -> None:
         finish(block, i, *repaired(block, i, state))
 
 
+def mask_of(spec: AttentionSpec, schedule: ForwardSchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, tiles.TileRange[Index]]:
+    """The mask of a block's head, and the key tiles that its queries need.
+
+    Args:
+      index: (batch, head, query tile).
+    """
+    batch, head, q_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, head)
+        return mask, mask.tiles("key_tiles", q_tile)
+    needed = work.kv_range(spec, schedule, q_tile)
+    return StaticMask(work.mask_of(spec, schedule)), tiles.TileRange(*map(ptx.scalar, needed))
+
+
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k and v in
-    the spec's layout.
+    the spec's layout, and what `mask_arrays` makes.
     """
-    inputs = "q", "k", "v"
+    inputs = "q", "k", "v", *mask_arrays.forward_names(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)
@@ -151,9 +164,9 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
         pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
-        needed = work.kv_range(spec, schedule, q_tile)
-        needed = tiles.TileRange(*map(ptx.scalar, needed))
-        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, q_tile * schedule.block_q, needed))
+        mask, needed = mask_of(spec, schedule, gmem, (batch, head, q_tile))
+        first = q_tile * schedule.block_q
+        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, first, mask, needed))
 
     kernel = plgpu.kernel(
         attention_forward, out_type=tuple(outputs.values()),

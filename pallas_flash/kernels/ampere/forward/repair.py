@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.ampere import block_mask, mma, registers, work
+from pallas_flash.kernels.ampere import mma, registers, work
 from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.softmax import State, lowest
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
@@ -84,7 +84,6 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
       l_i, (64,), and the sum of weighted values, (64, d_v).
     """
     spec, unit, first = block.spec, score_unit(block.spec), block.first + row_tile * ROWS
-    mask = work.mask_of(spec, block.schedule)
     head = SlowRows(spec, block.gmem, (block.batch, div(block.head, spec.group)))
 
     def product(position: Index) -> PerRow:
@@ -96,7 +95,7 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: block_mask.keep(mask, columns, first, position)
+        keep = lambda columns: block.mask.keep(columns, first, position)
         s = scaled(spec, product(position))
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)

@@ -59,6 +59,19 @@ def overflowed(spec: AttentionSpec, maximum: Maximum) -> Bool[Array, "64"]:
     return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
 
 
+def kept_pairs(block: Block, tile: Tile, columns: int, place: tuple[Index, Index]) -> Bool[Array, "64 n"]:
+    """Whether each of 64 queries attends to a key, in each of so many columns.
+
+    Args:
+      place: the positions of the first query and of the key.
+    """
+    kept = tile.mask.keep(columns, *place)
+    if block.spec.bias is None:
+        return kept
+    by_bias = HeadBias(block.spec, block.gmem, tile.batch, tile.head).keeps_key(columns, *place)
+    return kept if by_bias is None else kept & by_bias
+
+
 def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
     """Runs the online softmax over the keys that each row attends to, one by one.
 
@@ -70,7 +83,7 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: tile.mask.keep(columns, rows.first, position)
+        keep = lambda columns: kept_pairs(block, tile, columns, (rows.first, position))
         s = scaled(spec, own.dot("q", "k", spec.d, position))
         if spec.bias is not None:
             s = HeadBias(spec, block.gmem, tile.batch, tile.head).added_to_key(s, rows.first, position)
