@@ -17,6 +17,7 @@ from agreement import assert_within, with_rest
 from pallas_flash import masks
 from pallas_flash.kernels.ampere import launches, mask_arrays, rules
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
@@ -30,11 +31,12 @@ CASES = {
                                                  layout="BHLD")),
     "window-idle-float16": (TWO_WARPGROUPS, dict(q_len=150, kv_len=100, d=96, d_v=96, dtypes=("float16",),
                                                  mask=masks.Window(30, 5, -70))),
-    "full-softcap": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
-                     dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2)),
+    "full-softcap-dropout": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
+                             dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2,
+                                  dropout_rate=0.3)),
     "large-scores": (BackwardSchedule(), dict(q_len=70, kv_len=70, d=64, d_v=64, row_lse=5000.0)),
     "lengths-offsets-dense": (NARROW, dict(
-        q_len=70, kv_len=140, d=64, d_v=64, batch=2, q_heads=2, softcap=5.0, mask=(
+        q_len=70, kv_len=140, d=64, d_v=64, batch=2, q_heads=2, dropout_rate=0.2, mask=(
             masks.InBounds(kv_len=np.array([100, 0])) & masks.Causal(np.array([[-20], [60]]))
             & masks.Dense(np.random.default_rng(3).random((2, 70, 140)) < np.array([0.9, 0.5])[:, None, None])))),
     "documents-window": (TWO_WARPGROUPS, dict(
@@ -57,24 +59,24 @@ def problem_of(name):
     return schedule, Problem(name, "interpreted", **(small | fields))
 
 
-def launched(schedule, spec, mask, *arrays):
+def launched(schedule, problem, operands, *arrays):
     """The results of a pass."""
-    make = launches.forward if isinstance(schedule, ForwardSchedule) else launches.backward
-    found, made = make(spec, schedule), {}
+    spec, make = problem.spec(), launches.forward if isinstance(schedule, ForwardSchedule) else launches.backward
+    found, made = make(spec, schedule), dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands)))
     if spec.mask.has_arrays:
-        made = mask_arrays.make(spec, schedule, jax.tree.map(jnp.asarray, mask.canonical()))
+        made |= mask_arrays.make(spec, schedule, jax.tree.map(jnp.asarray, problem.mask.canonical()))
     return found(*arrays, *(made[name] for name in found.inputs if name in made))
 
 
 def run(schedule, problem, operands, cotangents):
     """Everything that both passes compute, by name."""
-    spec, mask = problem.spec(), problem.mask
+    spec = problem.spec()
     assert rules.reasons_against(spec, schedule, 166_912) == rules.reasons_against(spec, FORWARD, 166_912) == []
     q, k, v = map(jnp.asarray, operands[:3])
     dout, dlse = cotangents
     with interpreted():
-        out, stats = launched(FORWARD, spec, mask, q, k, v)
-        gradients = launched(schedule, spec, mask, q, k, v, out, stats, jnp.asarray(dout),
+        out, stats = launched(FORWARD, problem, operands, q, k, v)
+        gradients = launched(schedule, problem, operands, q, k, v, out, stats, jnp.asarray(dout),
                              jnp.asarray(with_rest(dlse, np.nan)))
     return dict(out=out, lse=stats[:, :, 0], **dict(zip(("dq", "dk", "dv"), gradients, strict=True)))
 

@@ -76,7 +76,6 @@ REFUSED = {
     "wide": (dict(d=256), "needs head dimensions from 1 to 256, together at most 320"),
     "odd": (dict(d=60), "needs head dimensions that are multiples of 8"),
     "deterministic": (dict(deterministic=True), "adds the parts of dq in any order"),
-    "dropout": (dict(dropout_rate=0.1), "takes no dropout yet, dropout_rate=0.1"),
     "own-mask-of-arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical() & Mine()), "takes arrays in, and "),
     "two-ids": (dict(mask=IDS.canonical() & IDS.canonical()), "takes one SegmentIds, mask has 2"),
 }

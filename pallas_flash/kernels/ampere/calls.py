@@ -15,6 +15,7 @@ from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
@@ -78,13 +79,19 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    return _run_forward(spec, operands)
+    return _run_forward(spec, _without_seed(operands), dropout.inputs(spec, operands))
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    return _run_backward(spec, operands, Results(out, stats), Results(dout, dstats))
+    results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
+    return _run_backward(spec, _without_seed(operands), results, cotangents, keys)
+
+
+def _without_seed(operands: Operands) -> Operands:
+    """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
+    return operands._replace(dropout_seed=None)
 
 
 @interpreted_as(lambda device: None)
@@ -105,20 +112,22 @@ def _require_its_generation(device: Device) -> None:
 
 
 @vmappable
-def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
+                 keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     _require_its_generation(device)
     fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key {'field ' * len(fields)}-> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *fields)
+    roles = f"query key key {'row ' * len(keys)}{'field ' * len(fields)}-> query row"
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *keys,
+                             *fields)
     return Results(out, stats)
 
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
-                  cotangents: Results[jax.Array]) -> Gradients[jax.Array]:
+                  cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     _require_its_generation(device)
     fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key query row query row {'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *fields
+    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -57,8 +57,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
-        (spec.dropout_rate == 0 and not spec.dropout_moved,
-         f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where nothing is trained)"),
+        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
+         "devices share (pass dropout_rate=0 where nothing is trained)"),
         (not spec.deterministic, "adds the parts of dq in any order (pass deterministic=False where bits need not "
          "repeat)"),
     )

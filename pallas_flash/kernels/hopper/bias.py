@@ -152,14 +152,16 @@ class HeadBias(NamedTuple):
             bias = self.gmem["bias"][*self._at("bias"), 0, key]
         return s * self._unit + bias - self._rows("anchor", first)
 
-    def keeps_key(self, columns: int, first: Index, key: Index) -> Bool[Array, "64 n"] | None:
-        """Whether the bias leaves a key to each of the 64 queries from `first` on, in each of so many columns; None
-        where it is not of pairs, and leaves all.
+    def keep(self, by_mask: Bool[Array, "64 n"], first: Index, key: Index) -> Bool[Array, "64 n"]:
+        """Leaves out the pairs of the 64 queries from `first` on and a key that the bias hides.
+
+        Args:
+          by_mask: which of them the mask keeps, the same in each column.
         """
         if not of_pairs(self.gmem):
-            return None
+            return by_mask
         own = column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
-        return registers.spread(own, columns) != -jnp.inf
+        return by_mask & (registers.spread(own, by_mask.shape[1]) != -jnp.inf)
 
     def _added_to_pairs(self, s: Fragment, row: Index, column: Index, keys_dim: int) -> Fragment:
         """Scores with the bias of each pair; -inf where that is, whatever the score."""

@@ -2,9 +2,9 @@
 
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
-CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", or has one of `MASKS`, as
-"d64-lengths" does: it is causal without. The environment is that of `tests.hopper.offline.compile_kernels`. Prints one
-JSON object for each kernel.
+CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", or has one of
+`MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
+`tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
 import json
@@ -42,7 +42,8 @@ def spec_of(name: str) -> AttentionSpec:
     shape = lambda dim: jax.ShapeDtypeStruct((1, length, 4, dim), jnp.bfloat16)
     mask = next((MASKS[name] for name in options if name in MASKS), masks.Causal())
     return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask,
-                            softcap=30.0 if "softcap" in options else None)
+                            softcap=30.0 if "softcap" in options else None,
+                            dropout_rate=0.1 if "dropout" in options else 0.0)
 
 
 def main(capability: str, names: list[str]) -> None:

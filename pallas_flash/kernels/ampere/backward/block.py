@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: BackwardSchedule
-    gmem: dict[str, Ref]  # q, k, v, dout, stats, dq_sums, dk, dv; `mask_arrays`
+    gmem: dict[str, Ref]  # q, k, v, dout, stats, dq_sums, dk, dv; what mask and dropout need
     smem: dict[str, Ref]  # memory.kv_buffers
     team: Team
     mask: HeadMask  # `of_head` is that of a query head

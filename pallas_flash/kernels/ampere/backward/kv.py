@@ -31,7 +31,7 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import mask_ranges, ptx
+from pallas_flash.kernels.mosaic import dropout, mask_ranges, ptx
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -104,6 +104,15 @@ def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragm
     return p, slope(spec, s, p)
 
 
+def kept(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> tuple[Fragment, Fragment]:
+    """Zeroes the weights that dropout drops, and takes the product out of their dP."""
+    if not block.spec.dropout_rate:
+        return p, dp
+    first = part.step.tile * block.schedule.block_q + part.start, block.first_key(row_tile)
+    flags = dropout.kept(dropout.draws(block.spec, block.gmem, (block.batch, part.step.head), first, 0), p.shape[1])
+    return jnp.where(flags, p, 0.0), jnp.where(flags, dp, statistic(block, part, Statistics.DELTA))
+
+
 def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
     """dS^T = P^T * dP^T. In a tile that needs the mask, 0 where P is: a hidden value may be so large that dP overflows,
     and 0 * inf is NaN.
@@ -126,6 +135,7 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
+        p, dp = kept(block, part, i, p, dp)
         ds = slopes(part, sloped, dp).astype(spec.dtype)
         own = block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)]
         mma.store_rows(ds, own, i * ROWS, 0, part.start)
@@ -212,7 +222,9 @@ def compute(block: Block) -> None:
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
     _, sums = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step, (block.walk.first, sums))
     for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
-        dk, dv = mark_nonfinite(block, i, spoiled, dk * spec.scale, dv)
+        if spec.dropout_rate:
+            dv = dv * dropout.factor(spec)
+        dk, dv = mark_nonfinite(block, i, spoiled, dk * (spec.scale * dropout.factor(spec)), dv)
         first = block.first_key(i)
         axis, place = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (
             2, (block.batch, block.head, first))
@@ -236,10 +248,11 @@ def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
 
 
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
-    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout and the statistics that
-    `backward.prepare` makes.
+    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout, the statistics that
+    `backward.prepare` makes, dropout's keys, and what `mask_arrays` makes.
     """
-    inputs = "q", "k", "v", "dout", "statistics", *mask_ranges.names(spec.mask, False), "dq_sums"
+    inputs = "q", "k", "v", "dout", "statistics", *dropout.input_types(spec)
+    inputs += *mask_ranges.names(spec.mask, False), "dq_sums"
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
     names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)

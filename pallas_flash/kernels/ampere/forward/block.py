@@ -21,7 +21,7 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: ForwardSchedule
-    gmem: dict[str, Ref]  # q, k, v, out, stats; `mask_arrays`
+    gmem: dict[str, Ref]  # q, k, v, out, stats; what mask and dropout need
     smem: dict[str, Ref]  # memory.forward_buffers
     team: Team
     batch: Index

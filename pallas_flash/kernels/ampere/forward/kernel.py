@@ -33,7 +33,7 @@ from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -73,6 +73,14 @@ def add_values(block: Block, meets: list[Flag] | None, states: list[State], weig
     return tuple(state._replace(acc=acc) for state, acc in zip(states, new, strict=True))
 
 
+def kept(block: Block, first: tuple[Index, Index], p: Fragment) -> Fragment:
+    """Zeroes the weights that dropout drops, whose first query and key are given. The row sum l_i has them."""
+    if not block.spec.dropout_rate:
+        return p
+    draws = dropout.draws(block.spec, block.gmem, (block.batch, block.head), first, 1)
+    return dropout.without_dropped(draws, p)
+
+
 def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     """Adds a tile of keys, which is on its way, and starts to load the one before it."""
     spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
@@ -93,7 +101,7 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
             x = block.mask.hide(x, (block.first + i * ROWS, first), 1)
         state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
         new.append(state)
-        weights.append(p)
+        weights.append(kept(block, (block.first + i * ROWS, first), p))
     return add_values(block, meets, new, weights)
 
 
@@ -114,13 +122,16 @@ def walk(block: Block) -> States:
 
 
 def finish(block: Block, row_tile: int, sums: Sums, acc: Fragment) -> None:
-    """Writes out = acc / l_i and the statistics of 64 rows to global memory."""
+    """Writes out = acc / l_i, with the factor of dropout, and the statistics of 64 rows to global memory."""
     spec, first = block.spec, block.first + row_tile * ROWS
     m_i, rounding, l_i = sums
     row, unit = 2 * (block.batch * spec.q_heads + block.head), softmax.unit(spec.scale, spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
         registers.store_row_stats(x, block.gmem["stats"], row + i, first, spec.q_len)
-    out = acc * registers.spread(softmax.rescale(l_i), acc.shape[1])
+    inverse = softmax.rescale(l_i)
+    if spec.dropout_rate:
+        inverse = inverse * dropout.factor(spec)
+    out = acc * registers.spread(inverse, acc.shape[1])
     axis, index = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (2, (block.batch, block.head,
                                                                                            first))
     registers.store_rows(out.astype(spec.result_dtype), block.gmem["out"], index, axis)
@@ -152,9 +163,9 @@ def mask_of(spec: AttentionSpec, schedule: ForwardSchedule, gmem: dict[str, Ref]
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k and v in
-    the spec's layout, and what `mask_arrays` makes.
+    the spec's layout, of dropout's keys, and of what `mask_arrays` makes.
     """
-    inputs = "q", "k", "v", *mask_arrays.forward_names(spec, schedule)
+    inputs = "q", "k", "v", *dropout.input_types(spec), *mask_arrays.forward_names(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)

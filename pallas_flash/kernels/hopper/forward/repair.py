@@ -12,14 +12,14 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import dropout, registers, work
+from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
@@ -68,8 +68,7 @@ def kept_pairs(block: Block, tile: Tile, columns: int, place: tuple[Index, Index
     kept = tile.mask.keep(columns, *place)
     if block.spec.bias is None:
         return kept
-    by_bias = HeadBias(block.spec, block.gmem, tile.batch, tile.head).keeps_key(columns, *place)
-    return kept if by_bias is None else kept & by_bias
+    return HeadBias(block.spec, block.gmem, tile.batch, tile.head).keep(kept, *place)
 
 
 def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
