@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_flash import Causal, Full, PrefixLM, Window, device, flash_attention
+from pallas_flash import Causal, Dense, Full, InBounds, PrefixLM, SegmentIds, Window, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, rules
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from tests.hopper.test_gpu import Case, assert_right, case_of, problem_of, results
@@ -31,6 +31,11 @@ SHAPES = {
     "d128-idle": (128, dict(q_len=400, kv_len=300, mask=Causal(offset=-100))),
     "d40-v136-softcap": (40, dict(d_v=136, q_len=300, kv_len=300, layout="BHLD", softcap=3.0)),
     "d192-v128": (192, dict(d_v=128, q_len=500, kv_len=500)),
+    "d64-documents-lengths": (64, dict(q_len=700, kv_len=700, batch=2, mask=Causal() & SegmentIds(
+        *[np.arange(700) // 130] * 2) & InBounds(kv_len=np.array([690, 333])))),
+    "d128-offsets-gqa": (128, dict(q_len=300, kv_len=900, batch=2, mask=Causal(
+        np.array([600, 200])))),
+    "d128-dense": (128, dict(q_len=400, kv_len=500, mask=Dense(np.random.default_rng(0).random((400, 500)) < 0.3))),
     "one-query": (128, dict(q_len=1, kv_len=900, mask=Causal(offset=899))),
 }
 

@@ -15,8 +15,9 @@ import pytest
 from agreement import assert_within, with_rest
 
 from pallas_flash import masks
-from pallas_flash.kernels.ampere import launches, rules
+from pallas_flash.kernels.ampere import launches, mask_arrays, rules
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
@@ -30,9 +31,17 @@ CASES = {
                                                  layout="BHLD")),
     "window-idle-float16": (TWO_WARPGROUPS, dict(q_len=150, kv_len=100, d=96, d_v=96, dtypes=("float16",),
                                                  mask=masks.Window(30, 5, -70))),
-    "full-softcap": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
-                     dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2)),
+    "full-softcap-dropout": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
+                             dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2,
+                                  dropout_rate=0.3)),
     "large-scores": (BackwardSchedule(), dict(q_len=70, kv_len=70, d=64, d_v=64, row_lse=5000.0)),
+    "lengths-offsets-dense": (NARROW, dict(
+        q_len=70, kv_len=140, d=64, d_v=64, batch=2, q_heads=2, dropout_rate=0.2, mask=(
+            masks.InBounds(kv_len=np.array([100, 0])) & masks.Causal(np.array([[-20], [60]]))
+            & masks.Dense(np.random.default_rng(3).random((2, 70, 140)) < np.array([0.9, 0.5])[:, None, None])))),
+    "documents-window": (TWO_WARPGROUPS, dict(
+        q_len=130, kv_len=140, d=64, d_v=64, layout="BHLD", mask=masks.Window(np.array([[90]]), 20) & masks.SegmentIds(
+            np.arange(130) // 55, np.where(np.arange(140) < 70, np.arange(140) // 55, 7 - np.arange(140) // 20)))),
 }
 FORWARD = ForwardSchedule(block_kv=64)
 
@@ -50,25 +59,53 @@ def problem_of(name):
     return schedule, Problem(name, "interpreted", **(small | fields))
 
 
-def run(schedule, spec, operands, cotangents):
+def launched(schedule, problem, operands, *arrays):
+    """The results of a pass."""
+    spec, make = problem.spec(), launches.forward if isinstance(schedule, ForwardSchedule) else launches.backward
+    found, made = make(spec, schedule), dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands)))
+    if spec.mask.has_arrays:
+        made |= mask_arrays.make(spec, schedule, jax.tree.map(jnp.asarray, problem.mask.canonical()))
+    return found(*arrays, *(made[name] for name in found.inputs if name in made))
+
+
+def run(schedule, problem, operands, cotangents):
     """Everything that both passes compute, by name."""
+    spec = problem.spec()
     assert rules.reasons_against(spec, schedule, 166_912) == rules.reasons_against(spec, FORWARD, 166_912) == []
     q, k, v = map(jnp.asarray, operands[:3])
     dout, dlse = cotangents
     with interpreted():
-        out, stats = launches.forward(spec, FORWARD)(q, k, v)
-        gradients = launches.backward(spec, schedule)(q, k, v, out, stats, jnp.asarray(dout),
-                                                      jnp.asarray(with_rest(dlse, np.nan)))
+        out, stats = launched(FORWARD, problem, operands, q, k, v)
+        gradients = launched(schedule, problem, operands, q, k, v, out, stats, jnp.asarray(dout),
+                             jnp.asarray(with_rest(dlse, np.nan)))
     return dict(out=out, lse=stats[:, :, 0], **dict(zip(("dq", "dk", "dv"), gradients, strict=True)))
+
+
+def poisoned(problem, operands):
+    """Operands with NaN in the queries that attend to nothing, and in the keys and values that nothing attends to."""
+    q_pos, kv_pos = (jnp.arange(n, dtype=jnp.int32) for n in (problem.q_len, problem.kv_len))
+    mask = jax.tree.map(jnp.asarray, problem.mask.canonical())
+    keep = masks.over_batch(mask, lambda part: jnp.broadcast_to(
+        part.keep(q_pos[:, None], kv_pos[None, :]), (problem.q_len, problem.kv_len)))
+    shape = problem.batch, problem.kv_heads, problem.q_heads // problem.kv_heads, problem.q_len, problem.kv_len
+    keep = np.broadcast_to(keep, (problem.batch, problem.q_heads, *shape[3:])).reshape(shape)
+
+    def with_nan(x, bad):
+        bad = bad if problem.layout == "BHLD" else bad.swapaxes(1, 2)
+        return np.where(bad[..., None], np.asarray(np.nan, x.dtype), x)
+
+    idle, unseen = ~keep.any(axis=4), ~keep.any(axis=(2, 3))
+    return operands._replace(q=with_nan(operands.q, idle.reshape(problem.batch, problem.q_heads, -1)),
+                             k=with_nan(operands.k, unseen), v=with_nan(operands.v, unseen))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_agree_with_the_oracle(name):
     schedule, problem = problem_of(name)
     dtype = problem.dtypes[0]
-    case = conformance.random_case(problem, dtype)
-    found = run(schedule, problem.spec(), *case)
-    assert_within(conformance.budget(problem, dtype, *case), found)
+    operands, cotangents = conformance.random_case(problem, dtype)
+    found = run(schedule, problem, poisoned(problem, operands), cotangents)
+    assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
 
 
 def test_a_hidden_key_that_is_not_finite_reaches_nothing():
@@ -81,7 +118,7 @@ def test_a_hidden_key_that_is_not_finite_reaches_nothing():
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     k, v, seen = operands.k.copy(), operands.v.copy(), 48
     k[:, 60], v[:, 65], v[:, 66], v[:, seen] = np.nan, np.inf, 3e38, np.nan
-    found = run(NARROW, problem.spec(), operands._replace(k=k, v=v), cotangents)
+    found = run(NARROW, problem, operands._replace(k=k, v=v), cotangents)
     attends, budget = np.arange(40) + 10 >= seen, conformance.budget(problem, "bfloat16", operands, cotangents)
     for name in ("out", "dq"):
         rows = np.asarray(found[name], np.float32)[0, :, 0]

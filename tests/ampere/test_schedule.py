@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_flash import Causal, Dense, Full, InBounds, Window, device
+from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device
 from pallas_flash.kernels.ampere import defaults, memory, rules, support, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
@@ -64,13 +64,19 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
     assert defaults.default_backward(spec, device.A100) != assumed
 
 
+IDS = SegmentIds(*[np.ones(4096, np.int32)] * 2)
+
+
+class Mine(Window):
+    """A mask of a class of the caller's."""
+
+
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "needs bfloat16 or float16"),
     "wide": (dict(d=256), "needs head dimensions from 1 to 256, together, as multiples of 8, at most 320"),
     "deterministic": (dict(deterministic=True), "adds the parts of dq in any order"),
-    "dropout": (dict(dropout_rate=0.1), "takes no dropout yet, dropout_rate=0.1"),
-    "arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical()), "takes no mask that holds arrays yet"),
-    "dense": (dict(mask=Dense(np.ones((4096, 4096), bool)).canonical()), "takes no mask that holds arrays yet"),
+    "own-mask-of-arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical() & Mine()), "takes arrays in, and "),
+    "two-ids": (dict(mask=IDS.canonical() & IDS.canonical()), "takes one SegmentIds, mask has 2"),
 }
 
 

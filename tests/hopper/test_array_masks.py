@@ -16,8 +16,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from hopper.test_backward import cotangents, interpreted_gradients, statistics
 from pallas_flash import device, masks
 from pallas_flash import packed as packed_sequences
-from pallas_flash.kernels.hopper import defaults, dropout, launches, mask_arrays, rules, work
+from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, rules, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import conformance

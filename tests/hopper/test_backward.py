@@ -18,9 +18,9 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import device, masks, softmax
-from pallas_flash.kernels.hopper import defaults, dropout, launches, rules, work
+from pallas_flash.kernels.hopper import defaults, launches, rules, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
-from pallas_flash.kernels.mosaic import interpret, scores
+from pallas_flash.kernels.mosaic import dropout, interpret, scores
 from pallas_flash.spec import AttentionSpec, Gradients
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem

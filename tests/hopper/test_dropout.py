@@ -12,7 +12,8 @@ import pytest
 
 from pallas_flash import device, dispatch, errors, flash_attention
 from pallas_flash import dropout as bits
-from pallas_flash.kernels.hopper import calls, dropout
+from pallas_flash.kernels.hopper import calls
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.spec import AttentionSpec, Operands
 
 SEED = np.array([0x243F6A88, 0x85A308D3], np.uint32)

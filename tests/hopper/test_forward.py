@@ -14,8 +14,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from pallas_flash import device, masks, reference
 from pallas_flash import dropout as bits
-from pallas_flash.kernels.hopper import defaults, dropout, launches, rules
+from pallas_flash.kernels.hopper import defaults, launches, rules
 from pallas_flash.kernels.hopper.forward import kernel as forward
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
 

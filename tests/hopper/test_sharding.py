@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_flash import device, masks
 from pallas_flash import dropout as bits
-from pallas_flash.kernels.hopper import defaults, dropout, launches
+from pallas_flash.kernels.hopper import defaults, launches
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.xla import backward, forward
 from pallas_flash.spec import AttentionSpec, Operands

@@ -2,21 +2,27 @@
 
 Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`): below `forward` and
 `backward` a spec is `padding.padded`.
+
+Where a mask holds arrays, they are arguments like others, and what kernels read instead of them (`mask_arrays`) is made
+beside the launches: on each device, for its shard and its schedule.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors, padding
+from pallas_flash import errors, masks, padding
 from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
-from pallas_flash.kernels.ampere import defaults, launches
+from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -26,16 +32,40 @@ _HOPPER = (9, 0)
 """
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WithArrays:
+    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask."""
+
+    spec: AttentionSpec
+    launched: Pass
+    schedule: ForwardSchedule | BackwardSchedule
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self.launched.result_types
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        fields, structure = jax.tree.flatten(self.spec.mask)
+        count = len(arrays) - len(fields)
+        mask: masks.Mask = jax.tree.unflatten(structure, arrays[count:])
+        made = mask_arrays.make(self.spec, self.schedule, mask)
+        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
+
+
+def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
+    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
+
+
 @functools.lru_cache(maxsize=1024)
 def _forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    return launches.forward(spec, schedule)
+    return _computation(spec, launches.forward(spec, schedule), schedule)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    return launches.backward(spec, schedule)
+    return _computation(spec, launches.backward(spec, schedule), schedule)
 
 
 @functools.lru_cache(maxsize=8)
@@ -52,7 +82,8 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    found: Results[jax.Array] = _run_forward(padding.padded(spec), padding.padded_operands(spec, operands))
+    found: Results[jax.Array] = _run_forward(
+        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), dropout.inputs(spec, operands))
     return padding.cut_results(spec, found)
 
 
@@ -61,8 +92,14 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
     results, cotangents = (padding.padded_results(spec, x) for x in (Results(out, stats), Results(dout, dstats)))
     found: Gradients[jax.Array] = _run_backward(
-        padding.padded(spec), padding.padded_operands(spec, operands), results, cotangents)
+        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), results, cotangents,
+        dropout.inputs(spec, operands))
     return padding.cut_gradients(spec, found)
+
+
+def _without_seed(operands: Operands) -> Operands:
+    """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
+    return operands._replace(dropout_seed=None)
 
 
 @interpreted_as(lambda device: None)
@@ -83,18 +120,22 @@ def _require_its_generation(device: Device) -> None:
 
 
 @vmappable
-def _run_forward(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
+                 keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     _require_its_generation(device)
-    arrays = operands.q, operands.k, operands.v
-    out, stats = partitioned(_forward_on(device), "query key key -> query row", spec, *arrays)
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key {'row ' * len(keys)}{'field ' * len(fields)}-> query row"
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *keys,
+                             *fields)
     return Results(out, stats)
 
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
-                  cotangents: Results[jax.Array]) -> Gradients[jax.Array]:
+                  cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     _require_its_generation(device)
-    roles = "query key key query row query row -> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents
+    fields = jax.tree.leaves(operands.mask)
+    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -4,14 +4,19 @@ forward: q, k, v -> out, stats. One kernel.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query, one kernel makes dk
 and dv and adds dq up in float32, and `finish` makes dq of that.
+
+With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
+more inputs.
 """
 
 import jax
 import jax.numpy as jnp
 
+from pallas_flash.kernels.ampere import mask_arrays
 from pallas_flash.kernels.ampere.backward import finish, kv, prepare
 from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec
 
@@ -20,7 +25,8 @@ __all__ = ["backward", "forward"]
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
-    return Pass(inputs=_operands(spec), constants={}, launches=(forward_kernel.launch(spec, schedule),),
+    inputs = _operands(spec) | dropout.input_types(spec) | mask_arrays.types(spec, schedule)
+    return Pass(inputs=inputs, constants={}, launches=(forward_kernel.launch(spec, schedule),),
                 results=("out", "stats"))
 
 
@@ -34,7 +40,9 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     first = prepare.launch(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    return Pass(inputs=_operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}, constants={},
+    inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
+    inputs |= dropout.input_types(spec) | mask_arrays.types(spec, schedule)
+    return Pass(inputs=inputs, constants={},
                 launches=(first, kv.launch(spec, schedule).reading(clean), finish.launch(spec, schedule)),
                 results=("dq", "dk", "dv"))
 

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.kernels.ampere.copies import shared_address
-from pallas_flash.kernels.ampere.registers import TILE, Fragment, place
+from pallas_flash.kernels.ampere.registers import TILE, Fragment, thread_in_tile
 from pallas_flash.kernels.ampere.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
@@ -238,7 +238,7 @@ def store_rows(x: Fragment, ref: Ref, first: int, chunk: int, column: int = 0) -
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value) -> None:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
-        warp, row, quarter = place()
+        warp, row, quarter = thread_in_tile()
         strides, _offset = ir.MemRefType(ref.type).get_strides_and_offset()
         width = strides[1]
         own = arith.addi(row, arith.muli(warp, const(16)))

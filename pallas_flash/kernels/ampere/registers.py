@@ -1,8 +1,5 @@
-"""Arrays in the registers of a warpgroup: layouts, copies from and to global memory, and helpers on 64 rows.
-
-A tile has 64 rows. Warp w of four holds the rows 16 w to 16 w + 15: a thread has, of every 8 columns, two that are next
-to each other, in the rows lane / 4 and lane / 4 + 8 of its warp. That is how mma.sync wants accumulators, and of 16-bit
-types also left operands.
+"""Arrays in the registers of a warpgroup, as the kernels with mma.sync have them: what every generation has
+(`mosaic.fragments`), and copies from and to global memory.
 """
 
 import functools
@@ -18,86 +15,37 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_flash.arithmetic import Positions
-from pallas_flash.arrays import Array, Float, Int
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.fragments import (
+    COLUMN_LAYOUT,
+    ROW_LAYOUT,
+    TILE,
+    Fragment,
+    PerColumn,
+    PerRow,
+    column_sums,
+    load_row,
+    positions,
+    row_zeros,
+    spread,
+    stack,
+    store_zeros,
+    thread_in_tile,
+)
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = [
     "COLUMN_LAYOUT", "ROW_LAYOUT", "TILE", "Fragment", "PerColumn", "PerRow", "column_sums", "load_row",
-    "load_row_stats", "place", "positions", "row_zeros", "spread", "stack", "store_row_stats", "store_rows",
-    "store_zeros", "zeros",
+    "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_row_stats", "store_rows", "store_zeros",
+    "thread_in_tile", "zeros",
 ]
-
-TILE = plgpu.Layout.WGMMA
-"""(64, columns): Pallas names the layout after the first instruction that had it."""
-ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-"""(64,): a number for each row of a tile."""
-COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
-"""(columns,): a number for each column of a tile."""
-
-Fragment = Float[Array, "64 n"]
-"""A tile in the registers of a warpgroup, in the layout TILE."""
-PerRow = Float[Array, "64"]
-"""A number for each row of a tile, in ROW_LAYOUT."""
-PerColumn = Float[Array, "n"]
-"""A number for each column of a tile, in COLUMN_LAYOUT."""
 
 
 def zeros(columns: int) -> Fragment:
     """(64, columns) float32 zeros."""
     return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), TILE)
-
-
-def row_zeros() -> PerRow:
-    """(64,) float32 zeros in ROW_LAYOUT."""
-    return plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROW_LAYOUT)
-
-
-def spread(x: PerRow, columns: int) -> Fragment:
-    """Spreads x, (64,), over columns: (64, columns), every column of which is x."""
-    return lax.broadcast_in_dim(x, (64, columns), [0])
-
-
-def stack(x: PerColumn) -> Fragment:
-    """Stacks x, (n,), 64 times: (64, n), every row of which is x."""
-    return lax.broadcast_in_dim(x, (64, x.shape[0]), [1])
-
-
-def column_sums(x: Fragment) -> Fragment:
-    """Sums of every eighth column, (64, n) -> (64, 8), which no two threads share."""
-    return functools.reduce(jnp.add, [x[:, i:i + 8] for i in range(0, x.shape[1], 8)])
-
-
-def place() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Warp, row and quarter of a row of this thread in an 8-row group of a tile; made where they are used, or LLVM
-    would keep what follows from them through every loop.
-    """
-    const = lambda value: mgpu.utils.c(value, ptx.i32())
-    thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
-    lane = arith.remui(thread, const(32))
-    return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
-
-
-@interpreted_as(lambda columns, axis, first: first + lax.broadcasted_iota(jnp.int32, (64, columns), axis))
-def positions(columns: int, axis: int, first: Positions) -> Int[Array, "64 n"]:
-    """Makes first + the index along `axis`, (64, columns) int32, of one register where it is used."""
-    @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.int32, TILE))
-    def make(_: mgpu.LaunchContext, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        i32, pair = ptx.i32(), ir.VectorType.get((2,), ptx.i32())
-        const = lambda value: mgpu.utils.c(value, i32)
-        warp, row, quarter = place()
-        own = (arith.addi(arith.muli(warp, const(16)), row), arith.muli(quarter, const(2)))[axis]
-        base, layout = arith.addi(first.registers.item(), own), TILE.to_mgpu()
-        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
-        flat = registers.reshape(columns // 8, 2)
-        for j, i in np.ndindex(flat.shape):
-            values = [arith.addi(base, const(8 * i if axis == 0 else 8 * j + e)) for e in (0, 1)]
-            flat[j, i] = vector.from_elements(pair, values)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
-
-    return make(ptx.scalar(first))
 
 
 # -- global memory -----------------------------------------------------------------------------------------------------
@@ -138,7 +86,7 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, *index: mgpu.FragmentedArray) -> None:
         i32, word = ptx.i32(), ir.VectorType.get((1,), ptx.i32())
         const = lambda value: mgpu.utils.c(value, i32)
-        warp, row, quarter = place()
+        warp, row, quarter = thread_in_tile()
         places = [i.registers.item() for i in index]
         places[axis] = arith.addi(places[axis], arith.addi(arith.muli(warp, const(16)), row))
         start = _offset(shape, (*places, arith.muli(quarter, const(2))))
@@ -161,48 +109,13 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
     store(x, ref, *map(ptx.scalar, index))
 
 
-def _store_zeros_plain(ref: Ref) -> None:
-    ref[...] = jnp.zeros(ref.shape, jnp.float32)
-
-
-@interpreted_as(_store_zeros_plain)
-def store_zeros(ref: Ref) -> None:
-    """Writes zeros into a float32 buffer of global memory, sixteen bytes at a time."""
-    layout = plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4)
-    ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), layout)
-
-
-@interpreted_as(lambda ref, index, first, columns: ref[*index, pl.ds(first, columns)])
-def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns: int) -> PerColumn:
-    """Loads ref[index][first:first + columns] in COLUMN_LAYOUT, from an array of four axes of floating-point numbers in
-    global memory; both multiples of 8.
-    """
-    dtype, shape = ref.dtype, ref.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
-                       return_type=plgpu.ShapeDtypeStruct((columns,), dtype, COLUMN_LAYOUT))
-    def load(_: mgpu.LaunchContext, ref: ir.Value, *index: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
-        *places, first = (i.registers.item() for i in index)
-        start = _offset(shape, (*places, arith.addi(first, arith.muli(place()[2], mgpu.utils.c(2, i32)))))
-        element, layout = ir.MemRefType(ref.type).element_type, COLUMN_LAYOUT.to_mgpu()
-        registers = np.empty(layout.registers_shape((columns,)), dtype=object)
-        for j in range(columns // 8):
-            at = arith.addi(start, mgpu.utils.c(8 * j, i64))
-            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], element)
-            registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return load(ref, *map(ptx.scalar, (*index, first)))
-
-
 def _row_elements(row: ir.Value, first: ir.Value, length: int) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
     """For each of a thread's two rows: its index in (rows, length), whether it lies below `length`, and whether this
     thread is the first of the four that hold it.
     """
     i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
     const = lambda value: mgpu.utils.c(value, i32)
-    warp, own, quarter = place()
+    warp, own, quarter = thread_in_tile()
     leads = arith.cmpi(arith.CmpIPredicate.eq, quarter, const(0))
     base = arith.muli(arith.extui(i64, row), mgpu.utils.c(length, i64))
     for i in range(2):

@@ -2,6 +2,7 @@
 
 from pallas_flash.kernels.ampere.memory import smem_bytes
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["reasons_against"]
@@ -30,6 +31,8 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
     held = s.row_tiles * (s.block_kv + spec.d_v) // 2
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 128, f"{s.block_kv=} must be a multiple of 16 and at most 128"),
+        (s.block_kv % BITS == 0 or not has_bits(spec.mask),
+         f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
@@ -41,6 +44,8 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (s.block_q in (32, 64), f"{s.block_q=} must be 32 or 64"),
         (s.part_q % 16 == 0 and 0 < s.part_q <= s.block_q and s.block_q % max(s.part_q, 1) == 0,
          f"{s.part_q=} must be a multiple of 16 that divides {s.block_q=}"),
+        (s.part_q % BITS == 0 or not has_bits(spec.mask),
+         f"{s.part_q=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),

@@ -1,7 +1,9 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import masks, padding
+from pallas_flash import padding
 from pallas_flash.device import Device
+from pallas_flash.filled import filled_part
+from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["not_measured", "why_not"]
@@ -50,18 +52,15 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
-        (spec.dropout_rate == 0 and not spec.dropout_moved,
-         f"takes no dropout yet, dropout_rate={spec.dropout_rate:g} (pass 0 where nothing is trained)"),
+        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
+         "devices share (pass dropout_rate=0 where nothing is trained)"),
         (not spec.deterministic, "adds the parts of dq in any order (pass deterministic=False where bits need not "
          "repeat)"),
     )
-    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec.mask)
+    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec)
 
 
-def _mask_reasons(mask: masks.Mask) -> list[str]:
-    """A mask without arrays may be of any class."""
-    if not mask.has_arrays:
-        return []
-    own = sorted({type(part).__name__ for part in mask.parts if part.has_arrays})
-    return [f"takes no mask that holds arrays yet, mask has {', '.join(own)} (give numbers that are the same for the "
-            "batch as Python integers)"]
+def _mask_reasons(spec: AttentionSpec) -> list[str]:
+    if filled_part(spec.mask) is not None:
+        return ["takes no keys in a cache yet"]
+    return mask_rules.why_not(spec)

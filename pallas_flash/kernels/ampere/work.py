@@ -1,10 +1,12 @@
 """Which tiles a block walks.
 
 The mask is asked in a kernel, for the block's own tiles, and on the host, for what is decided before a kernel runs: the
-order of blocks, and which branches can be left out. It holds no arrays (`support`).
+order of blocks, and which branches can be left out. Of a mask that holds arrays the host knows only the parts that hold
+none, so no branch is left out; kernels read what they would ask from other arrays (`mask_arrays`).
 """
 
 import functools
+import operator
 from typing import Any, overload
 
 import numpy as np
@@ -18,26 +20,35 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range", "padded_q", "q_range",
-    "row_range",
+    "QUERY_PADDING", "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range",
+    "padded_q", "q_range", "row_range",
 ]
+
+
+QUERY_PADDING = 64
+"""Of the backward's numbers for each query: a tile has so many queries, or half as many."""
 
 
 @functools.lru_cache(maxsize=256)
 def mask_of(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> masks.Mask:
-    """The spec's mask, and the ends of ragged tiles: a weight must be 0 where copies fill with zeros.
+    """The parts of the spec's mask that hold no arrays, and the ends of ragged tiles: a weight must be 0 where copies
+    fill with zeros. Where the mask holds no arrays, it is the kernels' mask.
 
     Queries past the end need no end of their own: they are not stored, and in the backward their lse says that they
     attend to nothing.
     """
-    if spec.kv_len % s.block_kv:
-        return spec.mask & masks.InBounds(kv_len=spec.kv_len)
-    return spec.mask
+    mask = spec.mask
+    if mask.has_arrays:
+        static = [part for part in mask.parts if not part.has_arrays]
+        mask = functools.reduce(operator.and_, static, masks.Full())
+    return mask & masks.InBounds(kv_len=spec.kv_len) if spec.kv_len % s.block_kv else mask
 
 
 @functools.lru_cache(maxsize=256)
 def may_have_idle_queries(spec: AttentionSpec) -> bool:
     """Whether the mask's bounds leave room for a query that attends to nothing."""
+    if spec.mask.has_arrays:
+        return True
     pos = np.arange(spec.q_len)
     lo, full_lo, full_hi, hi = (np.broadcast_to(np.clip(x, 0, spec.kv_len), pos.shape)
                                 for x in spec.mask.kv_bounds(pos, pos + 1))
@@ -46,7 +57,7 @@ def may_have_idle_queries(spec: AttentionSpec) -> bool:
 
 def padded_q(spec: AttentionSpec) -> int:
     """Queries, rounded up to what the backward's statistics are padded to."""
-    return tiles.cdiv(spec.q_len, 64) * 64
+    return tiles.cdiv(spec.q_len, QUERY_PADDING) * QUERY_PADDING
 
 
 # -- the forward -------------------------------------------------------------------------------------------------------
@@ -76,7 +87,7 @@ def forward_work(spec: AttentionSpec, s: ForwardSchedule) -> Work:
     """
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
-    return _work(spec.batch * spec.q_heads, q_tile, kv_range(spec, s, q_tile), head_bytes, s)
+    return _work(spec, spec.batch * spec.q_heads, (q_tile, kv_range(spec, s, q_tile)), head_bytes, s)
 
 
 # -- the backward ------------------------------------------------------------------------------------------------------
@@ -107,10 +118,17 @@ def kv_work(spec: AttentionSpec, s: BackwardSchedule) -> Work:
     """The blocks of the kernel that keeps key tiles, one for each tile and key head."""
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + 4 * spec.d)
-    return _work(spec.batch * spec.kv_heads, kv_tile, q_range(spec, s, kv_tile), head_bytes, s)
+    return _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
 
 
-def _work(heads: int, tile: np.ndarray, needed: tiles.TileRange[Positions], head_bytes: int,
+def _work(spec: AttentionSpec, heads: int, needed: tuple[np.ndarray, tiles.TileRange[Positions]], head_bytes: int,
           s: ForwardSchedule | BackwardSchedule) -> Work:
-    each = tiles.TileRange(*(np.broadcast_to(np.asarray(x), tile.shape) for x in needed))
-    return scheduling.work(heads, each, s.section_bytes // max(head_bytes, 1), s.num_sms)
+    """The blocks of a kernel in sections of about `section_bytes`.
+
+    Args:
+      needed: numbers of tiles, and the tiles of the other axis that they need.
+    """
+    tile, ranges = needed
+    each = tiles.TileRange(*(np.broadcast_to(np.asarray(x), tile.shape) for x in ranges))
+    work = scheduling.work(heads, each, s.section_bytes // max(head_bytes, 1), s.num_sms)
+    return work._replace(empty=True, partial=True) if spec.mask.has_arrays else work

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax, tiles
-from pallas_flash.arrays import Array, Float
+from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
@@ -32,7 +32,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["HeadBias", "arrays", "as_mask", "column_of_pairs", "inputs", "names", "of_pairs", "types"]
+__all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "types"]
 
 
 # -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
@@ -151,6 +151,17 @@ class HeadBias(NamedTuple):
         else:
             bias = self.gmem["bias"][*self._at("bias"), 0, key]
         return s * self._unit + bias - self._rows("anchor", first)
+
+    def keep(self, by_mask: Bool[Array, "64 n"], first: Index, key: Index) -> Bool[Array, "64 n"]:
+        """Leaves out the pairs of the 64 queries from `first` on and a key that the bias hides.
+
+        Args:
+          by_mask: which of them the mask keeps, the same in each column.
+        """
+        if not of_pairs(self.gmem):
+            return by_mask
+        own = column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
+        return by_mask & (registers.spread(own, by_mask.shape[1]) != -jnp.inf)
 
     def _added_to_pairs(self, s: Fragment, row: Index, column: Index, keys_dim: int) -> Fragment:
         """Scores with the bias of each pair; -inf where that is, whatever the score."""

@@ -15,9 +15,10 @@ import jax
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import bias, defaults, dropout, launches, mask_arrays
+from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays
 from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass

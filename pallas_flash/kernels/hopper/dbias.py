@@ -44,7 +44,7 @@ def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cota
 
     Args:
       operands: those of the call.
-      keys: dropout's (`hopper.dropout.inputs`).
+      keys: dropout's (`mosaic.dropout.inputs`).
     """
     assert operands.bias is not None
     fields = jax.tree.leaves(operands.mask)

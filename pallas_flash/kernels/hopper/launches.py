@@ -6,7 +6,7 @@ mask's arrays and, if there are pages, their table -> out, stats: one kernel, to
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
-With dropout both also take its keys (`hopper.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
+With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, and the forward no table. With a bias, whose mask always does (`bias.as_mask`), those of
 `hopper.bias` come last.
 """
@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import dq_pieces, smem_bytes
 from pallas_flash.kernels.hopper.schedule import (
-    BITS,
     CHUNK,
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
@@ -17,6 +16,7 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import has_bits, has_order
+from pallas_flash.kernels.mosaic.mask_bits import BITS
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["reasons_against"]

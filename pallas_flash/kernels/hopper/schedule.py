@@ -19,12 +19,9 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "BITS", "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule",
     "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
 ]
-
-BITS = 32
-"""Of a word of a dense mask: a tile of keys, or of queries, is a whole number of words."""
 
 CHUNK = 64
 """Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, the widest swizzle."""

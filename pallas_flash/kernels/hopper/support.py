@@ -6,19 +6,15 @@ import numpy as np
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
-from pallas_flash.packed import Packed
+from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["INTERVAL_RULES", "backward_of", "is_made_for", "not_measured", "why_not"]
+__all__ = ["backward_of", "is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 256
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
-INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
-"""The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
-say which, exactly, for a single position.
-"""
 
 
 def is_made_for(device: Device) -> bool:
@@ -51,13 +47,6 @@ def backward_of(spec: AttentionSpec) -> str | None:
     return None if filled_part(spec.mask) is None else "xla"
 
 
-def _is_known(part: masks.Mask) -> bool:
-    """Whether a part of a mask keeps the keys of one interval for each query, pairs of equal ids, or what bits say."""
-    if type(part) is Packed:
-        return all(type(rule) in INTERVAL_RULES for rule in part.rule.parts)
-    return type(part) in (*INTERVAL_RULES, masks.SegmentIds, masks.Dense)
-
-
 def _device_reasons(device: Device) -> list[str]:
     if device.platform != "gpu" or device.capability is None:
         return [f"needs an NVIDIA GPU of compute capability 9.0, device is {device.platform!r}"]
@@ -84,7 +73,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     found = [reason for holds, reason in rules if not holds]
-    return found + (_mask_reasons(spec) if (filled := filled_part(spec.mask)) is None
+    return found + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
 
 
@@ -105,23 +94,5 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
          f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
         (spec.bias is None, "takes no bias against a cache yet"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
-    )
-    return [reason for holds, reason in rules if not holds]
-
-
-def _mask_reasons(spec: AttentionSpec) -> list[str]:
-    """A mask without arrays may be of any class. Where one part holds arrays, as what a bias hides does, the kernels
-    know all parts by class.
-    """
-    mask = spec.mask
-    if not mask.has_arrays and spec.bias is None:
-        return []
-    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
-    ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
-    rules = (
-        (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
-         f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
-         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias)"),
-        (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

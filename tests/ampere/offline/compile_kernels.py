@@ -2,8 +2,9 @@
 
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
-CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-window": causal without the
-last two. The environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", or has one of
+`MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
+`tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
 import json
@@ -24,15 +25,25 @@ from tests.hopper.offline.compile_kernels import compile_module, mosaic_modules
 GPUS = {"8.0": device.A100, "8.9": device.L4, "9.0": device.H200, "10.0": device.B200, "12.0": device.RTX_5090}
 
 
+_IDS, _NUMBER = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 4096), (1,)))
+MASKS = {
+    "window": masks.Window(300, 50),
+    "lengths": masks.Causal(_NUMBER) & masks.InBounds(kv_len=_NUMBER),
+    "documents": masks.Causal() & masks.SegmentIds(_IDS, _IDS),
+    "dense": masks.Dense(jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.bool_)),
+}
+
+
 def spec_of(name: str) -> AttentionSpec:
     """The problem of a name."""
     options = name.split("-")
     number = lambda letter: next((int(x[1:]) for x in options if re.fullmatch(rf"{letter}\d+", x)), None)
     d, d_v, length = number("d"), number("v"), 4096 - 48 * ("ragged" in options)
     shape = lambda dim: jax.ShapeDtypeStruct((1, length, 4, dim), jnp.bfloat16)
-    mask = masks.Window(300, 50) if "window" in options else masks.Causal()
+    mask = next((MASKS[name] for name in options if name in MASKS), masks.Causal())
     return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask,
-                            softcap=30.0 if "softcap" in options else None)
+                            softcap=30.0 if "softcap" in options else None,
+                            dropout_rate=0.1 if "dropout" in options else 0.0)
 
 
 def main(capability: str, names: list[str]) -> None:

@@ -8,6 +8,7 @@ from pallas_flash.kernels.ampere import copies
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
+from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import Step, Walk
@@ -21,9 +22,10 @@ class Block(NamedTuple):
 
     spec: AttentionSpec
     schedule: BackwardSchedule
-    gmem: dict[str, Ref]  # q, k, v, dout, stats, dq_sums, dk, dv
+    gmem: dict[str, Ref]  # q, k, v, dout, stats, dq_sums, dk, dv; what mask and dropout need
     smem: dict[str, Ref]  # memory.kv_buffers
     team: Team
+    mask: HeadMask  # `of_head` is that of a query head
     batch: Index
     head: Index  # of keys
     tile: Index

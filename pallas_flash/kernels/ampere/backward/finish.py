@@ -14,7 +14,7 @@ from pallas_flash.kernels.ampere import copies, memory, registers
 from pallas_flash.kernels.ampere.registers import TILE, Fragment
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -65,7 +65,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
     per_rows = ROWS // schedule.block_q
     shape = memory.dq_sums_shape(spec, schedule)
-    count = shape[2] // per_rows
+    count, unit = shape[2] // per_rows, spec.scale * dropout.factor(spec)
 
     def attention_backward_finish(sums: Ref, dq: Ref, *_: object) -> None:
         block = lax.axis_index("block")
@@ -75,7 +75,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         own = sums.at[batch, head, pl.ds(rows * per_rows, per_rows)]
         for chunk in range(shape[3]):
             columns = min(CHUNK, spec.d - chunk * CHUNK)
-            x = load_sums(own, chunk)[:, :columns] * spec.scale
+            x = load_sums(own, chunk)[:, :columns] * unit
             registers.store_rows(x.astype(spec.result_dtype), dq, place, axis, chunk * CHUNK)
 
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}

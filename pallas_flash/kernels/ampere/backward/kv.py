@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import tiles
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
@@ -31,11 +31,12 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, mask_ranges, ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -86,7 +87,7 @@ def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
     if large is not None:
         y = lax.cond(large, exact, lambda y: y, y)
     if partial is not None:
-        y = block_mask.hide(work.mask_of(block.spec, s), y, (first, block.first_key(row_tile)), 0)
+        y = block.mask.of_head(part.step.head).hide(y, (first, block.first_key(row_tile)), 0)
     return y
 
 
@@ -101,6 +102,15 @@ def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragm
         y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
     p = jnp.exp2(y)
     return p, slope(spec, s, p)
+
+
+def kept(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> tuple[Fragment, Fragment]:
+    """Zeroes the weights that dropout drops, and takes the product out of their dP."""
+    if not block.spec.dropout_rate:
+        return p, dp
+    first = part.step.tile * block.schedule.block_q + part.start, block.first_key(row_tile)
+    flags = dropout.kept(dropout.draws(block.spec, block.gmem, (block.batch, part.step.head), first, 0), p.shape[1])
+    return jnp.where(flags, p, 0.0), jnp.where(flags, dp, statistic(block, part, Statistics.DELTA))
 
 
 def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
@@ -125,6 +135,7 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
+        p, dp = kept(block, part, i, p, dp)
         ds = slopes(part, sloped, dp).astype(spec.dtype)
         own = block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)]
         mma.store_rows(ds, own, i * ROWS, 0, part.start)
@@ -134,7 +145,9 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
 
 
 def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
-    """Adds a query tile to dk and dv, if the warpgroup's keys meet it, and writes its dS^T to shared memory."""
+    """Adds a query tile to dk and dv, if the warpgroup's keys meet it, as all do where the mask holds arrays, and
+    writes its dS^T to shared memory.
+    """
     s = block.schedule
 
     def add(sums: Sums) -> Sums:
@@ -149,7 +162,7 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
             mma.store_rows(nothing, block.smem["ds"].at[:, pl.ds(block.own, ROWS * s.row_tiles)], i * ROWS, 0)
         return sums
 
-    if s.warpgroups == 1 or not work.kv_work(block.spec, s).partial:
+    if s.warpgroups == 1 or block.spec.mask.has_arrays or not work.kv_work(block.spec, s).partial:
         return add(sums)
     own = work.own_q_range(block.spec, s, (block.first_key(0), block.first_key(s.row_tiles)))
     return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
@@ -209,7 +222,9 @@ def compute(block: Block) -> None:
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
     _, sums = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step, (block.walk.first, sums))
     for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
-        dk, dv = mark_nonfinite(block, i, spoiled, dk * spec.scale, dv)
+        if spec.dropout_rate:
+            dv = dv * dropout.factor(spec)
+        dk, dv = mark_nonfinite(block, i, spoiled, dk * (spec.scale * dropout.factor(spec)), dv)
         first = block.first_key(i)
         axis, place = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (
             2, (block.batch, block.head, first))
@@ -217,13 +232,29 @@ def compute(block: Block) -> None:
         registers.store_rows(dv.astype(spec.result_dtype), block.gmem["dv"], place, axis)
 
 
-def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
-    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout and the statistics that
-    `backward.prepare` makes.
+def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, tiles.TileRange[Index]]:
+    """The mask of a block's heads (`of_head` is that of one), and the query tiles that they need.
+
+    Args:
+      index: (batch, key head, key tile).
     """
-    inputs = "q", "k", "v", "dout", "statistics", "dq_sums"
-    names = "q", "k", "v", "dout", "stats", "dq_sums", "dk", "dv"
+    batch, head, kv_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, head)
+        return mask, mask.tiles("query_tiles", kv_tile)
+    needed = work.q_range(spec, s, kv_tile)
+    return StaticMask(work.mask_of(spec, s)), tiles.TileRange(*map(ptx.scalar, needed))
+
+
+def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
+    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout, the statistics that
+    `backward.prepare` makes, dropout's keys, and what `mask_arrays` makes.
+    """
+    inputs = "q", "k", "v", "dout", "statistics", *dropout.input_types(spec)
+    inputs += *mask_ranges.names(spec.mask, False), "dq_sums"
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
+    names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
                for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
     size = schedule.warpgroups
@@ -233,10 +264,10 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         pair, kv_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.kv_heads), rem(pair, spec.kv_heads)
         team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
-        needed = tiles.TileRange(*map(ptx.scalar, work.q_range(spec, schedule, kv_tile)))
-        walk = Walk(head * spec.group, spec.group, *needed)
         gmem = dict(zip(names, arrays, strict=True))
-        compute(Block(spec, schedule, gmem, smem, team, batch, head, kv_tile, walk))
+        mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
+        walk = Walk(head * spec.group, spec.group, *needed)
+        compute(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
     threads: dict[str, Any] = dict(num_threads=size, thread_name="warpgroup") if size > 1 else {}
     kernel = plgpu.kernel(

@@ -18,7 +18,7 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit
@@ -40,7 +40,8 @@ def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) ->
     lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
     reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
     rounding = ptx.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
-    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
+    start = -delta / dropout.factor(spec) if spec.dropout_rate else -delta
+    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, start),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
 

@@ -1,9 +1,9 @@
 """What the backward knows of each query: three float32 numbers, which `backward.prepare` computes.
 
 P = exp2(scale log2(e) S - lse log2(e)), where product and difference are one instruction, rounded once; the accumulator
-of dP starts at -delta, so that dS = P * dP. Where one of 64 queries is large (`mosaic.scores`), lse log2(e) is rounded
-too much, and what it lost is added to the exponents of all 64: they are exact where S is what it was in the forward, to
-the bit. The last bit of all 64 numbers says that one is.
+of dP starts at -delta, so that dS = P * dP (with dropout at -delta / factor: `mosaic.dropout`). Where one of 64 queries
+is large (`mosaic.scores`), lse log2(e) is rounded too much, and what it lost is added to the exponents of all 64: they
+are exact where S is what it was in the forward, to the bit. The last bit of all 64 numbers says that one is.
 """
 
 import enum
@@ -22,7 +22,7 @@ class Statistics(enum.IntEnum):
     """The rows of the statistics, (batch, q_heads, 3, padded length) float32."""
 
     LSE = 0  # lse log2(e), IDLE where a query attends to nothing; the last bit is 1 if one of 64 queries is large
-    DELTA = 1  # -delta
+    DELTA = 1  # -delta; with dropout -delta / factor
     ROUNDING = 2  # how much more LSE is than it should be
 
 

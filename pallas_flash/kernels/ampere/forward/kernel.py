@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax, tiles
-from pallas_flash.kernels.ampere import block_mask, copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere import copies, mask_arrays, memory, mma, registers, work
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.repair import Sums, repaired
@@ -33,11 +33,12 @@ from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -72,13 +73,18 @@ def add_values(block: Block, meets: list[Flag] | None, states: list[State], weig
     return tuple(state._replace(acc=acc) for state, acc in zip(states, new, strict=True))
 
 
+def kept(block: Block, first: tuple[Index, Index], p: Fragment) -> Fragment:
+    """Zeroes the weights that dropout drops, whose first query and key are given. The row sum l_i has them."""
+    if not block.spec.dropout_rate:
+        return p
+    draws = dropout.draws(block.spec, block.gmem, (block.batch, block.head), first, 1)
+    return dropout.without_dropped(draws, p)
+
+
 def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     """Adds a tile of keys, which is on its way, and starts to load the one before it."""
     spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
-    mask, meets = work.mask_of(spec, s), None
-    if masked and s.row_tiles > 1:
-        ranges = (work.row_range(spec, s, block.first + i * ROWS) for i in range(s.row_tiles))
-        meets = [(kv_tile >= found.start) & (kv_tile < found.stop) for found in ranges]
+    meets = [block.meets(i, kv_tile) for i in range(s.row_tiles)] if masked and s.row_tiles > 1 else None
     copies.sync(block.team)
     block.load("v", kv_tile)
     scores = products(block, meets)
@@ -92,10 +98,10 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
         x = scaled(spec, x)
         if masked:
-            x = block_mask.hide(mask, x, (block.first + i * ROWS, first), 1)
+            x = block.mask.hide(x, (block.first + i * ROWS, first), 1)
         state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
         new.append(state)
-        weights.append(p)
+        weights.append(kept(block, (block.first + i * ROWS, first), p))
     return add_values(block, meets, new, weights)
 
 
@@ -116,13 +122,16 @@ def walk(block: Block) -> States:
 
 
 def finish(block: Block, row_tile: int, sums: Sums, acc: Fragment) -> None:
-    """Writes out = acc / l_i and the statistics of 64 rows to global memory."""
+    """Writes out = acc / l_i, with the factor of dropout, and the statistics of 64 rows to global memory."""
     spec, first = block.spec, block.first + row_tile * ROWS
     m_i, rounding, l_i = sums
     row, unit = 2 * (block.batch * spec.q_heads + block.head), softmax.unit(spec.scale, spec.softcap)
     for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
         registers.store_row_stats(x, block.gmem["stats"], row + i, first, spec.q_len)
-    out = acc * registers.spread(softmax.rescale(l_i), acc.shape[1])
+    inverse = softmax.rescale(l_i)
+    if spec.dropout_rate:
+        inverse = inverse * dropout.factor(spec)
+    out = acc * registers.spread(inverse, acc.shape[1])
     axis, index = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (2, (block.batch, block.head,
                                                                                            first))
     registers.store_rows(out.astype(spec.result_dtype), block.gmem["out"], index, axis)
@@ -137,11 +146,26 @@ def compute(block: Block) -> None:
         finish(block, i, *repaired(block, i, state))
 
 
+def mask_of(spec: AttentionSpec, schedule: ForwardSchedule, gmem: dict[str, Ref],
+            index: tuple[Index, Index, Index]) -> tuple[HeadMask, tiles.TileRange[Index]]:
+    """The mask of a block's head, and the key tiles that its queries need.
+
+    Args:
+      index: (batch, head, query tile).
+    """
+    batch, head, q_tile = index
+    if spec.mask.has_arrays:
+        mask = ArrayMask(gmem, batch, head)
+        return mask, mask.tiles("key_tiles", q_tile)
+    needed = work.kv_range(spec, schedule, q_tile)
+    return StaticMask(work.mask_of(spec, schedule)), tiles.TileRange(*map(ptx.scalar, needed))
+
+
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k and v in
-    the spec's layout.
+    the spec's layout, of dropout's keys, and of what `mask_arrays` makes.
     """
-    inputs = "q", "k", "v"
+    inputs = "q", "k", "v", *dropout.input_types(spec), *mask_arrays.forward_names(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)
@@ -151,9 +175,9 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
         pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
-        needed = work.kv_range(spec, schedule, q_tile)
-        needed = tiles.TileRange(*map(ptx.scalar, needed))
-        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, q_tile * schedule.block_q, needed))
+        mask, needed = mask_of(spec, schedule, gmem, (batch, head, q_tile))
+        first = q_tile * schedule.block_q
+        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, first, mask, needed))
 
     kernel = plgpu.kernel(
         attention_forward, out_type=tuple(outputs.values()),

@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.ampere import block_mask, mma, registers, work
+from pallas_flash.kernels.ampere import mma, registers, work
 from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.softmax import State, lowest
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS
 from pallas_flash.kernels.ampere.slow_rows import SlowRows, over_chunks
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
@@ -84,7 +84,6 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
       l_i, (64,), and the sum of weighted values, (64, d_v).
     """
     spec, unit, first = block.spec, score_unit(block.spec), block.first + row_tile * ROWS
-    mask = work.mask_of(spec, block.schedule)
     head = SlowRows(spec, block.gmem, (block.batch, div(block.head, spec.group)))
 
     def product(position: Index) -> PerRow:
@@ -96,12 +95,15 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: block_mask.keep(mask, columns, first, position)
+        keep = lambda columns: block.mask.keep(columns, first, position)
         s = scaled(spec, product(position))
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)
-        weighted = registers.spread(p, spec.d_v) * head.row("v", position, 0, spec.d_v)
+        kept = p
+        if spec.dropout_rate:
+            kept = jnp.where(dropout.kept_of_key(spec, block.gmem, (block.batch, block.head), first, position), p, 0.0)
+        weighted = registers.spread(kept, spec.d_v) * head.row("v", position, 0, spec.d_v)
         return (m_new, l_i * alpha + p,
                 acc * registers.spread(alpha, spec.d_v) + jnp.where(keep(spec.d_v), weighted, 0.0))
 

@@ -16,17 +16,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.bias import HeadBias
-from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import is_large, may_be_large
@@ -218,9 +218,8 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
 
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
-        biased = None
+        head, biased = HeadBias(spec, block.gmem, block.batch, block.head), None
         if spec.bias is not None:
-            head = HeadBias(spec, block.gmem, block.batch, block.head)
             biased = functools.partial(head.added_to_key, first=rows.first, key=position)
         _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large), biased=biased)
         dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
@@ -230,6 +229,8 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
         ds = (p * dp).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = block.mask.keep(columns, rows.first, position)
+        if spec.bias is not None:
+            keep = head.keep(keep, rows.first, position)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Fragment:

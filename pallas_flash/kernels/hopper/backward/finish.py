@@ -4,9 +4,10 @@ import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import dropout, memory, registers, tiles
+from pallas_flash.kernels.hopper import memory, registers, tiles
 from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref

@@ -23,18 +23,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock
 from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, score_gradients, start_of_dp, tile_weights
-from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
 from pallas_flash.kernels.hopper.backward.load import load
@@ -26,7 +26,7 @@ from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step

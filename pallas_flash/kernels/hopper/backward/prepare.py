@@ -13,12 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import dropout, memory, registers, tiles, work
+from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit, unit

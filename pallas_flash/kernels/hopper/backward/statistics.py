@@ -1,7 +1,7 @@
 """What the backward knows of each query: three float32 numbers, which `backward.prepare` computes.
 
 P = exp2(scale log2(e) S - lse log2(e)), where product and difference are one instruction, rounded once; the accumulator
-of dP starts at -delta, so that dS = P * dP (with dropout at -delta / factor: `hopper.dropout`). Where one of 64 queries
+of dP starts at -delta, so that dS = P * dP (with dropout at -delta / factor: `mosaic.dropout`). Where one of 64 queries
 is large (`scores`), lse log2(e) is rounded too much, and what it lost is added to the exponents of all 64: they are
 exact where S is what it was in the forward, to the bit. The last bit of all 64 numbers says that one is.
 """

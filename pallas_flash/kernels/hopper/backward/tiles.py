@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.schedule import KvSchedule, SplitSchedule
+from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec

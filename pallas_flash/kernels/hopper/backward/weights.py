@@ -10,14 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import dropout, registers, wgmma, work
+from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.bias import HeadBias
-from pallas_flash.kernels.hopper.head_mask import HeadMask
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import Step

@@ -21,9 +21,9 @@ from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK
-from pallas_flash.kernels.hopper.support import INTERVAL_RULES
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.mask_rules import INTERVAL_RULES
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 

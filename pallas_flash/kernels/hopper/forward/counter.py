@@ -26,8 +26,8 @@ from jaxlib.mlir.dialects import llvm
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, tiles, work
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile
-from pallas_flash.kernels.hopper.head_mask import ArrayMask
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref

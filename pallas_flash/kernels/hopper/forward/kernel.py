@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import bias, dropout, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -56,7 +56,7 @@ from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit

@@ -12,14 +12,14 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import dropout, registers, work
+from pallas_flash.kernels.hopper import registers, work
 from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
@@ -59,6 +59,18 @@ def overflowed(spec: AttentionSpec, maximum: Maximum) -> Bool[Array, "64"]:
     return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
 
 
+def kept_pairs(block: Block, tile: Tile, columns: int, place: tuple[Index, Index]) -> Bool[Array, "64 n"]:
+    """Whether each of 64 queries attends to a key, in each of so many columns.
+
+    Args:
+      place: the positions of the first query and of the key.
+    """
+    kept = tile.mask.keep(columns, *place)
+    if block.spec.bias is None:
+        return kept
+    return HeadBias(block.spec, block.gmem, tile.batch, tile.head).keep(kept, *place)
+
+
 def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
     """Runs the online softmax over the keys that each row attends to, one by one.
 
@@ -70,7 +82,7 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: tile.mask.keep(columns, rows.first, position)
+        keep = lambda columns: kept_pairs(block, tile, columns, (rows.first, position))
         s = scaled(spec, own.dot("q", "k", spec.d, position))
         if spec.bias is not None:
             s = HeadBias(spec, block.gmem, tile.batch, tile.head).added_to_key(s, rows.first, position)

@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import work
-from pallas_flash.kernels.hopper.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec

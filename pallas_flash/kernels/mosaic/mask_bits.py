@@ -17,9 +17,16 @@ import jax.numpy as jnp
 
 from pallas_flash import masks
 from pallas_flash.arrays import Array, Bool, Int
-from pallas_flash.kernels.hopper.schedule import BITS
 
-__all__ = ["ends_at_keys", "flags", "packed"]
+__all__ = ["BITS", "ends_at_keys", "flags", "has_bits", "packed"]
+
+BITS = 32
+"""Of a word: a tile of keys, or of queries, is a whole number of words."""
+
+
+def has_bits(mask: masks.Mask) -> bool:
+    """Whether a part of a mask is dense."""
+    return bool(_dense(mask))
 
 
 def ends_at_keys(mask: masks.Mask) -> bool:

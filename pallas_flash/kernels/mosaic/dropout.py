@@ -27,10 +27,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash import dropout
 from pallas_flash.arrays import Array, Bool, Int
-from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.registers import TILE, Fragment, thread_in_tile
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import fragments, ptx
+from pallas_flash.kernels.mosaic.fragments import ROWS, TILE, Fragment, thread_in_tile
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec, Operands
@@ -100,7 +98,7 @@ def _load_key(ref: Ref, head: tuple[Index, Index]) -> tuple[Index, Index]:
 
 def _kept_plain(draws: Draws, columns: int) -> Bool[Array, "64 n"]:
     unsigned = lambda x: lax.bitcast_convert_type(ptx.scalar(x), jnp.uint32)
-    shape = ROWS_PER_WARPGROUP, columns
+    shape = ROWS, columns
     q_pos, kv_pos = (unsigned(first) + lax.broadcasted_iota(jnp.uint32, shape, axis)
                      for first, axis in zip(draws.first, (1 - draws.keys_dim, draws.keys_dim)))
     key = unsigned(draws.key[0]), unsigned(draws.key[1])
@@ -111,10 +109,10 @@ def _kept_plain(draws: Draws, columns: int) -> Bool[Array, "64 n"]:
 def kept(draws: Draws, columns: int) -> Bool[Array, "64 n"]:
     """Flags of the weights that are kept, (64, columns) in the layout TILE; columns are a multiple of 16."""
     @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,) * 4,
-                       return_type=plgpu.ShapeDtypeStruct((ROWS_PER_WARPGROUP, columns), jnp.bool_, TILE))
+                       return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.bool_, TILE))
     def make(_: mgpu.LaunchContext, *scalars: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         layout, pair = TILE.to_mgpu(), ir.VectorType.get((2,), ir.IntegerType.get_signless(1))
-        found = np.empty(layout.registers_shape((ROWS_PER_WARPGROUP, columns)), dtype=object)
+        found = np.empty(layout.registers_shape((ROWS, columns)), dtype=object)
         flat = found.reshape(columns // 8, 2)
         for at, flags in _flags(draws, columns, scalars):
             flat[at] = vector.from_elements(pair, flags)
@@ -128,7 +126,7 @@ def kept_of_key(spec: AttentionSpec, gmem: dict[str, Ref], head: tuple[Index, In
     """Flags of the weights of 64 queries and one key, in the layout ROW_LAYOUT."""
     first = lax.div(ptx.scalar(position), jnp.int32(16)) * 16
     flags = kept(draws(spec, gmem, head, (q_first, first), 1), 16)
-    here = registers.positions(16, 1, first) == position
+    here = fragments.positions(16, 1, first) == position
     return jnp.where(flags & here, jnp.float32(1.0), jnp.float32(0.0)).max(axis=1) > 0
 
 

@@ -10,10 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array, Bool, Int
-from pallas_flash.kernels.hopper import bias, registers
-from pallas_flash.kernels.hopper.registers import Fragment
-from pallas_flash.kernels.hopper.schedule import BITS, ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import fragments, ptx
+from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment
+from pallas_flash.kernels.mosaic.mask_bits import BITS
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -39,12 +38,12 @@ class StaticMask(NamedTuple):
           keys_dim: the axis that runs over keys.
         """
         columns, (q_first, kv_first) = s.shape[1], first
-        q_pos = registers.positions(columns, 1 - keys_dim, q_first)
-        return masked(s, self.mask, q_pos, registers.positions(columns, keys_dim, kv_first))
+        q_pos = fragments.positions(columns, 1 - keys_dim, q_first)
+        return masked(s, self.mask, q_pos, fragments.positions(columns, keys_dim, kv_first))
 
     def keep(self, columns: int, first: Index, key: Index) -> Bool[Array, "64 n"]:
         """Whether each of the 64 queries from `first` on attends to a key, in each of so many columns."""
-        return jnp.asarray(self.mask.keep(registers.positions(columns, 0, first), key))
+        return jnp.asarray(self.mask.keep(fragments.positions(columns, 0, first), key))
 
 
 class ArrayMask(NamedTuple):
@@ -86,25 +85,22 @@ class ArrayMask(NamedTuple):
         """Whether each of the 64 queries from `first` on attends to a key, in each of so many columns."""
         found = []
         if "keys" in self.gmem:
-            start, count = (registers.spread(self._rows("keys", i, first), columns) for i in range(2))
+            start, count = (fragments.spread(self._rows("keys", i, first), columns) for i in range(2))
             found.append((key >= start) & (key < start + count))
         if "q_ids" in self.gmem:
-            found.append(registers.spread(self._rows("q_ids", 0, first), columns)
+            found.append(fragments.spread(self._rows("q_ids", 0, first), columns)
                          == self.gmem["kv_ids"][*self._at("kv_ids"), 0, key])
         if "key_bits" in self.gmem:
-            bit = registers.positions(columns, 1, 0) * 0 + rem(key, BITS)
+            bit = fragments.positions(columns, 1, 0) * 0 + rem(key, BITS)
             found.append((self._word("key_bits", first, div(key, BITS), columns) >> bit & 1) != 0)
-        if bias.of_pairs(self.gmem):
-            own = bias.column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
-            found.append(registers.spread(own, columns) != -jnp.inf)
         return functools.reduce(operator.and_, found)
 
     def _within(self, s: Fragment, name: str, row: Index, column: Index) -> Fragment:
         """Hides what lies outside of each row's interval, 8 columns at a time."""
-        start, count = (registers.spread(self._rows(name, i, row), 8) for i in range(2))
-        offset = registers.positions(8, 1, column) - start
+        start, count = (fragments.spread(self._rows(name, i, row), 8) for i in range(2))
+        offset = fragments.positions(8, 1, column) - start
         inside = lambda i: (offset >= -i) & (offset < count - i)
-        return registers.concatenate([jnp.where(inside(i), s[:, i:i + 8], -jnp.inf) for i in range(0, s.shape[1], 8)])
+        return fragments.concatenate([jnp.where(inside(i), s[:, i:i + 8], -jnp.inf) for i in range(0, s.shape[1], 8)])
 
     def _with_equal_ids(self, s: Fragment, rows: tuple[str, Index], columns: tuple[str, Index],
                         keys_dim: int) -> Fragment:
@@ -114,8 +110,8 @@ class ArrayMask(NamedTuple):
         # Opaque, or LLVM would keep what follows from them, addresses first, in registers through every loop.
         here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
         (name, first), own = columns, here._rows(rows[0], 0, ptx.opaque(rows[1]))
-        ids = registers.load_row(self.gmem[name], (*here._at(name), 0), ptx.opaque(first), s.shape[1])
-        return jnp.where(registers.spread(own, s.shape[1]) == registers.stack(ids), s, -jnp.inf)
+        ids = fragments.load_row(self.gmem[name], (*here._at(name), 0), ptx.opaque(first), s.shape[1])
+        return jnp.where(fragments.spread(own, s.shape[1]) == fragments.stack(ids), s, -jnp.inf)
 
     def _with_bits(self, s: Fragment, name: str, row: Index, column: Index) -> Fragment:
         """Hides pairs whose bit is not set, 8 columns at a time: of a word shifted by a thread's own column, the bit of
@@ -125,10 +121,10 @@ class ArrayMask(NamedTuple):
         row, first_word = ptx.opaque(row), div(ptx.opaque(column), BITS)
         parts = []
         for first in range(0, s.shape[1], BITS):
-            word = here._word(name, row, first_word + first // BITS, 8) >> registers.positions(8, 1, 0)
+            word = here._word(name, row, first_word + first // BITS, 8) >> fragments.positions(8, 1, 0)
             for i in range(0, BITS, 8):
                 parts.append(jnp.where((word & (1 << i)) != 0, s[:, first + i:first + i + 8], -jnp.inf))
-        return registers.concatenate(parts)
+        return fragments.concatenate(parts)
 
     def _word(self, name: str, row: Index, word: Index, columns: int) -> Array:
         """Loads a word of bits for each of 64 rows, in each of so many columns; one number where rows share it."""
@@ -136,12 +132,12 @@ class ArrayMask(NamedTuple):
         word = word if words > 1 else 0
         if rows == 1:
             return self.gmem[name][*self._at(name), word, 0]
-        return registers.spread(self._rows(name, word, row), columns)
+        return fragments.spread(self._rows(name, word, row), columns)
 
     def _rows(self, name: str, i: Index, first: Index) -> Int[Array, "64"]:
         """Loads a number for each of 64 rows: row i of an array, from position `first` on."""
-        ref = self.gmem[name].at[*self._at(name), i, pl.ds(first, ROWS_PER_WARPGROUP)]
-        return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)
+        ref = self.gmem[name].at[*self._at(name), i, pl.ds(first, ROWS)]
+        return plgpu.load(ref, layout=fragments.ROW_LAYOUT, optimized=False)
 
     def _at(self, name: str) -> tuple[Index, Index]:
         """Where this batch entry and head lie in an array: its axes are as long, or 1."""
