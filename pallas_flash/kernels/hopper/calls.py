@@ -12,8 +12,9 @@ import jax
 
 from pallas_flash import masks
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import bias, defaults, dropout, launches, mask_arrays
+from pallas_flash.kernels.hopper import bias, defaults, dropout, launches, mask_arrays, score_function
 from pallas_flash.kernels.hopper.dbias import dbias
+from pallas_flash.kernels.hopper.dscore import dscore
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
@@ -83,7 +84,7 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
     arrays that JAX makes beside the launches.
     """
-    if spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None:
+    if spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None or spec.score is not None:
         return None
     return (launches.forward(spec, defaults.default_forward(spec, device)),
             launches.backward(spec, defaults.default_backward(spec, device)))
@@ -96,12 +97,15 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, and of a bias."""
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, of a bias, and of a score function's arrays.
+    """
     results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array] = _run_backward(spec, _without_seed(operands), results, cotangents, keys)
-    if spec.bias is None:
-        return found
-    return found._replace(dbias=dbias(spec, operands, results, cotangents))
+    if spec.bias is not None:
+        found = found._replace(dbias=dbias(spec, operands, results, cotangents))
+    if operands.score:
+        found = found._replace(dscore=dscore(spec, operands, results, cotangents))
+    return found
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -112,11 +116,12 @@ def _without_seed(operands: Operands) -> Operands:
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    spec, operands = bias.as_mask(spec, operands)
+    (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, pages = (*jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)), operands.page_table
     key, table = ("key", "") if pages is None else ("pages", "table ")
-    roles = f"query {key} {key} {'row ' * len(keys)}{'field ' * len(fields)}{table}-> query row"
-    arrays = operands.q, operands.k, operands.v, *keys, *fields, *[pages] * (pages is not None)
+    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}"
+    roles = f"query {key} {key} {more}{table}-> query row"
+    arrays = operands.q, operands.k, operands.v, *own, *fields, *[pages] * (pages is not None)
     out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 
@@ -124,9 +129,10 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
-    spec, operands = bias.as_mask(spec, operands)
+    (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields = *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands)
-    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
+    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}"
+    roles = f"query key key query row query row {more}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *own, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

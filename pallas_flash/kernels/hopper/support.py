@@ -6,6 +6,7 @@ import numpy as np
 from pallas_flash import masks, tiles
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
+from pallas_flash.kernels.mosaic import traced
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
@@ -43,7 +44,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
-             (spec.bias is not None, "a bias"))
+             (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
@@ -81,7 +82,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.d % TMA_ELEMENTS == 0 and spec.d_v % TMA_ELEMENTS == 0,
          f"needs head dimensions that are multiples of {TMA_ELEMENTS} (TMA strides of 16 bytes), {dims} "
          f"(pad query, key and value with zeros to {padded}, keep scale={spec.scale:g}, and cut out back)"),
-        (spec.score is None, f"takes no score function yet, score={spec.score}"),
+        (spec.score is None or spec.bias is None,
+         f"takes a bias or a score function, not both yet, score={spec.score} (let the function add the bias)"),
         (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
         (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
@@ -90,6 +92,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     found = [reason for holds, reason in rules if not holds]
+    found += () if spec.score is None else traced.why_not(spec.score)
     return found + (_mask_reasons(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
 
@@ -106,24 +109,26 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
          "takes masks whose arrays are a number for each sequence against a cache only, mask has "
          f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
         (spec.bias is None, "takes no bias against a cache yet"),
+        (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
     return [reason for holds, reason in rules if not holds]
 
 
 def _mask_reasons(spec: AttentionSpec) -> list[str]:
-    """A mask without arrays may be of any class. Where one part holds arrays, as what a bias hides does, the kernels
-    know all parts by class.
+    """A mask without arrays may be of any class. Where one part holds arrays, as what a bias or a score function hides
+    does, the kernels know all parts by class.
     """
     mask = spec.mask
-    if not mask.has_arrays and spec.bias is None:
+    if not mask.has_arrays and spec.bias is None and spec.score is None:
         return []
     own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
          f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
-         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias)"),
+         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias and no "
+         "score function)"),
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

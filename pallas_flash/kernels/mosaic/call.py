@@ -140,10 +140,12 @@ class Split:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the shards of a problem are problems by themselves: those of a bias, or of a mask whose arrays are
-        not among the call's, are not. Dropout's bits are: each batch entry and head brings its own key.
+        """Whether the shards of a problem are problems by themselves: those of a bias, of a score function, or of a
+        mask whose arrays are not among the call's, are not. Dropout's bits are: each batch entry and head brings its
+        own key.
         """
-        return self.spec.bias is None and self.names[0].count("field") == len(jax.tree.leaves(self.spec.mask))
+        spec, fields = self.spec, self.names[0].count("field")
+        return spec.bias is None and spec.score is None and fields == len(jax.tree.leaves(spec.mask))
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
