@@ -70,7 +70,7 @@ def powers(score, batch, head, q_pos, kv_pos):
 
 def waves(score, batch, head, q_pos, kv_pos):
     angle = (q_pos - 2 * kv_pos).astype(score.dtype) / 3
-    return score * jnp.sin(angle) + jnp.cos(8 * score) + jnp.floor(score) + jnp.ceil(3 * score) + score % 1
+    return score * jnp.sin(angle) + jnp.cos(8 * score) + jnp.floor(score) + jnp.ceil(3 * score)
 
 
 def choices(score, batch, head, q_pos, kv_pos):
@@ -204,6 +204,7 @@ class Rowwise(Score):
 
 REFUSED = {"sorted": (sorted_scores, "computes 'stack'"), "bfloat16": (wide, "in bfloat16"),
            "rows": (Rowwise(normal(2, 5)), r"'mul' of an array \(5,\).*\(index arrays down to a number"),
+           "remainder": (lambda score, batch, head, q_pos, kv_pos: score % 1, "remainders of integers only"),
            "power": (powered, "constant exponent"),
            "bessel": (lambda score, batch, head, q_pos, kv_pos: jax.scipy.special.i0e(score), "'bessel_i0e'")}
 

@@ -73,10 +73,11 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
     # warpgroups) and for 128 (240, 64 of them queries) have left, one of pairs than those for 64 without one; they
     # would be spilled in the loop.
-    completed = spec.bias is not None or spec.score is not None  # 4 bytes, outside the loop, with a score function
+    # A score function that is not light may need any number: up to 460 bytes in the loop of the one for 64.
+    completed = spec.bias is not None or spec.score is not None
+    many = (_is_tight(spec) and spec.bias is not None) or not is_light(spec.score)
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=2 if _is_tight(spec) and spec.bias is not None else 3,
-                             held_columns=0)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=2 if many else 3, held_columns=0)),
         (128, ForwardSchedule(block_kv=128, q_registers=not completed)),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),

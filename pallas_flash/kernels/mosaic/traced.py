@@ -316,6 +316,9 @@ class _ViewTypes:
             return ("takes score functions that compute with numbers, this one computes "
                     f"{step.name!r} of an array {tuple(next(filter(None, shapes), ()))} that depends on the pair "
                     "(index arrays down to a number first)")
+        if step.name == "rem" and self.own.types[step.outputs[0]].dtype == np.float32:
+            return ("takes remainders of integers only, this score function has one of floats "
+                    "(write x - jnp.floor(x / y) * y)")
         if step.name == "pow" and not step.inputs[1].is_known:
             return "takes powers with a constant exponent, this score function has another (write exp(y * log(x)))"
         wide = [str(self.own.types[i].dtype) for i in step.outputs if self.own.types[i].dtype.name not in _DTYPES]
