@@ -38,12 +38,14 @@ __all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "types"]
 # -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
 
 def as_mask(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
-    """The same problem with what a bias of -inf hides in its mask, too; of pairs, with an array in the mask, so that
-    nothing is known of it before it runs.
+    """The same problem with what a bias of -inf hides in its mask, too. Where a bias of pairs, or a score function,
+    says pair by pair what it hides, with an array in the mask, so that nothing is known of it before it runs.
     """
-    if operands.bias is None or spec.bias is None:
+    if operands.bias is None and spec.score is None:
         return spec, operands
-    hides = operands.bias != -jnp.inf if spec.bias.shape[2] == 1 else jnp.ones((1, 1, 1, 1), jnp.bool_)
+    hides = jnp.ones((1, 1, 1, 1), jnp.bool_)
+    if operands.bias is not None and operands.bias.shape[2] == 1:
+        hides = jnp.not_equal(operands.bias, -jnp.inf)
     mask = operands.mask & masks.Dense(hides)
     return dataclasses.replace(spec, mask=mask.with_placeholders()), operands._replace(mask=mask)
 

@@ -15,8 +15,9 @@ import jax
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays
+from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays, score_function
 from pallas_flash.kernels.hopper.dbias import dbias
+from pallas_flash.kernels.hopper.dscore import dscore
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
@@ -87,7 +88,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
     arrays that JAX makes beside the launches, or copies of arrays of the call.
     """
-    if padding.padded(spec) != spec or spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None:
+    made_beside = spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None or spec.score is not None
+    if padding.padded(spec) != spec or made_beside:
         return None
     return (launches.forward(spec, defaults.default_forward(spec, device)),
             launches.backward(spec, defaults.default_backward(spec, device)))
@@ -102,15 +104,18 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, and of a bias."""
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, of a bias, and of a score function's arrays.
+    """
     results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
-    if spec.bias is None:
-        return found
-    return found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
+    if spec.bias is not None:
+        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
+    if operands.score:
+        found = found._replace(dscore=dscore(spec, operands, results, cotangents, keys))
+    return found
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -121,12 +126,13 @@ def _without_seed(operands: Operands) -> Operands:
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    spec, operands = bias.as_mask(spec, operands)
+    (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases, pages = jax.tree.leaves(operands.mask), bias.inputs(spec, operands), operands.page_table
     key, table = ("key", "") if pages is None else ("pages", "table ")
-    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}{table}"
+    more = (f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}"
+            f"{'bias ' * len(biases)}{table}")
     roles = f"query {key} {key} {more}-> query row"
-    arrays = operands.q, operands.k, operands.v, *keys, *fields, *biases, *[pages] * (pages is not None)
+    arrays = operands.q, operands.k, operands.v, *own, *fields, *biases, *[pages] * (pages is not None)
     out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
     return Results(out, stats)
 
@@ -134,10 +140,10 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
-    spec, operands = bias.as_mask(spec, operands)
+    (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
-    more = f"{'row ' * len(keys)}{'field ' * len(fields)}{'bias ' * len(biases)}"
+    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
     roles = f"query key key query row query row {more}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields, *biases
+    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *own, *fields, *biases
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

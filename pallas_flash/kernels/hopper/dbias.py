@@ -1,36 +1,22 @@
-"""The gradient of a bias, in plain JAX: its own walk over query tiles, O(length) memory beside it.
+"""The gradient of a bias, in plain JAX: its own walk over query tiles (`query_tiles`).
 
-dbias = sum over queries, and over the axes along which the bias is broadcast, of dS = P * (dP - delta). No other result
-depends on it, so XLA leaves it out of a program that does not ask for it.
+dbias = sum over queries, and over the axes along which the bias is broadcast, of dS = P * (dP - delta).
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import compat, dropout, masks, softmax, tiles
+from pallas_flash import compat, softmax
 from pallas_flash.arrays import Array, Float, Int
+from pallas_flash.kernels.hopper import query_tiles
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["dbias"]
-
-_ROWS = 128
-
-
-class _Rows(NamedTuple):
-    """What a query tile needs: (b, h, t, ...) each, padded."""
-
-    q: Float[Array, "b h t d"]
-    dout: Float[Array, "b h t v"]
-    lse: Float[Array, "b h t"]
-    rest: Float[Array, "b h t"]
-    delta: Float[Array, "b h t"]
-    anchor: Float[Array, "b h t"]
 
 
 def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cotangents: Results[Array],
@@ -82,12 +68,16 @@ class _Computation:
         return (jax.ShapeDtypeStruct(bias.shape, self.spec.gradient_dtype(bias.dtype)),)
 
     def __call__(self, *arrays: Array) -> tuple[Array]:
-        (q, k, v, *saved), (*rest, bias) = arrays[:7], arrays[7:]
+        (q, k, v, out, stats, dout, dstats), (*rest, bias) = arrays[:7], arrays[7:]
         fields, structure = jax.tree.flatten(self.spec.mask)
         keys = rest[:len(rest) - len(fields)]
         operands = Operands(q=q, k=k, v=v, bias=bias, score=(), mask=jax.tree.unflatten(structure, rest[len(keys):]),
                             score_integers=(), dropout_seed=None, dropout_origin=None, page_table=None)
-        return (_gradient(self.spec, operands, _rows(self.spec, operands, saved), keys[0] if keys else None),)
+        rows, firsts = query_tiles.rows_of(self.spec, operands, Results(out, stats), Results(dout, dstats))
+        of_tile = lambda first: query_tiles.Tile(
+            query_tiles.tile_of(rows, first), query_tiles.positions(self.spec, first),
+            keys[0] if keys else None)
+        return (_gradient(self.spec, operands, rows, of_tile, firsts),)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,62 +86,31 @@ def _computation(spec: AttentionSpec) -> _Computation:
     return _Computation(spec)
 
 
-def _rows(spec: AttentionSpec, operands: Operands, saved: Sequence[Array]) -> _Rows:
-    """Those of all queries, padded to whole tiles."""
-    out, stats, dout, dstats = saved
-    out, dout = _heads_first(spec, out), _heads_first(spec, dout)
-    anchor = spec.anchor(operands)[..., 0].astype(jnp.float32)
-    delta = softmax.delta(out, dout, dstats[:, :, 0], spec.acc_dtype)
-    rows = _Rows(_heads_first(spec, operands.q), dout, stats[:, :, 0], stats[:, :, 1], delta,
-                 jnp.broadcast_to(anchor, delta.shape))
-    padding = tiles.cdiv(spec.q_len, _ROWS) * _ROWS - spec.q_len
-    padded: _Rows = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, padding) if i == 2 else (0, 0) for i in range(x.ndim)]), rows)
-    return padded
-
-
-def _gradient(spec: AttentionSpec, operands: Operands, rows: _Rows, key: Int[Array, "b h 2"] | None) -> Array:
+def _gradient(spec: AttentionSpec, operands: Operands, rows: query_tiles.Rows,
+              tile_of: Callable[[Array], query_tiles.Tile], firsts: Int[Array, " tiles"]) -> Array:
     """The walk over query tiles."""
     assert operands.bias is not None
     shape, dtype = operands.bias.shape, spec.gradient_dtype(operands.bias.dtype)
     broadcast = tuple(axis for axis in (0, 1, 2) if shape[axis] == 1)
 
     def step(total: Array, first: Array) -> tuple[Array, Array | None]:
-        tile = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, _ROWS, axis=2), rows)
-        found = _of_tile(spec, operands, first, tile, key).sum(axis=broadcast, keepdims=True)
+        found = _of_tile(spec, operands, tile_of(first)).sum(axis=broadcast, keepdims=True)
         return (total + found, None) if shape[2] == 1 else (total, found.astype(dtype))
 
     zeros = compat.vary_like(jnp.zeros((*shape[:2], 1, shape[3]), jnp.float32), rows)
-    total, of_tiles = jax.lax.scan(step, zeros, jnp.arange(0, spec.q_len, _ROWS, dtype=jnp.int32))
+    total, of_tiles = jax.lax.scan(step, zeros, firsts)
     if of_tiles is None:
         return total.astype(dtype)
     return jnp.moveaxis(of_tiles, 0, 2).reshape(*shape[:2], -1, shape[3])[:, :, :spec.q_len]
 
 
-def _of_tile(spec: AttentionSpec, operands: Operands, first: Array, rows: _Rows,
-             key: Int[Array, "b h 2"] | None) -> Float[Array, "b h t s"]:
+def _of_tile(spec: AttentionSpec, operands: Operands, tile: query_tiles.Tile) -> Float[Array, "b h t s"]:
     """Computes dS of a tile of queries."""
-    k, v = (jnp.repeat(_heads_first(spec, x), spec.group, axis=1) for x in (operands.k, operands.v))
-    product = functools.partial(jnp.einsum, "bhtd,bhsd->bhts", preferred_element_type=jnp.float32)
-    s, _ = softmax.scores(product(rows.q, k), spec.scale, spec.softcap)
-    q_pos, kv_pos = first + jnp.arange(_ROWS, dtype=jnp.int32), jnp.arange(spec.kv_len, dtype=jnp.int32)
-    assert operands.bias is not None
-    bias = operands.bias
+    bias, at = operands.bias, tile.at
+    assert bias is not None
     if bias.shape[2] > 1:
-        bias = jnp.take(bias, jnp.minimum(q_pos, spec.q_len - 1), axis=2)
-    keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos[None, :]))
-    keep = keep & (q_pos < spec.q_len)[None, None, :, None] & (bias != -jnp.inf)
-    bias = bias.astype(jnp.float32)
-    s = s * softmax.unit(spec.scale, spec.softcap) + bias - rows.anchor[..., None]
-    p = softmax.probabilities(jnp.where(keep, s, -jnp.inf), 1.0, rows.lse, rows.rest)
-    dp = product(rows.dout, v)
-    if key is not None:
-        words = jax.lax.bitcast_convert_type(key, jnp.uint32)[..., None, None]
-        query, at = (x.astype(jnp.uint32) for x in (q_pos[None, None, :, None], kv_pos[None, None, None, :]))
-        kept = dropout.kept_by((words[:, :, 0], words[:, :, 1]), query, at, spec.dropout_rate)
-        dp = jnp.where(kept, dp * dropout.factor(spec.dropout_rate), 0.0)
-    return jnp.where(keep, p * (dp - rows.delta[..., None]), 0.0)
-
-
-def _heads_first(spec: AttentionSpec, x: Array) -> Array:
-    return x if spec.layout == "BHLD" else x.swapaxes(1, 2)
+        bias = jnp.take(bias, jnp.minimum(at.q, spec.q_len - 1), axis=2)
+    keep = query_tiles.keep_of(spec, operands, at) & (bias != -jnp.inf)
+    s = query_tiles.products(spec, operands, tile.rows) * softmax.unit(spec.scale, spec.softcap)
+    s = s + bias.astype(jnp.float32) - tile.rows.anchor[..., None]
+    return query_tiles.score_gradients(spec, operands, tile, s, keep)

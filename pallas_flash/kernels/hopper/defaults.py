@@ -31,6 +31,7 @@ from pallas_flash.kernels.hopper.work import (
     makespan,
     worst_case,
 )
+from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["assume", "default_backward", "default_forward"]
@@ -72,10 +73,12 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
     # warpgroups) and for 128 (240, 64 of them queries) have left, one of pairs than those for 64 without one; they
     # would be spilled in the loop.
-    biased = spec.bias is not None
+    # A score function that is not light may need any number: up to 460 bytes in the loop of the one for 64.
+    completed = spec.bias is not None or spec.score is not None
+    many = (_is_tight(spec) and spec.bias is not None) or not is_light(spec.score)
     rows = (
-        (64, ForwardSchedule(block_kv=128, warpgroups=2 if _is_tight(spec) and biased else 3, held_columns=0)),
-        (128, ForwardSchedule(block_kv=128, q_registers=not biased)),
+        (64, ForwardSchedule(block_kv=128, warpgroups=2 if many else 3, held_columns=0)),
+        (128, ForwardSchedule(block_kv=128, q_registers=not completed)),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
@@ -118,7 +121,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     many tiles. Where there are short rows too, the output's error is theirs, and the long ones may round a little more.
     """
     # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
-    if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None:
+    if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None or spec.score is not None:
         return 0
     start, *_, stop = every_row_block(spec, schedule)
     shortest, longest = np.min(stop - start), np.max(stop - start)
@@ -144,9 +147,11 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     # In the loop: with 128, 208 bytes with soft cap and dropout, 28 with a bias of keys, 104 with that and a soft cap;
-    # with 64 or 128, 52 to 96 with a bias of pairs.
+    # with 64 or 128, 52 to 96 with a bias of pairs, and 8 to 324 with a score function that is not light,
+    # or beside a soft cap.
     capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
     spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
+    spills = spills or not is_light(spec.score) or (spec.score is not None and spec.softcap is not None)
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
@@ -160,14 +165,15 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
     widest, tight = max(spec.d, spec.d_v), _is_tight(spec)
-    both = spec.softcap is not None and _has_bias_of_pairs(spec)
+    both = (spec.softcap is not None and _has_bias_of_pairs(spec)) or not is_additive(spec.score)
     if widest <= 64:  # where scores take registers: what spills nothing
         return BackwardSchedule(KvSchedule(warpgroups=2 if tight else 3, num_stages=4),
                                 DqSchedule(warpgroups=2 if both else 3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
         return BackwardSchedule(SplitSchedule() if tight else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
-    narrow = 32 if has_bits(spec.mask) or spec.bias is not None else 48  # bits come in words of 32 keys
+    completed = spec.bias is not None or spec.score is not None
+    narrow = 32 if has_bits(spec.mask) or completed else 48  # bits come in words of 32 keys
     return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if tight and v_stages == 1 else 64,
                                                         v_stages=v_stages))
 
@@ -177,8 +183,10 @@ def _has_bias_of_pairs(spec: AttentionSpec) -> bool:
 
 
 def _is_tight(spec: AttentionSpec) -> bool:
-    """Whether scores need more registers than products alone: for a soft cap, or a bias of pairs."""
-    return spec.softcap is not None or _has_bias_of_pairs(spec)
+    """Whether scores need more registers than products alone: for a soft cap, a bias of pairs, or a score function with
+    a derivative of its own.
+    """
+    return spec.softcap is not None or _has_bias_of_pairs(spec) or not is_additive(spec.score)
 
 
 def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:

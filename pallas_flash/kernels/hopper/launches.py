@@ -7,15 +7,15 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
-more inputs, and the forward no table. With a bias, whose mask always does (`bias.as_mask`), those of
-`hopper.bias` come last.
+more inputs, and the forward no table. With a score function or a bias it always does (`bias.as_mask`): the function's
+arrays come behind dropout's keys, those of `hopper.bias` last.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.kernels.hopper import bias, mask_arrays, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, score_function, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
@@ -33,7 +33,8 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
     if isinstance(schedule, DecodeSchedule):
         return _decode(spec, schedule)
     arrays = spec.mask.has_arrays
-    inputs = _operands(spec) | dropout.input_types(spec) | (mask_arrays.types(spec, schedule) if arrays else {})
+    inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec)
+    inputs |= (mask_arrays.types(spec, schedule) if arrays else {})
     inputs |= bias.types(spec, schedule)
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
@@ -57,7 +58,7 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
-    inputs |= dropout.input_types(spec)
+    inputs |= dropout.input_types(spec) | score_function.input_types(spec)
     if spec.mask.has_arrays:
         inputs |= mask_arrays.types(spec, schedule)
     inputs |= bias.types(spec, schedule)

@@ -8,6 +8,7 @@ waits for the chunks that TMA brings, or for the warpgroups that write; a free o
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import tiles
@@ -23,6 +24,7 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import may_have_idle_queries
+from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -135,10 +137,12 @@ def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
 
 
 def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
-    """Keys and values, rings of queries and douts, which both warpgroups read, and P on its way from one to the other.
+    """Keys and values, rings of queries and douts, which both warpgroups read, and P on its way from one to the other:
+    as one number of 16 bits, or as two (`backward.kv_split`).
     """
     common = _kv_memory(spec, s, readers=2)
-    p = Buffer("p", (s.p_slots, s.block_q // CHUNK, s.block_kv, CHUNK), np.dtype("float16"))
+    parts, dtype = (1, "float16") if is_additive(spec.score) else (2, "bfloat16")
+    p = Buffer("p", (s.p_slots, parts * s.block_q // CHUNK, s.block_kv, CHUNK), jnp.dtype(dtype))
     return Memory((*common.buffers, p), common.barriers + _ring("p", 1, 1, s.p_slots))
 
 

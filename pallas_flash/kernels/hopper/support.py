@@ -6,7 +6,7 @@ import numpy as np
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
-from pallas_flash.kernels.mosaic import mask_rules
+from pallas_flash.kernels.mosaic import mask_rules, traced
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward_of", "is_made_for", "not_measured", "why_not"]
@@ -37,7 +37,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
-             (spec.bias is not None, "a bias"))
+             (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
@@ -64,7 +64,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
-        (spec.score is None, f"takes no score function yet, score={spec.score}"),
+        (spec.score is None or spec.bias is None,
+         f"takes a bias or a score function, not both yet, score={spec.score} (let the function add the bias)"),
         (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
         (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
@@ -73,6 +74,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
     found = [reason for holds, reason in rules if not holds]
+    found += () if spec.score is None else traced.why_not(spec.score)
     return found + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
 
@@ -93,6 +95,7 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
          "takes masks whose arrays are a number for each sequence against a cache only, mask has "
          f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
         (spec.bias is None, "takes no bias against a cache yet"),
+        (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
     return [reason for holds, reason in rules if not holds]

@@ -323,7 +323,7 @@ def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     """Whether the key tiles whose blocks add to a query tile are those that the mask's bounds name, and at least one:
     then `additions_before` follows from a block's number. Nothing is known of a mask that holds arrays.
     """
-    if spec.mask.has_arrays or spec.bias is not None:
+    if spec.mask.has_arrays or spec.bias is not None or spec.score is not None:
         return False
     needed, (start, _, _, stop) = every_q_range(spec, s), _every_kv_range(spec, s)
     begin, end = needed.start, np.maximum(needed.start, needed.stop)

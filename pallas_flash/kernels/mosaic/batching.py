@@ -2,7 +2,8 @@
 
 Operands that are not mapped are repeated (keys shared by `in_axes=None` are copied for each element); masks and biases
 that are the same for every batch element stay as they are. Elements of an axis whose size is a symbol (`jax.export`)
-are computed one after the other.
+are computed one after the other, and so are those of a score function that differs between them, or that asks for the
+batch entry.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 
 from pallas_flash import device
 from pallas_flash.device import Device
+from pallas_flash.kernels.mosaic import traced
 from pallas_flash.masks import ArrayField
+from pallas_flash.scores import Score
 from pallas_flash.spec import AttentionSpec, Operands
 
 __all__ = ["vmappable"]
@@ -39,10 +42,14 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
             if not isinstance(axis_size, int) or axis_size == 0:
                 return _in_turns(call, in_batched, args)
             given, mapped = args[0], in_batched[0]
-            apart = dict(k=None, v=None, page_table=None) if spec.pages is not None else {}
+            if spec.score is not None and not _is_shared(spec.score, in_batched[0]):
+                return _in_turns(call, in_batched, args)
+            apart: dict[str, Any] = dict(score=(), score_integers=())
+            apart |= dict(k=None, v=None, page_table=None) if spec.pages is not None else {}
             operands, *arrays = jax.tree.map(
                 functools.partial(_fold, axis_size, spec.batch), (given._replace(**apart), *args[1:]),
                 (mapped._replace(**apart), *in_batched[1:]))
+            operands = operands._replace(score=given.score, score_integers=given.score_integers)
             if spec.pages is not None:
                 operands = operands._replace(**_folded_pages(axis_size, spec, given, mapped))
             folded = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
@@ -54,6 +61,11 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
         return for_spec(spec, device.current())(operands, *arrays)
 
     return on_current_device
+
+
+def _is_shared(function: Score, mapped: Operands) -> bool:
+    """Whether a score function is the same for all elements: then those of another element are more batch entries."""
+    return not any((*mapped.score, *mapped.score_integers)) and not traced.uses_batch(function)
 
 
 def _in_turns[R](call: Callable[..., R], in_batched: list[Any], args: tuple[Any, ...]) -> tuple[R, R]:

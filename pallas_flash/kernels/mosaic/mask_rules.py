@@ -14,17 +14,18 @@ say which, exactly, for a single position.
 
 def why_not(spec: AttentionSpec) -> list[str]:
     """The reasons why kernels do not know a spec's mask. One without arrays may be of any class. Where one part holds
-    arrays, as what a bias hides does, they know all parts by class.
+    arrays, as what a bias or a score function hides does, they know all parts by class.
     """
     mask = spec.mask
-    if not mask.has_arrays and spec.bias is None:
+    if not mask.has_arrays and spec.bias is None and spec.score is None:
         return []
     own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
          f"sequences of these rules only, mask has {', '.join(own)} (give lengths as InBounds, documents as "
-         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias)"),
+         "SegmentIds, any pairs as Dense; a mask without arrays may be of any class where there is no bias "
+         "and no score function)"),
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]

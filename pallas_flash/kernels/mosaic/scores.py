@@ -13,7 +13,9 @@ from pallas_flash import masks, softmax
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "unit"]
+__all__ = [
+    "is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "tanh", "unit",
+]
 
 _EXACT_CAP = 128.0
 """A larger soft cap needs a tanh whose relative error is small: 1 - 2 / (e^2x + 1) errs by about 2^-22."""
@@ -26,8 +28,10 @@ _SERIES_END = 0.6
 # -- from products to exponents ----------------------------------------------------------------------------------------
 
 def unit(spec: AttentionSpec) -> float:
-    """The unit of scores once they are complete: 1 where a bias has been added (`hopper.bias`)."""
-    return softmax.unit(spec.scale, spec.softcap) if spec.bias is None else 1.0
+    """The unit of scores once they are complete: 1 where a bias has been added (`hopper.bias`), or a score function has
+    been applied (`hopper.score_function`).
+    """
+    return softmax.unit(spec.scale, spec.softcap) if spec.bias is None and spec.score is None else 1.0
 
 
 def score_unit(spec: AttentionSpec) -> float:
@@ -36,10 +40,10 @@ def score_unit(spec: AttentionSpec) -> float:
 
 
 def scaled(spec: AttentionSpec, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes scores in their unit, without a bias, from the products x of queries and keys."""
+    """Computes scores in their unit, before a score function and a bias, from the products x of queries and keys."""
     if spec.softcap is None:
         return softmax.scores(x, spec.scale, None)[0]
-    return _tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
+    return tanh(x * (spec.scale / spec.softcap), exact=spec.softcap > _EXACT_CAP)
 
 
 def slope(spec: AttentionSpec, s: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -58,7 +62,7 @@ def masked(s: Float[Array, "64 n"], mask: masks.Mask, q_pos: Int[Array, "64 n"],
     return jnp.where(mask.keep(q_pos, kv_pos), s, -jnp.inf)
 
 
-def _tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
+def tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
     """Computes tanh from exp2, as the hardware's tanh has 11 bits. If `exact`, its relative error is small, too."""
     t = 1 - 2 / (jnp.exp2(x * (2 * softmax.LOG2E)) + 1)
     if not exact:
@@ -81,8 +85,9 @@ def largest(spec: AttentionSpec) -> float:
 
 
 def may_be_large(spec: AttentionSpec) -> bool:
-    """Whether a row may be large: a soft cap keeps scores below it, but not a bias."""
-    return spec.softcap is None or spec.bias is not None or spec.softcap * softmax.LOG2E > largest(spec) / 2
+    """Whether a row may be large: a soft cap keeps scores below it, but not a bias, nor what a score function makes."""
+    is_free = spec.bias is not None or spec.score is not None
+    return spec.softcap is None or is_free or spec.softcap * softmax.LOG2E > largest(spec) / 2
 
 
 def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array, "..."]:

@@ -72,6 +72,21 @@ def with_arrays(problem, options: list[str]):
     return mask
 
 
+def score_of(problem, options: list[str]):
+    """A score function: ALiBi, a table of distances, or one that bends scores, whose derivative is not 1."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_flash import ALiBi, RelativeBias
+
+    def bent(score, batch, head, q_pos, kv_pos):
+        return jnp.where(q_pos - kv_pos > 100, 0.5 * score, 30 * jnp.tanh(score / 30))
+
+    found = {"alibi": ALiBi(np.ones(problem.q_heads, np.float32)), "bent": bent,
+             "table": RelativeBias(np.ones((problem.q_heads, 513), np.float32))}
+    return next((score for name, score in found.items() if name in options), None)
+
+
 def decoding(problem, options: list[str]):
     """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments."""
     import jax
@@ -95,7 +110,7 @@ def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
     documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key), pairs (a bias of each
-    pair); decode, pages: see `decoding`."""
+    pair), alibi, table, bent (see `score_of`); decode, pages: see `decoding`."""
     import dataclasses
 
     import jax
@@ -117,7 +132,7 @@ def lower(name: str, options: list[str]):
     bias = [jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in biases.items() if name in options]
     keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
-                    implementation="hopper")
+                    score=score_of(problem, options), implementation="hopper")
 
     def call(q, k, v, *bias):
         rng = jnp.array([1, 2], jnp.uint32)

@@ -16,10 +16,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
-from pallas_flash.kernels.hopper.backward.weights import Corrections, Exponents, Kept, Large, Pairs, weights
+from pallas_flash.kernels.hopper.backward.weights import (
+    Completed,
+    Corrections,
+    Exponents,
+    Kept,
+    Large,
+    Pairs,
+    completion,
+    weights,
+)
 from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
@@ -29,7 +38,7 @@ from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import is_large, may_be_large
+from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, scaled
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
@@ -108,17 +117,15 @@ def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Expo
 
 
 def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragment) -> Fragment:
-    """Computes P times the slope of the soft cap from s = Q K^T."""
+    """Computes P times the slope of scores from s = Q K^T."""
     spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
     partial = block.walk.partial(kv_tile) if work.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
-    biased = None
-    if spec.bias is not None:
-        biased = lambda s: HeadBias(spec, block.gmem, block.batch, block.head).added(s, first, 1)
+    completed = completion(spec, block.gmem, (block.batch, block.head), first, 1)
     x = plgpu.layout_cast(s, registers.TILE)
-    _, p = weights(spec, x, lse_log2, Corrections(large, pairs), biased=biased)
+    _, p = weights(spec, x, lse_log2, Corrections(large, pairs), completed=completed)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)
     return p
@@ -207,6 +214,18 @@ def repaired(block: Block[DqSchedule], rows: Rows, dq: Fragment) -> Fragment:
     return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
+def completion_of_key(block: Block[DqSchedule], rows: Rows, key: Index) -> Completed | None:
+    """What completes the scores of the rows and one key; None: nothing does."""
+    spec = block.spec
+    if spec.score is not None:
+        head = score_function.HeadScore(spec, block.gmem, block.batch, block.head)
+        return functools.partial(head.of_key, first=rows.first, key=key)
+    if spec.bias is not None:
+        biased = HeadBias(spec, block.gmem, block.batch, block.head)
+        return lambda s: (biased.added_to_key(s, rows.first, key), None)
+    return None
+
+
 def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
     """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
 
@@ -218,10 +237,9 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
 
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
-        head, biased = HeadBias(spec, block.gmem, block.batch, block.head), None
-        if spec.bias is not None:
-            biased = functools.partial(head.added_to_key, first=rows.first, key=position)
-        _, p = weights(spec, own.dot("q", "k", spec.d, position), rows.lse_log2, Corrections(large), biased=biased)
+        completed = completion_of_key(block, rows, position)
+        x = own.dot("q", "k", spec.d, position)
+        _, p = weights(spec, x, rows.lse_log2, Corrections(large), completed=completed)
         dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
         if spec.dropout_rate:
             place = (block.batch, block.head), rows.first, position
@@ -230,7 +248,9 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
         columns = acc.shape[1]
         keep = block.mask.keep(columns, rows.first, position)
         if spec.bias is not None:
-            keep = head.keep(keep, rows.first, position)
+            keep = HeadBias(spec, block.gmem, block.batch, block.head).keep(keep, rows.first, position)
+        if spec.score is not None and completed is not None:  # it may hide the pair
+            keep = keep & (registers.spread(completed(scaled(spec, x))[0], columns) != -jnp.inf)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Fragment:
@@ -273,11 +293,12 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout, the statistics, and what mask, bias and dropout need: arrays of
-    `mask_arrays`, those of `bias`, and dropout's keys.
+    """The launch that makes dq of q, k, v, dout, the statistics, and what mask, bias, dropout and score function need:
+    arrays of `mask_arrays`, those of `bias`, dropout's keys, and those of `score_function`.
     """
     blocks = work.dq_work(spec, schedule)
-    extra = *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec)
+    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec),
+             *score_function.input_types(spec))
 
     def attention_backward_dq(*refs: Any) -> None:
         *arrays, smem, bars = refs

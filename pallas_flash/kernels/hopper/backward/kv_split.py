@@ -2,8 +2,8 @@
 
 The first makes S^T = K Q^T, P^T = exp(S^T - lse) and dV += P^T dO; the second dP^T = V dO^T,
 dS^T = P^T * (dP^T - delta) and dK += dS^T Q. P^T goes from the first to the second through shared memory, as
-float16(2^15 P): bfloat16's eight bits would add as much error to dK as the rounding of dS does. A third warpgroup
-loads.
+float16(2^15 P): bfloat16's eight bits would add as much error to dK as the rounding of dS does. Times the derivative of
+a score function it may be any number: then it goes as a sum of two bfloat16. A third warpgroup loads.
 
 Barriers: kv_full; q_full, q_free, dout_full, dout_free for slots of the rings (each read by both warpgroups); p_full,
 p_free for slots of P.
@@ -28,6 +28,7 @@ from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedule
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
@@ -58,15 +59,27 @@ def scores(block: Block[SplitSchedule], slot: Index) -> Fragment:
 
 
 def hand_p_over(block: Block[SplitSchedule], step: Step, p: Fragment) -> None:
-    """Writes P^T of a step to its slot, in float16."""
+    """Writes P^T of a step, times the slope of scores, to its slot."""
     slot = step.slot(block.schedule.p_slots)
 
     @pl.when(step.ordinal >= block.schedule.p_slots)
     def _() -> None:
         plgpu.barrier_wait(block.bars["p_free"].at[slot])
 
-    registers.store_chunks(p.astype(jnp.float16), block.smem["p"].at[slot])
+    if is_additive(block.spec.score):
+        parts = p.astype(jnp.float16)
+    else:
+        high = p.astype(jnp.bfloat16)
+        parts = registers.concatenate([high, (p - high.astype(jnp.float32)).astype(jnp.bfloat16)])
+    registers.store_chunks(parts, block.smem["p"].at[slot])
     plgpu.barrier_arrive(block.bars["p_full"].at[slot])
+
+
+def handed_over(block: Block[SplitSchedule], slot: Index) -> Fragment:
+    """Loads what `hand_p_over` has written to a slot."""
+    p = block.smem["p"]
+    parts = [registers.load_chunk(p.at[slot, i]).astype(jnp.float32) for i in range(p.shape[1])]
+    return functools.reduce(jnp.add, parts)
 
 
 def free(block: Block[SplitSchedule], name: str, slot: Index) -> None:
@@ -85,14 +98,14 @@ def take_ds(block: Block[SplitSchedule], step: Step, dp: Fragment) -> Fragment:
     """Computes dS^T of a tile in the input's type, from dP^T in flight and the P^T handed over; frees its dout."""
     slot = step.slot(block.schedule.p_slots)
     plgpu.barrier_wait(block.bars["p_full"].at[slot])
-    p = registers.load_chunk(block.smem["p"].at[slot, 0])
+    p = handed_over(block, slot)
     kept = weights.kept_of(block, 0, step)
     dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
     plgpu.barrier_arrive(block.bars["p_free"].at[slot])
     free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
         dp = dp * 2.0**-SHIFT
-    return weights.score_gradients(block, step, p.astype(jnp.float32), dp).astype(block.spec.dtype)
+    return weights.score_gradients(block, step, p, dp).astype(block.spec.dtype)
 
 
 def dv_step(block: Block[SplitSchedule], step: Step, dv: Fragment) -> Fragment:

@@ -16,19 +16,24 @@ from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.score_function import HeadScore
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "score_gradients",
-           "start_of_dp", "tile_weights", "weights"]
+__all__ = ["Completed", "Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "completion", "kept_of", "lse_of",
+           "score_gradients", "start_of_dp", "tile_weights", "weights"]
 
 
 Exponents = Fragment | PerRow
 """Exponents of a tile, or of 64 pairs, one in each row; and the scores and weights of the same pairs."""
+
+
+Completed = Callable[[Exponents], tuple[Exponents, Exponents | None]]
+"""From scores in the unit of `scaled` to the scores of the softmax, and their derivative; None: it is 1."""
 
 
 class Pairs(NamedTuple):
@@ -82,18 +87,32 @@ class Corrections(NamedTuple):
 
 
 def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections: Corrections,
-            shift: float = 0.0, biased: Callable[[Exponents], Exponents] | None = None) -> tuple[Exponents, Exponents]:
-    """Computes P, and P times the slope of the soft cap, from products of queries and keys; both times 2^shift.
+            shift: float = 0.0, completed: Completed | None = None) -> tuple[Exponents, Exponents]:
+    """Computes P, and P times the slope of scores, from products of queries and keys; both times 2^shift.
 
     Args:
       x: in the layout TILE.
       lse_log2: in the shape of x.
-      biased: adds the bias to scores; None: there is none.
+      completed: applies the score function, or adds the bias; None: there is none.
     """
     s, unit = scaled(spec, x), score_unit(spec)
-    complete = s if biased is None else biased(s)
+    complete, own_slope = (s, None) if completed is None else completed(s)
     p = corrections.weights(complete, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
-    return p, slope(spec, s, p)
+    return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
+
+
+def completion(spec: AttentionSpec, gmem: dict[str, Ref], head: tuple[Index, Index], first: tuple[Index, Index],
+               keys_dim: int) -> Completed | None:
+    """What completes the scores of a tile of one head, (batch, head); None: nothing does.
+
+    Args:
+      first, keys_dim: see `Pairs`.
+    """
+    if spec.score is not None:
+        return lambda s: HeadScore(spec, gmem, *head).with_slope(s, first, keys_dim)
+    if spec.bias is not None:
+        return lambda s: (HeadBias(spec, gmem, *head).added(s, first, keys_dim), None)
+    return None
 
 
 def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> Fragment:
@@ -189,17 +208,15 @@ def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
 
 def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fragment,
                  shift: float = 0.0) -> tuple[Fragment, Fragment]:
-    """Computes P^T, and P^T times the slope of the soft cap, from s = K Q^T; both times 2^shift."""
+    """Computes P^T, and P^T times the slope of scores, from s = K Q^T; both times 2^shift."""
     spec, schedule = block.spec, block.schedule
     first = step.tile * schedule.block_q, block.tile * schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
     pairs = Pairs(block.mask.of_head(step.head), first, 0, partial_of(block, step))
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)
-    biased = None
-    if spec.bias is not None:
-        biased = lambda s: HeadBias(spec, block.gmem, block.batch, step.head).added(s, first, 0)
-    p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift, biased)
+    completed = completion(spec, block.gmem, (block.batch, step.head), first, 0)
+    p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift, completed)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)
     return p, sloped

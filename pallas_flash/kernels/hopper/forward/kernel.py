@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -119,18 +119,20 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s = biased(block, tile, rows, kv_tile, scaled(block.spec, s))
+    s = completed(block, tile, rows, kv_tile, scaled(block.spec, s))
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
     return without_dropped(block, tile, rows, kv_tile, first_softmax(s, score_unit(block.spec), block.spec.dtype))
 
 
-def biased(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
-    """Adds the bias to scores of a key tile, if there is one."""
-    if block.spec.bias is None:
+def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
+    """Applies the score function to scores of a key tile, or adds the bias, if there is one."""
+    spec, first = block.spec, (rows.first, kv_tile * block.schedule.block_kv)
+    if spec.score is not None:
+        return score_function.HeadScore(spec, block.gmem, tile.batch, tile.head).applied(s, first, 1)
+    if spec.bias is None:
         return s
-    own = bias.HeadBias(block.spec, block.gmem, tile.batch, tile.head)
-    return own.added(s, (rows.first, kv_tile * block.schedule.block_kv), 1)
+    return bias.HeadBias(spec, block.gmem, tile.batch, tile.head).added(s, first, 1)
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -195,7 +197,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
     maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s = biased(block, tile, rows, kv_tile, scaled(block.spec, s))
+    s = completed(block, tile, rows, kv_tile, scaled(block.spec, s))
     if work.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)
@@ -351,11 +353,13 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
-    spec's layout, and of what mask, bias and dropout need: `work.forward_table(spec, schedule)`, or arrays of
-    `mask_arrays`, of which it updates "key_tiles"; those of `bias`, and dropout's keys.
+    spec's layout, and of what mask, bias, dropout and score function need: `work.forward_table(spec, schedule)`, or
+    arrays of `mask_arrays`, of which it updates "key_tiles"; those of `bias`, dropout's keys, and those of
+    `score_function`.
     """
     arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
-    inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec))
+    inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec),
+              *score_function.input_types(spec))
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     if schedule.maxima:

@@ -18,6 +18,7 @@ from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowes
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.score_function import HeadScore
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
@@ -84,8 +85,11 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
         m_i, l_i, acc = sums
         keep = lambda columns: kept_pairs(block, tile, columns, (rows.first, position))
         s = scaled(spec, own.dot("q", "k", spec.d, position))
+        if spec.score is not None:
+            s, _ = HeadScore(spec, block.gmem, tile.batch, tile.head).of_key(s, rows.first, position)
         if spec.bias is not None:
             s = HeadBias(spec, block.gmem, tile.batch, tile.head).added_to_key(s, rows.first, position)
+        seen = s
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)
@@ -93,7 +97,10 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
         if spec.dropout_rate:
             place = (tile.batch, tile.head), rows.first, position
             kept = jnp.where(dropout.kept_of_key(spec, block.gmem, *place), p, 0.0)
-        values = jnp.where(keep(spec.d_v), registers.spread(kept, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
+        attends = keep(spec.d_v)
+        if spec.score is not None:  # which may hide the pair
+            attends = attends & (registers.spread(seen, spec.d_v) != -jnp.inf)
+        values = jnp.where(attends, registers.spread(kept, spec.d_v) * own.row("v", position, 0, spec.d_v), 0.0)
         return m_new, l_i * alpha + p, acc * registers.spread(alpha, spec.d_v) + values
 
     block_kv = block.schedule.block_kv
