@@ -163,6 +163,9 @@ INTERPRETED = {
                            schedule=dict(num_blocks=2, block_kv=16)),
     # Outputs were 0 and lse -inf: the rounding of m_i unit was larger than any exponent that has a weight.
     "huge scores": Case((17, 48), 2, (2, 1), (16, 16), 48, scale=-1e25, schedule=dict(num_blocks=2, block_kv=16)),
+    # No head has so many workers that two of them are of one block: in the interpreter these count at the same time.
+    "two workers a block": Case((0, 130, 77), 2, d=(64, 32), capacity=144, page=48, layout="BHLD",
+                                schedule=dict(num_blocks=4, num_stages=2, workers=2)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }
@@ -389,7 +392,9 @@ def test_right_on_a_gpu(name):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("schedule", [
     dict(num_blocks=1), dict(num_blocks=3, num_stages=1), dict(num_blocks=1000), dict(block_kv=32, parts_at_once=1),
-    dict(block_kv=128, num_stages=2), dict(block_kv=80, num_stages=4), dict(q_registers=False)], ids=str)
+    dict(block_kv=128, num_stages=2), dict(block_kv=80, num_stages=4), dict(q_registers=False),
+    dict(workers=2, num_stages=3), dict(workers=2, num_stages=2, num_blocks=1, q_registers=False),
+    dict(workers=3, num_stages=2, block_kv=32)], ids=str)
 def test_every_schedule_is_right_on_a_gpu(schedule):
     case = dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD")
     q, k, v = rows(case)
