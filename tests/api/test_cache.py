@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 import subprocess
 from typing import Any
@@ -238,8 +239,11 @@ def test_one_new_key_of_one_sequence(empty, layout):
         one = dataclasses.replace(one, page_table=one.page_table.at[0, 2].set(-1))
     new = (jnp.asarray(heads_first(x[:1, :1], layout)) for x in (K, V))
     append = jax.jit(functools.partial(lambda key, value, cached: cache.append(cached, key, value), *new))
-    for length in (0, 17, 39, 40, 47, 48, 2**31 - 2):
+    lengths = np.array([0, 17, 39, 40, 47, 48, 2**31 - 2], np.int32)
+    mapped = jax.vmap(lambda length: append(dataclasses.replace(one, lengths=length[None])))(lengths)
+    for i, length in enumerate(lengths):
         found = append(dataclasses.replace(one, lengths=jnp.array([length])))
+        assert_same(jax.tree.map(operator.itemgetter(i), mapped), found)
         wanted = np.zeros_like(positions(one))
         if length < one.capacities[0]:
             wanted[0, length] = K[0, 0]

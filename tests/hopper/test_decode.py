@@ -396,14 +396,17 @@ def test_right_on_a_gpu(name):
     dict(workers=2, num_stages=3), dict(workers=2, num_stages=2, num_blocks=1, q_registers=False),
     dict(workers=3, num_stages=2, block_kv=32)], ids=str)
 def test_every_schedule_is_right_on_a_gpu(schedule):
-    case = dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD")
+    assert_right_as_scheduled(dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD", schedule=schedule))
+
+
+def assert_right_as_scheduled(case: Case) -> None:
     q, k, v = rows(case)
     default = defaults.default_forward(call_of(case, q, stored(case, k, v)).spec, device.current())
     jax.clear_caches()
-    with defaults.assume(dataclasses.replace(default, **schedule)):
+    with defaults.assume(dataclasses.replace(default, **case.schedule)):
         found = ours(case)(in_layout(case, q), stored(case, k, v))
     jax.clear_caches()
-    assert_right(case, *found, exact(case, q, k, v))
+    assert_right(case, *map(np.asarray, found), exact(case, q, k, v))
 
 
 @pytest.mark.gpu
@@ -451,12 +454,8 @@ def test_a_decoding_loop_is_right_on_a_gpu():
 
 
 SANITIZED = """
-import numpy as np
 from tests.hopper import test_decode
-case = test_decode.{case}
-q, k, v = test_decode.rows(case)
-found = test_decode.ours(case)(test_decode.in_layout(case, q), test_decode.stored(case, k, v))
-test_decode.assert_right(case, *map(np.asarray, found), test_decode.exact(case, q, k, v))
+test_decode.assert_right_as_scheduled(test_decode.{case})
 """
 
 
@@ -464,7 +463,8 @@ test_decode.assert_right(case, *map(np.asarray, found), test_decode.exact(case, 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
 @pytest.mark.parametrize("case", [
-    "Case((300, 0, 77), 2, capacity=320, page=32)", "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')"])
+    "Case((300, 0, 77), 2, capacity=320, page=32)", "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
+    "Case((300, 0, 77), 2, capacity=301, d=(64, 64), schedule=dict(workers=2, num_blocks=5))"])
 def test_compute_sanitizer_finds_nothing(tool, case):
     """Each array is an allocation of its own, so that what lies past its end is not another one's."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
