@@ -112,11 +112,11 @@ def _reads_alone(spec: AttentionSpec) -> Iterator[None]:
     from pallas_flash.kernels.hopper.decode import kernel
     from pallas_flash.kernels.mosaic.scheduling import rem
 
-    def step(block: Any, segment: Any, q: Any, i: Any, state: Any) -> Any:
-        slot = rem(segment.step + i, block.schedule.num_stages)
+    def step(worker: Any, segment: Any, q: Any, i: Any, state: Any) -> Any:
+        slot = rem(segment.step + i, worker.schedule.num_stages)
         for name in ("k", "v"):
-            plgpu.barrier_wait(block.bars[f"{name}_full"].at[slot])
-            plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
+            plgpu.barrier_wait(worker.bars[f"{name}_full"].at[slot])
+            plgpu.barrier_arrive(worker.bars[f"{name}_free"].at[slot])
         return state
 
     schedule = defaults.default_forward(spec, device.current())

@@ -107,17 +107,20 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
 
 
 def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
-    """Key and value tiles in rings, which come in pieces of a page each where there are pages; and the queries, if they
-    are not in registers.
+    """Of each worker, whose number ends every name: key and value tiles in rings, which come in pieces of a page each
+    where there are pages; and the queries, if they are not in registers.
     """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     pieces = 1 if spec.pages is None else s.block_kv // math.gcd(spec.pages.size, s.block_kv)
-    buffers = [Buffer("k", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
-               Buffer("v", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
-    if not s.q_registers:
-        buffers.append(Buffer("q", (d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
-    barriers = *_ring("k", pieces * d, 1, s.num_stages), *_ring("v", pieces * d_v, 1, s.num_stages)
-    return Memory(tuple(buffers), barriers)
+    buffers, barriers = [], []
+    for worker in range(s.workers):
+        buffers += [Buffer(f"k_{worker}", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
+                    Buffer(f"v_{worker}", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+        if not s.q_registers:
+            buffers.append(Buffer(f"q_{worker}", (d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
+        rings = *_ring("k", pieces * d, 1, s.num_stages), *_ring("v", pieces * d_v, 1, s.num_stages)
+        barriers += [ring._replace(name=f"{ring.name}_{worker}") for ring in rings]
+    return Memory(tuple(buffers), tuple(barriers))
 
 
 def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:

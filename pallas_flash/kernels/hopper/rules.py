@@ -79,6 +79,7 @@ def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
         (s.num_stages >= 1, f"{s.num_stages=} must be positive"),
         (s.parts_at_once >= 1, f"{s.parts_at_once=} must be positive"),
+        (1 <= s.workers <= 3, f"{s.workers=} must be 1, 2 or 3"),
         (registers + 32 <= s.registers[0],
          f"scores, weights, queries and accumulator need about {registers + 32} registers a thread, there are "
          f"{s.registers[0]}"),

@@ -100,11 +100,12 @@ class ForwardSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSchedule:
-    """The schedule of the forward against a cache: one block for each SM takes an equal run of all key tiles.
+    """The schedule of the forward against a cache: one block for each SM takes equal runs of all key tiles.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
-      num_stages: slots of the ring of key tiles, and of that of value tiles.
+      num_stages: slots of a worker's ring of key tiles, and of that of value tiles.
+      workers: compute warpgroups of a block. Each has a run of its own, and rings and a warp that loads.
       q_registers: the queries are held in registers, else in shared memory.
       parts_at_once: partial results of a head that are loaded together where they are combined.
       num_blocks: blocks of the grid: the SMs of the device.
@@ -115,11 +116,12 @@ class DecodeSchedule:
     q_registers: bool = True
     parts_at_once: int = 8
     num_blocks: int = 132
+    workers: int = 1
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers a thread of the compute warpgroup and of the loading one."""
-        return 240, 40
+        """Registers a thread of the compute warpgroups and of the loading one."""
+        return (240, 40) if self.workers == 1 else _two_roles(self.workers)
 
 
 class KeySchedule(Hashable, Protocol):

@@ -1,11 +1,11 @@
 """Decoding for Hopper (sm_90a), in Pallas Mosaic GPU: few queries, and a cache of many keys, which are read once.
 
 Reading the keys takes all of the time, so blocks share the keys, not the queries. There is a block for each SM, of one
-compute warpgroup and a warp that loads. It takes an equal run of the key tiles of all sequences and heads
-(`decode.work`); one tile of 64 rows holds all queries that share a key head (`decode.rows`). The two roles walk the run
-independently, so loads run ahead as far as the rings allow.
+or more workers: each is a compute warpgroup and a warp that loads, which takes an equal run of the key tiles of all
+sequences and heads (`decode.work`); one tile of 64 rows holds all queries that share a key head (`decode.rows`). The
+two roles walk the run independently, so loads run ahead as far as the rings allow.
 
-Rings and barriers. A barrier is named for the state it announces.
+Rings and barriers, of each worker. A barrier is named for the state it announces.
 
     k_full, k_free    a slot of the ring of key tiles has been loaded / has been read
     v_full, v_free    the same for value tiles
@@ -16,7 +16,7 @@ tile ahead.
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`), which is subtracted before they
 are: next to m_i that is exact however large scores are, and the instruction that it costs is small beside reading. l_i
 (64, 8) is a row sum that is still spread over columns. P is rounded to the input's type, all else is float32. A head
-that several blocks share is combined in `decode.combine`; a head that one block has is written by it.
+that several workers share is combined in `decode.combine`; a head that one worker has is written by it.
 
 What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
 is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
@@ -41,7 +41,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
 from pallas_flash.kernels.hopper.decode import combine, missing, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
-from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment
+from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment, workers
 from pallas_flash.kernels.hopper.forward.softmax import lowest
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
@@ -56,18 +56,25 @@ from pallas_flash.spec import AttentionSpec
 __all__ = ["counters_shape", "launch"]
 
 
-class Block(NamedTuple):
-    """What the roles of one block share: the problem, and references to global and shared memory."""
+class Worker(NamedTuple):
+    """What the two roles of a worker share: the problem, and references to global memory and to its shared memory."""
 
     spec: AttentionSpec
     schedule: DecodeSchedule
+    number: int  # in its block
     gmem: dict[str, Ref]  # q, k, v, `fields`, page_table with pages; counters, out, stats, part_acc, part_sums
-    smem: dict[str, Ref]  # memory.decode_memory
+    smem: dict[str, Ref]  # k, v, and q where queries are not in registers
     bars: dict[str, Ref]  # the barriers
 
     def for_each_segment(self, body: Callable[[Segment], None]) -> Array:
-        """Runs `body` on every segment of this block; returns how many steps there were."""
-        return for_each_segment(self.spec, self.schedule, self.gmem, body)
+        """Runs `body` on every segment of this worker; returns how many steps there were."""
+        return for_each_segment(self.spec, self.schedule, self.gmem, self.number, body)
+
+
+def own(refs: dict[str, Ref], number: int) -> dict[str, Ref]:
+    """The references of a worker, of those of all (`memory.decode_memory`)."""
+    end = f"_{number}"
+    return {name.removesuffix(end): ref for name, ref in refs.items() if name.endswith(end)}
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -77,56 +84,60 @@ def piece_rows(spec: AttentionSpec, s: DecodeSchedule) -> int:
     return s.block_kv if spec.pages is None else math.gcd(spec.pages.size, s.block_kv)
 
 
-def pages_of(block: Block, segment: Segment, kv_tile: Index) -> tuple[Array, ...]:
+def pages_of(worker: Worker, segment: Segment, kv_tile: Index) -> tuple[Array, ...]:
     """The page of each piece of a key tile; some page that exists where there is none, as in a tile past the end."""
-    pages, s = block.spec.pages, block.schedule
+    pages, s = worker.spec.pages, worker.schedule
     if pages is None:
         return ()
-    found, table = [], block.gmem["page_table"]
-    for first in range(0, s.block_kv, piece_rows(block.spec, s)):
+    found, table = [], worker.gmem["page_table"]
+    for first in range(0, s.block_kv, piece_rows(worker.spec, s)):
         place = jnp.minimum(div(kv_tile * s.block_kv + first, pages.size), table.shape[1] - 1)
         found.append(jnp.clip(table[segment.head.batch, place], 0, pages.number - 1))
     return tuple(found)
 
 
-def load_tile(block: Block, segment: Segment, name: str, kv_tile: Index, slot: Index,
+def load_tile(worker: Worker, segment: Segment, name: str, kv_tile: Index, slot: Index,
               pages: tuple[Array, ...]) -> None:
     """Starts to load a tile of keys (name "k") or values ("v")."""
-    spec, s, full = block.spec, block.schedule, block.bars[f"{name}_full"].at[slot]
-    target, first = block.smem[name].at[slot], kv_tile * s.block_kv
+    spec, s, full = worker.spec, worker.schedule, worker.bars[f"{name}_full"].at[slot]
+    target, first = worker.smem[name].at[slot], kv_tile * s.block_kv
     if spec.pages is None:
-        tiles.load_tile(spec, block.gmem[name], (segment.head.batch, segment.head.kv_head, first), target, full)
+        tiles.load_tile(spec, worker.gmem[name], (segment.head.batch, segment.head.kv_head, first), target, full)
         return
     count = piece_rows(spec, s)
     for piece, page in enumerate(pages):
         place = page, segment.head.kv_head, rem(first + piece * count, spec.pages.size)
         for chunk in range(target.shape[0]):
-            source = tiles.chunk_of(spec, block.gmem[name], place, count, chunk)
+            source = tiles.chunk_of(spec, worker.gmem[name], place, count, chunk)
             plgpu.copy_gmem_to_smem(source, target.at[chunk, pl.ds(piece * count, count)], full)
 
 
-def load_segment(block: Block, segment: Segment) -> None:
+def load_segment(worker: Worker, segment: Segment) -> None:
     """Loads the key and value tiles of a segment as slots become free."""
     def load(i: Index, pages: tuple[Array, ...]) -> tuple[Array, ...]:
         for name in ("k", "v"):
-            slot = tiles.await_free(block.bars[f"{name}_free"], block.schedule.num_stages, segment.step + i)
-            load_tile(block, segment, name, segment.first + i, slot, pages)
-        return pages_of(block, segment, segment.first + i + 1)
+            slot = tiles.await_free(worker.bars[f"{name}_free"], worker.schedule.num_stages, segment.step + i)
+            load_tile(worker, segment, name, segment.first + i, slot, pages)
+        return pages_of(worker, segment, segment.first + i + 1)
 
-    lax.fori_loop(jnp.int32(0), segment.num_tiles, load, pages_of(block, segment, segment.first))
+    lax.fori_loop(jnp.int32(0), segment.num_tiles, load, pages_of(worker, segment, segment.first))
 
 
-def load(block: Block) -> None:
-    """Runs the loading warpgroup, of which one warp has work."""
-    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
+def load(workers: list[Worker]) -> None:
+    """Runs the loading warpgroup, of which one warp has work for each worker."""
+    plgpu.set_max_registers(workers[0].schedule.registers[1], action="decrease")
 
     @plgpu.warp_map
     def _(warp: Index) -> None:
-        @pl.when(warp == 0)
-        def _() -> None:
-            steps = block.for_each_segment(functools.partial(load_segment, block))
-            for name in ("k", "v"):
-                tiles.drain(block.bars[f"{name}_free"], steps)
+        for worker in workers:
+            pl.when(warp == worker.number)(functools.partial(load_all, worker))
+
+
+def load_all(worker: Worker) -> None:
+    """Loads all tiles of a worker, and waits until they have been read."""
+    steps = worker.for_each_segment(functools.partial(load_segment, worker))
+    for name in ("k", "v"):
+        tiles.drain(worker.bars[f"{name}_free"], steps)
 
 
 # -- computing ---------------------------------------------------------------------------------------------------------
@@ -139,28 +150,29 @@ class State(NamedTuple):
     acc: Fragment  # (64, d_v) in the layout ACC
 
 
-def queries(block: Block, segment: Segment) -> Fragment | Ref:
+def queries(worker: Worker, segment: Segment) -> Fragment | Ref:
     """The segment's queries: in registers, or in shared memory where they are wide."""
-    q = rows.load_queries(block.spec, block.gmem["q"], segment.head)
-    if "q" not in block.smem:
+    q = rows.load_queries(worker.spec, worker.gmem["q"], segment.head)
+    if "q" not in worker.smem:
         return q
     # Every warp has multiplied the queries of the segment before.
-    ptx.named_sync(ptx.first_free(2), ptx.WARPGROUP)
-    registers.store_chunks(q, block.smem["q"])
+    ptx.named_sync(ptx.first_free(worker.schedule.workers + 1) + worker.number, ptx.WARPGROUP)
+    registers.store_chunks(q, worker.smem["q"])
     plgpu.commit_smem()
-    return block.smem["q"]
+    return worker.smem["q"]
 
 
-def without_hidden(block: Block, segment: Segment, kv_tile: Index, s: Fragment) -> Fragment:
+def without_hidden(worker: Worker, segment: Segment, kv_tile: Index, s: Fragment) -> Fragment:
     """Sets scores of a key tile to -inf where the mask does not keep a pair."""
     q_pos = jnp.int32(0)
-    if block.spec.q_len > 1:
-        q_pos = div(registers.positions(s.shape[1], 0, 0), block.spec.group)
-    kv_pos = registers.positions(s.shape[1], 1, kv_tile * block.schedule.block_kv)
+    if worker.spec.q_len > 1:
+        q_pos = div(registers.positions(s.shape[1], 0, 0), worker.spec.group)
+    kv_pos = registers.positions(s.shape[1], 1, kv_tile * worker.schedule.block_kv)
     return masked(s, segment.sequence.mask, q_pos, kv_pos)
 
 
-def with_clean_values(block: Block, segment: Segment, tile: tuple[Index, Ref], p: Fragment, acc: Fragment) -> Fragment:
+def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref], p: Fragment,
+                      acc: Fragment) -> Fragment:
     """Cleans the values of a tile that the mask splits, in shared memory: those that no query of the head attends to
     become 0, and so do NaN and infinity where queries differ in what they attend to. Returns acc with what these are in
     the rows of the queries that do attend to them.
@@ -170,10 +182,10 @@ def with_clean_values(block: Block, segment: Segment, tile: tuple[Index, Ref], p
       p: (64, block_kv) of the input's type, in the layout TILE; acc: (64, d_v), in the layout TILE.
     """
     kv_tile, found = tile
-    first = kv_tile * block.schedule.block_kv
+    first = kv_tile * worker.schedule.block_kv
     lo, hi = (ptx.scalar(x) - first for x in segment.sequence.keys)
-    if not values.queries_differ(block.spec):
-        @pl.when((lo > 0) | (hi < block.schedule.block_kv))
+    if not values.queries_differ(worker.spec):
+        @pl.when((lo > 0) | (hi < worker.schedule.block_kv))
         def _() -> None:
             values.zero_outside(found, lo, hi)
             plgpu.commit_smem()
@@ -183,42 +195,42 @@ def with_clean_values(block: Block, segment: Segment, tile: tuple[Index, Ref], p
     plgpu.commit_smem()
 
     def add_bad(p: Fragment, acc: Fragment) -> Fragment:
-        weights = without_hidden(block, segment, kv_tile, p.astype(jnp.float32))
-        index = functools.partial(key_index, block, segment)
-        return values.add_bad(weights, acc, block.gmem["v"], lambda i: index(first + i))
+        weights = without_hidden(worker, segment, kv_tile, p.astype(jnp.float32))
+        index = functools.partial(key_index, worker, segment)
+        return values.add_bad(weights, acc, worker.gmem["v"], lambda i: index(first + i))
 
     return lax.cond(has_bad, add_bad, lambda _, acc: acc, p, acc)
 
 
-def key_index(block: Block, segment: Segment, key: Index) -> tuple[Index, Index, Index]:
+def key_index(worker: Worker, segment: Segment, key: Index) -> tuple[Index, Index, Index]:
     """Where a key of the segment's head lies in k and v, or some other key if there is none."""
-    spec, (batch, kv_head) = block.spec, segment.head
+    spec, (batch, kv_head) = worker.spec, segment.head
     key = jnp.minimum(key, spec.kv_len - 1)
     if spec.pages is not None:
-        page = block.gmem["page_table"][batch, div(key, spec.pages.size)]
+        page = worker.gmem["page_table"][batch, div(key, spec.pages.size)]
         batch, key = jnp.clip(page, 0, spec.pages.number - 1), rem(key, spec.pages.size)
     return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)
 
 
-def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
+def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
     """Adds a key tile: S = Q K^T, its softmax, and O += P V."""
-    spec, bars, unit = block.spec, block.bars, score_unit(block.spec)
-    kv_tile, slot = segment.first + i, rem(segment.step + i, block.schedule.num_stages)
+    spec, bars, unit = worker.spec, worker.bars, score_unit(worker.spec)
+    kv_tile, slot = segment.first + i, rem(segment.step + i, worker.schedule.num_stages)
     plgpu.barrier_wait(bars["k_full"].at[slot])
-    s = wgmma.multiply_transposed(q, block.smem["k"].at[slot], spec.d)
+    s = wgmma.multiply_transposed(q, worker.smem["k"].at[slot], spec.d)
     s = scaled(spec, plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE))
     plgpu.barrier_arrive(bars["k_free"].at[slot])
     needed = segment.sequence.tiles
     partial = (kv_tile < needed.full_start) | (kv_tile >= needed.full_stop)
-    s = lax.cond(partial, functools.partial(without_hidden, block, segment, kv_tile), lambda s: s, s)
+    s = lax.cond(partial, functools.partial(without_hidden, worker, segment, kv_tile), lambda s: s, s)
     m_i = jnp.maximum(state.m_i, s.max(axis=1))
     alpha = jnp.exp2((state.m_i - m_i) * unit)
     p = jnp.exp2((s - registers.spread(m_i, s.shape[1])) * unit)
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
-    p, tile = p.astype(spec.dtype), block.smem["v"].at[slot]
+    p, tile = p.astype(spec.dtype), worker.smem["v"].at[slot]
     plgpu.barrier_wait(bars["v_full"].at[slot])
-    clean = functools.partial(with_clean_values, block, segment, (kv_tile, tile))
+    clean = functools.partial(with_clean_values, worker, segment, (kv_tile, tile))
     acc = lax.cond(partial, clean, lambda _, acc: acc, p, acc)
     acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
@@ -226,70 +238,76 @@ def step(block: Block, segment: Segment, q: Fragment | Ref, i: Index, state: Sta
     return State(m_i, l_i, acc)
 
 
-def first_state(block: Block, is_lost: Flag) -> State:
+def first_state(worker: Worker, is_lost: Flag) -> State:
     """The state before the first tile. Row sums of NaN stay NaN: nothing else of a lost sequence is kept in registers.
     """
-    low = jnp.full((ROWS_PER_WARPGROUP,), lowest(score_unit(block.spec)), jnp.float32)
+    low = jnp.full((ROWS_PER_WARPGROUP,), lowest(score_unit(worker.spec)), jnp.float32)
     m_i = plgpu.layout_cast(low, registers.ROW_LAYOUT)
     nothing = jnp.full((ROWS_PER_WARPGROUP, 8), jnp.where(is_lost, jnp.nan, 0.0), jnp.float32)
     l_i = plgpu.layout_cast(nothing, registers.TILE)
-    return State(m_i, l_i, registers.zeros(block.spec.d_v))
+    return State(m_i, l_i, registers.zeros(worker.spec.d_v))
 
 
-def finish(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
-    """Writes out = acc / l_i and the statistics of a head that this block has alone."""
-    head, unit = segment.head, softmax.unit(block.spec.scale, block.spec.softcap)
+def finish(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Writes out = acc / l_i and the statistics of a head that this worker has alone."""
+    head, unit = segment.head, softmax.unit(worker.spec.scale, worker.spec.softcap)
     out = acc * registers.spread(softmax.rescale(sums.l_i), acc.shape[1])
-    rows.store_out(block.spec, out.astype(block.spec.dtype), block.gmem["out"], head)
+    rows.store_out(worker.spec, out.astype(worker.spec.dtype), worker.gmem["out"], head)
     stats = softmax.statistics(sums.m_i, sums.l_i, unit)
-    rows.store_statistics(block.spec, stats, block.gmem["stats"], head)
+    rows.store_statistics(worker.spec, stats, worker.gmem["stats"], head)
 
 
-def share(block: Block, segment: Segment, sums: Sums, acc: Fragment) -> None:
-    """Leaves a partial result of a head that several blocks share; the last of them combines."""
+def share(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Leaves a partial result of a head that several workers share; the last of them combines."""
     slot = segment.slot(segment.part)
-    rows.store_part(block.spec, acc, block.gmem["part_acc"], slot)
-    rows.store_part_statistics(sums, block.gmem["part_sums"], slot)
+    rows.store_part(worker.spec, acc, worker.gmem["part_acc"], slot)
+    rows.store_part_statistics(sums, worker.gmem["part_sums"], slot)
 
-    @pl.when(combine.is_last(block.gmem["counters"], segment.owner, segment.parts))
+    @pl.when(combine.is_last(worker.gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
-        unit = score_unit(block.spec)
-        combine.combine(block.spec, block.gmem, segment, unit, block.schedule.parts_at_once)
+        unit = score_unit(worker.spec)
+        combine.combine(worker.spec, worker.gmem, segment, unit, worker.schedule.parts_at_once)
 
 
-def has_lost_keys(block: Block, segment: Segment) -> Flag:
-    """Whether the sequence has lost keys, as far as this block sees it: the length is too large, or a page of the
+def has_lost_keys(worker: Worker, segment: Segment) -> Flag:
+    """Whether the sequence has lost keys, as far as this worker sees it: the length is too large, or a page of the
     segment's keys is missing. The first segment also looks at the pages before its own, the last at those after.
     """
-    pages, length = block.spec.pages, segment.sequence.length
-    is_full: Flag = length > block.spec.kv_len
+    pages, length = worker.spec.pages, segment.sequence.length
+    is_full: Flag = length > worker.spec.kv_len
     if pages is None:
         return is_full
-    used = div(jnp.clip(length, 0, block.spec.kv_len) + (pages.size - 1), pages.size)
-    start, stop = (tile * block.schedule.block_kv for tile in (segment.first, segment.first + segment.num_tiles))
+    used = div(jnp.clip(length, 0, worker.spec.kv_len) + (pages.size - 1), pages.size)
+    start, stop = (tile * worker.schedule.block_kv for tile in (segment.first, segment.first + segment.num_tiles))
     lo = jnp.where(segment.part == 0, 0, div(start, pages.size))
     hi = jnp.where(segment.part == segment.parts - 1, used, jnp.minimum(div(stop + (pages.size - 1), pages.size), used))
-    return is_full | missing.any_missing(block.gmem["page_table"], segment.head.batch, (lo, hi), pages.number)
+    return is_full | missing.any_missing(worker.gmem["page_table"], segment.head.batch, (lo, hi), pages.number)
 
 
-def compute_segment(block: Block, segment: Segment) -> None:
-    """Computes what this block has of a head."""
-    q = queries(block, segment)
-    start = first_state(block, has_lost_keys(block, segment))
-    add_tile = functools.partial(step, block, segment, q)
+def compute_segment(worker: Worker, segment: Segment) -> None:
+    """Computes what this worker has of a head."""
+    q = queries(worker, segment)
+    start = first_state(worker, has_lost_keys(worker, segment))
+    add_tile = functools.partial(step, worker, segment, q)
     state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, start)
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
-    pl.when(segment.is_whole)(functools.partial(finish, block, segment, sums, acc))
-    pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, block, segment, sums, acc))
+    pl.when(segment.is_whole)(functools.partial(finish, worker, segment, sums, acc))
+    pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, worker, segment, sums, acc))
+
+
+def compute(worker: Worker) -> None:
+    """Runs the compute warpgroup of a worker."""
+    plgpu.set_max_registers(worker.schedule.registers[0], action="increase")
+    worker.for_each_segment(functools.partial(compute_segment, worker))
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
-    """The shape of the counters: of each block, how many have left a partial result of the head that begins in it and
+    """The shape of the counters: of each worker, how many have left a partial result of the head that begins in it and
     goes on after it.
     """
-    return (blocks(spec, schedule),)
+    return (workers(spec, schedule),)
 
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
@@ -298,7 +316,7 @@ def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     int32), which are 0 before and after.
     """
     inputs = "q", "k", "v", *fields(spec), *["page_table"] * (spec.pages is not None), "counters"
-    count = blocks(spec, schedule)
+    count = workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
                "part_acc": jax.ShapeDtypeStruct((2 * count, combine.part_size(spec)), jnp.float32),
@@ -306,20 +324,16 @@ def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
 
     def attention_decode(*refs: Any) -> None:
         *arrays, smem, bars = refs
-        block = Block(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem, bars)
+        gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
+        all_ = [Worker(spec, schedule, i, gmem, own(smem, i), own(bars, i)) for i in range(schedule.workers)]
         warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == 0)
-        def _() -> None:
-            plgpu.set_max_registers(schedule.registers[0], action="increase")
-            block.for_each_segment(functools.partial(compute_segment, block))
-
-        @pl.when(warpgroup == 1)
-        def _() -> None:
-            load(block)
+        for worker in all_:
+            pl.when(warpgroup == worker.number)(functools.partial(compute, worker))
+        pl.when(warpgroup == schedule.workers)(functools.partial(load, all_))
 
     kernel = plgpu.kernel(
         attention_decode, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.decode_memory(spec, schedule)),
-        grid=(count,), grid_names=("block",), num_threads=2, thread_name="warpgroup", compiler_params=tiles.COMPILER)
+        grid=(blocks(spec, schedule),), grid_names=("block",), num_threads=schedule.workers + 1,
+        thread_name="warpgroup", compiler_params=tiles.COMPILER)
     return Launch(kernel, inputs, outputs, ("counters",))

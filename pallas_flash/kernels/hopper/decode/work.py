@@ -1,11 +1,11 @@
 """Which key tiles a block walks: equal runs of one list of all key tiles, found inside the kernel from the lengths.
 
 The list holds, for each sequence and each key head in it, the key tiles that its queries need, first to last; at least
-one each, so that every output is written. Block w of `blocks` takes the tiles from start(w) to start(w + 1), whole
-numbers next to each other: no block has more than one tile more than another, whatever the lengths are. So a head may
-begin in one block and go on in those after it. What a block has of a head is a segment; a head of several segments is
-combined from partial results (`decode.combine`). Each block has at most two of these: one of a head that began before
-it, and one of a head that goes on after it.
+one each, so that every output is written. Worker w of `workers`, a compute warpgroup, takes the tiles from start(w) to
+start(w + 1), whole numbers next to each other: no worker has more than one tile more than another, whatever the lengths
+are. So a head may begin in one worker and go on in those after it. What a worker has of a head is a segment; a head of
+several segments is combined from partial results (`decode.combine`). Each worker has at most two of these: one of a
+head that began before it, and one of a head that goes on after it.
 """
 
 import functools
@@ -26,7 +26,7 @@ from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Head", "Segment", "Sequence", "blocks", "fields", "for_each_segment", "rows"]
+__all__ = ["Head", "Segment", "Sequence", "blocks", "fields", "for_each_segment", "rows", "workers"]
 
 
 def rows(spec: AttentionSpec) -> int:
@@ -37,6 +37,13 @@ def rows(spec: AttentionSpec) -> int:
 def blocks(spec: AttentionSpec, s: DecodeSchedule) -> int:
     """The blocks of the grid: one for each SM, and no more than there are key tiles."""
     return min(s.num_blocks, spec.batch * spec.kv_heads * tiles.cdiv(spec.kv_len, s.block_kv))
+
+
+def workers(spec: AttentionSpec, s: DecodeSchedule) -> int:
+    """The compute warpgroups of all blocks. Those of one number in their blocks come before those of the next: few
+    tiles have an SM each.
+    """
+    return s.workers * blocks(spec, s)
 
 
 class Sequence(NamedTuple):
@@ -83,7 +90,7 @@ class Head(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What one block has of one head of keys."""
+    """What one worker has of one head of keys."""
 
     head: Head
     sequence: Sequence
@@ -92,10 +99,10 @@ class Segment(NamedTuple):
     step: Index  # how many steps of the rings came before it
     part: Array  # its number among the segments of its head
     parts: Array  # how many segments its head has
-    owner: Index  # the block of the first of them
+    owner: Index  # the worker of the first of them
 
     def slot(self, part: Index) -> Array:
-        """Where the partial result of a segment of this head lies: each block has two places, for a head that began
+        """Where the partial result of a segment of this head lies: each worker has two places, for a head that began
         before it and for one that goes on after it.
         """
         return jnp.where(part == 0, 2 * self.owner + 1, 2 * (self.owner + part))
@@ -108,24 +115,24 @@ class Segment(NamedTuple):
 
 
 class _Shares(NamedTuple):
-    """How `total` tiles are shared out: the first `more` blocks have one more than `each`."""
+    """How `total` tiles are shared out: the first `more` workers have one more than `each`."""
 
     each: Array
     more: Array
 
-    def start(self, block: Index) -> Array:
-        """The first tile of a block."""
-        return block * self.each + jnp.minimum(block, self.more)
+    def start(self, worker: Index) -> Array:
+        """The first tile of a worker."""
+        return worker * self.each + jnp.minimum(worker, self.more)
 
     def owner(self, tile: Index) -> Array:
-        """The block that has a tile."""
+        """The worker that has a tile."""
         longer = self.more * (self.each + 1)
         later = self.more + lax.div(tile - longer, jnp.maximum(self.each, 1))
         return jnp.where(tile < longer, lax.div(tile, self.each + 1), later)
 
 
 class _Walk(NamedTuple):
-    """Where a block is: at a tile of the list, in a group of 32 sequences."""
+    """Where a worker is: at a tile of the list, in a group of 32 sequences."""
 
     tile: Array
     group: Array  # its first sequence
@@ -166,15 +173,15 @@ class _List(NamedTuple):
         return found, at.base + before
 
 
-def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref],
+def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref], own: int,
                      body: Callable[[Segment], None]) -> Array:
-    """Runs `body` on every segment of this block; returns how many steps there were."""
-    of, count, zero = functools.partial(sequence, spec, s, gmem), blocks(spec, s), jnp.int32(0)
+    """Runs `body` on every segment of worker number `own` of this block; returns how many steps there were."""
+    of, count, zero = functools.partial(sequence, spec, s, gmem), workers(spec, s), jnp.int32(0)
     every = _List(spec.batch, lambda batch: of(batch).num_tiles * spec.kv_heads)
     total = every.total()
     shares = _Shares(div(total, count), lax.rem(total, jnp.int32(count)))
-    block = lax.axis_index("block")
-    stop = shares.start(block + 1)
+    worker = own * blocks(spec, s) + lax.axis_index("block")
+    stop = shares.start(worker + 1)
 
     def one(at: _Walk) -> _Walk:
         at = every.passed(at)
@@ -184,8 +191,8 @@ def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref
         taken = jnp.minimum(found.num_tiles - offset, stop - at.tile)
         first = base + kv_head * found.num_tiles
         owner, last = shares.owner(first), shares.owner(first + found.num_tiles - 1)
-        body(Segment(Head(batch, kv_head), found, found.tiles.start + offset, taken, at.step, block - owner,
+        body(Segment(Head(batch, kv_head), found, found.tiles.start + offset, taken, at.step, worker - owner,
                      last - owner + 1, owner))
         return at._replace(tile=at.tile + taken, step=at.step + taken)
 
-    return lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(block), zero, zero, zero)).step
+    return lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(worker), zero, zero, zero)).step
