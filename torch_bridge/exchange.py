@@ -144,17 +144,14 @@ def jax_device(device: torch.device) -> jax.Device:
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
 
 
-def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:
-    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared.
-
-    `alignment` is what its address must be a multiple of, in bytes; None: what JAX needs.
-    """
+def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
+    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared."""
     if tensor.is_neg():
         return "its negative bit is set"
     if not in_layout(tensor, layout).is_contiguous():
         axes = "(batch, length, heads, dim)" if layout == "BLHD" else "(batch, heads, length, dim)"
         return f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)} are not dense {axes} storage"
-    alignment = alignment or ALIGNMENT[tensor.device.type]
+    alignment = ALIGNMENT[tensor.device.type]
     if offset := tensor.data_ptr() % alignment:
         return f"its address is {offset} bytes past a multiple of {alignment}"
     return None

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_bridge import flash, messages, sdpa
+from torch_bridge import flash, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, requirements
-from torch_bridge.direct.launch import ALIGNMENT
+from torch_bridge.direct import attention, cache, requirements, storage
 
 if TYPE_CHECKING:
     from torch_bridge.exchange import Plan
@@ -45,21 +44,24 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
     from torch_bridge import exchange
 
     plan = exchange.make_plan(operands, numbers)
-    order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
     why_not = _why_not_direct(operands, numbers, plan)
-    alignment = ALIGNMENT if why_not is None else None
+    memory, layout = "JAX", plan.layout
+    if why_not is None:
+        memory, layout = "torch's", attention.problem_of(operands, numbers).layout
+    copy_reason = exchange.copy_reason if why_not else storage.copy_reason
+    order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[layout]
     lines = [str(plan.decision), _path(operands, numbers, why_not),
-             f"layout {plan.layout}: read and written as {order} storage"]
-    named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),
-             "attn_mask": (mask if bias is None else bias, "BHLD")}
-    for name, (tensor, layout) in named.items():
-        if tensor is not None:
-            reason = exchange.copy_reason(tensor, layout, alignment)
-            lines.append(f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}")
+             f"layout {layout}: read and written as {order} storage"]
+    reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
+    if (array := mask if bias is None else bias) is not None:
+        reasons["attn_mask"] = copy_reason(array, "BHLD")
+    lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
+              for name, reason in reasons.items()]
     out = torch.empty_strided(query.shape[:3] + value.shape[3:], plan.out_strides, device="meta")
-    memory = "JAX" if why_not else "torch's"
-    same = (out if plan.layout == "BHLD" else out.transpose(1, 2)).is_contiguous()
+    same = strides.in_layout(out, layout).is_contiguous()
     lines.append(f"out: {f'{memory} memory, not copied' if same else 'copied into the storage order of query'}")
+    if why_not is None and not all(strides.in_layout(x, layout).is_contiguous() for x in (query, key, value)):
+        lines.append("gradients: dense tensors of their own, which PyTorch copies into that of a packed one")
     return "\n".join(lines)
 
 

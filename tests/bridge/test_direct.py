@@ -29,34 +29,37 @@ from torch_bridge.direct.problem import window
 
 def program_of(problem, pass_name):
     """The arrays of a pass by name, with one more in between; no kernels."""
-    def shape(length, heads, dim):
-        return (problem.batch, length, heads, dim) if problem.layout == "BLHD" else (problem.batch, heads, length, dim)
-    q, out = (Buffer(shape(problem.q_len, problem.q_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
-    k, v = (Buffer(shape(problem.kv_len, problem.kv_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
+    shapes, wanted = problem.shapes(), problem.strides()
+    dq, dk, dv = (Buffer(shape, problem.dtype) for shape in shapes.values())
+    q, k, v = (Buffer(shape, problem.dtype, wanted[name]) for name, shape in shapes.items())
+    out = Buffer((*shapes["q"][:3], problem.d_v), problem.dtype)
     stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
     known = dict(q=q, k=k, v=v, between=Buffer((33,), "float32"), out=out, stats=stats)
     if pass_name == "forward":
         return Program(known, ("q", "k", "v"), ("out", "stats"), {}, ())
-    buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=q, dk=k, dv=v)
+    buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=dq, dk=dk, dv=dv)
     return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, ())
 
 
 class FakeGpu:
     """In the place of `Loaded`: computes in float64 what kernels would, in the memory at the addresses."""
 
-    launched, requests = [], {}
+    launched, requests, read = [], {}, []
 
     def __init__(self, program, index):
         self.program, (self.problem, self.pass_name) = program, self.requests[id(program)]
 
     def array(self, addresses, name):
         buffer = self.program.buffers[name]
-        memory = (ctypes.c_char * buffer.num_bytes).from_address(addresses[[*self.program.buffers].index(name)])
-        return torch.frombuffer(memory, dtype=runner.DTYPES[buffer.dtype]).view(buffer.shape)
+        dtype, wanted = runner.DTYPES[buffer.dtype], buffer.strides or torch.empty(buffer.shape).stride()
+        size = dtype.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(buffer.shape, wanted)))
+        memory = (ctypes.c_char * size).from_address(addresses[[*self.program.buffers].index(name)])
+        return torch.frombuffer(memory, dtype=dtype).as_strided(buffer.shape, wanted)
 
     def launch(self, addresses, stream):
         assert stream == 78 and all(address and address % 16 == 0 for address in addresses)
         arrays = {name: self.array(addresses, name) for name in self.program.buffers}
+        self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
         for name in (*self.program.scratch, *self.program.results):
             arrays[name].fill_(torch.nan)
         heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x

@@ -4,8 +4,9 @@ It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_dev
 reason against. Where the last has one, or a plan cannot be made, a FallbackWarning says why, once for each reason, and
 the call goes through DLPack.
 
-A tensor that is dense in the layout, and aligned to 16 bytes, is read where it lies; any other is copied by torch
-first. Plans stay loaded as long as the process lives: a captured CUDA graph holds the addresses of their constants.
+A tensor that is stored as kernels can read it (storage.py), and aligned to 16 bytes, is read where it lies; any other
+is copied by torch first. Results are dense. Plans stay loaded as long as the process lives: a captured CUDA graph holds
+the addresses of their constants.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import cache, driver, launch, requirements
+from torch_bridge.direct import cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -87,15 +88,17 @@ def reason_found(problem: Problem, device: torch.device) -> str | None:
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
-    """The problem of a call, in the layout in which the fewest elements are copied."""
+    """The problem of a call, in the layout in which the fewest elements are copied. What is copied is dense then."""
     query, key, value, *_ = operands
+    layout = storage.layout_of((query, key, value))
+    outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    return Problem(layout=strides.layout_of(query, key, value),
+    return Problem(layout=layout,
                    dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
                    mask=window(left, right, int(numbers.offset)), scale=numbers.scale, softcap=numbers.softcap,
-                   deterministic=numbers.deterministic)
+                   deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]))
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
@@ -114,6 +117,7 @@ class Direct:
 
     def __init__(self, key: "_Key") -> None:
         self.key, (self.problem, self.device) = key, key
+        self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
         self._runners: dict[PassName, Runner] = {}
         self._expected: dict[PassName, cache.Pending | None] = {}
@@ -165,15 +169,15 @@ class Direct:
 
     def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
-        return self._runners["forward"]([self._given(x) for x in q_like])
+        return self._runners["forward"]([*map(self._operand, q_like, self.strides)])
 
     def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
+        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and cotangents."""
         *q_k_v, out = q_like
         dtype = q_k_v[0].dtype
-        given = [*map(self._given, q_k_v), self._given(out.to(dtype)), strides.sharable(stats, ALIGNMENT),
-                 self._given(dout.to(dtype))]
+        given = [*map(self._operand, q_k_v, self.strides), self._given(out.to(dtype)),
+                 strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
         given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
         return self._runners["backward"](given)
@@ -212,6 +216,9 @@ class Direct:
             return False
         return True
 
+    def _operand(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+        return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
+
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
 
@@ -230,7 +237,7 @@ class DirectCall(NamedTuple):
     direct: Direct
     out_strides: tuple[int, ...]
     grad_strides: tuple[tuple[int, ...], ...]  # of query, key and value
-    is_in_place: bool  # tensors and results are dense in the layout: nothing is copied but what is not aligned
+    is_in_place: bool  # tensors are read, and results written, where they lie: only what is not aligned is copied
 
     def forward(self, operands: Operands) -> Results:
         """out, stored as query is, and the statistics of rows."""
@@ -306,12 +313,17 @@ def _name(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     key = problem_of(operands, numbers), operands.query.device
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
-    grad_strides = (torch.empty_like(x, device="meta").stride() for x in operands[:3])  # dense, in the order of x
+    grad_strides = *(torch.empty_like(x, device="meta").stride() for x in operands[:3]),  # dense, in the order of x
     direct = _directs.setdefault(key, Direct(key))
-    in_place = all(strides.in_layout(x, direct.problem.layout).is_contiguous() for x in operands[:3])
-    out = torch.empty_strided((*operands.query.shape[:3], operands.value.shape[3]), out_strides, device="meta")
-    in_place = in_place and strides.in_layout(out, direct.problem.layout).is_contiguous()
-    return DirectCall(direct, out_strides, tuple(grad_strides), in_place)
+    layout = direct.problem.layout
+    in_layout = (strides.in_layout(x, layout) for x in operands[:3])
+    is_read = all(strides.same_memory(x.shape, x.stride(), wanted)
+                  for x, wanted in zip(in_layout, direct.strides, strict=True))
+    shapes = (*operands.query.shape[:3], operands.value.shape[3]), *(x.shape for x in operands[:3])
+    results = (torch.empty_strided(shape, wanted, device="meta")
+               for shape, wanted in zip(shapes, (out_strides, *grad_strides), strict=True))
+    is_written = all(strides.in_layout(x, layout).is_contiguous() for x in results)
+    return DirectCall(direct, out_strides, grad_strides, is_read and is_written)
 
 
 _said: set[str] = set()
