@@ -118,6 +118,18 @@ def test_each_part_has_a_plan_of_its_own():
     assert program.buffers["v"] == ((1, 256, 2, 64), "bfloat16", (256 * 2 * 192, 2 * 192, 192, 1))
 
 
+def test_a_compiled_program_reads_them_too(launched, quiet):
+    """Its operator gets the strides that were traced."""
+    def step(leaf):
+        return OURS(*(x.transpose(1, 2) for x in leaf.unbind(2)), is_causal=True).float().square().sum()
+    leaf = between(B, L, 3, H, 16).requires_grad_()
+    (expected,) = torch.autograd.grad(step(leaf), leaf)
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    assert launched == BOTH * 2
+    assert FakeGpu.read == [x.data_ptr() for x in leaf.unbind(2)]
+    torch.testing.assert_close(found[0], expected, atol=1e-2, rtol=1e-2)
+
+
 def test_which_layout_copies_least():
     packed = PACKED["(B, L, 3, H, D)"][0](16)
     assert storage.layout_of(packed) == "BLHD"

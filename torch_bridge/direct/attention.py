@@ -35,6 +35,7 @@ PASSES: tuple[PassName, ...] = ("forward", "backward")
 _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_CHOICES = 4096
+_CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
@@ -130,6 +131,7 @@ class Direct:
         if pass_name in self._expected or pass_name in self._runners or cache.path_of(wanted).exists():
             return
         self._expected[pass_name] = None
+        _make_room(self.device)
         with contextlib.suppress(RuntimeError):  # no thread can start: it is made when prepared
             self._expected[pass_name] = cache.Pending(wanted, self.device.index or 0)
 
@@ -165,7 +167,10 @@ class Direct:
         pending = self._expected.pop(pass_name, None)
         if pending is not None:
             return pending.result()
-        return cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
+        wanted = request(self.problem, pass_name, self.device)
+        if not cache.path_of(wanted).exists():
+            _make_room(self.device)
+        return cache.find(wanted, self.device.index or 0)
 
     def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
@@ -221,6 +226,12 @@ class Direct:
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
+
+
+def _make_room(device: torch.device) -> None:
+    """Gives back memory that torch keeps for later, if a process that compiles would find too little of the GPU."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _CHILD_BYTES:
+        torch.cuda.empty_cache()
 
 
 # --- which calls -----------------------------------------------------------------------------------------------------
