@@ -10,7 +10,7 @@ from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import attention, cache, requirements, storage
 
 if TYPE_CHECKING:
-    from torch_bridge.exchange import Plan
+    from pallas_flash.device import Device
 
 __all__ = ["explain", "explain_flash_attention", "precompile"]
 
@@ -43,21 +43,24 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    plan = exchange.make_plan(operands, numbers)
-    why_not = _why_not_direct(operands, numbers, plan)
-    memory, layout = "JAX", plan.layout
+    why_not = _why_not_direct(operands, numbers)
+    decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
+    if why_not is None and decision.implementation.launches is None:
+        why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
+    memory, layout = "JAX", strides.layout_of(query, key, value)
     if why_not is None:
         memory, layout = "torch's", attention.problem_of(operands, numbers).layout
     copy_reason = exchange.copy_reason if why_not else storage.copy_reason
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[layout]
-    lines = [str(plan.decision), _path(operands, numbers, why_not),
+    lines = [str(decision), _path(operands, numbers, why_not),
              f"layout {layout}: read and written as {order} storage"]
     reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
     if (array := mask if bias is None else bias) is not None:
         reasons["attn_mask"] = copy_reason(array, "BHLD")
     lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
               for name, reason in reasons.items()]
-    out = torch.empty_strided(query.shape[:3] + value.shape[3:], plan.out_strides, device="meta")
+    out = torch.empty_strided(query.shape[:3] + value.shape[3:], strides.like_query(query, value.shape[3]),
+                              device="meta")
     same = strides.in_layout(out, layout).is_contiguous()
     lines.append(f"out: {f'{memory} memory, not copied' if same else 'copied into the storage order of query'}")
     if why_not is None and not all(strides.in_layout(x, layout).is_contiguous() for x in (query, key, value)):
@@ -65,15 +68,20 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
     return "\n".join(lines)
 
 
-def _why_not_direct(operands: Operands, numbers: Numbers, plan: "Plan") -> str | None:
-    """Why a call goes through DLPack; None: it takes the direct path."""
-    query, row = operands.query, plan.decision.implementation
+def _device(device: torch.device) -> "Device":
+    """A GPU as dispatch sees it, of which torch knows enough: JAX, if it is asked, starts a client there."""
+    from pallas_flash.device import Device
+
+    return Device("gpu", **vars(attention.gpu_of(device)))
+
+
+def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
+    """Why a call goes through DLPack; None: it takes the direct path, if what computes it is a list of launches."""
+    query = operands.query
     if query.device.type not in attention.DEVICES:
         return f"tensors are on {query.device}"
     if not attention.is_on():
         return f"{attention.VARIABLE}=0 is set"
-    if row.launches is None:
-        return f"implementation={row.name!r} is JAX's own program, not a list of launches"
     return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
             or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 

@@ -19,7 +19,7 @@ import torch_bridge
 from bridge.direct import H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning
-from torch_bridge import ops, streams, strides
+from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, cache, driver, launch, requirements, runner, shortcut
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
@@ -106,7 +106,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})
-    monkeypatch.setattr(attention, "_gpu", lambda device: H200)
+    monkeypatch.setattr(attention, "gpu_of", lambda device: H200)
     monkeypatch.setattr(driver, "version", lambda: 13000)
     monkeypatch.setattr(runner, "Loaded", FakeGpu)
     monkeypatch.setattr(streams, "_number", lambda index: 78 + index)
@@ -213,7 +213,7 @@ PLACES = {
 
 def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
     """Regression: each new problem started a process that could only say no."""
-    monkeypatch.setattr(attention, "_gpu", lambda device: dataclasses.replace(
+    monkeypatch.setattr(attention, "gpu_of", lambda device: dataclasses.replace(
         H200, name="NVIDIA A100", capability=(8, 0)))
     monkeypatch.setattr(cache, "find", None)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
@@ -519,7 +519,9 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     tensors = qkv((1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), dtype=BF16)
     arguments = dict(is_causal=True, enable_gqa=True)
-    assert "not a list of launches" in torch_bridge.explain(*tensors, **arguments), "of a CPU"
+    assert "path: direct" in torch_bridge.explain(*tensors, **arguments)
+    odd = qkv((1, 4, 5, 12), (1, 2, 5, 12), (1, 2, 5, 12), dtype=BF16)
+    assert "'xla' is JAX's own program, not a list of launches" in torch_bridge.explain(*odd, **arguments)
     asked = []
     monkeypatch.setattr(cache, "find", lambda request, index: asked.append(request))
     torch_bridge.precompile(*tensors, **arguments)
@@ -535,11 +537,12 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
 
 
 def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
-    """With a decision as it is made for a Hopper GPU."""
+    """With a decision as it is made for a Hopper GPU. JAX, if it were asked for the device, would start a client."""
     from pallas_flash import device
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(device, "of", lambda where: device.H200)
-    x = moved(qkv((1, 2, 200, 64), dtype=BF16)[0])
+    x, jax_device = moved(qkv((1, 2, 200, 64), dtype=BF16)[0]), exchange.jax_device
+    monkeypatch.setattr(exchange, "jax_device", None)
     text = torch_bridge.explain(x, x.detach().clone(), x.detach(), is_causal=True)
     assert "path: direct, launched on torch's stream; plans: forward to be compiled, backward to be compiled" in text
     assert "query: copied: its address is 2 bytes past a multiple of 16" in text and "out: torch's memory" in text
@@ -548,6 +551,7 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
+    monkeypatch.setattr(exchange, "jax_device", jax_device)
     tmp_path.chmod(0o777)
     assert "path: DLPack, JAX's runtime launches (a directory of plans must not" in torch_bridge.explain(x, x, x)
 

@@ -13,7 +13,6 @@ from bridge.direct import FORWARD, SMALL
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, FakeGpu, launched, moved
 from bridge.test_direct_shortcut import short
-from pallas_flash import device
 from torch_bridge.direct import attention, cache, lower, storage
 
 __all__ = ["launched", "short"]  # fixtures
@@ -57,7 +56,6 @@ def test_packed_tensors_are_read_where_they_lie(short, launched, monkeypatch, tm
     assert launched == BOTH * 2
     for x, grad in zip(tensors, results[1:], strict=True):
         assert grad.stride() == torch.empty_like(x).stride()
-    monkeypatch.setattr(device, "of", lambda where: device.H200)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     lines = torch_bridge.explain(*tensors, **options).splitlines()
     assert sum(line.endswith(": shared, not copied") for line in lines) == 3 * is_read

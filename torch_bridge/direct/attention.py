@@ -26,8 +26,8 @@ from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_on", "known", "problem_of",
-           "reason_found", "request", "why_not", "why_not_device"]
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "gpu_of", "is_on", "known",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -72,7 +72,7 @@ def why_not_device(device: torch.device) -> str | None:
     """Why the direct path does not take calls on a GPU; None: it does."""
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
-    gpu = _gpu(device)
+    gpu = gpu_of(device)
     if gpu.capability == _CAPABILITY:
         return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
@@ -104,10 +104,11 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
     """What the plan of a pass is found by."""
-    return Request(problem, pass_name, _gpu(device), versions(driver.version()))
+    return Request(problem, pass_name, gpu_of(device), versions(driver.version()))
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """A GPU, as torch's runtime describes it."""
     found = torch.cuda.get_device_properties(device)
     return Gpu(found.name, (found.major, found.minor), found.multi_processor_count,
                found.shared_memory_per_block_optin)
