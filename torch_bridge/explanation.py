@@ -90,7 +90,7 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     if why_not is not None:
         return f"path: DLPack, JAX's runtime launches ({why_not})"
     problem, device = attention.problem_of(operands, numbers), operands.query.device
-    plans = (cache.path_of(attention.request(problem, name, device)).exists() for name in attention.PASSES)
+    plans = (cache.is_kept(attention.request(problem, name, device)) for name in attention.PASSES)
     forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
     return f"path: direct, launched on torch's stream; plans: forward {forward}, backward {backward}"
 

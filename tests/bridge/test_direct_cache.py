@@ -145,6 +145,17 @@ def test_a_directory_that_cannot_be_written(made, tmp_path, monkeypatch):
     assert made() == 0
 
 
+def test_a_directory_that_may_not_be_searched_keeps_nothing(made, monkeypatch):
+    """Asked whether a file is in there, Python raises. Root may search everything, so that error is made here."""
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    assert not cache.is_kept(FORWARD)
+    cache.find(FORWARD, 0)
+    assert cache.is_kept(FORWARD)
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert not cache.is_kept(FORWARD)
+
+
 def test_what_is_made_meanwhile_is_waited_for_and_shown(made, monkeypatch, capsys):
     monkeypatch.setenv("SLOWLY", "1.2")
     pending = cache.Pending(FORWARD, 0)

@@ -35,12 +35,12 @@ PACKED = {  # the shape for a head dim, and query, key and value
         for y in x.split([x.shape[2] // (H + 4) * n for n in (H, 2, 2)], 2)]),
     "(B, 3, H, L, D)": (lambda d: (B, 3, H, L, d), lambda x: [*x.unbind(1)]),
 }
-CASES = [("(B, L, 3, H, D)", 64), ("(B, L, 3, H, D)", 96), ("(B, L, H, 3, D)", 64), ("(B, L, H, 3, D)", 256),
-         ("(B, L, (Hq + 2 Hkv) D)", 128), ("(B, 3, H, L, D)", 64)]
+CASES = [("(B, L, 3, H, D)", 64, False), ("(B, L, 3, H, D)", 64, True), ("(B, L, 3, H, D)", 96, False),
+         ("(B, L, H, 3, D)", 64, False), ("(B, L, H, 3, D)", 256, False), ("(B, L, (Hq + 2 Hkv) D)", 128, False),
+         ("(B, 3, H, L, D)", 64, False)]
 
 
-@pytest.mark.parametrize("name, d", CASES)
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name, d, deterministic", CASES)
 def test_packed_tensors(name, d, deterministic):
     shape, parts = PACKED[name]
     leaf = random(*shape(d)).requires_grad_()

@@ -10,6 +10,7 @@ the addresses of their constants.
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Sequence
@@ -103,7 +104,9 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
-    """What the plan of a pass is found by."""
+    """What the plan of a pass is found by. A forward is deterministic in any case, and has one plan for both."""
+    if pass_name == "forward":
+        problem = dataclasses.replace(problem, deterministic=False)
     return Request(problem, pass_name, gpu_of(device), versions(driver.version()))
 
 
@@ -129,7 +132,7 @@ class Direct:
     def expect(self, pass_name: PassName) -> None:
         """Has the plan of a pass made meanwhile, if there is none; what cannot be is said when the pass is prepared."""
         wanted = request(self.problem, pass_name, self.device)
-        if pass_name in self._expected or pass_name in self._runners or cache.path_of(wanted).exists():
+        if pass_name in self._expected or pass_name in self._runners or cache.is_kept(wanted):
             return
         self._expected[pass_name] = None
         _make_room(self.device)
@@ -169,7 +172,7 @@ class Direct:
         if pending is not None:
             return pending.result()
         wanted = request(self.problem, pass_name, self.device)
-        if not cache.path_of(wanted).exists():
+        if not cache.is_kept(wanted):
             _make_room(self.device)
         return cache.find(wanted, self.device.index or 0)
 

@@ -20,7 +20,7 @@ from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Request
 from torch_bridge.direct.progress import Progress
 
-__all__ = ["VARIABLE", "Pending", "directory", "find", "path_of", "why_not"]
+__all__ = ["VARIABLE", "Pending", "directory", "find", "is_kept", "path_of", "why_not"]
 
 VARIABLE = "PALLAS_FLASH_PLANS"
 _SECONDS = 0.1  # between two looks at what is waited for
@@ -56,6 +56,14 @@ def why_not() -> str | None:
 def path_of(request: Request) -> Path:
     """Where the plan of a request is kept."""
     return directory() / f"{request.key}.plan"
+
+
+def is_kept(request: Request) -> bool:
+    """Whether there is a file for the plan of a request; not whether it can be read."""
+    try:
+        return path_of(request).exists()
+    except OSError:  # of a directory that may not be searched; `find` says more
+        return False
 
 
 def find(request: Request, index: int, *, quiet: bool = False) -> Program[Kernel]:
