@@ -168,6 +168,21 @@ def test_what_is_made_meanwhile_is_waited_for_and_shown(made, monkeypatch, capsy
             pending.result()
 
 
+def test_one_is_made_meanwhile_at_a_time_and_none_is_waited_for_that_nobody_needs(made, monkeypatch):
+    """Calls of many lengths, whose backwards never came, started a process each."""
+    monkeypatch.setenv("SLOWLY", "60")
+    requests = [dataclasses.replace(FORWARD, versions={"test": str(i)}) for i in range(4)]
+    pending = [cache.Pending(request, 0) for request in requests]
+    while not made():
+        time.sleep(0.01)
+    monkeypatch.setenv("SLOWLY", "0")
+    assert pending[3].result() == PROGRAM and made() == 2 and not pending[0]._found.done()
+    parent._end_children()
+    with pytest.raises(parent.NoPlanError, match="code -9"):
+        pending[0].result()
+    assert [x.result() for x in pending[1:]] == [PROGRAM] * 3
+
+
 LEAVES = """
 import sys, threading, time, types
 sys.modules["torch_bridge"] = types.ModuleType("torch_bridge")
