@@ -6,6 +6,7 @@ What makes them is a stand-in that needs no compiler, of which each run leaves a
 import concurrent.futures
 import dataclasses
 import fcntl
+import io
 import os
 import subprocess
 import sys
@@ -293,3 +294,16 @@ def test_more_than_a_second_is_not_silent(capsys, monkeypatch, has_tqdm):
         monkeypatch.setattr(progress.time, "monotonic", lambda: shown._next + 0.1)
         shown.wait("lowered")
     assert "pallas_flash: compiling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_a_closed_standard_error_stops_nothing(made, monkeypatch, has_tqdm):
+    """It was taken for a directory that cannot be written."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert cache.find(FORWARD, 0) == PROGRAM
