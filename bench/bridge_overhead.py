@@ -4,12 +4,14 @@ line.
 The problem is too small to keep a device busy. The loops do not synchronise, so that a figure is what the host spends
 before it may go on. On an H100 the whole forward must stay within 200 us; the obvious way through DLPack takes 560. All
 of it takes about 20 seconds there, half of them to start. Where there is no history of the code, set BENCH_COMMIT
-(bench/environment.py). `python -m bench.bridge_paths` measures whole calls by DLPack and by the direct path.
+(bench/environment.py). All calls go through DLPack, whose parts these are: PALLAS_FLASH_DIRECT is 0. `python -m
+bench.bridge_paths` measures whole calls by DLPack and by the direct path.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from bench import environment, records
 from torch_bridge import exchange, ops, sdpa, views
 from torch_bridge import scaled_dot_product_attention as OURS
 from torch_bridge.arguments import Numbers, Operands, PerArray
+from torch_bridge.direct.attention import VARIABLE
 
 __all__ = ["main", "measure"]
 
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="calls a turn")
     parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
+    os.environ[VARIABLE] = "0"
     for record in measure(arguments.device, arguments.repeats):
         print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
         if arguments.save:

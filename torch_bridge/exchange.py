@@ -93,6 +93,24 @@ def plan_for(operands: Operands, numbers: Numbers) -> Plan:
 
 def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     """A new plan, which says nothing of a fallback: no call need follow."""
+    query, value = operands.query, operands.value
+    spec, rule = _specified(operands, numbers)
+    where = jax_device(query.device)
+    decision = dispatch.decide(spec, device.of(where))
+    program = programs.Program(spec, rule, decision.implementation.name, where)
+    return Plan(program, decision, strides.like_query(query, value.shape[3]),
+                PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
+                programs.forward(program), programs.backward(program),
+                records.Runs(spec, program.name, decision.reasons))
+
+
+def decide(operands: Operands, numbers: Numbers, where: device.Device | None = None) -> dispatch.Decision:
+    """What computes a call, on the device of its tensors; None for that asks JAX, which starts its client there."""
+    spec, _ = _specified(operands, numbers)
+    return dispatch.decide(spec, where or device.of(jax_device(operands.query.device)))
+
+
+def _specified(operands: Operands, numbers: Numbers) -> tuple[AttentionSpec, Rule]:
     query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
     layout, rule = strides.layout_of(query, key, value), Rule.of(operands, numbers)
     with _precision(query):
@@ -101,14 +119,7 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
             scale=numbers.scale, dropout_rate=numbers.dropout_p, deterministic=numbers.deterministic,
             partial=numbers.partial)
         given = {name: _abstract(getattr(operands, name)) for name in rule.given}
-        spec = spec.masked(rule.mask(spec, given), None if bias is None else _abstract(bias))
-    where = jax_device(query.device)
-    decision = dispatch.decide(spec, device.of(where))
-    program = programs.Program(spec, rule, decision.implementation.name, where)
-    return Plan(program, decision, strides.like_query(query, value.shape[3]),
-                PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
-                programs.forward(program), programs.backward(program),
-                records.Runs(spec, program.name, decision.reasons))
+        return spec.masked(rule.mask(spec, given), None if bias is None else _abstract(bias)), rule
 
 
 def _strides_like(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -144,17 +155,14 @@ def jax_device(device: torch.device) -> jax.Device:
 # --- arrays from tensors ---------------------------------------------------------------------------------------------
 
 
-def copy_reason(tensor: torch.Tensor, layout: Layout, alignment: int | None = None) -> str | None:
-    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared.
-
-    `alignment` is what its address must be a multiple of, in bytes; None: what JAX needs.
-    """
+def copy_reason(tensor: torch.Tensor, layout: Layout) -> str | None:
+    """Why a (batch, heads, length, dim) tensor is copied on its way to a kernel, or None if its memory is shared."""
     if tensor.is_neg():
         return "its negative bit is set"
     if not in_layout(tensor, layout).is_contiguous():
         axes = "(batch, length, heads, dim)" if layout == "BLHD" else "(batch, heads, length, dim)"
         return f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)} are not dense {axes} storage"
-    alignment = alignment or ALIGNMENT[tensor.device.type]
+    alignment = ALIGNMENT[tensor.device.type]
     if offset := tensor.data_ptr() % alignment:
         return f"its address is {offset} bytes past a multiple of {alignment}"
     return None

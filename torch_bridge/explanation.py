@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_bridge import flash, messages, sdpa
+from torch_bridge import flash, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, requirements
-from torch_bridge.direct.launch import ALIGNMENT
+from torch_bridge.direct import attention, cache, requirements, storage
 
 if TYPE_CHECKING:
-    from torch_bridge.exchange import Plan
+    from pallas_flash.device import Device
 
 __all__ = ["explain", "explain_flash_attention", "precompile"]
 
@@ -44,34 +43,45 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    plan = exchange.make_plan(operands, numbers)
-    order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[plan.layout]
-    why_not = _why_not_direct(operands, numbers, plan)
-    alignment = ALIGNMENT if why_not is None else None
-    lines = [str(plan.decision), _path(operands, numbers, why_not),
-             f"layout {plan.layout}: read and written as {order} storage"]
-    named = {"query": (query, plan.layout), "key": (key, plan.layout), "value": (value, plan.layout),
-             "attn_mask": (mask if bias is None else bias, "BHLD")}
-    for name, (tensor, layout) in named.items():
-        if tensor is not None:
-            reason = exchange.copy_reason(tensor, layout, alignment)
-            lines.append(f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}")
-    out = torch.empty_strided(query.shape[:3] + value.shape[3:], plan.out_strides, device="meta")
-    memory = "JAX" if why_not else "torch's"
-    same = (out if plan.layout == "BHLD" else out.transpose(1, 2)).is_contiguous()
+    why_not = _why_not_direct(operands, numbers)
+    decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
+    if why_not is None and decision.implementation.launches is None:
+        why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
+    memory, layout = "JAX", strides.layout_of(query, key, value)
+    if why_not is None:
+        memory, layout = "torch's", attention.problem_of(operands, numbers).layout
+    copy_reason = exchange.copy_reason if why_not else storage.copy_reason
+    order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[layout]
+    lines = [str(decision), _path(operands, numbers, why_not),
+             f"layout {layout}: read and written as {order} storage"]
+    reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
+    if (array := mask if bias is None else bias) is not None:
+        reasons["attn_mask"] = copy_reason(array, "BHLD")
+    lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
+              for name, reason in reasons.items()]
+    out = torch.empty_strided(query.shape[:3] + value.shape[3:], strides.like_query(query, value.shape[3]),
+                              device="meta")
+    same = strides.in_layout(out, layout).is_contiguous()
     lines.append(f"out: {f'{memory} memory, not copied' if same else 'copied into the storage order of query'}")
+    if why_not is None and not all(strides.in_layout(x, layout).is_contiguous() for x in (query, key, value)):
+        lines.append("gradients: dense tensors of their own, which PyTorch copies into that of a packed one")
     return "\n".join(lines)
 
 
-def _why_not_direct(operands: Operands, numbers: Numbers, plan: "Plan") -> str | None:
-    """Why a call goes through DLPack; None: it takes the direct path."""
-    query, row = operands.query, plan.decision.implementation
+def _device(device: torch.device) -> "Device":
+    """A GPU as dispatch sees it, of which torch knows enough: JAX, if it is asked, starts a client there."""
+    from pallas_flash.device import Device
+
+    return Device("gpu", **vars(attention.gpu_of(device)))
+
+
+def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
+    """Why a call goes through DLPack; None: it takes the direct path, if what computes it is a list of launches."""
+    query = operands.query
     if query.device.type not in attention.DEVICES:
         return f"tensors are on {query.device}"
     if not attention.is_on():
         return f"{attention.VARIABLE}=0 is set"
-    if row.launches is None:
-        return f"implementation={row.name!r} is JAX's own program, not a list of launches"
     return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
             or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 
@@ -80,7 +90,7 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     if why_not is not None:
         return f"path: DLPack, JAX's runtime launches ({why_not})"
     problem, device = attention.problem_of(operands, numbers), operands.query.device
-    plans = (cache.path_of(attention.request(problem, name, device)).exists() for name in attention.PASSES)
+    plans = (cache.is_kept(attention.request(problem, name, device)) for name in attention.PASSES)
     forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
     return f"path: direct, launched on torch's stream; plans: forward {forward}, backward {backward}"
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Layout", "dense", "in_layout", "is_heads_inside", "layout_of", "like_query", "same_memory", "sharable",
-           "stats_dtype", "with_strides"]
+__all__ = ["Layout", "dense", "in_layout", "is_heads_inside", "layout_of", "like_query", "placed", "same_memory",
+           "sharable", "stats_dtype", "with_strides"]
 
 Layout = Literal["BLHD", "BHLD"]
 """As `pallas_flash.spec.Layout`, which would import JAX."""
@@ -71,6 +71,18 @@ def sharable(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
         return tensor.contiguous()
     address = tensor.data_ptr()
     return tensor if address and not address % alignment else tensor.clone()  # 0: torch's own zeros, without memory
+
+
+def placed(tensor: torch.Tensor, wanted: tuple[int, ...], alignment: int) -> torch.Tensor:
+    """The tensor itself if it lies at these strides, at an address that is a multiple of `alignment` bytes; or else a
+    copy.
+    """
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    address = tensor.data_ptr()
+    if address and not address % alignment and same_memory(tensor.shape, tensor.stride(), wanted):
+        return tensor
+    return torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def with_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:

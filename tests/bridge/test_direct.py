@@ -19,7 +19,7 @@ import torch_bridge
 from bridge.direct import H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning
-from torch_bridge import ops, streams, strides
+from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, cache, driver, launch, requirements, runner, shortcut
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
@@ -29,34 +29,37 @@ from torch_bridge.direct.problem import window
 
 def program_of(problem, pass_name):
     """The arrays of a pass by name, with one more in between; no kernels."""
-    def shape(length, heads, dim):
-        return (problem.batch, length, heads, dim) if problem.layout == "BLHD" else (problem.batch, heads, length, dim)
-    q, out = (Buffer(shape(problem.q_len, problem.q_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
-    k, v = (Buffer(shape(problem.kv_len, problem.kv_heads, dim), problem.dtype) for dim in (problem.d, problem.d_v))
+    shapes, wanted = problem.shapes(), problem.strides()
+    dq, dk, dv = (Buffer(shape, problem.dtype) for shape in shapes.values())
+    q, k, v = (Buffer(shape, problem.dtype, wanted[name]) for name, shape in shapes.items())
+    out = Buffer((*shapes["q"][:3], problem.d_v), problem.dtype)
     stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
     known = dict(q=q, k=k, v=v, between=Buffer((33,), "float32"), out=out, stats=stats)
     if pass_name == "forward":
         return Program(known, ("q", "k", "v"), ("out", "stats"), {}, ())
-    buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=q, dk=k, dv=v)
+    buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=dq, dk=dk, dv=dv)
     return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, ())
 
 
 class FakeGpu:
     """In the place of `Loaded`: computes in float64 what kernels would, in the memory at the addresses."""
 
-    launched, requests = [], {}
+    launched, requests, read = [], {}, []
 
     def __init__(self, program, index):
         self.program, (self.problem, self.pass_name) = program, self.requests[id(program)]
 
     def array(self, addresses, name):
         buffer = self.program.buffers[name]
-        memory = (ctypes.c_char * buffer.num_bytes).from_address(addresses[[*self.program.buffers].index(name)])
-        return torch.frombuffer(memory, dtype=runner.DTYPES[buffer.dtype]).view(buffer.shape)
+        dtype, wanted = runner.DTYPES[buffer.dtype], buffer.strides or torch.empty(buffer.shape).stride()
+        size = dtype.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(buffer.shape, wanted)))
+        memory = (ctypes.c_char * size).from_address(addresses[[*self.program.buffers].index(name)])
+        return torch.frombuffer(memory, dtype=dtype).as_strided(buffer.shape, wanted)
 
     def launch(self, addresses, stream):
         assert stream == 78 and all(address and address % 16 == 0 for address in addresses)
         arrays = {name: self.array(addresses, name) for name in self.program.buffers}
+        self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
         for name in (*self.program.scratch, *self.program.results):
             arrays[name].fill_(torch.nan)
         heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x
@@ -103,7 +106,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})
-    monkeypatch.setattr(attention, "_gpu", lambda device: H200)
+    monkeypatch.setattr(attention, "gpu_of", lambda device: H200)
     monkeypatch.setattr(driver, "version", lambda: 13000)
     monkeypatch.setattr(runner, "Loaded", FakeGpu)
     monkeypatch.setattr(streams, "_number", lambda index: 78 + index)
@@ -211,7 +214,7 @@ PLACES = {
 
 def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
     """Regression: each new problem started a process that could only say no."""
-    monkeypatch.setattr(attention, "_gpu", lambda device: dataclasses.replace(
+    monkeypatch.setattr(attention, "gpu_of", lambda device: dataclasses.replace(
         H200, name="NVIDIA A100", capability=(8, 0)))
     monkeypatch.setattr(cache, "find", None)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
@@ -304,6 +307,33 @@ def test_a_cotangent_without_memory(launched, monkeypatch, asked):
     assert launched == BOTH * int(asked) and not any(grad.any() for grad in grads)
 
 
+def test_room_is_made_for_the_process_that_compiles(launched, monkeypatch, tmp_path):
+    """Where torch kept the whole GPU it found no memory, and calls went through JAX, which found none either."""
+    asked, freed = [], []
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (2**29, 2**37))[1])
+    monkeypatch.setattr(attention, "Runner", lambda program, device: program)
+    problem = attention.problem_of(Operands.of(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), **NONE), FULL)
+    device = torch.device("cuda", 1)
+    attention.Direct((problem, device)).prepare("forward")
+    assert asked == [device] and freed == [True]
+    cache.path_of(attention.request(problem, "forward", device)).touch()
+    attention.Direct((problem, device)).prepare("forward")
+    assert asked == [device]
+
+
+def test_the_first_call_in_inference_mode(launched):
+    """What is made then, and kept, serves calls that record."""
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    with torch.inference_mode():
+        OURS(*tensors)
+    check(tensors)
+    check(tensors)
+    assert launched == ["forward", *BOTH, *BOTH]
+
+
 def test_threads_that_forget_choices_disturb_nobody(launched, monkeypatch):
     monkeypatch.setattr(attention, "_MAX_CHOICES", 1)
     inputs = [qkv(*[(1, 2, length, 8)] * 3, dtype=BF16, requires_grad=False) for length in (3, 4, 5, 6)]
@@ -355,7 +385,7 @@ def test_an_installation_that_cannot_compile_is_said_once(launched, monkeypatch)
     monkeypatch.setattr(requirements, "why_not", lambda: "needs JAX 0.11, jax is 0.12.0")
     monkeypatch.setattr(cache, "find", None)
     with pytest.warns(FallbackWarning, match=r"calls go through DLPack.*jax is 0\.12\.0.*set PALLAS_F") as seen:
-        for length in (5, 6, 7):
+        for length in (5, 6):
             check(qkv(*[(1, 2, length, 8)] * 3, dtype=BF16))
     assert len(seen) == 1 and launched == []
     with pytest.raises(RuntimeError, match=r"jax is 0\.12\.0"):
@@ -490,7 +520,9 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     tensors = qkv((1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8), dtype=BF16)
     arguments = dict(is_causal=True, enable_gqa=True)
-    assert "not a list of launches" in torch_bridge.explain(*tensors, **arguments), "of a CPU"
+    assert "path: direct" in torch_bridge.explain(*tensors, **arguments)
+    odd = qkv((1, 4, 5, 12), (1, 2, 5, 12), (1, 2, 5, 12), dtype=BF16)
+    assert "'xla' is JAX's own program, not a list of launches" in torch_bridge.explain(*odd, **arguments)
     asked = []
     monkeypatch.setattr(cache, "find", lambda request, index: asked.append(request))
     torch_bridge.precompile(*tensors, **arguments)
@@ -506,11 +538,12 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
 
 
 def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
-    """With a decision as it is made for a Hopper GPU."""
+    """With a decision as it is made for a Hopper GPU. JAX, if it were asked for the device, would start a client."""
     from pallas_flash import device
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(device, "of", lambda where: device.H200)
-    x = moved(qkv((1, 2, 200, 64), dtype=BF16)[0])
+    x, jax_device = moved(qkv((1, 2, 200, 64), dtype=BF16)[0]), exchange.jax_device
+    monkeypatch.setattr(exchange, "jax_device", None)
     text = torch_bridge.explain(x, x.detach().clone(), x.detach(), is_causal=True)
     assert "path: direct, launched on torch's stream; plans: forward to be compiled, backward to be compiled" in text
     assert "query: copied: its address is 2 bytes past a multiple of 16" in text and "out: torch's memory" in text
@@ -519,6 +552,7 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
+    monkeypatch.setattr(exchange, "jax_device", jax_device)
     tmp_path.chmod(0o777)
     assert "path: DLPack, JAX's runtime launches (a directory of plans must not" in torch_bridge.explain(x, x, x)
 

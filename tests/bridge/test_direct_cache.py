@@ -6,6 +6,7 @@ What makes them is a stand-in that needs no compiler, of which each run leaves a
 import concurrent.futures
 import dataclasses
 import fcntl
+import io
 import os
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_a_directory_that_cannot_be_written(made, tmp_path, monkeypatch):
     assert made() == 0
 
 
+def test_a_directory_that_may_not_be_searched_keeps_nothing(made, monkeypatch):
+    """Asked whether a file is in there, Python raises. Root may search everything, so that error is made here."""
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    assert not cache.is_kept(FORWARD)
+    cache.find(FORWARD, 0)
+    assert cache.is_kept(FORWARD)
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert not cache.is_kept(FORWARD)
+
+
 def test_what_is_made_meanwhile_is_waited_for_and_shown(made, monkeypatch, capsys):
     monkeypatch.setenv("SLOWLY", "1.2")
     pending = cache.Pending(FORWARD, 0)
@@ -155,6 +167,21 @@ def test_what_is_made_meanwhile_is_waited_for_and_shown(made, monkeypatch, capsy
     for _ in range(2):
         with pytest.raises(parent.NoPlanError, match="broken"):
             pending.result()
+
+
+def test_one_is_made_meanwhile_at_a_time_and_none_is_waited_for_that_nobody_needs(made, monkeypatch):
+    """Calls of many lengths, whose backwards never came, started a process each."""
+    monkeypatch.setenv("SLOWLY", "60")
+    requests = [dataclasses.replace(FORWARD, versions={"test": str(i)}) for i in range(4)]
+    pending = [cache.Pending(request, 0) for request in requests]
+    while not made():
+        time.sleep(0.01)
+    monkeypatch.setenv("SLOWLY", "0")
+    assert pending[3].result() == PROGRAM and made() == 2 and not pending[0]._found.done()
+    parent._end_children()
+    with pytest.raises(parent.NoPlanError, match="code -9"):
+        pending[0].result()
+    assert [x.result() for x in pending[1:]] == [PROGRAM] * 3
 
 
 LEAVES = """
@@ -267,3 +294,16 @@ def test_more_than_a_second_is_not_silent(capsys, monkeypatch, has_tqdm):
         monkeypatch.setattr(progress.time, "monotonic", lambda: shown._next + 0.1)
         shown.wait("lowered")
     assert "pallas_flash: compiling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_a_closed_standard_error_stops_nothing(made, monkeypatch, has_tqdm):
+    """It was taken for a directory that cannot be written."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert cache.find(FORWARD, 0) == PROGRAM

@@ -4,6 +4,7 @@ driver (driver.c) that writes down what it is asked. What a plan launches is wha
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from torch_bridge.direct import cache, lower, parent, plan
 ROOT = Path(__file__).parents[2]
 BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
 ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deterministic=True, layout="BLHD"))
-REQUESTS = {"backward": BACKWARD, "ordered": ORDERED}
+PACKED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, layout="BLHD", outer=(
+    (12, 64), (2, 64), (2, 192))))  # q of (B, L, 3, H, D), k dense, v of (B, L, H, 3, D)
+REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED}
 WHY_NOT = places.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
@@ -96,8 +99,11 @@ def test_every_array_of_a_launch_is_given_to_it(compiled, name):
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_tensor_maps_span_their_arrays(compiled, name):
-    """A map of the stand-in driver holds sizes and strides; its last element is the array's last."""
-    program, seen = compiled[name][0], 0
+    """A map of the stand-in driver holds sizes and strides; its last element is the array's last. That of an operand
+    which is a part of an array is the whole array's: kernels touch only what they have an index for.
+    """
+    program, seen, packed = compiled[name][0], 0, 0
+    whole = REQUESTS[name].problem.outer_shapes()
     for kernel, arrays in program.steps:
         words = memoryview(kernel.parameters).cast("Q")
         for place, i in kernel.patches:
@@ -108,8 +114,12 @@ def test_tensor_maps_span_their_arrays(compiled, name):
             seen += 1
             strides = [plan.ITEM_BYTES[buffer.dtype], *words[place + 7:place + 7 + rank - 1]]
             last = sum((size - 1) * stride for size, stride in zip(sizes, strides))
-            assert last + strides[0] == buffer.num_bytes, arrays[i]
-    assert seen >= 4
+            shape = whole.get(arrays[i], buffer.shape)
+            assert last + strides[0] == math.prod(shape) * strides[0], arrays[i]
+            if buffer.strides is not None:
+                packed += 1
+                assert {*strides} <= {2 * stride for stride in buffer.strides} | {128}, arrays[i]
+    assert seen >= 4 and packed == (2 if name == "packed" else 0)
 
 
 def test_a_child_that_sees_another_kind_of_gpu_makes_no_plan(work):

@@ -96,7 +96,7 @@ def test_every_launch_reads_what_there_is(changes, name):
         assert {*step.arrays} <= known <= {*program.buffers}
     assert {*program.scratch}.isdisjoint({*program.inputs, *program.results, *program.constants})
     for array, kind in found.inputs.items():
-        assert program.buffers[array] == (kind.shape, kind.dtype.name)
+        assert program.buffers[array] == (kind.shape, kind.dtype.name, None)
 
 
 def test_what_is_no_list_of_launches_is_refused():
@@ -179,12 +179,15 @@ def test_a_plan_rewritten_unchanged_is_read():
     lambda header: header["kernels"][0][-1].append([3, 0]), lambda header: header["kernels"][0][-1].append([0, 2]),
     lambda header: header["kernels"][0][-1].append([-1, 0]), lambda header: header["steps"].append([2, []]),
     lambda header: header["steps"].append([0, ["x", "z"]]), lambda header: header["results"].append("z"),
-    lambda header: header["buffers"].update(table=[[5], "int32"]), lambda header: header["buffers"].pop("x"),
-    lambda header: header["buffers"].update(table=[[4], "int31"]), lambda header: header.update(kernels=3),
+    lambda header: header["buffers"].update(table=[[5], "int32", None]), lambda header: header["buffers"].pop("x"),
+    lambda header: header["buffers"].update(table=[[4], "int31", None]), lambda header: header.update(kernels=3),
     lambda header: header["results"].append("x"), lambda header: header["results"].append("table"),
     lambda header: header.update(buffers=[]), lambda header: header.update(blobs=[float("inf")]),
     lambda header: header["kernels"][0].__setitem__(3, float("inf")),
-], ids=range(20))
+    lambda header: header["buffers"].update(y=[[2, 3], "bfloat16", [8, 1]]),
+    lambda header: header["buffers"].update(x=[[2, 3], "bfloat16", [8]]),
+    lambda header: header["buffers"].update(x=[[2, 3], "bfloat16", [-8, 1]]),
+], ids=range(23))
 def test_a_plan_that_does_not_fit_itself_is_not_read(change):
     """Launched, it would read or write at addresses that nobody gave it."""
     with pytest.raises(plan.UnreadablePlanError):

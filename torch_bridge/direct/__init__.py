@@ -13,6 +13,7 @@
     launch.py        loads a plan on a device, and launches it on addresses
     runner.py        the same on torch's tensors
     attention.py     which calls take this path; their tensors in and out
+    storage.py       which tensors are read where they lie
     shortcut.py      calls seen before
 
 A process that finds its plans imports no JAX. A child process imports no torch.

@@ -4,11 +4,13 @@ It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_dev
 reason against. Where the last has one, or a plan cannot be made, a FallbackWarning says why, once for each reason, and
 the call goes through DLPack.
 
-A tensor that is dense in the layout, and aligned to 16 bytes, is read where it lies; any other is copied by torch
-first. Plans stay loaded as long as the process lives: a captured CUDA graph holds the addresses of their constants.
+A tensor that is stored as kernels can read it (storage.py), and aligned to 16 bytes, is read where it lies; any other
+is copied by torch first. Results are dense. Plans stay loaded as long as the process lives: a captured CUDA graph holds
+the addresses of their constants.
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Sequence
@@ -18,15 +20,15 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import cache, driver, launch, requirements
+from torch_bridge.direct import cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "is_on", "known", "problem_of",
-           "reason_found", "request", "why_not", "why_not_device"]
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "gpu_of", "is_on", "known",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -35,6 +37,7 @@ _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _MAX_CHOICES = 4096
+_CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
@@ -74,7 +77,7 @@ def why_not_device(device: torch.device) -> str | None:
     """Why the direct path does not take calls on a GPU; None: it does."""
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
-    gpu = _gpu(device)
+    gpu = gpu_of(device)
     if gpu.capability == _CAPABILITY:
         return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
@@ -91,23 +94,28 @@ def reason_found(problem: Problem, device: torch.device) -> str | None:
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
-    """The problem of a call, in the layout in which the fewest elements are copied."""
+    """The problem of a call, in the layout in which the fewest elements are copied. What is copied is dense then."""
     query, key, value, *_ = operands
+    layout = storage.layout_of((query, key, value))
+    outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    return Problem(layout=strides.layout_of(query, key, value),
+    return Problem(layout=layout,
                    dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
                    mask=window(left, right, int(numbers.offset)), scale=numbers.scale, softcap=numbers.softcap,
-                   deterministic=numbers.deterministic)
+                   deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]))
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
-    """What the plan of a pass is found by."""
-    return Request(problem, pass_name, _gpu(device), versions(driver.version()))
+    """What the plan of a pass is found by. A forward is deterministic in any case, and has one plan for both."""
+    if pass_name == "forward":
+        problem = dataclasses.replace(problem, deterministic=False)
+    return Request(problem, pass_name, gpu_of(device), versions(driver.version()))
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """A GPU, as torch's runtime describes it."""
     found = torch.cuda.get_device_properties(device)
     return Gpu(found.name, (found.major, found.minor), found.multi_processor_count,
                found.shared_memory_per_block_optin)
@@ -118,6 +126,7 @@ class Direct:
 
     def __init__(self, key: "_Key") -> None:
         self.key, (self.problem, self.device) = key, key
+        self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
         self._runners: dict[PassName, Runner] = {}
         self._expected: dict[PassName, cache.Pending | None] = {}
@@ -127,9 +136,10 @@ class Direct:
     def expect(self, pass_name: PassName) -> None:
         """Has the plan of a pass made meanwhile, if there is none; what cannot be is said when the pass is prepared."""
         wanted = request(self.problem, pass_name, self.device)
-        if pass_name in self._expected or pass_name in self._runners or cache.path_of(wanted).exists():
+        if pass_name in self._expected or pass_name in self._runners or cache.is_kept(wanted):
             return
         self._expected[pass_name] = None
+        _make_room(self.device)
         with contextlib.suppress(RuntimeError):  # no thread can start: it is made when prepared
             self._expected[pass_name] = cache.Pending(wanted, self.device.index or 0)
 
@@ -165,19 +175,22 @@ class Direct:
         pending = self._expected.pop(pass_name, None)
         if pending is not None:
             return pending.result()
-        return cache.find(request(self.problem, pass_name, self.device), self.device.index or 0)
+        wanted = request(self.problem, pass_name, self.device)
+        if not cache.is_kept(wanted):
+            _make_room(self.device)
+        return cache.find(wanted, self.device.index or 0)
 
     def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
-        return self._runners["forward"]([self._given(x) for x in q_like])
+        return self._runners["forward"]([*map(self._operand, q_like, self.strides)])
 
     def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and the cotangents."""
+        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and cotangents."""
         *q_k_v, out = q_like
         dtype = q_k_v[0].dtype
-        given = [*map(self._given, q_k_v), self._given(out.to(dtype)), strides.sharable(stats, ALIGNMENT),
-                 self._given(dout.to(dtype))]
+        given = [*map(self._operand, q_k_v, self.strides), self._given(out.to(dtype)),
+                 strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
         given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
         return self._runners["backward"](given)
@@ -216,8 +229,17 @@ class Direct:
             return False
         return True
 
+    def _operand(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+        return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
+
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
+
+
+def _make_room(device: torch.device) -> None:
+    """Gives back memory that torch keeps for later, if a process that compiles would find too little of the GPU."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _CHILD_BYTES:
+        torch.cuda.empty_cache()
 
 
 # --- which calls -----------------------------------------------------------------------------------------------------
@@ -234,7 +256,7 @@ class DirectCall(NamedTuple):
     direct: Direct
     out_strides: tuple[int, ...]
     grad_strides: tuple[tuple[int, ...], ...]  # of query, key and value
-    is_in_place: bool  # tensors and results are dense in the layout: nothing is copied but what is not aligned
+    is_in_place: bool  # tensors are read, and results written, where they lie: only what is not aligned is copied
 
     def forward(self, operands: Operands) -> Results:
         """out, stored as query is, and the statistics of rows."""
@@ -310,12 +332,17 @@ def _name(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     key = problem_of(operands, numbers), operands.query.device
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
-    grad_strides = (torch.empty_like(x, device="meta").stride() for x in operands[:3])  # dense, in the order of x
+    grad_strides = *(torch.empty_like(x, device="meta").stride() for x in operands[:3]),  # dense, in the order of x
     direct = _directs.setdefault(key, Direct(key))
-    in_place = all(strides.in_layout(x, direct.problem.layout).is_contiguous() for x in operands[:3])
-    out = torch.empty_strided((*operands.query.shape[:3], operands.value.shape[3]), out_strides, device="meta")
-    in_place = in_place and strides.in_layout(out, direct.problem.layout).is_contiguous()
-    return DirectCall(direct, out_strides, tuple(grad_strides), in_place)
+    layout = direct.problem.layout
+    in_layout = (strides.in_layout(x, layout) for x in operands[:3])
+    is_read = all(strides.same_memory(x.shape, x.stride(), wanted)
+                  for x, wanted in zip(in_layout, direct.strides, strict=True))
+    shapes = (*operands.query.shape[:3], operands.value.shape[3]), *(x.shape for x in operands[:3])
+    results = (torch.empty_strided(shape, wanted, device="meta")
+               for shape, wanted in zip(shapes, (out_strides, *grad_strides), strict=True))
+    is_written = all(strides.in_layout(x, layout).is_contiguous() for x in results)
+    return DirectCall(direct, out_strides, grad_strides, is_read and is_written)
 
 
 _said: set[str] = set()

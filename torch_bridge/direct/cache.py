@@ -20,10 +20,11 @@ from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Request
 from torch_bridge.direct.progress import Progress
 
-__all__ = ["VARIABLE", "Pending", "directory", "find", "path_of", "why_not"]
+__all__ = ["VARIABLE", "Pending", "directory", "find", "is_kept", "path_of", "why_not"]
 
 VARIABLE = "PALLAS_FLASH_PLANS"
 _SECONDS = 0.1  # between two looks at what is waited for
+_turn = threading.Lock()  # of what is pending
 
 
 def directory() -> Path:
@@ -56,6 +57,14 @@ def why_not() -> str | None:
 def path_of(request: Request) -> Path:
     """Where the plan of a request is kept."""
     return directory() / f"{request.key}.plan"
+
+
+def is_kept(request: Request) -> bool:
+    """Whether there is a file for the plan of a request; not whether it can be read."""
+    try:
+        return path_of(request).exists()
+    except OSError:  # of a directory that may not be searched; `find` says more
+        return False
 
 
 def find(request: Request, index: int, *, quiet: bool = False) -> Program[Kernel]:
@@ -108,25 +117,31 @@ def _made(request: Request, index: int, path: Path, progress: Progress) -> Progr
 class Pending:
     """A plan that is found, or made, while the caller does something else.
 
-    It has a thread of its own, which does not keep the process alive.
+    It has a thread of its own, which does not keep the process alive. One is made at a time: calls of many shapes whose
+    backwards may never come would start as many processes. Whoever needs one whose turn has not come makes it.
 
     Raises:
       RuntimeError: no thread can start, at exit or at a limit.
     """
 
     def __init__(self, request: Request, index: int) -> None:
-        self._request, self._found = request, concurrent.futures.Future[Program[Kernel]]()
-        threading.Thread(target=self._find, args=(index,), name=f"pallas_flash: {request.pass_name}",
-                         daemon=True).start()
+        self._request, self._index = request, index
+        self._found = concurrent.futures.Future[Program[Kernel]]()
+        threading.Thread(target=self._find, name=f"pallas_flash: {request.pass_name}", daemon=True).start()
 
-    def _find(self, index: int) -> None:
-        try:
-            self._found.set_result(find(self._request, index, quiet=True))
-        except BaseException as error:  # whatever it is, it is raised where the plan is needed
-            self._found.set_exception(error)
+    def _find(self) -> None:
+        with _turn:
+            if not self._found.set_running_or_notify_cancel():
+                return
+            try:
+                self._found.set_result(find(self._request, self._index, quiet=True))
+            except BaseException as error:  # whatever it is, it is raised where the plan is needed
+                self._found.set_exception(error)
 
     def result(self) -> Program[Kernel]:
         """The plan, for which it waits; raises as `find` does."""
+        if self._found.cancel():
+            return find(self._request, self._index)
         with Progress(f"compiling the {self._request.pass_name} (kept in {directory()})") as progress:
             while not concurrent.futures.wait([self._found], timeout=_SECONDS).done:
                 progress.wait()

@@ -29,21 +29,20 @@ class LoweringError(RuntimeError):
 
 def spec_of(problem: Problem) -> AttentionSpec:
     """The spec of a problem; raises as `AttentionSpec.of` does."""
-    def array(length: int, heads: int, dim: int) -> jax.ShapeDtypeStruct:
-        shape = (length, heads) if problem.layout == "BLHD" else (heads, length)
-        return jax.ShapeDtypeStruct((problem.batch, *shape, dim), problem.dtype)
-
     rule: masks.Mask = masks.Full()
     for name, numbers in problem.mask:
         rule = rule & _MASKS[name](**dict(numbers))
     return AttentionSpec.of(
-        array(problem.q_len, problem.q_heads, problem.d), array(problem.kv_len, problem.kv_heads, problem.d),
-        array(problem.kv_len, problem.kv_heads, problem.d_v), layout=problem.layout, mask=rule, scale=problem.scale,
-        softcap=problem.softcap, deterministic=problem.deterministic)
+        *(jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes().values()), layout=problem.layout,
+        mask=rule, scale=problem.scale, softcap=problem.softcap, deterministic=problem.deterministic)
 
 
 def lower(request: Request) -> Program[Module]:
     """The pass that is asked for.
+
+    Kernels take an operand as the dense array of which it is a part, from the operand's first element on. They touch
+    only heads and columns that the spec has, whatever more the array has: of columns, because they read 64 at a time,
+    if that is how many there are, or a multiple.
 
     Raises:
       UnsupportedError: it is no list of launches on that GPU, with every reason.
@@ -52,7 +51,9 @@ def lower(request: Request) -> Program[Module]:
     """
     gpu = device.Device("gpu", **vars(request.gpu))
     found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
-    types = found.inputs | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.constants.items()}
+    outer = {name: jax.ShapeDtypeStruct(shape, found.inputs[name].dtype)
+             for name, shape in request.problem.outer_shapes().items()}
+    types = found.inputs | outer | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.constants.items()}
     steps = []
     with device.assume(gpu):
         for launch in found.launches:
@@ -61,7 +62,11 @@ def lower(request: Request) -> Program[Module]:
                                    "launches before it made")
             steps.append(_step(launch, [types[name] for name in launch.inputs]))
             types |= launch.outputs
-    return Program(buffers={name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()},
+    buffers = {name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()}
+    for name, strides in request.problem.strides().items():
+        if outer[name].shape != (shape := found.inputs[name].shape):
+            buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
+    return Program(buffers=buffers,
                    inputs=tuple(found.inputs), results=found.results,
                    constants={name: x.tobytes() for name, x in found.constants.items()}, steps=tuple(steps))
 

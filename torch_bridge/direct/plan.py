@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 1; numbers are little-endian:
+The file, version 2; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -8,7 +8,7 @@ The file, version 1; numbers are little-endian:
     4        the length of the header
     ...      the header: JSON in UTF-8, an object
                request     the text of the `Request` that it was made for
-               buffers     {name: [shape, dtype]}: every array, dense, by name
+               buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
                inputs      names of the arrays of a call, in their order
                results     names of what the pass returns
                constants   {name: index of a blob}
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 __all__ = ["Buffer", "Kernel", "Module", "Program", "Step", "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 1
+VERSION = 2
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 _HEAD = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
@@ -43,13 +43,21 @@ class UnreadablePlanError(ValueError):
 
 
 class Buffer(NamedTuple):
-    """A dense array; the last axis is innermost."""
+    """An array.
+
+    Attributes:
+      shape: of its axes.
+      dtype: a key of ITEM_BYTES.
+      strides: from one element to the next along each axis, in elements; None: it is dense, the last axis innermost.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    strides: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:
+        """Of its elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -175,7 +183,8 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
     kernels = [Kernel(str(name), sizes(grid), sizes(block), int(smem_bytes), blobs[cubin], blobs[parameters],
                       tuple((int(place), int(i)) for place, i in patches))
                for name, grid, block, smem_bytes, cubin, parameters, patches in header["kernels"]]
-    buffers = {name: Buffer(tuple(map(int, shape)), str(dtype)) for name, (shape, dtype) in header["buffers"].items()}
+    buffers = {name: Buffer(tuple(map(int, shape)), str(dtype), strides and tuple(map(int, strides)))
+               for name, (shape, dtype, strides) in header["buffers"].items()}
     return Program(
         buffers=buffers,
         inputs=tuple(header["inputs"]), results=tuple(header["results"]),
@@ -187,7 +196,10 @@ def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
     rules = [all(name in program.buffers for name in (*program.inputs, *program.results)),
              all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
-             {*program.results}.isdisjoint({*program.inputs, *program.constants})]  # results are new memory
+             {*program.results}.isdisjoint({*program.inputs, *program.constants}),  # results are new memory
+             all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
+                                            and min(buffer.strides) >= 0)
+                 for name, buffer in program.buffers.items())]
     for kernel, arrays in program.steps:
         rules += [all(name in program.buffers for name in arrays), len(kernel.parameters) % 8 == 0,
                   all(0 <= place < len(kernel.parameters) // 8 and 0 <= i < len(arrays)

@@ -11,9 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, Self
 
-__all__ = ["Gpu", "Mask", "PassName", "Problem", "Request", "versions", "window"]
+__all__ = ["Gpu", "Mask", "OPERANDS", "Outer", "PassName", "Problem", "Request", "versions", "window"]
 
 PassName = Literal["forward", "backward"]
+Outer = tuple[int, int]
+"""(heads, dim) of the dense array in the layout of which an operand is a part, from its first element on."""
+OPERANDS = "q", "k", "v"
 Mask = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """Masks of pallas_flash, all of which hold: the name of each class, and its numbers by name."""
 
@@ -30,7 +33,12 @@ def window(left: int | None, right: int | None, offset: int) -> Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The numbers of a `pallas_flash.AttentionSpec` whose arrays are dense in its layout."""
+    """The numbers of a `pallas_flash.AttentionSpec`, and how its arrays are stored.
+
+    Each operand is a part of a dense array in the layout, `outer`: of all of its batch and length, and of some of its
+    heads and columns. So it is in packed tensors, and an operand that is dense is the whole of its own. Other arrays
+    are dense.
+    """
 
     layout: Literal["BLHD", "BHLD"]
     dtype: Literal["bfloat16", "float16"]
@@ -45,6 +53,26 @@ class Problem:
     scale: float | None
     softcap: float | None
     deterministic: bool
+    outer: tuple[Outer, Outer, Outer]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each operand in the layout, by name."""
+        sizes = ((self.q_len, self.q_heads, self.d), (self.kv_len, self.kv_heads, self.d),
+                 (self.kv_len, self.kv_heads, self.d_v))
+        return {name: self._in_layout(*size) for name, size in zip(OPERANDS, sizes, strict=True)}
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of the dense array of which each operand is a part."""
+        lengths = self.q_len, self.kv_len, self.kv_len
+        return {name: self._in_layout(length, *outer)
+                for name, length, outer in zip(OPERANDS, lengths, self.outer, strict=True)}
+
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """The strides of each operand, in elements: those of the dense array."""
+        return {name: (b * c * d, c * d, d, 1) for name, (_, b, c, d) in self.outer_shapes().items()}
+
+    def _in_layout(self, length: int, heads: int, dim: int) -> tuple[int, ...]:
+        return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +110,7 @@ class Request:
         fields = json.loads(text)
         problem = fields["problem"]
         problem["mask"] = tuple((kind, tuple(map(tuple, numbers))) for kind, numbers in problem["mask"])
+        problem["outer"] = tuple(map(tuple, problem["outer"]))
         gpu = fields["gpu"]
         gpu["capability"] = tuple(gpu["capability"])
         return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"])

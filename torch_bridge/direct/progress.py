@@ -1,5 +1,6 @@
 """What is shown while a plan is made: nothing for a second, then tqdm's bar, or a line where there is no tqdm."""
 
+import contextlib
 import importlib
 import math
 import sys
@@ -29,7 +30,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None and self._bar is not sys.stderr:
-            self._bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
 
     def wait(self, step: str | None = None) -> None:
         """Shows that time passes, once a second; `step`: what was done last, if that is new. To be called often."""
@@ -37,10 +39,11 @@ class Progress:
         if now < self._next and (self._bar is None or self._step == self._shown):
             return
         self._next, self._shown = now + 1.0, self._step
-        if self._bar is None:
-            self._bar = _bar(self._title)
-        if self._bar is not sys.stderr:
-            self._bar.set_postfix_str(self._step)
+        with contextlib.suppress(OSError, ValueError):  # the standard error is closed: no reason to stop
+            if self._bar is None:
+                self._bar = _bar(self._title)
+            if self._bar is not sys.stderr:
+                self._bar.set_postfix_str(self._step)
 
 
 def _bar(title: str) -> Any:

@@ -24,6 +24,8 @@ def why_not() -> str | None:
         return f"needs Linux, this is {platform.system()}"
     if getattr(sys, "frozen", False) or not sys.executable:  # it would start the application again
         return f"needs a Python to start a process that compiles, sys.executable is {sys.executable!r}"
+    if not Path(__file__).exists():  # a plan's name holds a digest of sources, and that process runs one of them
+        return f"needs pallas_flash installed as files, not in an archive, this is {__file__}"
     if reason := why_not_version(_version("jax")):
         return reason
     if plugin() is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from torch_bridge import streams
+from torch_bridge import streams, strides
 from torch_bridge.direct.launch import ALIGNMENT, Loaded
 from torch_bridge.direct.plan import Kernel, Program
 
@@ -25,8 +25,8 @@ class Runner:
         numbers = {name: i for i, name in enumerate(program.buffers)}
         self.program, self._device, self._index = program, device, device.index or 0
         self._loaded = Loaded(program, self._index)
-        self._inputs = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
-                        for name in program.inputs]
+        self._inputs = [(numbers[name], buffer.shape, buffer.strides, DTYPES[buffer.dtype])
+                        for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
         self._constants = {
@@ -44,15 +44,18 @@ class Runner:
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The results, dense, in new memory, for tensors that are dense and aligned as `Loaded.launch` says.
+        """The results, dense, in new memory, for tensors that are stored as the program's buffers and aligned as
+        `Loaded.launch` says.
 
         Raises:
-          ValueError: a tensor has another shape, dtype or device than the kernels were compiled for: they would read
-            past its end.
+          ValueError: a tensor has another shape, dtype or device than the kernels were compiled for, or is stored
+            otherwise: they would read something else, or past its end.
         """
         addresses, bits = self._known.copy(), 0
-        for (i, shape, dtype), tensor in zip(self._inputs, tensors, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
+        for (i, shape, wanted, dtype), tensor in zip(self._inputs, tensors, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device or not (
+                    tensor.is_contiguous() if wanted is None else
+                    strides.same_memory(shape, tensor.stride(), wanted)):
                 raise self._misfit(i, tensor)
             addresses[i] = address = tensor.data_ptr()
             bits |= address
@@ -66,10 +69,10 @@ class Runner:
 
     def run(self, tensors: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
         """Writes the results into tensors that are there, for calls that are known to fit: shapes, dtypes and devices
-        of all are those of the program, dense and aligned.
+        of all are those of the program, stored as its buffers and aligned.
         """
         addresses = self._known.copy()
-        for (i, _, _), tensor in zip(self._inputs, tensors, strict=True):
+        for (i, *_), tensor in zip(self._inputs, tensors, strict=True):
             addresses[i] = tensor.data_ptr()
         for (i, _, _), tensor in zip(self._results, results, strict=True):
             addresses[i] = tensor.data_ptr()
@@ -90,7 +93,8 @@ class Runner:
     def _misfit(self, i: int, tensor: torch.Tensor) -> ValueError:
         name = [*self.program.buffers][i]
         return ValueError(f"{name} must be {self.program.buffers[name]} on {self._device}, got {tuple(tensor.shape)} "
-                          f"{tensor.dtype} on {tensor.device}. Pass the tensors of the forward and its results.")
+                          f"{tensor.dtype} with strides {tensor.stride()} on {tensor.device}. Pass the tensors of the "
+                          "forward and its results.")
 
     def unload(self) -> None:
         """Unloads the modules (`Loaded.unload`)."""

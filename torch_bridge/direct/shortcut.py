@@ -1,8 +1,8 @@
 """Calls seen before, known by SDPA's own arguments: what was found out about them is not found out again.
 
 To check, broadcast and place a call takes longer than to launch it. A call that took the direct path is remembered by
-all that decided so (shapes, strides, dtypes, devices, numbers) if its tensors and results are dense in the kernels'
-order. Of the next such call only the addresses are new.
+all that decided so (shapes, strides, dtypes, devices, numbers) if its tensors and results are stored as kernels
+read and write them. Of the next such call only the addresses are new.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,8 @@ class Shortcut(NamedTuple):
     forward_runner: Runner
     out: _Stored
     stats: _Stored
-    gradients: tuple[_Stored, ...]  # of query, key and value, which are stored like them
+    operands: tuple[_Stored, ...]  # query, key and value
+    gradients: tuple[_Stored, ...]  # of these
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows."""
@@ -68,7 +69,7 @@ class Shortcut(NamedTuple):
         Args:
           saved: query, key, value, out and the statistics of rows.
         """
-        stored = zip((*self.gradients, self.out, self.stats), saved, strict=True)
+        stored = zip((*self.operands, self.out, self.stats), saved, strict=True)
         if not all(like.is_like(x, self.device) for like, x in stored) or not self.direct.try_prepare("backward"):
             return None
         if not self.out.is_like(dout, self.device):
@@ -118,11 +119,11 @@ def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
         return
     query, _, value, *_ = operands
     shape = (*query.shape[:3], value.shape[3])
-    gradients = tuple(_Stored(tuple(x.shape), wanted, x.dtype) for x, wanted in zip(
-        operands[:3], call.grad_strides, strict=True))
+    given = tuple(_Stored(tuple(x.shape), x.stride(), x.dtype) for x in operands[:3])
+    gradients = tuple(like._replace(strides=wanted) for like, wanted in zip(given, call.grad_strides, strict=True))
     stats = runner.shape_of("stats")
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
     _shortcuts[name] = Shortcut(
         call.direct, numbers, query.device, call.direct.runs, runner, _Stored(shape, call.out_strides, query.dtype),
-        _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), gradients)
+        _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), given, gradients)

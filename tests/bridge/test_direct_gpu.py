@@ -1,0 +1,142 @@
+"""The direct path as it is by default, on a GPU: packed tensors, modes of PyTorch, and a process of its own."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_bridge
+from bridge.problems import OURS
+from bridge.test_gpu_streams import kernels_of
+
+pytestmark = pytest.mark.gpu
+
+B, L, H, D, BF16 = 2, 300, 4, 64, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def default(monkeypatch):
+    monkeypatch.delenv("PALLAS_FLASH_DIRECT", raising=False)
+
+
+def random(*shape):
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+PACKED = {  # the shape for a head dim, and query, key and value
+    "(B, L, 3, H, D)": (lambda d: (B, L, 3, H, d), lambda x: [y.transpose(1, 2) for y in x.unbind(2)]),
+    "(B, L, H, 3, D)": (lambda d: (B, L, H, 3, d), lambda x: [y.transpose(1, 2) for y in x.unbind(3)]),
+    "(B, L, (Hq + 2 Hkv) D)": (lambda d: (B, L, (H + 4) * d), lambda x: [
+        y.unflatten(2, (-1, x.shape[2] // (H + 4))).transpose(1, 2)
+        for y in x.split([x.shape[2] // (H + 4) * n for n in (H, 2, 2)], 2)]),
+    "(B, 3, H, L, D)": (lambda d: (B, 3, H, L, d), lambda x: [*x.unbind(1)]),
+}
+CASES = [("(B, L, 3, H, D)", 64, False), ("(B, L, 3, H, D)", 64, True), ("(B, L, 3, H, D)", 96, False),
+         ("(B, L, H, 3, D)", 64, False), ("(B, L, H, 3, D)", 256, False), ("(B, L, (Hq + 2 Hkv) D)", 128, False),
+         ("(B, 3, H, L, D)", 64, False)]
+
+
+@pytest.mark.parametrize("name, d, deterministic", CASES)
+def test_packed_tensors(name, d, deterministic):
+    shape, parts = PACKED[name]
+    leaf = random(*shape(d)).requires_grad_()
+    q, k, v = parts(leaf)
+    options = dict(is_causal=True, enable_gqa=True)
+    lines = torch_bridge.explain(q, k, v, **options).splitlines()
+    assert "path: direct" in str(lines) and sum(line.endswith("shared, not copied") for line in lines) == 3
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        out = OURS(q, k, v, **options)
+        dout = torch.randn_like(out)
+        found = out, torch.autograd.grad(out, leaf, dout)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*wide, **options)
+    grads = torch.autograd.grad(exact, wide, dout.double())
+    view = leaf.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(parts(view), view, grads)
+    for a, b in zip(found, (exact, wanted), strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 6e-3
+
+
+def test_what_lies_beside_a_part_is_not_read():
+    for dim in (2, 3):
+        shape = (B, L, 3, H, D) if dim == 2 else (B, L, H, 3, D)
+        qkv = torch.full(shape, torch.nan, device="cuda", dtype=BF16)
+        qkv.select(dim, 0).normal_()
+        x = qkv.select(dim, 0).transpose(1, 2)
+        wanted = OURS(*[x.contiguous()] * 3)
+        assert torch.equal(OURS(x, x, x), wanted)
+
+
+def test_no_copy_kernel_runs_for_a_packed_tensor():
+    shape, parts = PACKED["(B, L, 3, H, D)"]
+    tensors = parts(random(*shape(D)))
+    names = kernels_of(lambda: OURS(*tensors, is_causal=True))
+    assert len(names) == 3 and all("mosaic" in name for name in names), names
+
+
+def test_modes_of_torch():
+    """The first call in inference mode; then what records, what transforms, and threads."""
+    q, k, v = (random(B, H, L + 8, D) for _ in range(3))
+    with torch.inference_mode():
+        first = OURS(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = OURS(*leaves)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+    assert torch.equal(out, first)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        grads[0].sum().backward()
+    again = torch.func.grad(lambda *x: OURS(*x).sum(), (0, 1, 2))(*(x.detach() for x in leaves))
+    for a, b in zip(again, grads, strict=True):
+        torch.testing.assert_close(a, b.detach(), atol=2e-2, rtol=2e-2)
+    mapped = torch.vmap(OURS)(*(x.detach()[:, None] for x in leaves))[:, 0]
+    torch.testing.assert_close(mapped, first.clone(), atol=1e-2, rtol=1e-2)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        OURS(torch.autograd.forward_ad.make_dual(q.detach(), torch.ones_like(q)), k, v)
+    assert OURS(q[:, :, :0], k, v).shape == (B, H, 0, D) and not OURS(q, k[:, :, :0], v[:, :, :0]).any()
+    wrong = []
+    fresh = [x.detach()[:, :, :L - 40].contiguous() for x in leaves]
+    wanted = F.scaled_dot_product_attention(*(x.double() for x in fresh))
+    threads = [threading.Thread(target=lambda: wrong.append(
+        (OURS(*fresh).double() - wanted).norm() / wanted.norm() > 6e-3)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 and not any(wrong)
+
+
+ALONE = """
+import sys, torch, torch_bridge
+tensors = [torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+{before}
+out = torch_bridge.scaled_dot_product_attention(*tensors, is_causal=True)
+out.sum().backward()
+torch.cuda.synchronize()
+print("jax" in sys.modules, torch_bridge.report()[0].problem.endswith("launched directly"))
+"""
+
+
+def alone(before="", **environment):
+    return subprocess.run([sys.executable, "-c", ALONE.format(before=before)], capture_output=True, text=True,
+                          timeout=200, env=os.environ | environment)
+
+
+def test_a_process_imports_no_jax(tmp_path):
+    for _ in range(2):  # from nothing, and from plans
+        done = alone(PALLAS_FLASH_PLANS=str(tmp_path / "plans"))
+        assert done.stdout.split() == ["False", "True"], done.stderr[-2000:]
+    assert len([*(tmp_path / "plans").glob("*.plan")]) == 2
+
+
+def test_where_plans_cannot_be_kept(tmp_path):
+    (tmp_path / "file").touch()
+    done = alone(PALLAS_FLASH_PLANS=str(tmp_path / "file" / "plans"))
+    assert done.stdout.split() == ["True", "False"], done.stderr[-2000:]
+    assert done.stderr.count("FallbackWarning") == 1 and "plans must be kept in a directory" in done.stderr

@@ -1,0 +1,138 @@
+"""Packed tensors on the direct path: which parts of them are read where they lie, and that only these are read.
+
+On the stand-ins of test_direct.py.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import torch_bridge
+from bridge.direct import FORWARD, SMALL
+from bridge.problems import OURS, check, heads_inside, qkv
+from bridge.test_direct import BF16, BOTH, FakeGpu, launched, moved
+from bridge.test_direct_shortcut import short
+from torch_bridge.direct import attention, cache, lower, storage
+
+__all__ = ["launched", "short"]  # fixtures
+
+B, L, H, G = 2, 9, 4, 2
+
+
+def between(*shape):
+    """Numbers with NaN on either side, which nothing may read."""
+    memory = torch.full((torch.Size(shape).numel() + 1024,), torch.nan, dtype=BF16)
+    return memory[512:-512].view(shape).normal_()
+
+
+def heads(x, d):
+    return x.unflatten(2, (-1, d)).transpose(1, 2)
+
+
+# query, key and value of a packed tensor, and whether they are read where they lie.
+PACKED = {
+    "(B, L, 3, H, D)": (lambda d: [x.transpose(1, 2) for x in between(B, L, 3, H, d).unbind(2)], (16, 64, 96)),
+    "(B, L, H, 3, D)": (lambda d: [x.transpose(1, 2) for x in between(B, L, H, 3, d).unbind(3)], (64, 128)),
+    "(B, L, (Hq + 2 Hkv) D)": (lambda d: [heads(x, d) for x in between(B, L, (H + 2 * G) * d).split(
+        [H * d, G * d, G * d], 2)], (16, 64)),
+    "split, then transposed": (lambda d: [heads(x, d) for x in between(B, L, 3 * H * d).split(H * d, 2)], (16, 64)),
+    "(B, 3, H, L, D)": (lambda d: [*between(B, 3, H, L, d).unbind(1)], (16, 64)),
+    "(B, H, L, 3 D)": (lambda d: [*between(B, H, L, 3 * d).split(d, 3)], (64,)),
+    "(B, L, 3, 1, D)": (lambda d: [x.transpose(1, 2) for x in between(B, L, 3, 1, d).unbind(2)], (16, 64)),
+}
+CASES = [(name, d, True) for name, (_, dims) in PACKED.items() for d in dims] + [
+    ("(B, L, H, 3, D)", 16, False), ("(B, H, L, 3 D)", 96, False)]
+
+
+@pytest.mark.parametrize("name, d, is_read", CASES)
+def test_packed_tensors_are_read_where_they_lie(short, launched, monkeypatch, tmp_path, name, d, is_read):
+    tensors = [x.requires_grad_() for x in PACKED[name][0](d)]
+    options = dict(is_causal=True, enable_gqa=True)
+    for again in range(2):
+        results = check(tensors, **options)
+        assert (FakeGpu.read == [x.data_ptr() for x in tensors]) == is_read
+        assert short == (BOTH if again and is_read else [])
+    assert launched == BOTH * 2
+    for x, grad in zip(tensors, results[1:], strict=True):
+        assert grad.stride() == torch.empty_like(x).stride()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    lines = torch_bridge.explain(*tensors, **options).splitlines()
+    assert sum(line.endswith(": shared, not copied") for line in lines) == 3 * is_read
+    assert ("are those of no part of dense" in str(lines)) != is_read and lines[-1].startswith("gradients: dense")
+
+
+@pytest.mark.parametrize("name", ["(B, L, 3, H, D)", "(B, L, H, 3, D)"])
+def test_gradients_reach_the_packed_tensor(short, launched, name):
+    results = []
+    for dtype in (BF16, BF16, torch.float64):
+        torch.manual_seed(1)
+        leaf = between(*((B, L, 3, H, 64) if "3, H" in name else (B, L, H, 3, 64))).to(dtype).requires_grad_()
+        out = OURS(*(x.transpose(1, 2) for x in leaf.unbind(2 if "3, H" in name else 3)), is_causal=True)
+        results.append(torch.autograd.grad(out, leaf, torch.ones_like(out))[0].double())
+    assert launched == BOTH * 2 and short == BOTH and torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], atol=5e-2, rtol=5e-2)
+
+
+def test_a_part_that_is_misaligned_is_copied_with_its_strides(short, launched):
+    """It keeps its plan, which knows the strides."""
+    tensors = PACKED["(B, L, 3, H, D)"][0](16)
+    wide = [moved(torch.cat((x.transpose(1, 2).flatten(2),) * 3, 2)) for x in tensors]
+    parts = [heads(x[:, :, :H * 16], 16).detach().requires_grad_() for x in wide]
+    assert all(x.stride() == y.stride() for x, y in zip(parts, tensors))
+    check(parts, is_causal=True)
+    check([x.detach().requires_grad_() for x in tensors], is_causal=True)
+    assert launched == BOTH * 2 and len(attention._directs) == 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x[:, :, :5], lambda x: x[:, :, ::2], lambda x: x.expand(2, 4, 9, 64), lambda x: x[..., :32],
+    lambda x: x.mT, lambda x: x.as_strided((1, 4, 9, 64), (0, 8, 64, 1)), lambda x: x[:, ::3]], ids=range(7))
+@pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
+def test_no_more_than_these_parts(change, layout):
+    """A length must be whole: what lies behind it would be read as keys. Nothing overlaps."""
+    x = torch.zeros(1, 4, 9, 64, dtype=BF16)
+    part = change(x)
+    found = storage.outer_of(part, layout)
+    if found is not None:  # then the kernels' view of it is the tensor
+        count, columns = found
+        batch, number, length, d = part.shape
+        shape = (batch, length, count, columns) if layout == "BLHD" else (batch, count, length, columns)
+        memory = torch.empty(shape, device="meta")
+        view = memory[..., :number, :d].transpose(1, 2) if layout == "BLHD" else memory[:, :number, :, :d]
+        assert view.shape == part.shape
+        assert all(a == b for n, a, b in zip(part.shape, view.stride(), part.stride()) if n > 1)
+
+
+def test_each_part_has_a_plan_of_its_own():
+    outer, backward = ((12, 64), (2, 64), (2, 192)), dataclasses.replace(FORWARD, pass_name="backward")
+    other = dataclasses.replace(backward, problem=dataclasses.replace(SMALL, layout="BLHD", outer=outer))
+    assert other.key != dataclasses.replace(backward, problem=dataclasses.replace(SMALL, layout="BLHD")).key
+    assert lower.Request.of(other.text) == other
+    program = lower.lower(other)
+    assert program.buffers["dq"] == ((1, 200, 4, 64), "bfloat16", None)
+    assert program.buffers["q"] == ((1, 200, 4, 64), "bfloat16", (200 * 12 * 64, 12 * 64, 64, 1))
+    assert program.buffers["k"] == ((1, 256, 2, 64), "bfloat16", None)
+    assert program.buffers["v"] == ((1, 256, 2, 64), "bfloat16", (256 * 2 * 192, 2 * 192, 192, 1))
+
+
+def test_a_compiled_program_reads_them_too(launched, quiet):
+    """Its operator gets the strides that were traced."""
+    def step(leaf):
+        return OURS(*(x.transpose(1, 2) for x in leaf.unbind(2)), is_causal=True).float().square().sum()
+    leaf = between(B, L, 3, H, 16).requires_grad_()
+    (expected,) = torch.autograd.grad(step(leaf), leaf)
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    assert launched == BOTH * 2
+    assert FakeGpu.read == [x.data_ptr() for x in leaf.unbind(2)]
+    torch.testing.assert_close(found[0], expected, atol=1e-2, rtol=1e-2)
+
+
+def test_which_layout_copies_least():
+    packed = PACKED["(B, L, 3, H, D)"][0](16)
+    assert storage.layout_of(packed) == "BLHD"
+    assert storage.layout_of(PACKED["(B, 3, H, L, D)"][0](16)) == "BHLD"
+    dense = qkv((B, H, L, 16), (B, H, 4 * L, 16), (B, H, 4 * L, 16), dtype=BF16, requires_grad=False)
+    assert storage.layout_of(dense) == "BHLD"
+    assert storage.layout_of([heads_inside(dense[0]), *dense[1:]]) == "BHLD"
+    assert storage.layout_of([dense[0], *map(heads_inside, dense[1:])]) == "BLHD"
