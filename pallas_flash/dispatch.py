@@ -80,7 +80,7 @@ class Implementation:
         against an automatic choice: who names the implementation gets it.
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
         its own.
-      copies: (spec) -> what is copied around the kernels, because they run `padding.padded(spec)`; None: nothing.
+      copies: (spec) -> what is copied around the kernels, because they compute another problem; None: nothing.
       finds_lost: its forward takes lengths of a cache as they are, also above the capacity, and gives NaN for sequences
         that have lost keys; for the others `autodiff` does.
     """
@@ -131,8 +131,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.rules:reasons_against",
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
-                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of,
-                   padding.copies, finds_lost=True),
+                   "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of, hopper.copies,
+                   finds_lost=True),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",
@@ -199,13 +199,13 @@ class Decision:
             if row.schedules is None:
                 continue
             schedules, copies = row.schedules[i], row.copies(self.spec)
-            run = self.spec if copies is None else padding.padded(self.spec)
+            run = self.spec if copies is None else copies.run
             schedule = pkgutil.resolve_name(schedules.default)(run, self.device)
             kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
             of = () if row is self.implementation else (f"that of {row.name!r}",)
             lines.append(f"  {name}: " + ", ".join((*of, *kernels, str(schedule))))
             if copies is not None:
-                lines.append(f"    copies: {copies[i]}")
+                lines.append(f"    copies: {getattr(copies, name)}")
         return lines
 
     def _why_not(self, row: Implementation) -> str:

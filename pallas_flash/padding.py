@@ -66,8 +66,13 @@ def _cut(x: Array, columns: int) -> Array:
 # -- what `explain` says -----------------------------------------------------------------------------------------------
 
 class Copies(NamedTuple):
-    """What is copied for a problem around its kernels, one line for each pass."""
+    """What is copied for a problem around its kernels, one line for each pass.
 
+    Attributes:
+      run: the problem that the kernels compute, whose schedule they have.
+    """
+
+    run: AttentionSpec
     forward: str
     backward: str
 
@@ -88,7 +93,7 @@ def copies(spec: AttentionSpec) -> Copies | None:
         cut = f", {', '.join(made)} cut back" if made else ""
         return f"{', '.join(read)} filled with zeros to {dims}{cut}: {size:,} bytes written"
 
-    return Copies(line(("q", "k", "v"), ("out",)), line(("q", "k", "v", "out", "dout"), ("dq", "dk", "dv")))
+    return Copies(wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", "out", "dout"), ("dq", "dk", "dv")))
 
 
 def _columns(spec: AttentionSpec, name: str) -> int:

@@ -83,6 +83,17 @@ def test_batch_and_heads_are_split(name, stand_in):
     assert ("all-reduce" in text) == (bool(SUMMED[name]) or kv_heads == 1)
 
 
+def test_under_a_mesh_that_is_set(stand_in):
+    """Regression: with explicit axes and `jax.set_mesh`, a shard's program had annotations that XLA no longer knows."""
+    arrays = problem((1, HEADS, Q_LEN, KV_LEN), 4, (BATCH, 1, 1, KV_LEN))
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    wanted = jax.jit(everything("reference"))(*arrays)
+    with jax.set_mesh(mesh):
+        there = placed(mesh, (ROWS, ROWS, ROWS, P(None, "y"), P("x")), arrays)
+        gradients = jax.jit(jax.grad(lambda *arrays: loss("hopper", *arrays)[0], (0, 1, 2, 3)))(*there)
+    assert_agree(jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, wanted[0]))
+
+
 def test_a_gradient_that_nobody_asks_for_is_left_out(stand_in):
     """Nothing is then added up for it."""
     arrays = problem((1, HEADS, Q_LEN, KV_LEN), 4)

@@ -1,7 +1,8 @@
-"""Head dimensions that are no multiples of 8, which run on padded copies: the kernels themselves in Pallas'
-interpreter, and, with the reference in their place, what surrounds them.
+"""Head dimensions that are no multiples of 8, which run on padded copies, and those above 256, whose values may run in
+parts: the kernels themselves in Pallas' interpreter, and, with the reference in their place, what surrounds them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,10 +14,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hopper.stand_in import standing_in
-from pallas_flash import Causal, device, dispatch, errors, flash_attention, padding
+from pallas_flash import Causal, Dense, device, dispatch, errors, flash_attention, padding
 from pallas_flash.kernels.ampere import calls as ampere_calls
 from pallas_flash.kernels.ampere import schedule as ampere_schedule
-from pallas_flash.kernels.hopper import calls, rules, support
+from pallas_flash.kernels.hopper import calls, defaults, rules, support
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.launches import launches
@@ -30,9 +31,10 @@ FORWARD = ForwardSchedule(block_kv=64, warpgroups=1, num_blocks=2)
 BACKWARD = BackwardSchedule(KvSchedule(warpgroups=1), DqSchedule(block_kv=32, warpgroups=1))
 CASES = {
     "gqa": dict(q_heads=2, q_len=20, kv_len=40, d=20, d_v=33, mask=Causal(15)),
-    "dropout": dict(q_len=20, kv_len=20, d=100, d_v=1, mask=Causal(), layout="BHLD", dropout_rate=0.3),
+    "wide-dropout": dict(q_len=20, kv_len=40, d=260, d_v=271, mask=Causal(20), layout="BHLD", dropout_rate=0.3),
 }
 WITH_GRADIENTS = ("gqa",)
+WIDE = dataclasses.replace(FORWARD, block_kv=32, query_buffers=1, out_chunks=0)
 
 
 def problem_of(name, fields):
@@ -53,9 +55,10 @@ def kernels(monkeypatch, fast_to_compile):
         return operands.q, operands.k, operands.v
 
     def forward(spec, operands, keys=()):
-        assert rules.reasons_against(spec, FORWARD, 232_448) == []
+        schedule = FORWARD if spec.d <= 256 else WIDE
+        assert rules.reasons_against(spec, schedule, 232_448) == []
         with interpreted():
-            return Results(*calls._forward(spec, FORWARD)(*arrays(operands), *keys, *jax.tree.leaves(operands.mask)))
+            return Results(*calls._forward(spec, schedule)(*arrays(operands), *keys, *jax.tree.leaves(operands.mask)))
 
     def backward(spec, operands, results, cotangents, keys=()):
         assert rules.reasons_against(spec, BACKWARD, 232_448) == []
@@ -146,6 +149,12 @@ def test_under_vmap(stand_in):
     assert_agree(*(jax.jit(jax.vmap(call(name), (0, None, 0)))(q, k[0], v) for name in ("hopper", "reference")))
 
 
+def test_wide_heads_have_the_backward_of_xla(stand_in):
+    """From the statistics of the first of two parts, and of the whole of v."""
+    arrays = arrays_of(1, d=20, d_v=300, length=8)
+    assert_agree(*(jax.jit(everything(name, mask=Causal()))(*arrays) for name in ("hopper", "reference")))
+
+
 @pytest.mark.virtual
 def test_split_over_devices(stand_in):
     """Batch and heads, and nothing is communicated for the copies."""
@@ -191,10 +200,39 @@ def test_an_automatic_choice_takes_it_and_names_the_copies():
     assert "copies" not in dispatch.explain(spec_of(60, 60), device.H200, "xla")
 
 
-@pytest.mark.parametrize("d", [(0, 8), (257, 8), (8, 260)])
+@pytest.mark.parametrize("d", [(0, 8), (513, 8), (8, 520)])
 def test_others_are_refused(d):
     (reason,) = support.why_not(spec_of(*d), device.H200)
-    assert reason.startswith("needs head dimensions from 1 to 256")
+    assert reason.startswith("needs head dimensions from 1 to 512")
+
+
+WIDE_DIMS = ((264, 64), (320, 320), (384, 384), (448, 264), (512, 512), (128, 512), (512, 8))
+
+
+@pytest.mark.parametrize("dims", WIDE_DIMS, ids=str)
+@pytest.mark.parametrize("options", [{}, dict(softcap=2.0), dict(partial=True),
+                                     dict(mask=Dense(np.ones((100, 100), bool)).canonical())], ids=str)
+def test_the_schedules_of_wide_heads_fit(dims, options):
+    copies, spec = support.copies(spec_of(*dims, **options)), spec_of(*dims, **options)
+    run = spec if copies is None else copies.run
+    assert run.d_v <= 256 and run.d == spec.d
+    schedule = defaults.default_forward(run, device.H100)
+    assert rules.reasons_against(run, schedule, device.H100.smem_bytes) == []
+
+
+def test_who_runs_wide_heads():
+    """Not chosen, until they have run on a GPU; where they are named, the backward is that of xla."""
+    spec = spec_of(512, 512)
+    text = dispatch.explain(spec, device.H200)
+    assert "not 'hopper': a head dimension above 256 has not been measured on a GPU yet" in text
+    text = dispatch.explain(spec, device.H200, "hopper")
+    written = 2 * 2 * 100 * 4 * 512 * 2
+    assert (f"copies: v cut into parts of 256 and 256 columns, out joined of theirs, for each of which scores are "
+            f"computed: {written:,} bytes written") in text
+    assert "backward: that of 'xla'" in text and "ForwardSchedule(block_kv=32" in text
+    both = support.copies(spec_of(4, 300)).forward
+    assert "filled with zeros to d=8, d_v=304, out cut back" in both and "parts of 152 and 152 columns" in both
+    assert calls.passes(spec_of(512, 256), device.H200) is calls.passes(spec, device.H200) is None
 
 
 def test_the_limits_hold_for_what_is_copied():

@@ -1,5 +1,5 @@
-"""Head dimensions that are no multiples of 8 on a Hopper GPU: forward, lse and all gradients of padded copies against
-the formulas in float64, in every form of the kernels that they come to.
+"""Head dimensions that are no multiples of 8, and those above 256, on a Hopper GPU: forward, lse and all gradients of
+copies against the formulas in float64, in every form of the kernels that they come to.
 """
 
 import jax
@@ -26,6 +26,11 @@ CASES = {  # what they are padded to: 8, 24 and 40, 64 (fused), 104, 128 (fused)
     "d250": ((250, 254), dict()),
     "d60-dense-bias": ((60, 60), dict(mask=Dense(np.random.default_rng(0).random((2, 1, LEN, LEN)) < 0.5),
                                       bias=(1, 2, LEN, LEN))),
+    "d512": ((512, 512), dict(q_heads=4)),
+    "d500-20-documents-dropout": ((500, 20), dict(mask=Causal() & SegmentIds(IDS, IDS), dropout_rate=0.2)),
+    "d384-softcap": ((384, 384), dict(softcap=2.0, layout="BHLD")),
+    "d320-large-rows": ((320, 256), dict(row_lse=200.0)),
+    "d128-512-dense": ((128, 512), dict(mask=Dense(np.random.default_rng(1).random((2, 1, LEN, LEN)) < 0.5))),
 }
 
 

@@ -35,6 +35,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+gradients+dense" for d in (128, 256)), "causal-d128-s2048+gradients+bias",
          *(f"causal-d{d}-s2048+gradients+pairs" for d in (64, 128)),
          "causal-d64-s2048+gradients+bias+softcap",
+         "causal-d192-v128-s2048+wide", "causal-d256-s2048+wide+softcap", "causal-d256-s2048+wide+dropout",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
          "causal-d128-s2048+gradients+dropout+documents",

@@ -3,8 +3,8 @@
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
 (`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
 
-Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`): below `forward` and
-`backward` a spec is `padding.padded`.
+Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`), and values of more than
+256 columns are cut into parts (`wide`): below `forward` and `backward` a spec is one that kernels can compute.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays, score_function
+from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays, score_function, support, wide
 from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.hopper.dscore import dscore
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
@@ -86,10 +86,10 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
-    arrays that JAX makes beside the launches, or copies of arrays of the call.
+    arrays that JAX makes beside the launches, or copies of arrays of the call, or where the backward is another's.
     """
     made_beside = spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None or spec.score is not None
-    if padding.padded(spec) != spec or made_beside:
+    if made_beside or support.copies(spec) is not None or support.backward_of(spec) is not None:
         return None
     return (launches.forward(spec, defaults.default_forward(spec, device)),
             launches.backward(spec, defaults.default_backward(spec, device)))
@@ -97,9 +97,10 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
-    found: Results[jax.Array] = _run_forward(
-        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), dropout.inputs(spec, operands))
-    return padding.cut_results(spec, found)
+    keys = dropout.inputs(spec, operands)
+    padded = padding.padded_operands(spec, _without_seed(operands))
+    found = [_run_forward(part, given, keys) for part, given in wide.parts(padding.padded(spec), padded)]
+    return padding.cut_results(spec, wide.joined(found))
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,

@@ -62,7 +62,8 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     """Returns the forward's schedule of a spec, from a table by head size.
 
     Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
-    (`maxima` and sections too). By analogy: other head sizes up to 192.
+    (`maxima` and sections too). By analogy: other head sizes up to 192. What fits, not measured: above 256
+    (docs/notes/hopper_features.md, 2026-11-29).
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
@@ -82,6 +83,9 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
+        (320, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, slack=0.75)),
+        (384, ForwardSchedule(block_kv=32 if has_bits(spec.mask) else 48, query_buffers=1, out_chunks=0)),
+        (512, ForwardSchedule(block_kv=32, query_buffers=1, out_chunks=0)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
     maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0

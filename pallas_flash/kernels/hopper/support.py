@@ -6,13 +6,16 @@ import numpy as np
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
+from pallas_flash.kernels.hopper.wide import copies
 from pallas_flash.kernels.mosaic import mask_rules, traced
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "is_made_for", "not_measured", "why_not"]
+__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
-MAX_DIM = 256
+MAX_DIM = 512
+MAX_DIM_BACKWARD = 256
+"""Also against a cache."""
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 
@@ -37,14 +40,21 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
-             (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"))
+             (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"),
+             (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
 
 def backward_of(spec: AttentionSpec) -> str | None:
-    """The implementation whose backward follows the forward, if it is another one: there is none of a cache here."""
-    return None if filled_part(spec.mask) is None else "xla"
+    """The implementation whose backward follows the forward, if it is another one: there is none of a cache, nor of a
+    head dimension above 256, here.
+    """
+    return None if filled_part(spec.mask) is None and not _is_wide(spec) else "xla"
+
+
+def _is_wide(spec: AttentionSpec) -> bool:
+    return max(spec.d, spec.d_v) > MAX_DIM_BACKWARD
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -85,6 +95,8 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
     wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
         np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
     rules = (
+        (not _is_wide(spec),
+         f"needs head dimensions from 1 to {MAX_DIM_BACKWARD} against a cache, d={spec.d}, d_v={spec.d_v}"),
         (padded == spec,
          f"needs head dimensions that are multiples of {padding.UNIT} (TMA strides of 16 bytes) against a cache, which "
          f"is not copied in each step, d={spec.d}, d_v={spec.d_v} (keep query and the cache padded with zeros to "

@@ -134,6 +134,11 @@ _kernel_p.def_impl(lambda *args, **params: jax.jit(functools.partial(_kernel_p.b
 
 type Shardings = tuple[NamedSharding, ...]
 
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+"""What a shard's computation is traced under: a mesh of explicit axes that `jax.set_mesh` left would have what the
+shard makes annotated for the whole program, after XLA has partitioned it.
+"""
+
 _LEADING = "batch", "q_heads"
 """The first two axes of the arrays of a mask and of a bias."""
 
@@ -247,8 +252,9 @@ class Split:
             local = dataclasses.replace(local, partial=True)
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-            found = _unpartitioned(self.build(local), *arrays)
-            return tuple(_summed(x, axes, dtype) if axes else x for x, axes, dtype in zip(found, sharers, kinds))
+            with jax.sharding.use_abstract_mesh(_NO_MESH):
+                found = _unpartitioned(self.build(local), *arrays)
+                return tuple(_summed(x, axes, dtype) if axes else x for x, axes, dtype in zip(found, sharers, kinds))
 
         def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
             split = (mesh_axes[axis] or None for axis in self.axes(role, array.shape))

@@ -108,9 +108,9 @@ def decoding(problem, options: list[str]):
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
-    softcap, ragged (48 positions less), dropout, partial (results in float32; with gradients always), lengths,
-    documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each key), pairs (a bias of each
-    pair), alibi, table, bent (see `score_of`); decode, pages: see `decoding`."""
+    softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
+    gradients always), lengths, documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each
+    key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages: see `decoding`."""
     import dataclasses
 
     import jax
@@ -119,9 +119,10 @@ def lower(name: str, options: list[str]):
     from pallas_flash import autodiff, device, flash_attention
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
-    problem, less = problems.find(name), 48 if "ragged" in options else 0
+    problem, less, times = problems.find(name), 48 if "ragged" in options else 0, 2 if "wide" in options else 1
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
-                                  kv_len=problem.kv_len - less, softcap=30.0 if "softcap" in options else None,
+                                  kv_len=problem.kv_len - less, d=times * problem.d, d_v=times * problem.d_v,
+                                  softcap=30.0 if "softcap" in options else None,
                                   dropout_rate=0.1 if "dropout" in options else 0.0)
     problem = dataclasses.replace(problem, mask=with_arrays(problem, options))
     spec = problem.spec()
