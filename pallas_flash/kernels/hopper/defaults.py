@@ -170,15 +170,16 @@ def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:
     """Returns the schedule of the form with a kernel for dk and dv, and one for dq."""
     widest, tight = max(spec.d, spec.d_v), _is_tight(spec)
     both = (spec.softcap is not None and _has_bias_of_pairs(spec)) or not is_additive(spec.score)
+    few = tight or not is_light(spec.score)  # registers are left
     if widest <= 64:  # where scores take registers: what spills nothing
-        return BackwardSchedule(KvSchedule(warpgroups=2 if tight else 3, num_stages=4),
+        return BackwardSchedule(KvSchedule(warpgroups=2 if few else 3, num_stages=4),
                                 DqSchedule(warpgroups=2 if both else 3, k_stages=4, v_stages=4, pipelined=True))
     if widest <= 128:
         return BackwardSchedule(SplitSchedule() if tight else KvSchedule(), DqSchedule(k_stages=4, pipelined=True))
     v_stages = 1 if chunks(spec.d) + chunks(spec.d_v) > 6 else 2
     completed = spec.bias is not None or spec.score is not None
     narrow = 32 if has_bits(spec.mask) or completed else 48  # bits come in words of 32 keys
-    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if tight and v_stages == 1 else 64,
+    return BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=narrow if few and v_stages == 1 else 64,
                                                         v_stages=v_stages))
 
 
