@@ -1,8 +1,17 @@
 """`python -m pallas_flash`: versions, compilers, settings, devices, and what would run for a typical call and why.
+`python -m pallas_flash check`: whether the kernels are right on this card, and how fast (`check`).
 
-Users of PyTorch run `python -m torch_bridge`, which says this for both sides.
+Users of PyTorch run `python -m torch_bridge`, which says the first for both sides.
 """
+
+import sys
 
 from pallas_flash.diagnosis import report
 
+if sys.argv[1:2] == ["check"]:
+    from pallas_flash import check
+
+    sys.exit(check.main(sys.argv[2:]))
+if sys.argv[1:]:
+    sys.exit(f"usage: python -m pallas_flash [check [--quick] [--implementation NAME]], got {' '.join(sys.argv[1:])!r}")
 print(report())

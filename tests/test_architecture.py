@@ -44,7 +44,8 @@ ARROWS = {
     "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on
-    "__main__": {"diagnosis"},
+    "check": {"attention", "device", "diagnosis", "dispatch", "masks", "spec"},
+    "__main__": {"check", "diagnosis"},
     "context_parallel": {"arguments", "attention", "autodiff", "compat", "context_parallel", "device", "dispatch",
                          "forks", "sharding", "sinks", "softmax", *FOUNDATIONS},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),

@@ -13,7 +13,7 @@ import pytest
 
 from pallas_flash import Causal, Dense, Full, InBounds, PrefixLM, SegmentIds, Window, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, rules
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from tests.hopper.test_gpu import Case, assert_right, case_of, problem_of, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -36,6 +36,10 @@ SHAPES = {
     "d128-offsets-gqa": (128, dict(q_len=300, kv_len=900, batch=2, mask=Causal(
         np.array([600, 200])))),
     "d128-dense": (128, dict(q_len=400, kv_len=500, mask=Dense(np.random.default_rng(0).random((400, 500)) < 0.3))),
+    "d96-dropout": (96, dict(q_len=300, kv_len=300, dropout_rate=0.2)),
+    "d128-repeats-window-hidden": (128, dict(q_len=500, kv_len=400, deterministic=True, mask=Window(90, 10, -50))),
+    "d64-repeats-documents": (64, dict(q_len=300, kv_len=300, deterministic=True, mask=Causal() & SegmentIds(
+        *[np.arange(300) // 70] * 2))),
     "one-query": (128, dict(q_len=1, kv_len=900, mask=Causal(offset=899))),
 }
 
@@ -67,6 +71,8 @@ SCHEDULES = {
     "16-rows-a-warp": (64, ForwardSchedule(row_tiles=1)),
     "32-queries": (64, BackwardSchedule(block_q=32, num_stages=1)),
     "32-queries-two-warpgroups": (128, BackwardSchedule(block_q=32, row_tiles=1, warpgroups=2, num_stages=1)),
+    "32-keys-two-slots-dq": (128, BackwardSchedule(row_tiles=1, warpgroups=2, num_stages=1, block_q=32,
+                                                   dq=DqSchedule(32, 1, 2))),
     "64-keys": (128, BackwardSchedule(block_q=32, row_tiles=1, num_stages=1)),
 }
 
@@ -83,12 +89,16 @@ def test_schedules_of_smaller_gpus(name):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("d", [64, 128])
-def test_runs_repeat(d):
-    """All but dq, whose additions have no order, is the same in each of a hundred runs: a race would show."""
-    case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4))
+def test_runs_repeat(d, deterministic):
+    """All but dq, whose additions have no order unless asked for, is the same in each of a hundred runs: a race would
+    show.
+    """
+    case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4, deterministic=deterministic))
+    assert_right(case, everything(case))
     run = {direction: jax.jit(ours(direction, case)) for direction in ("forward", "backward")}
-    for direction, names in (("forward", ("out", "lse")), ("backward", ("dk", "dv"))):
+    for direction, names in (("forward", ("out", "lse")), ("backward", ("dk", "dv", *["dq"] * deterministic))):
         first = run[direction](*case.arrays)
         for _ in range(100):
             again = run[direction](*case.arrays)

@@ -16,7 +16,7 @@ from agreement import assert_within, with_rest
 
 from pallas_flash import masks
 from pallas_flash.kernels.ampere import launches, mask_arrays, rules
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.testing import conformance
@@ -25,18 +25,22 @@ from pallas_flash.testing.problems import Problem
 pytestmark = pytest.mark.interpreted
 NARROW = BackwardSchedule(block_q=32, num_stages=1)
 TWO_WARPGROUPS = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=64)
+TWO_KERNELS = dataclasses.replace(NARROW, dq=DqSchedule(block_kv=32, num_stages=2))
 CASES = {
     "causal": (NARROW, dict(q_len=140, kv_len=140, d=64, d_v=64)),
     "causal-gqa-bhld": (BackwardSchedule(), dict(q_len=70, kv_len=130, d=72, d_v=40, mask=masks.Causal(60), q_heads=2,
                                                  layout="BHLD")),
-    "window-idle-float16": (TWO_WARPGROUPS, dict(q_len=150, kv_len=100, d=96, d_v=96, dtypes=("float16",),
-                                                 mask=masks.Window(30, 5, -70))),
+    "window-idle-float16": (dataclasses.replace(TWO_WARPGROUPS, dq=DqSchedule(row_tiles=1)),
+                            dict(q_len=150, kv_len=100, d=96, d_v=96, dtypes=("float16",),
+                                 mask=masks.Window(30, 5, -70))),
     "full-softcap-dropout": (dataclasses.replace(TWO_WARPGROUPS, block_q=32, part_q=32, num_stages=1),
                              dict(q_len=77, kv_len=64, d=128, d_v=128, mask=masks.Full(), softcap=3.0, scale=-0.2,
                                   dropout_rate=0.3)),
     "large-scores": (BackwardSchedule(), dict(q_len=70, kv_len=70, d=64, d_v=64, row_lse=5000.0)),
-    "lengths-offsets-dense": (NARROW, dict(
-        q_len=70, kv_len=140, d=64, d_v=64, batch=2, q_heads=2, dropout_rate=0.2, mask=(
+    "large-scores-two-kernels": (BackwardSchedule(dq=DqSchedule()), dict(q_len=70, kv_len=70, d=64, d_v=64,
+                                                                        row_lse=5000.0)),
+    "lengths-offsets-dense": (TWO_KERNELS, dict(
+        q_len=70, kv_len=140, d=64, d_v=64, batch=2, dropout_rate=0.2, mask=(
             masks.InBounds(kv_len=np.array([100, 0])) & masks.Causal(np.array([[-20], [60]]))
             & masks.Dense(np.random.default_rng(3).random((2, 70, 140)) < np.array([0.9, 0.5])[:, None, None])))),
     "documents-window": (TWO_WARPGROUPS, dict(
@@ -108,7 +112,8 @@ def test_kernels_agree_with_the_oracle(name):
     assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
 
 
-def test_a_hidden_key_that_is_not_finite_reaches_nothing():
+@pytest.mark.parametrize("schedule", [NARROW, TWO_KERNELS], ids=["fused", "two-kernels"])
+def test_a_hidden_key_that_is_not_finite_reaches_nothing(schedule):
     """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key.
 
     Regression: a hidden value was finite, but its product with dout was not, and all of dq became NaN.
@@ -118,7 +123,7 @@ def test_a_hidden_key_that_is_not_finite_reaches_nothing():
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     k, v, seen = operands.k.copy(), operands.v.copy(), 48
     k[:, 60], v[:, 65], v[:, 66], v[:, seen] = np.nan, np.inf, 3e38, np.nan
-    found = run(NARROW, problem, operands._replace(k=k, v=v), cotangents)
+    found = run(schedule, problem, operands._replace(k=k, v=v), cotangents)
     attends, budget = np.arange(40) + 10 >= seen, conformance.budget(problem, "bfloat16", operands, cotangents)
     for name in ("out", "dq"):
         rows = np.asarray(found[name], np.float32)[0, :, 0]

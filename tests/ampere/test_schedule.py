@@ -23,8 +23,9 @@ def spec_of(d, d_v=None, length=4096, dtype=jnp.bfloat16, **options):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_defaults_are_legal_everywhere(gpu, dims):
-    spec = spec_of(*dims)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_defaults_are_legal_everywhere(gpu, dims, deterministic):
+    spec = spec_of(*dims, deterministic=deterministic)
     assert support.why_not(spec, gpu) == []
     for schedule in (defaults.default_forward(spec, gpu), defaults.default_backward(spec, gpu)):
         assert rules.reasons_against(spec, schedule, gpu.smem_bytes) == []
@@ -74,7 +75,6 @@ class Mine(Window):
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "needs bfloat16 or float16"),
     "wide": (dict(d=256), "needs head dimensions from 1 to 256, together, as multiples of 8, at most 320"),
-    "deterministic": (dict(deterministic=True), "adds the parts of dq in any order"),
     "own-mask-of-arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical() & Mine()), "takes arrays in, and "),
     "two-ids": (dict(mask=IDS.canonical() & IDS.canonical()), "takes one SegmentIds, mask has 2"),
 }

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from pallas_flash.device import Device
 from pallas_flash.kernels.ampere.memory import smem_bytes
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.rules import dq_fits
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["assume", "default_backward", "default_forward"]
@@ -39,7 +40,7 @@ def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
         _assumed.reset(token)
 
 
-def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule) -> int:
+def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule | DqSchedule) -> int:
     """How many blocks of a schedule the shared memory of an SM holds."""
     return (device.smem_bytes + _RESERVED) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
 
@@ -70,4 +71,15 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
     few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
     fitting = (s for s in (wide, one_slot, narrow) if _sharing(spec, device, s) >= blocks)
-    return next(fitting, few_keys)
+    found = next(fitting, few_keys)
+    return dataclasses.replace(found, dq=_default_dq(spec, device)) if spec.deterministic else found
+
+
+def _default_dq(spec: AttentionSpec, device: Device) -> DqSchedule:
+    """The schedule of a kernel of dq alone, the first that registers have room for, and shared memory twice: 32 rows a
+    warp before 16, tiles of 64 keys before 32, two slots before one.
+    """
+    every = [DqSchedule(block_kv, row_tiles, num_stages, num_sms=device.num_sms)
+             for row_tiles in (2, 1) for block_kv in (64, 32) for num_stages in (2, 1)]
+    fitting = (s for s in every if _sharing(spec, device, s) >= 2 and dq_fits(spec, s))
+    return next(fitting, every[-1])

@@ -2,8 +2,8 @@
 
 forward: q, k, v -> out, stats. One kernel.
 
-backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query, one kernel makes dk
-and dv and adds dq up in float32, and `finish` makes dq of that.
+backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then
+either one kernel makes dk and dv and adds dq up in float32, and `finish` makes dq of that, or a second kernel makes dq.
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash.kernels.ampere import mask_arrays
-from pallas_flash.kernels.ampere.backward import finish, kv, prepare
+from pallas_flash.kernels.ampere.backward import dq, finish, kv, prepare
 from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import dropout
@@ -42,8 +42,10 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
     inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
     inputs |= dropout.input_types(spec) | mask_arrays.types(spec, schedule)
+    last = (finish.launch(spec, schedule) if schedule.dq is None else
+            dq.launch(spec, schedule.dq).reading(clean))
     return Pass(inputs=inputs, constants={},
-                launches=(first, kv.launch(spec, schedule).reading(clean), finish.launch(spec, schedule)),
+                launches=(first, kv.launch(spec, schedule).reading(clean), last),
                 results=("dq", "dk", "dv"))
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.ampere import work
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import mask_ranges
 from pallas_flash.spec import AttentionSpec
@@ -54,8 +53,15 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) ->
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
     """The arrays that the kernels of the backward read."""
-    wanted, own = mask_ranges.names(mask, False), (schedule.block_kv, tiles.cdiv(spec.kv_len, schedule.block_kv))
-    found = mask_ranges.per_position(spec, mask, wanted, (work.QUERY_PADDING, schedule.block_kv))
+    wanted, dq, padded_kv = mask_ranges.names(mask, False), schedule.dq, schedule.block_kv
+    if dq is not None:
+        wanted, padded_kv = wanted + mask_ranges.names(mask, True), max(padded_kv, dq.block_kv)  # both powers of 2
+    found = mask_ranges.per_position(spec, mask, wanted, (schedule.padded_q_block, padded_kv))
+    own = schedule.block_kv, tiles.cdiv(spec.kv_len, schedule.block_kv)
     needed = mask_ranges.query_tiles(spec, mask, own, schedule.block_q, found.get("query_bits"))
     found["query_tiles"] = jnp.stack(mask_ranges.of_groups(spec, needed), axis=-1)
+    if dq is not None:
+        own = dq.block_q, tiles.cdiv(spec.q_len, dq.block_q)
+        needed = mask_ranges.key_tiles(spec, mask, own, dq.block_kv, found.get("key_bits"))
+        found["key_tiles"] = jnp.stack(needed, axis=-1)
     return found

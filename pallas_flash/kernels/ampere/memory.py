@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_flash import tiles
-from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule, ForwardSchedule, chunks
+from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule, DqSchedule, ForwardSchedule, chunks
 from pallas_flash.kernels.ampere.work import may_have_idle_queries
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Buffer", "dq_sums_shape", "forward_buffers", "kv_buffers", "prepare_buffers", "smem_bytes"]
+__all__ = ["Buffer", "dq_buffers", "dq_sums_shape", "forward_buffers", "kv_buffers", "prepare_buffers", "smem_bytes"]
 
 _ALIGNMENT = 1024
 """Each buffer begins at a multiple of so many bytes."""
@@ -42,16 +42,25 @@ def forward_buffers(spec: AttentionSpec, s: ForwardSchedule) -> tuple[Buffer, ..
 
 
 def kv_buffers(spec: AttentionSpec, s: BackwardSchedule) -> tuple[Buffer, ...]:
-    """Tiles of keys and values, slots of queries and douts with their statistics, and dS^T on its way to dq.
+    """Tiles of keys and values, slots of queries and douts with their statistics, and in the fused form dS^T on its way
+    to dq.
 
     dS^T is in chunks of 64 queries, or of 32.
     """
     d, d_v, width = chunks(spec.d), chunks(spec.d_v), min(CHUNK, s.block_q)
+    ds = Buffer("ds", (s.block_q // width, s.block_kv, width), spec.dtype)
     return (Buffer("k", (d, s.block_kv, CHUNK), spec.dtype), Buffer("v", (d_v, s.block_kv, CHUNK), spec.dtype),
             Buffer("q", (s.num_stages, d, s.block_q, CHUNK), spec.dtype),
-            Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype),
-            Buffer("ds", (s.block_q // width, s.block_kv, width), spec.dtype),
+            Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype), *[ds] * (s.dq is None),
             Buffer("stats", (s.num_stages, _STATISTICS, s.block_q), _FLOAT32))
+
+
+def dq_buffers(spec: AttentionSpec, s: DqSchedule) -> tuple[Buffer, ...]:
+    """Tiles of queries and douts, and slots of keys and values."""
+    return (Buffer("q", (chunks(spec.d), s.block_q, CHUNK), spec.dtype),
+            Buffer("dout", (chunks(spec.d_v), s.block_q, CHUNK), spec.dtype),
+            Buffer("k", (s.num_stages, chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
+            Buffer("v", (s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
 
 
 def prepare_buffers(spec: AttentionSpec) -> tuple[Buffer, ...]:
@@ -67,7 +76,13 @@ def dq_sums_shape(spec: AttentionSpec, s: BackwardSchedule) -> tuple[int, ...]:
     return spec.batch, spec.q_heads, count, chunks(spec.d), s.block_q * CHUNK
 
 
-def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> int:
-    """Shared memory of a block."""
-    buffers = forward_buffers(spec, s) if isinstance(s, ForwardSchedule) else kv_buffers(spec, s)
+def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule | DqSchedule) -> int:
+    """Shared memory of a block; of a backward in two kernels, that of dk and dv."""
+    match s:
+        case ForwardSchedule():
+            buffers = forward_buffers(spec, s)
+        case DqSchedule():
+            buffers = dq_buffers(spec, s)
+        case BackwardSchedule():
+            buffers = kv_buffers(spec, s)
     return sum(buffer.smem_bytes for buffer in buffers)

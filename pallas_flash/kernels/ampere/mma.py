@@ -78,10 +78,10 @@ def _pieces(ref: ir.Value, along_rows: bool, row: ir.Value | None = None,
     return load
 
 
-def _own_rows() -> ir.Value:
-    """The first of the 16 rows of this warp in a tile of 64."""
+def _own_rows(rows: int = 64) -> ir.Value:
+    """The first of the 16 rows of this warp in a tile of 64; in one of 32, two warps share them."""
     const = lambda value: mgpu.utils.c(value, ptx.i32())
-    return arith.muli(arith.remui(arith.shrui(mgpu.utils.thread_idx(), const(5)), const(4)), const(16))
+    return arith.muli(arith.remui(arith.shrui(mgpu.utils.thread_idx(), const(5)), const(rows // 16)), const(16))
 
 
 def _scalars(x: mgpu.FragmentedArray) -> np.ndarray:
@@ -214,12 +214,22 @@ def accumulate(accs: Sequence[Fragment], ps: Sequence[Fragment], v_ref: Ref) -> 
     return tuple(product(v_ref, *accs, *ps))
 
 
-@interpreted_as(lambda ref, first, chunk: ref[chunk][first:first + 64])
+def _load_rows_plain(ref: Ref, first: int, chunk: int) -> Fragment:
+    x = ref[chunk][first:first + 64]
+    return jnp.tile(x, (64 // x.shape[0], 1))
+
+
+@interpreted_as(_load_rows_plain)
 def load_rows(ref: Ref, first: int, chunk: int) -> Fragment:
-    """Loads 64 rows of one chunk of shared memory, from row `first` on: (64, 64) of a 16-bit type."""
+    """Loads 64 rows of one chunk of shared memory, from row `first` on: (64, 64) of a 16-bit type. Of a tile of 32 rows
+    it loads each twice.
+    """
+    rows = min(64, ref.shape[1])
+
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, CHUNK), ref.dtype, TILE))
     def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
-        pair, layout, piece = ir.VectorType.get((2,), _element(ref)), TILE.to_mgpu(), _pieces(ref, True, _own_rows())
+        pair, layout = ir.VectorType.get((2,), _element(ref)), TILE.to_mgpu()
+        piece = _pieces(ref, True, _own_rows(rows))
         words = [word for column in range(0, CHUNK, _K) for word in piece(chunk, first, column, False)]
         registers = np.array([mgpu.utils.bitcast(word, pair) for word in words], dtype=object)
         return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape((64, CHUNK))), _layout=layout,
@@ -229,18 +239,24 @@ def load_rows(ref: Ref, first: int, chunk: int) -> Fragment:
 
 
 def _store_rows_plain(x: Fragment, ref: Ref, first: int, chunk: int, column: int = 0) -> None:
-    ref[chunk, pl.ds(first, 64), pl.ds(column, x.shape[1])] = x
+    rows = min(64, ref.shape[1])
+    ref[chunk, pl.ds(first, rows), pl.ds(column, x.shape[1])] = x[:rows]
 
 
 @interpreted_as(_store_rows_plain)
 def store_rows(x: Fragment, ref: Ref, first: int, chunk: int, column: int = 0) -> None:
-    """Writes x, (64, n) of a 16-bit type, into one chunk of shared memory, from row `first` and `column` on."""
+    """Writes x, (64, n) of a 16-bit type, into one chunk of shared memory, from row `first` and `column` on. Into a
+    tile of 32 rows, the same numbers twice.
+    """
+    rows = min(64, ref.shape[1])
+
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value) -> None:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
         warp, row, quarter = thread_in_tile()
         strides, _offset = ir.MemRefType(ref.type).get_strides_and_offset()
         width = strides[1]
+        warp = arith.remui(warp, const(rows // 16)) if rows < 64 else warp
         own = arith.addi(row, arith.muli(warp, const(16)))
         start = arith.addi(shared_address(ref), arith.addi(arith.muli(own, const(2 * width)),
                                                            arith.muli(quarter, const(4))))

@@ -1,11 +1,11 @@
 """Reasons against a schedule: what the kernels cannot run, or would not fit."""
 
 from pallas_flash.kernels.ampere.memory import smem_bytes
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["reasons_against"]
+__all__ = ["dq_fits", "reasons_against"]
 
 _Rules = tuple[tuple[bool, str], ...]
 """What must hold, and what is said where it does not."""
@@ -23,6 +23,9 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSch
     """
     rules = _forward_rules(spec, schedule) if isinstance(schedule, ForwardSchedule) else _backward_rules(spec, schedule)
     needed = smem_bytes(spec, schedule)
+    if isinstance(schedule, BackwardSchedule) and schedule.dq is not None:
+        rules += _dq_rules(spec, schedule.dq)
+        needed = max(needed, smem_bytes(spec, schedule.dq))
     rules += ((needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),)
     return [reason for holds, reason in rules if not holds]
 
@@ -38,6 +41,20 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
     )
 
 
+def dq_fits(spec: AttentionSpec, s: DqSchedule) -> bool:
+    """Whether dq and scores fit in the registers of a thread."""
+    return s.row_tiles * (spec.d // 2 + s.block_kv) + _OTHERS <= _REGISTERS
+
+
+def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
+    return (
+        (s.block_kv in (32, 64), f"{s.block_kv=} must be 32 or 64"),
+        (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
+        (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
+        (dq_fits(spec, s), f"dq and scores need more than the {_REGISTERS} registers of a thread"),
+    )
+
+
 def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
     held = s.row_tiles * (spec.d + spec.d_v + 2 * s.part_q) // 2
     return (
@@ -49,5 +66,7 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
+        (not spec.deterministic or s.dq is not None, f"{s.dq=} must be a schedule where deterministic=True: blocks add "
+         "to dq in any order"),
         (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

@@ -9,7 +9,7 @@ import dataclasses
 
 from pallas_flash import tiles
 
-__all__ = ["CHUNK", "ROWS", "BackwardSchedule", "ForwardSchedule", "chunks", "kernels"]
+__all__ = ["CHUNK", "ROWS", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "chunks", "kernels"]
 
 CHUNK = 64
 """Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, once around all banks."""
@@ -47,10 +47,36 @@ class ForwardSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardSchedule:
-    """The schedule of the kernel of dk, dv and dq: each warpgroup keeps dk and dv of its keys in registers.
+class DqSchedule:
+    """The schedule of a kernel of dq alone: a block of one warpgroup for each query tile, whose dq is in registers.
 
     Attributes:
+      block_kv: keys of a tile: 32 or 64.
+      row_tiles: tiles of 64 query rows in registers.
+      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used.
+      section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
+      num_sms: the SMs of the device.
+    """
+
+    block_kv: int = 64
+    row_tiles: int = 2
+    num_stages: int = 1
+    section_bytes: int = 32 << 20
+    num_sms: int = 108
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.row_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardSchedule:
+    """The backward's schedule. In the fused form one kernel makes dk, dv and dq: each warpgroup keeps dk and dv of its
+    keys in registers, and blocks add to dq in any order. In two kernels, seven products a tile instead of five, nothing
+    is added up in memory: bits repeat.
+
+    Attributes:
+      dq: of the second kernel; None: the form is fused.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
       warpgroups: of a block.
@@ -67,14 +93,21 @@ class BackwardSchedule:
     num_stages: int = 2
     section_bytes: int = 32 << 20
     num_sms: int = 108
+    dq: DqSchedule | None = None
 
     @property
     def block_kv(self) -> int:
         return ROWS * self.row_tiles * self.warpgroups
+
+    @property
+    def padded_q_block(self) -> int:
+        """Queries to a multiple of which their statistics are padded."""
+        return ROWS if self.dq is None else self.dq.block_q
 
 
 def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
     if isinstance(schedule, ForwardSchedule):
         return ("attention_forward",)
-    return "attention_backward_prepare", "attention_backward_kv", "attention_backward_finish"
+    last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
+    return "attention_backward_prepare", "attention_backward_kv", last

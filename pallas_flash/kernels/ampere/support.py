@@ -54,8 +54,6 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
-        (not spec.deterministic, "adds the parts of dq in any order (pass deterministic=False where bits need not "
-         "repeat)"),
     )
     return [reason for holds, reason in rules if not holds] + _mask_reasons(spec)
 

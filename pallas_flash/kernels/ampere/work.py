@@ -13,24 +13,24 @@ import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
-from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
 from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "QUERY_PADDING", "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range",
+    "dq_work", "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range",
     "padded_q", "q_range", "row_range",
 ]
 
 
-QUERY_PADDING = 64
-"""Of the backward's numbers for each query: a tile has so many queries, or half as many."""
+_QuerySchedule = ForwardSchedule | DqSchedule
+_Schedule = _QuerySchedule | BackwardSchedule
 
 
 @functools.lru_cache(maxsize=256)
-def mask_of(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> masks.Mask:
+def mask_of(spec: AttentionSpec, s: _Schedule) -> masks.Mask:
     """The parts of the spec's mask that hold no arrays, and the ends of ragged tiles: a weight must be 0 where copies
     fill with zeros. Where the mask holds no arrays, it is the kernels' mask.
 
@@ -55,22 +55,22 @@ def may_have_idle_queries(spec: AttentionSpec) -> bool:
     return not np.all(np.maximum(lo, full_lo) < np.minimum(hi, full_hi))
 
 
-def padded_q(spec: AttentionSpec) -> int:
+def padded_q(spec: AttentionSpec, s: BackwardSchedule) -> int:
     """Queries, rounded up to what the backward's statistics are padded to."""
-    return tiles.cdiv(spec.q_len, QUERY_PADDING) * QUERY_PADDING
+    return tiles.cdiv(spec.q_len, s.padded_q_block) * s.padded_q_block
 
 
 # -- the forward -------------------------------------------------------------------------------------------------------
 
 @overload
-def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Index) -> tiles.TileRange[Index]: ...
+def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Index) -> tiles.TileRange[Index]: ...
 
 
 @overload
-def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
+def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
 
 
-def kv_range(spec: AttentionSpec, s: ForwardSchedule, q_tile: Positions) -> tiles.TileRange[Any]:
+def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Positions) -> tiles.TileRange[Any]:
     """The key tiles that a query tile needs."""
     rows = tiles.interval(q_tile, s.block_q, spec.q_len)
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
@@ -85,6 +85,10 @@ def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.Ti
 def forward_work(spec: AttentionSpec, s: ForwardSchedule) -> Work:
     """The forward's blocks, one for each query tile and query head. A section holds whole groups of heads where it can.
     """
+    return _query_work(spec, s)
+
+
+def _query_work(spec: AttentionSpec, s: _QuerySchedule) -> Work:
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
     return _work(spec, spec.batch * spec.q_heads, (q_tile, kv_range(spec, s, q_tile)), head_bytes, s)
@@ -117,12 +121,18 @@ def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
 def kv_work(spec: AttentionSpec, s: BackwardSchedule) -> Work:
     """The blocks of the kernel that keeps key tiles, one for each tile and key head."""
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
-    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + 4 * spec.d)
+    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq is None else 0))
     return _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
 
 
+@functools.lru_cache(maxsize=256)
+def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
+    """The blocks of the kernel of dq alone, one for each query tile and query head."""
+    return _query_work(spec, s)
+
+
 def _work(spec: AttentionSpec, heads: int, needed: tuple[np.ndarray, tiles.TileRange[Positions]], head_bytes: int,
-          s: ForwardSchedule | BackwardSchedule) -> Work:
+          s: _Schedule) -> Work:
     """The blocks of a kernel in sections of about `section_bytes`.
 
     Args:

@@ -2,8 +2,8 @@
 
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
-CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", or has one of
-`MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
+CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
+(deterministic), or has one of `MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
 `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
@@ -43,7 +43,7 @@ def spec_of(name: str) -> AttentionSpec:
     mask = next((MASKS[name] for name in options if name in MASKS), masks.Causal())
     return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask,
                             softcap=30.0 if "softcap" in options else None,
-                            dropout_rate=0.1 if "dropout" in options else 0.0)
+                            dropout_rate=0.1 if "dropout" in options else 0.0, deterministic="repeats" in options)
 
 
 def main(capability: str, names: list[str]) -> None:

@@ -8,7 +8,8 @@ mask needs (for each query head of the group), a part of a tile at a time:
 
 P^T and dS^T go from registers to the products for dv and dk. dq = dS K needs dS of all the block's keys: dS^T goes
 through shared memory, where all warpgroups meet after each tile; each then makes some chunks of dq, four warps as
-2 x 2, and adds them to float32 sums in global memory.
+2 x 2, and adds them to float32 sums in global memory. Where another kernel makes dq (`backward.dq`), all that is left
+out.
 
 With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied.
 """
@@ -125,7 +126,7 @@ def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
 
 
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
-    """Adds a part of a query tile to dk and dv, and writes its dS^T to shared memory."""
+    """Adds a part of a query tile to dk and dv, and in the fused form writes its dS^T to shared memory."""
     spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
     rows = pl.ds(part.start, s.part_q)
     q, dout = (block.smem[name].at[part.slot, :, rows] for name in ("q", "dout"))
@@ -137,8 +138,8 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
         p, sloped = weights(block, part, i, x)
         p, dp = kept(block, part, i, p, dp)
         ds = slopes(part, sloped, dp).astype(spec.dtype)
-        own = block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)]
-        mma.store_rows(ds, own, i * ROWS, 0, part.start)
+        if s.dq is None:
+            mma.store_rows(ds, block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)], i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
         dss.append(ds)
     return Sums(mma.accumulate(sums.dk, dss, q), mma.accumulate(sums.dv, ps, dout))
@@ -157,6 +158,8 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
         return sums
 
     def leave_out(sums: Sums) -> Sums:
+        if s.dq is not None:
+            return sums
         nothing = registers.zeros(s.block_q).astype(block.spec.dtype)
         for i in range(s.row_tiles):
             mma.store_rows(nothing, block.smem["ds"].at[:, pl.ds(block.own, ROWS * s.row_tiles)], i * ROWS, 0)
@@ -197,10 +200,12 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     if s.num_stages > 1:
         load_next()
     sums = add_tile(block, step, slot, sums)
-    copies.meet(block.team)
+    if s.dq is None or s.num_stages == 1:
+        copies.meet(block.team)
     if s.num_stages == 1:
         load_next()
-    add_dq(block, step)
+    if s.dq is None:
+        add_dq(block, step)
     return sums
 
 
@@ -248,11 +253,12 @@ def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
 
 
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
-    """The launch that makes dk and dv, and adds to dq's float32 sums, of q, k, v, dout, the statistics that
+    """The launch that makes dk and dv, and in the fused form adds to dq's float32 sums, of q, k, v, dout, what
     `backward.prepare` makes, dropout's keys, and what `mask_arrays` makes.
     """
     inputs = "q", "k", "v", "dout", "statistics", *dropout.input_types(spec)
-    inputs += *mask_ranges.names(spec.mask, False), "dq_sums"
+    updates = ("dq_sums",) * (schedule.dq is None)
+    inputs += *mask_ranges.names(spec.mask, False), *updates
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
     names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
@@ -274,4 +280,4 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         attention_backward_kv, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.kv_buffers(spec, schedule), size), grid=(blocks.blocks,), grid_names=("block",),
         compiler_params=copies.COMPILER, **threads)
-    return Launch(kernel, inputs, outputs, ("dq_sums",))
+    return Launch(kernel, inputs, outputs, updates)

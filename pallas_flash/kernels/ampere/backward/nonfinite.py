@@ -1,10 +1,10 @@
 """Keys and values that are not finite: 0 * NaN is NaN, also in a tensor core.
 
 dP = dO V^T is wanted only where P is not 0, and dq = dS K sums over all keys of a tile, also over those that a query
-does not attend to. So rows that are not finite are replaced by zeros in shared memory, when the block begins. A query
-that attends to such a key has out or lse that are not finite, and gets NaN from those (`backward.prepare.statistics`).
-There is one exception: a key with -inf whose weight is 0. Nothing but its own dk and dv depends on it then: they become
-NaN.
+does not attend to. So rows that are not finite are replaced by zeros in shared memory: where a block keeps keys when it
+begins, where it walks over them in each tile that needs the mask. A query that attends to such a key has out or lse
+that are not finite, and gets NaN from those (`backward.prepare.statistics`). There is one exception: a key with -inf
+whose weight is 0. Nothing but its own dk and dv depends on it then: they become NaN.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pallas_flash.kernels.ampere.slow_rows import SlowRows, over_chunks
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 
-__all__ = ["mark_nonfinite", "without_bad_rows"]
+__all__ = ["clean_rows", "mark_nonfinite", "without_bad_rows"]
 
 
 def without_bad_rows(block: Block) -> Flag | None:
@@ -31,13 +31,18 @@ def without_bad_rows(block: Block) -> Flag | None:
     """
     if not work.kv_work(block.spec, block.schedule).partial:
         return None
+    return functools.reduce(jnp.logical_or, [clean_rows(block.own_rows(name)) for name in "kv"])
+
+
+def clean_rows(ref: Ref) -> Flag:
+    """Overwrites rows of (chunks, rows, 64) in shared memory that are not finite with zeros, each warp its own; whether
+    this warp has found such.
+    """
     flags = []
-    for name in "kv":
-        ref = block.own_rows(name)
-        for first in range(0, ref.shape[1], ROWS):
-            bad = _bad_rows(ref, first)
-            flags.append(ptx.any_in_warp(bad > 0, registers.ROW_LAYOUT))
-            pl.when(flags[-1])(functools.partial(_overwrite, ref, first, bad))
+    for first in range(0, ref.shape[1], ROWS):
+        bad = _bad_rows(ref, first)
+        flags.append(ptx.any_in_warp(bad > 0, registers.ROW_LAYOUT))
+        pl.when(flags[-1])(functools.partial(_overwrite, ref, first, bad))
     return functools.reduce(jnp.logical_or, flags)
 
 

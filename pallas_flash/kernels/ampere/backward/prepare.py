@@ -74,12 +74,13 @@ def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index
 
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the launch makes: the statistics, padded to whole tiles; zeros for dq's float32 sums; copies of q and dout
-    where queries may attend to nothing.
+    """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros for dq's float32 sums;
+    copies of q and dout where queries may attend to nothing.
     """
-    shape = spec.batch, spec.q_heads, len(Statistics), work.padded_q(spec)
-    types = {"statistics": jax.ShapeDtypeStruct(shape, jnp.float32),
-             "dq_sums": jax.ShapeDtypeStruct(memory.dq_sums_shape(spec, schedule), jnp.float32)}
+    shape = spec.batch, spec.q_heads, len(Statistics), work.padded_q(spec, schedule)
+    types = {"statistics": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if schedule.dq is None:
+        types["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_sums_shape(spec, schedule), jnp.float32)
     if work.may_have_idle_queries(spec):
         types |= {"clean_q": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype),
                   "clean_dout": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)}
@@ -94,7 +95,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """
     outputs = output_types(spec, schedule)
     inputs = ("out", "dout", "stats", "dstats", *["q"] * ("clean_q" in outputs))
-    padded, team = work.padded_q(spec), Team(1, 0, None)
+    padded, team = work.padded_q(spec, schedule), Team(1, 0, None)
     count = padded // ROWS
 
     def attention_backward_prepare(*refs: Any) -> None:
@@ -105,7 +106,8 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         batch, head, first = div(pair, spec.q_heads), rem(pair, spec.q_heads), rows * ROWS
         for name, buffer in smem.items():
             copies.load_tile(team, spec, gmem[name], (batch, head, first), buffer)
-        zero(gmem["dq_sums"], (batch, head, rows), schedule)
+        if "dq_sums" in gmem:
+            zero(gmem["dq_sums"], (batch, head, rows), schedule)
         lse = registers.load_row_stats(gmem["stats"], 2 * pair, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(gmem["stats"], 2 * pair + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(gmem["dstats"], 2 * pair, first, spec.q_len, 0.0)
