@@ -4,10 +4,11 @@ What a tile costs is not known before the kernel runs, so there is no table. Til
 and a counter in global memory says how many have been taken. A warp of the loading warpgroup takes them: it counts,
 reads which key tiles the query tile needs, and announces both in shared memory, where all roles of the block read them.
 
-    taken_full, taken_free    a tile has been announced / every role has read what was
+    taken_full, taken_free    a tile has been announced / every role has read it, and its last keys are being loaded
 
-There is one slot: the next tile is taken when the compute warpgroups begin with this one, and its number and ranges
-travel while they work. With more slots blocks would keep tiles waiting that another one could begin with.
+A block takes its next tile late, when the last keys of this one are being loaded: a tile that waits in a block is one
+that no other block can begin with. Two or three steps are left then, in which number, ranges and queries of the next
+tile arrive.
 
 The counter is the first number of the last row of "key_tiles" (`mask_arrays`). It is 0 before the kernel and after:
 each block ends at a number that is no tile's, and the last of them takes it back to 0.
@@ -24,7 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import memory, tiles, work
+from pallas_flash.kernels.hopper import work
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile
 from pallas_flash.kernels.hopper.head_mask import ArrayMask
 from pallas_flash.kernels.mosaic import ptx
@@ -36,7 +37,7 @@ __all__ = ["for_each_taken", "take"]
 
 
 class Taken(NamedTuple):
-    """What a block is told of a tile, in the order of its slot in shared memory."""
+    """What a block is told of a tile, in the order of "taken" in shared memory."""
 
     pair: Array  # batch * q_heads + head; negative behind the last tile
     q_tile: Array
@@ -44,43 +45,47 @@ class Taken(NamedTuple):
     hi: Array
 
 
-def for_each_taken(block: Block, body: Callable[[Tile], None]) -> tuple[Index, Index]:
-    """Runs `body` on every tile that `take` takes; returns how many tiles and steps there were."""
+def for_each_taken(block: Block, body: Callable[[Tile], None], is_last: bool = False) -> tuple[Index, Index]:
+    """Runs `body` on every tile that `take` takes; returns how many tiles and steps there were.
+
+    Args:
+      is_last: the block may take the next tile when `body` is done with this one, not when this role knows of it.
+    """
+    free = block.bars["taken_free"]
+
+    def announced() -> Taken:
+        plgpu.barrier_wait(block.bars["taken_full"])
+        taken = Taken(*(block.smem["taken"][i] for i in range(len(Taken._fields))))
+        if not is_last:
+            plgpu.barrier_arrive(free)
+        return taken
+
     def one(carry: tuple[Taken, Array, Array]) -> tuple[Taken, Array, Array]:
         taken, ordinal, step = carry
         batch, head = div(taken.pair, block.spec.q_heads), rem(taken.pair, block.spec.q_heads)
         body(Tile(batch, head, taken.q_tile, taken.lo, taken.hi, ordinal, step, mask=block.mask_of(batch, head)))
-        return announced(block, ordinal + 1), ordinal + 1, ptx.opaque(step + (taken.hi - taken.lo))
+        if is_last:
+            plgpu.barrier_arrive(free)
+        return announced(), ordinal + 1, ptx.opaque(step + (taken.hi - taken.lo))
 
     none = jnp.int32(0)
-    _, count, steps = lax.while_loop(lambda carry: carry[0].pair >= 0, one, (announced(block, none), none, none))
+    _, count, steps = lax.while_loop(lambda carry: carry[0].pair >= 0, one, (announced(), none, none))
+    if is_last:
+        plgpu.barrier_arrive(free)  # the end of the tiles was announced, too
     return count, steps
-
-
-def announced(block: Block, ordinal: Array) -> Taken:
-    """Waits until a tile has been announced before which so many have been, and reads it."""
-    slot = rem(ordinal, memory.TAKEN_SLOTS)
-    plgpu.barrier_wait(block.bars["taken_full"].at[slot])
-    taken = Taken(*(block.smem["taken"][slot, i] for i in range(len(Taken._fields))))
-    plgpu.barrier_arrive(block.bars["taken_free"].at[slot])
-    return taken
 
 
 def take(block: Block) -> None:
     """Runs the warp that takes tiles, until there are none."""
-    free = block.bars["taken_free"]
-
-    def one(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        ordinal, _ = carry
-        slot = tiles.await_free(free, memory.TAKEN_SLOTS, ordinal)
+    def one(_: Array) -> Array:
         taken = next_tile(block)
         for i, x in enumerate(taken):
-            block.smem["taken"][slot, i] = x
-        plgpu.barrier_arrive(block.bars["taken_full"].at[slot])
-        return ordinal + 1, taken.pair
+            block.smem["taken"][i] = x
+        plgpu.barrier_arrive(block.bars["taken_full"])
+        plgpu.barrier_wait(block.bars["taken_free"])
+        return taken.pair
 
-    count, _ = lax.while_loop(lambda carry: carry[1] >= 0, one, (jnp.int32(0), jnp.int32(0)))
-    tiles.drain(free, count)
+    lax.while_loop(lambda pair: pair >= 0, one, jnp.int32(0))
 
 
 def next_tile(block: Block) -> Taken:
