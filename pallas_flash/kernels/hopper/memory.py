@@ -96,7 +96,7 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
     if s.maxima:
         barriers.append(Barrier("row_done", s.warpgroups))
     if spec.mask.has_arrays:
-        buffers.append(Buffer("taken", (4,), np.dtype("int32"), chunked=False))
+        buffers.append(Buffer("taken", (1 + s.warpgroups, 4), np.dtype("int32"), chunked=False))
         barriers += _ring("taken", 1, s.warpgroups + _LOADING_WARPS, 1)
     return Memory(tuple(buffers), tuple(barriers))
 

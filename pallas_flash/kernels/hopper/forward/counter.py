@@ -2,7 +2,8 @@
 
 What a tile costs is not known before the kernel runs, so there is no table. Tiles have an order (`work.tile_order`),
 and a counter in global memory says how many have been taken. A warp of the loading warpgroup takes them: it counts,
-reads which key tiles the query tile needs, and announces both in shared memory, where all roles of the block read them.
+reads which key tiles the query tile needs, and announces all that in shared memory, where the roles of the block read
+it: a compute warpgroup, too, finds there which key tiles its own rows need.
 
     taken_full, taken_free    a tile has been announced / every role has read it, and its last keys are being loaded
 
@@ -14,6 +15,7 @@ The counter is the first number of the last row of "key_tiles" (`mask_arrays`). 
 each block ends at a number that is no tile's, and the last of them takes it back to 0.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,30 +34,40 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.tiles import TileRange
 
 __all__ = ["for_each_taken", "take"]
 
 
 class Taken(NamedTuple):
-    """What a block is told of a tile, in the order of "taken" in shared memory."""
+    """What a role is told of a tile: the numbers of the first row of "taken" in shared memory, and those of a compute
+    warpgroup's own row.
+    """
 
     pair: Array  # batch * q_heads + head; negative behind the last tile
     q_tile: Array
     lo: Array  # key tiles [lo, hi)
     hi: Array
+    needed: TileRange[Array] | None  # by the rows of a compute warpgroup
 
 
-def for_each_taken(block: Block, body: Callable[[Tile], None], is_last: bool = False) -> tuple[Index, Index]:
+def for_each_taken(block: Block, body: Callable[[Tile], None], warpgroup: Index | None,
+                   is_last: bool = False) -> tuple[Index, Index]:
     """Runs `body` on every tile that `take` takes; returns how many tiles and steps there were.
 
     Args:
+      warpgroup: the compute warpgroup, or None for a warp that loads.
       is_last: the block may take the next tile when `body` is done with this one, not when this role knows of it.
     """
     free = block.bars["taken_free"]
 
+    def row(i: Index) -> tuple[Array, Array, Array, Array]:
+        a, b, c, d = (block.smem["taken"][i, column] for column in range(4))
+        return a, b, c, d
+
     def announced() -> Taken:
         plgpu.barrier_wait(block.bars["taken_full"])
-        taken = Taken(*(block.smem["taken"][i] for i in range(len(Taken._fields))))
+        taken = Taken(*row(0), needed=None if warpgroup is None else TileRange(*row(1 + warpgroup)))
         if not is_last:
             plgpu.barrier_arrive(free)
         return taken
@@ -63,7 +75,8 @@ def for_each_taken(block: Block, body: Callable[[Tile], None], is_last: bool = F
     def one(carry: tuple[Taken, Array, Array]) -> tuple[Taken, Array, Array]:
         taken, ordinal, step = carry
         batch, head = div(taken.pair, block.spec.q_heads), rem(taken.pair, block.spec.q_heads)
-        body(Tile(batch, head, taken.q_tile, taken.lo, taken.hi, ordinal, step, mask=block.mask_of(batch, head)))
+        mask = block.mask_of(batch, head)
+        body(Tile(batch, head, taken.q_tile, taken.lo, taken.hi, ordinal, step, mask, needed=taken.needed))
         if is_last:
             plgpu.barrier_arrive(free)
         return announced(), ordinal + 1, ptx.opaque(step + (taken.hi - taken.lo))
@@ -79,24 +92,28 @@ def take(block: Block) -> None:
     """Runs the warp that takes tiles, until there are none."""
     def one(_: Array) -> Array:
         taken = next_tile(block)
-        for i, x in enumerate(taken):
-            block.smem["taken"][i] = x
+        for i, row in enumerate(taken):
+            for column, x in enumerate(row):
+                block.smem["taken"][i, column] = x
         plgpu.barrier_arrive(block.bars["taken_full"])
         plgpu.barrier_wait(block.bars["taken_free"])
-        return taken.pair
+        return taken[0][0]
 
     lax.while_loop(lambda pair: pair >= 0, one, jnp.int32(0))
 
 
-def next_tile(block: Block) -> Taken:
-    """Takes a tile."""
+def next_tile(block: Block) -> list[list[Array]]:
+    """Takes a tile, and returns what "taken" says of it."""
     spec, s = block.spec, block.schedule
     order = work.tile_order(spec, s)
     number = count_up(block.gmem["key_tiles"], order.blocks + work.forward_blocks(spec, s))
     pair, q_tile = order.head_and_tile(jnp.minimum(number, order.blocks - 1))
     mask = ArrayMask(block.gmem, div(pair, spec.q_heads), rem(pair, spec.q_heads))
-    lo, hi = mask.loaded_tiles([q_tile * s.warpgroups + warpgroup for warpgroup in range(s.warpgroups)])
-    return Taken(jnp.where(number < order.blocks, pair, -1), q_tile, lo, hi)
+    needed = [[ptx.scalar(x) for x in mask.tiles("key_tiles", q_tile * s.warpgroups + warpgroup)]
+              for warpgroup in range(s.warpgroups)]
+    start, _, _, stop = zip(*needed)
+    lo, hi = functools.reduce(jnp.minimum, start), functools.reduce(jnp.maximum, stop)
+    return [[jnp.where(number < order.blocks, pair, -1), q_tile, lo, hi], *needed]
 
 
 def _count_up_plain(key_tiles: Ref, stop: int) -> Array:

@@ -39,9 +39,11 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
 
 
 def walk(block: Block, body: Callable[[Tile], None], gather: Callable[[], None],
-         is_last: bool = False) -> tuple[Index, Index]:
+         warpgroup: Index | None = None, is_last: bool = False) -> tuple[Index, Index]:
     """Runs `body` on every tile of this block; see `for_each_tile` and `for_each_taken`."""
-    return for_each_taken(block, body, is_last) if block.takes_tiles else for_each_tile(block, body, gather)
+    if block.takes_tiles:
+        return for_each_taken(block, body, warpgroup, is_last)
+    return for_each_tile(block, body, gather)
 
 
 def await_row(block: Block) -> None:
