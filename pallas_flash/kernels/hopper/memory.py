@@ -28,8 +28,8 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "TAKEN_SLOTS", "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
-    "finish_memory", "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+    "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
+    "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -37,9 +37,6 @@ _ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _FLOAT32 = np.dtype("float32")
 _STATISTICS = 2  # of each query: where the scores and where dP start
-
-TAKEN_SLOTS = 1
-"""Tiles that a block of the forward may have taken, and not begun to load (`forward.counter`)."""
 _LOADING_WARPS = 3  # of the forward: for queries, keys and values
 
 
@@ -88,7 +85,7 @@ def _ring(name: str, loads: int, readers: int, slots: int) -> tuple[Barrier, Bar
 
 def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
     """Query, key and value tiles in rings; the output, a warpgroup's 64 rows each, where it is rounded and does not lie
-    over the query; and what is known of a tile that was taken, where the mask holds arrays.
+    over the query; and what is known of the tile that was taken, where the mask holds arrays.
     """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     buffers = [Buffer("q", (s.query_buffers, d, s.block_q, CHUNK), spec.dtype),
@@ -101,8 +98,8 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
     if s.maxima:
         barriers.append(Barrier("row_done", s.warpgroups))
     if spec.mask.has_arrays:
-        buffers.append(Buffer("taken", (TAKEN_SLOTS, 4), np.dtype("int32"), chunked=False))
-        barriers += _ring("taken", 1, s.warpgroups + _LOADING_WARPS, TAKEN_SLOTS)
+        buffers.append(Buffer("taken", (1 + s.warpgroups, 4), np.dtype("int32"), chunked=False))
+        barriers += _ring("taken", 1, s.warpgroups + _LOADING_WARPS, 1)
     return Memory(tuple(buffers), tuple(barriers))
 
 

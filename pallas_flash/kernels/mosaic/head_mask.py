@@ -64,12 +64,6 @@ class ArrayMask(NamedTuple):
         ref, at = self.gmem[name], self._at(name)
         return tiles.TileRange(*(ref[*at, tile, i] for i in range(4)))
 
-    def loaded_tiles(self, blocks: list[Index]) -> tuple[Array, Array]:
-        """The key tiles [lo, hi) that some blocks of 64 rows need together; each needs at least one."""
-        needed = [self.tiles("key_tiles", block) for block in blocks]
-        return (functools.reduce(jnp.minimum, [ptx.scalar(own.start) for own in needed]),
-                functools.reduce(jnp.maximum, [ptx.scalar(own.stop) for own in needed]))
-
     def hide(self, s: Fragment, first: tuple[Index, Index], keys_dim: int) -> Fragment:
         """Sets scores or exponents to -inf where the mask does not keep a pair."""
         row, column = first if keys_dim == 1 else first[::-1]

@@ -340,7 +340,7 @@ def compute(block: Block, warpgroup: Index) -> None:
 
     if block.schedule.maxima:
         block.gmem["given_up"][lax.axis_index("block"), warpgroup, block.any_given_up] = jnp.int32(0)
-    walk(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block))
+    walk(block, functools.partial(compute_tile, block, warpgroup), functools.partial(end_row, block), warpgroup)
 
     @pl.when(warpgroup == 0)
     def _() -> None:

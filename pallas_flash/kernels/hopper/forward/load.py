@@ -38,9 +38,12 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
         tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
 
 
-def walk(block: Block, body: Callable[[Tile], None], gather: Callable[[], None]) -> tuple[Index, Index]:
-    """Runs `body` on every tile of this block; see `for_each_tile`."""
-    return for_each_taken(block, body) if block.takes_tiles else for_each_tile(block, body, gather)
+def walk(block: Block, body: Callable[[Tile], None], gather: Callable[[], None],
+         warpgroup: Index | None = None, is_last: bool = False) -> tuple[Index, Index]:
+    """Runs `body` on every tile of this block; see `for_each_tile` and `for_each_taken`."""
+    if block.takes_tiles:
+        return for_each_taken(block, body, warpgroup, is_last)
+    return for_each_tile(block, body, gather)
 
 
 def await_row(block: Block) -> None:
@@ -63,7 +66,7 @@ def load(block: Block) -> None:
         for number, name in enumerate(("k", "v"), 1):
             @pl.when(warp == number)
             def _(name: str = name) -> None:
-                _, steps = each(functools.partial(load_ring, block, name))
+                _, steps = each(functools.partial(load_ring, block, name), is_last=name == "k")
                 tiles.drain(block.bars[f"{name}_free"], steps)
 
         if block.takes_tiles:

@@ -9,7 +9,7 @@ column says whether any was.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +24,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import TileRange
 
 __all__ = ["Block", "Rows", "Tile", "for_each_tile", "rows_of"]
 
@@ -67,6 +68,7 @@ class Tile(NamedTuple):
     mask: HeadMask
     column: Index = 0  # of this block's row of the table
     is_redone: Index = 0  # 1 if it was given up before, else 0
+    needed: TileRange[Array] | None = None  # by this warpgroup's rows, where that was announced
 
     def slot(self, kv_tile: Index, num_stages: int) -> Index:
         """The slot of the rings that holds a key tile."""
@@ -156,11 +158,9 @@ def rows_of(block: Block, tile: Tile, warpgroup: Index) -> Rows:
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
-    match tile.mask:
-        case ArrayMask() as mask:
-            needed = mask.tiles("key_tiles", tile.q_tile * s.warpgroups + warpgroup)
-        case StaticMask(mask):
-            needed = work.row_tiles(mask, block.spec, s, tile.q_tile, warpgroup)
+    needed: TileRange[Any] = (
+        work.row_tiles(work.worst_case(block.spec, s), block.spec, s, tile.q_tile, warpgroup)
+        if tile.needed is None else tile.needed)
     slack: float | Float[Array, ""] = s.slack
     if block.spec.kv_len > s.long_keys:
         is_long = needed.stop - needed.start > s.long_keys // s.block_kv
