@@ -1,4 +1,4 @@
-"""The forward's counter of tiles on a GPU: more tiles than blocks, calls after one another, and calls that share what
+"""The forward's counter of tiles on a GPU: more tiles than blocks, calls one after another, and calls that share what
 is made of the mask.
 """
 
