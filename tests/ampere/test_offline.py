@@ -17,7 +17,7 @@ WHY_NOT = places.why_not()
 IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step; 12 with a soft cap
 BYTES = 32
 NAMES = {"8.0": ["d64", "d128-lengths"], "8.9": ["d128-window-repeats"], "9.0": ["d96-ragged-softcap"],
-         "10.0": ["d64-documents"], "12.0": ["d128-dense"]}
+         "10.0": ["d128"], "12.0": ["d128-dense"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
 
 

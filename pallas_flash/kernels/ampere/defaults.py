@@ -45,15 +45,21 @@ def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardS
     return (device.smem_bytes + _RESERVED) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
 
 
+def _keeps_less(spec: AttentionSpec, device: Device) -> bool:
+    """Whether ptxas needs smaller tiles to keep a loop free of spills: for 10.x, with heads above 64."""
+    assert device.capability is not None
+    return device.capability[0] == 10 and max(spec.d, spec.d_v) > 64
+
+
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
-    128 threads allow; else of 32. Values wider than 128 leave registers for 16 rows a warp.
+    128 threads allow, and nothing is spilled; else of 32. Values wider than 128 leave registers for 16 rows a warp.
     """
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
-    return wide if _sharing(spec, device, wide) >= 2 else narrow
+    return wide if _sharing(spec, device, wide) >= 2 and not _keeps_less(spec, device) else narrow
 
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
@@ -65,7 +71,7 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if max(spec.d, spec.d_v) <= 64:
         wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
     else:
-        part = 64 if spec.d + spec.d_v <= 256 else 32
+        part = 64 if spec.d + spec.d_v <= 256 and not _keeps_less(spec, device) else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
     one_slot = dataclasses.replace(wide, num_stages=1)
     narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
