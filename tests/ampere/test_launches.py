@@ -4,11 +4,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, UnsupportedError, device, flash_attention
+from pallas_flash import Causal, InBounds, UnsupportedError, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import kernels
 from pallas_flash.spec import AttentionSpec
@@ -17,10 +18,13 @@ KERNEL, REFERENCES = "custom_vmap_call", {"new_ref", "get"}
 """What `plgpu.kernel` is in a jaxpr, and what makes a buffer that a launch updates, and reads it afterwards."""
 
 
-@pytest.mark.parametrize("offset", [0, -30], ids=["every-query-attends", "some-queries-are-idle"])
-def test_only_the_kernels_that_explain_names_are_launched(offset):
+@pytest.mark.parametrize("options", [
+    {}, dict(mask=Causal(-30)), dict(deterministic=True),
+    dict(mask=Causal() & InBounds(kv_len=np.array([3000, 5])).canonical(), dropout_rate=0.1, deterministic=True)],
+    ids=["every-query-attends", "some-queries-are-idle", "deterministic", "lengths-dropout"])
+def test_only_the_kernels_that_explain_names_are_launched(options):
     q = jax.ShapeDtypeStruct((2, 3000, 2, 128), jnp.bfloat16)
-    spec = AttentionSpec.of(q, q, q, mask=Causal(offset))
+    spec = AttentionSpec.of(q, q, q, **dict(mask=Causal()) | options)
     for launch, default in ((launches.forward, defaults.default_forward),
                             (launches.backward, defaults.default_backward)):
         schedule = default(spec, device.A100)

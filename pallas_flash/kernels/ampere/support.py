@@ -51,7 +51,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"(gradients of 64 keys are in registers), {dims}"),
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
-        (spec.bias is None, "takes no bias yet (what only hides pairs can be a mask of static numbers)"),
+        (spec.bias is None, "takes no bias yet (what only hides pairs can be a Dense mask)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
