@@ -24,25 +24,24 @@ IDS = np.stack([documents(700, 1, 300, 1047), documents(64, 1984)])
 SHUFFLED = np.random.default_rng(0).integers(-1, 4, (BATCH, LENGTH // 64)).astype(np.int32).repeat(64, axis=1)
 MASKS = {"documents": lambda ids: Causal() & SegmentIds(ids, ids),
          "any": lambda ids: SegmentIds(SHUFFLED + ids, SHUFFLED),
-         "lengths": lambda ids: Causal() & InBounds(kv_len=ids[:, 0] + jnp.array([2048, 0]))}
+         "lengths": lambda ids: Causal() & InBounds(kv_len=ids[:, 0] + jnp.array([2048, 0], jnp.int32))}
 
 
 @functools.cache
 def operands():
-    keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (BATCH, LENGTH, heads, D), jnp.bfloat16)
-                 for key, heads in zip(keys, (HEADS, KEY_HEADS, KEY_HEADS)))
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((BATCH, LENGTH, heads, D), np.float32) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
 
 
 def attend(name, ids, factor=1, implementation="hopper"):
-    q, k, v = operands()
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in operands())
     return flash_attention(q * factor, k, v, mask=MASKS[name](ids), return_lse=True, implementation=implementation)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_tiles_are_taken_once_in_every_call(name):
     """512 tiles for 132 blocks. Results do not depend on which block takes a tile: they are equal bit by bit."""
-    ids = jnp.asarray(IDS) * (name == "documents")
+    ids = jnp.asarray(IDS if name == "documents" else np.zeros_like(IDS))
     wanted = jax.jit(functools.partial(attend, name, implementation="xla"))(ids)
     call = jax.jit(functools.partial(attend, name))
     found = [call(ids) for _ in range(3)]
