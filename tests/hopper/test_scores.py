@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
 from pallas_flash import ALiBi, Causal, RelativeBias, Score, Window, autodiff, device, dispatch, scores
@@ -247,7 +249,7 @@ def test_schedules_know_what_a_function_needs():
         ("KvSchedule", False), ("SplitSchedule", False), ("SplitSchedule", False)]
 
 
-# -- vmap --------------------------------------------------------------------------------------------------------------
+# -- vmap and shard_map ------------------------------------------------------------------------------------------------
 
 Q = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
 STACKED = jax.ShapeDtypeStruct((3, *Q.shape), Q.dtype)
@@ -268,3 +270,27 @@ def test_vmap_takes_elements_in_turns_where_the_function_differs(slopes, offset,
     with device.assume(device.H100):
         text = str(jax.make_jaxpr(mapped)(STACKED, slopes))
     assert ("scan[" in text) == in_turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Score):
+    """XLA computes its table before the launch, of an array and of numbers."""
+
+    slopes: Any
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        slopes = jnp.cumsum(jnp.exp2(self.slopes * 0.1) + jnp.arange(2, dtype=jnp.float32)) * jnp.ones(2)
+        return score + slopes[head] * (kv_pos - q_pos).astype(score.dtype)
+
+
+def test_what_is_prepared_of_arrays_varies_with_them():
+    """Regression: inside `shard_map` an array that varies was multiplied with a number that did not."""
+    def gradients(q, slopes):
+        run = lambda q, slopes: pf.flash_attention(q, q, q, score=Prepared(slopes), implementation="hopper").mean()
+        return jax.grad(run, (0, 1))(q, slopes)
+    places = P("x"), P()
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(gradients, mesh=mesh, in_specs=places, out_specs=places)
+    with device.assume(device.H100):
+        found = jax.eval_shape(run, Q, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert [x.shape for x in found] == [Q.shape, (2,)]
