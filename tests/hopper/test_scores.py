@@ -183,6 +183,31 @@ def test_gradients_of_arrays_agree_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
+@dataclasses.dataclass(frozen=True)
+class Lowest(Score):
+    """Hides all keys from the first queries by finfo.min, with a slope that is lost in it."""
+
+    slopes: Any
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        hidden = jnp.where(q_pos < 8, jnp.finfo(score.dtype).min, 0)
+        return score + self.slopes[head] * (kv_pos - q_pos).astype(score.dtype) + hidden
+
+
+def test_gradients_of_arrays_count_keys_that_weigh_alike():
+    """Regression: of the kernels' lse, no lower than -2^126, weights of scores of finfo.min were 0 here alone."""
+    problem = problem_of("lowest", Lowest(normal(2) / 8))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    spec, given = problem.spec(), jax.tree.map(jnp.asarray, operands)
+    results = autodiff.forward(spec, "xla", given)
+    cotangents = Results(jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2))
+    (wanted,) = autodiff.backward(spec, "xla", given, results, cotangents).dscore
+    lse = jnp.maximum(results.stats[:, :, 0], -(2.0**126))  # as the kernels make it
+    results = results._replace(stats=results.stats.at[:, :, 0].set(lse))
+    (found,) = jax.jit(lambda operands: dscore.dscore(spec, operands, results, cotangents, ()))(given)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
 # -- what the kernels take ---------------------------------------------------------------------------------------------
 
 def sorted_scores(score, batch, head, q_pos, kv_pos):
