@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import pallas_flash as pf
 from pallas_flash import ALiBi, Causal, RelativeBias, Score, Window, autodiff, device, dispatch, scores
 from pallas_flash.kernels.hopper import bias, calls, defaults, dscore, rules, score_function, support
+from pallas_flash.kernels.hopper.backward import dq as dq_pass
+from pallas_flash.kernels.hopper.backward.statistics import IDLE
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic import dropout, traced
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -206,6 +208,15 @@ def test_gradients_of_arrays_count_keys_that_weigh_alike():
     results = results._replace(stats=results.stats.at[:, :, 0].set(lse))
     (found,) = jax.jit(lambda operands: dscore.dscore(spec, operands, results, cotangents, ()))(given)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_rows_of_the_lowest_scores_are_large():
+    """Regression: they were taken for idle ones, and dq of them was that of weights whose exponents are rounded."""
+    spec = problem_of("lowest", Lowest(normal(2))).spec()
+    lowest = score_function.LOWEST * np.log2(np.e)
+    with interpreted():
+        found = [np.any(dq_pass.any_large_in_warp(spec, jnp.full(64, x, jnp.float32))) for x in (lowest, IDLE, 1.0)]
+    assert found == [True, False, False]
 
 
 # -- what the kernels take ---------------------------------------------------------------------------------------------
