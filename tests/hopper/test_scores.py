@@ -267,6 +267,13 @@ def test_an_automatic_choice_leaves_score_functions_to_xla_until_they_are_timed(
     assert calls.passes(spec, device.H100) is None
 
 
+def test_wide_heads_take_no_score_function():
+    """Regression: their backward, that of xla, took lse of rows of finfo.min, -2^126 here, for another one's."""
+    for dims in (dict(d=264), dict(d_v=264)):
+        spec = problem_of("wide", ALiBi(normal(2)), **dims).spec()
+        assert any("head dimensions up to 256 only, d=" in reason for reason in support.why_not(spec, device.H100))
+
+
 def test_schedules_know_what_a_function_needs():
     def kernels(score, d, **options):
         spec = problem_of("schedule", scores.checked(score), d=d, d_v=d, **options).spec()
