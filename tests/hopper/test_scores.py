@@ -69,7 +69,10 @@ def smooth(score, batch, head, q_pos, kv_pos):
 
 def powers(score, batch, head, q_pos, kv_pos):
     size = jnp.abs(score) + 0.1
-    return jnp.sign(score) * size**1.5 + size**-2.0 + size**3 + jnp.sqrt(size) + jax.lax.rsqrt(size) + score**2.0
+    # Regression: whole exponents above 64 gave NaN of negative numbers.
+    far = jax.lax.pow(score / 8, jnp.float32(100)) + jax.lax.pow(-size, jnp.float32(-65))
+    roots = jnp.sqrt(size) + jax.lax.rsqrt(size)
+    return jnp.sign(score) * size**1.5 + size**-2.0 + size**3 + roots + score**2.0 + jnp.clip(far, -1, 1)
 
 
 def waves(score, batch, head, q_pos, kv_pos):

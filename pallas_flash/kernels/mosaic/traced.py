@@ -246,7 +246,7 @@ def _integer_pow(x: Array, *, y: int) -> Array:
 
 def _pow(x: Array, y: Any) -> Array:
     """x^y, y a known number: of a negative x NaN, unless y is whole."""
-    if float(y) == int(y) and abs(y) <= 64:
+    if float(y).is_integer():
         return _integer_pow(x, y=int(y))
     return jnp.exp2(float(y) * jnp.log2(x))
 
