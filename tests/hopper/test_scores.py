@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
 from pallas_flash import ALiBi, Causal, RelativeBias, Score, Window, autodiff, device, dispatch, scores
 from pallas_flash.kernels.hopper import bias, calls, defaults, dscore, rules, score_function, support
+from pallas_flash.kernels.hopper.backward import dq as dq_pass
+from pallas_flash.kernels.hopper.backward.statistics import IDLE
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic import dropout, traced
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -65,7 +69,10 @@ def smooth(score, batch, head, q_pos, kv_pos):
 
 def powers(score, batch, head, q_pos, kv_pos):
     size = jnp.abs(score) + 0.1
-    return jnp.sign(score) * size**1.5 + size**-2.0 + size**3 + jnp.sqrt(size) + jax.lax.rsqrt(size) + score**2.0
+    # Regression: whole exponents above 64 gave NaN of negative numbers.
+    far = jax.lax.pow(score / 8, jnp.float32(100)) + jax.lax.pow(-size, jnp.float32(-65))
+    roots = jnp.sqrt(size) + jax.lax.rsqrt(size)
+    return jnp.sign(score) * size**1.5 + size**-2.0 + size**3 + roots + score**2.0 + jnp.clip(far, -1, 1)
 
 
 def waves(score, batch, head, q_pos, kv_pos):
@@ -181,6 +188,40 @@ def test_gradients_of_arrays_agree_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
+@dataclasses.dataclass(frozen=True)
+class Lowest(Score):
+    """Hides all keys from the first queries by finfo.min, with a slope that is lost in it."""
+
+    slopes: Any
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        hidden = jnp.where(q_pos < 8, jnp.finfo(score.dtype).min, 0)
+        return score + self.slopes[head] * (kv_pos - q_pos).astype(score.dtype) + hidden
+
+
+def test_gradients_of_arrays_count_keys_that_weigh_alike():
+    """Regression: of the kernels' lse, no lower than -2^126, weights of scores of finfo.min were 0 here alone."""
+    problem = problem_of("lowest", Lowest(normal(2) / 8))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    spec, given = problem.spec(), jax.tree.map(jnp.asarray, operands)
+    results = autodiff.forward(spec, "xla", given)
+    cotangents = Results(jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2))
+    (wanted,) = autodiff.backward(spec, "xla", given, results, cotangents).dscore
+    lse = jnp.maximum(results.stats[:, :, 0], -(2.0**126))  # as the kernels make it
+    results = results._replace(stats=results.stats.at[:, :, 0].set(lse))
+    (found,) = jax.jit(lambda operands: dscore.dscore(spec, operands, results, cotangents, ()))(given)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_rows_of_the_lowest_scores_are_large():
+    """Regression: they were taken for idle ones, and dq of them was that of weights whose exponents are rounded."""
+    spec = problem_of("lowest", Lowest(normal(2))).spec()
+    lowest = score_function.LOWEST * np.log2(np.e)
+    with interpreted():
+        found = [np.any(dq_pass.any_large_in_warp(spec, jnp.full(64, x, jnp.float32))) for x in (lowest, IDLE, 1.0)]
+    assert found == [True, False, False]
+
+
 # -- what the kernels take ---------------------------------------------------------------------------------------------
 
 def sorted_scores(score, batch, head, q_pos, kv_pos):
@@ -229,6 +270,13 @@ def test_an_automatic_choice_leaves_score_functions_to_xla_until_they_are_timed(
     assert calls.passes(spec, device.H100) is None
 
 
+def test_wide_heads_take_no_score_function():
+    """Regression: their backward, that of xla, took lse of rows of finfo.min, -2^126 here, for another one's."""
+    for dims in (dict(d=264), dict(d_v=264)):
+        spec = problem_of("wide", ALiBi(normal(2)), **dims).spec()
+        assert any("head dimensions up to 256 only, d=" in reason for reason in support.why_not(spec, device.H100))
+
+
 def test_schedules_know_what_a_function_needs():
     def kernels(score, d, **options):
         spec = problem_of("schedule", scores.checked(score), d=d, d_v=d, **options).spec()
@@ -247,7 +295,7 @@ def test_schedules_know_what_a_function_needs():
         ("KvSchedule", False), ("SplitSchedule", False), ("SplitSchedule", False)]
 
 
-# -- vmap --------------------------------------------------------------------------------------------------------------
+# -- vmap and shard_map ------------------------------------------------------------------------------------------------
 
 Q = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
 STACKED = jax.ShapeDtypeStruct((3, *Q.shape), Q.dtype)
@@ -268,3 +316,27 @@ def test_vmap_takes_elements_in_turns_where_the_function_differs(slopes, offset,
     with device.assume(device.H100):
         text = str(jax.make_jaxpr(mapped)(STACKED, slopes))
     assert ("scan[" in text) == in_turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Score):
+    """XLA computes its table before the launch, of an array and of numbers."""
+
+    slopes: Any
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        slopes = jnp.cumsum(jnp.exp2(self.slopes * 0.1) + jnp.arange(2, dtype=jnp.float32)) * jnp.ones(2)
+        return score + slopes[head] * (kv_pos - q_pos).astype(score.dtype)
+
+
+def test_what_is_prepared_of_arrays_varies_with_them():
+    """Regression: inside `shard_map` an array that varies was multiplied with a number that did not."""
+    def gradients(q, slopes):
+        run = lambda q, slopes: pf.flash_attention(q, q, q, score=Prepared(slopes), implementation="hopper").mean()
+        return jax.grad(run, (0, 1))(q, slopes)
+    places = P("x"), P()
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(gradients, mesh=mesh, in_specs=places, out_specs=places)
+    with device.assume(device.H100):
+        found = jax.eval_shape(run, Q, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert [x.shape for x in found] == [Q.shape, (2,)]

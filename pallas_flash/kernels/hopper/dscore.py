@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_flash import compat, scores, softmax, tiles
 from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.hopper import query_tiles
+from pallas_flash.kernels.hopper.score_function import LOWEST
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["dscore"]
@@ -56,6 +57,6 @@ def _of_tile(spec: AttentionSpec, operands: Operands, function: scores.Score,
     before = query_tiles.products(spec, operands, tile.rows) * softmax.unit(spec.scale, spec.softcap)
     s = scores.applied(function, before, pairs)
     keep = query_tiles.keep_of(spec, operands, at) & (s != -jnp.inf)
-    s = scores.even_if_large(jnp.maximum(s, jnp.finfo(s.dtype).min))
+    s = scores.even_if_large(jnp.maximum(s, LOWEST))  # as the kernels have it, whose statistics these are
     ds = query_tiles.score_gradients(spec, operands, tile, s, keep)
     return scores.gradients(function, before, pairs, keep, ds)

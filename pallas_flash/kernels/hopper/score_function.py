@@ -35,10 +35,12 @@ from pallas_flash.kernels.mosaic.traced import Value
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["HeadScore", "input_types", "inputs"]
+__all__ = ["LOWEST", "HeadScore", "input_types", "inputs"]
 
 _COLUMNS = 8
-_LARGE, _LOWEST = 2.0**32, -(2.0**126)
+_LARGE = 2.0**32
+LOWEST = -(2.0**126)
+"""What finite scores below it become: its exponent of base 2 is a float32 number."""
 _ROW, _COLUMN = 0, 1
 
 
@@ -197,7 +199,7 @@ def _fixed(s: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     even = lax.bitcast_convert_type(lax.bitcast_convert_type(s, jnp.int32) & -2, jnp.float32)
     s = jnp.where(jnp.abs(s) >= _LARGE, even, s)
-    return jnp.where(s == -jnp.inf, s, jnp.maximum(s, _LOWEST))
+    return jnp.where(s == -jnp.inf, s, jnp.maximum(s, LOWEST))
 
 
 def _within_range(s: Fragment) -> Fragment:

@@ -76,6 +76,9 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
         (spec.score is None or spec.bias is None,
          f"takes a bias or a score function, not both yet, score={spec.score} (let the function add the bias)"),
+        (spec.score is None or not _is_wide(spec), "takes a score function with head dimensions up to "
+         f"{MAX_DIM_BACKWARD} only, {dims} (the backward above is that of xla, which takes scores of finfo.min as they "
+         "are, and the forward does not)"),
         (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
         (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,

@@ -11,9 +11,10 @@ are split along the axes that they have, and are whole along those that they are
 key head, each sums the gradients over its own query heads, and an all-reduce adds these sums; so it does with the
 gradient of a bias that they share.
 
-Two kinds of calls are gathered, not split: those exported by `jax.export`, and those inside a `shard_map` that leaves
-some axes automatic. JAX's `custom_partitioning` has two costs: a program with such a call is lowered for real devices
-(an abstract mesh is refused) and for one mesh, and split programs are not found in the persistent compilation cache.
+Three kinds of calls are gathered, not split: those exported by `jax.export`, those inside a `shard_map` that leaves
+some axes automatic, and those with a score function, which counts batch and heads of the whole. JAX's
+`custom_partitioning` has two costs: a program with such a call is lowered for real devices (an abstract mesh is
+refused) and for one mesh, and split programs are not found in the persistent compilation cache.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from pallas_flash import scores
+from pallas_flash import compat, scores
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.scores import tanh
 from pallas_flash.masks import ArrayField
@@ -209,10 +209,14 @@ def uses_batch(function: scores.Score) -> bool:
 def arrays(function: scores.Score, floats: Sequence[Array], integers: Sequence[Array]) -> tuple[Array, ...]:
     """What kernels read, (elements,) each, of the arrays of a function with placeholders; computed by XLA."""
     own = program(function)
-    values: dict[int, Any] = dict(enumerate((*(jnp.asarray(x, np.float32) for x in floats), *integers)))
+    given = *(jnp.asarray(x, np.float32) for x in floats), *integers
+    values: dict[int, Any] = dict(enumerate(given))
+    # Primitives do not, as functions of jnp do, mark numbers as varying where arrays vary, inside `shard_map`.
+    varying = lambda x: compat.vary_like(jnp.asarray(x), given)
     for step in own.prepared:
-        found = step.primitive.bind(*(x.known if x.is_known else values[x.number] for x in step.inputs), **step.params)
-        values |= zip(step.outputs, found if step.primitive.multiple_results else [found], strict=True)
+        inputs = (varying(x.known) if x.is_known else values[x.number] for x in step.inputs)
+        found = step.primitive.bind(*inputs, **step.params)
+        values |= zip(step.outputs, map(varying, found if step.primitive.multiple_results else [found]), strict=True)
     flat = (jnp.asarray(values[i]).reshape(-1) for i in own.read)
     return tuple(x.astype(np.int32) if x.dtype == np.bool_ else x for x in flat)
 
@@ -242,7 +246,7 @@ def _integer_pow(x: Array, *, y: int) -> Array:
 
 def _pow(x: Array, y: Any) -> Array:
     """x^y, y a known number: of a negative x NaN, unless y is whole."""
-    if float(y) == int(y) and abs(y) <= 64:
+    if float(y).is_integer():
         return _integer_pow(x, y=int(y))
     return jnp.exp2(float(y) * jnp.log2(x))
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
-from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.backward.weights import (
     Completed,
@@ -107,7 +107,7 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return ptx.any_in_warp(is_large(spec, size) & (size < 1e38), registers.ROW_LAYOUT)  # not IDLE
+    return ptx.any_in_warp(is_large(spec, size) & (size < IDLE / 2), registers.ROW_LAYOUT)
 
 
 def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Exponents:
