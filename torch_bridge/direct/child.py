@@ -2,9 +2,9 @@
 
     python child.py INDEX PATH < REQUEST
 
-INDEX is the device as the driver counts, PATH where the plan goes, REQUEST the text of a `Request`. Writes a line of
-JSON for each step, {"step": what was done}, and at the end {"done": true}, or {"reason": why there can be no plan},
-with {"problem": true} if that is true of the problem whenever it is asked.
+INDEX is the device as the driver counts, PATH where the plan goes, REQUEST a line, the text of a `Request`. Writes
+lines of JSON: {"step": what was done} after each step, and at the end {"done": true}, or {"reason": why there can be no
+plan}, with {"problem": true} if that is true of the problem whenever it is asked.
 """
 
 import json
@@ -20,7 +20,8 @@ def alone() -> None:
     package = types.ModuleType("torch_bridge")
     package.__path__ = [str(HERE.parent)]
     sys.modules["torch_bridge"] = package
-    sys.path[0] = str(HERE.parents[1])  # in place of this folder, whose names are not those of modules
+    # First, in place of this folder, whose names are not those of modules; with PYTHONSAFEPATH it is not there.
+    sys.path[:] = [str(HERE.parents[1]), *(path for path in sys.path if not path or Path(path).resolve() != HERE)]
 
 
 def say(**line: object) -> None:
@@ -65,4 +66,4 @@ def main(index: int, path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     alone()
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.read())
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.readline().rstrip())
