@@ -152,3 +152,15 @@ def test_tensors_without_strides_are_refused_as_ever(short):
     for x in (torch.nested.nested_tensor([dense[0], dense[1]]), dense[0, 0].to_sparse_csr()):
         with pytest.raises(RuntimeError, match="needs strided tensors"):
             OURS(dense, x, dense)
+
+
+def test_problems_share_the_zeros_that_are_nobodys_cotangents(launched, monkeypatch):
+    """Each length kept 8 bytes a row of its own for as long as the process lives."""
+    monkeypatch.setattr(attention, "_zero", {})
+    lengths = range(5, 40)
+    for _ in range(2):
+        for length in lengths:
+            check(qkv(*[(2, 2, length, 8)] * 3, dtype=BF16), is_causal=True)
+    kept = {x._zeros.data_ptr(): x._zeros.untyped_storage().nbytes() for x in attention._directs.values()}
+    assert len(attention._directs) == len(lengths) and not any(x._zeros.any() for x in attention._directs.values())
+    assert sum(kept.values()) <= 4 * (4 * 2 * 2 * 2 * max(lengths)), "of one problem 32 bytes a position"
