@@ -11,6 +11,10 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch_bridge.direct.problem import Request
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,13 +33,30 @@ def say(**line: object) -> None:
     print(json.dumps(line), flush=True)
 
 
+def changed(request: "Request") -> str | None:
+    """Why what is installed now has no part in a plan of that name; to be asked before JAX, which may set variables."""
+    from torch_bridge.direct.problem import versions
+
+    here = versions(int(request.versions["driver"]))
+    names = [name for name in sorted(here) if here[name] != request.versions.get(name)]
+    if not names:
+        return None
+    return (f"needs what this process started with, but a new one finds another {', '.join(names)}: start it again, "
+            "with packages that a new process finds")
+
+
 def main(index: int, path: Path, text: str) -> None:
     """Makes the plan."""
+    from torch_bridge.direct.problem import Request
+
+    request = Request.of(text)
+    if reason := changed(request):
+        say(reason=reason)
+        return
     try:
         from pallas_flash import UnsupportedError
         from torch_bridge.direct import compile as compiling
         from torch_bridge.direct import driver, lower, plan, plugin
-        from torch_bridge.direct.problem import Request
     except ModuleNotFoundError as error:
         say(reason=f"needs what pallas_flash imports in a new process of {sys.executable}, got {error}: install it "
                    "there, or name its folder in PYTHONPATH")
@@ -44,7 +65,6 @@ def main(index: int, path: Path, text: str) -> None:
         say(reason=reason)
         return
     say(step="imported JAX")
-    request = Request.of(text)
     if (found := driver.capability(index)) != request.gpu.capability:  # its machine code would be another GPU's
         say(reason=f"needs device {index} of the process that compiles to be of compute capability "
                    f"{request.gpu.capability}, as {request.gpu.name}, it is of {found}: it sees other devices. Set "
