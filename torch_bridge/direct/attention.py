@@ -89,9 +89,13 @@ def _has_no_places(operands: Operands) -> bool:
     return all(x is None for x in operands.places)
 
 
-def reason_found(problem: Problem, device: torch.device) -> str | None:
-    """Why a plan of the problem could not be made in this process; None: it could, or was not asked for."""
-    return _reasons.get((problem, device))
+def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
+    """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
+    that is not loaded: a forward that is goes directly, though its backward cannot.
+    """
+    key = problem, device
+    is_loaded = key in _directs and _directs[key].runner(pass_name) is not None
+    return None if is_loaded else _reasons.get(key)
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
