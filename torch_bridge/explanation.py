@@ -90,9 +90,14 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     if why_not is not None:
         return f"path: DLPack, JAX's runtime launches ({why_not})"
     problem, device = attention.problem_of(operands, numbers), operands.query.device
-    plans = (cache.is_kept(attention.request(problem, name, device)) for name in attention.PASSES)
-    forward, backward = ("on disk" if is_there else "to be compiled" for is_there in plans)
-    return f"path: direct, launched on torch's stream; plans: forward {forward}, backward {backward}"
+    states = []
+    for name in attention.PASSES:
+        if reason := attention.reason_found(problem, device, name):
+            states.append(f"{name} none, through DLPack ({reason})")
+        else:
+            is_there = cache.is_kept(attention.request(problem, name, device))
+            states.append(f"{name} {'on disk' if is_there else 'to be compiled'}")
+    return f"path: direct, launched on torch's stream; plans: {', '.join(states)}"
 
 
 def precompile(

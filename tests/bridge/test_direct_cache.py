@@ -26,7 +26,7 @@ for name, place in dict(torch_bridge="torch_bridge", bridge="tests/bridge").item
     sys.modules[name].__path__ = [place]
 from bridge.direct import PROGRAM
 from torch_bridge.direct import plan
-text = sys.stdin.read()
+text = sys.stdin.readline().rstrip()
 open(os.environ["MARKS"], "a").write("made\\n")
 time.sleep(float(os.environ.get("SLOWLY", 0)))
 print("what a library says", 17, "null", sep="\\n", flush=True)
@@ -229,6 +229,31 @@ def test_a_plan_that_never_comes(made, monkeypatch):
         cache.find(FORWARD, 0)
 
 
+def test_a_child_that_has_ended_is_not_waited_for_though_its_pipe_is_open(made, monkeypatch):
+    """A process that another thread forks while a child is started has its pipes open, and was waited for, too."""
+    maker(monkeypatch, 'import subprocess; subprocess.Popen(["sleep", "12"])\n' + WRITES)
+    start = time.monotonic()
+    assert cache.find(FORWARD, 0) == PROGRAM
+    assert time.monotonic() - start < 10
+
+
+def test_an_interrupt_of_the_terminal_ends_no_child(made, monkeypatch):
+    """Ctrl-C, and a notebook's button, reach every process of a group. What was made meanwhile failed, and its
+    problem went through DLPack as long as the process lived.
+    """
+    maker(monkeypatch, "print(json.dumps(dict(reason=str(os.getpgid(0) == os.getpid()))))")
+    with pytest.raises(parent.NoPlanError, match=r"^True$"):
+        cache.find(FORWARD, 0)
+
+
+def test_the_child_finds_the_packages_of_its_parent(tmp_path):
+    """With PYTHONSAFEPATH the first folder of PYTHONPATH gave way to the package's own."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['alone'](); print(*sys.path, sep='\\n')"
+    done = subprocess.run([sys.executable, "-P", "-c", code, parent.COMMAND[1]], capture_output=True, text=True,
+                          check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.stdout.splitlines()[:2] == [str(ROOT), str(tmp_path)]
+
+
 def test_what_everyone_may_write_is_not_run(made):
     cache.find(FORWARD, 0)
     for mode in (0o777, 0o1777):
@@ -294,6 +319,16 @@ def test_more_than_a_second_is_not_silent(capsys, monkeypatch, has_tqdm):
         monkeypatch.setattr(progress.time, "monotonic", lambda: shown._next + 0.1)
         shown.wait("lowered")
     assert "pallas_flash: compiling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_a_process_without_a_standard_error(made, monkeypatch, capsys, has_tqdm):
+    """Python started with it closed, as daemons are: tqdm's error reached the caller, or lines the standard output."""
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cache.find(FORWARD, 0) == PROGRAM and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("has_tqdm", [True, False])

@@ -122,9 +122,37 @@ def test_tensor_maps_span_their_arrays(compiled, name):
     assert seen >= 4 and packed == (2 if name == "packed" else 0)
 
 
-def test_a_child_that_sees_another_kind_of_gpu_makes_no_plan(work):
+VERSIONS = """
+import json, sys, types
+sys.modules["torch_bridge"] = types.ModuleType("torch_bridge")
+sys.modules["torch_bridge"].__path__ = ["torch_bridge"]
+from torch_bridge.direct.problem import versions
+print(json.dumps(versions(13000)))
+"""
+
+
+@pytest.fixture(scope="module")
+def current(work):
+    """FORWARD with what is installed for the child."""
+    done = subprocess.run([places.interpreter(), "-c", VERSIONS], text=True, env=environment(work), cwd=ROOT,
+                          check=True, capture_output=True)
+    return dataclasses.replace(FORWARD, versions=json.loads(done.stdout))
+
+
+def test_a_child_that_finds_other_sources_makes_no_plan(work, current):
+    """They were changed, or upgraded, while its parent runs: their plan would be kept as that of those before."""
+    older = dataclasses.replace(current, versions=current.versions | {"product": "0" * 64})
+    done = subprocess.run([places.interpreter(), parent.COMMAND[1], "0", work / "none"], text=True, input=older.text,
+                          env=environment(work), capture_output=True)
+    assert json.loads(done.stdout) == {
+        "reason": "needs what this process started with, but a new one finds another product: start it again, with "
+                  "packages that a new process finds"}, done.stderr
+    assert not (work / "none").exists()
+
+
+def test_a_child_that_sees_another_kind_of_gpu_makes_no_plan(work, current):
     """CUDA_VISIBLE_DEVICES may change after CUDA has started. What it makes would be kept, and refused ever after."""
-    blackwell = dataclasses.replace(FORWARD, gpu=dataclasses.replace(FORWARD.gpu, capability=(10, 0)))
+    blackwell = dataclasses.replace(current, gpu=dataclasses.replace(FORWARD.gpu, capability=(10, 0)))
     done = subprocess.run([places.interpreter(), parent.COMMAND[1], "1", work / "none"], text=True,
                           input=blackwell.text, env=environment(work), capture_output=True)
     last = json.loads(done.stdout.splitlines()[-1])
@@ -182,7 +210,7 @@ print(json.dumps(dict(shapes=shapes, pointers=pointers, table=table, said=said, 
 
 
 @pytest.fixture(scope="module")
-def replayed(work):
+def replayed(work, current):
     """The forward's plan, made by the child process and then replayed by a process with torch and no JAX; what that
     says, and what it launched."""
     with pytest.MonkeyPatch.context() as patch:
@@ -190,9 +218,9 @@ def replayed(work):
             patch.setenv(name, value)
         patch.setenv(cache.VARIABLE, str(work))
         patch.setattr(parent, "COMMAND", (places.interpreter(), *parent.COMMAND[1:]))
-        program = cache.find(FORWARD, 0)
+        program = cache.find(current, 0)
         (work / "log").unlink()
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", REPLAY, FORWARD.text], capture_output=True,
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", REPLAY, current.text], capture_output=True,
                               text=True)
         assert done.returncode == 0, done.stderr[-4000:]
     return program, json.loads(done.stdout.splitlines()[-1]), logged(work)

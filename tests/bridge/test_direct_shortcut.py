@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
-from torch_bridge.direct import attention, shortcut
+from pallas_flash import FallbackWarning
+from torch_bridge.direct import attention, cache, shortcut
+from torch_bridge.direct.parent import NoPlanError
 
 __all__ = ["launched"]  # a fixture
 
@@ -152,3 +155,34 @@ def test_tensors_without_strides_are_refused_as_ever(short):
     for x in (torch.nested.nested_tensor([dense[0], dense[1]]), dense[0, 0].to_sparse_csr()):
         with pytest.raises(RuntimeError, match="needs strided tensors"):
             OURS(dense, x, dense)
+
+
+def test_problems_share_the_zeros_that_are_nobodys_cotangents(launched, monkeypatch):
+    """Each length kept 8 bytes a row of its own for as long as the process lives."""
+    monkeypatch.setattr(attention, "_zero", {})
+    lengths = range(5, 40)
+    for _ in range(2):
+        for length in lengths:
+            check(qkv(*[(2, 2, length, 8)] * 3, dtype=BF16), is_causal=True)
+    kept = {x._zeros.data_ptr(): x._zeros.untyped_storage().nbytes() for x in attention._directs.values()}
+    assert len(attention._directs) == len(lengths) and not any(x._zeros.any() for x in attention._directs.values())
+    assert sum(kept.values()) <= 4 * (4 * 2 * 2 * 2 * max(lengths)), "of one problem 32 bytes a position"
+
+
+def test_explain_tells_a_forward_that_goes_directly_from_its_backward(launched, monkeypatch, tmp_path):
+    """Once a backward could not be compiled, the whole call was said to go through DLPack."""
+    find = cache.find
+
+    def fails(request, index):
+        if request.pass_name == "backward":
+            raise NoPlanError("the compiler broke")
+        return find(request, index)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "find", fails)
+    with pytest.warns(FallbackWarning, match="the backward of"):
+        check(tensors := qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+    assert launched == ["forward"]
+    assert ("path: direct, launched on torch's stream; plans: forward to be compiled, backward none, through DLPack "
+            "(the compiler broke)") in torch_bridge.explain(*tensors).splitlines()
+    OURS(*tensors)
+    assert launched == ["forward"] * 2

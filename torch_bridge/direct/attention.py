@@ -11,6 +11,7 @@ the addresses of their constants.
 
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -88,9 +89,13 @@ def _has_no_places(operands: Operands) -> bool:
     return all(x is None for x in operands.places)
 
 
-def reason_found(problem: Problem, device: torch.device) -> str | None:
-    """Why a plan of the problem could not be made in this process; None: it could, or was not asked for."""
-    return _reasons.get((problem, device))
+def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
+    """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
+    that is not loaded: a forward that is goes directly, though its backward cannot.
+    """
+    key = problem, device
+    is_loaded = key in _directs and _directs[key].runner(pass_name) is not None
+    return None if is_loaded else _reasons.get(key)
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -167,8 +172,7 @@ class Direct:
             if pass_name not in self._runners:
                 program = self._program(pass_name)
                 if pass_name == "backward":
-                    self._zeros = torch.zeros(program.buffers["dstats"].shape, dtype=torch.float32,
-                                              device=self.device)
+                    self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
                 self._runners[pass_name] = Runner(program, self.device)
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
@@ -234,6 +238,25 @@ class Direct:
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
+
+
+_zero: dict[torch.device, torch.Tensor] = {}
+_zero_lock = threading.Lock()
+
+
+def _zeros(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Zeros to be read, in memory that all problems of a device share. A problem keeps them, as captured graphs hold
+    their address: where they are too few, twice as many are made, so all that were are at most as much again.
+
+    They are there for the stream that makes them; `Runner` waits for the device.
+    """
+    count = math.prod(shape)
+    with _zero_lock:
+        found = _zero.get(device)
+        if found is None or found.numel() < count:
+            before = 0 if found is None else found.numel()
+            found = _zero[device] = torch.zeros(max(count, 2 * before), dtype=torch.float32, device=device)
+    return found[:count].view(*shape)
 
 
 def _make_room(device: torch.device) -> None:

@@ -2,15 +2,19 @@
 
     python child.py INDEX PATH < REQUEST
 
-INDEX is the device as the driver counts, PATH where the plan goes, REQUEST the text of a `Request`. Writes a line of
-JSON for each step, {"step": what was done}, and at the end {"done": true}, or {"reason": why there can be no plan},
-with {"problem": true} if that is true of the problem whenever it is asked.
+INDEX is the device as the driver counts, PATH where the plan goes, REQUEST a line, the text of a `Request`. Writes
+lines of JSON: {"step": what was done} after each step, and at the end {"done": true}, or {"reason": why there can be no
+plan}, with {"problem": true} if that is true of the problem whenever it is asked.
 """
 
 import json
 import sys
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch_bridge.direct.problem import Request
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,7 +24,8 @@ def alone() -> None:
     package = types.ModuleType("torch_bridge")
     package.__path__ = [str(HERE.parent)]
     sys.modules["torch_bridge"] = package
-    sys.path[0] = str(HERE.parents[1])  # in place of this folder, whose names are not those of modules
+    # First, in place of this folder, whose names are not those of modules; with PYTHONSAFEPATH it is not there.
+    sys.path[:] = [str(HERE.parents[1]), *(path for path in sys.path if not path or Path(path).resolve() != HERE)]
 
 
 def say(**line: object) -> None:
@@ -28,13 +33,30 @@ def say(**line: object) -> None:
     print(json.dumps(line), flush=True)
 
 
+def changed(request: "Request") -> str | None:
+    """Why what is installed now has no part in a plan of that name; to be asked before JAX, which may set variables."""
+    from torch_bridge.direct.problem import versions
+
+    here = versions(int(request.versions["driver"]))
+    names = [name for name in sorted(here) if here[name] != request.versions.get(name)]
+    if not names:
+        return None
+    return (f"needs what this process started with, but a new one finds another {', '.join(names)}: start it again, "
+            "with packages that a new process finds")
+
+
 def main(index: int, path: Path, text: str) -> None:
     """Makes the plan."""
+    from torch_bridge.direct.problem import Request
+
+    request = Request.of(text)
+    if reason := changed(request):
+        say(reason=reason)
+        return
     try:
         from pallas_flash import UnsupportedError
         from torch_bridge.direct import compile as compiling
         from torch_bridge.direct import driver, lower, plan, plugin
-        from torch_bridge.direct.problem import Request
     except ModuleNotFoundError as error:
         say(reason=f"needs what pallas_flash imports in a new process of {sys.executable}, got {error}: install it "
                    "there, or name its folder in PYTHONPATH")
@@ -43,7 +65,6 @@ def main(index: int, path: Path, text: str) -> None:
         say(reason=reason)
         return
     say(step="imported JAX")
-    request = Request.of(text)
     if (found := driver.capability(index)) != request.gpu.capability:  # its machine code would be another GPU's
         say(reason=f"needs device {index} of the process that compiles to be of compute capability "
                    f"{request.gpu.capability}, as {request.gpu.name}, it is of {found}: it sees other devices. Set "
@@ -65,4 +86,4 @@ def main(index: int, path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     alone()
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.read())
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.readline().rstrip())

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
 
 from torch_bridge.direct.problem import Request
 from torch_bridge.direct.progress import Progress
@@ -79,14 +78,14 @@ def _run(request: Request, index: int, path: Path, progress: Progress) -> dict[s
     environment["JAX_PLATFORMS"] = "cpu"
     with (tempfile.TemporaryFile("w+", errors="replace") as errors,
           subprocess.Popen([*COMMAND, str(index), str(path)], env=environment, text=True, stdin=subprocess.PIPE,
-                           stdout=subprocess.PIPE, stderr=errors) as child):
-        assert child.stdin is not None and child.stdout is not None
+                           stdout=subprocess.PIPE, stderr=errors, process_group=0) as child):  # Ctrl-C is ours alone
+        assert child.stdin is not None
         _children.add(mark := (os.getpid(), child))
         try:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(request.text)
+                child.stdin.write(f"{request.text}\n")
                 child.stdin.close()
-            last = _followed(child.stdout, progress)
+            last = _followed(child, progress)
             code = child.wait()
         except BaseException:
             child.kill()
@@ -101,23 +100,28 @@ def _run(request: Request, index: int, path: Path, progress: Progress) -> dict[s
     return last
 
 
-def _followed(lines: IO[str], progress: Progress) -> dict[str, str]:
-    """The last of the lines of JSON that a child writes, shown as progress until it ends.
+def _followed(child: "subprocess.Popen[str]", progress: Progress) -> dict[str, str]:
+    """The last of the lines of JSON that a child writes, shown as progress until it ends. That need not close the pipe:
+    a process that another thread forks while the child is started has it open, too.
 
     Raises:
       NoPlanError: it takes longer than MAX_SECONDS.
     """
     last: dict[str, str] = {}
     end, rest = time.monotonic() + MAX_SECONDS, b""
+    assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
-        selector.register(lines, selectors.EVENT_READ)
+        selector.register(child.stdout, selectors.EVENT_READ)
         while True:
+            has_ended = child.poll() is not None  # asked before what it wrote is looked for
             if time.monotonic() > end:
                 raise NoPlanError(f"compiling took more than {MAX_SECONDS:g} s, after {last or 'nothing'}")
             if not selector.select(timeout=0.2):
+                if has_ended:
+                    return last
                 progress.wait()
                 continue
-            read = os.read(lines.fileno(), 1 << 16)
+            read = os.read(child.stdout.fileno(), 1 << 16)
             if not read:
                 return last
             *whole, rest = (rest + read).split(b"\n")

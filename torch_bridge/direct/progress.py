@@ -17,12 +17,12 @@ class Progress:
 
     Args:
       title: what is done.
-      quiet: shows nothing.
+      quiet: shows nothing; so it is where Python was started without a standard error.
     """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self._title, self._step, self._shown = f"pallas_flash: {title}", "", ""
-        self._next = math.inf if quiet else time.monotonic() + SILENT_SECONDS
+        self._next = math.inf if quiet or sys.stderr is None else time.monotonic() + SILENT_SECONDS
         self._bar: Any = None
 
     def __enter__(self) -> Self:
