@@ -310,6 +310,24 @@ def test_a_missing_page_has_no_room():
         np.testing.assert_array_equal(found.overflowed, [True, False])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_what_a_missing_page_reads_instead_has_no_gradient(implementation):
+    """Regression: NaN in the page of another sequence, read in place of a missing one, was in the gradients of queries
+    and of shared pages.
+    """
+    table = np.array([[1, 2, 3], [4, -1, 5]])
+    key, value = (jnp.asarray(np.tile(x[:, :16], (4, 1, 1, 1))).at[0].set(jnp.nan) for x in (K, V))
+
+    def total(q, key, value, lengths, table):
+        given = cache.Cache(key, value, lengths, table)
+        return jnp.nansum(cache.attend(q, given, implementation=implementation))
+
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))(Q[:, :2], key, value, np.array([40, 20]), table)
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert np.asarray(gradients[0][0]).any() and not np.asarray(gradients[0][1]).any()
+    assert not any(np.asarray(x[4:]).any() for x in gradients[1:])
+
+
 def test_a_cache_without_sequences_and_one_without_room():
     cached = cache.append(cache.empty(0, 8, 2, DIM, dtype="float32"), K[:0, :3], V[:0, :3])
     assert cache.attend(Q[:0, :3], cached).shape == (0, 3, HEADS, DIM)
