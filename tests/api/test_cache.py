@@ -251,6 +251,21 @@ def test_one_new_key_of_one_sequence(empty, layout):
         assert found.lengths[0] == length + 1 and found.overflowed[0] == (length >= one.capacities[0])
 
 
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
+def test_one_new_key_where_jax_counts_in_64_bits(empty):
+    """Regression: the place of a single row was a number of 32 bits beside others of 64, a TypeError."""
+    with jax.enable_x64(True):
+        one = empty()
+        one = dataclasses.replace(one, lengths=jnp.array([17], jnp.int32), **(
+            dict(page_table=one.page_table[:1]) if one.pages else dict(key=one.key[:1], value=one.value[:1])))
+        found = jax.jit(cache.append)(one, K[:1, :1], V[:1, :1])
+        assert found.lengths.dtype == jnp.int32
+        wanted = np.zeros_like(positions(one))
+        wanted[0, 17] = K[0, 0]
+        np.testing.assert_array_equal(positions(found), wanted)
+        assert np.isfinite(jax.jit(cache.attend)(Q[:1, :1], found)).all()
+
+
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
 def test_new_keys_lie_at_the_end_of_each_sequence_and_nowhere_else(empty, layout):
