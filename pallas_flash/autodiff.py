@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from pallas_flash import device, dispatch, errors, sharding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
-from pallas_flash.filled import filled_part, lost, within
+from pallas_flash.filled import filled_part, lost, without
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
@@ -69,19 +69,28 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
 
 def _forward_within(spec: AttentionSpec, implementation: dispatch.Implementation, where: Device | None,
                     operands: Operands) -> Results[Array]:
-    """The forward of an implementation that takes lengths of a cache up to its capacity."""
+    """The forward of an implementation that takes lengths of a cache up to its capacity: none of what is lost."""
     if spec.is_empty:
         nothing = jnp.full(spec.lse_shape, -jnp.inf, spec.acc_dtype)
         return Results(out=jnp.zeros(spec.out_shape, spec.result_dtype),
                        stats=jnp.stack([nothing, jnp.zeros_like(nothing)], axis=2))
     with _on(where):
-        return implementation.forward(spec, operands._replace(mask=within(operands.mask, spec.kv_len)))
+        return implementation.forward(spec, _without_lost(spec, operands))
+
+
+def _lost(spec: AttentionSpec, operands: Operands) -> Array | None:
+    return lost(operands.mask, spec.kv_len, spec.pages, operands.page_table)
+
+
+def _without_lost(spec: AttentionSpec, operands: Operands) -> Operands:
+    """The operands with lengths of 0 for sequences that have lost keys."""
+    return operands._replace(mask=without(operands.mask, _lost(spec, operands)))
 
 
 def _marked_lost(spec: AttentionSpec, operands: Operands, results: Results[Array],
                  value: float = jnp.nan) -> Results[Array]:
     """The results with `value` where a sequence has lost keys."""
-    which = lost(operands.mask, spec.kv_len, spec.pages, operands.page_table)
+    which = _lost(spec, operands)
     if which is None:
         return results
     return Results(*(jnp.where(which.reshape(-1, 1, 1, 1), jnp.full_like(x, value), x) for x in results))
@@ -101,10 +110,10 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
     _check_results(spec, cotangents, "d")
 
     def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        # Of a sequence that has lost keys nothing is differentiated: 0, and not 0 * NaN.
+        # Of a sequence that has lost keys nothing is differentiated: 0, and not 0 * NaN, also of keys that are left.
         out, stats = _marked_lost(spec, operands, results, 0.0)
         cotangents = _marked_lost(spec, operands, cotangents, 0.0)
-        operands = operands._replace(mask=within(operands.mask, spec.kv_len))
+        operands = _without_lost(spec, operands)
         if finite:
             stats = jnp.where(stats == jnp.finfo(stats.dtype).min, -jnp.inf, stats)
         if spec.is_empty:

@@ -106,7 +106,8 @@ def _write_one(rows: Array, new: Array, place: tuple[Array | int, Array], has_ro
 
     XLA writes a single row of a scatter in three kernels, one of which looks whether the place is inside. This is one.
     """
-    start = [place[0], 0, 0, 0]
+    zero = jnp.int32(0)  # as the others are, also where JAX counts in 64 bits
+    start = [jnp.asarray(place[0], jnp.int32), zero, zero, zero]
     start[axis] = place[1]
     old = jax.lax.dynamic_slice(rows, start, new.shape)
     written: Array = jax.lax.dynamic_update_slice(rows, jnp.where(has_room, new, old), start)

@@ -1,6 +1,7 @@
 """The mask of a cache: keys fill it up to lengths known when a program runs, and queries stand at their end."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from pallas_flash.arrays import Array, Bool, Int
 from pallas_flash.mask_fields import ArrayField, as_array
 from pallas_flash.masks import UNBOUNDED, Bounds
 
-__all__ = ["Filled", "filled_part", "lost", "within"]
+__all__ = ["Filled", "filled_part", "lost", "within", "without"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,14 @@ def filled_part(mask: masks.Mask) -> Filled | None:
 
 def within(mask: masks.Mask, capacity: int) -> masks.Mask:
     """The same mask with lengths of at most the capacity. Negative ones attend to nothing as they are."""
-    def bounded(part: Any) -> Any:
-        if not isinstance(part, Filled):
-            return part
-        return dataclasses.replace(part, lengths=minimum(part.lengths, capacity))
+    return _with_lengths(mask, lambda lengths: minimum(lengths, capacity))
 
-    found: masks.Mask = jax.tree.map(bounded, mask, is_leaf=lambda part: isinstance(part, Filled))
+
+def _with_lengths(mask: masks.Mask, new: Callable[[Any], Any]) -> masks.Mask:
+    def changed(part: Any) -> Any:
+        return dataclasses.replace(part, lengths=new(part.lengths)) if isinstance(part, Filled) else part
+
+    found: masks.Mask = jax.tree.map(changed, mask, is_leaf=lambda part: isinstance(part, Filled))
     return found
 
 
@@ -96,3 +99,10 @@ def lost(mask: masks.Mask, capacity: int, pages: paging.Pages | None,
     lengths = part.lengths.max(axis=1)
     full: Array = lengths > capacity
     return full if pages is None or page_table is None else full | paging.lack(pages, page_table, lengths)
+
+
+def without(mask: masks.Mask, which: Bool[Array, " b"] | None) -> masks.Mask:
+    """The same mask with lengths of 0 for some sequences (`lost`): nothing of them is read or differentiated."""
+    if which is None:
+        return mask
+    return _with_lengths(mask, lambda lengths: where(which[:, None], 0, lengths))

@@ -251,6 +251,21 @@ def test_one_new_key_of_one_sequence(empty, layout):
         assert found.lengths[0] == length + 1 and found.overflowed[0] == (length >= one.capacities[0])
 
 
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
+def test_one_new_key_where_jax_counts_in_64_bits(empty):
+    """Regression: the place of a single row was a number of 32 bits beside others of 64, a TypeError."""
+    with jax.enable_x64(True):
+        one = empty()
+        one = dataclasses.replace(one, lengths=jnp.array([17], jnp.int32), **(
+            dict(page_table=one.page_table[:1]) if one.pages else dict(key=one.key[:1], value=one.value[:1])))
+        found = jax.jit(cache.append)(one, K[:1, :1], V[:1, :1])
+        assert found.lengths.dtype == jnp.int32
+        wanted = np.zeros_like(positions(one))
+        wanted[0, 17] = K[0, 0]
+        np.testing.assert_array_equal(positions(found), wanted)
+        assert np.isfinite(jax.jit(cache.attend)(Q[:1, :1], found)).all()
+
+
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
 def test_new_keys_lie_at_the_end_of_each_sequence_and_nowhere_else(empty, layout):
@@ -308,6 +323,24 @@ def test_a_missing_page_has_no_room():
         np.testing.assert_array_equal(held[5, 4:8], K[1, :4])
         assert np.count_nonzero(held.any(axis=(2, 3))) == 6
         np.testing.assert_array_equal(found.overflowed, [True, False])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_what_a_missing_page_reads_instead_has_no_gradient(implementation):
+    """Regression: NaN in the page of another sequence, read in place of a missing one, was in the gradients of queries
+    and of shared pages.
+    """
+    table = np.array([[1, 2, 3], [4, -1, 5]])
+    key, value = (jnp.asarray(np.tile(x[:, :16], (4, 1, 1, 1))).at[0].set(jnp.nan) for x in (K, V))
+
+    def total(q, key, value, lengths, table):
+        given = cache.Cache(key, value, lengths, table)
+        return jnp.nansum(cache.attend(q, given, implementation=implementation))
+
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))(Q[:, :2], key, value, np.array([40, 20]), table)
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert np.asarray(gradients[0][0]).any() and not np.asarray(gradients[0][1]).any()
+    assert not any(np.asarray(x[4:]).any() for x in gradients[1:])
 
 
 def test_a_cache_without_sequences_and_one_without_room():

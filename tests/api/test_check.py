@@ -62,6 +62,22 @@ def test_wrong_numbers_are_said(fake_a100, capsys, monkeypatch):
     assert "WRONG" in out and "TFLOP/s" not in out and "FAILED" in out.splitlines()[-2]
 
 
+def test_gradients_that_must_repeat_are_computed_twice(fake_a100, capsys, monkeypatch):
+    runs = []
+
+    def results(implementation, call, arrays):
+        runs.append(implementation)
+        return [jnp.ones(3) + 1e-6 * len(runs)] * len(check.RESULTS)
+
+    calls = SMALL, dataclasses.replace(SMALL, options=SMALL.options | dict(deterministic=True))
+    monkeypatch.setattr(check, "CALLS", calls)
+    monkeypatch.setattr(check, "_results", results)
+    assert check.main(["--quick"]) == 1
+    assert runs == ["xla", "reference", "xla", "xla", "reference"]
+    out = capsys.readouterr().out
+    assert out.count("DOES NOT REPEAT") == 1 and "WRONG" not in out
+
+
 def test_not_finite_is_wrong():
     x = jnp.ones(4)
     assert check._errors([x, x.at[1].set(jnp.nan)], [x, x], "bfloat16") == [0.0, float("inf")]
