@@ -91,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
         if not options.quick:
             lines += [f"{name}: TFLOP/s (and times the speed of xla), causal, bfloat16, forward | backward",
                       *(f"  {_timed(name, call)}" for call in BENCHMARKS)]
-    print("\n".join(["```text", *lines, "FAILED" if failed else "all right", "```"]))
+    verdict = "nothing was checked" if not names else "FAILED" if failed else "all right"
+    print("\n".join(["```text", *lines, verdict, "```"]))
     _say("Please paste the block above into an issue.")
     return int(failed)
 

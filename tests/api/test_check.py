@@ -122,6 +122,14 @@ def test_which_kernels_are_checked(gpu, names):
     assert len(reasons) == 2 - len(names)
 
 
+def test_a_card_that_no_kernel_runs_on(capsys, monkeypatch):
+    monkeypatch.setattr(check, "_missing", lambda: None)
+    monkeypatch.setattr(device, "default", lambda: dataclasses.replace(device.A100, name="T4", capability=(7, 5)))
+    assert check.main([]) == 1
+    out = capsys.readouterr().out
+    assert "no kernel runs on this card" in out and out.splitlines()[-2] == "nothing was checked"
+
+
 def test_other_arguments_are_refused():
     with pytest.raises(SystemExit):
         check.main(["--implementation", "reference"])

@@ -22,8 +22,7 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 def not_measured(spec: AttentionSpec) -> list[str]:
-    """What of `spec` the kernels take, but have computed in Pallas' interpreter only, each with what to do: all of it,
-    until the conformance suite has run on a GPU.
+    """What of `spec` the kernels take, but which was not timed on a GPU beside others, each with what to do: all of it.
     """
     del spec
     return ['has not been measured on a GPU yet (name implementation="ampere" to try it)']
