@@ -125,6 +125,8 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{problem.name:24} {problem.spec()}  ({problem.source})")
         print("ours:", ", ".join(c.name for c in ours), " peers:", ", ".join(c.name for c in peers))
         return
+    if not args.memory and (reason := environment.busy()):
+        print(f"warning: {reason}", file=sys.stderr)
     common, lock = {"environment": environment.describe()}, jobs.DeviceLock()
     if any(options.timed for _, _, options in passes):
         with lock:

@@ -11,11 +11,13 @@ from typing import Any
 
 from pallas_flash import diagnosis
 
-__all__ = ["describe", "version"]
+__all__ = ["busy", "describe", "version"]
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-runtime", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13",
             "torch", "numpy", "dew-flash-attn-cu13", "tokamax")
+MOST_LOAD = 0.25
+"""Of other processes, for each core."""
 
 
 def version(package: str) -> str | None:
@@ -59,8 +61,24 @@ def _cpu() -> str:
     return f"{name[1].strip() if name else platform.machine()}, {os.cpu_count()} cores"
 
 
+def _load() -> float:
+    """How many processes wanted a core in the last minute, over the number of cores: other work, and what compiles."""
+    return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
+
+
+def busy() -> str | None:
+    """Why times will be too long on this machine now, and what to do; None: it is quiet.
+
+    With other work on 31 of 32 cores a call of 150 us took up to 780: between launches the GPU waits for the host.
+    """
+    load = _load()
+    return None if load <= MOST_LOAD else (
+        f"times will be too long: other processes keep {load:.0%} of the cores busy, and {MOST_LOAD:.0%} are "
+        "the most. Wait for them, or end them")
+
+
 def describe() -> dict[str, Any]:
-    """The environment of this process, as every record carries it."""
+    """The environment of this process, as every record carries it; "load" is that of its beginning."""
     import jax
 
     device, (commit, dirty) = jax.devices()[0], _commit()
@@ -70,5 +88,5 @@ def describe() -> dict[str, Any]:
     return dict(
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), commit=commit, dirty=dirty,
         platform=device.platform, device=device.device_kind if on_gpu else _cpu(),
-        driver=driver[0] if on_gpu and driver else None, ptxas=ptxas, ptxas_path=ptxas_path,
+        driver=driver[0] if on_gpu and driver else None, load=_load(), ptxas=ptxas, ptxas_path=ptxas_path,
         python=platform.python_version(), versions={name: version(name) for name in PACKAGES if version(name)})

@@ -178,6 +178,15 @@ def test_the_commit_where_there_is_no_history(monkeypatch):
         assert environment._commit() == expected
 
 
+def test_a_busy_machine_is_said_and_recorded(monkeypatch):
+    """Regression: records made beside a test suite looked like any others, at a fifth of the speed."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(os, "getloadavg", lambda: (4.0, 0.0, 0.0))
+    assert environment.busy() is None and environment.describe()["load"] == 0.12
+    monkeypatch.setattr(os, "getloadavg", lambda: (31.0, 0.0, 0.0))
+    assert "97% of the cores busy" in environment.busy() and environment.describe()["load"] == 0.97
+
+
 @pytest.fixture(scope="module")
 def measured():
     """Records of a real run of a small problem on this machine, and what was left out."""
