@@ -137,6 +137,12 @@ def test_a_compiler_that_always_fails_is_given_up(made, monkeypatch):
     assert made() == parent.MAX_FAILURES
 
 
+def test_a_directory_below_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, "~/plans")
+    assert cache.directory() == tmp_path / "plans"
+
+
 def test_a_directory_that_cannot_be_written(made, tmp_path, monkeypatch):
     """The error was the system's alone, and did not say what to do. A file is in its place: root may write anywhere."""
     (tmp_path / "file").touch()

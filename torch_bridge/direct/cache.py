@@ -31,12 +31,12 @@ def directory() -> Path:
     """Where plans are kept: PALLAS_FLASH_PLANS, else pallas_flash/plans in XDG_CACHE_HOME, else in ~/.cache.
 
     Raises:
-      NoPlanError: the user has no home directory, and neither variable is set.
+      NoPlanError: the user has no home directory, and neither variable names one without "~".
     """
-    if named := os.environ.get(VARIABLE):
-        return Path(named)
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
+        if named := os.environ.get(VARIABLE):
+            return Path(named).expanduser()
         return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "pallas_flash" / "plans"
     except RuntimeError as error:
         raise NoPlanError(f"plans must be kept in a directory, and this user has no home directory, got {error} Name a "

@@ -58,9 +58,10 @@ def make(request: Request, index: int, path: Path, progress: Progress) -> None:
       NoPlanError: the child says why there can be none, or it fails; NoLaunchesError is one.
       OSError: no process can be started.
     """
-    if len(_failed) >= MAX_FAILURES:
-        raise NoPlanError(f"{len(_failed)} processes in a row that should compile have failed, and no more are "
-                          f"started. {_failed[-1]}")
+    failed = list(_failed)  # another thread may clear it
+    if len(failed) >= MAX_FAILURES:
+        raise NoPlanError(f"{len(failed)} processes in a row that should compile have failed, and no more are "
+                          f"started. {failed[-1]}")
     try:
         last = _run(request, index, path, progress)
     except NoPlanError as error:
