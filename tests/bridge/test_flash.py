@@ -224,7 +224,7 @@ def test_explain():
 
 def test_the_python_of_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "torch_bridge.md").read_text()
-    part = text[text.index("## What SDPA's arguments cannot say"):text.index("## How tensors cross")]
+    part = text[text.index("## What SDPA's arguments cannot say"):text.index("## Two ways to the kernels")]
     names = {"torch_bridge": torch_bridge}
     for block in re.findall(r"^```python\n(.*?)^```", part, re.DOTALL | re.MULTILINE):
         exec(block, names)

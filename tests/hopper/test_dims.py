@@ -96,11 +96,13 @@ def test_kernels_of_ampere_agree_with_the_oracle(monkeypatch, fast_to_compile):
     problem = problem_of("ampere", dict(q_len=20, kv_len=20, d=20, d_v=9, mask=Causal()))
     forward, backward = ampere_schedule.ForwardSchedule(), ampere_schedule.BackwardSchedule()
 
-    def run_forward(spec, operands):
+    def run_forward(spec, operands, keys):
+        assert not keys  # of dropout
         with interpreted():
             return Results(*ampere_calls._forward(spec, forward)(*operands[:3]))
 
-    def run_backward(spec, operands, results, cotangents):
+    def run_backward(spec, operands, results, cotangents, keys):
+        assert not keys
         with interpreted():
             found = ampere_calls._backward(spec, backward)(*operands[:3], *results, *cotangents)
         return Gradients(*found, dbias=None, dscore=())

@@ -19,7 +19,10 @@ from tests.hopper.offline import places, sass
 
 ROOT = Path(__file__).parents[2]
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
-OUTSIDE = 4  # bytes of spills with dropout, outside of the loops that multiply: dq, d 256; fused, d 128, documents
+OUTSIDE = {"dropout": 4, "documents+lengths": 20}
+"""Bytes of spills that are allowed outside of the loops that multiply, by a part of a problem's name: dq of d 256 and
+the fused kernel of d 128 with documents; the forward, once a tile of 4,000 clocks and more, by ptxas 13.0 alone.
+"""
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
 WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 12) else places.why_not()
 
@@ -53,7 +56,8 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
         assert report["compiled"], report
         assert report["registers"], "ptxas' report is missing"
         assert not REJECTED & set(report["advice"]), report
-        assert report["spill_bytes"] <= (OUTSIDE if "dropout" in name else 0) and not report["spills_inside"], report
+        allowed = max((size for part, size in OUTSIDE.items() if part in name), default=0)
+        assert report["spill_bytes"] <= allowed and not report["spills_inside"], report
         if report["multiplies"]:
             assert report["moved_descriptors"] is not None, "no innermost loop multiplies"
             assert report["moved_descriptors"] <= MOVED_DESCRIPTORS, report

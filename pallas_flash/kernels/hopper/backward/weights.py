@@ -119,11 +119,12 @@ def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> F
     """Computes dS of a step from P times the slope, and from dP - delta.
 
     It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
-    need the mask pay for it, in a branch; those of run-time masks all do, without one.
+    need the mask pay for it, in a branch; with run-time masks, and with a soft cap, where the branch makes ptxas spill
+    at d 128, all tiles do.
     """
     partial = partial_of(block, step)
     guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
-    if block.spec.mask.has_arrays:
+    if block.spec.mask.has_arrays or (block.spec.softcap is not None and partial is not None):
         return guarded(p, dp)
     return p * dp if partial is None else lax.cond(partial, guarded, lambda p, dp: p * dp, p, dp)
 
