@@ -1,7 +1,10 @@
 """Every test runs with strict dtype and rank promotion, on eight virtual CPU devices where there is no GPU."""
 
+import gc
+import itertools
 import os
 import subprocess
+from pathlib import Path
 
 import jax  # reads the flags below when it starts, not when it is imported
 import pytest
@@ -54,6 +57,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::pallas_flash.FallbackWarning"), append=False)
         for marker in lacking.keys() & item.keywords.keys():
             item.add_marker(pytest.mark.skip(reason=lacking[marker]))
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000
+"""Ranges of memory of a process: Linux allows 65,530, and each program compiled for a CPU takes a few."""
+
+
+def free_programs(most: int = MOST_MAPS) -> None:
+    """Frees what JAX has compiled where this process has more ranges of memory than `most`.
+
+    At Linux's limit the next compilation ends the process with a segmentation fault.
+    """
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > most:
+        jax.clear_caches()
+        gc.collect()
+
+
+_finished = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Looks after every tenth test: an interpreted kernel takes up to 1,000 ranges."""
+    if next(_finished) % 10 == 0:
+        free_programs()
 
 
 @pytest.fixture
