@@ -26,11 +26,11 @@ from pallas_flash.kernels.hopper.work import (
     every_loaded,
     every_q_range,
     every_row_block,
-    has_bits,
     has_order,
     makespan,
     worst_case,
 )
+from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 

@@ -15,8 +15,8 @@ from pallas_flash.kernels.hopper.schedule import (
     SplitSchedule,
     chunks,
 )
-from pallas_flash.kernels.hopper.work import has_bits, has_order
-from pallas_flash.kernels.mosaic.mask_bits import BITS
+from pallas_flash.kernels.hopper.work import has_order
+from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["reasons_against"]

@@ -30,7 +30,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
-    "forward_blocks", "forward_table", "has_bits", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan",
+    "forward_blocks", "forward_table", "has_order", "kv_range", "kv_work", "loaded_tiles", "makespan",
     "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "steps", "tile_order",
     "worst_case",
 ]
@@ -53,11 +53,6 @@ def worst_case(spec: AttentionSpec, s: _Schedule) -> masks.Mask:
     mask = _static_parts(spec)
     ends = _forward_ends(spec, s) if isinstance(s, ForwardSchedule) else _backward_ends(spec, s)
     return mask & masks.InBounds(**ends) if ends else mask
-
-
-def has_bits(mask: masks.Mask) -> bool:
-    """Whether a part of a mask is dense: kernels read it as words of bits (`mask_bits`)."""
-    return any(isinstance(part, masks.Dense) for part in mask.parts)
 
 
 def _static_parts(spec: AttentionSpec) -> masks.Mask:
