@@ -7,13 +7,12 @@ Where a mask holds arrays, they are arguments like others, and what kernels read
 beside the launches: on each device, for its shard and its schedule.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors, masks, padding
+from pallas_flash import errors, padding
 from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
@@ -22,7 +21,7 @@ from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
-from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -32,28 +31,10 @@ _HOPPER = (9, 0)
 """
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithArrays:
-    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask."""
-
-    spec: AttentionSpec
-    launched: Pass
-    schedule: ForwardSchedule | BackwardSchedule
-
-    @property
-    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.launched.result_types
-
-    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        fields, structure = jax.tree.flatten(self.spec.mask)
-        count = len(arrays) - len(fields)
-        mask: masks.Mask = jax.tree.unflatten(structure, arrays[count:])
-        made = mask_arrays.make(self.spec, self.schedule, mask)
-        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
-
-
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
-    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
+    if not spec.mask.has_arrays:
+        return launched
+    return WithArrays(launched, spec.mask, lambda mask, _: mask_arrays.make(spec, schedule, mask))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,6 @@ that other values compile nothing. They are those of `mosaic.mask_ranges`; key_t
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,7 @@ def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> 
     """Shape and dtype of each array of a pass, as `make` returns them; none if the mask holds no arrays."""
     if not spec.mask.has_arrays:
         return {}
-    given: Any = jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype), spec.mask)
-    found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(functools.partial(make, spec, schedule), given)
-    return found
+    return mask_ranges.types(spec, functools.partial(make, spec, schedule))
 
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) -> dict[str, Array]:
@@ -53,15 +50,6 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) ->
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
     """The arrays that the kernels of the backward read."""
-    wanted, dq, padded_kv = mask_ranges.names(mask, False), schedule.dq, schedule.block_kv
-    if dq is not None:
-        wanted, padded_kv = wanted + mask_ranges.names(mask, True), max(padded_kv, dq.block_kv)  # both powers of 2
-    found = mask_ranges.per_position(spec, mask, wanted, (schedule.padded_q_block, padded_kv))
-    own = schedule.block_kv, tiles.cdiv(spec.kv_len, schedule.block_kv)
-    needed = mask_ranges.query_tiles(spec, mask, own, schedule.block_q, found.get("query_bits"))
-    found["query_tiles"] = jnp.stack(mask_ranges.of_groups(spec, needed), axis=-1)
-    if dq is not None:
-        own = dq.block_q, tiles.cdiv(spec.q_len, dq.block_q)
-        needed = mask_ranges.key_tiles(spec, mask, own, dq.block_kv, found.get("key_bits"))
-        found["key_tiles"] = jnp.stack(needed, axis=-1)
-    return found
+    dq = schedule.dq
+    return mask_ranges.backward(spec, mask, schedule.padded_q_block, (schedule.block_q, schedule.block_kv),
+                                None if dq is None else (dq.block_q, dq.block_kv))

@@ -7,7 +7,6 @@ Head dimensions that are no multiples of 8 are padded in front of everything els
 256 columns are cut into parts (`wide`): below `forward` and `backward` a spec is one that kernels can compute.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -22,38 +21,19 @@ from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedul
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward", "passes"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithArrays:
-    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask, then those of the
-    bias, if there is one.
-    """
+def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
+    if not spec.mask.has_arrays:
+        return launched
 
-    spec: AttentionSpec
-    launched: Pass
-    schedule: ForwardSchedule | BackwardSchedule
-
-    @property
-    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.launched.result_types
-
-    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        fields, structure = jax.tree.flatten(self.spec.mask)
-        biases = len(bias.names(self.spec))
-        count, end = len(arrays) - len(fields) - biases, len(arrays) - biases
-        mask: masks.Mask = jax.tree.unflatten(structure, arrays[count:end])
-        made = self._of_mask(mask) | bias.arrays(self.spec, self.schedule, arrays[end:])
-        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))
-
-    def _of_mask(self, mask: masks.Mask) -> dict[str, jax.Array]:
-        if isinstance(self.schedule, ForwardSchedule):
-            return mask_arrays.forward(self.spec, self.schedule, mask)
-        return mask_arrays.backward(self.spec, self.schedule, mask)
+    def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        return mask_arrays.make(spec, schedule, mask) | bias.arrays(spec, schedule, biases)
+    return WithArrays(launched, spec.mask, make, len(bias.names(spec)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,14 +42,13 @@ def _forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) ->
     launched = launches.forward(spec, schedule)
     if isinstance(schedule, DecodeSchedule):  # it reads the arrays of the mask as they are
         return launched
-    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
+    return _computation(spec, launched, schedule)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    launched = launches.backward(spec, schedule)
-    return _WithArrays(spec, launched, schedule) if spec.mask.has_arrays else launched
+    return _computation(spec, launches.backward(spec, schedule), schedule)
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,28 +8,30 @@ The forward's "key_tiles" have one row more, of zeros: its first number counts t
 """
 
 import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import masks, tiles
+from pallas_flash import masks
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import work
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic.mask_ranges import Ranges, key_tiles, names, of_groups, per_position, query_tiles
+from pallas_flash.kernels.mosaic import mask_ranges
+from pallas_flash.kernels.mosaic.mask_ranges import Ranges, key_tiles, names, per_position
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward", "forward", "names", "types"]
+__all__ = ["backward", "forward", "make", "names", "types"]
+
+
+def make(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
+    """The arrays of a pass, of the canonical mask that a spec stands for."""
+    return (forward(spec, schedule, mask) if isinstance(schedule, ForwardSchedule) else
+            backward(spec, schedule, mask))
 
 
 def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each array of a pass, as `forward` and `backward` return them."""
-    make: Any = forward if isinstance(schedule, ForwardSchedule) else backward
-    given = jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype), spec.mask)
-    found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(functools.partial(make, spec, schedule), given)
-    return found
+    """Shape and dtype of each array of a pass, as `make` returns them."""
+    return mask_ranges.types(spec, functools.partial(make, spec, schedule))
 
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) -> dict[str, Array]:
@@ -43,18 +45,9 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) ->
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule, mask: masks.Mask) -> dict[str, Array]:
     """The arrays that the kernels of the backward read, of the canonical mask that a spec stands for."""
-    kv, dq, wanted, padded_kv = schedule.kv, schedule.dq, names(mask, False), schedule.kv.block_kv
-    if dq is not None:
-        wanted, padded_kv = wanted + names(mask, True), math.lcm(padded_kv, dq.block_kv)
-    found = per_position(spec, mask, wanted, (schedule.padded_q_block, padded_kv))
-    own = kv.block_kv, tiles.cdiv(spec.kv_len, kv.block_kv)
-    needed = of_groups(spec, query_tiles(spec, mask, own, kv.block_q, found.get("query_bits")))
-    found["query_tiles"] = jnp.stack(needed, axis=-1)
-    if dq is not None:
-        own = dq.block_q, tiles.cdiv(spec.q_len, dq.block_q)
-        needed = key_tiles(spec, mask, own, dq.block_kv, found.get("key_bits"))
-        found["key_tiles"] = jnp.stack(needed, axis=-1)
-    return found
+    kv, dq = schedule.kv, schedule.dq
+    return mask_ranges.backward(spec, mask, schedule.padded_q_block, (kv.block_q, kv.block_kv),
+                                None if dq is None else (dq.block_q, dq.block_kv))
 
 
 def _within_loaded(needed: Ranges, warpgroups: int) -> Ranges:

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Launch", "Pass"]
+from pallas_flash import masks
+
+__all__ = ["Launch", "Pass", "WithArrays"]
 
 
 class Launch(NamedTuple):
@@ -74,3 +76,30 @@ class Pass:
             given = (updated[name] if name in launch.updates else value(name) for name in launch.inputs)
             found |= zip(launch.outputs, launch.kernel(*given), strict=True)
         return tuple(map(value, self.results))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithArrays:
+    """A pass whose mask holds arrays: a function of the arrays of the call, then those of the mask, then others.
+
+    Attributes:
+      mask: of the spec; its leaves are shapes.
+      make: (the mask, the others) -> by name, what the launches read in their place.
+      others: how many others there are.
+    """
+
+    launched: Pass
+    mask: masks.Mask
+    make: Callable[[masks.Mask, tuple[jax.Array, ...]], dict[str, jax.Array]]
+    others: int = 0
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self.launched.result_types
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        fields, structure = jax.tree.flatten(self.mask)
+        end = len(arrays) - self.others
+        count = end - len(fields)
+        made = self.make(jax.tree.unflatten(structure, arrays[count:end]), arrays[end:])
+        return self.launched(*arrays[:count], *(made[name] for name in self.launched.inputs if name in made))

@@ -25,6 +25,7 @@ No Mosaic in here: `head_mask` has what kernels do with them.
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.mosaic import mask_bits
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Ranges", "key_tiles", "names", "of_groups", "per_position", "query_tiles"]
+__all__ = ["Ranges", "backward", "key_tiles", "names", "per_position", "types"]
 
 _MOST_ON_HOST = 1 << 16
 """Positions, or tiles, whose numbers are at most made part of the program."""
@@ -59,6 +60,35 @@ def names(mask: masks.Mask, of_keys: bool) -> tuple[str, ...]:
     ranges, interval, bits = (("key_tiles", "keys", "key_bits") if of_keys else
                               ("query_tiles", "queries", "query_bits"))
     return (ranges, *[interval] * (not no_interval), *["q_ids", "kv_ids"] * ids, *[bits] * dense)
+
+
+def types(spec: AttentionSpec, make: Callable[[masks.Mask], dict[str, Array]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array that `make` makes of the canonical mask that a spec stands for."""
+    given: Any = jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype), spec.mask)
+    found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, given)
+    return found
+
+
+def backward(spec: AttentionSpec, mask: masks.Mask, padded_q_block: int, kv: tuple[int, int],
+             dq: tuple[int, int] | None) -> dict[str, Array]:
+    """The arrays that the kernels of a backward read, of the canonical mask that a spec stands for.
+
+    Args:
+      padded_q_block: queries are padded to a multiple of it.
+      kv: queries and keys of a tile, in the kernel that keeps keys.
+      dq: the same in the one that keeps queries; None: there is none.
+    """
+    wanted, padded_kv = names(mask, False), kv[1]
+    if dq is not None:
+        wanted, padded_kv = wanted + names(mask, True), math.lcm(padded_kv, dq[1])
+    found = per_position(spec, mask, wanted, (padded_q_block, padded_kv))
+    own = kv[1], tiles.cdiv(spec.kv_len, kv[1])
+    needed = _of_groups(spec, _query_tiles(spec, mask, own, kv[0], found.get("query_bits")))
+    found["query_tiles"] = jnp.stack(needed, axis=-1)
+    if dq is not None:
+        needed = key_tiles(spec, mask, (dq[0], tiles.cdiv(spec.q_len, dq[0])), dq[1], found.get("key_bits"))
+        found["key_tiles"] = jnp.stack(needed, axis=-1)
+    return found
 
 
 # -- ranges of tiles ---------------------------------------------------------------------------------------------------
@@ -117,8 +147,8 @@ def key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block
     return _both(needed, _tiles_with_equal_ids((_array(ids.q_ids), *own), (_array(ids.kv_ids), block_kv, kv_tiles)))
 
 
-def query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int,
-                bits: Array | None) -> Ranges:
+def _query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int,
+                 bits: Array | None) -> Ranges:
     """The query tiles that each key tile needs; see `key_tiles`."""
     (block, count), rules, q_tiles = own, _interval_rules(spec, mask), tiles.cdiv(spec.q_len, block_q)
     lo = _indices(rules, count) * block
@@ -197,7 +227,7 @@ def _ordered(start: Array, full_start: Array, full_stop: Array, stop: Array) -> 
     return tiles.TileRange(start, full_start, jnp.clip(full_stop, full_start, stop), stop)
 
 
-def of_groups(spec: AttentionSpec, needed: Ranges) -> Ranges:
+def _of_groups(spec: AttentionSpec, needed: Ranges) -> Ranges:
     """The query tiles that a key tile needs in any query head of its group; those are full that are full in all."""
     if needed.start.shape[1] == 1:
         return needed
