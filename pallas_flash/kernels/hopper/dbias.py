@@ -5,12 +5,12 @@ dbias = sum over queries, and over the axes along which the bias is broadcast, o
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import compat, softmax
+from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.kernels.hopper import query_tiles
 from pallas_flash.kernels.mosaic.call import partitioned
@@ -73,11 +73,8 @@ class _Computation:
         keys = rest[:len(rest) - len(fields)]
         operands = Operands(q=q, k=k, v=v, bias=bias, score=(), mask=jax.tree.unflatten(structure, rest[len(keys):]),
                             score_integers=(), dropout_seed=None, dropout_origin=None, page_table=None)
-        rows, firsts = query_tiles.rows_of(self.spec, operands, Results(out, stats), Results(dout, dstats))
-        of_tile = lambda first: query_tiles.Tile(
-            query_tiles.tile_of(rows, first), query_tiles.positions(self.spec, first),
-            keys[0] if keys else None)
-        return (_gradient(self.spec, operands, rows, of_tile, firsts),)
+        rows = query_tiles.rows_of(self.spec, operands, Results(out, stats), Results(dout, dstats))
+        return (_gradient(self.spec, operands, rows, keys),)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,18 +84,18 @@ def _computation(spec: AttentionSpec) -> _Computation:
 
 
 def _gradient(spec: AttentionSpec, operands: Operands, rows: query_tiles.Rows,
-              tile_of: Callable[[Array], query_tiles.Tile], firsts: Int[Array, " tiles"]) -> Array:
+              keys: Sequence[Int[Array, "b h 2"]]) -> Array:
     """The walk over query tiles."""
     assert operands.bias is not None
     shape, dtype = operands.bias.shape, spec.gradient_dtype(operands.bias.dtype)
     broadcast = tuple(axis for axis in (0, 1, 2) if shape[axis] == 1)
 
-    def step(total: Array, first: Array) -> tuple[Array, Array | None]:
-        found = _of_tile(spec, operands, tile_of(first)).sum(axis=broadcast, keepdims=True)
+    def add(total: Array, tile: query_tiles.Tile) -> tuple[Array, Array | None]:
+        found = _of_tile(spec, operands, tile).sum(axis=broadcast, keepdims=True)
         return (total + found, None) if shape[2] == 1 else (total, found.astype(dtype))
 
-    zeros = compat.vary_like(jnp.zeros((*shape[:2], 1, shape[3]), jnp.float32), rows)
-    total, of_tiles = jax.lax.scan(step, zeros, firsts)
+    zeros = jnp.zeros((*shape[:2], 1, shape[3]), jnp.float32)
+    total, of_tiles = query_tiles.walk(spec, rows, keys, add, zeros)
     if of_tiles is None:
         return total.astype(dtype)
     return jnp.moveaxis(of_tiles, 0, 2).reshape(*shape[:2], -1, shape[3])[:, :, :spec.q_len]

@@ -6,7 +6,7 @@ Each is the sum over all pairs of dS times the function's derivative by the arra
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import compat, scores, softmax, tiles
+from pallas_flash import scores, softmax, tiles
 from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.hopper import query_tiles
 from pallas_flash.kernels.hopper.score_function import LOWEST
@@ -24,17 +24,15 @@ def dscore(spec: AttentionSpec, operands: Operands, results: Results[Array], cot
       operands: those of the call.
       keys: dropout's (`mosaic.dropout.inputs`).
     """
-    rows, firsts = query_tiles.rows_of(spec, operands, results, cotangents)
+    rows = query_tiles.rows_of(spec, operands, results, cotangents)
     function = _expanded(spec, operands)
 
-    def step(total: tuple[Array, ...], first: Array) -> tuple[tuple[Array, ...], None]:
-        tile = query_tiles.Tile(query_tiles.tile_of(rows, first), query_tiles.positions(spec, first),
-                                keys[0] if keys else None)
+    def add(total: tuple[Array, ...], tile: query_tiles.Tile) -> tuple[tuple[Array, ...], None]:
         found = _of_tile(spec, operands, function, tile)
         return tuple(a + b for a, b in zip(total, found, strict=True)), None
 
-    zeros = compat.vary_like(tuple(map(jnp.zeros_like, scores.floats(function))), rows)
-    total, _ = jax.lax.scan(step, zeros, firsts)
+    zeros = tuple(map(jnp.zeros_like, scores.floats(function)))
+    total, _ = query_tiles.walk(spec, rows, keys, add, zeros)
     wide = tuple(x.astype(spec.gradient_dtype(x.dtype)) for x in operands.score)
     _, pullback = jax.vjp(lambda given: scores.floats(_expanded(spec, operands._replace(score=given))), wide)
     (own,) = pullback(total)

@@ -5,17 +5,17 @@ leaves them out of a program that does not ask for them.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, softmax, tiles
+from pallas_flash import compat, dropout, masks, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
-__all__ = ["ROWS", "Positions", "Rows", "Tile", "keep_of", "positions", "products", "rows_of", "score_gradients",
-           "tile_of"]
+__all__ = ["ROWS", "Positions", "Rows", "Tile", "keep_of", "products", "rows_of", "score_gradients", "walk"]
 
 ROWS = 128
 
@@ -38,9 +38,16 @@ class Positions(NamedTuple):
     kv: Int[Array, " s"]
 
 
-def rows_of(spec: AttentionSpec, operands: Operands, results: Results[Array],
-            cotangents: Results[Array]) -> tuple[Rows, Int[Array, " tiles"]]:
-    """Prepares what all tiles need, and the first position of each."""
+class Tile(NamedTuple):
+    """A tile of queries against all keys."""
+
+    rows: Rows
+    at: Positions
+    key: Int[Array, "b h 2"] | None  # dropout's (`mosaic.dropout.inputs`); None: there is no dropout
+
+
+def rows_of(spec: AttentionSpec, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Rows:
+    """Prepares what all tiles need."""
     (out, stats), (dout, dstats) = (Results(_heads_first(spec, x.out), x.stats) for x in (results, cotangents))
     delta = softmax.delta(out, dout, dstats[:, :, 0], spec.acc_dtype)
     anchor = jnp.zeros_like(delta)
@@ -48,19 +55,26 @@ def rows_of(spec: AttentionSpec, operands: Operands, results: Results[Array],
         anchor = jnp.broadcast_to(spec.anchor(operands)[..., 0].astype(jnp.float32), delta.shape)
     rows = Rows(_heads_first(spec, operands.q), dout, stats[:, :, 0], stats[:, :, 1], delta, anchor)
     padding = tiles.cdiv(spec.q_len, ROWS) * ROWS - spec.q_len
-    rows = jax.tree.map(lambda x: jnp.pad(x, [(0, padding) if i == 2 else (0, 0) for i in range(x.ndim)]), rows)
-    return rows, jnp.arange(0, spec.q_len, ROWS, dtype=jnp.int32)
+    padded: Rows = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, padding) if i == 2 else (0, 0) for i in range(x.ndim)]), rows)
+    return padded
 
 
-def tile_of(rows: Rows, first: Array) -> Rows:
-    """The tile that begins at a position."""
-    tile: Rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, ROWS, axis=2), rows)
-    return tile
+def walk[Total](spec: AttentionSpec, rows: Rows, keys: Sequence[Int[Array, "b h 2"]],
+                add: Callable[[Total, Tile], tuple[Total, Array | None]], zeros: Total) -> tuple[Total, Array | None]:
+    """Runs `add` over the tiles, from zeros; returns the total, and what it gave beside it, stacked.
 
+    Args:
+      keys: dropout's (`mosaic.dropout.inputs`).
+    """
+    def step(total: Total, first: Array) -> tuple[Total, Array | None]:
+        own: Rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, ROWS, axis=2), rows)
+        at = Positions(first + jnp.arange(ROWS, dtype=jnp.int32), jnp.arange(spec.kv_len, dtype=jnp.int32))
+        return add(total, Tile(own, at, keys[0] if keys else None))
 
-def positions(spec: AttentionSpec, first: Array) -> Positions:
-    """The positions of the tile that begins at `first`."""
-    return Positions(first + jnp.arange(ROWS, dtype=jnp.int32), jnp.arange(spec.kv_len, dtype=jnp.int32))
+    firsts = jnp.arange(0, spec.q_len, ROWS, dtype=jnp.int32)
+    found: tuple[Total, Array | None] = jax.lax.scan(step, compat.vary_like(zeros, rows), firsts)
+    return found
 
 
 def keep_of(spec: AttentionSpec, operands: Operands, at: Positions) -> Bool[Array, "1|b 1|h t s"]:
@@ -73,14 +87,6 @@ def products(spec: AttentionSpec, operands: Operands, rows: Rows) -> Float[Array
     """Computes the scores of a tile, scaled and soft-capped, in their unit."""
     s, _ = softmax.scores(_product(spec, rows.q, operands.k), spec.scale, spec.softcap)
     return s
-
-
-class Tile(NamedTuple):
-    """A tile of queries against all keys."""
-
-    rows: Rows
-    at: Positions
-    key: Int[Array, "b h 2"] | None  # dropout's (`mosaic.dropout.inputs`); None: there is no dropout
 
 
 def score_gradients(spec: AttentionSpec, operands: Operands, tile: Tile, s: Array,
