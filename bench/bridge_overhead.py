@@ -10,7 +10,6 @@ bench.bridge_paths` measures whole calls by DLPack and by the direct path.
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import time
@@ -147,9 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ[VARIABLE] = "0"
     for record in measure(arguments.device, arguments.repeats):
-        print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
-        if arguments.save:
-            records.append(records.RESULTS / records.file_name(record["environment"]), record)
+        records.show(record, arguments.save)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -208,9 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.problems:
         record = measure(name, PROBLEMS[name], arguments.implementation, arguments.rounds)
-        print(json.dumps({key: x for key, x in record.items() if key != "environment"}), flush=True)
-        if arguments.save:
-            records.append(records.RESULTS / records.file_name(record["environment"]), record)
+        records.show(record, arguments.save)
 
 
 if __name__ == "__main__":

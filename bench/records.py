@@ -8,7 +8,8 @@ from typing import Any
 
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["RESULTS", "append", "by_device", "file_name", "latest", "of_newest_device", "read", "spec_fields"]
+__all__ = ["RESULTS", "append", "by_device", "file_name", "latest", "of_newest_device", "read", "show",
+           "spec_fields"]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 Record = dict[str, Any]
@@ -33,6 +34,13 @@ def append(path: pathlib.Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def show(record: Record, save: bool) -> None:
+    """Prints a record, without its environment, as a line of JSON; with `save` it also goes to a file of RESULTS."""
+    print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
+    if save:
+        append(RESULTS / file_name(record["environment"]), record)
 
 
 def read(folder: pathlib.Path) -> list[Record]:

@@ -8,7 +8,6 @@ BENCH_COMMIT (bench/environment.py).
 
 import argparse
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -116,9 +115,7 @@ def main() -> None:
         for kind in arguments.masks:
             for strategy in arguments.strategies:
                 for record in measure(Size(length), strategy, kind, arguments.rounds):
-                    print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
-                    if arguments.save:
-                        records.append(records.RESULTS / records.file_name(record["environment"]), record)
+                    records.show(record, arguments.save)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of a model of 8 billion parameters (32:8 heads of 128). Where there is no histor
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -105,9 +104,7 @@ def main() -> None:
     q_heads, kv_heads = arguments.heads
     for length in arguments.lengths:
         for record in measure(length, arguments.devices, (q_heads, kv_heads), arguments.dim, arguments.rounds):
-            print(json.dumps({name: x for name, x in record.items() if name != "environment"}), flush=True)
-            if arguments.save:
-                records.append(records.RESULTS / records.file_name(record["environment"]), record)
+            records.show(record, arguments.save)
 
 
 if __name__ == "__main__":
