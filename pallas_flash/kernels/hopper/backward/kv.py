@@ -150,8 +150,9 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
     kept = kept_of(block, warpgroup, step)
-    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
-    return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
+    dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    ds = score_gradients(block, step, slope, dp, p.astype(block.spec.dtype))
+    return Weights(kept.weights(p).astype(block.spec.dtype), ds)
 
 
 def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
@@ -267,10 +268,11 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
     kept = kept_of(block, warpgroup, step)
-    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
+    dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
+    ds = score_gradients(block, step, slope, dp, p.astype(spec.dtype))
     if last is not None:
         free_slot(block, before)
-    w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))
+    w = Weights(kept.weights(p).astype(spec.dtype), ds)
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums
