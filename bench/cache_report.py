@@ -31,7 +31,8 @@ def sequences(found: list[Record]) -> Rows:
     newest = records.latest([r for r in found if r["kind"] == "ring"],
                             "devices", "length", "mask", "strategy", "direction", "xla_flags")
     rows = [[f"{length:,}", mask, direction, strategy, str(devices), f"{record['alone_us'] / 1e3:.1f}",
-             f"{record['spread_us'] / 1e3:.1f}", f"{record['efficiency']['median']:.2f}", f"`{flags}`" if flags else "–"]
+             f"{record['spread_us'] / 1e3:.1f}", f"{record['efficiency']['median']:.2f}",
+             f"`{flags}`" if flags else "–"]
             for (devices, length, mask, strategy, direction, flags), record in newest.items()]
     return ["tokens", "mask", "direction", "strategy", "GPUs", "one GPU, ms", "all GPUs, ms", "efficiency",
             "XLA_FLAGS"], rows
