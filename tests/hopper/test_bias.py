@@ -1,9 +1,12 @@
 """A bias of each key, or of each pair, in the Hopper kernels, in Pallas' interpreter, and its gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import Causal, Window, autodiff, device, masks
 from pallas_flash.kernels.hopper import bias, calls, defaults, rules, support
@@ -55,6 +58,39 @@ def test_everything_agrees_with_the_oracle():
                  dbias=dbias(spec, given, Results(out, stats), Results(jnp.asarray(dout), dstats), ()))
     used = budget.used(budget.baseline._replace(**found))
     assert max(used.values()) <= 1, used
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tiles_of_pairs_come_through_a_ring(dtype):
+    """Two query tiles, of two warpgroups that skip different key tiles; lengths that are no whole tiles."""
+    problem = problem_of("ring", batch=1, bias=(1, 2, 140, 200), q_len=140, kv_len=200, mask=Window(100, 20),
+                         bias_dtype=dtype)
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    operands = operands._replace(bias=with_far_rows(operands.bias, -3e3))
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    biased, given = bias.as_mask(spec, jax.tree.map(jnp.asarray, operands))
+    schedule = ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, bias_slots=2, num_blocks=1)
+    assert rules.reasons_against(biased, schedule, 232_448) == []
+    fields = *jax.tree.leaves(given.mask), *bias.inputs(biased, given)
+    with interpreted(detect_races=True):
+        out, stats = jax.block_until_ready(calls._forward(biased, schedule)(*given[:3], *fields))
+    assert not gpu_callbacks.get_races().races_found
+    used = budget.used(budget.baseline._replace(out=out, lse=autodiff.natural_lse(spec, given, stats)))
+    assert max(used.values()) <= 1, used
+
+
+def test_a_ring_needs_tiles_of_pairs_in_16_bits():
+    ring = dataclasses.replace(FORWARD, block_kv=64, bias_slots=2)
+    for case, options in (("keys", dict(bias=(1, 2, 1, KV_LEN))), ("none", {}),
+                          ("float32", dict(bias=(1, 2, Q_LEN, KV_LEN), bias_dtype="float32"))):
+        found = rules.reasons_against(problem_of(case, **options).spec(), ring, 232_448)
+        assert any("needs a bias of pairs in 16 bits" in reason for reason in found), case
+    for d, expected in ((64, 2), (128, 2), (192, 0), (256, 2)):  # beside heads of 192 there is no room
+        spec = problem_of("pairs", bias=(1, 2, Q_LEN, KV_LEN), d=d, d_v=d).spec()
+        assert defaults.default_forward(spec, device.H200).bias_slots == expected
+    spec = problem_of("float32", bias=(1, 2, Q_LEN, KV_LEN), bias_dtype="float32").spec()
+    assert defaults.default_forward(spec, device.H200).bias_slots == 0
 
 
 @pytest.mark.interpreted

@@ -32,7 +32,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "types"]
+__all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "place", "types"]
 
 
 # -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
@@ -110,6 +110,11 @@ def of_pairs(gmem: dict[str, Ref]) -> bool:
     return "bias" in gmem and gmem["bias"].shape[2] > 1
 
 
+def place(ref: Ref, batch: Index, head: Index) -> tuple[Index, Index]:
+    """Where an array that is broadcast over batch or heads has what belongs to a batch entry and head."""
+    return batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0
+
+
 def column_of_pairs(ref: Ref, head: tuple[Index, Index], first: Index, key: Index) -> PerRow:
     """Loads the bias of 64 queries and one key, float32."""
     column = ref.at[*head, pl.ds(first, ROWS_PER_WARPGROUP), key]
@@ -146,6 +151,19 @@ class HeadBias(NamedTuple):
             parts.append(s[:, i:i + 8] * self._unit + bias - anchor)
         return registers.concatenate(parts)
 
+    def added_from(self, s: Fragment, tile: Ref, first: Index) -> Fragment:
+        """Scores of 64 queries from position `first` on, with the bias of a tile in shared memory: (chunks, 64, 64)."""
+        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
+        anchor = registers.spread(here._rows("anchor", ptx.opaque(first)), 8)
+        return registers.concatenate([
+            self._with_pairs(s[:, i:i + 8], registers.load_chunks(tile, i, 8, tile.dtype), anchor)
+            for i in range(0, s.shape[1], 8)])
+
+    def _with_pairs(self, s: Fragment, bias: Fragment, anchor: Fragment) -> Fragment:
+        """Scores with the bias of each pair; -inf where that is, whatever the score."""
+        bias = bias.astype(jnp.float32)
+        return jnp.where(bias == -jnp.inf, bias, s * self._unit + bias - anchor)
+
     def added_to_key(self, s: PerRow, first: Index, key: Index) -> PerRow:
         """Scores of 64 queries and one key, with the bias of the key."""
         if of_pairs(self.gmem):
@@ -166,7 +184,7 @@ class HeadBias(NamedTuple):
         return by_mask & (registers.spread(own, by_mask.shape[1]) != -jnp.inf)
 
     def _added_to_pairs(self, s: Fragment, row: Index, column: Index, keys_dim: int) -> Fragment:
-        """Scores with the bias of each pair; -inf where that is, whatever the score."""
+        """Scores with the bias of each pair, from global memory."""
         ref, at, parts = self.gmem["bias"], self._at("bias"), []
         rows = registers.spread(self._rows("anchor", row), 8) if keys_dim == 1 else None
         for i in range(0, s.shape[1], 8):
@@ -177,8 +195,7 @@ class HeadBias(NamedTuple):
                 bias = registers.load_columns(ref, (*at, column + i), row, 8)
                 where = *self._at("anchor"), 0
                 anchor = registers.stack(registers.load_row(self.gmem["anchor"], where, column + i, 8))
-            bias = bias.astype(jnp.float32)
-            parts.append(jnp.where(bias == -jnp.inf, bias, s[:, i:i + 8] * self._unit + bias - anchor))
+            parts.append(self._with_pairs(s[:, i:i + 8], bias, anchor))
         return registers.concatenate(parts)
 
     @property
@@ -190,5 +207,4 @@ class HeadBias(NamedTuple):
         return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)
 
     def _at(self, name: str) -> tuple[Index, Index]:
-        batch, heads = self.gmem[name].shape[:2]
-        return self.batch if batch > 1 else 0, self.head if heads > 1 else 0
+        return place(self.gmem[name], self.batch, self.head)

@@ -93,7 +93,19 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
-    return dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
+    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
+    return _with_bias_ring(spec, chosen, device)
+
+
+def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Device) -> ForwardSchedule:
+    """Returns the schedule with a ring of two tiles of a bias of pairs, if there is one in 16 bits and the ring fits:
+    with one query buffer, and the output over it, where it must.
+    """
+    if not _has_bias_of_pairs(spec):
+        return schedule
+    candidates = (dataclasses.replace(schedule, bias_slots=2),
+                  dataclasses.replace(schedule, bias_slots=2, query_buffers=1, out_chunks=0))
+    return next((s for s in candidates if not reasons_against(spec, s, device.smem_bytes)), schedule)
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:

@@ -84,8 +84,9 @@ def _ring(name: str, loads: int, readers: int, slots: int) -> tuple[Barrier, Bar
 
 
 def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
-    """Query, key and value tiles in rings; the output, a warpgroup's 64 rows each, where it is rounded and does not lie
-    over the query; and what is known of the tile that was taken, where the mask holds arrays.
+    """Query, key and value tiles in rings, and tiles of a bias of pairs; the output, a warpgroup's 64 rows each, where
+    it is rounded and does not lie over the query; and what is known of the tile that was taken, where the mask holds
+    arrays.
     """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     buffers = [Buffer("q", (s.query_buffers, d, s.block_q, CHUNK), spec.dtype),
@@ -95,6 +96,11 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
         buffers.append(Buffer("out", (s.warpgroups, min(s.out_chunks, d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
     barriers = [*_ring("q", d, s.warpgroups, s.query_buffers), *_ring("k", d, s.warpgroups, s.num_stages),
                 *_ring("v", d_v, s.warpgroups, s.num_stages)]
+    if s.bias_slots:
+        assert spec.bias is not None
+        across = chunks(s.block_kv)
+        buffers.append(Buffer("bias", (s.bias_slots, across, s.block_q, CHUNK), spec.bias.dtype))
+        barriers += _ring("bias", across, s.warpgroups, s.bias_slots)
     if s.maxima:
         barriers.append(Barrier("row_done", s.warpgroups))
     if spec.mask.has_arrays:

@@ -1,5 +1,7 @@
 """Reasons against a schedule: what the kernels cannot run, or would not fit."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from pallas_flash.filled import filled_part
@@ -45,7 +47,8 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
 
 
 def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> _Rules:
-    needed = smem_bytes(spec, s)
+    has_ring = s.bias_slots > 0 and _is_bias_of_pairs_in_16_bits(spec)
+    needed = smem_bytes(spec, s if has_ring else dataclasses.replace(s, bias_slots=0))
     registers = (s.block_kv * 3 // 2 + spec.d_v) // 2 + 16 * chunks(spec.d) * s.q_registers
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
@@ -62,12 +65,19 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
          f"{s.maxima=} needs a mask without arrays: with them a row may meet its first key at any step"),
         (s.block_kv % BITS == 0 or not has_bits(spec.mask),
          f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
+        (s.bias_slots >= 0, f"{s.bias_slots=} must not be negative"),
+        (s.bias_slots == 0 or (_is_bias_of_pairs_in_16_bits(spec) and s.block_kv % CHUNK == 0),
+         f"{s.bias_slots=} needs a bias of pairs in 16 bits, and {s.block_kv=} to be a multiple of {CHUNK}"),
         (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
         (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
          "two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
+
+
+def _is_bias_of_pairs_in_16_bits(spec: AttentionSpec) -> bool:
+    return spec.bias is not None and spec.bias.shape[2] > 1 and spec.bias.dtype.itemsize == 2
 
 
 def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:

@@ -70,6 +70,7 @@ class ForwardSchedule:
       section_bytes: bytes of keys and values of a section of heads, so that they stay in L2 while their tiles are
         worked on.
       q_registers: the query is held in registers.
+      bias_slots: slots of the ring of tiles of a bias of pairs, in 16 bits. 0: it is read from global memory.
     """
 
     block_kv: int
@@ -87,6 +88,7 @@ class ForwardSchedule:
     num_blocks: int = 132
     section_bytes: int = 32 << 20
     q_registers: bool = False
+    bias_slots: int = 0
 
     @property
     def block_q(self) -> int:

@@ -21,8 +21,8 @@ from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Flag, Index
 
 __all__ = [
-    "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "first_free", "i32", "moved",
-    "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin", "scalar", "uniform",
+    "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "fence_async_proxy", "first_free",
+    "i32", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin", "scalar", "uniform",
 ]
 
 WARPGROUP = 128
@@ -73,6 +73,18 @@ def named_sync(number: Index, threads: int) -> None:
 def named_arrive(number: Index, threads: int) -> None:
     """Counts this warpgroup's threads at the named barrier without waiting."""
     _named_barrier("arrive", number, threads)
+
+
+@interpreted_as(plgpu.commit_smem)
+def fence_async_proxy() -> None:
+    """Orders this thread's accesses of shared memory before what TMA does there after a barrier that follows: TMA is a
+    proxy of its own. `plgpu.commit_smem` is this and a barrier of the warpgroup.
+    """
+    @plgpu.inline_mgpu(arg_types=(), return_type=None)
+    def fence(_: mgpu.LaunchContext) -> None:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()
 
 
 @interpreted_as(scalar)

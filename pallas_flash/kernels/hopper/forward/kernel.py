@@ -11,6 +11,7 @@ Rings and barriers. A barrier is named for the state it announces.
     q_full, q_free    a query buffer has been loaded / will not be read again
     k_full, k_free    a slot of the ring of key tiles has been loaded / has been read by every compute warpgroup
     v_full, v_free    the same for value tiles
+    bias_full, bias_free    the same for tiles of a bias of pairs, which come with the keys
     taken_full, taken_free    a tile has been taken / all roles know it
     row_done          every compute warpgroup has come to the end of the row, and what it has stored has arrived
 
@@ -54,7 +55,7 @@ from pallas_flash.kernels.hopper.forward.softmax import (
 )
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
@@ -105,6 +106,10 @@ def skip(block: Block, tile: Tile, warpgroup: Index, first: Index, stop: Index) 
         for name in ("k", "v"):
             plgpu.barrier_wait(block.bars[f"{name}_full"].at[slot])
             plgpu.barrier_arrive(block.bars[f"{name}_free"].at[slot])
+        if block.schedule.bias_slots:
+            slot = tile.slot(first - i, block.schedule.bias_slots)
+            plgpu.barrier_wait(block.bars["bias_full"].at[slot])
+            plgpu.barrier_arrive(block.bars["bias_free"].at[slot])
 
 
 # -- the steps of a tile ---------------------------------------------------------------------------------------------
@@ -132,7 +137,19 @@ def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment)
         return score_function.HeadScore(spec, block.gmem, tile.batch, tile.head).applied(s, first, 1)
     if spec.bias is None:
         return s
-    return bias.HeadBias(spec, block.gmem, tile.batch, tile.head).added(s, first, 1)
+    own = bias.HeadBias(spec, block.gmem, tile.batch, tile.head)
+    return with_bias_tile(block, tile, rows, kv_tile, own, s) if block.schedule.bias_slots else own.added(s, first, 1)
+
+
+def with_bias_tile(block: Block, tile: Tile, rows: Rows, kv_tile: Index, own: bias.HeadBias, s: Fragment) -> Fragment:
+    """Adds the tile of a bias of pairs that its ring holds, and frees it."""
+    slot = tile.slot(kv_tile, block.schedule.bias_slots)
+    plgpu.barrier_wait(block.bars["bias_full"].at[slot])
+    first = ptx.opaque(rows.warpgroup) * ROWS_PER_WARPGROUP
+    s = own.added_from(s, block.smem["bias"].at[slot, :, pl.ds(first, ROWS_PER_WARPGROUP)], rows.first)
+    ptx.fence_async_proxy()
+    plgpu.barrier_arrive(block.bars["bias_free"].at[slot])
+    return s
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:

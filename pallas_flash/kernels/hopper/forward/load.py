@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import tiles
+from pallas_flash.kernels.hopper import bias, tiles
 from pallas_flash.kernels.hopper.forward.counter import for_each_taken, take
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
+from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Index
@@ -27,7 +28,9 @@ def load_query(block: Block, tile: Tile) -> None:
 
 
 def load_ring(block: Block, name: str, tile: Tile) -> None:
-    """Loads the tile's key tiles (name "k") or value tiles ("v"), last first, as slots become free."""
+    """Loads the tile's key tiles (name "k") or value tiles ("v"), last first, as slots become free; with the key tiles,
+    those of a bias of pairs that has a ring.
+    """
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
     kv_head = div(tile.head, block.spec.group)
 
@@ -36,6 +39,19 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
         slot = tiles.await_free(free, block.schedule.num_stages, tile.step + i)
         index = (tile.batch, kv_head, (tile.hi - 1 - i) * block.schedule.block_kv)
         tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
+        if name == "k" and block.schedule.bias_slots:
+            load_bias(block, tile, i)
+
+
+def load_bias(block: Block, tile: Tile, i: Index) -> None:
+    """Loads the tile of a bias of pairs of step `i`."""
+    s, source = block.schedule, block.gmem["bias"]
+    slot = tiles.await_free(block.bars["bias_free"], s.bias_slots, tile.step + i)
+    batch, head = bias.place(source, tile.batch, tile.head)
+    rows, first = pl.ds(tile.q_tile * s.block_q, s.block_q), (tile.hi - 1 - i) * s.block_kv
+    for chunk in range(chunks(s.block_kv)):
+        piece = source.at[batch, head, rows, pl.ds(first + chunk * CHUNK, CHUNK)]
+        plgpu.copy_gmem_to_smem(piece, block.smem["bias"].at[slot, chunk], block.bars["bias_full"].at[slot])
 
 
 def walk(block: Block, body: Callable[[Tile], None], gather: Callable[[], None],
@@ -68,6 +84,8 @@ def load(block: Block) -> None:
             def _(name: str = name) -> None:
                 _, steps = each(functools.partial(load_ring, block, name), is_last=name == "k")
                 tiles.drain(block.bars[f"{name}_free"], steps)
+                if name == "k" and block.schedule.bias_slots:
+                    tiles.drain(block.bars["bias_free"], steps)
 
         if block.takes_tiles:
             pl.when(warp == 3)(functools.partial(take, block))
