@@ -22,7 +22,8 @@ from pallas_flash.kernels.mosaic.types import Flag, Index
 
 __all__ = [
     "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "fence_async_proxy", "first_free",
-    "i32", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin", "scalar", "uniform",
+    "i32", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin",
+    "scalar", "uniform",
 ]
 
 WARPGROUP = 128
