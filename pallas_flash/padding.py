@@ -40,7 +40,7 @@ def padded_operands(spec: AttentionSpec, operands: Operands) -> Operands:
 
 def padded_results(spec: AttentionSpec, results: Results[Array]) -> Results[Array]:
     """The results of `padded(spec)`, or their cotangents."""
-    return results._replace(out=_filled(results.out, padded(spec).d_v))
+    return results if results.out is None else results._replace(out=_filled(results.out, padded(spec).d_v))
 
 
 def cut_results(spec: AttentionSpec, results: Results[Array]) -> Results[Array]:

@@ -131,7 +131,8 @@ class AttentionSpec:
       score: the score function, with placeholders for its arrays; None: there is none.
       dropout_moved: the problem is a part of a larger one, and drops what that drops there: `Operands.dropout_origin`.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
-        rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
+        rounded: out and all gradients are returned in `acc_dtype`. The backward takes the cotangent of out in `dtype`,
+        and no out: the cotangent of lse has -delta in it (`autodiff.without_out`).
       pages: keys and values lie in so many pages, (pages, page_size, heads, dim) or heads before page_size, and
         `Operands.page_table` (batch, kv_len / page_size) says in which; None: they lie one after the other.
     """

@@ -78,16 +78,17 @@ class RingPasses(NamedTuple):
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         acc = self.shards.spec.acc_dtype
+        results, cotangents = autodiff.without_out(self.shards.spec, results, cotangents)  # delta, once for all steps
 
         def zeros(x: Array) -> Array:
             return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)
 
         def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
-            (out, stats), (dout, dstats) = (self._rows(x, call, chosen) for x in (results, cotangents))
+            (_, stats), saved = (self._rows(x, call, chosen) for x in (results, cotangents))
             if problem.bias is not None:
                 stats = softmax.shifted(stats[:, :, :2], stats[:, :, 2] - _anchor(spec, problem), self.shards.unit)
-            grads = autodiff.backward(spec, name, problem, Results(out, stats), Results(dout, dstats[:, :, :2]),
+            grads = autodiff.backward(spec, name, problem, Results(out=None, stats=stats), saved,  # type: ignore[arg-type]
                                       where=self.shards.device)
             for pick, dq, dk, dv in zip(chosen, *(split(x, len(chosen)) for x in grads[:3])):
                 carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias, dscore=()), pick)
@@ -105,7 +106,8 @@ class RingPasses(NamedTuple):
 
         def of_call(x: Array, axis: int) -> Array:
             return stacked(chosen, lambda pick: pick_rows(x, pick.q_chunk * size, call.num_chunks * size, axis))
-        return Results(out=of_call(x.out, 1), stats=of_call(x.stats, 3))
+        out = None if x.out is None else of_call(x.out, 1)
+        return Results(out=out, stats=of_call(x.stats, 3))  # type: ignore[arg-type]
 
     def _added(self, carried: Carried, grads: Gradients[Array], pick: Chosen) -> Carried:
         """The sums with the gradients of a pair added where its chunks are."""
