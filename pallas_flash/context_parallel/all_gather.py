@@ -69,7 +69,7 @@ class AllGatherPasses(NamedTuple):
 
     def _gradients(self, chunk: "_Chunk", results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         """What a chunk adds to the gradients, of its own queries and of all keys."""
-        saved = Results(out=None, stats=chunk.rows(results.stats[:, :, :2], 3))  # type: ignore[arg-type]
+        saved = Results(out=None, stats=chunk.rows(results.stats[:, :, :2], 3))
         given = Results(out=chunk.rows(cotangents.out, 1), stats=chunk.rows(cotangents.stats, 3))
 
         def run(spec: AttentionSpec, name: str, problem: Operands) -> Gradients[Array]:
