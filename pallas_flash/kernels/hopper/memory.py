@@ -171,8 +171,8 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no out,
-    and dout is there only if it is copied, too.
+    """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
+    out, and dout is there only if it is copied, too.
     """
     copied = may_have_idle_queries(spec)
     count = copied if spec.partial else 2
