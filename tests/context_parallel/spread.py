@@ -21,6 +21,8 @@ def why_not(problem):
     """Why a problem of the catalogue is none of a sequence over devices, or None."""
     if problem.q_len != problem.kv_len:
         return "queries and keys differ in length"
+    if problem.score is not None:
+        return "a score function"
     if any(isinstance(part, Dense) for part in problem.mask.parts):
         return "a dense mask"
     return "heads before length" if problem.layout == "BHLD" else None
