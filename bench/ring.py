@@ -11,7 +11,7 @@ Where there is no history of the code, set BENCH_COMMIT (bench/environment.py). 
 
     python -m bench.ring --seconds 60 --lengths 32768 131072 --masks causal
     python -m bench.ring --seconds 60 --lengths 131072 --masks window documents
-    python -m bench.ring --seconds 60 --lengths 524288 1048576 --masks causal --rounds 1
+    python -m bench.ring --seconds 60 --lengths 524288 --masks causal --rounds 1    (and 1048576)
     python -m bench.ring --seconds 60 --lengths 131072 --masks causal --flags copy-engines    (or overlap-2)
 """
 

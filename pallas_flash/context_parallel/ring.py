@@ -87,6 +87,9 @@ class RingPasses(NamedTuple):
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         acc = self.shards.spec.acc_dtype
+        # Else the first hop is that of the forward, and XLA keeps what it brought.
+        k, v, dout = lax.optimization_barrier((operands.k, operands.v, cotangents.out))
+        operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
         results, cotangents = autodiff.without_out(self.shards.spec, results, cotangents)  # delta, once for all steps
 
         def zeros(x: Array) -> Array:

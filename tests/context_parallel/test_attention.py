@@ -45,7 +45,7 @@ def test_the_cases_are_of_the_catalogue():
 OTHER_STRATEGIES = [
     ("mask-causal", "all_gather", 8), ("mask-window-causal", "all_to_all", 2), ("shape-mqa", "all_to_all", 4),
     ("bias-1x2x150x150", "all_gather", 4), ("dropout", "all_gather", 8), ("softcap", "all_to_all", 2),
-    ("large-rows", "all_gather", 2), ("mask-packed", "all_to_all", 2),
+    ("large-rows", "all_gather", 2), ("mask-causal-segments", "all_to_all", 2),
 ]
 
 

@@ -52,7 +52,7 @@ def test_other_strategies_send_what_the_model_says(tmp_path):
     """Regression: XLA kept what an all-gather's forward had gathered until the backward. The all-to-all has fewer key
     heads than devices."""
     kinds = {"all_gather": {"all-gather", "reduce-scatter"}, "all_to_all": {"all-to-all"}}
-    programs = [("all_gather", 4), ("all_gather", 8), ("all_to_all", 4), ("all_to_all", 8)]
+    programs = [("all_gather", 4), ("all_gather", 8), ("all_to_all", 2), ("all_to_all", 4), ("all_to_all", 8)]
     masks = {"all_gather": "full", "all_to_all": "causal"}
     found = dict(zip(programs, compiled(tmp_path, *(f"{name}:{n}:{masks[name]}" for name, n in programs)), strict=True))
     for (strategy, n), report in found.items():
@@ -61,9 +61,8 @@ def test_other_strategies_send_what_the_model_says(tmp_path):
         sent = sum(traffic["sent"] for traffic in report["traffic"].values())
         assert sent == wanted.bytes_forward + wanted.bytes_backward
         assert report["temporary"] <= 1.5 * wanted.transient_bytes
-    temporary = {program: report["temporary"] for program, report in found.items()}
-    assert temporary["all_to_all", 8] <= 0.6 * temporary["all_to_all", 4]
-    assert temporary["all_gather", 8] <= 1.05 * temporary["all_gather", 4]  # keys and values of the whole sequence
+    # Like 1/n while each device has key heads of its own; an all-gather holds the whole sequence.
+    assert found["all_to_all", 4]["temporary"] <= 0.6 * found["all_to_all", 2]["temporary"]
 
 
 PROGRAM = """\

@@ -71,7 +71,8 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    results, cotangents = (padding.padded_results(spec, x) for x in (Results(out, stats), Results(dout, dstats)))
+    saved: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
+    results, cotangents = (padding.padded_results(spec, x) for x in (saved, Results(dout, dstats)))
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), results, cotangents,
         dropout.inputs(spec, operands))

@@ -87,7 +87,8 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`, of a bias, and of a score function's arrays.
     """
-    results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
+    results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
+    cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)

@@ -54,11 +54,11 @@ def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Int[Array, "b h 2|4
     """
     if operands.dropout_seed is None:
         return ()
-    batch, head = jnp.arange(spec.batch, dtype=jnp.uint32)[:, None], jnp.arange(spec.q_heads, dtype=jnp.uint32)[None, :]
-    batch, head, q_first, kv_first = dropout.moved((batch, head, 0, 0), operands.dropout_origin)
+    rows = jnp.arange(spec.batch, dtype=jnp.uint32)[:, None], jnp.arange(spec.q_heads, dtype=jnp.uint32)[None, :]
+    batch, head, *first = map(jnp.asarray, dropout.moved((*rows, 0, 0), operands.dropout_origin))
     words = [*dropout.keys(operands.dropout_seed, batch, head)]
     if spec.dropout_moved:
-        words += [jnp.broadcast_to(x, words[0].shape) for x in (q_first, kv_first)]
+        words += [jnp.broadcast_to(x, words[0].shape) for x in first]
     return (lax.bitcast_convert_type(jnp.stack(words, axis=-1), jnp.int32),)
 
 
