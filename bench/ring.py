@@ -1,14 +1,26 @@
 """A sequence over all GPUs of this machine beside the same call on one: `python -m bench.ring`, one JSON object a line.
 
 Efficiency is the time of one device's plain call over n times that of n devices, whose sequence is cut by
-`context_parallel_attention`; 1 is perfect. Heads and dims are those of a model of 8 billion parameters (32:8 heads of
-128). XLA_FLAGS are in the record: they say how XLA moves shards. Where there is no history of the code, set
-BENCH_COMMIT (bench/environment.py).
+`context_parallel_attention`; 1 is perfect, and beside it stands what `context_parallel.model` says. Heads and dims are
+those of a model of 8 billion parameters (32:8 heads of 128), from 512k positions on fewer heads, so that one device
+needs seconds. A group is one length and mask: all strategies and the plain call are timed round by round, the forward
+and then both passes, and its lines are printed as it ends. Programs are compiled side by side. With `--seconds`, no
+group begins later than that; what was left out is said in the last line.
+
+Where there is no history of the code, set BENCH_COMMIT (bench/environment.py). On two GPUs, each in under two minutes:
+
+    python -m bench.ring --seconds 60 --lengths 32768 131072 --masks causal
+    python -m bench.ring --seconds 60 --lengths 131072 --masks window documents
+    python -m bench.ring --seconds 60 --lengths 524288 --masks causal --rounds 1    (and 1048576)
+    python -m bench.ring --seconds 60 --lengths 131072 --masks causal --flags copy-engines    (or overlap-2)
 """
 
 import argparse
+import concurrent.futures
 import functools
+import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,15 +30,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pallas_flash
 from bench import environment, records, timing
-from pallas_flash import Causal, Window
+from pallas_flash import Causal, Window, device
 from pallas_flash.arrays import Array
+from pallas_flash.context_parallel import model, plan
 
-__all__ = ["MASKS", "STRATEGIES", "main", "measure"]
+__all__ = ["FLAGS", "MASKS", "STRATEGIES", "main", "measure", "predicted", "size_of"]
 
 AXIS = "sequence"
 STRATEGIES = ("ring", "all_gather", "all_to_all")
 MASKS = ("causal", "window", "documents")
 DOCUMENTS, WINDOW = 8, 4096
+FLAGS = {"defaults": "", "copy-engines": "--xla_gpu_use_memcpy_local_p2p=true",
+         "overlap-2": "--xla_gpu_experimental_parallel_collective_overlap_limit=2"}
+"""How XLA moves shards: by NCCL's kernels, by copy engines, or with two collectives in flight."""
+LONG = 1.0  # seconds: one round of a call that takes longer
 Function = Callable[..., Array]
 
 
@@ -38,6 +55,11 @@ class Size(NamedTuple):
     d: int = 128
 
 
+def size_of(length: int) -> Size:
+    """The problem of a length: above 256k positions with fewer heads, which cost no efficiency but time."""
+    return Size(length) if length <= 262_144 else Size(length, (8, 2)) if length <= 524_288 else Size(length, (4, 2))
+
+
 class Ways(NamedTuple):
     """The same attention on one device and on all of a mesh."""
 
@@ -46,8 +68,12 @@ class Ways(NamedTuple):
     reorder: Function  # puts a sequence into the order of the devices; `inverse=True` takes it back
 
 
+def _mask(size: Size, kind: str) -> pallas_flash.Mask:
+    return Window(left=min(WINDOW, size.length // 4)) if kind == "window" else Causal()
+
+
 def _ways(size: Size, kind: str, strategy: str, mesh: jax.sharding.Mesh) -> Ways:
-    mask = Window(left=min(WINDOW, size.length // 4)) if kind == "window" else Causal()
+    mask = _mask(size, kind)
     alone = functools.partial(pallas_flash.flash_attention, mask=mask)
     spread = functools.partial(pallas_flash.context_parallel_attention, axis_name=AXIS, strategy=strategy, mask=mask,
                                mesh=mesh, spec=PartitionSpec(None, AXIS))
@@ -63,16 +89,26 @@ def _ways(size: Size, kind: str, strategy: str, mesh: jax.sharding.Mesh) -> Ways
                 functools.partial(reorder, cu_seqlens=starts, load_balance="zigzag_documents"))
 
 
-def _calls(function: Function, operands: tuple[Array, ...]) -> tuple[Array, dict[str, timing.Call]]:
-    """out, and what is timed: the forward, and both passes."""
+def predicted(size: Size, kind: str, strategy: model.Strategy, n: int) -> dict[str, float]:
+    """The efficiency that the model says, of the forward and of both passes."""
+    local, mask = size.length // n, _mask(size, kind)
+    steps = plan.steps(mask, plan.Chunking(n, local, "zigzag"), plan.Sharing(stacks=True, joins=True))
+    left = min(WINDOW, size.length // 4)
+    share = {"causal": 0.5, "window": min(1.0, 2 * left / size.length), "documents": 0.5 / DOCUMENTS}[kind]
+    problem = model.Problem(batch=1, length=local, n=n, q_heads=size.heads[0], kv_heads=size.heads[1], d=size.d,
+                            d_v=size.d, itemsize=2, share=share, steps=len(steps))
+    rates = model.rates(device.current())
+    forward, backward = model.attention_seconds(problem, rates)
+    cost = model.estimate(strategy, problem, rates)
+    return {"forward": forward / cost.forward_s, "both": (forward + backward) / cost.seconds}
+
+
+def _lowered(function: Function, operands: tuple[Array, ...]) -> dict[str, jax.stages.Lowered]:
+    """What is compiled: the forward, and both passes."""
     def both(q: Array, k: Array, v: Array, dout: Array) -> tuple[Array, ...]:
         out, vjp = jax.vjp(function, q, k, v)
         return out, *vjp(dout)
-
-    forward = jax.jit(function).lower(*operands[:3]).compile()
-    training = jax.jit(both).lower(*operands).compile()
-    call = lambda run, given: timing.Call(functools.partial(run, *given), jax.block_until_ready)
-    return forward(*operands[:3]), {"forward": call(forward, operands[:3]), "both": call(training, operands)}
+    return {"forward": jax.jit(function).lower(*operands[:3]), "both": jax.jit(both).lower(*operands)}
 
 
 def _operands(size: Size) -> tuple[Array, ...]:
@@ -82,24 +118,61 @@ def _operands(size: Size) -> tuple[Array, ...]:
     return tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
 
 
-def measure(size: Size, strategy: str, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each of forward and both passes."""
+class Contestant(NamedTuple):
+    """One way to compute a problem: its operands and programs."""
+
+    operands: tuple[Array, ...]
+    programs: dict[str, Any]  # by direction, compiled
+
+    def call(self, direction: str) -> timing.Call:
+        given = self.operands[:3] if direction == "forward" else self.operands
+        return timing.Call(functools.partial(self.programs[direction], *given), jax.block_until_ready)
+
+
+def _contestants(size: Size, strategies: tuple[model.Strategy, ...], kind: str) -> tuple[
+        dict[str, Contestant], dict[str, Function]]:
+    """The plain call and the strategies, compiled side by side; and what takes each strategy's order back."""
+    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    place, plain = NamedSharding(mesh, PartitionSpec(None, AXIS)), _operands(size)
+    ways = {strategy: _ways(size, kind, strategy, mesh) for strategy in strategies}
+    given = {strategy: tuple(jax.device_put(way.reorder(x), place) for x in plain) for strategy, way in ways.items()}
+    first = next(iter(ways.values()))
+    functions = {"alone": first.alone} | {strategy: way.spread for strategy, way in ways.items()}
+    operands = {"alone": plain} | given
+    lowered = {name: _lowered(functions[name], operands[name]) for name in functions}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        futures = {name: {direction: pool.submit(program.compile) for direction, program in programs.items()}
+                   for name, programs in lowered.items()}
+        compiled = {name: {direction: future.result() for direction, future in found.items()}
+                    for name, found in futures.items()}
+    return ({name: Contestant(operands[name], compiled[name]) for name in functions},
+            {strategy: functools.partial(way.reorder, inverse=True) for strategy, way in ways.items()})
+
+
+def measure(size: Size, strategies: tuple[model.Strategy, ...], kind: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """A record of each strategy for the forward, then for both passes."""
     n = jax.device_count()
-    mesh = jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,))
-    ways, operands = _ways(size, kind, strategy, mesh), _operands(size)
-    place = NamedSharding(mesh, PartitionSpec(None, AXIS))
-    expected, plain = _calls(ways.alone, operands)
-    out, ours = _calls(ways.spread, tuple(jax.device_put(ways.reorder(x), place) for x in operands))
-    found = ways.reorder(jax.device_put(out, expected.sharding), inverse=True)
-    error = float(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)).max())
+    contestants, back = _contestants(size, strategies, kind)
+    expected = contestants["alone"].programs["forward"](*contestants["alone"].operands[:3])
+    errors = {}
+    for strategy in strategies:
+        out = contestants[strategy].programs["forward"](*contestants[strategy].operands[:3])
+        found = back[strategy](jax.device_put(out, expected.sharding))
+        errors[strategy] = float(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32)).max())
     for direction in ("forward", "both"):
-        times = timing.interleaved({"spread": ours[direction], "alone": plain[direction]}, rounds, 0.02)
-        efficiency = timing.ratios(times["spread"], times["alone"])
-        yield {"environment": environment.describe(), "kind": "ring", "direction": direction, "strategy": strategy,
-               "mask": kind, "devices": n, "xla_flags": os.environ.get("XLA_FLAGS", ""), **size._asdict(),
-               "spread_us": timing.spread(times["spread"]).median * 1e6,
-               "alone_us": timing.spread(times["alone"]).median * 1e6, "largest_difference": error,
-               "efficiency": {name: x / n for name, x in efficiency._asdict().items()}}
+        calls = {name: contestant.call(direction) for name, contestant in contestants.items()}
+        begin = time.perf_counter()
+        calls["alone"].finish()
+        is_long = time.perf_counter() - begin > LONG
+        times = timing.interleaved(calls, 1 if is_long else rounds, 0.02)
+        for strategy in strategies:
+            efficiency = timing.ratios(times[strategy], times["alone"])
+            yield {"environment": environment.describe(), "kind": "ring", "direction": direction, "strategy": strategy,
+                   "mask": kind, "devices": n, "xla_flags": os.environ.get("XLA_FLAGS", ""), **size._asdict(),
+                   "spread_us": timing.spread(times[strategy]).median * 1e6,
+                   "alone_us": timing.spread(times["alone"]).median * 1e6, "largest_difference": errors[strategy],
+                   "efficiency": {name: x / n for name, x in efficiency._asdict().items()},
+                   "model": predicted(size, kind, strategy, n)[direction]}
 
 
 def main() -> None:
@@ -108,14 +181,19 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="of the whole sequence")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--masks", nargs="+", default=MASKS, choices=MASKS)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no group begins later than that")
+    parser.add_argument("--flags", choices=FLAGS, default="defaults", help="how XLA moves shards, added to XLA_FLAGS")
     parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
-    for length in arguments.lengths:
-        for kind in arguments.masks:
-            for strategy in arguments.strategies:
-                for record in measure(Size(length), strategy, kind, arguments.rounds):
-                    records.show(record, arguments.save)
+    begin = time.perf_counter()
+    os.environ["XLA_FLAGS"] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS[arguments.flags]}'.strip()  # JAX starts later
+    groups = [(length, kind) for length in arguments.lengths for kind in arguments.masks]
+    while groups and time.perf_counter() - begin < arguments.seconds:
+        length, kind = groups.pop(0)
+        for record in measure(size_of(length), tuple(arguments.strategies), kind, arguments.rounds):
+            records.show(record, arguments.save)
+    print(json.dumps({"kind": "end", "seconds": round(time.perf_counter() - begin), "not_run": groups}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from pallas_flash import device, dispatch, errors, sharding
+from pallas_flash import device, dispatch, errors, sharding, softmax
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part, lost, without
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
-__all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward", "natural_lse"]
+__all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward", "natural_lse",
+           "without_out"]
 
 RESIDUAL_NAMES = ("pallas_flash_out", "pallas_flash_stats")
 """What a remat policy keeps to avoid a second forward:
@@ -93,7 +94,9 @@ def _marked_lost(spec: AttentionSpec, operands: Operands, results: Results[Array
     which = _lost(spec, operands)
     if which is None:
         return results
-    return Results(*(jnp.where(which.reshape(-1, 1, 1, 1), jnp.full_like(x, value), x) for x in results))
+    found: Results[Array] = jax.tree.map(
+        lambda x: jnp.where(which.reshape(-1, 1, 1, 1), jnp.full_like(x, value), x), results)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("where", "finite"))
@@ -101,13 +104,21 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
              where: Device | None = None, finite: bool = False) -> Gradients[Array]:
     """Runs the backward of the named implementation, on what `forward` returned and the cotangents of that.
 
+    Of a partial spec, results may come without out: the cotangents of lse are then those less `delta`, so that several
+    calls with the same rows compute it once.
+
     Raises:
       ValueError: an array has another shape than the spec says. No implementation checks again: a wrong shape could
         broadcast.
     """
     _check_operands(spec, operands)
-    _check_results(spec, results)
+    if spec.partial and results.out is None:
+        _check_shape(spec, "stats", results.stats, spec.stats_shape)
+    else:
+        _check_results(spec, results)
     _check_results(spec, cotangents, "d")
+    if spec.partial and results.out is not None:
+        results, cotangents = without_out(spec, results, cotangents)
 
     def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         # Of a sequence that has lost keys nothing is differentiated: 0, and not 0 * NaN, also of keys that are left.
@@ -121,6 +132,20 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
         with _on(where):
             return dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
     return sharding.automatic(run, sharding.gradient_places(operands), operands, results, cotangents)
+
+
+def without_out(spec: AttentionSpec, results: Results[Array],
+                cotangents: Results[Array]) -> tuple[Results[Array], Results[Array]]:
+    """What the backward of a partial spec takes: results without out, and cotangents whose lse has -delta in it.
+
+    dS = P (dP - delta), and delta = sum(out * dout) - dlse: an out of 0 with a dlse of -delta says the same.
+    """
+    heads_first = spec.layout == "BHLD"
+    dlse = cotangents.stats[:, :, 0]
+    delta = softmax.delta(results.out, cotangents.out, dlse if heads_first else dlse.swapaxes(1, 2), spec.acc_dtype)
+    known = -(delta if heads_first else delta.swapaxes(1, 2))
+    return (Results(out=None, stats=results.stats),  # type: ignore[arg-type]
+            Results(out=cotangents.out, stats=jnp.stack([known, jnp.zeros_like(known)], axis=2)))
 
 
 def _check_operands(spec: AttentionSpec, operands: Operands) -> None:

@@ -104,10 +104,12 @@ class Implementation:
         results: Results[Array] = import_module(self.modules[0]).forward(spec, operands)
         return results
 
-    def backward(self, spec: AttentionSpec, operands: Operands, out: Float[Array, "b t h v"],
+    def backward(self, spec: AttentionSpec, operands: Operands, out: Float[Array, "b t h v"] | None,
                  stats: Float[Array, "b h 2 t"], dout: Float[Array, "b t h v"],
                  dstats: Float[Array, "b h 2 t"]) -> Gradients[Array]:
-        """The gradients, from `forward`'s results and their cotangents, of whose statistics only that of lse counts."""
+        """The gradients, from `forward`'s results and their cotangents, of whose statistics only that of lse counts. Of
+        a partial spec, out is None (`autodiff.without_out`).
+        """
         other = self.backward_of(spec)
         module = (self if other is None else get(other)).modules[1]
         gradients: Gradients[Array] = import_module(module).backward(

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["LEVELS", "PARITY", "ROTATIONS", "ROUNDS", "factor", "keep", "keep_rate", "kept_by", "keys", "moved",
+__all__ = ["LEVELS", "PARITY", "ROTATIONS", "ROUNDS", "UNIT", "factor", "keep", "keep_rate", "kept_by", "keys", "moved",
            "threefry_2x32", "threshold"]
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 ROUNDS = 13
 """Of a draw."""
+UNIT = 16
+"""Positions: draws serve pairs within squares of so many, so a kernel takes parts of a problem that begin at multiples.
+"""
 LEVELS = 2**16
 """How many values the bits of a pair take."""
 

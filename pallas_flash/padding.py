@@ -39,8 +39,8 @@ def padded_operands(spec: AttentionSpec, operands: Operands) -> Operands:
 
 
 def padded_results(spec: AttentionSpec, results: Results[Array]) -> Results[Array]:
-    """The results of `padded(spec)`, or their cotangents."""
-    return results._replace(out=_filled(results.out, padded(spec).d_v))
+    """The results of `padded(spec)`, or their cotangents; also without out."""
+    return results if results.out is None else results._replace(out=_filled(results.out, padded(spec).d_v))
 
 
 def cut_results(spec: AttentionSpec, results: Results[Array]) -> Results[Array]:
@@ -93,7 +93,8 @@ def copies(spec: AttentionSpec) -> Copies | None:
         cut = f", {', '.join(made)} cut back" if made else ""
         return f"{', '.join(read)} filled with zeros to {dims}{cut}: {size:,} bytes written"
 
-    return Copies(wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", "out", "dout"), ("dq", "dk", "dv")))
+    saved = ("dout",) if spec.partial else ("out", "dout")  # the backward of a part takes no out
+    return Copies(wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", *saved), ("dq", "dk", "dv")))
 
 
 def _columns(spec: AttentionSpec, name: str) -> int:

@@ -115,10 +115,10 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[Array]:
     return Results(out=out.astype(spec.result_dtype), stats=jnp.stack([lse, jnp.zeros_like(lse)], axis=2))
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+def backward(spec: AttentionSpec, operands: Operands, out: Array | None, stats: Array, dout: Array,
              dstats: Array) -> Gradients[Array]:
-    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; out and stats are needed
-    only where they are those of more keys than the operands have (`AttentionSpec.partial`).
+    """Cotangents of the differentiable operands, by JAX's own differentiation of `forward`; stats are needed only
+    where they are those of more keys than the operands have (`AttentionSpec.partial`), out is not.
     """
     # JAX rounds a cotangent to the dtype of its operand.
     wide: Differentiable[Array] = jax.tree.map(
@@ -126,8 +126,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, 
     cotangents: Differentiable[Array]
     if spec.partial:
         _, vjp = jax.vjp(lambda given: _sums(spec, Operands.of(given, operands.others), stats[:, :, 0]), wide)
-        delta = softmax.delta(_bhld(out, spec), _bhld(dout, spec), dstats[:, :, 0], spec.acc_dtype)
-        (cotangents,) = vjp((dout.astype(spec.result_dtype), -delta))
+        (cotangents,) = vjp((dout.astype(spec.result_dtype), dstats[:, :, 0]))  # -delta: there is no out
     else:
         _, vjp = jax.vjp(lambda given: forward(spec, Operands.of(given, operands.others)), wide)
         (cotangents,) = vjp(Results(dout.astype(spec.result_dtype), dstats))

@@ -129,9 +129,11 @@ class AttentionSpec:
 
     Attributes:
       score: the score function, with placeholders for its arrays; None: there is none.
-      dropout_moved: the problem is a part of a larger one, and drops what that drops there: `Operands.dropout_origin`.
+      dropout_moved: if not 0, the problem is a part of a larger one, and drops what that drops there. The first query
+        and key of the part (`Operands.dropout_origin`) are then at multiples of so many positions.
       partial: the results are terms of sums over several calls (of the keys of several devices, say), and are not
-        rounded: out and all gradients are returned in `acc_dtype`. The backward takes out and its cotangent in `dtype`.
+        rounded: out and all gradients are returned in `acc_dtype`. The backward takes the cotangent of out in `dtype`,
+        and no out: the cotangent of lse has -delta in it (`autodiff.without_out`).
       pages: keys and values lie in so many pages, (pages, page_size, heads, dim) or heads before page_size, and
         `Operands.page_table` (batch, kv_len / page_size) says in which; None: they lie one after the other.
     """
@@ -151,7 +153,7 @@ class AttentionSpec:
     softcap: float | None
     scale: float
     dropout_rate: float
-    dropout_moved: bool
+    dropout_moved: int
     return_lse: bool
     deterministic: bool
     partial: bool
@@ -160,7 +162,7 @@ class AttentionSpec:
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
            bias: Shaped | None = None, softcap: float | None = None, scale: float | None = None,
-           dropout_rate: float = 0.0, dropout_moved: bool = False, return_lse: bool = False,
+           dropout_rate: float = 0.0, dropout_moved: int = 0, return_lse: bool = False,
            deterministic: bool = False, partial: bool = False,
            score: scores.Score | scores.Function | None = None) -> "AttentionSpec":
         """The spec of a call, from arrays or anything with a shape and a dtype.
@@ -172,7 +174,8 @@ class AttentionSpec:
           mask: which pairs attend; None for all.
           bias: added to the scaled scores, (batch or 1, q_heads or 1, q_len or 1, kv_len or 1).
           softcap, scale, dropout_rate: Python numbers; scale None means 1 / sqrt(d).
-          dropout_moved, return_lse, deterministic, partial: Python booleans.
+          dropout_moved: see the attribute.
+          return_lse, deterministic, partial: Python booleans.
           score: what becomes of scores before the bias: a `Score`, or a plain function.
 
         Raises:
@@ -182,7 +185,6 @@ class AttentionSpec:
         (batch, q_len, q_heads, d), (_, kv_len, kv_heads, _), d_v = _blhd(q, layout), _blhd(k, layout), v.shape[-1]
         _check_shapes(_blhd(q, layout), _blhd(k, layout), _blhd(v, layout), layout)
         _check_numbers(softcap, scale, dropout_rate)
-        errors.require_bool("dropout_moved", dropout_moved)
         errors.require_bool("return_lse", return_lse)
         errors.require_bool("deterministic", deterministic)
         errors.require_bool("partial", partial)
@@ -191,7 +193,7 @@ class AttentionSpec:
             kv_len=kv_len, d=d, d_v=d_v, mask=masks.Full(), bias=None, score=None,
             softcap=None if softcap is None else float(softcap),
             scale=float(scale) if scale is not None else 1 / math.sqrt(d) if d else 1.0,
-            dropout_rate=float(dropout_rate), dropout_moved=bool(dropout_moved), return_lse=bool(return_lse),
+            dropout_rate=float(dropout_rate), dropout_moved=int(dropout_moved), return_lse=bool(return_lse),
             deterministic=bool(deterministic), partial=bool(partial), pages=None)
         spec = spec if mask is None and bias is None else spec.masked(masks.checked(mask).canonical(), bias)
         return spec.scored(scores.checked(score))

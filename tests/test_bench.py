@@ -664,9 +664,11 @@ def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
 
 @pytest.mark.virtual
 def test_a_sequence_over_devices_is_timed_beside_one_device():
-    found = list(ring.measure(ring.Size(64, (2, 1), 8), "ring", "causal", rounds=1))
-    assert [record["direction"] for record in found] == ["forward", "both"]
+    found = list(ring.measure(ring.Size(64, (2, 1), 8), ("ring", "all_gather"), "causal", rounds=1))
+    assert [(record["direction"], record["strategy"]) for record in found] == [
+        (direction, strategy) for direction in ("forward", "both") for strategy in ("ring", "all_gather")]
     for record in found:
+        assert 0 < record["model"] < 1
         assert record["devices"] == jax.device_count() > 1
         assert record["largest_difference"] < 0.02
         assert record["efficiency"]["median"] > 0

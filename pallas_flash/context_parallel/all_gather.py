@@ -60,6 +60,7 @@ class AllGatherPasses(NamedTuple):
         q, k, v, bias, _ = operands.differentiable
         k, v, dout = lax.optimization_barrier((k, v, cotangents.out))  # else XLA keeps what the forward gathered
         operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
+        results, cotangents = autodiff.without_out(self.shards.spec, results, cotangents)
         found = [self._gradients(chunk, results, cotangents) for chunk in self._chunks(operands)]
         dk, dv = (self._scattered(functools.reduce(operator.add, xs)) for xs in zip(*((x.dk, x.dv) for x in found)))
         return Gradients(
@@ -68,11 +69,11 @@ class AllGatherPasses(NamedTuple):
 
     def _gradients(self, chunk: "_Chunk", results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         """What a chunk adds to the gradients, of its own queries and of all keys."""
-        rows = [Results(out=chunk.rows(x.out, 1), stats=chunk.rows(x.stats[:, :, :2], 3))
-                for x in (results, cotangents)]
+        saved = Results(out=None, stats=chunk.rows(results.stats[:, :, :2], 3))
+        given = Results(out=chunk.rows(cotangents.out, 1), stats=chunk.rows(cotangents.stats, 3))
 
         def run(spec: AttentionSpec, name: str, problem: Operands) -> Gradients[Array]:
-            gradients: Gradients[Array] = autodiff.backward(spec, name, problem, *rows, where=self.shards.device)
+            gradients: Gradients[Array] = autodiff.backward(spec, name, problem, saved, given, where=self.shards.device)
             return gradients
         return chunk.run(run, partial=True)
 

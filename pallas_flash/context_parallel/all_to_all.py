@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import autodiff, sharding
+from pallas_flash import autodiff, dropout, sharding
 from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel.order import reorder
 from pallas_flash.context_parallel.shards import Shards, pick_rows
 from pallas_flash.masks import Full, Mask, SegmentIds
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["attend", "why_not"]
+__all__ = ["attend", "of_heads", "why_not"]
 
 
 def why_not(shards: Shards) -> list[str]:
@@ -46,6 +46,11 @@ def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"],
     out, stats = autodiff.differentiable(passes, problem)
     lse = autodiff.natural_lse(passes.spec, problem, stats)
     return exchange.to_sequence(out, 1, 2), exchange.to_sequence(lse, 2, 1)
+
+
+def of_heads(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of some heads, whose positions are those of the whole sequence: they begin at 0."""
+    return dataclasses.replace(spec, dropout_moved=dropout.UNIT if spec.dropout_moved else 0)
 
 
 class _HeadPasses(NamedTuple):
@@ -97,7 +102,7 @@ class _Exchange(NamedTuple):
     def spec(self, problem: Operands) -> AttentionSpec:
         """Of what `problem` returns."""
         k, v = (x.astype(self.shards.spec.dtype) for x in (problem.k, problem.v))
-        return self.shards.spec_of(problem._replace(k=k, v=v), partial=False)
+        return of_heads(self.shards.spec_of(problem._replace(k=k, v=v), partial=False))
 
     def to_sequence(self, x: Array, length: int, heads: int) -> Array:
         """An array of all positions of this device's heads, as one of this device's positions of all heads.

@@ -230,12 +230,12 @@ def shards_of(options: Options, arrays: Arrays, mask: Mask, n: int) -> Shards:
     """The problem as one of n devices has it; raises for what cannot be."""
     q, k, v = arrays.query, arrays.key, arrays.value
     spec = AttentionSpec.of(q, k, v, scale=options.scale, softcap=options.softcap, dropout_rate=options.dropout_rate,
-                            dropout_moved=bool(options.dropout_rate), return_lse=True,
-                            deterministic=options.deterministic)
+                            return_lse=True, deterministic=options.deterministic)
     chunking = Chunking(n, spec.q_len, options.load_balance)
     checks.lengths(spec, chunking)
     checks.mask(mask, options.load_balance, options.dropout_rate)
-    spec = spec.masked(mask, None)
+    moved = max(1, chunking.chunk_len) if options.dropout_rate else 0
+    spec = dataclasses.replace(spec, dropout_moved=moved).masked(mask, None)
     if arrays.bias is not None:
         dataclasses.replace(spec, kv_len=n * spec.kv_len, mask=masks.Full()).masked(masks.Full(), arrays.bias)
     if arrays.sinks is not None:

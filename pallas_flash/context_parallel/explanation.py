@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_flash import arguments, device, dispatch, errors, masks
 from pallas_flash.arrays import Shaped
+from pallas_flash.context_parallel import all_to_all
 from pallas_flash.context_parallel.attention import Arrays, Options, choice, shards_of
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance
@@ -67,7 +68,7 @@ def _calls(shards: Shards, strategy: Strategy) -> list[str]:
     if strategy == "all_gather":
         chunk = dataclasses.replace(spec, q_len=size, kv_len=whole)
         return [f"{len(shards.chunking.chunks(0))} calls, each {_run(shards, chunk)}"]
-    heads = dataclasses.replace(spec, q_len=whole, kv_len=whole, q_heads=spec.q_heads // n,
+    heads = dataclasses.replace(all_to_all.of_heads(spec), q_len=whole, kv_len=whole, q_heads=spec.q_heads // n,
                                 kv_heads=max(1, spec.kv_heads // n))
     return [f"one call, {_run(shards, heads)}"]
 

@@ -67,7 +67,8 @@ def around(ring: Ring, steps: Sequence[Step], compute: Compute, travelling: list
     """`state` after all steps; and `sums`, which belong to the travelling arrays, back at their device.
 
     While a step computes, the arrays of the next step travel here and the sums of the last one travel on: the step
-    needs neither. A barrier keeps hops from running ahead of it.
+    needs neither. A barrier keeps hops from running ahead of it. The first step may begin with a state and sums of
+    another structure than it leaves: no loop has it.
     """
     distances = [step.distance for step in steps]
 

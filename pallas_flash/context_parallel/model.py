@@ -258,7 +258,7 @@ def _ring(problem: Problem, rates: Rates, attention_s: tuple[float, float]) -> t
     partial = problem.partial_itemsize or acc
     keys, sums, added = item * problem.kv, acc * problem.kv, partial + 2 * acc
     copied_forward = 2 * item * problem.q + 4 * keys + added * problem.q_out
-    copied_backward = (2 * item * (problem.q + 2 * problem.q_out) + 4 * keys + 2 * sums
+    copied_backward = (2 * item * (problem.q + problem.q_out) + 4 * keys + 2 * sums
                        + added * (problem.q + problem.kv))
 
     def seconds(attention: float, copied: int, hop: int) -> float:

@@ -51,17 +51,26 @@ class RingPasses(NamedTuple):
     def forward(self, operands: Operands) -> Results[Array]:
         spec = self.shards.spec
         batch, heads, _, length = spec.stats_shape
-        start = _nothing(spec.out_shape, (batch, heads, 2 if operands.bias is None else 3, length), spec.acc_dtype)
+        stats_shape = batch, heads, 2 if operands.bias is None else 3, length
+
+        def nothing() -> Results[Array]:
+            found: Results[Array] = compat.vary_like(
+                _nothing(spec.out_shape, stats_shape, spec.acc_dtype), operands)
+            return found
 
         def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
             partial = autodiff.forward(spec, name, problem, where=self.shards.device)
-            state: Results[Array] = carried[0]
+            state: Results[Array] | None = carried[0]
             for pick, out, stats in zip(chosen, *(split(x, len(chosen)) for x in anchored(spec, problem, partial))):
-                state = self._merged(state, Results(out, stats), pick)
+                if state is None and _is_all(pick, out.shape, (batch, length, *out.shape[2:])):
+                    state = Results(out, stats)
+                else:
+                    state = self._merged(nothing() if state is None else state, Results(out, stats), pick)
             return state, carried[1]
 
-        (out, stats), _ = self._around(compute, operands, compat.vary_like(start, operands), [])
+        found, _ = self._around(compute, operands, None, [])
+        out, stats = nothing() if found is None else found
         return Results(out=out.astype(spec.dtype), stats=stats)
 
     def _merged(self, state: Results[Array], partial: Results[Array], pick: Chosen) -> Results[Array]:
@@ -78,24 +87,31 @@ class RingPasses(NamedTuple):
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         acc = self.shards.spec.acc_dtype
+        # Else the first hop is that of the forward, and XLA keeps what it brought.
+        k, v, dout = lax.optimization_barrier((operands.k, operands.v, cotangents.out))
+        operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
+        results, cotangents = autodiff.without_out(self.shards.spec, results, cotangents)  # delta, once for all steps
 
         def zeros(x: Array) -> Array:
             return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)
 
         def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
-            (out, stats), (dout, dstats) = (self._rows(x, call, chosen) for x in (results, cotangents))
+            (_, stats), saved = (self._rows(x, call, chosen) for x in (results, cotangents))
             if problem.bias is not None:
                 stats = softmax.shifted(stats[:, :, :2], stats[:, :, 2] - _anchor(spec, problem), self.shards.unit)
-            grads = autodiff.backward(spec, name, problem, Results(out, stats), Results(dout, dstats[:, :, :2]),
+            grads = autodiff.backward(spec, name, problem, Results(out=None, stats=stats), saved,
                                       where=self.shards.device)
             for pick, dq, dk, dv in zip(chosen, *(split(x, len(chosen)) for x in grads[:3])):
-                carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias, dscore=()), pick)
+                carried = self._added(carried, Gradients(dq=dq, dk=dk, dv=dv, dbias=grads.dbias, dscore=()), pick,
+                                      operands.differentiable.gradients(zeros))
             return carried
 
-        state = (zeros(operands.q), None if operands.bias is None else zeros(operands.bias))
-        (dq, dbias), (dk, dv) = self._around(compute, operands, state, [zeros(operands.k), zeros(operands.v)])
         q, k, v, bias, _ = operands.differentiable
+        ((dq, dbias), sums) = self._around(compute, operands, (None, None), [])
+        dk, dv = sums or (zeros(k), zeros(v))
+        dq = zeros(q) if dq is None else dq
+        dbias = zeros(bias) if dbias is None and bias is not None else dbias
         return Gradients(dq=dq.astype(q.dtype), dk=dk.astype(k.dtype), dv=dv.astype(v.dtype),
                          dbias=None if bias is None else dbias.astype(bias.dtype), dscore=())
 
@@ -105,31 +121,43 @@ class RingPasses(NamedTuple):
 
         def of_call(x: Array, axis: int) -> Array:
             return stacked(chosen, lambda pick: pick_rows(x, pick.q_chunk * size, call.num_chunks * size, axis))
-        return Results(out=of_call(x.out, 1), stats=of_call(x.stats, 3))
+        out = None if x.out is None else of_call(x.out, 1)
+        return Results(out=out, stats=of_call(x.stats, 3))
 
-    def _added(self, carried: Carried, grads: Gradients[Array], pick: Chosen) -> Carried:
-        """The sums with the gradients of a pair added where its chunks are."""
-        (dq, dbias), (dk, dv) = carried
+    def _added(self, carried: Carried, grads: Gradients[Array], pick: Chosen, zeros: Gradients[Array]) -> Carried:
+        """The sums with the gradients of a pair added where its chunks are; there are none before the first pair."""
+        (dq, dbias), sums = carried
+        dk, dv = sums or (None, None)
         size = self.shards.chunking.chunk_len
 
-        def add(whole: Array, part: Array, starts: dict[int, int | Array]) -> Array:
+        def add(whole: Array | None, part: Array, starts: dict[int, int | Array], zeros: Array) -> Array:
+            if whole is None and _is_all(pick, part.shape, zeros.shape):
+                return part
+            whole = zeros if whole is None else whole
             if not isinstance(pick.needed, int):
                 part = jnp.where(pick.needed > 0, part, jnp.zeros_like(part))
             if part.shape == whole.shape:
                 return whole + part
             at = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(whole.ndim)]
             return lax.dynamic_update_slice(whole, lax.dynamic_slice(whole, at, part.shape) + part, at)
-        dq = add(dq, grads.dq, {1: pick.q_chunk * size})
-        dk, dv = (add(whole, part, {1: pick.kv_chunk * size}) for whole, part in ((dk, grads.dk), (dv, grads.dv)))
-        if grads.dbias is not None:
+        dq = add(dq, grads.dq, {1: pick.q_chunk * size}, zeros.dq)
+        dk, dv = (add(whole, part, {1: pick.kv_chunk * size}, nothing) for whole, part, nothing in (
+            (dk, grads.dk, zeros.dk), (dv, grads.dv, zeros.dv)))
+        if grads.dbias is not None and zeros.dbias is not None:
             starts = zip((2, 3), self.shards.bias_start(pick))
-            dbias = add(dbias, grads.dbias, {axis: at for axis, at in starts if dbias.shape[axis] != 1})
+            at = {axis: start for axis, start in starts if zeros.dbias.shape[axis] != 1}
+            dbias = add(dbias, grads.dbias, at, zeros.dbias)
         return (dq, dbias), [dk, dv]
 
     def _around(self, compute: hops.Compute, operands: Operands, state: object, sums: list[Array]) -> Carried:
         if not (steps := self.shards.steps):  # the mask keeps nothing
             return state, sums
         return hops.around(self.shards.ring, steps, compute, self.shards.travelling(operands), state, sums)
+
+
+def _is_all(pick: Chosen, shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a pair's result, which every device needs, is all there is of it: nothing is read, added and written."""
+    return shape == whole and isinstance(pick.needed, int)
 
 
 def _nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:

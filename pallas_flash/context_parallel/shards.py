@@ -93,7 +93,8 @@ class Shards:
         return AttentionSpec.of(
             problem.q, problem.k, problem.v, mask=problem.mask, bias=problem.bias, softcap=self.spec.softcap,
             scale=self.spec.scale, dropout_rate=self.spec.dropout_rate,
-            dropout_moved=problem.dropout_origin is not None, deterministic=self.spec.deterministic, partial=partial)
+            dropout_moved=0 if problem.dropout_origin is None else self.spec.dropout_moved,
+            deterministic=self.spec.deterministic, partial=partial)
 
     def decide(self, spec: AttentionSpec) -> dispatch.Implementation | None:
         """What would run a part of the problem; None: nothing that was asked for can."""

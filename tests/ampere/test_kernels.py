@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from agreement import assert_within, with_rest
 
-from pallas_flash import masks
+from pallas_flash import autodiff, masks
 from pallas_flash.kernels.ampere import launches, mask_arrays, rules
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.spec import Results
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
@@ -110,6 +111,24 @@ def test_kernels_agree_with_the_oracle(name):
     operands, cotangents = conformance.random_case(problem, dtype)
     found = run(schedule, problem, poisoned(problem, operands), cotangents)
     assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
+
+
+@pytest.mark.parametrize("name", ["causal-gqa-bhld", "window-idle-float16"])
+def test_partial_gradients_from_delta_alone(name):
+    """The backward of a part of the keys reads no out; the second case copies dout."""
+    schedule, problem = problem_of(name)
+    spec, dtype = dataclasses.replace(problem.spec(), partial=True), problem.dtypes[0]
+    operands, (dout, dlse) = conformance.random_case(problem, dtype)
+    budget = conformance.budget(problem, dtype, operands, (dout, dlse))
+    q, k, v, dout = (jnp.asarray(x) for x in (*operands[:3], dout))
+    stats = with_rest(jnp.asarray(budget.oracle.lse, jnp.float32))
+    kept, given = autodiff.without_out(spec, Results(jnp.asarray(budget.oracle.out, dtype), stats),
+                                       Results(dout, with_rest(dlse)))
+    with interpreted():
+        found = launches.backward(spec, schedule)(q, k, v, kept.stats, *given)
+    assert {x.dtype.name for x in found} == {"float32"}
+    used = budget.used(budget.baseline._replace(**dict(zip(("dq", "dk", "dv"), found, strict=True))))
+    assert max(used.values()) <= 1, used
 
 
 @pytest.mark.parametrize("schedule", [NARROW, TWO_KERNELS], ids=["fused", "two-kernels"])

@@ -263,7 +263,7 @@ def kept_by(implementation, shape, origin=None):
     batch, heads, length, _ = shape
     zeros = jnp.zeros((batch, length, heads, 4))
     unit = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
-    spec = AttentionSpec.of(zeros, zeros, unit, dropout_rate=RATE, dropout_moved=origin is not None)
+    spec = AttentionSpec.of(zeros, zeros, unit, dropout_rate=RATE, dropout_moved=0 if origin is None else 1)
     seed, origin = jnp.array(SEED, jnp.uint32), None if origin is None else jnp.array(origin, jnp.int32)
     operands = Operands(q=zeros, k=zeros, v=unit, bias=None, score=(), mask=spec.mask, score_integers=(),
                         dropout_seed=seed, dropout_origin=origin, page_table=None)

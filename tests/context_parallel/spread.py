@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 import pallas_flash
 from pallas_flash import InBounds, SegmentIds
 from pallas_flash.masks import Dense
+from pallas_flash.packed import Packed
 from pallas_flash.testing import conformance
 from pallas_flash.testing.textbook import Results
 
@@ -21,8 +22,12 @@ def why_not(problem):
     """Why a problem of the catalogue is none of a sequence over devices, or None."""
     if problem.q_len != problem.kv_len:
         return "queries and keys differ in length"
+    if problem.score is not None:
+        return "a score function"
     if any(isinstance(part, Dense) for part in problem.mask.parts):
         return "a dense mask"
+    if any(isinstance(part, Packed) for part in problem.mask.parts):
+        return "a mask of packed sequences, which are given as documents"
     return "heads before length" if problem.layout == "BHLD" else None
 
 

@@ -17,11 +17,11 @@ from agreement import with_rest
 from jax._src import source_info_util
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
-from pallas_flash import device, masks, softmax
+from pallas_flash import autodiff, device, masks, softmax
 from pallas_flash.kernels.hopper import defaults, launches, rules, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule
 from pallas_flash.kernels.mosaic import dropout, interpret, scores
-from pallas_flash.spec import AttentionSpec, Gradients
+from pallas_flash.spec import AttentionSpec, Gradients, Results
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
@@ -166,7 +166,8 @@ def test_partial_results_are_not_rounded(name):
     spec = dataclasses.replace(problem.spec(), partial=True)
     assert rules.reasons_against(spec, schedule, 232_448) == []
     operands = jax.tree.map(jnp.asarray, operands)
-    found = interpreted(schedule, spec, operands, (*saved, *cotangents(dout, dlse)))
+    kept, given = autodiff.without_out(spec, Results(*saved), Results(*cotangents(dout, dlse)))
+    found = interpreted(schedule, spec, operands, (kept.stats, *given))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
     error = lambda name, x: np.linalg.norm(np.asarray(x, np.float64) - getattr(budget.oracle, name))

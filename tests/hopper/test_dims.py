@@ -198,6 +198,7 @@ def test_an_automatic_choice_takes_it_and_names_the_copies():
     both = padding.copies(spec_of(4, 5, partial=True))
     written = 2 * 100 * 4 * (3 * 8 * 2 + 5 * 4)  # out is float32
     assert both.forward == f"q, k, v filled with zeros to d=8, d_v=8, out cut back: {written:,} bytes written"
+    assert both.backward.startswith("q, k, v, dout filled with zeros")
     assert "copies" not in dispatch.explain(spec_of(64, 64), device.H200)
     assert "copies" not in dispatch.explain(spec_of(60, 60), device.H200, "xla")
 

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_flash import device, dispatch, errors, flash_attention
+from pallas_flash import autodiff, device, dispatch, errors, flash_attention
 from pallas_flash import dropout as bits
-from pallas_flash.kernels.hopper import calls
-from pallas_flash.kernels.mosaic import dropout
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.kernels.ampere import launches as ampere_launches
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule as AmpereBackward
+from pallas_flash.kernels.ampere.schedule import ForwardSchedule as AmpereForward
+from pallas_flash.kernels.hopper import calls, launches
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.mosaic import dropout, interpret
+from pallas_flash.spec import AttentionSpec, Operands, Results
 
 SEED = np.array([0x243F6A88, 0x85A308D3], np.uint32)
 THREAD = np.arange(128, dtype=np.uint32)
@@ -107,11 +111,12 @@ def test_an_automatic_choice_takes_it():
     assert dispatch.decide(spec, device.H100).implementation.name == "hopper"
 
 
-def test_parts_of_a_problem_are_refused():
-    spec = AttentionSpec.of(Q, Q, Q, dropout_rate=0.3, dropout_moved=True)
-    with pytest.raises(errors.UnsupportedError, match="takes dropout of whole problems only yet"):
-        dispatch.decide(spec, device.H100, "hopper")
-    assert dispatch.decide(spec, device.H100).implementation.name == "xla"
+def test_parts_of_a_problem_begin_at_multiples_of_16():
+    part = lambda moved: AttentionSpec.of(Q, Q, Q, dropout_rate=0.3, dropout_moved=moved)
+    with pytest.raises(errors.UnsupportedError, match=r"multiples of 16 positions, this one .* multiple of 8"):
+        dispatch.decide(part(8), device.H100, "hopper")
+    assert dispatch.decide(part(48), device.H100, "hopper").implementation.name == "hopper"
+    assert dispatch.decide(part(48), device.H100).implementation.name == "xla"  # until it has run on a GPU
 
 
 def test_lowers_with_64_bit_types(x64):
@@ -121,6 +126,51 @@ def test_lowers_with_64_bit_types(x64):
     with device.assume(device.H100):
         text = jax.jit(jax.grad(loss)).trace(q, jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
     assert "attention_backward" in text
+
+
+def part_of(length, heads, run):
+    """Which weights of a part of a problem count in out, and which in dv, and which do by the definition."""
+    origin = np.array([1, 2, 48, 160], np.int32)
+    q = jnp.zeros((1, length, heads, 64), jnp.bfloat16)
+    unit = jnp.broadcast_to(jnp.eye(length, 64, dtype=jnp.bfloat16)[:, None], q.shape)
+    spec = AttentionSpec.of(q, q, unit, dropout_rate=0.3, dropout_moved=16, partial=True)
+    given = Operands(q, q, unit, None, (), spec.mask, (), jnp.asarray(SEED), jnp.asarray(origin), None)
+    out, dv = run(spec, given, jnp.asarray(unit))
+    whole = bits.keep(SEED, *np.ogrid[:2, :2 + heads, :48 + length, :160 + length], 0.3)
+    return out.transpose(0, 2, 1, 3) > 0, dv.transpose(0, 2, 3, 1) > 0, whole[1:2, 2:, 48:, 160:]
+
+
+SMALL = {
+    "hopper": (launches, ForwardSchedule(warpgroups=1, block_kv=64, num_blocks=2),
+               BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True))),
+    "ampere": (ampere_launches, AmpereForward(block_kv=64), AmpereBackward(block_q=32, num_stages=1)),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", SMALL)
+def test_a_part_drops_what_the_whole_drops_there(name):
+    package, forward, backward = SMALL[name]
+
+    def run(spec, given, dout):
+        arrays, keys = (given.q, given.k, given.v), dropout.inputs(spec, given)
+        with interpret.interpreted():
+            out, stats = package.forward(spec, forward)(*arrays, *keys)
+            return out, package.backward(spec, backward)(*arrays, stats, dout, jnp.zeros_like(stats), *keys)[2]
+    out, dv, wanted = part_of(64, 1, run)
+    assert np.array_equal(out, wanted)
+    assert np.array_equal(dv, wanted)
+
+
+@pytest.mark.gpu
+def test_a_part_drops_what_the_whole_drops_there_on_a_gpu():
+    def run(spec, given, dout):
+        out, stats = autodiff.forward(spec, "hopper", given)
+        saved, cotangents = Results(out.astype(spec.dtype), stats), Results(dout, jnp.zeros_like(stats))
+        return out, autodiff.backward(spec, "hopper", given, saved, cotangents).dv
+    out, dv, wanted = part_of(64, 2, run)
+    assert np.array_equal(out, wanted)
+    assert np.array_equal(dv, wanted)
 
 
 @pytest.mark.gpu

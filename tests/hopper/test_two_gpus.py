@@ -70,3 +70,17 @@ def test_a_sequence_on_two_gpus_is_that_of_one(mesh, strategy):
     there = [jax.device_put(pallas_flash.reorder(x, 2), place) for x in given]
     found = jax.jit(functools.partial(with_gradients, attend))(*there)
     assert_close([pallas_flash.reorder(jax.device_put(x, jax.devices()[0]), 2, inverse=True) for x in found], expected)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
+def test_dropout_of_a_sequence_on_two_gpus_has_the_bits_of_one(mesh, strategy):
+    """Other bits would differ by as much as the results."""
+    given, dropout = operands(1024), dict(dropout_rate=0.2, dropout_rng=jax.random.key(5), implementation="hopper")
+    attend = functools.partial(flash_attention, mask=Causal(), **dropout)
+    expected = jax.jit(functools.partial(with_gradients, attend))(*given)
+    attend = functools.partial(pallas_flash.context_parallel_attention, axis_name="shards", strategy=strategy,
+                               mask=Causal(), mesh=mesh, spec=PartitionSpec(None, "shards"), **dropout)
+    place = NamedSharding(mesh, PartitionSpec(None, "shards"))
+    there = [jax.device_put(pallas_flash.reorder(x, 2), place) for x in given]
+    found = jax.jit(functools.partial(with_gradients, attend))(*there)
+    assert_close([pallas_flash.reorder(jax.device_put(x, jax.devices()[0]), 2, inverse=True) for x in found], expected)

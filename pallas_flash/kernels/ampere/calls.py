@@ -68,10 +68,11 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     return padding.cut_results(spec, found)
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
+def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    results, cotangents = (padding.padded_results(spec, x) for x in (Results(out, stats), Results(dout, dstats)))
+    saved: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
+    results, cotangents = (padding.padded_results(spec, x) for x in (saved, Results(dout, dstats)))
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), results, cotangents,
         dropout.inputs(spec, operands))
@@ -116,7 +117,8 @@ def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, resul
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     _require_its_generation(device)
     fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields
+    saved = "row" if results.out is None else "query row"
+    roles = f"query key key {saved} query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *keys, *fields
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -64,10 +64,14 @@ def dq_buffers(spec: AttentionSpec, s: DqSchedule) -> tuple[Buffer, ...]:
 
 
 def prepare_buffers(spec: AttentionSpec) -> tuple[Buffer, ...]:
-    """64 rows of out and of dout, and of q if it is copied."""
-    rows = [Buffer(name, (chunks(spec.d_v), ROWS, CHUNK), spec.dtype) for name in ("out", "dout")]
+    """64 rows of out and of dout, and of q if it is copied. Where delta is known, there is no out, and dout is there
+    only if it is copied, too.
+    """
+    copied = may_have_idle_queries(spec)
+    names = ("dout",) * copied if spec.partial else ("out", "dout")
+    rows = [Buffer(name, (chunks(spec.d_v), ROWS, CHUNK), spec.dtype) for name in names]
     q = Buffer("q", (chunks(spec.d), ROWS, CHUNK), spec.dtype)
-    return *rows, *[q] * may_have_idle_queries(spec)
+    return *rows, *[q] * copied
 
 
 def dq_sums_shape(spec: AttentionSpec, s: BackwardSchedule) -> tuple[int, ...]:

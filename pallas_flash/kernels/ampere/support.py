@@ -1,6 +1,6 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import padding
+from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.mosaic import mask_rules
@@ -51,8 +51,9 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
         (spec.bias is None, "takes no bias yet (what only hides pairs can be a Dense mask)"),
-        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
-         "devices share (pass dropout_rate=0 where nothing is trained)"),
+        (spec.dropout_moved % dropout.UNIT == 0,
+         f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
+         f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
     return [reason for holds, reason in rules if not holds] + _mask_reasons(spec)
 

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
@@ -82,15 +83,18 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     return padding.cut_results(spec, wide.joined(found))
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: jax.Array, stats: jax.Array, dout: jax.Array,
+def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
     """Cotangents of q, k and v, in the spec's layout and `result_dtype`, of a bias, and of a score function's arrays.
     """
-    results, cotangents, keys = Results(out, stats), Results(dout, dstats), dropout.inputs(spec, operands)
+    results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
+    cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
+    if out is None:
+        results = Results(jnp.zeros_like(dout), stats)  # which is what it means
     if spec.bias is not None:
         found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
     if operands.score:
@@ -123,7 +127,8 @@ def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, resul
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
     more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
-    roles = f"query key key query row query row {more}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *results, *cotangents, *own, *fields, *biases
+    saved = "row" if results.out is None else "query row"
+    roles = f"query key key {saved} query row {more}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *own, *fields, *biases
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

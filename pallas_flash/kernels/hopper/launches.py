@@ -53,11 +53,11 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     """The backward: the cotangents of q, k and v, in the spec's layout and `result_dtype`.
 
     Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
-    lse counts.
+    lse counts. Of a partial spec there is no out, and dstats hold -delta (`autodiff.without_out`).
     """
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
-    inputs = _operands(spec) | {"out": out, "stats": stats, "dout": out, "dstats": stats}
+    inputs = _operands(spec) | ({} if spec.partial else {"out": out}) | {"stats": stats, "dout": out, "dstats": stats}
     inputs |= dropout.input_types(spec) | score_function.input_types(spec)
     if spec.mask.has_arrays:
         inputs |= mask_arrays.types(spec, schedule)

@@ -177,12 +177,18 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, and of q if it is copied, which arrive together."""
-    rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    if not may_have_idle_queries(spec):
+    """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
+    out, and dout is there only if it is copied, too.
+    """
+    copied = may_have_idle_queries(spec)
+    count = copied if spec.partial else 2
+    if not count:
+        return Memory(())
+    rows = Buffer("rows", (count, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    if not copied:
         return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
     q = Buffer("q", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    return Memory((rows, q), (Barrier("full", 2 * chunks(spec.d_v) + chunks(spec.d)),))
+    return Memory((rows, q), (Barrier("full", count * chunks(spec.d_v) + chunks(spec.d)),))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:

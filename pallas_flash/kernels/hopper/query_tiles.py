@@ -98,6 +98,8 @@ def score_gradients(spec: AttentionSpec, operands: Operands, tile: Tile, s: Arra
     if key is not None:
         words = jax.lax.bitcast_convert_type(key, jnp.uint32)[..., None, None]
         query, position = (x.astype(jnp.uint32) for x in (at.q[None, None, :, None], at.kv[None, None, None, :]))
+        if spec.dropout_moved:
+            query, position = words[:, :, 2] + query, words[:, :, 3] + position
         kept = dropout.kept_by((words[:, :, 0], words[:, :, 1]), query, position, spec.dropout_rate)
         dp = jnp.where(kept, dp * dropout.factor(spec.dropout_rate), 0.0)
     return jnp.where(keep, p * (dp - rows.delta[..., None]), 0.0)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from pallas_flash import padding
+from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper.wide import copies
@@ -39,6 +39,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
+             (bool(spec.dropout_moved), "dropout of a part of a problem"),
              (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
@@ -81,8 +82,9 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
         (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
          "takes a bias of pairs in 16 or 32 bits only, bias is float64 (cast it)"),
-        (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
-         "devices share (pass dropout_rate=0 where nothing is trained)"),
+        (spec.dropout_moved % dropout.UNIT == 0,
+         f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
+         f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
     found = [reason for holds, reason in rules if not holds]
     found += () if spec.score is None else traced.why_not(spec.score)

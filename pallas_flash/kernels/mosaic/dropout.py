@@ -11,6 +11,8 @@ so the accumulator of dP starts at -delta / factor, and where a weight is droppe
 and lse are those of all weights.
 
 The key of each (batch, query head) comes as an array: so a device that has some of them drops what the whole drops.
+Where the problem is a part of a larger one, the place of its first query and key there comes behind each key; both are
+multiples of `dropout.UNIT`, so that a draw still serves four pairs.
 """
 
 from collections.abc import Iterator
@@ -42,18 +44,22 @@ _KEYS = "dropout_keys"
 
 def input_types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What a pass takes beside its other arrays: the keys, if there is dropout."""
-    shape = spec.batch, spec.q_heads, 2
+    shape = spec.batch, spec.q_heads, 4 if spec.dropout_moved else 2
     return {_KEYS: jax.ShapeDtypeStruct(shape, jnp.int32)} if spec.dropout_rate else {}
 
 
-def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Int[Array, "b h 2"], ...]:
-    """The arrays of `input_types`: the keys of each batch entry and query head of a problem."""
+def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Int[Array, "b h 2|4"], ...]:
+    """The arrays of `input_types`: the keys of each batch entry and query head of a problem, and in a part of one the
+    positions of its first query and key.
+    """
     if operands.dropout_seed is None:
         return ()
-    assert not spec.dropout_moved, "draws need positions that begin at a multiple of 16"
-    batch, head = jnp.arange(spec.batch, dtype=jnp.uint32)[:, None], jnp.arange(spec.q_heads, dtype=jnp.uint32)[None, :]
-    found = dropout.keys(operands.dropout_seed, batch, head)
-    return (lax.bitcast_convert_type(jnp.stack(found, axis=-1), jnp.int32),)
+    rows = jnp.arange(spec.batch, dtype=jnp.uint32)[:, None], jnp.arange(spec.q_heads, dtype=jnp.uint32)[None, :]
+    batch, head, *first = map(jnp.asarray, dropout.moved((*rows, 0, 0), operands.dropout_origin))
+    words = [*dropout.keys(operands.dropout_seed, batch, head)]
+    if spec.dropout_moved:
+        words += [jnp.broadcast_to(x, words[0].shape) for x in first]
+    return (lax.bitcast_convert_type(jnp.stack(words, axis=-1), jnp.int32),)
 
 
 def factor(spec: AttentionSpec) -> float:
@@ -74,24 +80,30 @@ class Draws(NamedTuple):
 
 def draws(spec: AttentionSpec, gmem: dict[str, Ref], head: tuple[Index, Index], first: tuple[Index, Index],
           keys_dim: int) -> Draws:
-    """The draws of a tile of (batch, query head)."""
-    return Draws(spec.dropout_rate, _load_key(gmem[_KEYS], head), first, keys_dim)
+    """The draws of a tile of (batch, query head); `first` counts from the first query and key of the problem."""
+    x, y, *origin = _load_key(gmem[_KEYS], head)
+    if origin:
+        first = origin[0] + first[0], origin[1] + first[1]
+    return Draws(spec.dropout_rate, (x, y), first, keys_dim)
 
 
-@interpreted_as(lambda ref, head: (ref[*head, 0], ref[*head, 1]))
-def _load_key(ref: Ref, head: tuple[Index, Index]) -> tuple[Index, Index]:
-    """Loads a key from global memory where it is used: it takes no registers of the loop."""
-    heads, word = ref.shape[1], plgpu.ShapeDtypeStruct((), jnp.int32, ptx.SCALAR)
+@interpreted_as(lambda ref, head: tuple(ref[*head, i] for i in range(ref.shape[2])))
+def _load_key(ref: Ref, head: tuple[Index, Index]) -> tuple[Index, ...]:
+    """Loads a key, and what is behind it, from global memory where it is used: it takes no registers of the loop."""
+    heads, count, word = ref.shape[1], ref.shape[2], plgpu.ShapeDtypeStruct((), jnp.int32, ptx.SCALAR)
+    targets = ", ".join(f"${i}" for i in range(count))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR), return_type=(word, word))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR), return_type=(word,) * count)
     def load(_: mgpu.LaunchContext, ref: ir.Value, batch: mgpu.FragmentedArray,
              head: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
         i32 = ptx.i32()
         row = arith.addi(arith.muli(batch.registers.item(), mgpu.utils.c(heads, i32)), head.registers.item())
-        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.muli(row, mgpu.utils.c(2, i32))], i32)
-        words = llvm.inline_asm(llvm.StructType.get_literal([i32] * 2), [address], "ld.global.v2.u32 {$0, $1}, [$2];",
-                                "=r,=r,l", has_side_effects=True)
-        return tuple(mgpu.FragmentedArray.splat(llvm.extractvalue(i32, words, [i]), (), is_signed=True) for i in (0, 1))
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.muli(row, mgpu.utils.c(count, i32))], i32)
+        words = llvm.inline_asm(
+            llvm.StructType.get_literal([i32] * count), [address],
+            f"ld.global.v{count}.u32 {{{targets}}}, [${count}];", "=r," * count + "l", has_side_effects=True)
+        return tuple(mgpu.FragmentedArray.splat(llvm.extractvalue(i32, words, [i]), (), is_signed=True)
+                     for i in range(count))
 
     return load(ref, *map(ptx.scalar, head))
 

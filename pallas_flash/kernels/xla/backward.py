@@ -20,14 +20,14 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands
 __all__ = ["backward"]
 
 
-def backward(spec: AttentionSpec, operands: Operands, out: Array, stats: Array, dout: Array,
+def backward(spec: AttentionSpec, operands: Operands, out: Array | None, stats: Array, dout: Array,
              dstats: Array) -> Gradients[Array]:
     """Cotangents of the differentiable operands, in `spec.gradient_dtype`.
 
     Args:
       out, dout: the forward's result and its cotangent, in the spec's layout.
       stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
-        (`spec.stats_shape`).
+        (`spec.stats_shape`). Without out, dstats hold -delta (`autodiff.without_out`).
 
     Keys and values in pages are gathered first.
     """
@@ -103,12 +103,15 @@ class _Saved(NamedTuple):
     delta: Float[Array, "b k g q"]
 
 
-def _saved(problem: blocks.Problem, out: Array, stats: Array, dout: Array, dstats: Array) -> _Saved:
+def _saved(problem: blocks.Problem, out: Array | None, stats: Array, dout: Array, dstats: Array) -> _Saved:
     spec, padded = problem.spec, problem.num_q_tiles * problem.schedule.block_q
     lse, rest, dlse = stats[:, :, 0], stats[:, :, 1], dstats[:, :, 0]
     axis = spec.layout.index("L")
-    delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
-    delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
+    if out is None:
+        delta = -dlse
+    else:
+        delta = softmax.delta(out, dout, dlse if spec.layout == "BHLD" else dlse.swapaxes(1, 2), spec.acc_dtype)
+        delta = delta if spec.layout == "BHLD" else delta.swapaxes(1, 2)
     lse, rest, delta = (problem.split_heads(blocks.pad(x, padded, 2)) for x in (lse, rest, delta))
     return _Saved(blocks.split_q_heads(blocks.pad(dout, padded, axis), spec), lse, rest, delta)
 

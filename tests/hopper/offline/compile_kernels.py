@@ -109,8 +109,9 @@ def decoding(problem, options: list[str]):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
-    gradients always), lengths, documents, dense, padding (a mask that holds arrays beside the problem's), bias (of each
-    key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages: see `decoding`."""
+    gradients always, and dropout of a part), lengths, documents, dense, padding (a mask that holds arrays beside the
+    problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages: see
+    `decoding`."""
     import dataclasses
 
     import jax
@@ -145,11 +146,14 @@ def lower(name: str, options: list[str]):
 
     def partial_call(q, k, v):
         operands = Operands(q, k, v, None, (), problem.mask, (), None, None, None)
+        if spec.dropout_rate:
+            operands = operands._replace(dropout_seed=jnp.array([1, 2], jnp.uint32),
+                                         dropout_origin=jnp.array([0, 8, 64, 128]))
         results = autodiff.forward(partial, "hopper", operands)
         given = results._replace(out=results.out.astype(partial.dtype))
         return results, autodiff.backward(partial, "hopper", operands, given, given)
 
-    partial = dataclasses.replace(spec, partial=True)
+    partial = dataclasses.replace(spec, partial=True, dropout_moved=64 if spec.dropout_rate else 0)
     function, arguments = call_with_gradients if "gradients" in options else call, (q, k, v, *bias)
     if "partial" in options:
         function = partial_call

@@ -91,10 +91,12 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
 
     It makes the backward's statistics (`Statistics`) of out, dout, the forward's statistics and their cotangent, and
-    what later launches need: see `output_types`.
+    what later launches need: see `output_types`. Of a partial spec, the cotangent of lse holds -delta, and neither out
+    nor dout is read for it.
     """
-    outputs = output_types(spec, schedule)
-    inputs = ("out", "dout", "stats", "dstats", *["q"] * ("clean_q" in outputs))
+    outputs, buffers = output_types(spec, schedule), memory.prepare_buffers(spec)
+    rows_read = [buffer.name for buffer in buffers if buffer.name != "q"]
+    inputs = (*rows_read, "stats", "dstats", *["q"] * ("clean_q" in outputs))
     padded, team = work.padded_q(spec, schedule), Team(1, 0, None)
     count = padded // ROWS
 
@@ -111,10 +113,14 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         lse = registers.load_row_stats(gmem["stats"], 2 * pair, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(gmem["stats"], 2 * pair + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(gmem["dstats"], 2 * pair, first, spec.q_len, 0.0)
-        copies.sync(team)
+        if smem:
+            copies.sync(team)
         chunk = lambda name, c: mma.load_rows(smem[name], 0, c).astype(jnp.float32)
-        products = (chunk("out", c) * chunk("dout", c) for c in range(smem["out"].shape[0]))
-        delta = sum(products, jnp.float32(0.0)).sum(axis=1) - dlse
+        if spec.partial:
+            delta = -dlse
+        else:
+            products = (chunk("out", c) * chunk("dout", c) for c in range(smem["out"].shape[0]))
+            delta = sum(products, jnp.float32(0.0)).sum(axis=1) - dlse
         for row, x in statistics(spec, lse, rest, delta).items():
             registers.store_row_stats(x, gmem["statistics"], len(Statistics) * pair + int(row), first, padded)
         for name in ("dout", "q") if "q" in gmem else ():
@@ -122,7 +128,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
 
     kernel = plgpu.kernel(
         attention_backward_prepare, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.prepare_buffers(spec)), grid=(spec.batch * spec.q_heads * count,),
+        scratch_types=allocate(buffers), grid=(spec.batch * spec.q_heads * count,),
         grid_names=("block",), compiler_params=copies.COMPILER)
     return Launch(kernel, inputs, outputs)
 

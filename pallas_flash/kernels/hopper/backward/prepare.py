@@ -59,10 +59,13 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that reads out and dout once: a block for each 64 queries of a head, one warpgroup.
 
     It makes the backward's statistics (`Statistics`) of out, dout, the forward's statistics and their cotangent, and
-    what later launches need: see `output_types`.
+    what later launches need: see `output_types`. Of a partial spec, the cotangent of lse holds -delta, and neither out
+    nor dout is read for it.
     """
     outputs, columns = output_types(spec, schedule), chunks(spec.d_v)
-    inputs = ("out", "dout", "stats", "dstats", *["q"] * ("clean_q" in outputs))
+    copied, delta_known = "clean_q" in outputs, spec.partial
+    rows_read = ("dout",) * copied if delta_known else ("out", "dout")
+    inputs = (*rows_read, "stats", "dstats", *["q"] * copied)
     padded = schedule.padded_q(spec)
     count = padded // ROWS_PER_WARPGROUP
 
@@ -72,19 +75,21 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS_PER_WARPGROUP
-        loaded = {"out": smem["rows"].at[0], "dout": smem["rows"].at[1]} | ({"q": smem["q"]} if "q" in gmem else {})
+        loaded = {name: smem["rows"].at[i] for i, name in enumerate(rows_read)} | ({"q": smem["q"]} if copied else {})
         for name, buffer in loaded.items():
             tiles.load_tile(spec, gmem[name], (batch, q_head, first), buffer, bars["full"])
         zero(spec, schedule, gmem, (batch, q_head, rows))
         lse = registers.load_row_stats(gmem["stats"], 2 * head, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(gmem["stats"], 2 * head + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(gmem["dstats"], 2 * head, first, spec.q_len, 0.0)
-        plgpu.barrier_wait(bars["full"])
+        if loaded:
+            plgpu.barrier_wait(bars["full"])
         chunk = lambda i, c: registers.load_chunks(smem["rows"].at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
-        delta = sum((chunk(0, c) * chunk(1, c) for c in range(columns)), jnp.float32(0.0)).sum(axis=1) - dlse
+        delta = -dlse if delta_known else (
+            sum((chunk(0, c) * chunk(1, c) for c in range(columns)), jnp.float32(0.0)).sum(axis=1) - dlse)
         for row, x in statistics(spec, lse, rest, delta).items():
             registers.store_row_stats(x, gmem["statistics"], len(Statistics) * head + int(row), first, padded)
-        for name in ("dout", "q") if "q" in gmem else ():
+        for name in ("dout", "q") if copied else ():
             copy_clean(spec, loaded[name], gmem[f"clean_{name}"], (batch, q_head, first), lse == -jnp.inf)
 
     kernel = plgpu.kernel(
