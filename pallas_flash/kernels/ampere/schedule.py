@@ -6,6 +6,7 @@ On this file stand, each importing only those before it and none of them Mosaic:
 """
 
 import dataclasses
+import math
 
 from pallas_flash import tiles
 
@@ -44,6 +45,11 @@ class ForwardSchedule:
     @property
     def block_q(self) -> int:
         return ROWS * self.row_tiles
+
+    @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return self.block_kv, self.block_q
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +109,11 @@ class BackwardSchedule:
     def padded_q_block(self) -> int:
         """Queries to a multiple of which their statistics are padded."""
         return ROWS if self.dq is None else self.dq.block_q
+
+    @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return math.lcm(self.block_kv, 1 if self.dq is None else self.dq.block_kv), self.padded_q_block
 
 
 def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:

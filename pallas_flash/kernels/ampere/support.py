@@ -3,7 +3,7 @@
 from pallas_flash import padding
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.mosaic import mask_rules
+from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["not_measured", "why_not"]
@@ -48,13 +48,11 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and wide.d + wide.d_v <= MAX_DIMS,
          f"needs head dimensions from 1 to {MAX_DIM}, together, as multiples of {padding.UNIT}, at most {MAX_DIMS} "
          f"(gradients of 64 keys are in registers), {dims}"),
-        (spec.score is None, f"takes no score function yet, score={spec.score}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
-        (spec.bias is None, "takes no bias yet (what only hides pairs can be a Dense mask)"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
     )
-    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec)
+    return [reason for holds, reason in rules if not holds] + score_rules.why_not(spec) + _mask_reasons(spec)
 
 
 def _mask_reasons(spec: AttentionSpec) -> list[str]:

@@ -32,7 +32,7 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, mask_ranges, ptx
+from pallas_flash.kernels.mosaic import bias, completion, dropout, mask_ranges, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -94,15 +94,17 @@ def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
 
 def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragment, Fragment]:
     """P^T, and P^T times the slope of the soft cap, from x = K Q^T of the part."""
-    spec = block.spec
-    s = scaled(spec, x)
-    y = s * score_unit(spec) - statistic(block, part, Statistics.LSE)
+    spec, s = block.spec, scaled(block.spec, x)
+    first = part.step.tile * block.schedule.block_q + part.start, block.first_key(row_tile)
+    completed = completion.completion(spec, block.gmem, (block.batch, part.step.head), first, 0)
+    complete, own_slope = (s, None) if completed is None else completed(s)
+    y = complete * score_unit(spec) - statistic(block, part, Statistics.LSE)
     flags = [flag for flag in part.flags if flag is not None]
     if flags:
         needed = flags[0] if len(flags) == 1 else flags[0] | flags[1]
         y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
     p = jnp.exp2(y)
-    return p, slope(spec, s, p)
+    return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
 
 
 def kept(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> tuple[Fragment, Fragment]:
@@ -114,15 +116,15 @@ def kept(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> 
     return jnp.where(flags, p, 0.0), jnp.where(flags, dp, statistic(block, part, Statistics.DELTA))
 
 
-def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
-    """dS^T = P^T * dP^T. In a tile that needs the mask, 0 where P is: a hidden value may be so large that dP overflows,
-    and 0 * inf is NaN.
+def slopes(block: Block, part: Part, p: Fragment, dp: Fragment) -> Fragment:
+    """dS^T = P^T * dP^T. In a tile that needs the mask, and where any tile may hide pairs, 0 where P is: a hidden value
+    may be so large that dP overflows, and 0 * inf is NaN.
     """
-    plain = lambda p, dp: p * dp
+    plain, guarded = lambda p, dp: p * dp, lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
+    if completion.hides_pairs(block.spec):
+        return guarded(p, dp)
     partial, _ = part.flags
-    if partial is None:
-        return plain(p, dp)
-    return lax.cond(partial, lambda p, dp: jnp.where(p == 0, 0.0, p * dp), plain, p, dp)
+    return plain(p, dp) if partial is None else lax.cond(partial, guarded, plain, p, dp)
 
 
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
@@ -137,7 +139,7 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
         p, dp = kept(block, part, i, p, dp)
-        ds = slopes(part, sloped, dp).astype(spec.dtype)
+        ds = slopes(block, part, sloped, dp).astype(spec.dtype)
         if s.dq is None:
             mma.store_rows(ds, block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)], i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
@@ -254,11 +256,11 @@ def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
 
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dk and dv, and in the fused form adds to dq's float32 sums, of q, k, v, dout, what
-    `backward.prepare` makes, dropout's keys, and what `mask_arrays` makes.
+    `backward.prepare` makes, dropout's keys, a score function's arrays, and what `mask_arrays` and `mosaic.bias` make.
     """
-    inputs = "q", "k", "v", "dout", "statistics", *dropout.input_types(spec)
     updates = ("dq_sums",) * (schedule.dq is None)
-    inputs += *mask_ranges.names(spec.mask, False), *updates
+    inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *score_function.input_types(spec),
+              *mask_ranges.names(spec.mask, False), *bias.names(spec), *updates)
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
     names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
