@@ -5,10 +5,10 @@ all gradients, also with NaN and infinities in what they and masks hide.
 import numpy as np
 import pytest
 from agreement import assert_within
-
 from hopper import test_features_gpu as features
 from hopper import test_scores_gpu as scores
 from hopper.test_sweep import budget_of, problem_of
+
 from pallas_flash.testing import conformance, inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]

@@ -79,10 +79,12 @@ class DqSchedule:
 class BackwardSchedule:
     """The backward's schedule. In the fused form one kernel makes dk, dv and dq: each warpgroup keeps dk and dv of its
     keys in registers, and blocks add to dq in any order. In two kernels, seven products a tile instead of five, nothing
-    is added up in memory: bits repeat.
+    is added up in memory: bits repeat. Where dk and dv do not fit in a warpgroup together, one keeps dk and one dv of
+    the same 64 keys, in two kernels (`split`).
 
     Attributes:
       dq: of the second kernel; None: the form is fused.
+      split: one warpgroup keeps dk and the other dv.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
       warpgroups: of a block.
@@ -100,10 +102,11 @@ class BackwardSchedule:
     section_bytes: int = 32 << 20
     num_sms: int = 108
     dq: DqSchedule | None = None
+    split: bool = False
 
     @property
     def block_kv(self) -> int:
-        return ROWS * self.row_tiles * self.warpgroups
+        return ROWS * self.row_tiles * (1 if self.split else self.warpgroups)
 
     @property
     def padded_q_block(self) -> int:

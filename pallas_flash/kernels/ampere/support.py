@@ -1,6 +1,5 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import padding
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.mosaic import mask_rules, score_rules
@@ -10,8 +9,6 @@ __all__ = ["not_measured", "why_not"]
 
 CAPABILITY = (8, 0)
 MAX_DIM = 256
-MAX_DIMS = 320
-"""Of d and d_v together: a warpgroup keeps dk and dv of 64 keys in registers, half a register a column."""
 
 
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
@@ -39,15 +36,13 @@ def _device_reasons(device: Device) -> list[str]:
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
-    wide = padding.padded(spec)
     rules = (
         (isinstance(spec.batch, int),
          f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
         (spec.dtype.name in ("bfloat16", "float16"),
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
-        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and wide.d + wide.d_v <= MAX_DIMS,
-         f"needs head dimensions from 1 to {MAX_DIM}, together, as multiples of {padding.UNIT}, at most {MAX_DIMS} "
-         f"(gradients of 64 keys are in registers), {dims}"),
+        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
+         f"needs head dimensions from 1 to {MAX_DIM} (a gradient of 64 keys is in registers), {dims}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
         (not spec.dropout_moved, "takes dropout of whole problems only yet, and this is a part of one that several "
          "devices share (pass dropout_rate=0 where nothing is trained)"),
