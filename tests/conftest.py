@@ -1,10 +1,12 @@
 """Every test runs with strict dtype and rank promotion, on eight virtual CPU devices where there is no GPU."""
 
+import faulthandler
 import gc
 import itertools
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax  # reads the flags below when it starts, not when it is imported
 import pytest
@@ -81,6 +83,32 @@ def pytest_runtest_logfinish() -> None:
     """Looks after every tenth test: an interpreted kernel takes up to 1,000 ranges."""
     if next(_finished) % 10 == 0:
         free_programs()
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps stderr as it is before pytest captures it, for what a worker says of its end."""
+    config.stash[_STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Any:
+    """A worker of pytest-xdist that runs out of time ends without a word: pytest-timeout writes to a stream that
+    nothing reads there. So where its threads are goes to stderr half a second before.
+    """
+    if hasattr(item.config, "workerinput") and settings.timeout > 0:
+        faulthandler.dump_traceback_later(max(settings.timeout - 0.5, 0.1), file=item.config.stash[_STDERR])
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> Any:
+    """The test has ended in time."""
+    if hasattr(item.config, "workerinput"):
+        faulthandler.cancel_dump_traceback_later()
+    return (yield)
 
 
 @pytest.fixture

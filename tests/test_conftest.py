@@ -1,5 +1,10 @@
 """What conftest does beside the tests."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
@@ -14,3 +19,14 @@ def test_programs_are_freed_before_there_are_too_many():
     assert program._cache_size() == 1
     conftest.free_programs(most=0)
     assert program._cache_size() == 0
+
+
+def test_a_worker_that_runs_out_of_time_says_where_it_is(tmp_path):
+    """Regression: on an H200 a test took too long, and all that was said was that its worker had crashed."""
+    own = tmp_path / "test_slow.py"
+    own.write_text("import time\nimport pytest\n\n\n@pytest.mark.timeout(1)\ndef test_slow():\n    time.sleep(60)\n")
+    arguments = ["-n", "1", "-p", "tests.conftest", "-p", "no:cacheprovider", "-o", "timeout_method=thread", str(own)]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(conftest.__file__).parents[1])})
+    assert done.returncode == 1, done.stdout
+    assert "test_slow.py" in done.stderr and "in test_slow" in done.stderr, done.stderr

@@ -40,6 +40,13 @@ SHAPES = {
     "d128-repeats-window-hidden": (128, dict(q_len=500, kv_len=400, deterministic=True, mask=Window(90, 10, -50))),
     "d64-repeats-documents": (64, dict(q_len=300, kv_len=300, deterministic=True, mask=Causal() & SegmentIds(
         *[np.arange(300) // 70] * 2))),
+    "d256": (256, dict(q_len=500, kv_len=500)),
+    "d256-window-gqa-heads-first": (256, dict(q_len=333, kv_len=400, q_heads=4, kv_heads=2, layout="BHLD",
+                                              mask=Window(100, 20))),
+    "d256-documents": (256, dict(q_len=300, kv_len=300, mask=Causal() & SegmentIds(*[np.arange(300) // 70] * 2))),
+    "d200-v168-dropout-softcap-fp16": (200, dict(d_v=168, q_len=300, kv_len=200, dropout_rate=0.2, softcap=3.0,
+                                                 dtypes=("float16",))),
+    "d192-v192-idle": (192, dict(q_len=300, kv_len=200, mask=Causal(offset=-100))),
     "one-query": (128, dict(q_len=1, kv_len=900, mask=Causal(offset=899))),
 }
 
@@ -73,6 +80,8 @@ SCHEDULES = {
     "32-queries-two-warpgroups": (128, BackwardSchedule(block_q=32, row_tiles=1, warpgroups=2, num_stages=1)),
     "32-keys-two-slots-dq": (128, BackwardSchedule(row_tiles=1, warpgroups=2, num_stages=1, block_q=32,
                                                    dq=DqSchedule(32, 1, 2))),
+    "split": (256, BackwardSchedule(block_q=32, row_tiles=1, warpgroups=2, num_stages=1, split=True,
+                                    dq=DqSchedule(32, 1, 1))),
     "64-keys": (128, BackwardSchedule(block_q=32, row_tiles=1, num_stages=1)),
 }
 
@@ -90,10 +99,10 @@ def test_schedules_of_smaller_gpus(name):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_runs_repeat(d, deterministic):
     """All but dq, whose additions have no order unless asked for, is the same in each of a hundred runs: a race would
-    show.
+    show. Heads of 256 have two kernels anyhow.
     """
     case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4, deterministic=deterministic))
     assert_right(case, everything(case))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, InBounds, UnsupportedError, device, flash_attention
+from pallas_flash import ALiBi, Causal, InBounds, UnsupportedError, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import kernels
 from pallas_flash.spec import AttentionSpec
@@ -22,8 +22,9 @@ KERNEL, REFERENCES = "custom_vmap_call", {"new_ref", "get"}
     {}, dict(mask=Causal(-30)), dict(deterministic=True),
     dict(mask=Causal() & InBounds(kv_len=np.array([3000, 5])).canonical(), dropout_rate=0.1, deterministic=True)],
     ids=["every-query-attends", "some-queries-are-idle", "deterministic", "lengths-dropout"])
-def test_only_the_kernels_that_explain_names_are_launched(options):
-    q = jax.ShapeDtypeStruct((2, 3000, 2, 128), jnp.bfloat16)
+@pytest.mark.parametrize("d", [128, 256])
+def test_only_the_kernels_that_explain_names_are_launched(options, d):
+    q = jax.ShapeDtypeStruct((2, 3000, 2, d), jnp.bfloat16)
     spec = AttentionSpec.of(q, q, q, **dict(mask=Causal()) | options)
     for launch, default in ((launches.forward, defaults.default_forward),
                             (launches.backward, defaults.default_backward)):
@@ -61,6 +62,39 @@ def test_each_kernel_is_lowered_once(transform, x64):
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     wanted = ["backward_finish", "backward_kv", "backward_prepare", "forward"]
     assert sorted(re.search(r"attention_([a-z_]+[a-z])", line)[1] for line in calls) == wanted
+
+
+COMPLETED = {
+    "keys": dict(bias=(2, 1, 1, 256), mask=Causal()),
+    "pairs-lengths-dropout": dict(bias=(1, 4, 256, 256), mask=InBounds(kv_len=np.array([200, 5])), dropout_rate=0.1),
+    "alibi-documents": dict(score=ALiBi(np.ones(4, np.float32)), segment_ids=np.arange(512).reshape(2, 256) // 100),
+    "alibi-d256": dict(score=ALiBi(np.ones(4, np.float32)), d=256),
+}
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_biases_and_score_functions_reach_the_kernels_and_have_gradients(name):
+    """Arrays come in the order in which launches read them: another one would have other shapes."""
+    options = COMPLETED[name].copy()
+    d, shape = options.pop("d", 64), options.pop("bias", None)
+    if "dropout_rate" in options:
+        options["dropout_rng"] = np.array([1, 2], np.uint32)
+    learned = {"bias": jax.ShapeDtypeStruct(shape, jnp.float32)} if shape else {}
+    if "score" in options:
+        learned["slopes"] = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def loss(q, learned):
+        given = options | {name: x for name, x in learned.items() if name == "bias"}
+        if "slopes" in learned:
+            given["score"] = ALiBi(learned["slopes"])
+        return flash_attention(q, q, q, implementation="ampere", **given).astype(jnp.float32).sum()
+
+    q = jax.ShapeDtypeStruct((2, 256, 4, d), jnp.bfloat16)
+    with device.assume(device.H200):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(q, learned)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {x: y.shape for x, y in traced.out_info[1].items()} == {x: y.shape for x, y in learned.items()}
+    assert {"forward", "backward_kv", "backward_prepare"} <= set(re.findall(r"attention_([a-z_]+[a-z])", text))
 
 
 def test_exported_programs_are_for_the_generation_that_was_asked_for():

@@ -16,16 +16,24 @@ from tests.hopper.test_offline import ROOT
 WHY_NOT = places.why_not()
 IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step; 12 with a soft cap
 BYTES = 32
-NAMES = {"8.0": ["d64", "d128-lengths"], "8.9": ["d128-window-repeats"], "9.0": ["d96-ragged-softcap"],
-         "10.0": ["d128"], "12.0": ["d128-dense"]}
+OF_AN_OLDER_PTXAS = (768, 56)
+"""The same two bounds, bytes and instructions, for compute capability 12.0 where ptxas is not the pinned one: 13.0
+keeps fewer values there. A step of the forward is 128 products a warp, 2,048 clocks on 12.x: 56 are below 3 % of them,
+and every smaller tile costs more (docs/notes/ampere.md).
+"""
+NAMES = {"8.0": ["d64", "d128-lengths", "d128-bent-repeats"], "8.9": ["d128-window-repeats", "d256"],
+         "9.0": ["d96-ragged-softcap", "d64-bias"], "10.0": ["d128", "d256"], "12.0": ["d128-dense", "d128-alibi"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.parametrize("compiler", ["pinned", "found"])
 @pytest.mark.parametrize("capability", NAMES)
-def test_kernels_compile_for_every_generation(tmp_path, capability):
-    names = NAMES[capability]
-    environment = places.environment(tmp_path, next(iter(places.compilers().values())))
+def test_kernels_compile_for_every_generation(tmp_path, capability, compiler):
+    if compiler not in places.compilers():
+        pytest.skip(f"there is no other ptxas: {', '.join(places.compilers())} alone")
+    names, is_older = NAMES[capability], compiler == "found" and capability == "12.0"
+    environment = places.environment(tmp_path, places.compilers()[compiler])
     done = subprocess.run(
         [places.interpreter(), "-m", "tests.ampere.offline.compile_kernels", capability, *names], cwd=ROOT, text=True,
         env=environment | {"STAND_IN_CAPABILITY": capability.replace(".", "")}, capture_output=True)
@@ -34,6 +42,6 @@ def test_kernels_compile_for_every_generation(tmp_path, capability):
     assert len(reports) == 4 * len(names), "a kernel for the forward, three for the backward"
     for report in reports:
         assert report["compiled"] and report["registers"], report
-        allowed = 12 if "softcap" in report["problem"] else IN_THE_LOOP
-        assert report["spill_bytes"] <= BYTES and (report["spills_inside"] or 0) <= allowed, report
+        most = OF_AN_OLDER_PTXAS if is_older else (BYTES, 12 if "softcap" in report["problem"] else IN_THE_LOOP)
+        assert report["spill_bytes"] <= most[0] and (report["spills_inside"] or 0) <= most[1], report
         assert not report["multiplies"] or report["spills_inside"] is not None, "no innermost loop multiplies"

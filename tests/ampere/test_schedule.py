@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device
+from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device, dispatch
 from pallas_flash.kernels.ampere import defaults, memory, rules, support, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.testing import problems
 
 GPUS = [device.A100, device.L4, device.RTX_4090, device.H200, device.B200, device.RTX_5090]
-DIMS = [(8, 8), (64, 64), (96, 96), (128, 128), (64, 128), (192, 128), (256, 64), (64, 256), (160, 160)]
+DIMS = [(8, 8), (64, 64), (96, 96), (128, 128), (64, 128), (192, 128), (256, 64), (64, 256), (160, 160), (168, 160),
+        (256, 256)]
 
 
 def spec_of(d, d_v=None, length=4096, dtype=jnp.bfloat16, **options):
@@ -30,6 +32,22 @@ def test_defaults_are_legal_everywhere(gpu, dims, deterministic):
     for schedule in (defaults.default_forward(spec, gpu), defaults.default_backward(spec, gpu)):
         assert rules.reasons_against(spec, schedule, gpu.smem_bytes) == []
         assert schedule.num_sms == gpu.num_sms
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_the_catalogue_has_legal_schedules(gpu):
+    """Every call that the kernels take gets them where they are named, and `explain` says so."""
+    taken = 0
+    for problem in problems.CONFORMANCE:
+        for dtype in set(problem.dtypes) & {"bfloat16", "float16"}:
+            spec = problem.spec(dtype)
+            if support.why_not(spec, gpu):
+                continue
+            taken += 1
+            assert "implementation='ampere'" in dispatch.explain(spec, gpu, "ampere"), problem.name
+            for schedule in (defaults.default_forward(spec, gpu), defaults.default_backward(spec, gpu)):
+                assert rules.reasons_against(spec, schedule, gpu.smem_bytes) == [], problem.name
+    assert taken > 100
 
 
 @pytest.mark.parametrize(("gpu", "d", "forward", "backward"), [
@@ -51,6 +69,7 @@ def test_as_many_blocks_share_an_sm_as_registers_allow(gpu, d, forward, backward
     (BackwardSchedule(row_tiles=1, block_q=128), "s.block_q=128 must be 32 or 64"),
     (BackwardSchedule(row_tiles=1, part_q=48), "s.part_q=48 must be a multiple of 16 that divides s.block_q=64"),
     (BackwardSchedule(row_tiles=1, num_stages=3), "s.num_stages=3 must be 1 or 2"),
+    (BackwardSchedule(row_tiles=1, warpgroups=2, split=True), "s.split=True needs two kernels, two warpgroups and one"),
     (BackwardSchedule(row_tiles=1, warpgroups=2), "needs 148480 bytes of shared memory, there are 101376"),
 ])
 def test_reasons_against_a_schedule(schedule, reason):
@@ -74,7 +93,7 @@ class Mine(Window):
 
 REFUSED = {
     "float32": (dict(dtype=jnp.float32), "needs bfloat16 or float16"),
-    "wide": (dict(d=256), "needs head dimensions from 1 to 256, together, as multiples of 8, at most 320"),
+    "wide": (dict(d=264), "needs head dimensions from 1 to 256 (a gradient of 64 keys is in registers)"),
     "own-mask-of-arrays": (dict(mask=InBounds(kv_len=np.array([1, 2])).canonical() & Mine()), "takes arrays in, and "),
     "two-ids": (dict(mask=IDS.canonical() & IDS.canonical()), "takes one SegmentIds, mask has 2"),
 }

@@ -10,7 +10,8 @@ import functools
 import jax
 
 from pallas_flash import autodiff, device, reference
-from pallas_flash.kernels.hopper import bias, calls
+from pallas_flash.kernels.hopper import calls
+from pallas_flash.kernels.mosaic import bias
 from pallas_flash.spec import AttentionSpec, Operands
 
 NAMES = "q", "k", "v", "out", "stats", "dout", "dstats"

@@ -9,10 +9,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import Causal, Window, autodiff, device, masks
-from pallas_flash.kernels.hopper import bias, calls, defaults, rules, support
-from pallas_flash.kernels.hopper.dbias import dbias
+from pallas_flash.kernels.hopper import calls, defaults, rules, support
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import bias, dropout
+from pallas_flash.kernels.mosaic.dbias import dbias
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import Results
 from pallas_flash.testing import conformance, inputs

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from hopper.stand_in import standing_in
 from pallas_flash import Causal, Dense, device, flash_attention
 from pallas_flash.kernels.hopper import calls
-from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic.dbias import dbias
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 pytestmark = pytest.mark.virtual

@@ -239,10 +239,10 @@ def test_who_runs_wide_heads():
 
 
 def test_the_limits_hold_for_what_is_copied():
-    """Of mma.sync's kernels d and d_v together, after padding."""
-    for d, d_v, refused in ((152, 168, False), (147, 161, False), (153, 161, True)):
+    """Of mma.sync's kernels."""
+    for d, d_v, refused in ((255, 249, False), (256, 257, True), (264, 8, True)):
         reasons = dispatch.get("ampere").why_not(spec_of(d, d_v), device.A100)
-        assert any("together, as multiples of 8, at most 320" in reason for reason in reasons) == refused
+        assert any("needs head dimensions from 1 to 256" in reason for reason in reasons) == refused
 
 
 def test_padded_calls_are_no_pure_launches():

@@ -69,9 +69,9 @@ def dense_problem(name, dims):
     return problem_of(f"dense-{name}", dims, **(dict(q_len=Q_LEN, kv_len=KV_LEN) | DENSE[name]))
 
 
-def run(problem, operands, cotangents):
-    assert conformance.supports(problem, problem.dtypes[0], "hopper")
-    return conformance.compiled(problem, "hopper")(operands, cotangents)._asdict()
+def run(problem, operands, cotangents, implementation="hopper"):
+    assert conformance.supports(problem, problem.dtypes[0], implementation)
+    return conformance.compiled(problem, implementation)(operands, cotangents)._asdict()
 
 
 @at_dims(DENSE, ("pairs-gqa-heads-first", "keys-causal"))

@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
 from pallas_flash import ALiBi, Causal, RelativeBias, Score, Window, autodiff, device, dispatch, scores
-from pallas_flash.kernels.hopper import bias, calls, defaults, dscore, rules, score_function, support
+from pallas_flash.kernels.hopper import calls, defaults, rules, support
 from pallas_flash.kernels.hopper.backward import dq as dq_pass
 from pallas_flash.kernels.hopper.backward.statistics import IDLE
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, SplitSchedule
-from pallas_flash.kernels.mosaic import dropout, traced
+from pallas_flash.kernels.mosaic import bias, dropout, dscore, score_function, traced
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import Operands, Results
 from pallas_flash.testing import conformance, inputs

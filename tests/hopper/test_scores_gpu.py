@@ -47,6 +47,7 @@ CASES = {
     "capped-deterministic": (capped, dict(mask=Causal(-70), deterministic=True)),
     "steep-float16": (steep, dict(mask=Full(), dtype="float16")),
     "everything": (everything(), dict(mask=Causal(5))),
+    "everything-deterministic": (everything(), dict(mask=Causal(5), deterministic=True)),
 }
 
 
@@ -83,11 +84,15 @@ def agree(found, wanted, within=0.02):
 @pytest.mark.parametrize("d", DIMS)
 @pytest.mark.parametrize("name", CASES)
 def test_score_functions_agree_with_the_reference(name, d):
+    assert_agrees_with_the_reference(name, d, "hopper")
+
+
+def assert_agrees_with_the_reference(name, d, implementation):
     dtype = CASES[name][1].get("dtype", "bfloat16")
     arrays = arrays_of(d, dtype)
     with jax.default_matmul_precision("highest"):
         wanted = program(name, "reference", "float32", *arrays)
-    agree(program(name, "hopper", dtype, *arrays), wanted)
+    agree(program(name, implementation, dtype, *arrays), wanted)
 
 
 @pytest.mark.parametrize("d", DIMS)

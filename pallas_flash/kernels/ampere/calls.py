@@ -3,23 +3,26 @@
 Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`): below `forward` and
 `backward` a spec is `padding.padded`.
 
-Where a mask holds arrays, they are arguments like others, and what kernels read instead of them (`mask_arrays`) is made
-beside the launches: on each device, for its shard and its schedule.
+Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
+(`mask_arrays`, `mosaic.bias`) is made beside the launches: on each device, for its shard and its schedule.
 """
 
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from pallas_flash import errors, padding
+from pallas_flash import errors, masks, padding
 from pallas_flash.device import Device
 from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
+from pallas_flash.kernels.mosaic.dbias import dbias
+from pallas_flash.kernels.mosaic.dscore import dscore
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
@@ -34,7 +37,10 @@ _HOPPER = (9, 0)
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
     if not spec.mask.has_arrays:
         return launched
-    return WithArrays(launched, spec.mask, lambda mask, _: mask_arrays.make(spec, schedule, mask))
+
+    def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        return mask_arrays.make(spec, schedule, mask) | bias.arrays(spec, schedule.padded_blocks, biases)
+    return WithArrays(launched, spec.mask, make, len(bias.names(spec)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,13 +76,21 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, stats: jax.Array, dout: jax.Array,
              dstats: jax.Array) -> Gradients[jax.Array]:
-    """Cotangents of q, k and v, in the spec's layout and `result_dtype`."""
-    saved: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
-    results, cotangents = (padding.padded_results(spec, x) for x in (saved, Results(dout, dstats)))
+    """Cotangents of q, k and v, in the spec's layout and `result_dtype`, of a bias, and of a score function's arrays.
+    """
+    results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
+    cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array] = _run_backward(
-        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), results, cotangents,
-        dropout.inputs(spec, operands))
-    return padding.cut_gradients(spec, found)
+        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
+        padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
+    found = padding.cut_gradients(spec, found)
+    if out is None:
+        results = Results(jnp.zeros_like(dout), stats)  # which is what it means
+    if spec.bias is not None:
+        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
+    if operands.score:
+        found = found._replace(dscore=dscore(spec, operands, results, cotangents, keys))
+    return found
 
 
 def _without_seed(operands: Operands) -> Operands:
@@ -101,14 +115,23 @@ def _require_its_generation(device: Device) -> None:
             'or use implementation="xla"')
 
 
+def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) -> tuple[list[jax.Array], str]:
+    """What passes read beside operands, results and cotangents: dropout's keys, a score function's arrays, those of the
+    mask, and of a bias; and their roles (`mosaic.call.partitioned`).
+    """
+    parts = {"row": keys, "whole": score_function.inputs(spec, operands), "field": jax.tree.leaves(operands.mask),
+             "bias": bias.inputs(spec, operands)}
+    return [x for own in parts.values() for x in own], "".join(f"{role} " * len(own) for role, own in parts.items())
+
+
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     _require_its_generation(device)
-    fields = jax.tree.leaves(operands.mask)
-    roles = f"query key key {'row ' * len(keys)}{'field ' * len(fields)}-> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *keys,
-                             *fields)
+    spec, operands = bias.as_mask(spec, operands)
+    more, names = _more(spec, operands, keys)
+    roles = f"query key key {names}-> query row"
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more)
     return Results(out, stats)
 
 
@@ -116,9 +139,10 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
     _require_its_generation(device)
-    fields = jax.tree.leaves(operands.mask)
+    spec, operands = bias.as_mask(spec, operands)
+    more, names = _more(spec, operands, keys)
     saved = "row" if results.out is None else "query row"
-    roles = f"query key key {saved} query row {'row ' * len(keys)}{'field ' * len(fields)}-> query key key"
-    arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *keys, *fields
+    roles = f"query key key {saved} query row {names}-> query key key"
+    arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *more
     dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

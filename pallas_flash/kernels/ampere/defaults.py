@@ -24,6 +24,9 @@ which counts as 128.
 _RESERVED = 1024
 """What an SM has beyond the most that one block may ask for."""
 
+_TOGETHER = 320
+"""Columns of d and d_v of which one warpgroup keeps dk and dv."""
+
 _assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
     "assumed", default=None)
 
@@ -46,25 +49,38 @@ def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardS
 
 
 def _keeps_less(spec: AttentionSpec, device: Device) -> bool:
-    """Whether ptxas needs smaller tiles to keep a loop free of spills: for 10.x, with heads above 64."""
+    """Whether ptxas needs smaller tiles to keep a loop free of spills: with heads above 64, for 10.x, and where a bias
+    or a score function completes scores.
+    """
     assert device.capability is not None
-    return device.capability[0] == 10 and max(spec.d, spec.d_v) > 64
+    return (device.capability[0] == 10 or _completes(spec)) and max(spec.d, spec.d_v) > 64
+
+
+def _completes(spec: AttentionSpec) -> bool:
+    """Whether a bias or a score function completes scores."""
+    return spec.bias is not None or spec.score is not None
 
 
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
-    128 threads allow, and nothing is spilled; else of 32. Values wider than 128 leave registers for 16 rows a warp.
+    128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
+    registers for 16 rows a warp.
     """
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
-    return wide if _sharing(spec, device, wide) >= 2 and not _keeps_less(spec, device) else narrow
+    if _keeps_less(spec, device):
+        return narrow
+    sharing = _sharing(spec, device, wide)
+    return wide if sharing >= 2 or (sharing == 1 and _sharing(spec, device, narrow) == 1) else narrow
 
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """Returns the backward's schedule of a spec, the first for which shared memory has room (twice, if blocks have one
     warpgroup): tiles of 64 queries in two slots, in one slot; of 32 queries; and of 64 keys a block, not 128.
+
+    dk and dv of 64 keys are half a register a column; with more than 320 columns together two warpgroups keep them.
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
@@ -73,6 +89,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     else:
         part = 64 if spec.d + spec.d_v <= 256 and not _keeps_less(spec, device) else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
+    if spec.d + spec.d_v > _TOGETHER:
+        wide = dataclasses.replace(wide, split=True, dq=_default_dq(spec, device))
     one_slot = dataclasses.replace(wide, num_stages=1)
     narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
     few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
@@ -82,10 +100,11 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 
 
 def _default_dq(spec: AttentionSpec, device: Device) -> DqSchedule:
-    """The schedule of a kernel of dq alone, the first that registers have room for, and shared memory twice: 32 rows a
-    warp before 16, tiles of 64 keys before 32, two slots before one.
+    """The schedule of a kernel of dq alone, the first that registers have room for, and shared memory twice, or once
+    where none has it twice: 32 rows a warp before 16, tiles of 64 keys before 32, two slots before one.
     """
+    most = 1 if _completes(spec) and spec.d > 64 else 2  # a score function needs registers of its own
     every = [DqSchedule(block_kv, row_tiles, num_stages, num_sms=device.num_sms)
-             for row_tiles in (2, 1) for block_kv in (64, 32) for num_stages in (2, 1)]
-    fitting = (s for s in every if _sharing(spec, device, s) >= 2 and dq_fits(spec, s))
-    return next(fitting, every[-1])
+             for row_tiles in (2, 1)[2 - most:] for block_kv in (64, 32) for num_stages in (2, 1)]
+    fitting = [s for blocks in (2, 1) for s in every if _sharing(spec, device, s) >= blocks and dq_fits(spec, s)]
+    return fitting[0]

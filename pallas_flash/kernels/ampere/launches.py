@@ -5,8 +5,8 @@ forward: q, k, v -> out, stats. One kernel.
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then
 either one kernel makes dk and dv and adds dq up in float32, and `finish` makes dq of that, or a second kernel makes dq.
 
-With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
-more inputs.
+With dropout both also take its keys (`mosaic.dropout`), with a score function its arrays. Where the mask holds arrays,
+each has those of `mask_arrays` as more inputs, and where there is a bias, those of `mosaic.bias`.
 """
 
 import jax
@@ -16,7 +16,7 @@ from pallas_flash.kernels.ampere import mask_arrays
 from pallas_flash.kernels.ampere.backward import dq, finish, kv, prepare
 from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec
 
@@ -25,7 +25,7 @@ __all__ = ["backward", "forward"]
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
-    inputs = _operands(spec) | dropout.input_types(spec) | mask_arrays.types(spec, schedule)
+    inputs = _operands(spec) | _more(spec, schedule)
     return Pass(inputs=inputs, constants={}, launches=(forward_kernel.launch(spec, schedule),),
                 results=("out", "stats"))
 
@@ -41,12 +41,18 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     first = prepare.launch(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
     inputs = _operands(spec) | ({} if spec.partial else {"out": out}) | {"stats": stats, "dout": out, "dstats": stats}
-    inputs |= dropout.input_types(spec) | mask_arrays.types(spec, schedule)
+    inputs |= _more(spec, schedule)
     last = (finish.launch(spec, schedule) if schedule.dq is None else
             dq.launch(spec, schedule.dq).reading(clean))
     return Pass(inputs=inputs, constants={},
                 launches=(first, kv.launch(spec, schedule).reading(clean), last),
                 results=("dq", "dk", "dv"))
+
+
+def _more(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
+    """What dropout, a score function, the mask and a bias need."""
+    return (dropout.input_types(spec) | score_function.input_types(spec) | mask_arrays.types(spec, schedule)
+            | bias.types(spec, schedule.padded_blocks))
 
 
 def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:

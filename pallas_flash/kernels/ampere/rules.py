@@ -56,8 +56,11 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
 
 
 def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
-    held = s.row_tiles * (spec.d + spec.d_v + 2 * s.part_q) // 2
+    sums = max(spec.d, spec.d_v) if s.split else spec.d + spec.d_v
+    held = s.row_tiles * (sums + 2 * s.part_q) // 2
     return (
+        (not s.split or (s.dq is not None and s.warpgroups == 2 and s.row_tiles == 1),
+         f"{s.split=} needs two kernels, two warpgroups and one tile of 64 keys, {s.warpgroups=}, {s.row_tiles=}"),
         (s.block_q in (32, 64), f"{s.block_q=} must be 32 or 64"),
         (s.part_q % 16 == 0 and 0 < s.part_q <= s.block_q and s.block_q % max(s.part_q, 1) == 0,
          f"{s.part_q=} must be a multiple of 16 that divides {s.block_q=}"),

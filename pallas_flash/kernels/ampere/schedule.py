@@ -6,6 +6,7 @@ On this file stand, each importing only those before it and none of them Mosaic:
 """
 
 import dataclasses
+import math
 
 from pallas_flash import tiles
 
@@ -45,6 +46,11 @@ class ForwardSchedule:
     def block_q(self) -> int:
         return ROWS * self.row_tiles
 
+    @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return self.block_kv, self.block_q
+
 
 @dataclasses.dataclass(frozen=True)
 class DqSchedule:
@@ -73,10 +79,12 @@ class DqSchedule:
 class BackwardSchedule:
     """The backward's schedule. In the fused form one kernel makes dk, dv and dq: each warpgroup keeps dk and dv of its
     keys in registers, and blocks add to dq in any order. In two kernels, seven products a tile instead of five, nothing
-    is added up in memory: bits repeat.
+    is added up in memory: bits repeat. Where dk and dv do not fit in a warpgroup together, one keeps dk and one dv of
+    the same 64 keys, in two kernels (`split`).
 
     Attributes:
       dq: of the second kernel; None: the form is fused.
+      split: one warpgroup keeps dk and the other dv.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
       warpgroups: of a block.
@@ -94,15 +102,21 @@ class BackwardSchedule:
     section_bytes: int = 32 << 20
     num_sms: int = 108
     dq: DqSchedule | None = None
+    split: bool = False
 
     @property
     def block_kv(self) -> int:
-        return ROWS * self.row_tiles * self.warpgroups
+        return ROWS * self.row_tiles * (1 if self.split else self.warpgroups)
 
     @property
     def padded_q_block(self) -> int:
         """Queries to a multiple of which their statistics are padded."""
         return ROWS if self.dq is None else self.dq.block_q
+
+    @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return math.lcm(self.block_kv, 1 if self.dq is None else self.dq.block_kv), self.padded_q_block
 
 
 def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:

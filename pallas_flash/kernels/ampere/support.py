@@ -1,17 +1,15 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import dropout, padding
+from pallas_flash import dropout
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.mosaic import mask_rules
+from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["not_measured", "why_not"]
 
 CAPABILITY = (8, 0)
 MAX_DIM = 256
-MAX_DIMS = 320
-"""Of d and d_v together: a warpgroup keeps dk and dv of 64 keys in registers, half a register a column."""
 
 
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
@@ -39,23 +37,19 @@ def _device_reasons(device: Device) -> list[str]:
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
     dims = f"d={spec.d}, d_v={spec.d_v}"
-    wide = padding.padded(spec)
     rules = (
         (isinstance(spec.batch, int),
          f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
         (spec.dtype.name in ("bfloat16", "float16"),
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
-        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM and wide.d + wide.d_v <= MAX_DIMS,
-         f"needs head dimensions from 1 to {MAX_DIM}, together, as multiples of {padding.UNIT}, at most {MAX_DIMS} "
-         f"(gradients of 64 keys are in registers), {dims}"),
-        (spec.score is None, f"takes no score function yet, score={spec.score}"),
+        (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
+         f"needs head dimensions from 1 to {MAX_DIM} (a gradient of 64 keys is in registers), {dims}"),
         (spec.pages is None, "takes no keys and values in pages yet"),
-        (spec.bias is None, "takes no bias yet (what only hides pairs can be a Dense mask)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
-    return [reason for holds, reason in rules if not holds] + _mask_reasons(spec)
+    return [reason for holds, reason in rules if not holds] + score_rules.why_not(spec) + _mask_reasons(spec)
 
 
 def _mask_reasons(spec: AttentionSpec) -> list[str]:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays, score_function, support, wide
-from pallas_flash.kernels.hopper.dbias import dbias
-from pallas_flash.kernels.hopper.dscore import dscore
+from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
+from pallas_flash.kernels.mosaic.dbias import dbias
+from pallas_flash.kernels.mosaic.dscore import dscore
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -33,7 +33,7 @@ def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule 
         return launched
 
     def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-        return mask_arrays.make(spec, schedule, mask) | bias.arrays(spec, schedule, biases)
+        return mask_arrays.make(spec, schedule, mask) | bias.arrays(spec, schedule.padded_blocks, biases)
     return WithArrays(launched, spec.mask, make, len(bias.names(spec)))
 
 

@@ -8,20 +8,20 @@ fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels m
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, and the forward no table. With a score function or a bias it always does (`bias.as_mask`): the function's
-arrays come behind dropout's keys, those of `hopper.bias` last.
+arrays come behind dropout's keys, those of `mosaic.bias` last.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.kernels.hopper import bias, mask_arrays, score_function, work
+from pallas_flash.kernels.hopper import mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
@@ -35,7 +35,7 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
     arrays = spec.mask.has_arrays
     inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec)
     inputs |= (mask_arrays.types(spec, schedule) if arrays else {})
-    inputs |= bias.types(spec, schedule)
+    inputs |= bias.types(spec, schedule.padded_blocks)
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
                 launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
 
@@ -61,7 +61,7 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     inputs |= dropout.input_types(spec) | score_function.input_types(spec)
     if spec.mask.has_arrays:
         inputs |= mask_arrays.types(spec, schedule)
-    inputs |= bias.types(spec, schedule)
+    inputs |= bias.types(spec, schedule.padded_blocks)
     first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
     launches = (first, *(launch.reading(clean) for launch in gradients))

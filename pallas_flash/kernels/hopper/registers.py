@@ -43,7 +43,7 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
-    "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_columns", "load_linear", "load_row",
+    "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
     "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
     "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
 ]
@@ -168,37 +168,6 @@ def load_linear(ref: Ref, columns: int) -> Fragment:
 
 def _linear_shape(columns: int) -> tuple[int, int]:
     return 64 * columns // 256, 256
-
-
-@interpreted_as(lambda ref, index, first, columns: ref[*index[:2], pl.ds(index[2], columns), pl.ds(first, 64)].T)
-def load_columns(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns: int) -> Fragment:
-    """Loads ref[index + (0, 0, j), first + i] as element (i, j) of (64, columns) in the layout TILE, from an array of
-    four axes in global memory: each eight lanes read eight numbers that lie side by side.
-    """
-    dtype, (_, second, third, width) = ref.dtype, ref.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
-                       return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
-    def load(_: mgpu.LaunchContext, ref: ir.Value, *indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        i64 = ir.IntegerType.get_signless(64)
-        const = lambda value: mgpu.utils.c(value, i64)
-        a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
-        warp, row, quarter = (arith.extui(i64, x) for x in thread_in_tile())
-        line = arith.addi(arith.muli(arith.addi(arith.muli(a, const(second)), b), const(third)), c)
-        line = arith.addi(line, arith.muli(quarter, const(2)))
-        start = arith.addi(arith.muli(line, const(width)), arith.addi(first, arith.addi(
-            arith.muli(warp, const(16)), row)))
-        element, layout = ir.MemRefType(ref.type).element_type, TILE.to_mgpu()
-        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
-        flat = registers.reshape(columns // 8, 2)
-        for j, i in np.ndindex(flat.shape):
-            places = (arith.addi(start, const((8 * j + e) * width + 8 * i)) for e in (0, 1))
-            pair = [llvm.load(element, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element))
-                    for place in places]
-            flat[j, i] = vector.from_elements(ir.VectorType.get((2,), element), pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return load(ref, *map(ptx.scalar, (*index, first)))
 
 
 def _load_row_stats_plain(ref: Ref, row: Index, first: Index, length: int, otherwise: float) -> PerRow:

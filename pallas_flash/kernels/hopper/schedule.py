@@ -95,6 +95,11 @@ class ForwardSchedule:
         return ROWS_PER_WARPGROUP * self.warpgroups
 
     @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return self.block_kv, self.block_q
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
         return _two_roles(self.warpgroups)
@@ -298,6 +303,11 @@ class BackwardSchedule:
     def padded_q_block(self) -> int:
         """Queries to a multiple of which the row statistics are padded."""
         return math.lcm(self.kv.block_q, 1 if self.dq is None else self.dq.block_q)
+
+    @property
+    def padded_blocks(self) -> tuple[int, int]:
+        """Keys and queries to multiples of which arrays of positions are padded."""
+        return math.lcm(self.kv.block_kv, 1 if self.dq is None else self.dq.block_kv), self.padded_q_block
 
     def padded_q(self, spec: AttentionSpec) -> int:
         """The padded number of queries."""

@@ -7,7 +7,7 @@ from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper.wide import copies
-from pallas_flash.kernels.mosaic import mask_rules, traced
+from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward_of", "copies", "is_made_for", "not_measured", "why_not"]
@@ -73,22 +73,15 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
-        (spec.score is None or spec.bias is None,
-         f"takes a bias or a score function, not both yet, score={spec.score} (let the function add the bias)"),
         (spec.score is None or not _is_wide(spec), "takes a score function with head dimensions up to "
          f"{MAX_DIM_BACKWARD} only, {dims} (the backward above is that of xla, which takes scores of finfo.min as they "
          "are, and the forward does not)"),
-        (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
-         f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
-        (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
-         "takes a bias of pairs in 16 or 32 bits only, bias is float64 (cast it)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
     found = [reason for holds, reason in rules if not holds]
-    found += () if spec.score is None else traced.why_not(spec.score)
-    return found + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
+    return found + score_rules.why_not(spec) + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
 
 

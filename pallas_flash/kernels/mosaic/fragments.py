@@ -23,7 +23,7 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = [
     "COLUMN_LAYOUT", "ROWS", "ROW_LAYOUT", "TILE", "Fragment", "PerColumn", "PerRow", "column_sums", "concatenate",
-    "load_row", "positions", "row_zeros", "spread", "stack", "store_zeros", "thread_in_tile",
+    "load_columns", "load_row", "positions", "row_zeros", "spread", "stack", "store_zeros", "thread_in_tile",
 ]
 
 ROWS = 64
@@ -154,5 +154,36 @@ def load_row(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns:
             registers.reshape(-1)[j] = llvm.load(ir.VectorType.get((2,), element), address)
         signed = True if jnp.issubdtype(dtype, jnp.integer) else None
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+    return load(ref, *map(ptx.scalar, (*index, first)))
+
+
+@interpreted_as(lambda ref, index, first, columns: ref[*index[:2], pl.ds(index[2], columns), pl.ds(first, 64)].T)
+def load_columns(ref: Ref, index: tuple[Index, Index, Index], first: Index, columns: int) -> Fragment:
+    """Loads ref[index + (0, 0, j), first + i] as element (i, j) of (64, columns) in the layout TILE, from an array of
+    four axes in global memory: each eight lanes read eight numbers that lie side by side.
+    """
+    dtype, (_, second, third, width) = ref.dtype, ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
+                       return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, TILE))
+    def load(_: mgpu.LaunchContext, ref: ir.Value, *indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        i64 = ir.IntegerType.get_signless(64)
+        const = lambda value: mgpu.utils.c(value, i64)
+        a, b, c, first = (arith.extui(i64, x.registers.item()) for x in indices)
+        warp, row, quarter = (arith.extui(i64, x) for x in thread_in_tile())
+        line = arith.addi(arith.muli(arith.addi(arith.muli(a, const(second)), b), const(third)), c)
+        line = arith.addi(line, arith.muli(quarter, const(2)))
+        start = arith.addi(arith.muli(line, const(width)), arith.addi(first, arith.addi(
+            arith.muli(warp, const(16)), row)))
+        element, layout = ir.MemRefType(ref.type).element_type, TILE.to_mgpu()
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 8, 2)
+        for j, i in np.ndindex(flat.shape):
+            places = (arith.addi(start, const((8 * j + e) * width + 8 * i)) for e in (0, 1))
+            pair = [llvm.load(element, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element))
+                    for place in places]
+            flat[j, i] = vector.from_elements(ir.VectorType.get((2,), element), pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return load(ref, *map(ptx.scalar, (*index, first)))

@@ -28,8 +28,8 @@ _SERIES_END = 0.6
 # -- from products to exponents ----------------------------------------------------------------------------------------
 
 def unit(spec: AttentionSpec) -> float:
-    """The unit of scores once they are complete: 1 where a bias has been added (`hopper.bias`), or a score function has
-    been applied (`hopper.score_function`).
+    """The unit of scores once they are complete: 1 where a bias has been added (`mosaic.bias`), or a score function has
+    been applied (`mosaic.score_function`).
     """
     return softmax.unit(spec.scale, spec.softcap) if spec.bias is None and spec.score is None else 1.0
 

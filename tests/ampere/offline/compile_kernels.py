@@ -3,7 +3,8 @@
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
 CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
-(deterministic), or has one of `MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
+(deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
+does, or of `MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
 `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 
-from pallas_flash import device, masks
+from pallas_flash import ALiBi, RelativeBias, device, masks, scores
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.spec import AttentionSpec
 from tests.hopper.offline.compile_kernels import compile_module, mosaic_modules
@@ -32,6 +34,16 @@ MASKS = {
     "documents": masks.Causal() & masks.SegmentIds(_IDS, _IDS),
     "dense": masks.Dense(jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.bool_)),
 }
+BIASES = {"bias": (1, 1, 1, 4096), "pairs": (1, 4, 4096, 4096)}
+
+
+def bent(score, batch, head, q_pos, kv_pos):
+    """A score function whose derivative is not 1."""
+    return jnp.where(q_pos - kv_pos > 100, 0.5 * score, 30 * jnp.tanh(score / 30))
+
+
+SCORES = {name: scores.checked(score).with_placeholders() for name, score in (
+    ("alibi", ALiBi(np.ones(4, np.float32))), ("bent", bent), ("table", RelativeBias(np.ones((4, 63), np.float32))))}
 
 
 def spec_of(name: str) -> AttentionSpec:
@@ -41,7 +53,12 @@ def spec_of(name: str) -> AttentionSpec:
     d, d_v, length = number("d"), number("v"), 4096 - 48 * ("ragged" in options)
     shape = lambda dim: jax.ShapeDtypeStruct((1, length, 4, dim), jnp.bfloat16)
     mask = next((MASKS[name] for name in options if name in MASKS), masks.Causal())
-    return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask,
+    score = next((SCORES[name] for name in options if name in SCORES), None)
+    bias = next((jax.ShapeDtypeStruct(BIASES[name], jnp.bfloat16) for name in options if name in BIASES), None)
+    if bias is not None or score is not None:  # as `mosaic.bias.as_mask` does
+        of_keys = bias is not None and bias.shape[2] == 1
+        mask &= masks.Dense(jax.ShapeDtypeStruct(bias.shape if of_keys else (1, 1, 1, 1), jnp.bool_))
+    return AttentionSpec.of(shape(d), shape(d), shape(d_v or d), mask=mask, bias=bias, score=score,
                             softcap=30.0 if "softcap" in options else None,
                             dropout_rate=0.1 if "dropout" in options else 0.0, deterministic="repeats" in options)
 

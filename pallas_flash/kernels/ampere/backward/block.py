@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.ampere import copies
+from pallas_flash.kernels.ampere import copies, registers
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.copies import Team
+from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.scheduling import rem
@@ -34,7 +35,7 @@ class Block(NamedTuple):
     @property
     def own(self) -> Index:
         """The first of the warpgroup's rows in the key tile."""
-        return self.team.warpgroup * (ROWS * self.schedule.row_tiles)
+        return 0 if self.schedule.split else self.team.warpgroup * (ROWS * self.schedule.row_tiles)
 
     def own_rows(self, name: str) -> Ref:
         """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
@@ -53,6 +54,13 @@ class Block(NamedTuple):
         for name in "kv":
             index = self.batch, self.head, self.tile * self.schedule.block_kv
             copies.load_tile(self.team, self.spec, self.gmem[name], index, self.smem[name])
+
+    def store(self, name: str, row_tile: int, x: Fragment) -> None:
+        """Stores the gradient of 64 of the warpgroup's keys, "dk", or values, "dv"."""
+        first = self.first_key(row_tile)
+        axis, place = (1, (self.batch, first, self.head)) if self.spec.layout == "BLHD" else (
+            2, (self.batch, self.head, first))
+        registers.store_rows(x.astype(self.spec.result_dtype), self.gmem[name], place, axis)
 
     def load(self, step: Step) -> None:
         """Starts to load the query, the dout and the statistics of a step."""

@@ -25,7 +25,7 @@ from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import ROW_LAYOUT, Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import ROWS, DqSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, mask_ranges
+from pallas_flash.kernels.mosaic import bias, completion, dropout, mask_ranges, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.ptx import scalar
@@ -83,40 +83,45 @@ def weights(block: Block, tile: Tile, row_tile: int, x: Fragment) -> tuple[Fragm
     """P, and P times the slope of the soft cap, of 64 queries, from x = Q K^T."""
     spec, place = block.spec, (block.first + row_tile * ROWS, tile.first)
     s, lse = scaled(spec, x), block.statistic(row_tile, Statistics.LSE)
-    y = s * score_unit(spec) - registers.spread(lse, x.shape[1])
+    completed = completion.completion(spec, block.gmem, (block.batch, block.head), place, 1)
+    complete, own_slope = (s, None) if completed is None else completed(s)
+    y = complete * score_unit(spec) - registers.spread(lse, x.shape[1])
     if may_be_large(spec):
         exact = lambda y: y + registers.spread(block.statistic(row_tile, Statistics.ROUNDING), x.shape[1])
         y = lax.cond(is_marked(lse, ROW_LAYOUT), exact, lambda y: y, y)
     if tile.partial is not None:
         y = lax.cond(tile.partial, lambda y: block.mask.hide(y, place, 1), lambda y: y, y)
     p = jnp.exp2(y)
-    return p, slope(spec, s, p)
+    return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
 
 
 def slopes(block: Block, tile: Tile, row_tile: int, p: Fragment, dp: Fragment) -> Fragment:
     """dS of 64 queries: where dropout drops a weight, without the product in dP; 0 where P is in tiles that need the
-    mask, because a hidden value may be so large that dP overflows.
+    mask, or may hide pairs, because a hidden value may be so large that dP overflows.
     """
     spec, columns = block.spec, p.shape[1]
     if spec.dropout_rate:
         place = block.first + row_tile * ROWS, tile.first
         flags = dropout.kept(dropout.draws(spec, block.gmem, (block.batch, block.head), place, 1), columns)
         dp = jnp.where(flags, dp, registers.spread(block.statistic(row_tile, Statistics.DELTA), columns))
-    plain = lambda p, dp: p * dp
-    if tile.partial is None:
-        return plain(p, dp)
-    return lax.cond(tile.partial, lambda p, dp: jnp.where(p == 0, 0.0, p * dp), plain, p, dp)
+    plain, guarded = lambda p, dp: p * dp, lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
+    if completion.hides_pairs(spec):
+        return guarded(p, dp)
+    return plain(p, dp) if tile.partial is None else lax.cond(tile.partial, guarded, plain, p, dp)
 
 
 def add_tile(block: Block, tile: Tile, dqs: tuple[Fragment, ...]) -> tuple[Fragment, ...]:
     """Adds a key tile, which has come, to dq."""
     spec, s = block.spec, block.schedule
-    if tile.partial is not None:
-        @pl.when(tile.partial)
-        def clean() -> None:
-            clean_rows(tile.k)
-            copies.meet(block.team)
 
+    def clean() -> None:
+        clean_rows(tile.k)
+        copies.meet(block.team)
+
+    if completion.hides_pairs(spec):
+        clean()
+    elif tile.partial is not None:
+        pl.when(tile.partial)(clean)
     scores = mma.multiply_transposed(block.smem["q"], tile.k, spec.d)
     start = [registers.spread(block.statistic(i, Statistics.DELTA), s.block_kv) for i in range(s.row_tiles)]
     dps = mma.multiply_transposed(block.smem["dout"], tile.v, spec.d_v, start)
@@ -178,10 +183,11 @@ def block_of(spec: AttentionSpec, s: DqSchedule, gmem: dict[str, Ref], smem: dic
 
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
-    """The launch that makes dq of q, k, v, dout, the statistics that `backward.prepare` makes, dropout's keys, and what
-    `mask_arrays` makes.
+    """The launch that makes dq of q, k, v, dout, the statistics that `backward.prepare` makes, dropout's keys, a score
+    function's arrays, and what `mask_arrays` and `mosaic.bias` make.
     """
-    inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *mask_ranges.names(spec.mask, True))
+    inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *score_function.input_types(spec),
+              *mask_ranges.names(spec.mask, True), *bias.names(spec))
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
 
     def attention_backward_dq(*refs: Any) -> None:

@@ -25,19 +25,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import tiles
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
+from pallas_flash.kernels.ampere.backward import kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
-from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
+from pallas_flash.kernels.ampere.backward.statistics import Statistics
+from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.copies import Team
-from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
+from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, mask_ranges, ptx
+from pallas_flash.kernels.mosaic import bias, dropout, mask_ranges, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -51,93 +52,19 @@ class Sums(NamedTuple):
     dv: tuple[Fragment, ...]
 
 
-class Part(NamedTuple):
-    """Some queries of a step's tile."""
-
-    step: Step
-    slot: Index
-    start: int  # of the tile
-    flags: tuple[Flag | None, Flag | None]  # whether the tile needs the mask, and exact exponents; None: none does
-
-
-def needs(block: Block, step: Step, slot: Index) -> tuple[Flag | None, Flag | None]:
-    """Whether a tile needs the mask, and exact exponents because a query is large; None where no tile ever does."""
-    spec = block.spec
-    partial = block.walk.partial(step.tile) if work.kv_work(spec, block.schedule).partial else None
-    if not may_be_large(spec):
-        return partial, None
-    own = block.smem["stats"].at[slot, int(Statistics.LSE), pl.ds(0, 8)]
-    return partial, is_marked(plgpu.load(own, layout=COLUMN_LAYOUT), COLUMN_LAYOUT)
-
-
-def statistic(block: Block, part: Part, row: Statistics) -> Fragment:
-    """A statistic of the part's queries, in every row: (64, part_q)."""
-    own = block.smem["stats"].at[part.slot, int(row), pl.ds(part.start, block.schedule.part_q)]
-    return registers.stack(plgpu.load(own, layout=COLUMN_LAYOUT))
-
-
-def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
-    """Adds to exponents what lse lost in its rounding, if a query is large, and hides pairs, if the tile is partial."""
-    (partial, large), s = part.flags, block.schedule
-    first = ptx.opaque(part.step.tile * s.block_q + part.start)
-
-    def exact(y: Fragment) -> Fragment:
-        index = block.batch, part.step.head, int(Statistics.ROUNDING)
-        return y + registers.stack(registers.load_row(block.gmem["stats"], index, first, s.part_q))
-
-    if large is not None:
-        y = lax.cond(large, exact, lambda y: y, y)
-    if partial is not None:
-        y = block.mask.of_head(part.step.head).hide(y, (first, block.first_key(row_tile)), 0)
-    return y
-
-
-def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragment, Fragment]:
-    """P^T, and P^T times the slope of the soft cap, from x = K Q^T of the part."""
-    spec = block.spec
-    s = scaled(spec, x)
-    y = s * score_unit(spec) - statistic(block, part, Statistics.LSE)
-    flags = [flag for flag in part.flags if flag is not None]
-    if flags:
-        needed = flags[0] if len(flags) == 1 else flags[0] | flags[1]
-        y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
-    p = jnp.exp2(y)
-    return p, slope(spec, s, p)
-
-
-def kept(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> tuple[Fragment, Fragment]:
-    """Zeroes the weights that dropout drops, and takes the product out of their dP."""
-    if not block.spec.dropout_rate:
-        return p, dp
-    first = part.step.tile * block.schedule.block_q + part.start, block.first_key(row_tile)
-    flags = dropout.kept(dropout.draws(block.spec, block.gmem, (block.batch, part.step.head), first, 0), p.shape[1])
-    return jnp.where(flags, p, 0.0), jnp.where(flags, dp, statistic(block, part, Statistics.DELTA))
-
-
-def slopes(part: Part, p: Fragment, dp: Fragment) -> Fragment:
-    """dS^T = P^T * dP^T. In a tile that needs the mask, 0 where P is: a hidden value may be so large that dP overflows,
-    and 0 * inf is NaN.
-    """
-    plain = lambda p, dp: p * dp
-    partial, _ = part.flags
-    if partial is None:
-        return plain(p, dp)
-    return lax.cond(partial, lambda p, dp: jnp.where(p == 0, 0.0, p * dp), plain, p, dp)
-
-
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     """Adds a part of a query tile to dk and dv, and in the fused form writes its dS^T to shared memory."""
     spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
-    rows = pl.ds(part.start, s.part_q)
-    q, dout = (block.smem[name].at[part.slot, :, rows] for name in ("q", "dout"))
+    q, dout = part.tiles(block)
     scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
     start = [statistic(block, part, Statistics.DELTA)] * count
     dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
-        p, dp = kept(block, part, i, p, dp)
-        ds = slopes(part, sloped, dp).astype(spec.dtype)
+        flags = drawn(block, part, i)
+        p, dp = kept(flags, p), dp_kept(block, part, flags, dp)
+        ds = slopes(block, part, sloped, dp).astype(spec.dtype)
         if s.dq is None:
             mma.store_rows(ds, block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)], i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
@@ -229,12 +156,9 @@ def compute(block: Block) -> None:
     for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
         if spec.dropout_rate:
             dv = dv * dropout.factor(spec)
-        dk, dv = mark_nonfinite(block, i, spoiled, dk * (spec.scale * dropout.factor(spec)), dv)
-        first = block.first_key(i)
-        axis, place = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (
-            2, (block.batch, block.head, first))
-        registers.store_rows(dk.astype(spec.result_dtype), block.gmem["dk"], place, axis)
-        registers.store_rows(dv.astype(spec.result_dtype), block.gmem["dv"], place, axis)
+        dk, dv = mark_nonfinite(block, i, spoiled, (dk * (spec.scale * dropout.factor(spec)), dv))
+        block.store("dk", i, dk)
+        block.store("dv", i, dv)
 
 
 def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
@@ -254,11 +178,11 @@ def mask_of(spec: AttentionSpec, s: BackwardSchedule, gmem: dict[str, Ref],
 
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dk and dv, and in the fused form adds to dq's float32 sums, of q, k, v, dout, what
-    `backward.prepare` makes, dropout's keys, and what `mask_arrays` makes.
+    `backward.prepare` makes, dropout's keys, a score function's arrays, and what `mask_arrays` and `mosaic.bias` make.
     """
-    inputs = "q", "k", "v", "dout", "statistics", *dropout.input_types(spec)
     updates = ("dq_sums",) * (schedule.dq is None)
-    inputs += *mask_ranges.names(spec.mask, False), *updates
+    inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *score_function.input_types(spec),
+              *mask_ranges.names(spec.mask, False), *bias.names(spec), *updates)
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
     names = *("stats" if name == "statistics" else name for name in inputs), "dk", "dv"
     outputs = {name: jax.ShapeDtypeStruct(shape, spec.result_dtype)
@@ -273,7 +197,8 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         gmem = dict(zip(names, arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
         walk = Walk(head * spec.group, spec.group, *needed)
-        compute(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
+        run = kv_split.compute if schedule.split else compute
+        run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
     threads: dict[str, Any] = dict(num_threads=size, thread_name="warpgroup") if size > 1 else {}
     kernel = plgpu.kernel(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.ampere import mma, registers, work
+from pallas_flash.kernels.ampere import copies, mma, registers, work
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS
@@ -21,7 +21,7 @@ from pallas_flash.kernels.ampere.slow_rows import SlowRows, over_chunks
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 
-__all__ = ["clean_rows", "mark_nonfinite", "without_bad_rows"]
+__all__ = ["clean_rows", "mark_nonfinite", "without_bad_rows", "without_shared_bad_rows"]
 
 
 def without_bad_rows(block: Block) -> Flag | None:
@@ -32,6 +32,21 @@ def without_bad_rows(block: Block) -> Flag | None:
     if not work.kv_work(block.spec, block.schedule).partial:
         return None
     return functools.reduce(jnp.logical_or, [clean_rows(block.own_rows(name)) for name in "kv"])
+
+
+def without_shared_bad_rows(block: Block) -> Flag | None:
+    """The same where two warpgroups share the keys: both have looked at them before one overwrites keys, the other
+    values. A barrier of the block, and another one must come before they are read.
+    """
+    if not work.kv_work(block.spec, block.schedule).partial:
+        return None
+    refs = [block.smem[name] for name in "kv"]
+    marks = [_bad_rows(ref, 0) for ref in refs]
+    flags = [ptx.any_in_warp(bad > 0, registers.ROW_LAYOUT) for bad in marks]
+    copies.meet(block.team)
+    for owner, (ref, bad, flag) in enumerate(zip(refs, marks, flags)):
+        pl.when(flag & (block.team.warpgroup == owner))(functools.partial(_overwrite, ref, 0, bad))
+    return flags[0] | flags[1]
 
 
 def clean_rows(ref: Ref) -> Flag:
@@ -64,22 +79,21 @@ def _overwrite(ref: Ref, first: int, bad: PerRow) -> None:
         mma.store_rows(clean, ref, first, chunk)
 
 
-def mark_nonfinite(block: Block, row_tile: int, spoiled: Flag | None, dk: Fragment,
-                   dv: Fragment) -> tuple[Fragment, Fragment]:
+def mark_nonfinite(block: Block, row_tile: int, spoiled: Flag | None,
+                   gradients: tuple[Fragment, ...]) -> tuple[Fragment, ...]:
     """Sets dk and dv to NaN for those of 64 keys that are not finite and that some query attends to."""
     if spoiled is None:
-        return dk, dv
+        return gradients
     spec, first = block.spec, ptx.scalar(block.first_key(row_tile))
     keys = SlowRows(spec, {"k": block.gmem["k"]}, (block.batch, block.head))
 
-    def mark(position: Index, sums: tuple[Fragment, Fragment]) -> tuple[Fragment, Fragment]:
+    def mark(position: Index, sums: tuple[Fragment, ...]) -> tuple[Fragment, ...]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)
         bad = over_chunks(spec.d, add, registers.row_zeros())  # 0 or NaN, the same in all rows
         here = lambda x: registers.positions(x.shape[1], 0, first) == position
-        dk, dv = (jnp.where(here(x) & (x != 0), x + registers.spread(bad, x.shape[1]), x) for x in sums)
-        return dk, dv
+        return tuple(jnp.where(here(x) & (x != 0), x + registers.spread(bad, x.shape[1]), x) for x in sums)
 
     last = jnp.minimum(first + ROWS, spec.kv_len)
     marked = lambda sums: lax.fori_loop(first, ptx.scalar(last), mark, sums)
-    dk, dv = lax.cond(spoiled, marked, lambda sums: sums, (dk, dv))
-    return dk, dv
+    found: tuple[Fragment, ...] = lax.cond(spoiled, marked, lambda sums: sums, gradients)
+    return found

@@ -21,7 +21,7 @@ from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit
+from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit, unit
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -35,11 +35,11 @@ def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) ->
     finite, because a key or value that the query attends to is not, all weights become NaN: those that the mask hides
     are set to 0 afterwards, dP is not.
     """
-    nothing, known, unit = lse == -jnp.inf, jnp.abs(delta) < jnp.inf, score_unit(spec)
+    nothing, known = lse == -jnp.inf, jnp.abs(delta) < jnp.inf
     lse = jnp.where(known, lse, jnp.nan)
     lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
-    reference = softmax.reference_point(lse, softmax.unit(spec.scale, spec.softcap))
-    rounding = ptx.multiply_add(reference, -unit, lse_log2, registers.ROW_LAYOUT) - rest * unit
+    reference = softmax.reference_point(lse, unit(spec))
+    rounding = ptx.multiply_add(reference, -score_unit(spec), lse_log2, registers.ROW_LAYOUT) - rest * score_unit(spec)
     start = -delta / dropout.factor(spec) if spec.dropout_rate else -delta
     return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, start),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}

@@ -33,11 +33,11 @@ from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import scaled, score_unit
+from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -96,12 +96,13 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
 
     new, weights = [], []
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
-        x = scaled(spec, x)
+        place = block.first + i * ROWS, first
+        x = completion.applied(spec, block.gmem, (block.batch, block.head), scaled(spec, x), place)
         if masked:
-            x = block.mask.hide(x, (block.first + i * ROWS, first), 1)
+            x = block.mask.hide(x, place, 1)
         state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
         new.append(state)
-        weights.append(kept(block, (block.first + i * ROWS, first), p))
+        weights.append(kept(block, place, p))
     return add_values(block, meets, new, weights)
 
 
@@ -125,8 +126,8 @@ def finish(block: Block, row_tile: int, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i, with the factor of dropout, and the statistics of 64 rows to global memory."""
     spec, first = block.spec, block.first + row_tile * ROWS
     m_i, rounding, l_i = sums
-    row, unit = 2 * (block.batch * spec.q_heads + block.head), softmax.unit(spec.scale, spec.softcap)
-    for i, x in enumerate(softmax.statistics(m_i, l_i, unit, rounding)):
+    row = 2 * (block.batch * spec.q_heads + block.head)
+    for i, x in enumerate(softmax.statistics(m_i, l_i, unit(spec), rounding)):
         registers.store_row_stats(x, block.gmem["stats"], row + i, first, spec.q_len)
     inverse = softmax.rescale(l_i)
     if spec.dropout_rate:
@@ -163,9 +164,10 @@ def mask_of(spec: AttentionSpec, schedule: ForwardSchedule, gmem: dict[str, Ref]
 
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k and v in
-    the spec's layout, of dropout's keys, and of what `mask_arrays` makes.
+    the spec's layout, of dropout's keys, a score function's arrays, and of what `mask_arrays` and `mosaic.bias` make.
     """
-    inputs = "q", "k", "v", *dropout.input_types(spec), *mask_arrays.forward_names(spec, schedule)
+    inputs = ("q", "k", "v", *dropout.input_types(spec), *score_function.input_types(spec),
+              *mask_arrays.forward_names(spec, schedule), *bias.names(spec))
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)

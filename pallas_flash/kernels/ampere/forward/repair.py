@@ -20,7 +20,7 @@ from pallas_flash.kernels.ampere.forward.softmax import State, lowest
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS
 from pallas_flash.kernels.ampere.slow_rows import SlowRows, over_chunks
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import completion, dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
@@ -84,7 +84,7 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
       l_i, (64,), and the sum of weighted values, (64, d_v).
     """
     spec, unit, first = block.spec, score_unit(block.spec), block.first + row_tile * ROWS
-    head = SlowRows(spec, block.gmem, (block.batch, div(block.head, spec.group)))
+    own, head = (block.batch, block.head), SlowRows(spec, block.gmem, (block.batch, div(block.head, spec.group)))
 
     def product(position: Index) -> PerRow:
         def add(chunk: Index, columns: int, total: PerRow) -> PerRow:
@@ -95,14 +95,17 @@ def _recompute(block: Block, row_tile: int) -> tuple[PerRow, Fragment]:
 
     def add(position: Index, sums: tuple[PerRow, PerRow, Fragment]) -> tuple[PerRow, PerRow, Fragment]:
         m_i, l_i, acc = sums
-        keep = lambda columns: block.mask.keep(columns, first, position)
-        s = scaled(spec, product(position))
+        s = complete = scaled(spec, product(position))
+        if (completed := completion.completion_of_key(spec, block.gmem, own, first, position)) is not None:
+            s = complete = completed(s)[0]
+        keep = lambda columns: completion.keep(
+            spec, block.gmem, own, block.mask.keep(columns, first, position), (first, position), complete)
         s = jnp.where(keep(8), registers.spread(s, 8), -jnp.inf).max(axis=1)
         m_new = jnp.maximum(m_i, s)
         alpha, p = jnp.exp2((m_i - m_new) * unit), jnp.exp2((s - m_new) * unit)
         kept = p
         if spec.dropout_rate:
-            kept = jnp.where(dropout.kept_of_key(spec, block.gmem, (block.batch, block.head), first, position), p, 0.0)
+            kept = jnp.where(dropout.kept_of_key(spec, block.gmem, own, first, position), p, 0.0)
         weighted = registers.spread(kept, spec.d_v) * head.row("v", position, 0, spec.d_v)
         return (m_new, l_i * alpha + p,
                 acc * registers.spread(alpha, spec.d_v) + jnp.where(keep(spec.d_v), weighted, 0.0))

@@ -16,25 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
-from pallas_flash.kernels.hopper.backward.weights import (
-    Completed,
-    Corrections,
-    Exponents,
-    Kept,
-    Large,
-    Pairs,
-    completion,
-    weights,
-)
-from pallas_flash.kernels.hopper.bias import HeadBias
+from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
+from pallas_flash.kernels.mosaic.completion import Exponents
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -123,7 +114,7 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragme
     pairs = Pairs(block.mask, first, 1, partial)
     lse_log2 = registers.spread(rows.lse_log2, schedule.block_kv)
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
-    completed = completion(spec, block.gmem, (block.batch, block.head), first, 1)
+    completed = completion.completion(spec, block.gmem, (block.batch, block.head), first, 1)
     x = plgpu.layout_cast(s, registers.TILE)
     _, p = weights(spec, x, lse_log2, Corrections(large, pairs), completed=completed)
     if schedule.pinned:
@@ -214,18 +205,6 @@ def repaired(block: Block[DqSchedule], rows: Rows, dq: Fragment) -> Fragment:
     return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
 
 
-def completion_of_key(block: Block[DqSchedule], rows: Rows, key: Index) -> Completed | None:
-    """What completes the scores of the rows and one key; None: nothing does."""
-    spec = block.spec
-    if spec.score is not None:
-        head = score_function.HeadScore(spec, block.gmem, block.batch, block.head)
-        return functools.partial(head.of_key, first=rows.first, key=key)
-    if spec.bias is not None:
-        biased = HeadBias(spec, block.gmem, block.batch, block.head)
-        return lambda s: (biased.added_to_key(s, rows.first, key), None)
-    return None
-
-
 def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
     """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
 
@@ -237,7 +216,7 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
 
     def add(first: int, position: Index, acc: Fragment) -> Fragment:
         large = Large(rows.large, functools.partial(without_rounding, block, rows))
-        completed = completion_of_key(block, rows, position)
+        completed = completion.completion_of_key(spec, block.gmem, (block.batch, block.head), rows.first, position)
         x = own.dot("q", "k", spec.d, position)
         _, p = weights(spec, x, rows.lse_log2, Corrections(large), completed=completed)
         dp = own.dot("dout", "v", spec.d_v, position) + rows.delta
@@ -247,10 +226,9 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
         ds = (p * dp).astype(spec.dtype).astype(jnp.float32)
         columns = acc.shape[1]
         keep = block.mask.keep(columns, rows.first, position)
-        if spec.bias is not None:
-            keep = HeadBias(spec, block.gmem, block.batch, block.head).keep(keep, rows.first, position)
-        if spec.score is not None and completed is not None:  # it may hide the pair
-            keep = keep & (registers.spread(completed(scaled(spec, x))[0], columns) != -jnp.inf)
+        if completed is not None:  # it may hide the pair
+            complete, _ = completed(scaled(spec, x))
+            keep = completion.keep(spec, block.gmem, (block.batch, block.head), keep, (rows.first, position), complete)
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Fragment:
@@ -294,7 +272,7 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
 
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
     """The launch that makes dq of q, k, v, dout, the statistics, and what mask, bias, dropout and score function need:
-    arrays of `mask_arrays`, those of `bias`, dropout's keys, and those of `score_function`.
+    arrays of `mask_arrays`, those of `mosaic.bias`, dropout's keys, and those of `mosaic.score_function`.
     """
     blocks = work.dq_work(spec, schedule)
     extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec),

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
@@ -33,7 +33,7 @@ from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import bias, dropout, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch

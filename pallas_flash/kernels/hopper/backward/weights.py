@@ -13,27 +13,18 @@ from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
-from pallas_flash.kernels.hopper.bias import HeadBias
-from pallas_flash.kernels.hopper.registers import Fragment, PerColumn, PerRow
+from pallas_flash.kernels.hopper.registers import Fragment, PerColumn
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.hopper.score_function import HeadScore
 from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.completion import Completed, Exponents, completion
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Completed", "Corrections", "Exponents", "Kept", "Large", "Lse", "Pairs", "completion", "kept_of", "lse_of",
-           "score_gradients", "start_of_dp", "tile_weights", "weights"]
-
-
-Exponents = Fragment | PerRow
-"""Exponents of a tile, or of 64 pairs, one in each row; and the scores and weights of the same pairs."""
-
-
-Completed = Callable[[Exponents], tuple[Exponents, Exponents | None]]
-"""From scores in the unit of `scaled` to the scores of the softmax, and their derivative; None: it is 1."""
+__all__ = ["Corrections", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "score_gradients", "start_of_dp",
+           "tile_weights", "weights"]
 
 
 class Pairs(NamedTuple):
@@ -99,20 +90,6 @@ def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections:
     complete, own_slope = (s, None) if completed is None else completed(s)
     p = corrections.weights(complete, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
     return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
-
-
-def completion(spec: AttentionSpec, gmem: dict[str, Ref], head: tuple[Index, Index], first: tuple[Index, Index],
-               keys_dim: int) -> Completed | None:
-    """What completes the scores of a tile of one head, (batch, head); None: nothing does.
-
-    Args:
-      first, keys_dim: see `Pairs`.
-    """
-    if spec.score is not None:
-        return lambda s: HeadScore(spec, gmem, *head).with_slope(s, first, keys_dim)
-    if spec.bias is not None:
-        return lambda s: (HeadBias(spec, gmem, *head).added(s, first, keys_dim), None)
-    return None
 
 
 def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment, rounded: Fragment) -> Fragment:

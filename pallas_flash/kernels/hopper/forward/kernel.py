@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
-from pallas_flash.kernels.hopper import bias, mask_arrays, memory, registers, score_function, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
@@ -57,7 +57,7 @@ from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, rows_of
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
@@ -132,21 +132,20 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
 
 def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
     """Applies the score function to scores of a key tile, or adds the bias, if there is one."""
-    spec, first = block.spec, (rows.first, kv_tile * block.schedule.block_kv)
-    if spec.score is not None:
-        return score_function.HeadScore(spec, block.gmem, tile.batch, tile.head).applied(s, first, 1)
-    if spec.bias is None:
-        return s
-    own = bias.HeadBias(spec, block.gmem, tile.batch, tile.head)
-    return with_bias_tile(block, tile, rows, kv_tile, own, s) if block.schedule.bias_slots else own.added(s, first, 1)
+    first = rows.first, kv_tile * block.schedule.block_kv
+    if block.schedule.bias_slots:
+        return with_bias_tile(block, tile, rows, kv_tile, s)
+    return completion.applied(block.spec, block.gmem, (tile.batch, tile.head), s, first)
 
 
-def with_bias_tile(block: Block, tile: Tile, rows: Rows, kv_tile: Index, own: bias.HeadBias, s: Fragment) -> Fragment:
+def with_bias_tile(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
     """Adds the tile of a bias of pairs that its ring holds, and frees it."""
     slot = tile.slot(kv_tile, block.schedule.bias_slots)
     plgpu.barrier_wait(block.bars["bias_full"].at[slot])
     first = ptx.opaque(rows.warpgroup) * ROWS_PER_WARPGROUP
-    s = own.added_from(s, block.smem["bias"].at[slot, :, pl.ds(first, ROWS_PER_WARPGROUP)], rows.first)
+    held = block.smem["bias"].at[slot, :, pl.ds(first, ROWS_PER_WARPGROUP)]
+    load = lambda i: registers.load_chunks(held, i, 8, held.dtype)
+    s = bias.HeadBias(block.spec, block.gmem, tile.batch, tile.head).added_from(s, load, rows.first)
     ptx.fence_async_proxy()
     plgpu.barrier_arrive(block.bars["bias_free"].at[slot])
     return s
@@ -371,8 +370,8 @@ def compute(block: Block, warpgroup: Index) -> None:
 def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
     spec's layout, and of what mask, bias, dropout and score function need: `work.forward_table(spec, schedule)`, or
-    arrays of `mask_arrays`, of which it updates "key_tiles"; those of `bias`, dropout's keys, and those of
-    `score_function`.
+    arrays of `mask_arrays`, of which it updates "key_tiles"; those of `mosaic.bias`, dropout's keys, and those of
+    `mosaic.score_function`.
     """
     arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
     inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec),

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import bias, tiles
+from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.forward.counter import for_each_taken, take
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
 from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import bias, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Index
 

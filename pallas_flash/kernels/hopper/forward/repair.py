@@ -13,15 +13,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, work
-from pallas_flash.kernels.hopper.bias import HeadBias
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.hopper.score_function import HeadScore
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic.bias import HeadBias
 from pallas_flash.kernels.mosaic.scheduling import div
+from pallas_flash.kernels.mosaic.score_function import HeadScore
 from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float, Int
-from pallas_flash.kernels.hopper import query_tiles
+from pallas_flash.kernels.mosaic import query_tiles
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.spec import AttentionSpec, Operands, Results
 

@@ -26,10 +26,8 @@ from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float, Int
-from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import ptx, traced
+from pallas_flash.kernels.mosaic import fragments, ptx, traced
+from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment, PerRow
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.traced import Value
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -109,7 +107,7 @@ class HeadScore(NamedTuple):
                 names[0]: Value(rows, (_ROW,)), names[1]: Value(columns, (_COLUMN,))}
             found = traced.evaluate(own, results, given, here._place, shared)
             parts.append([_spread(x.x, x.axes, (_ROW, _COLUMN)) for x in found])
-        value, *slope = (registers.concatenate(list(x)) for x in zip(*parts))
+        value, *slope = (fragments.concatenate(list(x)) for x in zip(*parts))
         return _within_range(value), slope[0] if slope else None
 
     @property
@@ -128,12 +126,12 @@ class HeadScore(NamedTuple):
 
 
 def _layout(axes: tuple[int, ...]) -> ptx.Layout:
-    return {(): ptx.SCALAR, (_ROW,): registers.ROW_LAYOUT, (_COLUMN,): registers.COLUMN_LAYOUT,
-            (_ROW, _COLUMN): registers.TILE}[axes]
+    return {(): ptx.SCALAR, (_ROW,): fragments.ROW_LAYOUT, (_COLUMN,): fragments.COLUMN_LAYOUT,
+            (_ROW, _COLUMN): fragments.TILE}[axes]
 
 
 def _shape(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple((ROWS_PER_WARPGROUP, _COLUMNS)[axis] for axis in axes)
+    return tuple((ROWS, _COLUMNS)[axis] for axis in axes)
 
 
 def _spread(x: Array, axes: tuple[int, ...], wanted: tuple[int, ...]) -> Array:
@@ -144,7 +142,7 @@ def _spread(x: Array, axes: tuple[int, ...], wanted: tuple[int, ...]) -> Array:
     return plgpu.layout_cast(wide, _layout(wanted)) if not axes else wide
 
 
-@interpreted_as(lambda axis, first: first + jnp.arange((ROWS_PER_WARPGROUP, _COLUMNS)[axis], dtype=jnp.int32))
+@interpreted_as(lambda axis, first: first + jnp.arange((ROWS, _COLUMNS)[axis], dtype=jnp.int32))
 def _positions(axis: int, first: Index) -> Int[Array, " n"]:
     """The positions of a tile's rows, or of 8 of its columns, made where they are used."""
     shape, layout = _shape((axis,)), _layout((axis,))
@@ -152,7 +150,7 @@ def _positions(axis: int, first: Index) -> Int[Array, " n"]:
     @plgpu.inline_mgpu(arg_types=(ptx.SCALAR,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout))
     def make(_: mgpu.LaunchContext, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
-        warp, row, quarter = registers.thread_in_tile()
+        warp, row, quarter = fragments.thread_in_tile()
         own = (arith.addi(arith.muli(warp, const(16)), row), arith.muli(quarter, const(2)))[axis]
         base, target = arith.addi(first.registers.item(), own), layout.to_mgpu()
         places = np.empty(target.registers_shape(shape), dtype=object)
@@ -209,7 +207,7 @@ def _within_range(s: Fragment) -> Fragment:
 
 @interpreted_as(lambda s: jnp.any(jnp.abs(s) >= _LARGE))
 def _any_large_in_warp(s: Fragment) -> Array:
-    @plgpu.inline_mgpu(arg_types=(registers.TILE,),
+    @plgpu.inline_mgpu(arg_types=(fragments.TILE,),
                        return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, ptx.SCALAR))
     def vote(_: mgpu.LaunchContext, s: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         values = [math.absf(vector.extract(register, [], [i])) for register in s.registers.flat for i in range(2)]

@@ -1,5 +1,5 @@
 """A bias of each key, or of each pair: added to scores in registers, forward and backward; its gradient is
-`hopper.dbias`.
+`mosaic.dbias`.
 
 With a bias, scores are in the unit 1: (s * unit + bias) - anchor, in this order, as in `xla`: a score added to
 finfo.min rounds to it, so that keys that a library hides by it weigh alike where a query sees no other. The anchor
@@ -15,7 +15,7 @@ in every tile, and skips none.
 """
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,10 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import masks, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float
-from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import fragments, ptx
+from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment, PerRow
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -67,14 +65,12 @@ def names(spec: AttentionSpec) -> tuple[str, ...]:
     return ("bias", "anchor") if spec.bias is not None else ()
 
 
-def arrays(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule,
-           given: tuple[Array, ...]) -> dict[str, Array]:
-    """The arrays that kernels read, padded to whole tiles, of `inputs`."""
-    if isinstance(schedule, ForwardSchedule):
-        blocks = schedule.block_kv, schedule.block_q
-    else:
-        dq_block = schedule.dq.block_kv if schedule.dq is not None else 1
-        blocks = math.lcm(schedule.kv.block_kv, dq_block), schedule.padded_q_block
+def arrays(spec: AttentionSpec, blocks: tuple[int, int], given: tuple[Array, ...]) -> dict[str, Array]:
+    """The arrays that kernels read, padded to whole tiles, of `inputs`.
+
+    Args:
+      blocks: keys and queries of a whole tile (`padded_blocks` of a schedule).
+    """
     if not given:
         return {}
     kv_len, q_len = (tiles.cdiv(length, block) * block for length, block in zip((spec.kv_len, spec.q_len), blocks))
@@ -88,7 +84,7 @@ def _padded(x: Array, rows: int, columns: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing))) if any(missing) else x
 
 
-def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
+def types(spec: AttentionSpec, blocks: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each array of a pass; none if there is no bias."""
     if spec.bias is None:
         return {}
@@ -97,7 +93,7 @@ def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> 
     def make(bias: Array, mask: masks.Mask) -> dict[str, Array]:
         operands = Operands(q=bias, k=bias, v=bias, bias=bias, score=(), mask=mask, score_integers=(),
                             dropout_seed=None, dropout_origin=None, page_table=None)
-        return arrays(spec, schedule, inputs(spec, operands))
+        return arrays(spec, blocks, inputs(spec, operands))
 
     found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, *fields)
     return found
@@ -117,8 +113,8 @@ def place(ref: Ref, batch: Index, head: Index) -> tuple[Index, Index]:
 
 def column_of_pairs(ref: Ref, head: tuple[Index, Index], first: Index, key: Index) -> PerRow:
     """Loads the bias of 64 queries and one key, float32."""
-    column = ref.at[*head, pl.ds(first, ROWS_PER_WARPGROUP), key]
-    return plgpu.load(column, layout=registers.ROW_LAYOUT, optimized=False).astype(jnp.float32)
+    column = ref.at[*head, pl.ds(first, ROWS), key]
+    return plgpu.load(column, layout=fragments.ROW_LAYOUT, optimized=False).astype(jnp.float32)
 
 
 class HeadBias(NamedTuple):
@@ -143,21 +139,20 @@ class HeadBias(NamedTuple):
         row, column = (ptx.opaque(x) for x in (first if keys_dim == 1 else first[::-1]))
         if of_pairs(self.gmem):
             return here._added_to_pairs(s, row, column, keys_dim)
-        rows = registers.spread(here._rows(own, row), 8)
+        rows = fragments.spread(here._rows(own, row), 8)
         parts = []
         for i in range(0, s.shape[1], 8):
-            columns = registers.stack(registers.load_row(self.gmem[other], (*here._at(other), 0), column + i, 8))
+            columns = fragments.stack(fragments.load_row(self.gmem[other], (*here._at(other), 0), column + i, 8))
             bias, anchor = (columns, rows) if keys_dim == 1 else (rows, columns)
             parts.append(s[:, i:i + 8] * self._unit + bias - anchor)
-        return registers.concatenate(parts)
+        return fragments.concatenate(parts)
 
-    def added_from(self, s: Fragment, tile: Ref, first: Index) -> Fragment:
-        """Scores of 64 queries from position `first` on, with the bias of a tile in shared memory: (chunks, 64, 64)."""
+    def added_from(self, s: Fragment, load: Callable[[int], Fragment], first: Index) -> Fragment:
+        """Scores of 64 queries from position `first` on, with a bias of pairs whose columns i to i + 8 `load` gives."""
         here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
-        anchor = registers.spread(here._rows("anchor", ptx.opaque(first)), 8)
-        return registers.concatenate([
-            self._with_pairs(s[:, i:i + 8], registers.load_chunks(tile, i, 8, tile.dtype), anchor)
-            for i in range(0, s.shape[1], 8)])
+        anchor = fragments.spread(here._rows("anchor", ptx.opaque(first)), 8)
+        return fragments.concatenate([self._with_pairs(s[:, i:i + 8], load(i), anchor)
+                                      for i in range(0, s.shape[1], 8)])
 
     def _with_pairs(self, s: Fragment, bias: Fragment, anchor: Fragment) -> Fragment:
         """Scores with the bias of each pair; -inf where that is, whatever the score."""
@@ -181,30 +176,30 @@ class HeadBias(NamedTuple):
         if not of_pairs(self.gmem):
             return by_mask
         own = column_of_pairs(self.gmem["bias"], self._at("bias"), first, key)
-        return by_mask & (registers.spread(own, by_mask.shape[1]) != -jnp.inf)
+        return by_mask & (fragments.spread(own, by_mask.shape[1]) != -jnp.inf)
 
     def _added_to_pairs(self, s: Fragment, row: Index, column: Index, keys_dim: int) -> Fragment:
         """Scores with the bias of each pair, from global memory."""
         ref, at, parts = self.gmem["bias"], self._at("bias"), []
-        rows = registers.spread(self._rows("anchor", row), 8) if keys_dim == 1 else None
+        rows = fragments.spread(self._rows("anchor", row), 8) if keys_dim == 1 else None
         for i in range(0, s.shape[1], 8):
             if rows is not None:
-                tile = ref.at[*at, pl.ds(row, ROWS_PER_WARPGROUP), pl.ds(column + i, 8)]
-                bias, anchor = plgpu.load(tile, layout=registers.TILE, optimized=False), rows
+                tile = ref.at[*at, pl.ds(row, ROWS), pl.ds(column + i, 8)]
+                bias, anchor = plgpu.load(tile, layout=fragments.TILE, optimized=False), rows
             else:
-                bias = registers.load_columns(ref, (*at, column + i), row, 8)
+                bias = fragments.load_columns(ref, (*at, column + i), row, 8)
                 where = *self._at("anchor"), 0
-                anchor = registers.stack(registers.load_row(self.gmem["anchor"], where, column + i, 8))
+                anchor = fragments.stack(fragments.load_row(self.gmem["anchor"], where, column + i, 8))
             parts.append(self._with_pairs(s[:, i:i + 8], bias, anchor))
-        return registers.concatenate(parts)
+        return fragments.concatenate(parts)
 
     @property
     def _unit(self) -> float:
         return softmax.unit(self.spec.scale, self.spec.softcap)
 
     def _rows(self, name: str, first: Index) -> PerRow:
-        ref = self.gmem[name].at[*self._at(name), 0, pl.ds(first, ROWS_PER_WARPGROUP)]
-        return plgpu.load(ref, layout=registers.ROW_LAYOUT, optimized=False)
+        ref = self.gmem[name].at[*self._at(name), 0, pl.ds(first, ROWS)]
+        return plgpu.load(ref, layout=fragments.ROW_LAYOUT, optimized=False)
 
     def _at(self, name: str) -> tuple[Index, Index]:
         return place(self.gmem[name], self.batch, self.head)

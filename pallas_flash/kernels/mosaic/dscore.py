@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from pallas_flash import scores, softmax, tiles
 from pallas_flash.arrays import Array, Int
-from pallas_flash.kernels.hopper import query_tiles
-from pallas_flash.kernels.hopper.score_function import LOWEST
+from pallas_flash.kernels.mosaic import query_tiles
+from pallas_flash.kernels.mosaic.score_function import LOWEST
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["dscore"]
