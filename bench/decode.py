@@ -9,7 +9,6 @@ Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +37,8 @@ class Problem:
     Attributes:
       shortest: lengths are drawn from here to the capacity; None: all sequences fill the cache.
       page: positions of a page, whose pages lie in any order; 0: contiguous.
+      bias: the sequences and query heads (or 1) of a float32 bias of each key; None: there is none.
+      sinks: whether each head has a sink.
     """
 
     batch: int
@@ -47,6 +48,8 @@ class Problem:
     q_len: int = 1
     shortest: int | None = None
     page: int = 0
+    bias: tuple[int, int] | None = None
+    sinks: bool = False
 
     @property
     def lengths(self) -> np.ndarray:
@@ -58,7 +61,7 @@ class Problem:
 
     @property
     def bytes_read(self) -> int:
-        """Of keys and values, each once."""
+        """Of keys and values, each once; not of a bias."""
         return int(self.lengths.sum()) * self.heads[1] * 2 * self.d * 2
 
     def arrays(self) -> tuple[jax.Array, cache.Cache]:
@@ -74,6 +77,15 @@ class Problem:
         q = draw(0, self.batch, q_heads, self.q_len, self.d)
         return q, cache.Cache(*keys, jnp.asarray(self.lengths), table, "BHLD")
 
+    def more_arrays(self) -> dict[str, jax.Array]:
+        """What else a call takes, by name."""
+        found = {}
+        if self.bias is not None:
+            found["bias"] = jax.random.normal(jax.random.key(3), (*self.bias, 1, self.capacity), jnp.float32)
+        if self.sinks:
+            found["sinks"] = jax.random.normal(jax.random.key(4), (self.heads[0],), jnp.float32)
+        return found
+
 
 PROBLEMS = {
     "b16-s32768-d128": Problem(16, 32_768), "b16-s32768-d64": Problem(16, 32_768, d=64),
@@ -84,19 +96,27 @@ PROBLEMS = {
     "b16-lengths-1-to-32768": Problem(16, 32_768, shortest=1),
     "b128-lengths-128-to-2048": Problem(128, 2048, shortest=128),
     **{f"b16-s32768-pages-{page}": Problem(16, 32_768, page=page) for page in (16, 64, 128)},
+    "b16-s32768-sinks": Problem(16, 32_768, sinks=True), "b1-s1024-sinks": Problem(1, 1024, sinks=True),
+    "b16-s32768-bias": Problem(16, 32_768, bias=(16, 1)), "b16-s32768-bias-heads": Problem(16, 32_768, bias=(16, 32)),
+    "b16-s16384-d256-bias": Problem(16, 16_384, d=256, bias=(16, 1)),
 }
 
 Calls = dict[str, Callable[[int], timing.Call]]
 """Of each contestant: a call that does the same so many times."""
 
 
-def _jax_calls(implementation: dispatch.Requested, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
-    attend = functools.partial(cache.attend, implementation=implementation)
+def _attend(implementation: dispatch.Requested) -> Callable[[jax.Array, cache.Cache, dict[str, jax.Array]], jax.Array]:
+    return lambda q, filled, more: cache.attend(q, filled, implementation=implementation, **more)
+
+
+def _jax_calls(implementation: dispatch.Requested, q: jax.Array, filled: cache.Cache,
+               more: dict[str, jax.Array]) -> Callable[[int], timing.Call]:
+    attend, given = _attend(implementation), (q, filled, more)
 
     def calls(count: int) -> timing.Call:
         function = attend if count == 1 else chain.chained(attend, count)
-        program = jax.jit(function).lower(q, filled).compile()
-        return timing.Call(lambda: program(q, filled), jax.block_until_ready, count)
+        program = jax.jit(function).lower(*given).compile()
+        return timing.Call(lambda: program(*given), jax.block_until_ready, count)
     return calls
 
 
@@ -136,7 +156,7 @@ def _reads(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int
 
     def calls(count: int) -> timing.Call:
         with _reads_alone(spec):
-            return _jax_calls("hopper", q, filled)(count)
+            return _jax_calls("hopper", q, filled, {})(count)
     return calls
 
 
@@ -156,11 +176,13 @@ def _torch(backend: str | None, problem: Problem, q: jax.Array, filled: cache.Ca
 
 def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     q, filled = problem.arrays()
-    found = {"ours": _jax_calls(implementation, q, filled)}
+    more = problem.more_arrays()
+    found = {"ours": _jax_calls(implementation, q, filled, more)}
     if jax.default_backend() != "gpu":
         return found
     found["reads"] = _reads(problem, q, filled)
-    if importlib.util.find_spec("torch") and problem.q_len == 1 and not problem.page and problem.shortest is None:
+    is_plain = problem.q_len == 1 and not problem.page and not more and problem.shortest is None
+    if importlib.util.find_spec("torch") and is_plain:
         found |= {name: _torch(backend, problem, q, filled)
                   for name, backend in (("torch", None), ("torch-cudnn", "CUDNN_ATTENTION"))}
     return found
@@ -168,8 +190,8 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
 
 def _error(problem: Problem, implementation: dispatch.Requested) -> float:
     """How far the result is from that of `xla`, relative to its norm."""
-    q, filled = problem.arrays()
-    run = lambda name: np.asarray(jax.jit(functools.partial(cache.attend, implementation=name))(q, filled), np.float32)
+    given = *problem.arrays(), problem.more_arrays()
+    run = lambda name: np.asarray(jax.jit(_attend(name))(*given), np.float32)
     found, wanted = run(implementation), run("xla")
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 

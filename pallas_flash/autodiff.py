@@ -6,6 +6,7 @@ operands, out and the rows' statistics (lse and its rest, `softmax.statistics`);
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, Protocol
@@ -20,8 +21,9 @@ from pallas_flash import device, dispatch, errors, sharding, softmax
 from pallas_flash.arrays import Array, Float
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part, lost, without
+from pallas_flash.masks import ArrayField
 from pallas_flash.sinks import with_sinks
-from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Others, Results
+from pallas_flash.spec import LARGEST_NUMBER, AttentionSpec, Differentiable, Gradients, Operands, Others, Results
 
 __all__ = ["RESIDUAL_NAMES", "Passes", "Target", "attend", "backward", "differentiable", "forward", "natural_lse",
            "without_out"]
@@ -158,6 +160,7 @@ def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
     _check_shape(spec, "dropout_seed", operands.dropout_seed, (2,) if spec.dropout_rate else None)
     _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_moved else None)
     _check_shape(spec, "page_table", operands.page_table, spec.page_table_shape)
+    _check_shape(spec, "sinks", operands.sinks, None if spec.sinks is None else spec.sinks.shape)
 
 
 def _check_results(spec: AttentionSpec, given: Results[Array], prefix: str = "") -> None:
@@ -216,6 +219,25 @@ class _OnOneDevice(NamedTuple):
                                                where=self.target.device, finite=self.is_finite)
         return gradients
 
+    def sinks_gradient(self, operands: Operands, results: Results[Array],
+                       cotangents: Results[Array]) -> Float[Array, "1 h 1 1"]:
+        """The gradient of sinks that the forward takes: each is one more score of its rows, of a key without a value.
+        Nothing comes of a sequence that has lost keys.
+        """
+        spec, sinks = self.spec, operands.sinks
+        assert sinks is not None
+
+        def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Array:
+            results, cotangents = (_marked_lost(spec, operands, x, 0.0) for x in (results, cotangents))
+            assert operands.sinks is not None
+            sinks, lse = operands.sinks[..., 0], natural_lse(spec, operands, results.stats)
+            weight = jnp.where(sinks == -jnp.inf, jnp.zeros_like(lse), jnp.minimum(jnp.exp(sinks - lse), 1))
+            out, dout = (x.swapaxes(1, 2) if spec.layout == "BLHD" else x for x in (results.out, cotangents.out))
+            delta = softmax.delta(out, dout, cotangents.stats[:, :, 0], spec.acc_dtype)
+            return -(weight * delta).sum(axis=(0, 2))[None, :, None, None]
+        found: Array = sharding.automatic(run, sharding.place(sinks), operands, results, cotangents)
+        return found
+
 
 def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float[Array, " h"] | None) -> tuple[
         Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
@@ -225,8 +247,13 @@ def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float
     Raises:
       UnsupportedError: on a derivative that the implementation has not: forward mode, or one of second order.
     """
+    implementation = dispatch.get(target.name)
+    if sinks is not None and implementation.takes_sinks(spec) and not spec.is_empty:
+        own = sinks.astype(spec.acc_dtype)[None, :, None, None]
+        operands, sinks = operands._replace(sinks=own), None
+        spec = dataclasses.replace(spec, sinks=ArrayField.of(own))
     operands, passes = sharding.vary_together(operands), _OnOneDevice(spec, target)
-    itself = dispatch.get(target.name).differentiates_itself
+    itself = implementation.differentiates_itself
     out, stats = passes.forward(operands) if itself else differentiable(passes, operands)
     lse = natural_lse(spec, operands, stats) if spec.return_lse or sinks is not None else None
     if lse is not None and sinks is not None:
@@ -252,7 +279,10 @@ def differentiable(passes: Passes, operands: Operands) -> Results[Array]:
     """Runs the forward of `passes`; the derivative is their backward, in reverse mode and of first order alone."""
     given = jax.tree.map(lambda x: _reverse_mode_only(passes.label, x) if isinstance(x, jax.core.Tracer) else x,
                          operands.differentiable)
-    results: Results[Array] = _attend(passes, given, operands.others)
+    sinks = operands.sinks
+    if isinstance(sinks, jax.core.Tracer):
+        sinks = _reverse_mode_only(passes.label, sinks)
+    results: Results[Array] = _attend(passes, given, sinks, operands.others)
     return results
 
 
@@ -261,7 +291,18 @@ def natural_lse(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b 
     """Turns the statistics of the anchored scores into the lse of the scores themselves."""
     def run(operands: Operands, stats: Array) -> Array:
         lse = stats[:, :, 0]
-        return lse if spec.is_empty or spec.bias is None else lse + spec.anchor(operands)[..., 0].astype(lse.dtype)
+        if spec.is_empty or spec.bias is None:
+            return lse
+        anchor = spec.anchor(operands)[..., 0].astype(lse.dtype)
+        total = lse + anchor
+        if operands.sinks is None:
+            return total
+        # A sink is a score without the anchor. Beside a large one it is in the rest; beside finfo.min it is the lse.
+        sinks, far = operands.sinks[..., 0], -LARGEST_NUMBER
+        exact = (softmax.reference_point(lse, 1.0) + anchor) + stats[:, :, 1]
+        exact = jnp.where((anchor < far) & (sinks > far), jnp.broadcast_to(sinks, lse.shape), exact)
+        lost = jnp.where(jnp.isfinite(exact) & jnp.isfinite(total), exact - total, jnp.zeros_like(total))
+        return total + jax.lax.stop_gradient(lost)  # the gradient is that of lse alone
     return sharding.automatic(run, sharding.lse_place(spec, operands), operands, stats)
 
 
@@ -323,9 +364,17 @@ def _backward_once(passes: Passes, operands: Operands, results: Results[Array],
     return passes.backward(operands, results, cotangents)
 
 
+@_differentiable_once
+def _sinks_gradient_once(passes: Passes, operands: Operands, results: Results[Array],
+                         cotangents: Results[Array]) -> Array:
+    assert isinstance(passes, _OnOneDevice), "only the forward of one device takes sinks"
+    return passes.sinks_gradient(operands, results, cotangents)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(passes: Passes, differentiable: Differentiable[Array], others: Others) -> Results[Array]:
-    return passes.forward(Operands.of(differentiable, others))
+def _attend(passes: Passes, differentiable: Differentiable[Array], sinks: Array | None,
+            others: Others) -> Results[Array]:
+    return passes.forward(Operands.of(differentiable, others)._replace(sinks=sinks))
 
 
 class _Residuals(NamedTuple):
@@ -333,16 +382,18 @@ class _Residuals(NamedTuple):
     results: Results[Array]
 
 
-def _attend_fwd(passes: Passes, differentiable: Differentiable[Array],
+def _attend_fwd(passes: Passes, differentiable: Differentiable[Array], sinks: Array | None,
                 others: Others) -> tuple[Results[Array], _Residuals]:
-    operands = Operands.of(differentiable, others)
+    operands = Operands.of(differentiable, others)._replace(sinks=sinks)
     results = Results(*map(checkpoint_name, _forward_once(passes, operands), RESIDUAL_NAMES))
     return results, _Residuals(operands, results)
 
 
 def _attend_bwd(passes: Passes, residuals: _Residuals,
-                cotangents: Results[Array]) -> tuple[Differentiable[Array], None]:
-    return _backward_once(passes, *residuals, cotangents).as_operands(), None
+                cotangents: Results[Array]) -> tuple[Differentiable[Array], Array | None, None]:
+    found = _backward_once(passes, *residuals, cotangents).as_operands()
+    dsinks = None if residuals.operands.sinks is None else _sinks_gradient_once(passes, *residuals, cotangents)
+    return found, dsinks, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -54,6 +54,11 @@ def _itself(spec: AttentionSpec) -> None:
     del spec
 
 
+def _no_sinks(spec: AttentionSpec) -> bool:
+    del spec
+    return False
+
+
 def _no_copies(spec: AttentionSpec) -> None:
     del spec
 
@@ -83,6 +88,8 @@ class Implementation:
       copies: (spec) -> what is copied around the kernels, because they compute another problem; None: nothing.
       finds_lost: its forward takes lengths of a cache as they are, also above the capacity, and gives NaN for sequences
         that have lost keys; for the others `autodiff` does.
+      takes_sinks: (spec) -> whether its forward computes `AttentionSpec.sinks`; for the others `autodiff` adds them to
+        the results.
     """
 
     name: str
@@ -98,6 +105,7 @@ class Implementation:
     backward_of: Callable[[AttentionSpec], str | None] = _itself
     copies: Callable[[AttentionSpec], padding.Copies | None] = _no_copies
     finds_lost: bool = False
+    takes_sinks: Callable[[AttentionSpec], bool] = _no_sinks
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -134,7 +142,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
                    "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of, hopper.copies,
-                   finds_lost=True),
+                   finds_lost=True, takes_sinks=hopper.takes_sinks),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",

@@ -127,8 +127,10 @@ def statistics(m_i: Array, l_i: Array, unit: float, rounding: Array | float = 0.
 def shifted(stats: Array, by: Array, unit: float) -> Array:
     """The statistics (..., 2, q) of scores that are larger by `by`, (..., q): natural logarithms."""
     lse, rest = stats[..., 0, :], stats[..., 1, :]
-    moved = lse + by
-    lost = ((reference_point(lse, unit) + by * (1 / unit)) - reference_point(moved, unit)) + rest
+    moved, start, step = lse + by, reference_point(lse, unit), by * (1 / unit)
+    total = start + step
+    of_step = total - start  # and what the sum has lost of both (Knuth's TwoSum): all of lse, beside a huge step
+    lost = (total - reference_point(moved, unit)) + (((start - (total - of_step)) + (step - of_step)) + rest)
     return jnp.stack([moved, jnp.where(lse == -jnp.inf, rest, lost)], axis=-2)
 
 

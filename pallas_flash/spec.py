@@ -80,6 +80,7 @@ class Operands(NamedTuple):
     dropout_seed: Int[Array, "2"] | None  # uint32
     dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
     page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
+    sinks: Float[Array, "1|b h 1 1"] | None = None  # of a forward that takes them (`AttentionSpec.sinks`); float32
 
     @property
     def differentiable(self) -> Differentiable[Array]:
@@ -136,6 +137,8 @@ class AttentionSpec:
         and no out: the cotangent of lse has -delta in it (`autodiff.without_out`).
       pages: keys and values lie in so many pages, (pages, page_size, heads, dim) or heads before page_size, and
         `Operands.page_table` (batch, kv_len / page_size) says in which; None: they lie one after the other.
+      sinks: the shape of `Operands.sinks`, that take part in the softmax, where the forward computes that itself
+        (`dispatch.Implementation.takes_sinks`); None: there are none, or `autodiff` adds them to the results.
     """
 
     layout: Layout
@@ -158,6 +161,7 @@ class AttentionSpec:
     deterministic: bool
     partial: bool
     pages: Pages | None
+    sinks: ArrayField | None = None
 
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,

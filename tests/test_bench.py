@@ -679,8 +679,8 @@ def test_decoding_is_timed_in_bytes_a_second(monkeypatch):
     """Without the others that a GPU has: reads alone, and PyTorch."""
     monkeypatch.setattr(decode, "BURST_SECONDS", 0.001)
     monkeypatch.setattr(decode, "_contestants", lambda problem, implementation: {
-        "ours": decode._jax_calls(implementation, *problem.arrays())})
-    problem = decode.Problem(2, 48, (2, 1), 8, shortest=5, page=16)
+        "ours": decode._jax_calls(implementation, *problem.arrays(), problem.more_arrays())})
+    problem = decode.Problem(2, 48, (2, 1), 8, shortest=5, page=16, bias=(2, 1), sinks=True)
     record = decode.measure("small", problem, "xla", rounds=1)
     assert problem.lengths.min() >= 5 and problem.lengths.max() <= 48
     assert problem.bytes_read == problem.lengths.sum() * 8 * 4

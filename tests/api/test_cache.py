@@ -30,7 +30,7 @@ from pallas_flash import (
     flash_attention,
 )
 from pallas_flash.filled import Filled
-from pallas_flash.kernels.xla import schedule
+from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import inputs, textbook
 from pallas_flash.testing.budget import Budget
@@ -394,6 +394,31 @@ def test_memory_does_not_grow_with_the_capacity(pages):
     q = jax.ShapeDtypeStruct((1, 16, 4, DIM), "float32")
     memory = jax.jit(cache.attend).lower(q, cached).compile().memory_analysis()
     assert memory.temp_size_in_bytes < cached.capacity * DIM * 4 / 4  # of the scores of a row, of a quarter of the keys
+
+
+@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("q_len", [1, 7])
+def test_xla_reads_each_key_once(pages, q_len, monkeypatch):
+    """Counted as it runs: which tiles of keys, and of values, the loop loads, for all heads of a group and all queries
+    together. The analysis of a compiled program cannot say it: how often the loop runs depends on the lengths.
+    """
+    seen: list[int] = []
+    load = blocks.Problem.kv_tile
+
+    def counted(self, array, tile):
+        jax.debug.callback(lambda tile: seen.append(int(tile)), tile)
+        return load(self, array, tile)
+
+    monkeypatch.setattr(blocks.Problem, "kv_tile", counted)
+    monkeypatch.setattr(schedule, "TARGET_BLOCK", 16)
+    number, size = (6, 16) if pages else (1, 96)
+    table = jnp.arange(6)[None] if pages else None
+    cached = cache.Cache(normal(1, number, size, 2, 24), normal(2, number, size, 2, 24), [45], table)
+    q = normal(3, 1, q_len, 6, 24)
+    jax.jit(functools.partial(cache.attend, implementation="xla"))(q, cached).block_until_ready()
+    jax.effects_barrier()
+    jax.clear_caches()  # which hold programs with callbacks
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2]  # keys and values, of 45 keys of 96
 
 
 FOR_AN_H200 = """

@@ -24,12 +24,15 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device, paging
+from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device, paging, softmax
+from pallas_flash.dispatch import get
 from pallas_flash.filled import Filled
-from pallas_flash.kernels.hopper import defaults, launches, rules
+from pallas_flash.kernels.hopper import calls, defaults, launches, rules
 from pallas_flash.kernels.mosaic import batching, lanes
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.masks import ArrayField
+from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Operands, Results
 from tests.hopper.offline.places import cuda_root
 
@@ -64,6 +67,10 @@ class Case:
     mask: Mask | None = None  # the rule as a call gives it, if it holds arrays
     scale: float | None = None
     softcap: float | None = None
+    bias: tuple[int, int] = (0, 0)  # its batch and heads; 0: there is none
+    bias_dtype: str = "float32"
+    least: float = -np.inf  # the bias of some keys, -inf or finfo.min; of a sequence or head, in turn, of all
+    sinks: bool = False
     bad: tuple[int, ...] = ()  # how far before the last key of each sequence values are NaN, or infinite
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # how it differs from the default
 
@@ -83,6 +90,25 @@ def rows(case: Case) -> tuple[np.ndarray, ...]:
     return tuple(normal(seed, case.batch, *shape).astype(case.dtype) for seed, shape in enumerate(shapes))
 
 
+def bias_of(case: Case) -> np.ndarray | None:
+    """The bias of each key, (batch or 1, heads or 1, 1, capacity), `case.least` for a fifth of them."""
+    if not case.bias[0]:
+        return None
+    shape = *case.bias, 1, case.capacity
+    found = np.where(np.random.default_rng(9).random(shape) < 0.2, case.least, 2 * normal(9, *shape))
+    if case.bias[1] > 1:
+        found[-1, 1] = case.least
+    return np.maximum(found, float(jnp.finfo(case.bias_dtype).min) if np.isfinite(case.least) else -np.inf
+                      ).astype(case.bias_dtype)
+
+
+def sinks_of(case: Case) -> np.ndarray | None:
+    """A sink of each query head, (q_heads,), -inf for the last."""
+    if not case.sinks:
+        return None
+    return np.append(3 * normal(11, case.heads[0] - 1), -np.inf).astype(np.float32)
+
+
 def in_layout(case: Case, x: np.ndarray) -> np.ndarray:
     return x if case.layout == "BLHD" else x.swapaxes(1, 2)
 
@@ -96,6 +122,8 @@ def is_bad(case: Case) -> np.ndarray:
 def stored(case: Case, k: np.ndarray, v: np.ndarray) -> cache.Cache:
     """The cache of these keys, with NaN past each length, and in pages of no sequence; missing pages have no entry."""
     past = np.arange(case.capacity) >= np.array(case.lengths)[:, None]
+    if (bias := bias_of(case)) is not None:  # keys that no head sees
+        k = np.where((bias == -np.inf).all(axis=(1, 2))[..., None, None], np.asarray(np.nan, k.dtype), k)
     v = np.where(is_bad(case)[..., None, None], np.asarray(np.inf if case.q_len % 2 else np.nan, v.dtype), v)
     k, v = (np.where(past[..., None, None], np.asarray(np.nan, x.dtype), x) for x in (k, v))
     if not case.page:
@@ -115,26 +143,34 @@ def stored(case: Case, k: np.ndarray, v: np.ndarray) -> cache.Cache:
 
 def exact(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """out (batch, q_len, q_heads, d_v), NaN where it is not finite, and lse (batch, q_heads, q_len) in float64."""
-    q_heads, group = case.heads[0], case.heads[0] // case.heads[1]
+    q_heads, group, bias, sinks = case.heads[0], case.heads[0] // case.heads[1], bias_of(case), sinks_of(case)
     out = np.zeros((case.batch, case.q_len, q_heads, case.d[1]))
     lse = np.full((case.batch, q_heads, case.q_len), -np.inf)
     scale = case.d[0] ** -0.5 if case.scale is None else case.scale
     for b, length in enumerate(case.lengths):
         pos = length - case.q_len + np.arange(case.q_len)
-        keep = (pos >= 0)[:, None] & case.rule.keep(np.maximum(pos, 0)[:, None], np.arange(length)[None])
-        for head in range(q_heads) if length else ():
+        of_rule = (pos >= 0)[:, None] & case.rule.keep(np.maximum(pos, 0)[:, None], np.arange(length)[None])
+        for head in range(q_heads) if length or case.sinks else ():
+            keep, added = of_rule, 0.0
+            if bias is not None:
+                added = bias[b % len(bias), head % bias.shape[1], 0, :length].astype(np.float64)
+                keep = keep & (added > -np.inf)
             query, key, value = (x.astype(np.float64) for x in (
                 q[b, :, head], k[b, :length, head // group], v[b, :length, head // group]))
             s = scale * query @ key.T
             s = s if case.softcap is None else case.softcap * np.tanh(s / case.softcap)
+            # A score added to finfo.min rounds to it, in float32 as in any implementation.
+            s = np.where(np.broadcast_to(added < -1e30, keep.shape), added, s + added)
             s = np.where(keep, s, -np.inf)
-            m = np.where(keep.any(axis=1), s.max(axis=1), 0)
+            s = s if sinks is None else np.append(s, np.full((case.q_len, 1), sinks[head]), axis=1)
+            m = s.max(axis=1, initial=-np.inf)
+            m = np.where(np.isfinite(m), m, 0)
             p = np.exp(s - m[:, None])
             total = p.sum(axis=1)
-            out[b, :, head] = p @ value / np.where(total > 0, total, 1)[:, None]
+            out[b, :, head] = p[:, :length] @ value / np.where(total > 0, total, 1)[:, None]
             with np.errstate(divide="ignore"):
                 lse[b, head] = m + np.log(total)
-        out[b, (keep & is_bad(case)[b, :length]).any(axis=1)] = np.nan
+            out[b, (keep & is_bad(case)[b, :length]).any(axis=1), head] = np.nan
     return out, lse
 
 
@@ -166,6 +202,15 @@ INTERPRETED = {
     # No head has so many workers that two of them are of one block: in the interpreter these count at the same time.
     "two workers a block": Case((0, 130, 77), 2, d=(64, 32), capacity=144, page=48, layout="BHLD",
                                 schedule=dict(num_blocks=4, num_stages=2, workers=2)),
+    "sinks": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16", softcap=5.0, sinks=True,
+                  schedule=dict(num_blocks=4, num_stages=2)),
+    "a bias of each head, sinks, pages": Case((90, 144, 0), 2, (4, 2), (16, 16), 144, 16, scale=-0.2, bias=(3, 4),
+                                              bias_dtype="bfloat16", sinks=True, bad=(3, 40, 41, 42, 43),
+                                              schedule=dict(num_blocks=3, block_kv=48)),
+    "a bias of all heads": Case((77, 20), heads=(6, 2), d=(64, 64), capacity=77, layout="BHLD", bias=(2, 1),
+                                softcap=9.0, bad=tuple(range(9)), schedule=dict(num_blocks=1, num_stages=2)),
+    "a bias of finfo.min": Case((70, 33), 2, (4, 1), (16, 16), 70, bias=(1, 4), least=float(np.finfo("float32").min),
+                                schedule=dict(num_blocks=2, block_kv=32)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }
@@ -174,7 +219,10 @@ INTERPRETED = {
 def call_of(case: Case, q: np.ndarray, cached: cache.Cache) -> Any:
     """What `cache.attend` makes of its arguments: a spec and operands."""
     options = case.options | dict(return_lse=True)
-    return cache._Call.of(in_layout(case, q), cached, options.pop("mask"), None, options)
+    call = cache._Call.of(in_layout(case, q), cached, options.pop("mask"), bias_of(case), options)
+    if not case.sinks:
+        return call
+    return call._replace(spec=dataclasses.replace(call.spec, sinks=ArrayField((1, case.heads[0], 1, 1), "float32")))
 
 
 @pytest.mark.interpreted
@@ -189,7 +237,9 @@ def test_the_kernel_agrees_with_the_oracle(name, monkeypatch):
     schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), **case.schedule)
     assert rules.reasons_against(spec, schedule, device.H100.smem_bytes) == []
     one_block = schedule.num_blocks == 1
-    arrays = *operands[:3], *jax.tree.leaves(operands.mask), operands.page_table
+    sinks = sinks_of(case)
+    sinks = None if sinks is None else sinks[None, :, None, None]
+    arrays = *operands[:3], *jax.tree.leaves(operands.mask), operands.bias, sinks, operands.page_table
     with interpreted(detect_races=one_block):
         out, stats = jax.jit(launches.forward(spec, schedule))(*(x for x in arrays if x is not None))
         assert_right(case, out, stats[:, :, 0], exact(case, q, k, v))
@@ -227,7 +277,7 @@ def test_an_automatic_choice_leaves_it_out_until_it_has_run():
     (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
     (dict(d=20), {}, r"multiples of 8 .* against a cache, which is not copied in each step, .* to d=24, d_v=24"),
     (dict(), dict(mask=Causal() & Window(left=np.full((2, 8), 3))), "a number for each sequence .*, mask has Window"),
-    (dict(), dict(bias=np.zeros((1, 1, 1, 256), "float32")), "takes no bias against a cache yet"),
+    (dict(q_len=2), dict(bias=np.zeros((1, 1, 2, 256), "float32")), "takes a bias of each key against a cache only"),
 ])
 def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
     q, cached = shapes(**options)
@@ -260,6 +310,49 @@ def test_its_gradients_are_those_of_xla():
     assert "dot_general" in programs[0] and "pallas_flash_kernel" not in programs[0]
 
 
+def forward_with_sinks(spec, operands):
+    """What the kernel computes, in plain JAX."""
+    given = dataclasses.replace(spec, sinks=None), operands._replace(sinks=None)
+    out, stats = get("xla").forward(*given)
+    out, lse = with_sinks(spec.layout, out, autodiff.natural_lse(*given, stats), operands.sinks[0, :, 0, 0])
+    start = lse - spec.anchor(operands)[..., 0] if spec.bias is not None else lse
+    unit = 1.0 if spec.bias is not None else softmax.unit(spec.scale, spec.softcap)
+    return Results(out, jnp.stack(softmax.from_lse(start, unit), axis=2))
+
+
+@pytest.mark.parametrize("layout", ["BLHD", "BHLD"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_sinks_of_the_kernel_have_the_gradients_of_the_pass_over_out(layout, with_bias, monkeypatch):
+    """Also of a sequence without keys, and of one that has lost some, of which nothing is differentiated."""
+    monkeypatch.setattr(calls, "forward", forward_with_sinks)
+    case = Case((9, 0, 16, 5), 2, (4, 2), (8, 16), 16, layout=layout, bias=(1, 4) if with_bias else (0, 0), sinks=True)
+    q, k, v = rows(case)
+    k, v = (jnp.asarray(in_layout(case, x)) for x in (k, v))
+    bias, sinks = bias_of(case), sinks_of(case)
+    weights = normal(5, 4, 2, 4, 16), normal(6, 4, 4, 2)
+
+    def total(name, q, k, v, bias, sinks):
+        cached = cache.Cache(k, v, jnp.asarray([9, 0, 16, 17], jnp.int32), None, layout)
+        out, lse = cache.attend(q, cached, bias=bias, sinks=sinks, return_lse=True, implementation=name)
+        return sum(jnp.where(jnp.isfinite(x), x * w, 0).sum() for x, w in zip((
+            out.astype(jnp.float32), lse), (in_layout(case, weights[0]), weights[1])))
+
+    with device.assume(device.H100):
+        found, wanted = (jax.jit(jax.grad(functools.partial(total, name), (0, 1, 2, 4)))(
+            jnp.asarray(in_layout(case, q)), k, v, bias, jnp.asarray(sinks)) for name in ("hopper", "xla"))
+    assert np.abs(np.asarray(wanted[-1])[:-1]).min() > 0.01
+    assert_agree(found[:-1], wanted[:-1])
+    np.testing.assert_allclose(found[-1], wanted[-1], atol=2.0**-8)  # of out, which is rounded to bfloat16
+
+
+def test_explain_says_where_sinks_are_computed():
+    q, cached = shapes()
+    sinks = jax.ShapeDtypeStruct((8,), "float32")
+    for name, where in (("hopper", "in the kernel"), ("xla", "one more pass over out, in plain JAX")):
+        text = cache.explain(q, cached, sinks=sinks, device=device.H200, implementation=name)
+        assert text.endswith(f"sinks: {where}")
+
+
 def decoding(q, cached):
     """A step of a decoding loop, lowered for a GPU."""
     return cache.attend(q, cached, return_lse=True, implementation="hopper")
@@ -282,6 +375,18 @@ def test_under_transformations(name):
     assert text.count("@mosaic_gpu") == 1
     number = {"scan": "2x256", "pages-vmapped": "27x32", "pages-shared": "9x32"}[name]
     assert f"tensor<{number}x2x64xbf16>" in text
+
+
+def test_vmap_folds_sinks_and_a_bias():
+    """Of each element: they have a batch then, which is that of the kernel."""
+    q, cached = shapes()
+    sinks, bias = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((3, 8), (3, 1, 8, 1, 256)))
+    call = lambda q, sinks, bias, cached: cache.attend(q, cached, sinks=sinks, bias=bias, implementation="hopper")
+    with device.assume(device.H100):
+        lowered = jax.jit(jax.vmap(call, (None, 0, 0, None))).trace(q, sinks, bias, cached).lower(
+            lowering_platforms=("cuda",))
+    kernel, = (line for line in lowered.as_text().splitlines() if "@mosaic_gpu" in line)
+    assert "tensor<6x8x1x1xf32>" in kernel and "tensor<6x8x1x256xf32>" in kernel
 
 
 @pytest.mark.parametrize("mapped", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
@@ -370,12 +475,21 @@ ON_A_GPU = {
     "one-long-sequence": Case((131_072,), capacity=131_072, heads=(4, 1)),
     "one-short-sequence": Case((100,), capacity=131_072, heads=(4, 1)),
     "one-tile": Case((5,), capacity=20, heads=(1, 1)),
+    "sinks": LONG(sinks=True, q_len=3), "sinks-d256-pages-heads-first": PAGED(
+        sinks=True, page=16, d=(256, 256), layout="BHLD", heads=(8, 1)),
+    "bias": LONG(bias=(6, 1), bad=(1, 2)), "bias-heads-odd-capacity": Case(
+        LENGTHS, capacity=3001, bias=(1, 4), q_len=4, dtype="float16", d=(64, 64), bad=(1, 2)),
+    "bias-bf16-sinks-pages": PAGED(bias=(6, 4), bias_dtype="bfloat16", sinks=True, page=64, softcap=5.0),
+    "bias-d256": LONG(bias=(1, 4), d=(256, 256), q_len=2, bad=(1, 2, 3), sinks=True),
+    "bias-of-the-least-number": LONG(bias=(6, 4), least=float(np.finfo("float32").min), q_len=2),
 }
 
 
 def ours(case: Case) -> Any:
     """A jitted function of queries and a cache to out and lse."""
-    return jax.jit(functools.partial(cache.attend, return_lse=True, implementation="hopper", **case.options))
+    bias, sinks = (None if x is None else jnp.asarray(x) for x in (bias_of(case), sinks_of(case)))
+    return jax.jit(functools.partial(cache.attend, return_lse=True, implementation="hopper", bias=bias, sinks=sinks,
+                                     **case.options))
 
 
 @pytest.mark.gpu
@@ -463,7 +577,8 @@ test_decode.assert_right_as_scheduled(test_decode.{case})
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
 @pytest.mark.parametrize("case", [
-    "Case((300, 0, 77), 2, capacity=320, page=32)", "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
+    "Case((300, 0, 77), 2, capacity=320, page=32, bias=(3, 4), sinks=True, bad=(1, 2))",
+    "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
     "Case((300, 0, 77), 2, capacity=301, d=(64, 64), schedule=dict(workers=2, num_blocks=5))"])
 def test_compute_sanitizer_finds_nothing(tool, case):
     """Each array is an allocation of its own, so that what lies past its end is not another one's."""

@@ -56,16 +56,17 @@ def test_sequences_that_have_lost_keys_are_nan():
 def test_a_decoding_loop_runs_little_beside_the_kernel(tmp_path):
     """A layer appends in three kernels, keys, values and lengths, and attends in one, whose counters are set in one
     more; all of a step is one CUDA graph. Regression: bounds of lengths, what is inside of the cache, and results of
-    lost sequences were four more.
+    lost sequences were four more. Sinks were one more, too, and a bias was refused.
     """
+    programs = ["one", "pages", "sinks and a bias"]
     environment = places.environment(tmp_path, next(iter(places.compilers().values())))
     environment = {name: value for name, value in environment.items() if not name.startswith("MOSAIC_GPU_DUMP")}
     environment["XLA_FLAGS"] = "--xla_dump_to=. --xla_dump_hlo_as_text"
-    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.decoding_loop", "one", "pages"],
+    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.decoding_loop", *programs],
                           cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [report["program"] for report in reports] == ["one", "pages"]
+    assert [report["program"] for report in reports] == programs
     for report in reports:
         kinds, layers = report["kinds"], report["kinds"]["kCustomCall"]
         assert layers == 4

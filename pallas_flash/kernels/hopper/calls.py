@@ -13,8 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import masks, padding
+from pallas_flash import masks, padding, softmax
 from pallas_flash.device import Device
+from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
@@ -77,6 +78,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
+    if filled_part(spec.mask) is not None:
+        return _anchored(spec, operands, _run_decode(spec, operands))
     keys = dropout.inputs(spec, operands)
     padded = padding.padded_operands(spec, _without_seed(operands))
     found = [_run_forward(part, given, keys) for part, given in wide.parts(padding.padded(spec), padded)]
@@ -111,14 +114,32 @@ def _without_seed(operands: Operands) -> Operands:
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
-    fields, biases, pages = jax.tree.leaves(operands.mask), bias.inputs(spec, operands), operands.page_table
-    key, table = ("key", "") if pages is None else ("pages", "table ")
-    more = (f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}"
-            f"{'bias ' * len(biases)}{table}")
-    roles = f"query {key} {key} {more}-> query row"
-    arrays = operands.q, operands.k, operands.v, *own, *fields, *biases, *[pages] * (pages is not None)
-    out, stats = partitioned(_forward_on(device), roles, spec, *arrays)
+    fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
+    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
+    arrays = operands.q, operands.k, operands.v, *own, *fields, *biases
+    out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays)
     return Results(out, stats)
+
+
+@vmappable
+def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+    """Against a cache: the kernel reads a bias and sinks as they are, and finds the mask from its arrays."""
+    fields, pages = jax.tree.leaves(operands.mask), operands.page_table
+    added = [x for x in (operands.bias, operands.sinks) if x is not None]
+    key, table = ("key", "") if pages is None else ("pages", "table ")
+    roles = f"query {key} {key} {'field ' * len(fields)}{'bias ' * len(added)}{table}-> query row"
+    arrays = operands.q, operands.k, operands.v, *fields, *added, *[pages] * (pages is not None)
+    return Results(*partitioned(_forward_on(device), roles, spec, *arrays))
+
+
+def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Array]) -> Results[jax.Array]:
+    """The results with the statistics of anchored scores, of those of the scores as they are. XLA computes none of it
+    where nobody reads the statistics.
+    """
+    if spec.bias is None:
+        return results
+    anchor = jnp.broadcast_to(spec.anchor(operands)[..., 0].astype(jnp.float32), spec.lse_shape)
+    return results._replace(stats=softmax.shifted(results.stats, -anchor, 1.0))
 
 
 @vmappable

@@ -1,7 +1,8 @@
 """The passes of a spec as lists of kernel launches (`mosaic.launch`).
 
 forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant. Against a cache, q, k, v, the
-mask's arrays and, if there are pages, their table -> out, stats: one kernel, too, whose counters are a constant.
+mask's arrays, a bias, sinks and, if there are pages, their table -> out, stats: one kernel, too, whose counters are a
+constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
@@ -17,6 +18,7 @@ import numpy as np
 
 from pallas_flash.kernels.hopper import mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
+from pallas_flash.kernels.hopper.decode import added
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
@@ -41,7 +43,7 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
-    inputs = _operands(spec) | fields(spec)
+    inputs = _operands(spec) | fields(spec) | added.types(spec)
     if spec.page_table_shape is not None:
         inputs["page_table"] = jax.ShapeDtypeStruct(spec.page_table_shape, jnp.int32)
     counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)

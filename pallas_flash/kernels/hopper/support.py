@@ -10,7 +10,7 @@ from pallas_flash.kernels.hopper.wide import copies
 from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "why_not"]
+__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 512
@@ -50,6 +50,11 @@ def backward_of(spec: AttentionSpec) -> str | None:
     head dimension above 256, here.
     """
     return None if filled_part(spec.mask) is None and not _is_wide(spec) else "xla"
+
+
+def takes_sinks(spec: AttentionSpec) -> bool:
+    """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
+    return filled_part(spec.mask) is not None
 
 
 def _is_wide(spec: AttentionSpec) -> bool:
@@ -102,7 +107,9 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
         (not wide and not filled.rule.has_arrays,
          "takes masks whose arrays are a number for each sequence against a cache only, mask has "
          f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
-        (spec.bias is None, "takes no bias against a cache yet"),
+        (spec.bias is None or (spec.bias.shape[2] == 1 and spec.bias.dtype.name != "float64"),
+         "takes a bias of each key against a cache only, (batch, heads, 1, capacity) in 16 or 32 bits, bias is "
+         f"{spec.bias} (give it one query at a time, or cast it)"),
         (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )

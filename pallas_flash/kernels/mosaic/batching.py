@@ -109,7 +109,7 @@ def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands, mappe
 
 
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
-    bias = None if operands.bias is None else ArrayField.of(operands.bias)
+    bias, sinks = (None if x is None else ArrayField.of(x) for x in (operands.bias, operands.sinks))
     pages = None if spec.pages is None else dataclasses.replace(spec.pages, number=operands.k.shape[0])
     return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(),
-                               pages=pages, bias=bias)
+                               pages=pages, bias=bias, sinks=sinks)

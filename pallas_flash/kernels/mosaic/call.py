@@ -77,8 +77,9 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Arra
         key: (batch, kv_len, kv_heads, any) in the spec's layout: k, v, dk, dv; a result is a sum over query heads;
         row: (batch, q_heads, any, ...): the rows' statistics;
         field: (batch or 1, q_heads or 1, any, ...): an array of the spec's mask, all of which come in its order;
-        bias: (batch or 1, q_heads or 1, any, any): the spec's bias, or what is made of it; a result is a sum over the
-          axes that it does not have, of a computation that leaves it in float32 where the spec is `partial`;
+        bias: (batch or 1, q_heads or 1, any, any): the spec's bias, or what is made of it, or its sinks; a result is a
+          sum over the axes that it does not have, of a computation that leaves it in float32 where the spec is
+          `partial`;
         pages: (any, any, kv_heads, any) in the spec's layout: k and v in pages, of which every device takes all;
         table: (batch, any): of pages;
         whole: anything of which every device takes all.
@@ -226,9 +227,9 @@ class Split:
             return masks.ArrayField((*lead, *field.shape[2:]), field.dtype)
 
         mask: masks.Mask = jax.tree.map(own, self.spec.mask)
-        bias = None if self.spec.bias is None else own(self.spec.bias)
+        bias, sinks = (None if x is None else own(x) for x in (self.spec.bias, self.spec.sinks))
         return dataclasses.replace(self.spec, batch=counts["batch"], q_heads=counts["q_heads"],
-                                   kv_heads=counts["kv_heads"], mask=mask, bias=bias)
+                                   kv_heads=counts["kv_heads"], mask=mask, bias=bias, sinks=sinks)
 
     def sharers(self, role: str, shape: tuple[int, ...], mesh_axes: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
         """The mesh axes over whose devices a result is to be summed."""

@@ -88,7 +88,8 @@ def score_of(problem, options: list[str]):
 
 
 def decoding(problem, options: list[str]):
-    """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments."""
+    """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments. With
+    "bias" there is one of each key, with "heads" of each head, too; with "sinks" there are sinks."""
     import jax
     import jax.numpy as jnp
 
@@ -100,18 +101,22 @@ def decoding(problem, options: list[str]):
     lengths, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (
         (spec.batch,), (spec.batch, spec.kv_len // size)))
 
-    def call(q, cached):
-        return cache.attend(q, cached, softcap=problem.softcap, return_lse=True, implementation="hopper")
+    heads = (spec.batch, spec.q_heads, 1, spec.kv_len) if "heads" in options else (1, 1, 1, spec.kv_len)
+    more = {"bias": jax.ShapeDtypeStruct(heads, jnp.float32)} if "bias" in options else {}
+    more |= {"sinks": jax.ShapeDtypeStruct((spec.q_heads,), jnp.float32)} if "sinks" in options else {}
 
-    return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None))
+    def call(q, cached, more):
+        return cache.attend(q, cached, softcap=problem.softcap, return_lse=True, implementation="hopper", **more)
+
+    return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None), more)
 
 
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, dense, padding (a mask that holds arrays beside the
-    problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages: see
-    `decoding`."""
+    problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages,
+    heads, sinks: see `decoding`."""
     import dataclasses
 
     import jax

@@ -26,12 +26,14 @@ from tests.context_parallel.offline.compile_programs import TARGET
 LAYERS, STEPS = 4, 8
 VERSIONS = 'driver_version: "13.0.0" runtime_version: "13.0.0" registers_per_core_limit'
 """Of an old driver, which it takes this for without the number, XLA expects no calls of a library in CUDA graphs."""
-PROGRAMS = {"one": (1, 1024, 0), "pages": (16, 1024, 16)}
+PROGRAMS = {"one": (1, 1024, 0), "pages": (16, 1024, 16), "sinks and a bias": (1, 1024, 0)}
 """By name: sequences, capacity, and positions of a page (0: contiguous)."""
 
 
-def compiled(batch: int, capacity: int, page: int) -> jax.stages.Compiled:
-    """A loop of some steps, in each of which all layers append a key and attend, 32 query heads to 8 key heads."""
+def compiled(batch: int, capacity: int, page: int, adds: bool) -> jax.stages.Compiled:
+    """A loop of some steps, in each of which all layers append a key and attend, 32 query heads to 8 key heads; with
+    sinks and a bias if it `adds` them.
+    """
     target = TARGET.replace("registers_per_core_limit", VERSIONS)
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     place = SingleDeviceSharding(found.devices[0])
@@ -40,20 +42,21 @@ def compiled(batch: int, capacity: int, page: int) -> jax.stages.Compiled:
     table = array((batch, capacity // page), jnp.int32) if page else None
     caches = [cache.Cache(rows, rows, array((batch,), jnp.int32), table) for _ in range(LAYERS)]
     q, *new = (array((batch, 1, heads, 128)) for heads in (32, *(8,) * 2 * LAYERS))
+    more = dict(sinks=array((32,), jnp.float32), bias=array((1, 32, 1, capacity), jnp.float32)) if adds else {}
 
-    def step(_: jax.Array, state: tuple[list[cache.Cache], jax.Array], new: list[jax.Array]):
+    def step(state: tuple[list[cache.Cache], jax.Array], new: list[jax.Array], more: dict[str, jax.Array]):
         caches, x = state
         after = []
         for i, layer in enumerate(caches):
             after.append(cache.append(layer, *new[2 * i:2 * i + 2]))
-            x = cache.attend(x, after[-1], implementation="hopper")
+            x = cache.attend(x, after[-1], implementation="hopper", **more)
         return after, x
 
-    def decoding(caches: list[cache.Cache], x: jax.Array, new: list[jax.Array]):
-        return lax.fori_loop(0, STEPS, lambda i, state: step(i, state, new), (caches, x))
+    def decoding(caches: list[cache.Cache], x: jax.Array, new: list[jax.Array], more: dict[str, jax.Array]):
+        return lax.fori_loop(0, STEPS, lambda _, state: step(state, new, more), (caches, x))
 
     with device.assume(device.H200):
-        return jax.jit(decoding, donate_argnums=0).lower(caches, q, new).compile()
+        return jax.jit(decoding, donate_argnums=0).lower(caches, q, new, more).compile()
 
 
 def thunks(text: str) -> tuple[Counter[str], int]:
@@ -68,7 +71,7 @@ def main(names: list[str]) -> None:
     for name in names:
         for old in Path().glob("*jit_decoding*"):
             old.unlink()
-        compiled(*PROGRAMS[name])
+        compiled(*PROGRAMS[name], adds=name.startswith("sinks"))
         text, = (path.read_text() for path in Path().glob("*jit_decoding.thunk_sequence_after_thunk_passes.txt"))
         kinds, outside = thunks(text)
         print(json.dumps(dict(program=name, kinds=kinds, outside=outside)), flush=True)

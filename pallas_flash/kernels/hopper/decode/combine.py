@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash import softmax, tiles
 from pallas_flash.arrays import Array
+from pallas_flash.kernels.hopper.decode import added
 from pallas_flash.kernels.hopper.decode.rows import group_of, place_of, statistic_of
 from pallas_flash.kernels.hopper.decode.work import Head, Segment, rows
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
@@ -223,7 +224,7 @@ def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: f
 
     Args:
       gmem: part_acc, part_sums, out, stats.
-      unit: of scores, times log2(e) (`scores.score_unit`).
+      unit: of scores, times log2(e) (`added.score_unit`).
       at_once: partial results that are loaded together.
     """
     splat = lambda x: plgpu.layout_cast(jnp.full((PIECE,), x, jnp.float32), STRIP)
@@ -244,7 +245,7 @@ def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: f
         acc, sums = lax.fori_loop(
             jnp.int32(0), rounds, lambda i, total: _added(total, load_some(piece, i * at_once), unit), nothing)
         out = (acc * softmax.rescale(sums.l_i)).astype(gmem["out"].dtype)
-        stats = softmax.statistics(sums.m_i, sums.l_i, softmax.unit(spec.scale, spec.softcap))
+        stats = added.statistics(spec, sums.m_i, sums.l_i)
         store_piece(spec, _Piece(out, *stats), (gmem["out"], gmem["stats"]), segment.head, piece)
 
 

@@ -39,17 +39,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import combine, missing, rows, values
+from pallas_flash.kernels.hopper.decode import added, combine, missing, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
 from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment, workers
-from pallas_flash.kernels.hopper.forward.softmax import lowest
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import masked, scaled, score_unit
+from pallas_flash.kernels.mosaic.scores import masked, scaled
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -62,7 +61,7 @@ class Worker(NamedTuple):
     spec: AttentionSpec
     schedule: DecodeSchedule
     number: int  # in its block
-    gmem: dict[str, Ref]  # q, k, v, `fields`, page_table with pages; counters, out, stats, part_acc, part_sums
+    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, page_table; counters, out, stats, part_acc, part_sums
     smem: dict[str, Ref]  # k, v, and q where queries are not in registers
     bars: dict[str, Ref]  # the barriers
 
@@ -171,11 +170,19 @@ def without_hidden(worker: Worker, segment: Segment, kv_tile: Index, s: Fragment
     return masked(s, segment.sequence.mask, q_pos, kv_pos)
 
 
+def load_bias(worker: Worker, segment: Segment, kv_tile: Index) -> Fragment | None:
+    """Loads the bias of a key tile, (64, block_kv) in the layout TILE; None if there is none."""
+    if worker.spec.bias is None:
+        return None
+    block_kv = worker.schedule.block_kv
+    return added.load_bias(worker.spec, worker.gmem["bias"], segment.head, kv_tile * block_kv, block_kv)
+
+
 def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref], p: Fragment,
                       acc: Fragment) -> Fragment:
-    """Cleans the values of a tile that the mask splits, in shared memory: those that no query of the head attends to
-    become 0, and so do NaN and infinity where queries differ in what they attend to. Returns acc with what these are in
-    the rows of the queries that do attend to them.
+    """Cleans the values of a tile that the mask or a bias splits, in shared memory: those that no query of the head
+    attends to become 0, and so do NaN and infinity where queries differ in what they attend to. Returns acc with what
+    these are in the rows of the queries that do attend to them.
 
     Args:
       tile: the key tile, and its values.
@@ -196,6 +203,8 @@ def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref],
 
     def add_bad(p: Fragment, acc: Fragment) -> Fragment:
         weights = without_hidden(worker, segment, kv_tile, p.astype(jnp.float32))
+        bias = load_bias(worker, segment, kv_tile)
+        weights = weights if bias is None else added.hidden(weights, bias)
         index = functools.partial(key_index, worker, segment)
         return values.add_bad(weights, acc, worker.gmem["v"], lambda i: index(first + i))
 
@@ -214,12 +223,16 @@ def key_index(worker: Worker, segment: Segment, key: Index) -> tuple[Index, Inde
 
 def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
     """Adds a key tile: S = Q K^T, its softmax, and O += P V."""
-    spec, bars, unit = worker.spec, worker.bars, score_unit(worker.spec)
+    spec, bars, unit = worker.spec, worker.bars, added.score_unit(worker.spec)
     kv_tile, slot = segment.first + i, rem(segment.step + i, worker.schedule.num_stages)
+    bias = load_bias(worker, segment, kv_tile)
     plgpu.barrier_wait(bars["k_full"].at[slot])
     s = wgmma.multiply_transposed(q, worker.smem["k"].at[slot], spec.d)
     s = scaled(spec, plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE))
     plgpu.barrier_arrive(bars["k_free"].at[slot])
+    hides: bool | Flag = False
+    if bias is not None:
+        s, hides = added.with_bias(spec, s, bias), added.hides(bias)
     needed = segment.sequence.tiles
     partial = (kv_tile < needed.full_start) | (kv_tile >= needed.full_stop)
     s = lax.cond(partial, functools.partial(without_hidden, worker, segment, kv_tile), lambda s: s, s)
@@ -231,29 +244,35 @@ def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: S
     p, tile = p.astype(spec.dtype), worker.smem["v"].at[slot]
     plgpu.barrier_wait(bars["v_full"].at[slot])
     clean = functools.partial(with_clean_values, worker, segment, (kv_tile, tile))
-    acc = lax.cond(partial, clean, lambda _, acc: acc, p, acc)
+    acc = lax.cond(partial | hides, clean, lambda _, acc: acc, p, acc)
     acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
     plgpu.barrier_arrive(bars["v_free"].at[slot])
     return State(m_i, l_i, acc)
 
 
-def first_state(worker: Worker, is_lost: Flag) -> State:
-    """The state before the first tile. Row sums of NaN stay NaN: nothing else of a lost sequence is kept in registers.
+def first_state(worker: Worker, segment: Segment) -> State:
+    """The state before the first tile: nothing, or the sinks. Row sums of NaN stay NaN: nothing else of a lost sequence
+    is kept in registers.
     """
-    low = jnp.full((ROWS_PER_WARPGROUP,), lowest(score_unit(worker.spec)), jnp.float32)
+    spec, is_lost = worker.spec, has_lost_keys(worker, segment)
+    low = jnp.full((ROWS_PER_WARPGROUP,), added.lowest(spec), jnp.float32)
     m_i = plgpu.layout_cast(low, registers.ROW_LAYOUT)
     nothing = jnp.full((ROWS_PER_WARPGROUP, 8), jnp.where(is_lost, jnp.nan, 0.0), jnp.float32)
     l_i = plgpu.layout_cast(nothing, registers.TILE)
-    return State(m_i, l_i, registers.zeros(worker.spec.d_v))
+    if spec.sinks is not None:
+        m_i, share = added.start_of(
+            spec, added.load_sinks(spec, worker.gmem["sinks"], segment.head, segment.part))
+        l_i = l_i + registers.spread(share, 8)
+    return State(m_i, l_i, registers.zeros(spec.d_v))
 
 
 def finish(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i and the statistics of a head that this worker has alone."""
-    head, unit = segment.head, softmax.unit(worker.spec.scale, worker.spec.softcap)
+    head = segment.head
     out = acc * registers.spread(softmax.rescale(sums.l_i), acc.shape[1])
     rows.store_out(worker.spec, out.astype(worker.spec.dtype), worker.gmem["out"], head)
-    stats = softmax.statistics(sums.m_i, sums.l_i, unit)
+    stats = added.statistics(worker.spec, sums.m_i, sums.l_i)
     rows.store_statistics(worker.spec, stats, worker.gmem["stats"], head)
 
 
@@ -265,7 +284,7 @@ def share(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
 
     @pl.when(combine.is_last(worker.gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
-        unit = score_unit(worker.spec)
+        unit = added.score_unit(worker.spec)
         combine.combine(worker.spec, worker.gmem, segment, unit, worker.schedule.parts_at_once)
 
 
@@ -287,7 +306,7 @@ def has_lost_keys(worker: Worker, segment: Segment) -> Flag:
 def compute_segment(worker: Worker, segment: Segment) -> None:
     """Computes what this worker has of a head."""
     q = queries(worker, segment)
-    start = first_state(worker, has_lost_keys(worker, segment))
+    start = first_state(worker, segment)
     add_tile = functools.partial(step, worker, segment, q)
     state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, start)
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
@@ -312,10 +331,11 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
-    the mask's arrays (`work.fields`), and of the page table, where there is one. It updates counters (`counters_shape`,
+    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), and of the page table, where there is one.
+    It updates counters (`counters_shape`,
     int32), which are 0 before and after.
     """
-    inputs = "q", "k", "v", *fields(spec), *["page_table"] * (spec.pages is not None), "counters"
+    inputs = "q", "k", "v", *fields(spec), *added.types(spec), *["page_table"] * (spec.pages is not None), "counters"
     count = workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),

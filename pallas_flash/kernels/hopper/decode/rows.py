@@ -24,7 +24,7 @@ from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["group_of", "load_queries", "place_of", "statistic_of", "store_out", "store_part",
+__all__ = ["group_of", "load_queries", "own_rows", "place_of", "statistic_of", "store_out", "store_part",
            "store_part_statistics", "store_statistics", "width"]
 
 
@@ -80,7 +80,7 @@ def _below(a: ir.Value, b: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.slt, a, _const(b))
 
 
-def _own_rows() -> Iterator[tuple[int, ir.Value, ir.Value]]:
+def own_rows() -> Iterator[tuple[int, ir.Value, ir.Value]]:
     """The two rows of a tile that a thread has elements of: 0 or 1, the row, and the thread's quarter of it."""
     warp, row, quarter = thread_in_tile()
     row = arith.addi(arith.muli(warp, _const(16)), row)
@@ -124,7 +124,7 @@ def load_queries(spec: AttentionSpec, ref: Ref, head: Head) -> Fragment:
         word = ir.VectorType.get((1,), ptx.i32())
         registers = np.empty(TILE.to_mgpu().registers_shape(shape), dtype=object)
         flat = registers.reshape(shape[1] // 8, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
-        for i, row, quarter in _own_rows():
+        for i, row, quarter in own_rows():
             place = place_of(spec, (batch.registers.item(), kv_head.registers.item()), row)
             start = arith.addi(_times(place, spec.d), _times(_wide(quarter), 2))
             inside = arith.extui(ptx.i32(), _below(row, rows(spec)))
@@ -156,7 +156,7 @@ def store_out(spec: AttentionSpec, x: Fragment, ref: Ref, head: Head) -> None:
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, batch: mgpu.FragmentedArray,
               kv_head: mgpu.FragmentedArray) -> None:
         flat, word = x.registers.reshape(-1, 2), ir.VectorType.get((1,), ptx.i32())
-        for i, row, quarter in _own_rows():
+        for i, row, quarter in own_rows():
             place = place_of(spec, (batch.registers.item(), kv_head.registers.item()), row)
             start = arith.addi(_times(place, spec.d_v), _times(_wide(quarter), 2))
             for j in range(flat.shape[0]):
@@ -180,7 +180,7 @@ def store_statistics(spec: AttentionSpec, x: tuple[PerRow, PerRow], ref: Ref, he
     def store(_: mgpu.LaunchContext, a: mgpu.FragmentedArray, b: mgpu.FragmentedArray, ref: ir.Value,
               batch: mgpu.FragmentedArray, kv_head: mgpu.FragmentedArray) -> None:
         head = batch.registers.item(), kv_head.registers.item()
-        for i, row, quarter in _own_rows():
+        for i, row, quarter in own_rows():
             leads = arith.andi(_below(row, rows(spec)), _below(quarter, 1))
             for which, values in enumerate((a, b)):
                 value = vector.extract(values.registers.reshape(-1)[i], [], [0])
@@ -203,7 +203,7 @@ def store_part(spec: AttentionSpec, x: Fragment, ref: Ref, slot: Index) -> None:
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), ptx.SCALAR))
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, slot: mgpu.FragmentedArray) -> None:
         flat = x.registers.reshape(-1, 2)
-        for i, row, quarter in _own_rows():
+        for i, row, quarter in own_rows():
             start = arith.addi(_times(_wide(slot.registers.item()), size), _wide(arith.addi(
                 arith.muli(row, _const(spec.d_v)), arith.muli(quarter, _const(2)))))
             for j in range(flat.shape[0]):
@@ -224,7 +224,7 @@ def store_part_statistics(x: tuple[PerRow, PerRow], ref: Ref, slot: Index) -> No
     @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR))
     def store(_: mgpu.LaunchContext, *args: Any) -> None:
         *x, ref, slot = args
-        for i, row, quarter in _own_rows():
+        for i, row, quarter in own_rows():
             index = arith.addi(arith.muli(slot.registers.item(), _const(ROWS_PER_WARPGROUP)), row)
             values = (vector.extract(values.registers.reshape(-1)[i], [], [0]) for values in x)
             _put("st.global.v2.f32 [$0], {$1, $2};", _below(quarter, 1), _address(ref, _times(_wide(index), 2)),

@@ -39,10 +39,10 @@ _EXPONENTS = {"bf16": 0x7F80, "f16": 0x7C00}
 
 def queries_differ(spec: AttentionSpec) -> bool:
     """Whether one query of a head may attend to a key that another one does not, between keys that both attend to; or
-    none, which only rules that are not of intervals do.
+    none, which only rules that are not of intervals do. A bias may hide any key.
     """
     rules = [rule for part in spec.mask.parts for rule in (part.rule.parts if isinstance(part, Filled) else (part,))]
-    return spec.q_len > 1 or not all(type(rule) in INTERVAL_RULES for rule in rules)
+    return spec.q_len > 1 or spec.bias is not None or not all(type(rule) in INTERVAL_RULES for rule in rules)
 
 
 def _units(ref: ir.Value, chunks: int, count: int) -> list[tuple[ir.Value, ir.Value]]:
