@@ -177,7 +177,8 @@ def _of_any_order(ds: np.ndarray, jacobian: np.ndarray, total: np.ndarray, fine:
     """
     squares = np.tensordot(ds, np.square(jacobian, dtype=float), 4)
     count = np.tensordot((ds > 0).astype(float), (jacobian != 0).astype(float), 4)
-    return squares + np.square(fine) * count * (np.square(total, dtype=float) / 3 + squares / 6)
+    found: np.ndarray = squares + np.square(fine) * count * (np.square(total, dtype=float) / 3 + squares / 6)
+    return found
 
 
 def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from pallas_flash.kernels.hopper import bias, defaults, launches, mask_arrays, s
 from pallas_flash.kernels.hopper.dbias import dbias
 from pallas_flash.kernels.hopper.dscore import dscore
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic import dropout, mask_kernel
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
@@ -29,6 +29,9 @@ __all__ = ["backward", "forward", "passes"]
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
     if not spec.mask.has_arrays:
+        return launched
+
+    if mask_kernel.fields(spec).keys() <= launched.inputs.keys():  # never beside a bias, a dense part of the mask
         return launched
 
     def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:

@@ -70,6 +70,7 @@ class ForwardSchedule:
       section_bytes: bytes of keys and values of a section of heads, so that they stay in L2 while their tiles are
         worked on.
       q_registers: the query is held in registers.
+      mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
 
     block_kv: int
@@ -87,6 +88,7 @@ class ForwardSchedule:
     num_blocks: int = 132
     section_bytes: int = 32 << 20
     q_registers: bool = False
+    mask_kernel: bool = False
 
     @property
     def block_q(self) -> int:
@@ -283,10 +285,13 @@ class DqSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardSchedule:
-    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too."""
+    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too; for `mask_kernel` see
+    `ForwardSchedule`.
+    """
 
     kv: KvSchedule | SplitSchedule
     dq: DqSchedule | None = None
+    mask_kernel: bool = False
 
     @property
     def fused(self) -> bool:
@@ -306,8 +311,9 @@ def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tu
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
     if isinstance(schedule, DecodeSchedule):
         return ("attention_decode",)
+    of_mask = ("attention_mask",) * schedule.mask_kernel
     if isinstance(schedule, ForwardSchedule):
-        return ("attention_forward",)
+        return (*of_mask, "attention_forward")
     keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
     last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
-    return ("attention_backward_prepare", keys, last)
+    return (*of_mask, "attention_backward_prepare", keys, last)
