@@ -88,8 +88,8 @@ class _Starts(NamedTuple):
         return threads.load(self.ref, self.batch, 0, i)
 
     def sequence_at(self, pos: Positions) -> Array:
-        count, pos = self.ref.shape[2], masks.minimum(pos, self.tokens - 1)
-        found = pos * 0  # so many starts at `pos` or before
+        count, pos = self.ref.shape[2], jnp.minimum(pos, self.tokens - 1)
+        found: Array = pos * 0  # so many starts at `pos` or before
         for step in (1 << i for i in reversed(range(count.bit_length()))):
             more = found + step
             before = (more <= count) & (self._start(jnp.minimum(more, count) - 1) <= pos)
@@ -122,9 +122,11 @@ def _rules(spec: AttentionSpec, gmem: dict[str, Ref], batch: Index) -> masks.Mas
     """The interval rules of a batch entry, with numbers in place of arrays."""
     def read(part: masks.Mask) -> masks.Mask:
         if type(part) is Packed:
-            sides: Any = [_Starts(ref, _lead(ref, batch), tokens) for ref, tokens in (
-                (part.cu_seqlens_q, spec.q_len), (part.cu_seqlens_kv, spec.kv_len))]
-            return _Sequences(part.rule, *sides, part.q_sequence, part.kv_sequence, part.alignment)
+            given: Any = part
+            q_starts, kv_starts = given.cu_seqlens_q, given.cu_seqlens_kv
+            sides: Any = (_Starts(q_starts, _lead(q_starts, batch), spec.q_len),
+                          _Starts(kv_starts, _lead(kv_starts, batch), spec.kv_len))
+            return _Sequences(part.rule, sides[0], sides[1], part.q_sequence, part.kv_sequence, part.alignment)
         numbers: masks.Mask = jax.tree.map(lambda ref: threads.load(ref, _lead(ref, batch), 0), part)
         return numbers
     parts = [read(part) for part in _filled(spec, gmem).parts if not isinstance(part, masks.SegmentIds)]
@@ -144,7 +146,7 @@ def _intervals(spec: AttentionSpec, gmem: dict[str, Ref], name: str, batch: Inde
     of_keys, ref = name == "keys", gmem[name]
     ask = _rules(spec, gmem, batch)
     bounds = ask.kv_bounds(pos, pos + 1) if of_keys else ask.q_bounds(pos, pos + 1)
-    found = mask_ranges.kept_interval(bounds, spec.kv_len if of_keys else spec.q_len)
+    found: Any = mask_ranges.kept_interval(bounds, spec.kv_len if of_keys else spec.q_len)
     for i, x in enumerate(found):
         threads.store(ref, (batch, 0, i, pos), (x,), pos < ref.shape[3])
 
@@ -209,7 +211,8 @@ class _Ids(NamedTuple):
     missing: int  # below 0, what a tile with several ids has instead of one
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        """Of tiles."""
         return tiles.cdiv(self.ref.shape[2], self.block)
 
     def load(self, tile: Array) -> list[tuple[Array, Array]]:
@@ -254,7 +257,7 @@ def _share_extremes(ids: _Ids, smem: Ref) -> None:
                 threads.store_shared(smem, (row, tile), x)
         return carry
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(_shared_size(ids.count) // (_WARPS * _AT_ONCE)), some, jnp.int32(0))
+    lax.fori_loop(jnp.int32(0), jnp.int32(_shared_size(ids.number) // (_WARPS * _AT_ONCE)), some, jnp.int32(0))
     threads.meet()
 
 
@@ -302,7 +305,7 @@ def _ranges_with_ids(spec: AttentionSpec, gmem: dict[str, Ref], smem: Ref, made:
     rules, needed = _rules(spec, gmem, batch), []
     for i in range(made.together):
         tile = item * made.together + i
-        by_ids = _range_of_ids(own.extremes(own.load(tile)), other.count, smem)
+        by_ids = _range_of_ids(own.extremes(own.load(tile)), other.number, smem)
         needed.append(mask_ranges.both(_range_of_rules(spec, rules, made, tile), by_ids))
     is_first = rem(threads.of_block(), threads.WARP) == 0
     _store_ranges(made, gmem[made.name], batch, item, needed, is_first)
