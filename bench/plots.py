@@ -65,10 +65,15 @@ def _speed(found: list[Record], direction: str, path: pathlib.Path) -> pathlib.P
         _plot(axes, _lines([r for r in chosen if r["spec"]["d"] == d], "tflops"))
         axes.set(title=f"head size {d}", xlabel="sequence length", ylim=(0, None))
     all_axes[0][0].set_ylabel("TFLOP/s")
-    all_axes[0][-1].legend(fontsize="small")
+    all_axes[0][0].legend(handles=_handles(all_axes[0]), fontsize="small")
     device = chosen[-1]["environment"]["device"]
     figure.suptitle(f"Causal {direction}, bf16, 16,384 tokens, hidden size 2,048, {device}")
     return _save(figure, path)
+
+
+def _handles(all_axes: Any) -> list[Any]:
+    """A line of each label: not every contestant was timed at every head size."""
+    return list({line.get_label(): line for axes in all_axes for line in axes.get_lines()}.values())
 
 
 def _memory(found: list[Record], path: pathlib.Path) -> pathlib.Path | None:

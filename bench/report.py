@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import feature_report, path_report, plots, records
+from bench import cache_report, feature_report, path_report, plots, records
 
 __all__ = ["HEADLINE", "block", "write"]
 
@@ -63,7 +63,7 @@ def _speed_rows(found: list[Record], direction: str) -> tuple[list[str], list[li
                             "problem", "contestant")
     labels = {r["contestant"]: r["label"] for r in newest.values()}
     ours = _ours(list(newest.values()))
-    others = [name for name in labels if name not in plots.OURS]
+    others = sorted((name for name in labels if name != ours), key=lambda name: name in plots.OURS)  # peers first
     problems = sorted({problem for problem, _ in newest}, key=lambda name: _order(newest, name))
     rows = []
     for problem in problems:
@@ -83,7 +83,8 @@ def _gpus(found: list[Record]) -> dict[str, list[Record]]:
     """The records of each GPU, the one whose speed was measured last first."""
     on_gpu = [r for r in found if r["environment"]["platform"] == "gpu"]
     measured = records.by_device([r for r in on_gpu if r["kind"] == "speed"])
-    kinds = {"speed", "feature", "left out", "host", "bridge-call", "bridge-part", *path_report.KINDS}
+    kinds = {"speed", "feature", "left out", "host", "bridge-call", "bridge-part", "decode", "ring",
+             *path_report.KINDS}
     everything = records.by_device([r for r in on_gpu if r["kind"] in kinds])
     return {name: everything[name] for name in (*measured, *(name for name in everything if name not in measured))}
 
@@ -182,6 +183,14 @@ def _features(found: list[Record]) -> str:
                                      f"{_measured_on(last)}."]))
 
 
+def _of_kind(kind: str, rows: Callable[[list[Record]], cache_report.Rows]) -> Callable[[list[Record]], str]:
+    """A table of the records of one kind, and where the last of them was measured."""
+    def make(found: list[Record]) -> str:
+        chosen = [r for r in found if r["kind"] == kind]
+        return f"{_table(*rows(chosen))}\n\n{_measured_on(chosen[-1])}." if chosen else NOTHING
+    return make
+
+
 def _cpu(found: list[Record]) -> str:
     newest = records.latest(_newest_cpu(found), "problem", "direction", "contestant")
     rows, ours = [], _ours(list(newest.values()))
@@ -250,6 +259,10 @@ OF_A_GPU: Blocks = {
                  _accuracy),
     "features": ("Documents, lengths, padding, bias, dropout, sinks: 4 rows of 4,096 tokens, 16 heads, bfloat16; the "
                  "plain call has the same sequences, or as many pairs that attend", _features),
+    "decode": ("Decoding against a cache, bfloat16; in brackets how many times faster ours is. Reads alone: the same "
+               "kernel without its products", _of_kind("decode", cache_report.decoding)),
+    "ring": ("A sequence over several GPUs beside the same call on one, 32:8 heads of 128, bfloat16; efficiency: the "
+             "time of one over the GPUs' times their number", _of_kind("ring", cache_report.sequences)),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "bridge": ("Host time of a call from PyTorch", _bridge),
     "paths": ("A call from PyTorch by each way, medians; in brackets over PyTorch's own choice in the same rounds",

@@ -550,6 +550,23 @@ def test_tables_say_what_was_timed_in_chains():
     assert table.endswith("† calls in chains, without the gaps between executables; ‡ of those, timed call by call.")
 
 
+def test_all_of_ours_and_the_other_kinds_of_records_have_their_tables():
+    found = list(_gpu_records())
+    where = found[0]["environment"]
+    ratio = dict(median=0.95, low=0.9, high=1.0)
+    found += [dict(r, contestant="ampere", label="pallas_flash (ampere)", tflops=300.0, ratio_to={}) for r in found
+              if r.get("contestant") == "hopper"]
+    found += [dict(environment=where, kind="decode", problem="b1-s1024", us=dict(ours=7.4, reads=7.2, torch=6.6),
+                   gbytes=dict(ours=560.0), speed_over=dict(reads=ratio, torch=ratio)),
+              dict(environment=where, kind="ring", direction="both", strategy="ring", mask="causal", devices=2,
+                   xla_flags="", length=131_072, alone_us=777e3, spread_us=404e3, efficiency=ratio)]
+    header, _, first, *_ = report.block("forward", found).splitlines()
+    assert "pallas_flash (hopper)" in header and header.endswith("pallas_flash (ampere) |")
+    assert first.endswith("| 300 |")
+    assert "| `b1-s1024` | 7.4 | 560 | 7.2 (0.95) | 6.6 (0.95) | – |" in report.block("decode", found)
+    assert "| 131,072 | causal | both | ring | 2 | 777.0 | 404.0 | 0.95 | – |" in report.block("ring", found)
+
+
 def test_without_records_nothing_is_claimed(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- generated: benchmarks -->\n1,000 TFLOP/s\n<!-- end generated -->\n")

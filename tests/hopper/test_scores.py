@@ -260,11 +260,10 @@ def test_what_kernels_cannot_compute_is_a_reason(name):
     assert dispatch.decide(spec, device.H100).implementation.name == "xla"
 
 
-def test_an_automatic_choice_leaves_score_functions_to_xla_until_they_are_timed():
+def test_an_automatic_choice_takes_the_kernels():
     spec = problem_of("alibi", ALiBi(normal(2))).spec()
     assert support.why_not(spec, device.H100) == []
-    assert support.not_measured(spec) == [
-        'a score function has not been measured on a GPU yet (name implementation="hopper" to try it)']
+    assert dispatch.decide(spec, device.H100).implementation.name == "hopper"
     both = problem_of("both", ALiBi(normal(2)), bias=(1, 2, 1, KV_LEN)).spec()
     assert any("a bias or a score function, not both yet" in reason for reason in support.why_not(both, device.H100))
     assert calls.passes(spec, device.H100) is None

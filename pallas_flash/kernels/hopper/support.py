@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from pallas_flash import masks, padding
+from pallas_flash import padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper.wide import copies
@@ -39,8 +39,6 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
-             (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
-             (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"),
              (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]

@@ -1,0 +1,38 @@
+"""The tables of decoding against a cache and of a sequence over several GPUs, from the records of `python -m
+bench.decode` and `python -m bench.ring`.
+"""
+
+from typing import Any
+
+from bench import records
+
+__all__ = ["Rows", "decoding", "sequences"]
+
+Record = dict[str, Any]
+Rows = tuple[list[str], list[list[str]]]
+NAMES = {"reads": "reads alone", "torch": "PyTorch", "torch-cudnn": "PyTorch (cuDNN)"}
+"""What decoding is timed beside."""
+
+
+def decoding(found: list[Record]) -> Rows:
+    """One row a problem, of the latest record: microseconds, GB/s, and how many times faster ours is than others."""
+    newest = records.latest([r for r in found if r["kind"] == "decode"], "problem")
+    rows = []
+    for (problem,), record in newest.items():
+        over = {name: record["speed_over"].get(name) for name in NAMES}
+        rows.append([f"`{problem}`", f"{record['us']['ours']:.1f}", f"{record['gbytes']['ours']:,.0f}",
+                     *(f"{record['us'][name]:.1f} ({ratio['median']:.2f})" if ratio else "–"
+                       for name, ratio in over.items())])
+    return ["problem", "pallas_flash, us", "GB/s", *(f"{name}, us" for name in NAMES.values())], rows
+
+
+def sequences(found: list[Record]) -> Rows:
+    """One row a problem, direction and strategy, of the latest record."""
+    newest = records.latest([r for r in found if r["kind"] == "ring"],
+                            "devices", "length", "mask", "strategy", "direction", "xla_flags")
+    rows = [[f"{length:,}", mask, direction, strategy, str(devices), f"{record['alone_us'] / 1e3:.1f}",
+             f"{record['spread_us'] / 1e3:.1f}", f"{record['efficiency']['median']:.2f}",
+             f"`{flags}`" if flags else "–"]
+            for (devices, length, mask, strategy, direction, flags), record in newest.items()]
+    return ["tokens", "mask", "direction", "strategy", "GPUs", "one GPU, ms", "all GPUs, ms", "efficiency",
+            "XLA_FLAGS"], rows
