@@ -1,5 +1,5 @@
-"""PyTorch's backends of scaled_dot_product_attention, and our bridge, on (batch, heads, length, dim) views of the same
-numbers.
+"""PyTorch's backends of scaled_dot_product_attention, its flex_attention, and our bridge, on the same numbers viewed as
+(batch, heads, length, dim).
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import features
 from bench.contestants import PEERS, SHARED, Arrays, Contestant, Exclusive, Prepared, refusal, simple_mask
 from bench.timing import Call
 from pallas_flash import masks
@@ -73,9 +74,10 @@ class TorchContestant(Contestant):
         import torch
         view = (lambda x: x) if problem.layout == "BHLD" else (lambda x: x.transpose(1, 2))
         q, k, v, dout = (view(torch.from_dlpack(x).clone()) for x in arrays[:4])
-        tensors = [q, k, v, *_mask(problem, arrays)]
+        tensors = [q, k, v, *self._mask(problem, arrays)]
         names = ("dq", "dk", "dv", *(f"d{name}" for name in problem.learned))
-        attend, leaves = self._function(problem), [x.detach() for x in tensors]
+        attend = self._function(problem)
+        leaves = [x.detach() if isinstance(x, torch.Tensor) else x for x in tensors]
         inputs = [x.requires_grad_() for x in leaves[:len(names)]]
 
         def forward() -> dict[str, Any]:
@@ -96,6 +98,10 @@ class TorchContestant(Contestant):
             return lambda: gradients(saved, retain_graph=True)
         return begin
 
+    def _mask(self, problem: Problem, arrays: Arrays) -> list[Any]:
+        """What the function takes behind q, k and v, made once and not timed."""
+        return _mask(problem, arrays)
+
     def row(self, problem: Problem, array: Any, batch: int, head: int) -> np.ndarray:
         return self.numbers(array[batch, head])
 
@@ -104,6 +110,64 @@ class TorchContestant(Contestant):
 
     def is_finite(self, array: Any) -> bool:
         return bool(array.isfinite().all())
+
+
+class FlexContestant(TorchContestant):
+    """`flex_attention`, compiled for each problem's shapes; its block mask is made once and not timed, as a model makes
+    one for all of its layers.
+    """
+
+    has_own_bits = False
+
+    def __init__(self) -> None:
+        super().__init__("torch-flex", "PyTorch (flex)", None,
+                         ("documents", "packed sequences", "lengths", "a soft cap"))
+
+    def why_not(self, problem: Problem) -> str:
+        import torch
+        return refusal(problem, self.takes) if torch.cuda.is_available() else "runs on gpu only"
+
+    def _function(self, problem: Problem) -> Callable[..., Any]:
+        import torch
+        from torch.nn.attention.flex_attention import flex_attention
+        cap = problem.softcap
+
+        def capped(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return cap * torch.tanh(score / cap)
+        attend = functools.partial(flex_attention, score_mod=None if cap is None else capped, scale=problem.scale,
+                                   enable_gqa=problem.q_heads != problem.kv_heads)
+        compiled = torch.compile(attend, dynamic=False)
+        return lambda q, k, v, *mask: compiled(q, k, v, block_mask=mask[0] if mask else None)
+
+    def _mask(self, problem: Problem, arrays: Arrays) -> list[Any]:
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask
+        rules = self._rules(problem, torch.from_dlpack(arrays.q).device)
+
+        def kept(b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return functools.reduce(torch.logical_and, [rule(b, h, q, kv) for rule in rules])
+        batch = problem.batch if problem.mask.has_arrays else None
+        device = torch.from_dlpack(arrays.q).device
+        return [create_block_mask(kept, batch, None, problem.q_len, problem.kv_len, device=device)] if rules else []
+
+    def _rules(self, problem: Problem, device: Any) -> list[Callable[..., Any]]:
+        """The parts of a problem's mask as functions (batch, head, query, key) -> whether the pair attends."""
+        import torch
+        is_causal, window = simple_mask(problem) or (False, None)
+        left, right = window or (masks.UNBOUNDED, 0 if is_causal else masks.UNBOUNDED)
+        rules: list[Callable[..., Any]] = []
+        if left != masks.UNBOUNDED:
+            rules.append(lambda b, h, q, kv: kv >= q - left)
+        if right != masks.UNBOUNDED:
+            rules.append(lambda b, h, q, kv: kv <= q + right)
+        if (starts := features.boundaries(problem)) is not None:
+            token = np.arange(problem.batch * problem.q_len).reshape(problem.batch, -1)
+            ids = torch.asarray(np.searchsorted(starts, token, side="right"), device=device)
+            rules.append(lambda b, h, q, kv: ids[b, q] == ids[b, kv])
+        if (lengths := features.part(problem.mask, masks.InBounds)) is not None:
+            known = torch.asarray(np.broadcast_to(lengths.kv_len, (problem.batch,)).copy(), device=device)
+            rules.append(lambda b, h, q, kv: kv < known[b])
+        return rules
 
 
 def _needs_array(problem: Problem) -> bool:
@@ -163,6 +227,7 @@ TORCH = (
     TorchContestant("torch-flash", "PyTorch (FA2)", "FLASH_ATTENTION", ("dropout",)),
     TorchContestant("torch-efficient", "PyTorch (efficient)", "EFFICIENT_ATTENTION",
                     (*_ARRAYS, "the gradient of a bias", "dropout")),
+    FlexContestant(),
     TorchContestant("bridge", "torch_bridge", None),
 )
 PEERS.extend(TORCH)

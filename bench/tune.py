@@ -27,7 +27,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "query_buffers": (1, 2), "out_chunks": (0, 1, 2, 4), "pingpong": (False, True),
         "maxima": (0, 2, 4, 8), "slack": (0.0, 0.75, 1.0, 2.0), "long_slack": (1.0, 2.0, 8.0),
         "held_columns": (0, 16, 32, 48, 64), "q_registers": (False, True), "opaque": (False, True),
-        "section_bytes": (8 << 20, 16 << 20, 32 << 20, 64 << 20)},
+        "section_bytes": (8 << 20, 16 << 20, 32 << 20, 64 << 20), "mask_kernel": (False, True)},
     "backward": {
         "kv.block_q": (64, 128), "kv.warpgroups": (1, 2, 3), "kv.num_stages": (1, 2, 4),
         "kv.dq": ("none", "shared", "own"), "kv.ds_slots": (1, 2, 4), "kv.dq_slots": (1, 2, 3),
@@ -36,7 +36,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv.p_slots": (1, 2, 4), "kv.section_bytes": (16 << 20, 32 << 20, 64 << 20),
         "dq.block_kv": (32, 48, 64, 80, 96, 112, 128), "dq.warpgroups": (1, 2, 3), "dq.k_stages": (1, 2, 3),
         "dq.v_stages": (1, 2, 3), "dq.pipelined": (False, True), "dq.pinned": (False, True),
-        "dq.opaque": (False, True)},
+        "dq.opaque": (False, True), "mask_kernel": (False, True)},
 }
 """Values to try, of every implementation: a field that a schedule does not have is passed over."""
 TUNABLE = tuple(row.name for row in dispatch.IMPLEMENTATIONS

@@ -10,7 +10,7 @@ Boundaries become the mask `Packed`: the query attends to keys of its own sequen
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from pallas_flash.arithmetic import Positions, maximum, minimum, where
 from pallas_flash.arrays import Array, Shaped
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Alignment", "Boundaries", "Packed", "Packing"]
+__all__ = ["Alignment", "Boundaries", "Packed", "Packing", "Side"]
 
 Alignment = Literal["first", "last"]
 """What the offset of a rule counts from in each sequence: its first query at its first key, or its last at its last."""
@@ -29,18 +29,41 @@ Boundaries = arguments.Array | Sequence[int]
 """Of packed sequences: (sequences + 1,) integers."""
 
 
+class Side(Protocol):
+    """The queries, or the keys, of a packed row, as the bounds of `Packed` ask it."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def end(self) -> Array:
+        """Where the last sequence ends."""
+
+    def sequence_at(self, pos: Positions) -> Array:
+        """The number of the sequence at a position; that of the last position for those past the end."""
+
+    def span(self, sequence: Array) -> tuple[Array, Array]:
+        """The positions [start, stop) of a sequence; of padding, nothing at the end of the last sequence."""
+
+
 class _Side(NamedTuple):
-    """The queries, or the keys, of a packed row."""
+    """A `Side` of arrays."""
 
     sequence: Array  # (tokens,), the sequence of each
     starts: Array  # (sequences + 1,), its boundaries
 
+    @property
+    def tokens(self) -> int:
+        return self.sequence.shape[0]
+
+    @property
+    def end(self) -> Array:
+        return self.starts[-1]
+
     def sequence_at(self, pos: Positions) -> Array:
-        """The number of the sequence at a position; that of the last position for those past the end."""
         return self.sequence[jnp.minimum(pos, self.sequence.shape[0] - 1)]
 
     def span(self, sequence: Array) -> tuple[Array, Array]:
-        """The positions [start, stop) of a sequence; of padding, nothing at the end of the last sequence."""
         last = self.starts.shape[0] - 1
         return self.starts[jnp.minimum(sequence, last)], self.starts[jnp.minimum(sequence + 1, last)]
 
@@ -83,7 +106,8 @@ class Packed(masks.Mask):
         def within(side: _Side) -> Array:
             return jnp.arange(side.sequence.shape[0], dtype=jnp.int32) - side.span(side.sequence)[0]
 
-        queries, keys = self._queries, self._keys
+        queries, keys = (_Side(jnp.asarray(sequence), jnp.asarray(starts)) for sequence, starts in (
+            (self.q_sequence, self.cu_seqlens_q), (self.kv_sequence, self.cu_seqlens_kv)))
         q_pos = within(queries)
         if self.alignment == "last":
             (q_start, q_stop), (kv_start, kv_stop) = (side.span(queries.sequence) for side in (queries, keys))
@@ -91,32 +115,34 @@ class Packed(masks.Mask):
         return q_pos[None], within(keys)[None]
 
     @property
-    def _queries(self) -> _Side:
+    def queries(self) -> Side:
+        """The side of the queries."""
         return _Side(jnp.asarray(self.q_sequence), jnp.asarray(self.cu_seqlens_q))
 
     @property
-    def _keys(self) -> _Side:
+    def keys(self) -> Side:
+        """The side of the keys."""
         return _Side(jnp.asarray(self.kv_sequence), jnp.asarray(self.cu_seqlens_kv))
 
     def _rule_of(self, sequence: Array) -> masks.Mask:
         """The rule of a sequence, about positions from its first query and its first key on."""
         if self.alignment == "first":
             return self.rule
-        (q_start, q_stop), (kv_start, kv_stop) = self._queries.span(sequence), self._keys.span(sequence)
+        (q_start, q_stop), (kv_start, kv_stop) = self.queries.span(sequence), self.keys.span(sequence)
         return self.rule.moved((kv_stop - kv_start) - (q_stop - q_start), 0)
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
-        sequence = self._queries.sequence_at(q_pos)
-        (q_start, _), (kv_start, kv_stop) = self._queries.span(sequence), self._keys.span(sequence)
+        sequence = self.queries.sequence_at(q_pos)
+        (q_start, _), (kv_start, kv_stop) = self.queries.span(sequence), self.keys.span(sequence)
         inside: Positions = (kv_start <= kv_pos) & (kv_pos < kv_stop)
         return inside & self._rule_of(sequence).keep(q_pos - q_start, maximum(kv_pos - kv_start, 0))
 
     def kv_bounds(self, q_lo: Positions, q_hi: Positions) -> masks.Bounds:
-        return _Tile(self._queries, self._keys, q_lo, q_hi).bounds(
+        return _Tile(self.queries, self.keys, q_lo, q_hi).bounds(
             lambda sequence, lo, hi: self._rule_of(sequence).kv_bounds(lo, hi))
 
     def q_bounds(self, kv_lo: Positions, kv_hi: Positions) -> masks.Bounds:
-        return _Tile(self._keys, self._queries, kv_lo, kv_hi).bounds(
+        return _Tile(self.keys, self.queries, kv_lo, kv_hi).bounds(
             lambda sequence, lo, hi: self._rule_of(sequence).q_bounds(lo, hi))
 
 
@@ -127,14 +153,14 @@ _Ask = Callable[[Array, Positions, Positions], masks.Bounds]
 class _Tile(NamedTuple):
     """The positions [lo, hi) of one side, which ask about the other side."""
 
-    own: _Side
-    other: _Side
+    own: Side
+    other: Side
     lo: Positions
     hi: Positions
 
     def bounds(self, ask: _Ask) -> masks.Bounds:
         """Bounds on the other side: from what the first sequence in the tile needs to what the last one does."""
-        end, length = self.own.starts[-1], self.own.sequence.shape[0]
+        end, length = self.own.end, self.own.tokens
         last = maximum(minimum(self.hi, end), self.lo + 1) - 1  # without padding; never empty
         sequences = self.own.sequence_at(self.lo), self.own.sequence_at(last)
         first_bounds, last_bounds = (self._of_sequence(sequence, last, ask) for sequence in sequences)

@@ -145,6 +145,26 @@ def test_pytorch_gets_the_same_features(monkeypatch):
         assert name == "dropout" or max(errors.values()) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gets_the_same_masks(monkeypatch):
+    """On the CPU, not compiled, and forward alone: it has no backward there."""
+    torch = pytest.importorskip("torch")
+    from bench import torch_contestants
+    for name, value in (("is_available", True), ("synchronize", None), ("memory_allocated", 0),
+                        ("max_memory_allocated", 7), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flex = next(c for c in torch_contestants.TORCH if c.name == "torch-flex")
+    assert flex.why_not(SMALL["bias"]) == "takes no bias"
+    for name in ("ragged-ids", "ragged-packed", "lengths", "lengths-full", "window-softcap"):
+        problem = SMALL[name]
+        assert flex.why_not(problem) == ""
+        truths = run._Truths(problem, contestants.inputs_of(problem), False, contestants.SHARED)
+        prepared = flex.prepare(problem, truths.arrays, "forward")
+        errors = truths.errors(flex, prepared, prepared.call)
+        assert set(errors) == {"out"} and errors["out"] < 1e-5, name
+
+
 # Records and the table -----------------------------------------------------------------------------------------------
 
 def test_who_cannot_run_a_feature_is_a_record(tmp_path):

@@ -54,6 +54,9 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
     The magnitude of a sum is the root of the sum of its squared terms: relative errors of one roundoff in every term,
     independent of each other, change the sum by about one roundoff of that. No term counts as less than what underflow
     may take from it, in roundoffs. Where the magnitude is 0 the result is exactly 0.
+
+    The gradient of a score function's array may be added up one pair at a time, in any order (where the array is
+    gathered from, it is scattered to, on a GPU by atomic additions): there the roundings of partial sums count, too.
     """
     acc = spec.acc_dtype
     keep = inputs.attends(spec, operands)
@@ -76,7 +79,7 @@ def attention(spec: AttentionSpec, operands: Operands, dout: np.ndarray,
                       _score_sum(ds, jacobian))
     row_size = 1 + np.maximum(np.where(keep, abs(s), 0).max(-1, initial=0), abs(lse))
     terms = _Terms(q, k, v, dout, p, factor, slope, out)
-    sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size), jacobian)
+    sizes = _magnitudes(spec, terms, keep, dlse, np.where(nothing, 0, row_size), (jacobian, results.dscore))
     return _in_layout(_rounded(results, spec), spec), _in_layout(sizes, spec)
 
 
@@ -86,8 +89,15 @@ def _through(spec: AttentionSpec, x: np.ndarray) -> np.ndarray:
 
 
 def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.ndarray,
-                row_size: np.ndarray, jacobian: np.ndarray | None) -> Results[np.ndarray]:
-    """The magnitude of each result, in float64. `row_size` is 1 + max(|S|, |lse|), the condition of exp; 0 if empty."""
+                row_size: np.ndarray,
+                of_score: tuple[np.ndarray | None, np.ndarray | None]) -> Results[np.ndarray]:
+    """The magnitude of each result, in float64.
+
+    Args:
+      row_size: 1 + max(|S|, |lse|), the condition of exp; 0 if empty.
+      of_score: the derivatives by the score function's array, and the gradient of that; None where there is none.
+    """
+    jacobian, total = of_score
     # Squares of everything: products then add up squared terms.
     q, k, v, dout, p, factor, slope, out = (np.square(x, dtype=np.float64) for x in terms)
     # S, lse and the slope are rounded in the accumulation dtype: one of its roundoffs in units of the spec's.
@@ -101,7 +111,9 @@ def _magnitudes(spec: AttentionSpec, terms: _Terms, keep: np.ndarray, dlse: np.n
     squares = (p * factor @ v, ds_qk @ k, _group_sum(ds_qk.swapaxes(-1, -2) @ q, spec),
                _group_sum((p * factor).swapaxes(-1, -2) @ dout, spec))
     out_size, dq, dk, dv = map(np.sqrt, squares)
-    dbias, dscore = _bias_sum(ds, spec), _score_sum(ds, None if jacobian is None else np.square(jacobian, dtype=float))
+    dbias, dscore = _bias_sum(ds, spec), None
+    if jacobian is not None and total is not None:
+        dscore = _of_any_order(ds, jacobian, total, fine)
     return Results(out_size, row_size, dq, dk, dv, *(None if x is None else np.sqrt(x) for x in (dbias, dscore)))
 
 
@@ -155,6 +167,18 @@ def _after(spec: AttentionSpec, operands: Operands,
 def _score_sum(ds: np.ndarray, jacobian: np.ndarray | None) -> np.ndarray | None:
     """The gradient of the score function's array; None where there is none."""
     return None if jacobian is None else np.tensordot(ds.astype(jacobian.dtype), jacobian, 4)
+
+
+def _of_any_order(ds: np.ndarray, jacobian: np.ndarray, total: np.ndarray, fine: float) -> np.ndarray:
+    """The squared magnitude of the gradient of a score function's array, of the squares of dS.
+
+    Of n terms in random order, the squares of the n partial sums add up to n (total^2 / 3 + squares / 6) on average;
+    each is rounded by one roundoff of the accumulation, `fine` in units of the spec's.
+    """
+    squares = np.tensordot(ds, np.square(jacobian, dtype=float), 4)
+    count = np.tensordot((ds > 0).astype(float), (jacobian != 0).astype(float), 4)
+    found: np.ndarray = squares + np.square(fine) * count * (np.square(total, dtype=float) / 3 + squares / 6)
+    return found
 
 
 def _softmax(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

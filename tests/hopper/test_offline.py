@@ -44,6 +44,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
          "causal-d128-s2048+gradients+dropout+documents",
          "causal-d128-s2048+gradients+alibi", "causal-d128-s2048+gradients+bent", "causal-d64-s2048+gradients+table",
+         "causal-d128-s2048+documents+lengths+mask", "causal-d64-s2048+packed+mask",
          "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
          "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks"]
 DECODING_WITH_A_BIAS = {"causal-d64-s2048+decode+pages+bias+heads+sinks": 0,

@@ -18,7 +18,7 @@ from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import dbias
@@ -31,6 +31,9 @@ __all__ = ["backward", "forward", "passes"]
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
     if not spec.mask.has_arrays:
+        return launched
+
+    if mask_kernel.fields(spec).keys() <= launched.inputs.keys():  # never beside a bias, a dense part of the mask
         return launched
 
     def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:

@@ -31,6 +31,7 @@ from pallas_flash.kernels.hopper.work import (
     worst_case,
 )
 from pallas_flash.kernels.mosaic.mask_bits import has_bits
+from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
@@ -38,6 +39,7 @@ __all__ = ["assume", "default_backward", "default_forward"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
+_MASK_KERNEL_HAS_RUN = False
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
@@ -93,7 +95,8 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
-    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
+    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes,
+                                 mask_kernel=_has_mask_kernel(spec))
     return _with_bias_ring(spec, chosen, device)
 
 
@@ -106,6 +109,11 @@ def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Devi
     candidates = (dataclasses.replace(schedule, bias_slots=2),
                   dataclasses.replace(schedule, bias_slots=2, query_buffers=1, out_chunks=0))
     return next((s for s in candidates if not reasons_against(spec, s, device.smem_bytes)), schedule)
+
+
+def _has_mask_kernel(spec: AttentionSpec) -> bool:
+    """Whether a launch makes what is read of a mask's arrays: nowhere, before it has run on a GPU."""
+    return _MASK_KERNEL_HAS_RUN and kernel_makes(spec)
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
@@ -173,11 +181,11 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
         fused = _default_fused(spec, device)
         if fused is not None:
-            return BackwardSchedule(fused)
+            return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
     two = _default_two_kernels(spec)
     assert two.dq is not None
     return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
-                            dataclasses.replace(two.dq, num_sms=device.num_sms))
+                            dataclasses.replace(two.dq, num_sms=device.num_sms), _has_mask_kernel(spec))
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

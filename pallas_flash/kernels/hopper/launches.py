@@ -8,8 +8,9 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
-more inputs, and the forward no table. With a score function or a bias it always does (`bias.as_mask`): the function's
-arrays come behind dropout's keys, those of `mosaic.bias` last.
+more inputs, or these arrays themselves, of which its first launch makes them; and the forward no table. With a score
+function or a bias it always does (`bias.as_mask`): the function's arrays come behind dropout's keys, those of
+`mosaic.bias` last.
 """
 
 import jax
@@ -23,7 +24,7 @@ from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
@@ -36,10 +37,19 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
         return _decode(spec, schedule)
     arrays = spec.mask.has_arrays
     inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec)
-    inputs |= (mask_arrays.types(spec, schedule) if arrays else {})
-    inputs |= bias.types(spec, schedule.padded_blocks)
+    of_mask, first = _of_mask(spec, schedule)
+    inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
-                launches=(forward_kernel.launch(spec, schedule),), results=("out", "stats"))
+                launches=(*first, forward_kernel.launch(spec, schedule)), results=("out", "stats"))
+
+
+def _of_mask(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule,
+             ) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[Launch, ...]]:
+    """The inputs of a pass that come of the mask's arrays, and the launch that makes of them what others read."""
+    if not spec.mask.has_arrays:
+        return {}, ()
+    made = mask_arrays.launch(spec, schedule)
+    return (mask_arrays.types(spec, schedule), ()) if made is None else (mask_kernel.fields(spec), (made,))
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
@@ -61,12 +71,11 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | ({} if spec.partial else {"out": out}) | {"stats": stats, "dout": out, "dstats": stats}
     inputs |= dropout.input_types(spec) | score_function.input_types(spec)
-    if spec.mask.has_arrays:
-        inputs |= mask_arrays.types(spec, schedule)
-    inputs |= bias.types(spec, schedule.padded_blocks)
+    of_mask, before = _of_mask(spec, schedule)
+    inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
     first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    launches = (first, *(launch.reading(clean) for launch in gradients))
+    launches = (*before, first, *(launch.reading(clean) for launch in gradients))
     return Pass(inputs=inputs, constants={}, launches=launches, results=("dq", "dk", "dv"))
 
 

@@ -18,6 +18,7 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import has_order
+from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.spec import AttentionSpec
 
@@ -73,11 +74,18 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "
          "two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
+        _mask_rule(spec, s),
     )
 
 
 def _is_bias_of_pairs_in_16_bits(spec: AttentionSpec) -> bool:
     return spec.bias is not None and spec.bias.shape[2] > 1 and spec.bias.dtype.itemsize == 2
+
+
+def _mask_rule(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> tuple[bool, str]:
+    return (not s.mask_kernel or mask_rules.kernel_makes(spec),
+            f"{s.mask_kernel=} needs a mask with arrays, of intervals, ids and packed sequences, the "
+            "same for all heads")
 
 
 def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:
@@ -143,7 +151,8 @@ def _backward_rules(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit:
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
              (not (schedule.fused and spec.deterministic) or kv.ordered,
-              "deterministic gradients need `ordered`, or the form of two kernels")]
+              "deterministic gradients need `ordered`, or the form of two kernels"),
+             _mask_rule(spec, schedule)]
     rules += [] if dq is None else _dq_rules(spec, dq)
     for s in (kv, dq):
         if s is not None:

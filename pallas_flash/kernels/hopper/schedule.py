@@ -71,6 +71,7 @@ class ForwardSchedule:
         worked on.
       q_registers: the query is held in registers.
       bias_slots: slots of the ring of tiles of a bias of pairs, in 16 bits. 0: it is read from global memory.
+      mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
 
     block_kv: int
@@ -89,6 +90,7 @@ class ForwardSchedule:
     section_bytes: int = 32 << 20
     q_registers: bool = False
     bias_slots: int = 0
+    mask_kernel: bool = False
 
     @property
     def block_q(self) -> int:
@@ -290,10 +292,13 @@ class DqSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardSchedule:
-    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too."""
+    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too; for `mask_kernel` see
+    `ForwardSchedule`.
+    """
 
     kv: KvSchedule | SplitSchedule
     dq: DqSchedule | None = None
+    mask_kernel: bool = False
 
     @property
     def fused(self) -> bool:
@@ -318,8 +323,9 @@ def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tu
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
     if isinstance(schedule, DecodeSchedule):
         return ("attention_decode",)
+    of_mask = ("attention_mask",) * schedule.mask_kernel
     if isinstance(schedule, ForwardSchedule):
-        return ("attention_forward",)
+        return (*of_mask, "attention_forward")
     keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
     last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
-    return ("attention_backward_prepare", keys, last)
+    return (*of_mask, "attention_backward_prepare", keys, last)

@@ -38,7 +38,10 @@ from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.mosaic import mask_bits
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Ranges", "backward", "key_tiles", "names", "per_position", "types"]
+__all__ = [
+    "Ranges", "asked_about", "backward", "both", "ids_of", "interval_rules", "kept_interval", "key_tiles", "names",
+    "per_position", "types", "with_longer_run",
+]
 
 _MOST_ON_HOST = 1 << 16
 """Positions, or tiles, whose numbers are at most made part of the program."""
@@ -54,7 +57,7 @@ def names(mask: masks.Mask, of_keys: bool) -> tuple[str, ...]:
     """
     if not mask.has_arrays:
         return ()
-    ids, dense = _ids(mask) is not None, mask_bits.has_bits(mask)
+    ids, dense = ids_of(mask) is not None, mask_bits.has_bits(mask)
     no_rules = all(isinstance(part, masks.Full | masks.SegmentIds | masks.Dense) for part in mask.parts)
     no_interval = no_rules and (ids or mask_bits.ends_at_keys(mask))
     ranges, interval, bits = (("key_tiles", "keys", "key_bits") if of_keys else
@@ -93,13 +96,14 @@ def backward(spec: AttentionSpec, mask: masks.Mask, padded_q_block: int, kv: tup
 
 # -- ranges of tiles ---------------------------------------------------------------------------------------------------
 
-def _interval_rules(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
+def interval_rules(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
     """The intersection of a mask's interval rules, with the ends of the sequences."""
     rules = [part for part in mask.parts if not isinstance(part, masks.SegmentIds | masks.Dense)]
     return functools.reduce(operator.and_, rules, masks.InBounds(q_len=spec.q_len, kv_len=spec.kv_len))
 
 
-def _ids(mask: masks.Mask) -> masks.SegmentIds | None:
+def ids_of(mask: masks.Mask) -> masks.SegmentIds | None:
+    """The part of a mask that has ids."""
     return next((part for part in mask.parts if isinstance(part, masks.SegmentIds)), None)
 
 
@@ -136,29 +140,36 @@ def key_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block
       bits: "key_bits", where the mask has them.
     """
     block, count = own
-    rules, kv_tiles = _interval_rules(spec, mask), tiles.cdiv(spec.kv_len, block_kv)
-    tile = masks.minimum(_indices(rules, count), tiles.cdiv(spec.q_len, block) - 1)
-    bounds = _bounds(rules, True, *tiles.interval(tile, block, spec.q_len))
+    rules, kv_tiles = interval_rules(spec, mask), tiles.cdiv(spec.kv_len, block_kv)
+    bounds = _bounds(rules, True, *asked_about(spec, True, _indices(rules, count), block))
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_kv, kv_tiles)))
     if bits is not None:
-        needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_kv, kv_tiles))))
-    if (ids := _ids(mask)) is None:
+        needed = both(needed, _range_of(*mask_bits.flags(bits, own, (block_kv, kv_tiles))))
+    if (ids := ids_of(mask)) is None:
         return needed
-    return _both(needed, _tiles_with_equal_ids((_array(ids.q_ids), *own), (_array(ids.kv_ids), block_kv, kv_tiles)))
+    return both(needed, _tiles_with_equal_ids((_array(ids.q_ids), *own), (_array(ids.kv_ids), block_kv, kv_tiles)))
 
 
 def _query_tiles(spec: AttentionSpec, mask: masks.Mask, own: tuple[int, int], block_q: int,
                  bits: Array | None) -> Ranges:
     """The query tiles that each key tile needs; see `key_tiles`."""
-    (block, count), rules, q_tiles = own, _interval_rules(spec, mask), tiles.cdiv(spec.q_len, block_q)
-    lo = _indices(rules, count) * block
-    bounds = _bounds(rules, False, lo, lo + block)
+    (block, count), rules, q_tiles = own, interval_rules(spec, mask), tiles.cdiv(spec.q_len, block_q)
+    bounds = _bounds(rules, False, *asked_about(spec, False, _indices(rules, count), block))
     needed = tiles.TileRange(*map(_array, tiles.tile_range(bounds, block_q, q_tiles)))
     if bits is not None:
-        needed = _both(needed, _range_of(*mask_bits.flags(bits, own, (block_q, q_tiles))))
-    if (ids := _ids(mask)) is None:
+        needed = both(needed, _range_of(*mask_bits.flags(bits, own, (block_q, q_tiles))))
+    if (ids := ids_of(mask)) is None:
         return needed
-    return _both(needed, _tiles_with_equal_ids((_array(ids.kv_ids), *own), (_array(ids.q_ids), block_q, q_tiles)))
+    return both(needed, _tiles_with_equal_ids((_array(ids.kv_ids), *own), (_array(ids.q_ids), block_q, q_tiles)))
+
+
+def asked_about(spec: AttentionSpec, of_keys: bool, tile: Positions, block: int) -> tuple[Positions, Positions]:
+    """The positions [lo, hi) of a tile that the rules are asked about: of queries (which ask for keys) those up to the
+    last one; of keys all, because the padding of the last tile must be masked.
+    """
+    if of_keys:
+        return tiles.interval(masks.minimum(tile, tiles.cdiv(spec.q_len, block) - 1), block, spec.q_len)
+    return tile * block, tile * block + block
 
 
 def _array(x: Any) -> Array:
@@ -183,11 +194,22 @@ def _tiles_with_equal_ids(own: tuple[Array, int, int], other: tuple[Array, int, 
     tile, count = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1), some.shape[-1]
     smallest = lambda flags: jnp.where(flags, tile, count).min(axis=-1)
     largest = lambda flags: jnp.where(flags, tile + 1, 0).max(axis=-1)
-    first_run = smallest(full), smallest(before & ~full)
-    last_run = jnp.maximum(largest(full & ~before) - 1, 0), largest(full)
-    is_first = first_run[1] - first_run[0] >= last_run[1] - last_run[0]
-    full_start, full_stop = (jnp.where(is_first, a, b) for a, b in zip(first_run, last_run))
-    return tiles.TileRange(smallest(some), full_start, full_stop, largest(some))
+    return with_longer_run((smallest(some), largest(some)), (smallest(full), smallest(before & ~full)),
+                           (largest(full & ~before), largest(full)))
+
+
+def with_longer_run(needed: tuple[Array, Array], first: tuple[Array, Array], last: tuple[Array, Array]) -> Ranges:
+    """The range of the needed tiles, whose full ones are the longer of two runs.
+
+    Args:
+      needed: the first tile, and one behind the last.
+      first: the first run's first tile, and one behind its last.
+      last: one behind the last run's first tile (0 where there is none), and one behind its last.
+    """
+    last = jnp.maximum(last[0] - 1, 0), last[1]
+    is_first = first[1] - first[0] >= last[1] - last[0]
+    full_start, full_stop = (jnp.where(is_first, a, b) for a, b in zip(first, last))
+    return tiles.TileRange(needed[0], full_start, full_stop, needed[1])
 
 
 def _range_of(some: Array, full: Array) -> Ranges:
@@ -214,7 +236,7 @@ def _extremes(ids: Int[Array, "1|b 1|h n"], block: int, count: int, piece: int) 
     return smallest, largest, (lowest == largest) & (largest >= 0)
 
 
-def _both(a: Ranges, b: Ranges) -> Ranges:
+def both(a: Ranges, b: Ranges) -> Ranges:
     """The tiles that both ranges need; those are full that are full in both."""
     return _ordered(jnp.maximum(a.start, b.start), jnp.maximum(a.full_start, b.full_start),
                     jnp.minimum(a.full_stop, b.full_stop), jnp.minimum(a.stop, b.stop))
@@ -245,7 +267,7 @@ def per_position(spec: AttentionSpec, mask: masks.Mask, wanted: tuple[str, ...],
                  blocks: tuple[int, int]) -> dict[str, Array]:
     """The wanted arrays with a number for each position, padded to whole blocks of queries and of keys."""
     q_len, kv_len = (tiles.cdiv(length, block) * block for length, block in zip((spec.q_len, spec.kv_len), blocks))
-    rules, ids, found = _interval_rules(spec, mask), _ids(mask), {}
+    rules, ids, found = interval_rules(spec, mask), ids_of(mask), {}
     if "keys" in wanted:
         found["keys"] = _kept(rules, True, q_len, spec.kv_len)
     if "queries" in wanted:
@@ -270,10 +292,15 @@ def _kept(rules: masks.Mask, of_keys: bool, count: int, other_len: int) -> Int[A
     """
     pos = _indices(rules, count)
     bounds = _bounds(rules, of_keys, pos, pos + 1)
+    stack = np.stack if isinstance(pos, np.ndarray) else jnp.stack
+    return jnp.asarray(stack(kept_interval(bounds, other_len), axis=2))
+
+
+def kept_interval(bounds: masks.Bounds, other_len: int) -> tuple[Positions, Positions]:
+    """Of the bounds of a single position: the first position of the other side that it keeps, and how many."""
     first = masks.minimum(masks.maximum(masks.maximum(bounds.lo, bounds.full_lo), 0), other_len)
     stop = masks.minimum(masks.minimum(bounds.hi, bounds.full_hi), other_len)
-    stack = np.stack if isinstance(pos, np.ndarray) else jnp.stack
-    return jnp.asarray(stack([first, masks.maximum(stop - first, 0)], axis=2))
+    return first, masks.maximum(stop - first, 0)
 
 
 def _padded(x: Array, length: int, value: int) -> Array:

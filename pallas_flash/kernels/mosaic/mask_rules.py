@@ -1,10 +1,12 @@
 """Which masks that hold arrays the kernels know; no Mosaic in here, dispatch asks on any machine."""
 
+import jax
+
 from pallas_flash import masks
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["INTERVAL_RULES", "why_not"]
+__all__ = ["INTERVAL_RULES", "kernel_makes", "why_not"]
 
 INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
 """The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
@@ -29,6 +31,22 @@ def why_not(spec: AttentionSpec) -> list[str]:
         (ids <= 1, f"takes one SegmentIds, mask has {ids} (give each pair of their ids a number of its own)"),
     )
     return [reason for holds, reason in rules if not holds]
+
+
+_LONGEST = 1 << 19
+"""Positions of a side of which one launch makes ranges: the extremes of its tiles, of 32 at least, fit into shared
+memory.
+"""
+
+
+def kernel_makes(spec: AttentionSpec) -> bool:
+    """Whether one launch makes what kernels read of the mask's arrays (`mask_kernel`): of intervals, ids and packed
+    sequences, the same for all heads.
+    """
+    known = all(type(part) in (*INTERVAL_RULES, masks.SegmentIds, Packed) for part in spec.mask.parts)
+    shared = all(x.shape[1] == 1 for x in jax.tree.leaves(spec.mask))
+    fits = max(spec.q_len, spec.kv_len) <= _LONGEST
+    return spec.mask.has_arrays and known and shared and fits and not why_not(spec)
 
 
 def _is_known(part: masks.Mask) -> bool:

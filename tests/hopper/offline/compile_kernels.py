@@ -58,7 +58,7 @@ def with_arrays(problem, options: list[str]):
     """The mask of a problem, in which lengths, documents or pairs are arrays."""
     import numpy as np
 
-    from pallas_flash import masks
+    from pallas_flash import masks, packed
     mask = problem.mask
     if "lengths" in options:
         mask = mask & masks.InBounds(kv_len=np.full(problem.batch, problem.kv_len - 7, np.int32))
@@ -67,6 +67,10 @@ def with_arrays(problem, options: list[str]):
         mask = mask & masks.SegmentIds(*ids)
     if "dense" in options:
         mask = mask & masks.Dense(np.ones((problem.batch, 1, problem.q_len, problem.kv_len), bool))
+    if "packed" in options:
+        sides = np.zeros(9, np.int32), np.zeros(9, np.int32)
+        sequences = (np.zeros(length, np.int32) for length in (problem.q_len, problem.kv_len))
+        mask = packed.Packed(mask, *sides, *sequences, "last")
     if "padding" in options:
         mask = mask & masks.Dense(np.ones((problem.batch, 1, 1, problem.kv_len), bool))
     return mask
@@ -111,12 +115,28 @@ def decoding(problem, options: list[str]):
     return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None), more)
 
 
+def with_mask_kernel(spec):
+    """Both passes with schedules that have the mask's arrays made by a launch: a function, and its arguments."""
+    import dataclasses
+
+    from pallas_flash import device
+    from pallas_flash.kernels.hopper import defaults, launches
+    schedules = defaults.default_forward(spec, device.H100), defaults.default_backward(spec, device.H100)
+    passes = [make(spec, dataclasses.replace(schedule, mask_kernel=True))
+              for make, schedule in zip((launches.forward, launches.backward), schedules)]
+
+    def call(*arrays):
+        return [launched(*own) for launched, own in zip(passes, arrays)]
+
+    return call, [tuple(launched.inputs.values()) for launched in passes]
+
+
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
-    gradients always, and dropout of a part), lengths, documents, dense, padding (a mask that holds arrays beside the
-    problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages,
-    heads, sinks: see `decoding`."""
+    gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
+    beside the problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode,
+    pages, heads, sinks: see `decoding`; mask: see `with_mask_kernel`."""
     import dataclasses
 
     import jax
@@ -164,6 +184,8 @@ def lower(name: str, options: list[str]):
         function = partial_call
     if "decode" in options:
         function, arguments = decoding(problem, options)
+    if "mask" in options:
+        function, arguments = with_mask_kernel(spec)
     with device.assume(device.H100):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
