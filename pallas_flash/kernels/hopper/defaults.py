@@ -40,6 +40,12 @@ _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
+_FLOAT32 = ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, pingpong=False, held_columns=0)
+"""What fits with 128 columns, and spills nothing; not measured."""
+
+_FLOAT32_BACKWARD = BackwardSchedule(KvSchedule(), DqSchedule(v_stages=1))
+"""The same. Of these schedules only tiles and sections count (`float32.gradients`)."""
+
 
 type _Schedule = ForwardSchedule | DecodeSchedule | BackwardSchedule
 
@@ -69,6 +75,8 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
+    if spec.dtype == jnp.float32:
+        return dataclasses.replace(_FLOAT32, num_blocks=device.num_sms)
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
     # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
@@ -156,11 +164,11 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
     spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
     spills = spills or not is_light(spec.score) or (spec.score is not None and spec.softcap is not None)
-    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
+    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills and spec.dtype != jnp.float32:
         fused = _default_fused(spec, device)
         if fused is not None:
             return BackwardSchedule(fused)
-    two = _default_two_kernels(spec)
+    two = _FLOAT32_BACKWARD if spec.dtype == jnp.float32 else _default_two_kernels(spec)
     assert two.dq is not None
     return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
                             dataclasses.replace(two.dq, num_sms=device.num_sms))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import tiles
+from pallas_flash.kernels.hopper.float32.parts import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
@@ -29,7 +30,8 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
-    "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+    "forward_memory", "gradient_memory", "kv_memory", "prepare_float32_memory", "prepare_memory", "smem_bytes",
+    "split_memory", "split_rows_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -186,6 +188,38 @@ def finish_memory(spec: AttentionSpec) -> Memory:
     return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
 
 
+def split_rows_memory(columns: int) -> Memory:
+    """Of float32 inputs, where they are split: 64 rows as they come, and their parts."""
+    count = chunks(columns)
+    return Memory((Buffer("rows", (count, ROWS_PER_WARPGROUP, CHUNK), _FLOAT32, chunked=False),
+                   Buffer("parts", (2 * count, ROWS_PER_WARPGROUP, CHUNK), np.dtype("float16"))),
+                  (Barrier("full", count),))
+
+
+def prepare_float32_memory(spec: AttentionSpec) -> Memory:
+    """64 rows of out and of dout, which arrive together, and the parts of dout."""
+    (rows, *others), (full,) = split_rows_memory(spec.d_v)
+    return Memory((rows, rows._replace(name="out"), *others), (full._replace(arrivals=2 * full.arrivals),))
+
+
+def gradient_memory(spec: AttentionSpec, own: tuple[int, ...], others: tuple[int, int], blocks: tuple[int, int]) -> Memory:
+    """Of a gradient of float32 inputs: one or two tiles that a block keeps, and rings of the two that it walks over.
+
+    Args:
+      spec: of the parts.
+      own, others: the columns of each.
+      blocks: the rows of a tile that it keeps, and of one that it walks over.
+    """
+    kept, walked = blocks
+    stages = 2, len(own) % 2 + 1  # what fits with 128 columns
+    buffers = [Buffer(f"own_{i}", (chunks(columns), kept, CHUNK), spec.dtype) for i, columns in enumerate(own)]
+    barriers = [Barrier("own_full", sum(map(chunks, own)))]
+    for i, columns in enumerate(others):
+        buffers.append(Buffer(f"other_{i}", (stages[i], chunks(columns), walked, CHUNK), spec.dtype))
+        barriers += _ring(f"other_{i}", chunks(columns), kept // ROWS_PER_WARPGROUP, stages[i])
+    return Memory(tuple(buffers), tuple(barriers))
+
+
 _PIECE = 16, 256
 """64 x 64 float32 numbers of dq, in the order in which the threads of a warpgroup hold them."""
 
@@ -207,7 +241,7 @@ def smem_bytes(spec: AttentionSpec,
         case DecodeSchedule():
             memory = decode_memory(spec, s)
         case ForwardSchedule():
-            memory = forward_memory(spec, s)
+            memory = forward_memory(in_parts(spec) if spec.dtype == jnp.float32 else spec, s)
         case KvSchedule():
             memory = kv_memory(spec, s)
         case SplitSchedule():
