@@ -17,6 +17,8 @@ from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DecodeSchedule,
     DqSchedule,
+    Float32BackwardSchedule,
+    Float32Schedule,
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
@@ -39,12 +41,6 @@ __all__ = ["assume", "default_backward", "default_forward"]
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
-
-_FLOAT32 = ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, pingpong=False, held_columns=0)
-"""What fits with 128 columns, and spills nothing; not measured."""
-
-_FLOAT32_BACKWARD = BackwardSchedule(KvSchedule(), DqSchedule(v_stages=1))
-"""The same. Of these schedules only tiles and sections count (`float32.gradients`)."""
 
 
 type _Schedule = ForwardSchedule | DecodeSchedule | BackwardSchedule
@@ -69,14 +65,14 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
 
     Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
     (`maxima` and sections too). By analogy: other head sizes up to 192. What fits, not measured: above 256
-    (docs/notes/hopper_features.md, 2026-11-29).
+    (docs/notes/hopper_features.md, 2026-11-29), and float32 (2026-11-30).
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     if spec.dtype == jnp.float32:
-        return dataclasses.replace(_FLOAT32, num_blocks=device.num_sms)
+        return Float32Schedule(num_blocks=device.num_sms)
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
     # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
@@ -168,10 +164,10 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
         fused = _default_fused(spec, device)
         if fused is not None:
             return BackwardSchedule(fused)
-    two = _FLOAT32_BACKWARD if spec.dtype == jnp.float32 else _default_two_kernels(spec)
+    two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
     assert two.dq is not None
-    return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
-                            dataclasses.replace(two.dq, num_sms=device.num_sms))
+    return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
+                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms))
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import tiles
+from pallas_flash.kernels.hopper.float32.kinds import KINDS, Kind
 from pallas_flash.kernels.hopper.float32.parts import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
@@ -202,21 +203,17 @@ def prepare_float32_memory(spec: AttentionSpec) -> Memory:
     return Memory((rows, rows._replace(name="out"), *others), (full._replace(arrivals=2 * full.arrivals),))
 
 
-def gradient_memory(spec: AttentionSpec, own: tuple[int, ...], others: tuple[int, int], blocks: tuple[int, int]) -> Memory:
+def gradient_memory(spec: AttentionSpec, kind: Kind, s: KvSchedule | DqSchedule) -> Memory:
     """Of a gradient of float32 inputs: one or two tiles that a block keeps, and rings of the two that it walks over.
-
-    Args:
-      spec: of the parts.
-      own, others: the columns of each.
-      blocks: the rows of a tile that it keeps, and of one that it walks over.
+    The spec is that of the parts.
     """
-    kept, walked = blocks
-    stages = 2, len(own) % 2 + 1  # what fits with 128 columns
-    buffers = [Buffer(f"own_{i}", (chunks(columns), kept, CHUNK), spec.dtype) for i, columns in enumerate(own)]
-    barriers = [Barrier("own_full", sum(map(chunks, own)))]
-    for i, columns in enumerate(others):
-        buffers.append(Buffer(f"other_{i}", (stages[i], chunks(columns), walked, CHUNK), spec.dtype))
-        barriers += _ring(f"other_{i}", chunks(columns), kept // ROWS_PER_WARPGROUP, stages[i])
+    kept, walked = (s.block_q, s.block_kv) if kind.of_queries else (s.block_kv, s.block_q)
+    count = lambda name: chunks(spec.d if name in ("q", "k") else spec.d_v)
+    buffers = [Buffer(f"own_{i}", (count(name), kept, CHUNK), spec.dtype) for i, name in enumerate(kind.own)]
+    barriers = [Barrier("own_full", sum(map(count, kind.own)))]
+    for i, (name, slots) in enumerate(zip(kind.others, kind.stages)):
+        buffers.append(Buffer(f"other_{i}", (slots, count(name), walked, CHUNK), spec.dtype))
+        barriers += _ring(f"other_{i}", count(name), s.warpgroups, slots)
     return Memory(tuple(buffers), tuple(barriers))
 
 
@@ -237,11 +234,13 @@ def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
 def smem_bytes(spec: AttentionSpec,
                s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
     """Shared memory of a block, its barriers included."""
+    if spec.dtype == jnp.float32:
+        return _float32_bytes(in_parts(spec), s)
     match s:
         case DecodeSchedule():
             memory = decode_memory(spec, s)
         case ForwardSchedule():
-            memory = forward_memory(in_parts(spec) if spec.dtype == jnp.float32 else spec, s)
+            memory = forward_memory(spec, s)
         case KvSchedule():
             memory = kv_memory(spec, s)
         case SplitSchedule():
@@ -249,3 +248,13 @@ def smem_bytes(spec: AttentionSpec,
         case DqSchedule():
             memory = dq_memory(spec, s)
     return memory.smem_bytes
+
+
+def _float32_bytes(wide: AttentionSpec,
+                   s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+    """The same of float32 inputs, of the problem of their parts: of dk or of dv, what needs more."""
+    if isinstance(s, ForwardSchedule):
+        return forward_memory(wide, s).smem_bytes
+    assert isinstance(s, KvSchedule | DqSchedule), s
+    names = ("dk", "dv") if isinstance(s, KvSchedule) else ("dq",)
+    return max(gradient_memory(wide, KINDS[name], s).smem_bytes for name in names)

@@ -10,6 +10,8 @@ from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DecodeSchedule,
     DqSchedule,
+    Float32BackwardSchedule,
+    Float32Schedule,
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
@@ -33,7 +35,12 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
       smem_limit: bytes of shared memory that a block may have.
     """
     rules: _Rules
-    if filled_part(spec.mask) is not None and not isinstance(schedule, BackwardSchedule):
+    of_float32 = isinstance(schedule, Float32Schedule | Float32BackwardSchedule)
+    if of_float32 != (spec.dtype == jnp.float32):
+        return [f"{schedule} is {'only' if of_float32 else 'not'} for float32, dtype is {spec.dtype}"]
+    if of_float32:
+        rules = _float32_rules(spec, schedule, smem_limit)
+    elif filled_part(spec.mask) is not None and not isinstance(schedule, BackwardSchedule):
         rules = _decode_rules(spec, schedule, smem_limit)
     elif isinstance(schedule, DecodeSchedule):
         rules = ((False, f"{schedule} is for keys in a cache"),)
@@ -68,6 +75,22 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
          "two steps"),
         (needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),
     )
+
+
+def _float32_rules(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
+                   smem_limit: int) -> _Rules:
+    """Tiles have 64 rows, the unit in which scales are kept; more than two warpgroups have too few registers."""
+    parts = (schedule.kv, schedule.dq) if isinstance(schedule, BackwardSchedule) else (schedule,)
+    rules: list[tuple[bool, str]] = []
+    for s in parts:
+        assert isinstance(s, ForwardSchedule | KvSchedule | DqSchedule)
+        walked = s.block_q if isinstance(s, KvSchedule) else s.block_kv
+        needed = smem_bytes(spec, s)
+        rules += [(walked == CHUNK, f"{s} must walk over tiles of {CHUNK} rows, not {walked}"),
+                  (1 <= s.warpgroups <= 2, f"{s.warpgroups=} must be 1 or 2"),
+                  (not isinstance(s, KvSchedule) or not s.makes_dq, "dq has a kernel of its own"),
+                  (needed <= smem_limit, f"{s} needs {needed} bytes of shared memory, there are {smem_limit}")]
+    return tuple(rules)
 
 
 def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:

@@ -108,7 +108,7 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
         (spec.score is None, f"takes no score function in float32 yet, score={spec.score} ({cast})"),
         (not spec.dropout_rate, f"takes no dropout in float32 yet, dropout_rate={spec.dropout_rate:g} ({cast})"),
-        (filled_part(spec.mask) is None, f"takes no cache in float32 yet ({cast})"),
+        (filled_part(spec.mask) is None, f"needs bfloat16 or float16 against a cache, dtype is float32 ({cast})"),
     )
     return [reason for holds, reason in rules if not holds]
 

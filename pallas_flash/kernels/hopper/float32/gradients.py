@@ -32,6 +32,7 @@ from pallas_flash.kernels.hopper.backward import kv as kv_kernel
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.float32 import products
+from pallas_flash.kernels.hopper.float32.kinds import KINDS, Kind
 from pallas_flash.kernels.hopper.float32.parts import TOP, WEIGHTS, in_parts
 from pallas_flash.kernels.hopper.float32.split import scale_of, split
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -48,21 +49,6 @@ from pallas_flash.spec import AttentionSpec
 __all__ = ["launch"]
 
 
-class Kind(NamedTuple):
-    """What a gradient is made of."""
-
-    own: tuple[str, ...]  # what a block keeps
-    others: tuple[str, str]  # what it walks over; its scores are own[0] others[0]^T
-    added: int  # which of the others is added up
-
-    @property
-    def of_queries(self) -> bool:
-        """Whether a block keeps queries."""
-        return self.own[0] == "q"
-
-
-KINDS = {"dq": Kind(("q", "dout"), ("k", "v"), 0), "dk": Kind(("k", "v"), ("q", "dout"), 0),
-         "dv": Kind(("k",), ("q", "dout"), 1)}
 OF_QUERIES = ("q", "dout", "lse", "delta", "rounding")
 STATISTICS = {"lse": Statistics.LSE, "delta": Statistics.DELTA, "rounding": Statistics.ROUNDING}
 
@@ -247,10 +233,7 @@ def launch(spec: AttentionSpec, name: str, schedule: DqSchedule | KvSchedule) ->
     masks = mask_arrays.names(spec.mask, of_keys=kind.of_queries)
     inputs = (*(f"{x}_parts" for x in arrays), *(f"{x}_scales" for x in arrays), "statistics", *masks)
     names = (*arrays, *(f"{x}_scales" for x in arrays), "stats", *masks, "out")
-    in_smem = dict(q=wide.d, k=wide.d, v=wide.d_v, dout=wide.d_v)
-    kept, walked = (schedule.block_q, schedule.block_kv)[::1 if kind.of_queries else -1]
     blocks = (work.dq_work(wide, schedule) if isinstance(schedule, DqSchedule) else work.kv_work(wide, schedule)).blocks
-    own, others = ([in_smem[x] for x in group] for group in (kind.own, kind.others))
 
     def attention_gradient_float32(*refs: Any) -> None:
         *found, smem, bars = refs
@@ -269,7 +252,7 @@ def launch(spec: AttentionSpec, name: str, schedule: DqSchedule | KvSchedule) ->
     outputs = {name: jax.ShapeDtypeStruct(getattr(spec.operand_shapes, of_gradient), jnp.float32)}
     kernel = plgpu.kernel(
         attention_gradient_float32, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.gradient_memory(wide, tuple(own), (others[0], others[1]), (kept, walked))),
+        scratch_types=allocate(memory.gradient_memory(wide, kind, schedule)),
         grid=(blocks,), grid_names=("block",), num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
     return Launch(kernel, inputs, outputs)

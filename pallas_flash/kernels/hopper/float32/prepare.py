@@ -49,10 +49,10 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         plgpu.barrier_wait(bars["full"])
         rows, idle = Rows(smem["rows"], smem["parts"]), lse == -jnp.inf
         product = lambda chunk: (load_rows(smem["out"], chunk) * rows.load(chunk)).sum(axis=1)
-        delta = sum(map(product, range(rows.count)), registers.row_zeros()) - dlse
+        delta = sum(map(product, range(rows.chunks)), registers.row_zeros()) - dlse
         for row, x in statistics(spec, lse, rest, delta).items():
             registers.store_row_stats(x, gmem["statistics"], len(Statistics) * head + int(row), first, padded)
-        size = jnp.where(idle, 0.0, size_of(map(rows.load, range(rows.count))))
+        size = jnp.where(idle, 0.0, size_of(map(rows.load, range(rows.chunks))))
         inverse, (factor,) = factors(size)
         scales = gmem["dout_scales"]
         registers.store_row_stats(factor, scales, head, first, scales.shape[3])

@@ -77,7 +77,8 @@ def multiply(hi: Fragment, lo: Fragment, v_ref: Ref) -> Fragment:
     def issue(_: mgpu.LaunchContext, hi: mgpu.FragmentedArray, lo: mgpu.FragmentedArray,
               v: ir.Value) -> mgpu.FragmentedArray:
         p, at = fa.optimization_barrier(hi, lo), wgmma.transposed_descriptors(v)
-        steps = [(wgmma.words(p[i], key), at(j * count, key)) for i, j in PRODUCTS for key in range(0, keys, wgmma.STEP)]
+        steps = [(wgmma.words(p[i], key), at(j * count, key))
+                 for i, j in PRODUCTS for key in range(0, keys, wgmma.STEP)]
         return wgmma.issue_steps(steps, columns, v, (0, 1))
 
     return issue(hi, lo, v_ref)

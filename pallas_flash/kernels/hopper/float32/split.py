@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     parts: Ref  # (2 chunks, 64, 64) float16
 
     @property
-    def count(self) -> int:
+    def chunks(self) -> int:
         """Chunks of columns."""
         return int(self.whole.shape[0])
 
@@ -102,10 +102,10 @@ def store_parts(spec: AttentionSpec, rows: Rows, inverse: PerRow, bad: Bool[Arra
       inverse: of their scales.
       index: (batch, head, first row).
     """
-    for chunk in range(rows.count):
+    for chunk in range(rows.chunks):
         x = rows.load(chunk) * registers.spread(inverse, CHUNK) * 2.0**parts.TOP
         for part, piece in enumerate(split(jnp.where(registers.spread(bad, CHUNK), 0.0, x))):
-            at = part * rows.count + chunk
+            at = part * rows.chunks + chunk
             tiles.store_tile(spec, piece, rows.parts.at[at:at + 1], target, (*index, at))
     plgpu.wait_smem_to_gmem(0)
 
@@ -142,7 +142,7 @@ def launch(spec: AttentionSpec, name: str, values: bool = False) -> Launch:
         tiles.load_tile(spec, x, index, smem["rows"], bars["full"])
         plgpu.barrier_wait(bars["full"])
         rows = Rows(smem["rows"], smem["parts"])
-        size = size_of(map(rows.load, range(rows.count)))
+        size = size_of(map(rows.load, range(rows.chunks)))
         inverse, kept = scales(size)
         for i, numbers in enumerate(kept):
             registers.store_row_stats(numbers, scales_ref, len(kept) * head + i, first, padded)
