@@ -161,7 +161,7 @@ def test_an_automatic_choice_leaves_them_alone_until_they_are_measured():
     ("float32", ForwardSchedule(block_kv=64), "not for float32"),
     ("float32", BackwardSchedule(KvSchedule(), DqSchedule()), "not for float32"),
     ("bfloat16", FORWARD, "only for float32"), ("bfloat16", BACKWARD, "only for float32"),
-    ("float32", dataclasses.replace(FORWARD, block_kv=128), "must walk over tiles of 64 rows, not 128"),
+    ("float32", dataclasses.replace(FORWARD, block_kv=32), "must walk over tiles of 64 rows, not 32"),
     ("float32", dataclasses.replace(FORWARD, warpgroups=3), "must be 1 or 2"),
     ("float32", dataclasses.replace(FORWARD, num_stages=6), "bytes of shared memory"),
 ])

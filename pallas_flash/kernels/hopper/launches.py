@@ -23,8 +23,8 @@ from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.float32 import forward as forward_float32
 from pallas_flash.kernels.hopper.float32 import gradients, split
 from pallas_flash.kernels.hopper.float32 import prepare as prepare_float32
-from pallas_flash.kernels.hopper.float32.parts import in_parts
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
+from pallas_flash.kernels.hopper.memory import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DecodeSchedule,

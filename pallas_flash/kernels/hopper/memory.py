@@ -5,6 +5,7 @@ Tiles are kept in chunks of 64 columns: (chunks, rows, 64). A barrier is named f
 waits for the chunks that TMA brings, or for the warpgroups that write; a free one for the warpgroups that have read.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import tiles
-from pallas_flash.kernels.hopper.float32.kinds import KINDS, Kind
-from pallas_flash.kernels.hopper.float32.parts import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
@@ -30,8 +29,8 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
-    "forward_memory", "gradient_memory", "kv_memory", "prepare_float32_memory", "prepare_memory", "smem_bytes",
+    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
+    "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory", "prepare_memory", "smem_bytes",
     "split_memory", "split_rows_memory",
 ]
 
@@ -189,11 +188,47 @@ def finish_memory(spec: AttentionSpec) -> Memory:
     return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
 
 
+# -- float32 inputs --------------------------------------------------------------------------------------------------
+
+PARTS = 2
+"""The float16 numbers that a float32 number is split into, hi and lo (`float32.parts`)."""
+
+
+def in_parts(spec: AttentionSpec) -> AttentionSpec:
+    """The problem of the arrays of parts, (..., 2 dim) float16 with dim a multiple of 64: the columns of hi, then those
+    of lo. Everything is as in `spec` where tiles, rings and masks are concerned; results are float32.
+    """
+    wide = lambda dim: PARTS * CHUNK * chunks(dim)
+    return dataclasses.replace(spec, dtype=np.dtype(np.float16), d=wide(spec.d), d_v=wide(spec.d_v), partial=True)
+
+
+class Kind(NamedTuple):
+    """A gradient: a block keeps tiles of its own rows, and walks over tiles of the other axis."""
+
+    own: tuple[str, ...]
+    others: tuple[str, str]  # scores are products of own[0] and others[0]
+    added: int  # which of the others is added up
+
+    @property
+    def of_queries(self) -> bool:
+        """Whether a block keeps queries."""
+        return self.own[0] == "q"
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Slots of the rings of the others: what fits with 128 columns."""
+        return 2, 2 if len(self.own) == 1 else 1
+
+
+KINDS = {"dq": Kind(("q", "dout"), ("k", "v"), 0), "dk": Kind(("k", "v"), ("q", "dout"), 0),
+         "dv": Kind(("k",), ("q", "dout"), 1)}
+
+
 def split_rows_memory(columns: int) -> Memory:
     """Of float32 inputs, where they are split: 64 rows as they come, and their parts."""
     count = chunks(columns)
     return Memory((Buffer("rows", (count, ROWS_PER_WARPGROUP, CHUNK), _FLOAT32, chunked=False),
-                   Buffer("parts", (2 * count, ROWS_PER_WARPGROUP, CHUNK), np.dtype("float16"))),
+                   Buffer("parts", (PARTS * count, ROWS_PER_WARPGROUP, CHUNK), np.dtype("float16"))),
                   (Barrier("full", count),))
 
 

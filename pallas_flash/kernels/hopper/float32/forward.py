@@ -21,12 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.float32 import products
-from pallas_flash.kernels.hopper.float32.parts import TOP, in_parts
+from pallas_flash.kernels.hopper.float32.parts import TOP
 from pallas_flash.kernels.hopper.float32.softmax import Softmax, Values, begin, natural, weigh
 from pallas_flash.kernels.hopper.float32.split import split
 from pallas_flash.kernels.hopper.forward.kernel import skip
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile, rows_of
+from pallas_flash.kernels.hopper.memory import in_parts
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ForwardSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate

@@ -32,9 +32,9 @@ from pallas_flash.kernels.hopper.backward import kv as kv_kernel
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.float32 import products
-from pallas_flash.kernels.hopper.float32.kinds import KINDS, Kind
-from pallas_flash.kernels.hopper.float32.parts import TOP, WEIGHTS, in_parts
+from pallas_flash.kernels.hopper.float32.parts import TOP, WEIGHTS
 from pallas_flash.kernels.hopper.float32.split import scale_of, split
+from pallas_flash.kernels.hopper.memory import KINDS, Kind, in_parts
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate

@@ -8,17 +8,9 @@ Rows have scales of their own because a tensor's would be that of its largest nu
 with large activations, or memory past the end of a sequence.
 """
 
-import dataclasses
+from pallas_flash.kernels.hopper.schedule import CHUNK
 
-import numpy as np
-
-from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
-from pallas_flash.spec import AttentionSpec
-
-__all__ = ["COUNT", "FACTORS", "PRODUCTS", "TOP", "VALUES", "WEIGHTS", "in_parts", "padded_rows"]
-
-COUNT = 2
-"""Parts of a number."""
+__all__ = ["FACTORS", "PRODUCTS", "TOP", "VALUES", "WEIGHTS", "padded_rows"]
 
 PRODUCTS = ((1, 0), (0, 1), (0, 0))
 """Which parts of two operands are multiplied, in this order: small ones first, since sums of tensor cores are
@@ -38,14 +30,6 @@ VALUES = -44, 80
 
 WEIGHTS = -100, 100
 """The same for the rows of weights in the backward (`gradients`)."""
-
-
-def in_parts(spec: AttentionSpec) -> AttentionSpec:
-    """The problem of the arrays of parts, (..., 2 dim) float16 with dim a multiple of 64: the columns of hi, then those
-    of lo. Everything is as in `spec` where tiles, rings and masks are concerned; results are float32.
-    """
-    wide = lambda dim: COUNT * CHUNK * chunks(dim)
-    return dataclasses.replace(spec, dtype=np.dtype(np.float16), d=wide(spec.d), d_v=wide(spec.d_v), partial=True)
 
 
 def padded_rows(length: int) -> int:

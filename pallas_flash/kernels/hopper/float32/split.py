@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, tiles
 from pallas_flash.kernels.hopper.float32 import parts
-from pallas_flash.kernels.hopper.memory import split_rows_memory
+from pallas_flash.kernels.hopper.memory import PARTS, split_rows_memory
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
@@ -122,7 +122,7 @@ def output_types(spec: AttentionSpec, name: str, kept: int) -> dict[str, jax.Sha
     """
     length, heads, columns = sizes(spec, name)
     scales = (spec.batch, heads, kept, parts.padded_rows(length))
-    return {f"{name}_parts": jax.ShapeDtypeStruct(spec.shape(length, heads, parts.COUNT * CHUNK * chunks(columns)),
+    return {f"{name}_parts": jax.ShapeDtypeStruct(spec.shape(length, heads, PARTS * CHUNK * chunks(columns)),
                                                   jnp.float16),
             f"{name}_scales": jax.ShapeDtypeStruct(scales, jnp.float32)}
 
