@@ -29,9 +29,9 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
-    "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory", "prepare_memory", "smem_bytes",
-    "split_memory", "split_rows_memory",
+    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
+    "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory",
+    "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory",
 ]
 
 _ALIGNMENT = 1024
