@@ -370,6 +370,8 @@ def _benchmarks() -> list[Problem]:
                    mask=Window(left=127, right=0))]
     found += [_benchmark(f"deterministic-d{d}-s{s}", "gradients that repeat bit by bit", s, d, deterministic=True)
               for d in (64, 128) for s in (2048, 16_384)]
+    found.append(_benchmark("float32-d128-s4096", "inputs of float32, which tensor cores do not take", 4096, 128,
+                            dtypes=("float32",), tags=("float32",)))
     cpu = dict(batch=1, q_heads=4, kv_heads=4, dtypes=("float32",))
     return found + [_benchmark(f"cpu-d64-s{s}", "what runs without a GPU", s, 64, **cpu,
                                tags=("cpu", "speed") if s in (1024, 8192) else ("cpu",))

@@ -18,8 +18,8 @@ KERNEL, REFERENCES = "custom_vmap_call", {"new_ref", "get"}
 CAUSAL, LATER = masks.Causal(), masks.Causal(-30)  # of the second, the first queries attend to nothing
 
 
-def spec_of(d, mask, **options):
-    q = jax.ShapeDtypeStruct((2, 3000, 2, d), jnp.bfloat16)
+def spec_of(d, mask, dtype="bfloat16", **options):
+    q = jax.ShapeDtypeStruct((2, 3000, 2, d), dtype)
     return AttentionSpec.of(q, q, q, mask=mask, **options)
 
 
@@ -29,6 +29,7 @@ SPECS = {
     "split": spec_of(256, CAUSAL),
     "fused-idle": spec_of(64, LATER, layout="BHLD"),
     "split-idle": spec_of(192, LATER),
+    "float32": spec_of(128, LATER, "float32"),
 }
 
 

@@ -45,6 +45,9 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d128-s2048+gradients+dropout+documents",
          "causal-d128-s2048+gradients+alibi", "causal-d128-s2048+gradients+bent", "causal-d64-s2048+gradients+table",
          "causal-d128-s2048+documents+lengths+mask", "causal-d64-s2048+packed+mask",
+         *(f"causal-d{d}-s2048+gradients+float32" for d in (64, 96)),
+         "causal-d128-s2048+gradients+float32+lengths+softcap",
+         *(f"causal-d128-s2048+gradients+float32+{mask}" for mask in ("documents", "dense", "ragged")),
          "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
          "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks"]
 DECODING_WITH_A_BIAS = {"causal-d64-s2048+decode+pages+bias+heads+sinks": 0,

@@ -17,6 +17,8 @@ from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DecodeSchedule,
     DqSchedule,
+    Float32BackwardSchedule,
+    Float32Schedule,
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
@@ -65,12 +67,14 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
 
     Measured up to 64, 128 and 256, and 192 with values of 128: docs/notes/hopper_forward.md, 2026-11-22 and 2026-11-25
     (`maxima` and sections too). By analogy: other head sizes up to 192. What fits, not measured: above 256
-    (docs/notes/hopper_features.md, 2026-11-29).
+    (docs/notes/hopper_features.md, 2026-11-29), and float32 (2026-11-30).
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
+    if spec.dtype == jnp.float32:
+        return Float32Schedule(num_blocks=device.num_sms)
     widest, over_query = max(spec.d, spec.d_v), 2 < chunks(spec.d_v) <= chunks(spec.d)
     narrow_values = chunks(spec.d_v) <= 2
     # Registers: a bias of keys needs a few more than the kernels for 64 with a soft cap (160 a thread, of three
@@ -113,7 +117,7 @@ def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Devi
 
 def _has_mask_kernel(spec: AttentionSpec) -> bool:
     """Whether a launch makes what is read of a mask's arrays: nowhere, before it has run on a GPU."""
-    return _MASK_KERNEL_HAS_RUN and kernel_makes(spec)
+    return _MASK_KERNEL_HAS_RUN and spec.dtype != jnp.float32 and kernel_makes(spec)
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
@@ -178,14 +182,15 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
     spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
     spills = spills or not is_light(spec.score) or (spec.score is not None and spec.softcap is not None)
-    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills:
+    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills and spec.dtype != jnp.float32:
         fused = _default_fused(spec, device)
         if fused is not None:
             return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
-    two = _default_two_kernels(spec)
+    two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
     assert two.dq is not None
-    return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
-                            dataclasses.replace(two.dq, num_sms=device.num_sms), _has_mask_kernel(spec))
+    return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
+                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
+                               mask_kernel=_has_mask_kernel(spec))
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

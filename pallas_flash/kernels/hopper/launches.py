@@ -1,8 +1,8 @@
 """The passes of a spec as lists of kernel launches (`mosaic.launch`).
 
-forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant. Against a cache, q, k, v, the
-mask's arrays, a bias, sinks and, if there are pages, their table -> out, stats: one kernel, too, whose counters are a
-constant.
+forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant. Of float32 inputs, behind three kernels
+that split q, k and v (`float32.split`). Against a cache, q, k, v, the mask's arrays, a bias, sinks and, if there are
+pages, their table -> out, stats: one kernel, too, whose counters are a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
@@ -22,8 +22,19 @@ from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepa
 from pallas_flash.kernels.hopper.decode import added
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
+from pallas_flash.kernels.hopper.float32 import forward as forward_float32
+from pallas_flash.kernels.hopper.float32 import gradients, split
+from pallas_flash.kernels.hopper.float32 import prepare as prepare_float32
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.memory import in_parts
+from pallas_flash.kernels.hopper.schedule import (
+    BackwardSchedule,
+    DecodeSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+    SplitSchedule,
+)
 from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
@@ -36,6 +47,8 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
     if isinstance(schedule, DecodeSchedule):
         return _decode(spec, schedule)
     arrays = spec.mask.has_arrays
+    if spec.dtype == jnp.float32:
+        return _in_parts(spec, schedule)
     inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec)
     of_mask, first = _of_mask(spec, schedule)
     inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
@@ -50,6 +63,16 @@ def _of_mask(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule,
         return {}, ()
     made = mask_arrays.launch(spec, schedule)
     return (mask_arrays.types(spec, schedule), ()) if made is None else (mask_kernel.fields(spec), (made,))
+
+
+def _in_parts(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
+    """The forward of float32 inputs: q, k and v are split into parts first."""
+    arrays, wide = spec.mask.has_arrays, in_parts(spec)
+    return Pass(inputs=_operands(spec) | (mask_arrays.types(spec, schedule) if arrays else {}),
+                constants={} if arrays else {"table": work.forward_table(wide, schedule)},
+                launches=(*(split.launch(spec, name, values=name == "v") for name in "qkv"),
+                          forward_float32.launch(spec, schedule)),
+                results=("out", "stats"))
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
@@ -73,9 +96,12 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     inputs |= dropout.input_types(spec) | score_function.input_types(spec)
     of_mask, before = _of_mask(spec, schedule)
     inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
-    first, gradients = prepare.launch(spec, schedule), _gradients(spec, schedule)
+    if spec.dtype == jnp.float32:
+        return Pass(inputs=inputs, constants={}, launches=_gradients_in_parts(spec, schedule),
+                    results=("dq", "dk", "dv"))
+    first, others = prepare.launch(spec, schedule), _gradients(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    launches = (*before, first, *(launch.reading(clean) for launch in gradients))
+    launches = (*before, first, *(launch.reading(clean) for launch in others))
     return Pass(inputs=inputs, constants={}, launches=launches, results=("dq", "dk", "dv"))
 
 
@@ -85,6 +111,13 @@ def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch,
         return kv_split.launch(spec, schedule.kv), dq.launch(spec, schedule.dq)
     last = finish.launch(spec, schedule.kv) if schedule.dq is None else dq.launch(spec, schedule.dq)
     return kv.launch(spec, schedule.kv), last
+
+
+def _gradients_in_parts(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
+    assert schedule.dq is not None and isinstance(schedule.kv, KvSchedule)
+    schedules: dict[str, DqSchedule | KvSchedule] = dict(dq=schedule.dq, dk=schedule.kv, dv=schedule.kv)
+    return (*(split.launch(spec, name) for name in "qkv"), prepare_float32.launch(spec, schedule),
+            *(gradients.launch(spec, name, own) for name, own in schedules.items()))
 
 
 def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:

@@ -5,6 +5,7 @@ Tiles are kept in chunks of 64 columns: (chunks, rows, 64). A barrier is named f
 waits for the chunks that TMA brings, or for the warpgroups that write; a free one for the warpgroups that have read.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -28,8 +29,9 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Barrier", "Buffer", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
-    "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
+    "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory",
+    "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -198,6 +200,72 @@ def finish_memory(spec: AttentionSpec) -> Memory:
     return Memory((Buffer("dq", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype),))
 
 
+# -- float32 inputs --------------------------------------------------------------------------------------------------
+
+PARTS = 2
+"""The float16 numbers that a float32 number is split into, hi and lo (`float32.parts`)."""
+
+
+def in_parts(spec: AttentionSpec) -> AttentionSpec:
+    """The problem of the arrays of parts, (..., 2 dim) float16 with dim a multiple of 64: the columns of hi, then those
+    of lo. Everything is as in `spec` where tiles, rings and masks are concerned; results are float32.
+    """
+    wide = lambda dim: PARTS * CHUNK * chunks(dim)
+    return dataclasses.replace(spec, dtype=np.dtype(np.float16), d=wide(spec.d), d_v=wide(spec.d_v), partial=True)
+
+
+class Kind(NamedTuple):
+    """A gradient: a block keeps tiles of its own rows, and walks over tiles of the other axis."""
+
+    own: tuple[str, ...]
+    others: tuple[str, str]  # scores are products of own[0] and others[0]
+    added: int  # which of the others is added up
+
+    @property
+    def of_queries(self) -> bool:
+        """Whether a block keeps queries."""
+        return self.own[0] == "q"
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Slots of the rings of the others: what fits with 128 columns."""
+        return 2, 2 if len(self.own) == 1 else 1
+
+
+KINDS = {"dq": Kind(("q", "dout"), ("k", "v"), 0), "dk": Kind(("k", "v"), ("q", "dout"), 0),
+         "dv": Kind(("k",), ("q", "dout"), 1)}
+
+
+def split_rows_memory(columns: int) -> Memory:
+    """Of float32 inputs, where they are split: 64 rows as they come, and their parts."""
+    count = chunks(columns)
+    return Memory((Buffer("rows", (count, ROWS_PER_WARPGROUP, CHUNK), _FLOAT32, chunked=False),
+                   Buffer("parts", (PARTS * count, ROWS_PER_WARPGROUP, CHUNK), np.dtype("float16"))),
+                  (Barrier("full", count),))
+
+
+def prepare_float32_memory(spec: AttentionSpec) -> Memory:
+    """64 rows of out, unless the spec is partial, and of dout, which arrive together, and the parts of dout."""
+    if spec.partial:
+        return split_rows_memory(spec.d_v)
+    (rows, *others), (full,) = split_rows_memory(spec.d_v)
+    return Memory((rows, rows._replace(name="out"), *others), (full._replace(arrivals=2 * full.arrivals),))
+
+
+def gradient_memory(spec: AttentionSpec, kind: Kind, s: KvSchedule | DqSchedule) -> Memory:
+    """Of a gradient of float32 inputs: one or two tiles that a block keeps, and rings of the two that it walks over.
+    The spec is that of the parts.
+    """
+    kept, walked = (s.block_q, s.block_kv) if kind.of_queries else (s.block_kv, s.block_q)
+    count = lambda name: chunks(spec.d if name in ("q", "k") else spec.d_v)
+    buffers = [Buffer(f"own_{i}", (count(name), kept, CHUNK), spec.dtype) for i, name in enumerate(kind.own)]
+    barriers = [Barrier("own_full", sum(map(count, kind.own)))]
+    for i, (name, slots) in enumerate(zip(kind.others, kind.stages)):
+        buffers.append(Buffer(f"other_{i}", (slots, count(name), walked, CHUNK), spec.dtype))
+        barriers += _ring(f"other_{i}", count(name), s.warpgroups, slots)
+    return Memory(tuple(buffers), tuple(barriers))
+
+
 _PIECE = 16, 256
 """64 x 64 float32 numbers of dq, in the order in which the threads of a warpgroup hold them."""
 
@@ -215,6 +283,8 @@ def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
 def smem_bytes(spec: AttentionSpec,
                s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
     """Shared memory of a block, its barriers included."""
+    if spec.dtype == jnp.float32:
+        return _float32_bytes(in_parts(spec), s)
     match s:
         case DecodeSchedule():
             memory = decode_memory(spec, s)
@@ -227,3 +297,13 @@ def smem_bytes(spec: AttentionSpec,
         case DqSchedule():
             memory = dq_memory(spec, s)
     return memory.smem_bytes
+
+
+def _float32_bytes(wide: AttentionSpec,
+                   s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+    """The same of float32 inputs, of the problem of their parts: of dk or of dv, what needs more."""
+    if isinstance(s, ForwardSchedule):
+        return forward_memory(wide, s).smem_bytes
+    assert isinstance(s, KvSchedule | DqSchedule), s
+    names = ("dk", "dv") if isinstance(s, KvSchedule) else ("dq",)
+    return max(gradient_memory(wide, KINDS[name], s).smem_bytes for name in names)

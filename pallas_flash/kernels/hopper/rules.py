@@ -12,6 +12,8 @@ from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DecodeSchedule,
     DqSchedule,
+    Float32BackwardSchedule,
+    Float32Schedule,
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
@@ -36,7 +38,12 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
       smem_limit: bytes of shared memory that a block may have.
     """
     rules: _Rules
-    if filled_part(spec.mask) is not None and not isinstance(schedule, BackwardSchedule):
+    of_float32 = isinstance(schedule, Float32Schedule | Float32BackwardSchedule)
+    if of_float32 != (spec.dtype == jnp.float32):
+        return [f"{schedule} is {'only' if of_float32 else 'not'} for float32, dtype is {spec.dtype}"]
+    if of_float32:
+        rules = _float32_rules(spec, schedule, smem_limit)
+    elif filled_part(spec.mask) is not None and not isinstance(schedule, BackwardSchedule):
         rules = _decode_rules(spec, schedule, smem_limit)
     elif isinstance(schedule, DecodeSchedule):
         rules = ((False, f"{schedule} is for keys in a cache"),)
@@ -86,6 +93,22 @@ def _mask_rule(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> tu
     return (not s.mask_kernel or mask_rules.kernel_makes(spec),
             f"{s.mask_kernel=} needs a mask with arrays, of intervals, ids and packed sequences, the "
             "same for all heads")
+
+
+def _float32_rules(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
+                   smem_limit: int) -> _Rules:
+    """Tiles have 64 rows, the unit in which scales are kept; more than two warpgroups have too few registers."""
+    parts = (schedule.kv, schedule.dq) if isinstance(schedule, BackwardSchedule) else (schedule,)
+    rules: list[tuple[bool, str]] = []
+    for s in parts:
+        assert isinstance(s, ForwardSchedule | KvSchedule | DqSchedule)
+        walked = s.block_q if isinstance(s, KvSchedule) else s.block_kv
+        needed = smem_bytes(spec, s)
+        rules += [(walked == CHUNK, f"{s} must walk over tiles of {CHUNK} rows, not {walked}"),
+                  (1 <= s.warpgroups <= 2, f"{s.warpgroups=} must be 1 or 2"),
+                  (not isinstance(s, KvSchedule) or not s.makes_dq, "dq has a kernel of its own"),
+                  (needed <= smem_limit, f"{s} needs {needed} bytes of shared memory, there are {smem_limit}")]
+    return tuple(rules)
 
 
 def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:

@@ -19,8 +19,8 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule",
-    "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "Float32BackwardSchedule",
+    "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
 ]
 
 CHUNK = 64
@@ -319,10 +319,39 @@ class BackwardSchedule:
         return tiles.cdiv(spec.q_len, self.padded_q_block) * self.padded_q_block
 
 
+@dataclasses.dataclass(frozen=True)
+class Float32Schedule(ForwardSchedule):
+    """The schedule of the forward of float32 inputs, whose warpgroups each wait for their own products: of what
+    `ForwardSchedule` says about overlap and maxima nothing holds.
+    """
+
+    block_kv: int = 64
+    query_buffers: int = 1
+    out_chunks: int = 0  # out is written from registers
+    pingpong: bool = False
+    slack: float = 0.0
+    long_slack: float = 0.0
+    held_columns: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Float32BackwardSchedule(BackwardSchedule):
+    """The schedule of the backward of float32 inputs: three kernels of one form (`float32.gradients`), of which `kv`
+    says the tiles of dk and of dv. Their stages follow from their memory.
+    """
+
+    kv: KvSchedule = KvSchedule(pinned=False)
+    dq: DqSchedule = DqSchedule(v_stages=1, pinned=False)
+
+
 def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
     if isinstance(schedule, DecodeSchedule):
         return ("attention_decode",)
+    if isinstance(schedule, Float32Schedule):
+        return (*("attention_split",) * 3, "attention_forward_float32")
+    if isinstance(schedule, Float32BackwardSchedule):
+        return *("attention_split",) * 3, "attention_prepare_float32", *("attention_gradient_float32",) * 3
     of_mask = ("attention_mask",) * schedule.mask_kernel
     if isinstance(schedule, ForwardSchedule):
         return (*of_mask, "attention_forward")

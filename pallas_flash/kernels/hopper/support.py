@@ -16,6 +16,7 @@ CAPABILITY = (9, 0)
 MAX_DIM = 512
 MAX_DIM_BACKWARD = 256
 """Also against a cache."""
+MAX_DIM_FLOAT32 = 128
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 
@@ -40,7 +41,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"))
+             (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"), (_is_float32(spec), "an input of float32"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
@@ -55,6 +56,10 @@ def backward_of(spec: AttentionSpec) -> str | None:
 def takes_sinks(spec: AttentionSpec) -> bool:
     """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
     return filled_part(spec.mask) is not None
+
+
+def _is_float32(spec: AttentionSpec) -> bool:
+    return spec.dtype == np.float32
 
 
 def _is_wide(spec: AttentionSpec) -> bool:
@@ -74,8 +79,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
     rules = (
         (isinstance(spec.batch, int),
          f"needs a batch size that is a number, batch is {spec.batch} (export one program for each size)"),
-        (spec.dtype.name in ("bfloat16", "float16"),
-         f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
+        (spec.dtype.name in ("bfloat16", "float16", "float32"),
+         f"needs bfloat16, float16 or float32, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
         (spec.score is None or not _is_wide(spec), "takes a score function with head dimensions up to "
@@ -86,8 +91,23 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
     found = [reason for holds, reason in rules if not holds]
+    found += _float32_reasons(spec) if _is_float32(spec) else []
     return found + score_rules.why_not(spec) + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
                     else _cache_reasons(spec, filled))
+
+
+def _float32_reasons(spec: AttentionSpec) -> list[str]:
+    """Float32 inputs have kernels of their own, which lack some features."""
+    cast = "cast query, key and value to bfloat16 or float16"
+    rules = (
+        (max(spec.d, spec.d_v) <= MAX_DIM_FLOAT32,
+         f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
+        (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
+        (spec.score is None, f"takes no score function in float32 yet, score={spec.score} ({cast})"),
+        (not spec.dropout_rate, f"takes no dropout in float32 yet, dropout_rate={spec.dropout_rate:g} ({cast})"),
+        (filled_part(spec.mask) is None, f"needs bfloat16 or float16 against a cache, dtype is float32 ({cast})"),
+    )
+    return [reason for holds, reason in rules if not holds]
 
 
 def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:

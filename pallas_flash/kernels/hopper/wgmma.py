@@ -26,9 +26,11 @@ from pallas_flash.kernels.mosaic import interpret, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 
-__all__ = ["accumulate", "fence", "multiply_transposed", "outer", "ready", "settled"]
+__all__ = ["STEP", "accumulate", "descriptors", "fence", "issue_steps", "multiply_transposed", "outer", "ready",
+           "settled", "transposed_descriptors", "words"]
 
-_K = 16
+STEP = 16
+"""Columns of a, or rows of b, that one instruction multiplies."""
 _GROUP_BYTES = 8 * SWIZZLE_BYTES
 
 
@@ -69,14 +71,14 @@ def multiply_transposed(a: Fragment | Ref, b_ref: Ref, d: int, start: Fragment |
               *start: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         a_at: Callable[[int], list[ir.Value]]
         if isinstance(a, mgpu.FragmentedArray):
-            b_at = _descriptors(b)
-            a_at = functools.partial(_words, fa.optimization_barrier(a))
+            b_at = descriptors(b)
+            a_at = functools.partial(words, fa.optimization_barrier(a))
         else:
-            descriptor, b_at = _descriptors(a), _descriptors(b)
+            descriptor, b_at = descriptors(a), descriptors(b)
             a_at = lambda column: [descriptor(column)]
         nvvm.wgmma_fence_aligned()
         acc = [register for x in start for register in x.registers.flat]
-        for column in range(0, d, _K):
+        for column in range(0, d, STEP):
             acc = _wgmma(acc, a_at(column), b_at(column), n, _element(b), transposed=(0, 0))
         _commit()
         return _as_accumulator(acc, n)
@@ -109,9 +111,9 @@ def accumulate(acc: Fragment, p: Fragment, v_ref: Ref) -> Fragment:
         b = _descriptor(v, leading_bytes=chunk_bytes(v))
         nvvm.wgmma_fence_aligned()
         registers = list(acc.registers.flat)
-        for step in range(keys // _K):
-            words, rows = _words(p, step * _K), _advance(b, step * _K * SWIZZLE_BYTES)
-            registers = _wgmma(registers, words, rows, columns, _element(v), transposed=(0, 1))
+        for step in range(keys // STEP):
+            own, rows = words(p, step * STEP), _advance(b, step * STEP * SWIZZLE_BYTES)
+            registers = _wgmma(registers, own, rows, columns, _element(v), transposed=(0, 1))
         _commit()
         return _as_accumulator(registers, columns)
 
@@ -141,8 +143,8 @@ def outer(a_ref: Ref, b_ref: Ref, columns: int) -> Fragment:
         a_base, b_base = _descriptor(a), _descriptor(b, leading_bytes=chunk_bytes(b))
         nvvm.wgmma_fence_aligned()
         acc: list[ir.Value] = []
-        for step in range(keys // _K):
-            offset = step * _K * SWIZZLE_BYTES
+        for step in range(keys // STEP):
+            offset = step * STEP * SWIZZLE_BYTES
             a_step, b_step = _advance(a_base, offset), _advance(b_base, offset)
             acc = _wgmma(acc, [a_step], b_step, columns, _element(b), transposed=(1, 1))
         _commit()
@@ -199,9 +201,11 @@ def _element(ref: ir.Value) -> str:
     return str(ir.MemRefType(ref.type).element_type)
 
 
-def _descriptors(ref: ir.Value) -> Callable[[int], ir.Value]:
+def descriptors(ref: ir.Value, opaque: bool = False) -> Callable[[int], ir.Value]:
     """The matrix descriptors of a (chunks, rows, 64) buffer, by their first column."""
     base, stride = _descriptor(ref), chunk_bytes(ref)
+    if opaque:
+        base = llvm.inline_asm(base.type, [base], "mov.b64 $0, $1;", "=l,l", has_side_effects=True)
 
     def at(first: int) -> ir.Value:
         chunk, column = divmod(first, CHUNK)
@@ -210,11 +214,33 @@ def _descriptors(ref: ir.Value) -> Callable[[int], ir.Value]:
     return at
 
 
-def _words(x: mgpu.FragmentedArray, first: int) -> list[ir.Value]:
+def transposed_descriptors(ref: ir.Value) -> Callable[[int, int], ir.Value]:
+    """The matrix descriptors of a transposed (chunks, rows, 64) buffer, by their first chunk and row."""
+    base, stride = _descriptor(ref, leading_bytes=chunk_bytes(ref)), chunk_bytes(ref)
+    return lambda chunk, row: _advance(base, chunk * stride + row * SWIZZLE_BYTES)
+
+
+def issue_steps(steps: list[tuple[list[ir.Value], ir.Value]], columns: int, b: ir.Value,
+                transposed: tuple[int, int]) -> mgpu.FragmentedArray:
+    """Issues the sum of products of a step each, (64, columns), as one commit group.
+
+    Args:
+      steps: what `_wgmma` takes as a and b.
+      b: the buffer, for its type.
+    """
+    nvvm.wgmma_fence_aligned()
+    acc: list[ir.Value] = []
+    for a_step, b_step in steps:
+        acc = _wgmma(acc, a_step, b_step, columns, _element(b), transposed=transposed)
+    _commit()
+    return _as_accumulator(acc, columns)
+
+
+def words(x: mgpu.FragmentedArray, first: int) -> list[ir.Value]:
     """16 columns of x, in the layout TILE and of a 16-bit type, as four 32-bit words of two elements."""
     pair = ir.VectorType.get((1,), ptx.i32())
     return [vector.extract(vector.bitcast(pair, register), [], [0])
-            for register in x[:, first:first + _K].registers.flat]
+            for register in x[:, first:first + STEP].registers.flat]
 
 
 def _descriptor(ref: ir.Value, leading_bytes: int = 0) -> ir.Value:
@@ -249,7 +275,7 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
     a_text = f"${next(numbers)}" if len(a) == 1 else "{" + ",".join(f"${next(numbers)}" for _ in a) + "}"
     out = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     flags = ", ".join(str(flag) for flag in (transposed if len(a) == 1 else transposed[1:]))
-    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{_K}.f32."
+    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{STEP}.f32."
            f"{element}.{element} {out}, {a_text}, ${next(numbers)}, p, 1, 1, {flags}; }}")
     kind_of_a = "l" if len(a) == 1 else "r"
     constraints = ",".join(["=f"] * count + [str(i) for i in range(len(acc))] + [kind_of_a] * len(a) + ["l"])

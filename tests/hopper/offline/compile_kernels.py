@@ -149,7 +149,8 @@ def lower(name: str, options: list[str]):
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
                                   kv_len=problem.kv_len - less, d=times * problem.d, d_v=times * problem.d_v,
                                   softcap=30.0 if "softcap" in options else None,
-                                  dropout_rate=0.1 if "dropout" in options else 0.0)
+                                  dropout_rate=0.1 if "dropout" in options else 0.0,
+                                  dtypes=("float32",) if "float32" in options else problem.dtypes)
     problem = dataclasses.replace(problem, mask=with_arrays(problem, options))
     spec = problem.spec()
     shapes = ((spec.q_len, spec.q_heads, spec.d), (spec.kv_len, spec.kv_heads, spec.d),

@@ -1,0 +1,54 @@
+"""Float32 inputs on a Hopper GPU: everything within the budget of float32, and beside the XLA path's own error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hopper.test_sweep import budget_of, problem_of
+from pallas_flash import Causal, Dense, Full, InBounds, SegmentIds, Window
+from pallas_flash.testing import conformance, inputs
+
+pytestmark = pytest.mark.gpu
+
+LEN = 300
+IDS = np.arange(LEN) // 90
+CASES: dict[str, tuple[tuple[int, int], dict]] = {
+    "causal": ((128, 128), dict()),
+    "ragged-gqa": ((64, 64), dict(q_len=129, kv_len=511, q_heads=4, layout="BHLD", mask=Causal(382))),
+    "d20-40-softcap-window": ((20, 40), dict(softcap=2.0, mask=Window(100, 20))),
+    "empty-rows": ((96, 128), dict(mask=Causal(-70), scale=-0.2)),
+    "documents-gqa": ((128, 128), dict(mask=Causal() & SegmentIds(IDS, IDS), q_heads=4)),
+    "lengths-deterministic": ((128, 128), dict(mask=Causal() & InBounds(kv_len=np.array([LEN, 70])),
+                                               deterministic=True)),
+    "dense": ((64, 64), dict(mask=Dense(np.random.default_rng(0).random((2, 1, LEN, LEN)) < 0.5))),
+    "large-rows": ((128, 128), dict(row_lse=200.0)),
+    "long": ((64, 64), dict(batch=1, q_heads=1, kv_heads=1, q_len=2048, kv_len=2048, mask=Full())),
+}
+RESULTS = ("out", "dq", "dk", "dv")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_within_the_budget_of_float32(name):
+    """With NaN in what masks hide."""
+    dims, options = CASES[name]
+    problem = problem_of(name, dims, **(dict(q_len=LEN, kv_len=LEN, dtypes=("float32",)) | options))
+    operands, cotangents = conformance.random_case(problem, "float32")
+    found = conformance.compiled(problem, "hopper")(inputs.poisoned(problem.spec(), operands), cotangents)
+    shares = budget_of(problem, operands, cotangents).used(jax.tree.map(np.asarray, found))
+    assert all(share <= 1 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("values", ["normal", "positive"])
+def test_errs_at_most_twice_as_much_as_xla(values):
+    """Of positive values every addition of a long sum rounds the same way where sums are truncated."""
+    problem = problem_of("beside-xla", (128, 128), batch=1, q_heads=1, kv_heads=1, q_len=2048, kv_len=2048,
+                         dtypes=("float32",))
+    operands, cotangents = conformance.random_case(problem, "float32")
+    if values == "positive":
+        operands = operands._replace(v=jnp.abs(operands.v) + 1)
+    exact = budget_of(problem, operands, cotangents).oracle
+    ours, theirs = (conformance.compiled(problem, name)(operands, cotangents) for name in ("hopper", "xla"))
+    error = lambda found, name: np.linalg.norm(np.asarray(getattr(found, name), np.float64) - getattr(exact, name))
+    ratios = {name: error(ours, name) / error(theirs, name) for name in RESULTS}
+    assert all(ratio <= 2 for ratio in ratios.values()), ratios
