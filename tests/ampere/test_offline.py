@@ -27,6 +27,7 @@ NAMES = {"8.0": ["d64", "d128-lengths", "d128-bent-repeats"], "8.9": ["d128-wind
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("compiler", ["pinned", "found"])
 @pytest.mark.parametrize("capability", NAMES)
 def test_kernels_compile_for_every_generation(tmp_path, capability, compiler):
