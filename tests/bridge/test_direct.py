@@ -103,6 +103,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(attention, name, {})
     monkeypatch.setattr(attention, "_said", set())
     monkeypatch.setattr(shortcut, "_shortcuts", {})
+    monkeypatch.setattr(shortcut, "_recent", [])
     monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})
