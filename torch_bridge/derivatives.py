@@ -36,9 +36,14 @@ from torch_bridge.arguments import (
     Operands,
     PerArray,
     Results,
+    RowAnchor,
 )
+from torch_bridge.direct import tracing
 
 __all__ = ["Context", "functional_attention"]
+
+
+_NUM_ARGUMENTS = len(Operands._fields) + len(Numbers._fields)  # with which all operators begin
 
 
 def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
@@ -50,8 +55,18 @@ def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool
 
 def _below_autograd[R](operator: torch._ops.OpOverload[..., R], keys: torch._C.DispatchKeySet,
                        args: Sequence[object]) -> R:
+    if operator in ops.DIRECT and tracing.is_traced() and _is_direct(operator, args):
+        operator = ops.DIRECT[operator]
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _is_direct(operator: ops.Operator, args: Sequence[object]) -> bool:
+    """Whether a call that is traced will be launched directly."""
+    operands, numbers = RowAnchor.of(args[:_NUM_ARGUMENTS])
+    if operator is ops.attention:
+        return tracing.is_direct(operands, numbers, "forward")
+    return AttentionBackward.of(args).results.stats.dim() == 4 and tracing.is_direct(operands, numbers, "backward")
 
 
 class _Call(NamedTuple):
@@ -294,6 +309,7 @@ def _memory_budget() -> float:
 
 
 ops.library.impl(ops.dropout_seed, _kept_seed, "Autograd", with_keyset=True)
-_register(ops.attention, _Attention)
-_register(ops.attention_backward, _Backward)
+for _forward, _backward in (ops.attention, ops.attention_backward), (*ops.DIRECT.values(),):
+    _register(_forward, _Attention)
+    _register(_backward, _Backward)
 _register(ops.attention_double_backward, _DoubleBackward)

@@ -21,7 +21,7 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import cache, driver, launch, requirements, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -29,7 +29,7 @@ from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, version
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "gpu_of", "is_on", "known",
-           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
+           "prepared", "problem_of", "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -170,10 +170,13 @@ class Direct:
         launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                program = self._program(pass_name)
-                if pass_name == "backward":
-                    self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
-                self._runners[pass_name] = Runner(program, self.device)
+                self._runners[pass_name] = apart.run(self._load, pass_name)
+
+    def _load(self, pass_name: PassName) -> Runner:
+        program = self._program(pass_name)
+        if pass_name == "backward":
+            self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
+        return Runner(program, self.device)
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
         pending = self._expected.pop(pass_name, None)
@@ -339,6 +342,14 @@ def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     if reason is not None:
         _warn("calls go", reason)
     return reason is None
+
+
+def prepared(operands: Operands, numbers: Numbers, device: torch.device, pass_name: PassName) -> bool:
+    """Whether a pass of calls like this one, which the direct path takes, has its plan loaded on a device, now at the
+    latest; where it cannot be, a warning says why. Of the operands, shapes, strides and dtypes count.
+    """
+    key = problem_of(operands, numbers), device
+    return _directs.setdefault(key, Direct(key)).try_prepare(pass_name)
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
