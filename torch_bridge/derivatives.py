@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointPolicy
 
-from torch_bridge import ops
+from torch_bridge import ops, sharding
 from torch_bridge.arguments import (
     Attention,
     AttentionBackward,
@@ -264,6 +264,7 @@ class _DoubleBackward(_SingleLevelFunction):
 
 def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> None:
     def kernel(keys: torch._C.DispatchKeySet, *args: object) -> tuple[torch.Tensor, ...]:
+        sharding.register_if_needed()
         is_recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         # Only `apply` can tell whether there is a tangent; without one it costs nothing.
         if is_recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():

@@ -5,21 +5,25 @@ On the stand-ins of test_direct.py, and as far as JAX computes it on CPU tensors
 """
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch._functorch.aot_autograd import aot_function
 
+from bridge.gpt import Block
 from bridge.problems import OURS, operator_call, qkv
-from bridge.test_direct import BF16, BOTH, FakeGpu, launched
+from bridge.test_direct import BF16, BOTH, launched
 from torch_bridge import ops
 from torch_bridge.direct import attention, cache
 from torch_bridge.direct.parent import NoPlanError
 
 __all__ = ["launched"]  # a fixture
 
+ROOT = Path(__file__).parents[2]
 KERNELS = torch.ops.pallas_flash
 UNSAFE = torch.Tag.cudagraph_unsafe
 
@@ -60,7 +64,11 @@ def test_plans_are_loaded_when_a_call_of_known_sizes_is_traced(launched, quiet, 
     """Also under a mode of torch, and what is kept then is no fake tensor."""
     tensors, asked = qkv(*[(2, 2, 6, 8)] * 3, dtype=BF16), []
     find = cache.find
-    monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request.pass_name), find(request, index))[1])
+
+    def asking(request, index):
+        asked.append(request.pass_name)
+        return find(request, index)
+    monkeypatch.setattr(cache, "find", asking)
     torch._dynamo.reset()
     compiled = torch.compile(causal, fullgraph=True, backend="aot_eager")
     out = compiled(*tensors)
@@ -106,3 +114,37 @@ def test_the_direct_operators_are_the_same_operators(launched):
 def test_opcheck(quiet):
     operands, numbers = operator_call(*qkv(*[(2, 2, 6, 8)] * 3), causal_offset=0)
     torch.library.opcheck(ops.attention_direct, (*operands, *numbers, True))
+
+
+def test_what_is_exported_holds_the_operator_that_may_be_captured(launched, quiet):
+    x, model = torch.randn(2, 6, 32, dtype=BF16), Block().to(BF16).eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=64)},))
+        decomposed = program.run_decompositions()
+        targets = [node.target for node in decomposed.graph.nodes if "pallas_flash" in str(node.target)]
+        assert targets == [KERNELS.attention_direct.default]
+        for length in (6, 9):
+            x = torch.randn(2, length, 32, dtype=BF16)
+            torch.testing.assert_close(decomposed.module()(x), model(x))
+
+
+def test_a_checkpoint_and_a_compiled_checkpoint(launched, quiet):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 6, 32, dtype=BF16, requires_grad=True), Block().to(BF16)
+    kept = lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    (wanted,) = torch.autograd.grad(model(x).sum(), x)
+    for function in (kept, kept, torch.compile(kept, fullgraph=True, backend="aot_eager")):
+        del launched[:]
+        (found,) = torch.autograd.grad(function(x).sum(), x)
+        torch.testing.assert_close(found, wanted)
+        assert launched == ["forward", "forward", "backward"]
+
+
+def package(device, folder):
+    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for way in ("make", "run"):
+        done = subprocess.run([sys.executable, Path(__file__).with_name("package_worker.py"), way, device,
+                               folder / "gpt.pt2"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.split()

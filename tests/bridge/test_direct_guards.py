@@ -12,7 +12,7 @@ import torch
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from bridge.test_direct_shortcut import short
-from torch_bridge.direct import guards, shortcut
+from torch_bridge.direct import guards, lengths, shortcut
 
 __all__ = ["launched", "short"]  # fixtures
 
@@ -77,8 +77,9 @@ def test_calls_are_right_where_torch_has_no_such_function(no_guards, short, laun
     assert shortcut._recent == []
 
 
-def test_kinds_of_calls_in_turn(short, launched):
+def test_kinds_of_calls_in_turn(short, launched, monkeypatch):
     """More of them than are known at a glance, with and without gradients, and misaligned ones in between."""
+    monkeypatch.setattr(lengths, "OWN", 3)
     kinds = [qkv(*[(1, 2, length, 8)] * 3, dtype=BF16) for length in (3, 4, 5)]
     for _ in range(3):
         for inputs in kinds:

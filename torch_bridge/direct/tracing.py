@@ -24,8 +24,8 @@ def is_traced() -> bool:
 def is_direct(operands: Operands, numbers: Numbers, pass_name: PassName) -> bool:
     """Whether a pass of a call of these tensors, which may be fake ones, is launched directly when it runs.
 
-    False also where it might be, but its plan cannot be made now: no GPU is here, or something fails, of which a warning
-    tells.
+    False also where it might be, but its plan cannot be made now: no GPU is here, or something fails, of which a
+    warning tells.
     """
     device = operands.query.device
     if device.type not in attention.DEVICES or not attention.is_on() or (
