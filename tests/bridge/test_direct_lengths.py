@@ -6,6 +6,7 @@ On the stand-ins of test_direct.py.
 import pytest
 import torch
 
+import torch_bridge
 from bridge.problems import OURS, check, heads_inside, operator_call, qkv
 from bridge.test_direct import BF16, BOTH, launched
 from torch_bridge import exchange, strides
@@ -112,6 +113,16 @@ def test_switched_off_nothing_is_padded(launched, monkeypatch):
     monkeypatch.delenv(attention.VARIABLE)
     check(tensors, is_causal=True)
     assert launched == BOTH and lengths_of_plans() == [128]
+
+
+def test_explain_says_so(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(lengths, "OWN", 0)
+    tensors = qkv(*[(1, 2, 30, 8)] * 3, dtype=BF16, requires_grad=False)
+    assert "forward to be compiled" in torch_bridge.explain(*tensors, is_causal=True)
+    OURS(*tensors, is_causal=True)
+    text = torch_bridge.explain(*tensors, is_causal=True)
+    assert "plans: forward shared by lengths up to 128 and 128, to which tensors are padded, backward to be" in text
 
 
 MEANINGS = {

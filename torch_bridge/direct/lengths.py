@@ -21,7 +21,7 @@ from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Resu
 from torch_bridge.direct import attention
 from torch_bridge.direct.problem import PassName, Problem
 
-__all__ = ["OFTEN", "OWN", "backward", "bucket", "forward", "padded"]
+__all__ = ["OFTEN", "OWN", "backward", "bucket", "forward", "padded", "shared"]
 
 OWN = 2
 """So many lengths of a problem have plans of their own at once: training has one, and its evaluation another."""
@@ -80,6 +80,12 @@ def backward(operands: Operands, numbers: Numbers, results: Results,
         way.shares = False
     call = attention.find(operands, numbers, "backward")
     return None if call is None else call.backward(operands, results, cotangents)
+
+
+def shared(operands: Operands, numbers: Numbers, pass_name: PassName) -> tuple[int, int] | None:
+    """The lengths of queries and keys of the plan that calls like this one have shared; None: none has."""
+    way = _ways.get((pass_name, *attention.name_of(operands, numbers)))
+    return (bucket(operands.query.shape[2]), bucket(operands.key.shape[2])) if way is not None and way.shares else None
 
 
 # --- which lengths ---------------------------------------------------------------------------------------------------
