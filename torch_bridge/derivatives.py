@@ -55,18 +55,21 @@ def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool
 
 def _below_autograd[R](operator: torch._ops.OpOverload[..., R], keys: torch._C.DispatchKeySet,
                        args: Sequence[object]) -> R:
-    if operator in ops.DIRECT and tracing.is_traced() and _is_direct(operator, args):
-        operator = ops.DIRECT[operator]
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def _is_direct(operator: ops.Operator, args: Sequence[object]) -> bool:
-    """Whether a call that is traced will be launched directly."""
+def _recorded(operator: ops.Operator, args: Sequence[object]) -> ops.Operator:
+    """The operator itself, or, while a tracer records a call that will be launched directly, that of `ops.DIRECT`."""
+    if operator not in ops.DIRECT or not tracing.is_traced():
+        return operator
     operands, numbers = RowAnchor.of(args[:_NUM_ARGUMENTS])
     if operator is ops.attention:
-        return tracing.is_direct(operands, numbers, "forward")
-    return AttentionBackward.of(args).results.stats.dim() == 4 and tracing.is_direct(operands, numbers, "backward")
+        is_direct = tracing.is_direct(operands, numbers, "forward")
+    else:
+        is_whole = AttentionBackward.of(args).results.stats.dim() == 4  # else lse alone, which goes through DLPack
+        is_direct = is_whole and tracing.is_direct(operands, numbers, "backward")
+    return ops.DIRECT[operator] if is_direct else operator
 
 
 class _Call(NamedTuple):
@@ -88,7 +91,7 @@ class _Call(NamedTuple):
 
     def below_autograd(self, args: Sequence[object]) -> tuple[torch.Tensor, ...]:
         with self.modes():
-            return _below_autograd(self.operator, self.keys, args)
+            return _below_autograd(_recorded(self.operator, args), self.keys, args)
 
 
 class Context(Protocol):
@@ -273,7 +276,7 @@ def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> N
                 results: tuple[torch.Tensor, ...] = function.apply(  # type: ignore[attr-defined]  # not in torch's stub
                     *args, _Call(operator, keys, *modes))
                 return results
-        return _below_autograd(operator, keys, args)
+        return _below_autograd(_recorded(operator, args), keys, args)
     ops.library.impl(operator, kernel, "Autograd", with_keyset=True)
 
 

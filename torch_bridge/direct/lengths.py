@@ -130,7 +130,7 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
         if attention.why_not(operands, numbers) is not None or attention.why_not_device(device) is not None:
             return _OWN_WAY
         problem = attention.problem_of(operands, numbers)
-        shares = _shares(problem, pass_name, device) and attention.why_not(padded(operands, numbers), numbers) is None
+        shares = _shares(problem, device) and attention.why_not(padded(operands, numbers), numbers) is None
         if len(_ways) >= _MAX_WAYS:
             _ways.clear()
         way = _ways[name] = _Way((problem, pass_name, device) if shares else None)
@@ -138,10 +138,12 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
     return way
 
 
-def _shares(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
-    """Whether a length shares a plan, from its first call on."""
+def _shares(problem: Problem, device: torch.device) -> bool:
+    """Whether a length shares a plan, from its first call on. Not where one pass has its own: the other gets it, too.
+    """
     lengths = problem.q_len, problem.kv_len
-    if (bucket(lengths[0]), bucket(lengths[1])) == lengths or attention.is_at_hand(problem, pass_name, device):
+    if (bucket(lengths[0]), bucket(lengths[1])) == lengths or any(
+            attention.is_at_hand(problem, name, device) for name in attention.PASSES):
         return False
     family = dataclasses.replace(problem, q_len=0, kv_len=0), device
     with _lock:

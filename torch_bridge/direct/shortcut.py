@@ -43,21 +43,24 @@ class _Stored(NamedTuple):
                 and tensor.device == device and _is_readable(tensor))
 
 
+class _Storage(NamedTuple):
+    """How the tensors of a call are stored."""
+
+    out: _Stored
+    stats: _Stored
+    operands: tuple[_Stored, ...]  # query, key and value
+    gradients: tuple[_Stored, ...]  # of these
+
+
 class Shortcut:
-    """The launches of a problem on tensors that are read, and results that are written, where they lie.
+    """The launches of a problem on tensors that are read, and results that are written, where they lie."""
 
-    Args:
-      out, stats: how the results are stored.
-      operands: how query, key and value are.
-      gradients: how theirs are.
-    """
-
-    def __init__(self, direct: attention.Direct, numbers: Numbers, device: torch.device, forward_runner: Runner, *,
-                 out: _Stored, stats: _Stored, operands: tuple[_Stored, ...], gradients: tuple[_Stored, ...]) -> None:
+    def __init__(self, direct: attention.Direct, numbers: Numbers, device: torch.device, forward_runner: Runner,
+                 stored: _Storage) -> None:
         self.direct, self.numbers, self.device = direct, numbers, device
         self._run_forward, self._run_backward = forward_runner.run, direct.run_backward
         self._runs: records.Runs = direct.runs
-        self._out, self._stats, self._operands, self._gradients = out, stats, operands, gradients
+        self._out, self._stats, self._operands, self._gradients = stored
         self._are_those_of_a_backward: guards.Guard = guards.never
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,6 +188,6 @@ def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
     _shortcuts[name] = Shortcut(
-        call.direct, numbers, query.device, runner, out=_Stored(shape, call.out_strides, query.dtype),
-        stats=_Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), operands=given,
-        gradients=gradients)
+        call.direct, numbers, query.device, runner, _Storage(
+            _Stored(shape, call.out_strides, query.dtype),
+            _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), given, gradients))
