@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointPolicy
 
-from torch_bridge import ops
+from torch_bridge import ops, sharding
 from torch_bridge.arguments import (
     Attention,
     AttentionBackward,
@@ -36,9 +36,14 @@ from torch_bridge.arguments import (
     Operands,
     PerArray,
     Results,
+    RowAnchor,
 )
+from torch_bridge.direct import tracing
 
 __all__ = ["Context", "functional_attention"]
+
+
+_NUM_ARGUMENTS = len(Operands._fields) + len(Numbers._fields)  # with which all operators begin
 
 
 def functional_attention(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
@@ -52,6 +57,19 @@ def _below_autograd[R](operator: torch._ops.OpOverload[..., R], keys: torch._C.D
                        args: Sequence[object]) -> R:
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _recorded(operator: ops.Operator, args: Sequence[object]) -> ops.Operator:
+    """The operator itself, or, while a tracer records a call that will be launched directly, that of `ops.DIRECT`."""
+    if operator not in ops.DIRECT or not tracing.is_traced():
+        return operator
+    operands, numbers = RowAnchor.of(args[:_NUM_ARGUMENTS])
+    if operator is ops.attention:
+        is_direct = tracing.is_direct(operands, numbers, "forward")
+    else:
+        is_whole = AttentionBackward.of(args).results.stats.dim() == 4  # else lse alone, which goes through DLPack
+        is_direct = is_whole and tracing.is_direct(operands, numbers, "backward")
+    return ops.DIRECT[operator] if is_direct else operator
 
 
 class _Call(NamedTuple):
@@ -73,7 +91,7 @@ class _Call(NamedTuple):
 
     def below_autograd(self, args: Sequence[object]) -> tuple[torch.Tensor, ...]:
         with self.modes():
-            return _below_autograd(self.operator, self.keys, args)
+            return _below_autograd(_recorded(self.operator, args), self.keys, args)
 
 
 class Context(Protocol):
@@ -249,6 +267,7 @@ class _DoubleBackward(_SingleLevelFunction):
 
 def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> None:
     def kernel(keys: torch._C.DispatchKeySet, *args: object) -> tuple[torch.Tensor, ...]:
+        sharding.register_if_needed()
         is_recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         # Only `apply` can tell whether there is a tangent; without one it costs nothing.
         if is_recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -257,7 +276,7 @@ def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> N
                 results: tuple[torch.Tensor, ...] = function.apply(  # type: ignore[attr-defined]  # not in torch's stub
                     *args, _Call(operator, keys, *modes))
                 return results
-        return _below_autograd(operator, keys, args)
+        return _below_autograd(_recorded(operator, args), keys, args)
     ops.library.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
@@ -294,6 +313,7 @@ def _memory_budget() -> float:
 
 
 ops.library.impl(ops.dropout_seed, _kept_seed, "Autograd", with_keyset=True)
-_register(ops.attention, _Attention)
-_register(ops.attention_backward, _Backward)
+for _forward, _backward in (ops.attention, ops.attention_backward), (*ops.DIRECT.values(),):
+    _register(_forward, _Attention)
+    _register(_backward, _Backward)
 _register(ops.attention_double_backward, _DoubleBackward)

@@ -22,16 +22,25 @@ from torch_bridge import derivatives, ops, routes
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
 from torch_bridge.direct import shortcut
 
-__all__ = ["attend", "attend_again", "attend_with_lse"]
+__all__ = ["attend", "attend_again", "attend_recent", "attend_with_lse"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 # The keys that a thread adds to those of tensors where nothing intercepts calls. Modes, transforms and tracers of every
 # kind add their own.
-_PLAIN_KEYS = (torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-               | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr()
+_OTHER_KEYS = ~(torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+                | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr()
 _included_keys = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
+
+
+def attend_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                  *options: object) -> torch.Tensor | None:
+    """`attend_again` for one of the last kinds of calls (`shortcut.find_recent`)."""
+    known = shortcut.find_recent(query, key, value, *options)
+    if known is None or not _nothing_intercepts():
+        return None
+    return _launched(known, query, key, value)
 
 
 def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
@@ -42,8 +51,11 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
     if not _nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
         return None
     known = shortcut.find(name, query, key, value)
-    if known is None:
-        return None
+    return None if known is None else _launched(known, query, key, value)
+
+
+def _launched(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor,
+              value: torch.Tensor) -> torch.Tensor | None:
     if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
         return known.forward(query, key, value)[0]
     if _is_excluded(_AUTOGRAD):
@@ -105,7 +117,7 @@ def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 def _nothing_intercepts() -> bool:
     """Whether operations on plain tensors dispatch to autograd and their device's kernels only."""
-    return (not _included_keys().raw_repr() & ~_PLAIN_KEYS and forward_ad._current_level < 0
+    return (not _included_keys().raw_repr() & _OTHER_KEYS and forward_ad._current_level < 0
             and not torch._C._len_torch_function_stack())
 
 
@@ -171,7 +183,7 @@ class _Launched(torch.autograd.Function):
         if dout is None:
             return None, None, None, None
         saved, (*needs, _) = ctx.saved_tensors, ctx.needs_input_grad
-        if not torch.is_grad_enabled() and _is_plain((*saved, dout)):
+        if not torch.is_grad_enabled() and _nothing_intercepts():
             found = ctx.known.backward(saved, dout)
             if found is not None:
                 return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), None

@@ -7,7 +7,7 @@ import torch
 
 from torch_bridge import flash, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, requirements, storage
+from torch_bridge.direct import attention, cache, lengths, requirements, storage
 
 if TYPE_CHECKING:
     from pallas_flash.device import Device
@@ -94,6 +94,8 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     for name in attention.PASSES:
         if reason := attention.reason_found(problem, device, name):
             states.append(f"{name} none, through DLPack ({reason})")
+        elif (sizes := lengths.shared(operands, numbers, name)) is not None:
+            states.append(f"{name} shared by lengths up to {sizes[0]} and {sizes[1]}, to which tensors are padded")
         else:
             is_there = cache.is_kept(attention.request(problem, name, device))
             states.append(f"{name} {'on disk' if is_there else 'to be compiled'}")

@@ -30,22 +30,30 @@ from torch_bridge.arguments import (
     RowAnchor,
 )
 
-__all__ = ["attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed", "library",
-           "require_float64", "row_anchor"]
+__all__ = ["DIRECT", "attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed",
+           "library", "require_float64", "row_anchor"]
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")
 # Graphs must pass the strides that the fake version saw, and JAX's streams cannot be captured in a CUDA graph.
-_tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides", "cudagraph_unsafe")
-         if hasattr(torch.Tag, name)]
+_tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)]
+_OUTSIDE_GRAPHS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _RANDOM = [torch.Tag.nondeterministic_seeded]
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=_tags + _RANDOM * (_name == "dropout_seed"))
+    library.define(_name + _schema, tags=_tags + _OUTSIDE_GRAPHS + _RANDOM * (_name == "dropout_seed"))
+for _name in ("attention", "attention_backward"):
+    library.define(f"{_name}_direct{SCHEMAS[_name]}", tags=_tags)
 
 type Operator = torch._ops.OpOverload[..., tuple[torch.Tensor, ...]]
 
 attention: Operator = torch.ops.pallas_flash.attention.default
 attention_backward: Operator = torch.ops.pallas_flash.attention_backward.default
+attention_direct: Operator = torch.ops.pallas_flash.attention_direct.default
+attention_backward_direct: Operator = torch.ops.pallas_flash.attention_backward_direct.default
+DIRECT = {attention: attention_direct, attention_backward: attention_backward_direct}
+"""What stands in traced graphs for calls whose kernels are launched directly (direct/tracing.py): the same operator,
+which the compiler may put into a CUDA graph. Tags belong to operators, not to calls.
+"""
 attention_double_backward: Operator = torch.ops.pallas_flash.attention_double_backward.default
 row_anchor = torch.ops.pallas_flash.row_anchor.default
 dropout_seed = torch.ops.pallas_flash.dropout_seed.default
@@ -102,8 +110,9 @@ def draw_seed(like: torch.Tensor, lead: Sequence[int] = ()) -> torch.Tensor:
 for _key in ("CPU", "CUDA"):
     library.impl("dropout_seed", draw_seed, _key)
     library.impl("row_anchor", _row_anchor, _key)
-    library.impl("attention", _attention, _key)
-    library.impl("attention_backward", _attention_backward, _key)
+    for _suffix in ("", "_direct"):
+        library.impl(f"attention{_suffix}", _attention, _key)
+        library.impl(f"attention_backward{_suffix}", _attention_backward, _key)
     library.impl("attention_double_backward", _attention_double_backward, _key)
 
 
@@ -152,8 +161,9 @@ def _fake_dropout_seed(like: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
 
 torch.library.register_fake("pallas_flash::dropout_seed", _fake_dropout_seed, lib=library)
 torch.library.register_fake("pallas_flash::row_anchor", _fake_row_anchor, lib=library)
-torch.library.register_fake("pallas_flash::attention", _fake_attention, lib=library)
-torch.library.register_fake("pallas_flash::attention_backward", _fake_attention_backward, lib=library)
+for _suffix in ("", "_direct"):
+    torch.library.register_fake(f"pallas_flash::attention{_suffix}", _fake_attention, lib=library)
+    torch.library.register_fake(f"pallas_flash::attention_backward{_suffix}", _fake_attention_backward, lib=library)
 torch.library.register_fake("pallas_flash::attention_double_backward", _fake_attention_double_backward, lib=library)
 
 
@@ -242,8 +252,9 @@ def _vmap_attention_double_backward(info: _VmapInfo, in_dims: tuple[int | None, 
 
 
 torch.library.register_vmap("pallas_flash::row_anchor", _vmap_row_anchor, lib=library)
-torch.library.register_vmap("pallas_flash::attention", _vmap_attention, lib=library)
-torch.library.register_vmap("pallas_flash::attention_backward", _vmap_attention_backward, lib=library)
+for _suffix in ("", "_direct"):
+    torch.library.register_vmap(f"pallas_flash::attention{_suffix}", _vmap_attention, lib=library)
+    torch.library.register_vmap(f"pallas_flash::attention_backward{_suffix}", _vmap_attention_backward, lib=library)
 torch.library.register_vmap("pallas_flash::attention_double_backward", _vmap_attention_double_backward, lib=library)
 
 

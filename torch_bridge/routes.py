@@ -1,6 +1,6 @@
 """Which way a call goes: straight to the driver, or through DLPack into JAX's runtime.
 
-    direct/attention.py  on a GPU, what nothing is against (`attention.find`), unless PALLAS_FLASH_DIRECT=0 is set
+    direct/lengths.py    on a GPU, what nothing is against (`attention.find`), unless PALLAS_FLASH_DIRECT=0 is set
     exchange.py          every other call, on CPU and GPU
 
 JAX is imported by the first call that goes through DLPack.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import attention
+from torch_bridge.direct import lengths
 
 if TYPE_CHECKING:
     from pallas_flash.arrays import Array
@@ -24,18 +24,18 @@ type Stats = "Array" | torch.Tensor
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     """`forward`'s out alone."""
-    direct = attention.find(operands, numbers, "forward")
+    direct = lengths.forward(operands, numbers)
     if direct is not None:
-        return direct.forward(operands).out
+        return direct.out
     from torch_bridge import exchange
     return exchange.attend(operands, numbers)
 
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
     """`forward`'s results, the statistics being for `gradients` alone."""
-    direct = attention.find(operands, numbers, "forward", then="backward")
+    direct = lengths.forward(operands, numbers, then="backward")
     if direct is not None:
-        return direct.forward(operands)
+        return direct
     from torch_bridge import exchange
     return exchange.attend_saving(operands, numbers)
 
@@ -61,9 +61,9 @@ def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor,
 
 def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows, (0,) if they are not needed."""
-    direct = attention.find(operands, numbers, "forward")
+    direct = lengths.forward(operands, numbers)
     if direct is not None:
-        out, stats = direct.forward(operands)
+        out, stats = direct
         return Results(out, stats if needs_stats else stats.new_empty((0,)))
     from torch_bridge import exchange
     return exchange.forward(operands, numbers, needs_stats)
@@ -73,9 +73,8 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
              needs: PerArray[bool]) -> PerArray[torch.Tensor]:
     """The gradients with the storage order of their tensors; (0,) in place of those not needed."""
     is_whole = results.stats.dim() == 4  # else lse alone (`AttentionBackward`)
-    direct = attention.find(operands, numbers, "backward") if is_whole else None
-    if direct is not None:
-        grads = direct.backward(operands, results, cotangents)
+    grads = lengths.backward(operands, numbers, results, cotangents) if is_whole else None
+    if grads is not None:
         return PerArray(*(grad if needed and grad is not None else operands.query.new_empty((0,))
                           for grad, needed in zip(grads, needs, strict=True)))
     from torch_bridge import exchange

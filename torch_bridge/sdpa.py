@@ -67,12 +67,15 @@ def scaled_dot_product_attention(
         return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     name = None
     if (attn_mask is None and type(is_causal) is type(enable_gqa) is bool and isinstance(scale, _PLAIN_NUMBERS)
-            and isinstance(dropout_p, _PLAIN_NUMBERS) and dropout_p == 0 and not torch.compiler.is_compiling()
-            and shortcut.may_know(query, key, value)):
-        name = shortcut.name_of(query, key, value, is_causal, scale, enable_gqa)
-        out = eager.attend_again(name, query, key, value)
+            and isinstance(dropout_p, _PLAIN_NUMBERS) and dropout_p == 0 and not torch.compiler.is_compiling()):
+        out = eager.attend_recent(query, key, value, is_causal, scale, enable_gqa)
         if out is not None:
             return out
+        if shortcut.may_know(query, key, value):
+            name = shortcut.name_of(query, key, value, is_causal, scale, enable_gqa)
+            out = eager.attend_again(name, query, key, value)
+            if out is not None:
+                return out
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = eager.attend(call.operands, call.numbers)
     if name is not None and call.operands.query is query and call.operands.key is key and call.operands.value is value:

@@ -21,15 +21,16 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import cache, driver, launch, requirements, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "gpu_of", "is_on", "known",
-           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
+__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect", "find", "gpu_of", "is_at_hand",
+           "is_loaded", "is_on", "known", "name_of", "prepared", "problem_of", "reason_found", "request", "why_not",
+           "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -170,10 +171,13 @@ class Direct:
         launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                program = self._program(pass_name)
-                if pass_name == "backward":
-                    self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
-                self._runners[pass_name] = Runner(program, self.device)
+                self._runners[pass_name] = apart.run(self._load, pass_name)
+
+    def _load(self, pass_name: PassName) -> Runner:
+        program = self._program(pass_name)
+        if pass_name == "backward":
+            self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
+        return Runner(program, self.device)
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
         pending = self._expected.pop(pass_name, None)
@@ -318,7 +322,7 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
     """
     if operands.query.device.type not in DEVICES or not is_on():
         return None
-    name = _name(operands, numbers)
+    name = name_of(operands, numbers)
     try:
         choice = _choices[name]
     except KeyError:
@@ -341,12 +345,37 @@ def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     return reason is None
 
 
+def prepared(operands: Operands, numbers: Numbers, device: torch.device, pass_name: PassName) -> bool:
+    """Whether a pass of calls like this one, which the direct path takes, has its plan loaded on a device, now at the
+    latest; where it cannot be, a warning says why. Of the operands, shapes, strides and dtypes count.
+    """
+    key = problem_of(operands, numbers), device
+    return _directs.setdefault(key, Direct(key)).try_prepare(pass_name)
+
+
+def is_loaded(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
+    """Whether the plan of a pass is loaded."""
+    direct = _directs.get((problem, device))
+    return direct is not None and direct.runner(pass_name) is not None
+
+
+def is_at_hand(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
+    """Whether the plan of a pass is loaded, or on disk."""
+    return is_loaded(problem, pass_name, device) or cache.is_kept(request(problem, pass_name, device))
+
+
+def expect(problem: Problem, pass_name: PassName, device: torch.device) -> None:
+    """`Direct.expect` of a pass of a problem."""
+    _directs.setdefault((problem, device), Direct((problem, device))).expect(pass_name)
+
+
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
     """What `find` found for a call of these shapes, strides, dtypes and numbers; None: nothing, or it was not asked."""
-    return _choices.get(_name(operands, numbers))
+    return _choices.get(name_of(operands, numbers))
 
 
-def _name(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
+def name_of(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
+    """All but the numbers in its tensors that decides how a call is computed."""
     query, key, value, mask, bias, *_ = operands
     return (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
             query.device, mask is None, bias is None, _has_no_places(operands), numbers)

@@ -6,6 +6,7 @@ ctypes, and not `cuda.bindings`: a launch costs the host the same, and nothing h
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 from ctypes import c_int as Int
 from ctypes import c_size_t as Size
@@ -106,11 +107,23 @@ def context_of(index: int) -> int:
     return context.value
 
 
+class _Asked(threading.local):
+    """Where cuCtxGetCurrent writes, one place a thread: it is asked before each launch."""
+
+    def __init__(self) -> None:
+        self.context = Pointer()
+        self.place = ctypes.byref(self.context)
+
+
+_asked = _Asked()
+
+
 def is_current(index: int) -> bool:
     """Whether the primary context of a device is the thread's current one."""
-    found = Pointer()
-    check(library(), "cuCtxGetCurrent", library().cuCtxGetCurrent(ctypes.byref(found)))
-    return found.value == context_of(index)
+    asked = _asked
+    if code := library().cuCtxGetCurrent(asked.place):
+        check(library(), "cuCtxGetCurrent", code)
+    return asked.context.value == context_of(index)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 from torch_bridge.direct import driver
 from torch_bridge.direct.driver import Pointer, Size, UInt
@@ -42,47 +42,37 @@ def require_no_fork() -> None:
             '(multiprocessing.get_context("spawn")), or fork before CUDA is used.')
 
 
-class _Parameters(NamedTuple):
-    """What one thread launches a step with; `words` are the parameters, the rest points to them."""
-
-    words: Any
-    config: driver.LaunchConfig
-    config_pointer: Any
-    extra: Any
-    size: Size
-
-
-class _Step:
+class _Step(NamedTuple):
     """A launch.
 
-    Args:
-      function: the loaded kernel.
+    Attributes:
       places: (place, i): the word of the parameters that is the address of the i-th array of the program.
     """
 
-    def __init__(self, kernel: Kernel, function: Pointer, places: tuple[tuple[int, int], ...]) -> None:
-        self._kernel, self._function, self._places, self._threads = kernel, function, places, threading.local()
-        self._launch = driver.library().cuLaunchKernelEx
+    kernel: Kernel
+    function: Pointer
+    places: tuple[tuple[int, int], ...]
 
-    def _parameters(self) -> _Parameters:
-        """Those of this thread."""
-        found: _Parameters | None = getattr(self._threads, "parameters", None)
-        if found is None:
-            kernel, count = self._kernel, len(self._kernel.parameters) // 8
-            words, size = (ctypes.c_uint64 * count).from_buffer_copy(kernel.parameters), Size(8 * count)
-            extra = (Pointer * 5)(_BUFFER, ctypes.addressof(words), _SIZE, ctypes.addressof(size), None)
-            config = driver.LaunchConfig((UInt * 3)(*kernel.grid), (UInt * 3)(*kernel.block), kernel.smem_bytes)
-            found = self._threads.parameters = _Parameters(words, config, ctypes.byref(config), extra, size)
-        return found
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        words, config, config_pointer, extra, _ = self._parameters()
-        for place, i in self._places:
-            words[place] = addresses[i]
-        config.stream = stream
-        code = self._launch(config_pointer, self._function, None, extra)
-        if code:
-            driver.check(driver.library(), f"cuLaunchKernelEx of {self._kernel.name}", code)
+class _Prepared(NamedTuple):
+    """A step as one thread launches it: only addresses and the stream are still to be written."""
+
+    words: "memoryview[int]"
+    places: tuple[tuple[int, int], ...]
+    config: driver.LaunchConfig
+    arguments: tuple[object, ...]  # of cuLaunchKernelEx
+    name: str
+    kept: tuple[object, ...]  # what the arguments point to
+
+    @classmethod
+    def of(cls, step: _Step) -> Self:
+        kernel = step.kernel
+        block = bytearray(kernel.parameters)
+        start, size = (ctypes.c_char * len(block)).from_buffer(block), Size(len(block))
+        extra = (Pointer * 5)(_BUFFER, ctypes.addressof(start), _SIZE, ctypes.addressof(size), None)
+        config = driver.LaunchConfig((UInt * 3)(*kernel.grid), (UInt * 3)(*kernel.block), kernel.smem_bytes)
+        return cls(memoryview(block).cast("Q"), step.places, config, (ctypes.byref(config), step.function, None, extra),
+                   kernel.name, (start, size))
 
 
 class Loaded:
@@ -106,6 +96,7 @@ class Loaded:
         except BaseException:
             self.unload()
             raise
+        self._launch, self._threads = driver.library().cuLaunchKernelEx, threading.local()
         self._steps = tuple(
             _Step(step.kernel, functions[step.kernel],
                   tuple((place, numbers[step.arrays[i]]) for place, i in step.kernel.patches))
@@ -131,17 +122,30 @@ class Loaded:
           RuntimeError: in a process that was forked after a plan was loaded.
           DriverError: the driver refuses a launch; those before it are queued.
         """
-        require_no_fork()
-        if driver.is_current(self.index):
-            for step in self._steps:
-                step(addresses, stream)
-        else:
+        if _was_forked:
+            require_no_fork()
+        if not driver.is_current(self.index):
             with driver.current(self.index):
                 self.launch(addresses, stream)
+            return
+        for words, places, config, arguments, name, _ in self._prepared():
+            for place, i in places:
+                words[place] = addresses[i]
+            config.stream = stream
+            code = self._launch(*arguments)
+            if code:
+                driver.check(driver.library(), f"cuLaunchKernelEx of {name}", code)
+
+    def _prepared(self) -> list[_Prepared]:
+        """The steps of this thread."""
+        found: list[_Prepared] | None = getattr(self._threads, "steps", None)
+        if found is None:
+            found = self._threads.steps = [*map(_Prepared.of, self._steps)]
+        return found
 
     def unload(self) -> None:
         """Gives the modules' memory back, once the device has run what was launched, and no captured graph will."""
         with driver.current(self.index):
             while self._modules:
                 driver.call("cuModuleUnload", self._modules.pop())
-        self._steps = ()
+        self._steps, self._threads = (), threading.local()

@@ -1,6 +1,6 @@
 """A loaded plan as a function of torch's tensors: on their device, on torch's current stream, in torch's memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ class Runner:
                         for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
+        self._given = [numbers[name] for name in (*program.inputs, *program.results)]
         self._constants = {
             name: torch.frombuffer(bytearray(value), dtype=DTYPES[program.buffers[name].dtype]).to(device)
             for name, value in program.constants.items()}
@@ -67,14 +68,12 @@ class Runner:
         self._launch(addresses)
         return results
 
-    def run(self, tensors: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
+    def run(self, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Writes the results into tensors that are there, for calls that are known to fit: shapes, dtypes and devices
         of all are those of the program, stored as its buffers and aligned.
         """
         addresses = self._known.copy()
-        for (i, *_), tensor in zip(self._inputs, tensors, strict=True):
-            addresses[i] = tensor.data_ptr()
-        for (i, _, _), tensor in zip(self._results, results, strict=True):
+        for i, tensor in zip(self._given, (*tensors, *results)):
             addresses[i] = tensor.data_ptr()
         self._launch(addresses)
 

@@ -2,7 +2,8 @@
 
 To check, broadcast and place a call takes longer than to launch it. A call that took the direct path is remembered by
 all that decided so (shapes, strides, dtypes, devices, numbers) if its tensors and results are stored as kernels
-read and write them. Of the next such call only the addresses are new.
+read and write them. Of the next such call only the addresses are new. The calls of the last few kinds are known by one
+look of torch's own at their tensors (guards.py), the others by a key.
 """
 
 from typing import NamedTuple
@@ -11,11 +12,11 @@ import torch
 
 from torch_bridge import records
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention
+from torch_bridge.direct import attention, guards
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["Name", "Shortcut", "find", "learn", "may_know", "name_of"]
+__all__ = ["Name", "Shortcut", "find", "find_recent", "learn", "may_know", "name_of"]
 
 type Name = tuple[object, ...]
 """Everything but the numbers in its tensors that decides how a call is computed."""
@@ -42,42 +43,94 @@ class _Stored(NamedTuple):
                 and tensor.device == device and _is_readable(tensor))
 
 
-class Shortcut(NamedTuple):
-    """The launches of a problem on tensors that are read, and results that are written, where they lie."""
+class _Storage(NamedTuple):
+    """How the tensors of a call are stored."""
 
-    direct: attention.Direct
-    numbers: Numbers
-    device: torch.device
-    runs: records.Runs
-    forward_runner: Runner
     out: _Stored
     stats: _Stored
     operands: tuple[_Stored, ...]  # query, key and value
     gradients: tuple[_Stored, ...]  # of these
 
+
+class Shortcut:
+    """The launches of a problem on tensors that are read, and results that are written, where they lie."""
+
+    def __init__(self, direct: attention.Direct, numbers: Numbers, device: torch.device, forward_runner: Runner,
+                 stored: _Storage) -> None:
+        self.direct, self.numbers, self.device = direct, numbers, device
+        self._run_forward, self._run_backward = forward_runner.run, direct.run_backward
+        self._runs: records.Runs = direct.runs
+        self._out, self._stats, self._operands, self._gradients = stored
+        self._are_those_of_a_backward: guards.Guard = guards.never
+
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows."""
-        out, stats = self.out.make(self.device), self.stats.make(self.device)
-        self.forward_runner.run((query, key, value), (out, stats))
-        self.runs.count("forward")
+        device, empty = self.device, torch.empty_strided
+        (shape, wanted, dtype), (of_stats, dense, float32) = self._out, self._stats
+        out = empty(shape, wanted, dtype=dtype, device=device)
+        stats = empty(of_stats, dense, dtype=float32, device=device)
+        self._run_forward((query, key, value), (out, stats))
+        self._runs.count("forward")
         return out, stats
 
     def backward(self, saved: tuple[torch.Tensor, ...], dout: torch.Tensor) -> list[torch.Tensor] | None:
-        """The gradients of query, key and value, each stored as its tensor; None: there is no plan, or a hook on saved
-        tensors (`torch.autograd.graph.saved_tensors_hooks`) gave back one that is stored otherwise.
+        """The gradients of query, key and value, each stored as its tensor; None: there is no plan, one is of a
+        subclass of Tensor, or a hook on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) gave back one that
+        is stored otherwise.
 
         Args:
           saved: query, key, value, out and the statistics of rows.
         """
-        stored = zip((*self.operands, self.out, self.stats), saved, strict=True)
-        if not all(like.is_like(x, self.device) for like, x in stored) or not self.direct.try_prepare("backward"):
-            return None
-        if not self.out.is_like(dout, self.device):
-            dout = self.out.make(self.device).copy_(dout)
-        grads = [result.make(self.device) for result in self.gradients]
-        self.direct.run_backward(saved, dout, grads)
-        self.runs.count("backward")
+        given = *saved, dout
+        if not self._are_those_of_a_backward(*given) or not all(map(_is_aligned, given)):
+            if any(type(x) not in _PLAIN for x in given):
+                return None
+            stored = zip((*self._operands, self._out, self._stats), saved, strict=True)
+            if not all(like.is_like(x, self.device) for like, x in stored) or not self.direct.try_prepare("backward"):
+                return None
+            if not self._out.is_like(dout, self.device):
+                dout = self._out.make(self.device).copy_(dout)
+            self._are_those_of_a_backward = guards.guard((*saved, dout))
+        grads = [result.make(self.device) for result in self._gradients]
+        self._run_backward(saved, dout, grads)
+        self._runs.count("backward")
         return grads
+
+
+class _Known(NamedTuple):
+    """A kind of calls that is known at a glance."""
+
+    has: guards.Guard  # whether tensors are like those of such a call
+    options: tuple[object, ...]
+    shortcut: Shortcut
+
+
+_MAX_RECENT = 4
+_recent: list[_Known] = []
+"""The kinds of the last calls that were found by their keys; never changed, but replaced as a whole."""
+
+
+def find_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: object) -> Shortcut | None:
+    """The shortcut of a call that is known at a glance; None: nothing is, or a tensor must be copied.
+
+    Args:
+      options: the arguments of `name_of` that are not tensors, of the types that it takes.
+    """
+    for known in _recent:
+        if known.options == options and known.has(query, key, value):
+            if (known.shortcut.numbers.deterministic == torch.are_deterministic_algorithms_enabled()
+                    and _is_aligned(query) and _is_aligned(key) and _is_aligned(value) and attention.is_on()):
+                return known.shortcut
+            return None
+    return None
+
+
+def _note(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, found: Shortcut) -> None:
+    """Has calls like this one found at a glance."""
+    global _recent
+    has = guards.guard((query, key, value))
+    if has is not guards.never and has(query, key, value):  # it is not where two are the same tensor
+        _recent = [_Known(has, name[_OPTIONS], found), *_recent[:_MAX_RECENT - 1]]
 
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -97,10 +150,20 @@ def name_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_caus
             torch.are_deterministic_algorithms_enabled())
 
 
+_OPTIONS = slice(-4, -1)  # of a name: is_causal, scale, enable_gqa
+
+
 def find(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Shortcut | None:
     """The shortcut of a call; None: there is none yet, or a tensor must be copied."""
     found = _shortcuts.get(name)
-    return found if found is not None and all(map(_is_readable, (query, key, value))) else None
+    if found is None or not all(map(_is_readable, (query, key, value))):
+        return None
+    _note(name, query, key, value, found)
+    return found
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return not tensor.data_ptr() & (ALIGNMENT - 1)
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
@@ -125,5 +188,6 @@ def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
     _shortcuts[name] = Shortcut(
-        call.direct, numbers, query.device, call.direct.runs, runner, _Stored(shape, call.out_strides, query.dtype),
-        _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), given, gradients)
+        call.direct, numbers, query.device, runner, _Storage(
+            _Stored(shape, call.out_strides, query.dtype),
+            _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), given, gradients))

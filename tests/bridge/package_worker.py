@@ -1,0 +1,36 @@
+"""A GPT in a package that is compiled ahead of time. Run by test_direct_compile.py and test_compile_gpu.py.
+
+    python package_worker.py make|run cpu|cuda PATH
+
+Prints, after "run", whether JAX was imported.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bridge.gpt import Gpt
+
+
+def main(way, device, path):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, x = Gpt(256, 4).to(device, dtype).eval(), torch.randint(50, (2, 40), device=device)
+    with torch.no_grad():
+        if way == "make":
+            program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=64)},))
+            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={
+                "aot_inductor.compile_wrapper_opt_level": "O0"})
+            return
+        packaged = torch._inductor.aoti_load_package(path)
+        for length in (40, 17):
+            x = torch.randint(50, (2, length), device=device)
+            found, wanted = packaged(x).double(), model(x).double()
+            assert ((found - wanted).norm() / wanted.norm()).item() < (1e-2 if device == "cuda" else 1e-5)
+    print("jax" in sys.modules)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Lengths on the direct path: how many plans they need, and that what is padded changes nothing.
+
+On the stand-ins of test_direct.py.
+"""
+
+import pytest
+import torch
+
+import torch_bridge
+from bridge.problems import OURS, check, heads_inside, operator_call, qkv
+from bridge.test_direct import BF16, BOTH, launched
+from torch_bridge import exchange, strides
+from torch_bridge.arguments import Cotangents, PerArray, Results
+from torch_bridge.direct import attention, cache, lengths
+
+__all__ = ["launched"]  # a fixture
+
+
+def lengths_of_plans(pass_name="forward"):
+    return sorted(problem.q_len for (problem, _), x in attention._directs.items() if x.runner(pass_name) is not None)
+
+
+def test_the_buckets():
+    found = [lengths.bucket(n) for n in (1, 128, 129, 900, 1024, 1025, 1500, 5000, 2**17)]
+    assert found == [128, 128, 256, 1024 - 128 + 128, 1024, 1280, 1536, 5120, 2**17]
+    buckets = {lengths.bucket(n) for n in range(1, 2**17 + 1)}
+    assert len(buckets) == 36 and all(lengths.bucket(n) == n for n in buckets)
+    assert max((lengths.bucket(n) - n) / lengths.bucket(n) for n in range(513, 5000)) < 0.25
+
+
+@pytest.mark.parametrize("change", [lambda x: x, heads_inside], ids=["dense", "heads inside"])
+def test_many_lengths_need_few_plans(launched, change):
+    ran = [9, 12, 13, 30, 31, 100, 128, 130, 131]
+    for _ in range(2):
+        for length in ran:
+            tensors = [change(x) for x in qkv((2, 4, length, 16), (2, 2, length, 16), (2, 2, length, 8), dtype=BF16)]
+            results = check(tensors, is_causal=True, enable_gqa=True)
+            assert results[0].stride() == strides.like_query(tensors[0], 8)
+            for x, grad in zip(tensors, results[1:], strict=True):
+                assert grad.stride() == torch.empty_like(x).stride()
+    assert launched == BOTH * 2 * len(ran)
+    assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
+
+
+def test_a_packed_tensor_may_share_a_plan(launched):
+    for length in (9, 12, 13, 30):
+        x = torch.randn(2, length, 3, 4, 16).to(BF16)
+        check([y.transpose(1, 2).detach().requires_grad_() for y in x.unbind(2)], is_causal=True)
+    assert lengths_of_plans() == [9, 12, 128]
+
+
+def test_a_compiled_program_of_any_length_needs_few_plans(launched, quiet):
+    torch._dynamo.reset()
+    function = lambda q, k, v: OURS(q, k, v, is_causal=True)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 12, 13, 30, 130):
+        tensors = qkv(*[(2, 4, length, 16)] * 3, dtype=BF16)
+        out = compiled(*tensors)
+        found = out, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+        out = function(*tensors)
+        for a, b in zip(found, (out, *torch.autograd.grad(out, tensors, torch.ones_like(out))), strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+    assert lengths_of_plans() == [9, 12, 128, 256]
+
+
+def test_a_length_with_a_plan_on_disk_has_it(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(lengths, "OWN", 0)
+    for length, kept in ((30, []), (31, BOTH), (32, ["forward"])):
+        tensors = qkv(*[(1, 2, length, 8)] * 3, dtype=BF16)
+        operands, numbers = operator_call(*tensors, causal_offset=0)
+        for name in kept:
+            problem = attention.problem_of(operands, numbers)
+            cache.path_of(attention.request(problem, name, tensors[0].device)).touch()
+        check(tensors, is_causal=True)
+    assert lengths_of_plans("forward") == lengths_of_plans("backward") == [31, 32, 128]
+    assert launched == BOTH * 3
+
+
+def test_a_length_that_comes_often_gets_a_plan_meanwhile(launched, monkeypatch):
+    expected = []
+    monkeypatch.setattr(lengths, "OWN", 0)
+    monkeypatch.setattr(lengths, "OFTEN", 4)
+    monkeypatch.setattr(attention.Direct, "expect", lambda self, name: expected.append((self.problem.q_len, name)))
+    tensors = qkv(*[(1, 2, 30, 8)] * 3, dtype=BF16, requires_grad=False)
+    for _ in range(7):
+        OURS(*tensors, is_causal=True)
+    assert expected == [(30, "forward")] and lengths_of_plans() == [128]
+    monkeypatch.setattr(cache, "is_kept", lambda request: True)
+    OURS(*tensors, is_causal=True)  # the eighth looks whether it is there
+    assert lengths_of_plans() == [30, 128]
+    for _ in range(3):
+        OURS(*tensors, is_causal=True)
+    assert len(launched) == 11
+
+
+def test_plans_that_are_loaded_end_the_sharing(launched, monkeypatch):
+    monkeypatch.setattr(lengths, "OWN", 0)
+    tensors = qkv(*[(1, 2, 30, 8)] * 3, dtype=BF16, requires_grad=False)
+    OURS(*tensors, is_causal=True)
+    attention.prepared(*operator_call(*tensors, causal_offset=0), tensors[0].device, "forward")
+    OURS(*tensors, is_causal=True)
+    OURS(*tensors, is_causal=True)
+    assert launched == ["forward"] * 3 and len(attention._choices) == 2
+
+
+def test_switched_off_nothing_is_padded(launched, monkeypatch):
+    monkeypatch.setattr(lengths, "OWN", 0)
+    monkeypatch.setenv(attention.VARIABLE, "0")
+    tensors = qkv(*[(1, 2, 30, 8)] * 3, dtype=BF16)
+    check(tensors, is_causal=True)
+    assert launched == [] and not lengths._ways
+    monkeypatch.delenv(attention.VARIABLE)
+    check(tensors, is_causal=True)
+    assert launched == BOTH and lengths_of_plans() == [128]
+
+
+def test_explain_says_so(launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(lengths, "OWN", 0)
+    tensors = qkv(*[(1, 2, 30, 8)] * 3, dtype=BF16, requires_grad=False)
+    assert "forward to be compiled" in torch_bridge.explain(*tensors, is_causal=True)
+    OURS(*tensors, is_causal=True)
+    text = torch_bridge.explain(*tensors, is_causal=True)
+    assert "plans: forward shared by lengths up to 128 and 128, to which tensors are padded, backward to be" in text
+
+
+MEANINGS = {
+    "full": {}, "aligned at the end": dict(causal_offset=3), "lengths": dict(kv_lengths=[4, 100]),
+    "ids and lengths": dict(q_ids=True, kv_lengths=[0, 9], causal_offset=1),
+}
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_what_is_padded_changes_nothing(name):
+    """By DLPack, in float64: the arithmetic, not the way."""
+    arguments = dict(MEANINGS[name])
+    offset = arguments.pop("causal_offset", None)
+    tensors = qkv((2, 4, 9, 8), (2, 2, 12, 8), (2, 2, 12, 8), dtype=torch.float64, requires_grad=False)
+    operands, numbers = operator_call(*tensors, causal_offset=offset)
+    if "kv_lengths" in arguments:
+        operands = operands._replace(kv_lengths=torch.tensor(arguments["kv_lengths"], dtype=torch.int32))
+    if "q_ids" in arguments:
+        operands = operands._replace(q_ids=torch.randint(-1, 2, (2, 9), dtype=torch.int32),
+                                     kv_ids=torch.randint(-1, 2, (2, 12), dtype=torch.int32))
+    filled = lengths.padded(operands, numbers)
+    assert filled.query.shape[2] == filled.key.shape[2] == filled.value.shape[2] == 128
+    assert (filled.kv_lengths is None) == (name == "aligned at the end")
+    out, stats = exchange.forward(operands, numbers, True)
+    wide, more = exchange.forward(filled, numbers, True)
+    torch.testing.assert_close(wide[:, :, :9], out)
+    torch.testing.assert_close(more[..., 0, :9], stats[..., 0, :])
+    dout, dstats, needs = torch.randn_like(out), torch.randn_like(stats), PerArray(True, True, True, False)
+    dstats[:, :, 1] = 0
+    dstats[torch.isinf(stats)] = 0
+    wanted = exchange.backward(operands, numbers, Results(out, stats), Cotangents(dout, dstats), needs)
+    found = exchange.backward(filled, numbers, Results(lengths._filled(out, 128), lengths._filled(stats, 128, 3)),
+                              Cotangents(lengths._filled(dout, 128), lengths._filled(dstats, 128, 3)), needs)
+    for x, a, b in zip(tensors, found, wanted):
+        torch.testing.assert_close(a[:, :, :x.shape[2]], b)
+        assert not a[:, :, x.shape[2]:].any()

@@ -1,0 +1,202 @@
+"""Passes on the direct path, whose plans are for one length each: lengths that come after the first share the plans of
+a few, to which their tensors are padded.
+
+    the first lengths of a problem (`OWN`)      plans of their own, which takes seconds each
+    a length whose plan is loaded or on disk    that one
+    any other                                   the plan of the next length of `bucket`, for a copy of each tensor
+    one that came often (`OFTEN`)               likewise, while its own plan is made by a process beside; then that one
+
+Zeros are padded. A query that counts sees none of the padded keys where the mask ends before them, as it does in causal
+attention of a sequence to itself; else their number is data of the call, `kv_lengths`. Padded queries are dropped, and
+as their cotangents are zeros, they add nothing to the gradients of keys.
+"""
+
+import dataclasses
+import threading
+
+import torch
+
+from torch_bridge import strides
+from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.direct import attention
+from torch_bridge.direct.problem import PassName, Problem
+
+__all__ = ["OFTEN", "OWN", "backward", "bucket", "forward", "padded", "shared"]
+
+OWN = 2
+"""So many lengths of a problem have plans of their own at once: training has one, and its evaluation another."""
+OFTEN = 1000
+"""Calls of a length after which it gets a plan of its own: with some 100 us a call, they have cost 0.1 s."""
+_SMALLEST = 128
+_MAX_WAYS = 4096
+
+
+def bucket(length: int) -> int:
+    """The next multiple of an eighth of the next power of two, or of 128 if that is more: 128, 256, ..., 1024, 1280,
+    1536, 1792, 2048, 2560, ... Less than a quarter is padding from 512 on; up to 128 Ki there are 36 of them.
+    """
+    step = max(_SMALLEST, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = None) -> Results | None:
+    """out, stored as query is, and the statistics of rows, launched directly; None: the call goes through DLPack.
+
+    Args:
+      then: as in `attention.find`.
+    """
+    way = _way(operands, numbers, "forward")
+    if way.shares:
+        filled = padded(operands, numbers)
+        call = attention.find(filled, numbers, "forward", then=then)
+        if call is not None:
+            query, _, value, *_ = operands
+            out, stats = call.forward(filled)
+            return Results(strides.with_strides(_cut(out, query.shape[2]), strides.like_query(query, value.shape[3])),
+                           _cut(stats, query.shape[2], 3).contiguous())
+        way.shares = False
+    call = attention.find(operands, numbers, "forward", then=then)
+    return None if call is None else call.forward(operands)
+
+
+def backward(operands: Operands, numbers: Numbers, results: Results,
+             cotangents: Cotangents) -> PerArray[torch.Tensor | None] | None:
+    """The gradients, each stored as its tensor, launched directly; None: the call goes through DLPack."""
+    way = _way(operands, numbers, "backward")
+    if way.shares:
+        filled = padded(operands, numbers)
+        call = attention.find(filled, numbers, "backward")
+        if call is not None:
+            length = filled.query.shape[2]
+            dout, dstats = cotangents
+            grads = call.backward(
+                filled, Results(_filled(results.out, length), _filled(results.stats, length, 3)),
+                Cotangents(None if dout is None else _filled(dout, length),
+                           None if dstats is None else _filled(dstats, length, 3)))
+            return PerArray(*(
+                None if grad is None or x is None else
+                strides.with_strides(_cut(grad, x.shape[2]), torch.empty_like(x, device="meta").stride())
+                for grad, x in zip(grads, operands.differentiable, strict=True)))
+        way.shares = False
+    call = attention.find(operands, numbers, "backward")
+    return None if call is None else call.backward(operands, results, cotangents)
+
+
+def shared(operands: Operands, numbers: Numbers, pass_name: PassName) -> tuple[int, int] | None:
+    """The lengths of queries and keys of the plan that calls like this one have shared; None: none has."""
+    way = _ways.get((pass_name, *attention.name_of(operands, numbers)))
+    return (bucket(operands.query.shape[2]), bucket(operands.key.shape[2])) if way is not None and way.shares else None
+
+
+# --- which lengths ---------------------------------------------------------------------------------------------------
+
+
+class _Way:
+    """What calls of one name take: the plan of their own length, or that of a bucket."""
+
+    def __init__(self, request: tuple[Problem, PassName, torch.device] | None) -> None:
+        self.shares, self._request, self._calls = request is not None, request, 0
+
+    def count(self) -> None:
+        """Counts a call that shares a plan, and ends that where its own is loaded. At OFTEN calls that is asked for,
+        and from then on now and then looked for.
+        """
+        if not self.shares or self._request is None:
+            return
+        self._calls += 1
+        problem, pass_name, device = self._request
+        if attention.is_loaded(problem, pass_name, device):
+            self.shares = False
+        elif self._calls == OFTEN:
+            attention.expect(problem, pass_name, device)
+        elif not self._calls % OFTEN and attention.is_at_hand(problem, pass_name, device):
+            self.shares = False
+
+
+_OWN_WAY = _Way(None)
+_ways: dict[tuple[object, ...], _Way] = {}
+_own: dict[tuple[Problem, torch.device], set[tuple[int, int]]] = {}
+"""Of problems without lengths, those that have plans of their own."""
+_lock = threading.Lock()
+
+
+def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
+    device = operands.query.device
+    if device.type not in attention.DEVICES or not attention.is_on() or not _may_be_padded(operands, numbers):
+        return _OWN_WAY
+    name = (pass_name, *attention.name_of(operands, numbers))
+    way = _ways.get(name)
+    if way is None:
+        if attention.why_not(operands, numbers) is not None or attention.why_not_device(device) is not None:
+            return _OWN_WAY
+        problem = attention.problem_of(operands, numbers)
+        shares = _shares(problem, device) and attention.why_not(padded(operands, numbers), numbers) is None
+        if len(_ways) >= _MAX_WAYS:
+            _ways.clear()
+        way = _ways[name] = _Way((problem, pass_name, device) if shares else None)
+    way.count()
+    return way
+
+
+def _shares(problem: Problem, device: torch.device) -> bool:
+    """Whether a length shares a plan, from its first call on. Not where one pass has its own: the other gets it, too.
+    """
+    lengths = problem.q_len, problem.kv_len
+    if (bucket(lengths[0]), bucket(lengths[1])) == lengths or any(
+            attention.is_at_hand(problem, name, device) for name in attention.PASSES):
+        return False
+    family = dataclasses.replace(problem, q_len=0, kv_len=0), device
+    with _lock:
+        own = _own.setdefault(family, set())
+        if len(own) < OWN:
+            own.add(lengths)
+        return lengths not in own
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+def _may_be_padded(operands: Operands, numbers: Numbers) -> bool:
+    """Not where more than the operands has an axis of length, or where random bits depend on it."""
+    return (operands.mask is None and operands.bias is None and operands.seed is None and operands.q_starts is None
+            and not numbers.partial and not operands.is_empty)
+
+
+def _sees_no_padding(operands: Operands, numbers: Numbers) -> bool:
+    """Whether the mask lets no query see a key beyond the last."""
+    return (operands.offsets is None and numbers.right is not None
+            and operands.query.shape[2] + numbers.offset + numbers.right <= operands.key.shape[2])
+
+
+def padded(operands: Operands, numbers: Numbers) -> Operands:
+    """Copies with zeros at the end of the lengths, of the same meaning but for the queries that are more."""
+    query, key, value = operands[:3]
+    q_len, kv_len = query.shape[2], key.shape[2]
+    q_wanted, kv_wanted = bucket(q_len), bucket(kv_len)
+    lengths, q_ids, kv_ids = operands.kv_lengths, operands.q_ids, operands.kv_ids
+    if lengths is not None:
+        lengths = lengths.clamp(max=kv_len)
+    elif kv_ids is None and not _sees_no_padding(operands, numbers):
+        lengths = torch.full((query.shape[0],), kv_len, dtype=torch.int32, device=query.device)
+    return operands._replace(
+        query=_filled(query, q_wanted), key=_filled(key, kv_wanted), value=_filled(value, kv_wanted),
+        kv_lengths=lengths,
+        q_ids=None if q_ids is None else torch.nn.functional.pad(q_ids, (0, q_wanted - q_len), value=-1),
+        kv_ids=None if kv_ids is None else torch.nn.functional.pad(kv_ids, (0, kv_wanted - kv_len), value=-1))
+
+
+def _filled(tensor: torch.Tensor, length: int, axis: int = 2) -> torch.Tensor:
+    """A dense copy with zeros behind, its heads inside where those of the tensor are."""
+    missing = length - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = *tensor.shape[:axis], length, *tensor.shape[axis + 1:]
+    order = strides.dense(shape, axis == 2 and strides.is_heads_inside(tensor))
+    made = torch.empty_strided(shape, order, dtype=tensor.dtype, device=tensor.device)
+    made.narrow(axis, 0, length - missing).copy_(tensor)
+    made.narrow(axis, length - missing, missing).zero_()
+    return made
+
+
+def _cut(tensor: torch.Tensor, length: int, axis: int = 2) -> torch.Tensor:
+    return tensor.narrow(axis, 0, length)
