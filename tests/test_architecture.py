@@ -47,6 +47,7 @@ ARROWS = {
     "check": {"attention", "device", "diagnosis", "dispatch", "masks", "spec"},
     "__main__": {"check", "diagnosis"},
     "context_parallel": {"arguments", "attention", "autodiff", "compat", "context_parallel", "device", "dispatch",
+                         "dropout",
                          "forks", "sharding", "sinks", "softmax", *FOUNDATIONS},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }

@@ -21,7 +21,8 @@ def case():
 
 
 def test_an_operand_has_a_gradient_or_has_none():
-    assert Operands._fields == Differentiable._fields + Others._fields
+    """Sinks are handed to a forward alone: their gradient is made beside the backward, of lse and delta."""
+    assert Operands._fields == (*Differentiable._fields, *Others._fields, "sinks")
     assert Gradients._fields == tuple(f"d{name}" for name in Differentiable._fields)
 
 

@@ -26,7 +26,7 @@ from pallas_flash.flax import attention_fn
 from pallas_flash.masks import Dense
 
 Q, BIAS, LENGTHS = jnp.ones((2, 8, 2, 16), jnp.bfloat16), jnp.zeros((1, 2, 8, 1)), jnp.array([3, 8], jnp.int32)
-WIDE = jnp.ones((1, 8, 2, 16), jnp.float32)
+WIDE = jnp.ones((1, 8, 2, 520), jnp.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_once_a_reason(seen):
     dot_product_attention(Q, Q, Q, BIAS)
     assert len(seen) == 1
     flash_attention(WIDE, WIDE, WIDE, bias=BIAS)
-    assert [str(w.message).count("dtype is float32") for w in seen] == [0, 1]
+    assert [str(w.message).count("d=520, d_v=520") for w in seen] == [0, 1]
 
 
 def test_not_again_for_the_gradient_or_under_transformations(seen):
