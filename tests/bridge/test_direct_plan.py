@@ -17,7 +17,10 @@ from pallas_flash import UnsupportedError, device, masks
 from pallas_flash.launches import launches
 from pallas_flash.spec import AttentionSpec
 from torch_bridge.direct import lower, plan
-from torch_bridge.direct.problem import Request, versions, window
+from torch_bridge.direct.problem import Request, versions
+
+FULL = None, None, 0, False
+
 
 # --- keys ------------------------------------------------------------------------------------------------------------
 
@@ -25,8 +28,8 @@ from torch_bridge.direct.problem import Request, versions, window
 @pytest.mark.parametrize("change", [
     *(dict(problem=dataclasses.replace(SMALL, **{name: value})) for name, value in dict(
         layout="BLHD", dtype="float16", batch=2, q_heads=2, kv_heads=1, q_len=201, kv_len=255, d=128, d_v=128,
-        mask=window(None, 0, 1), scale=0.5, softcap=30.0, deterministic=True).items()),
-    dict(problem=dataclasses.replace(SMALL, mask=())), dict(pass_name="backward"),
+        window=(None, 0, 1, False), scale=0.5, softcap=30.0, deterministic=True).items()),
+    dict(problem=dataclasses.replace(SMALL, window=FULL)), dict(pass_name="backward"),
     dict(gpu=dataclasses.replace(H200, num_sms=78)), dict(gpu=dataclasses.replace(H200, capability=(10, 0))),
     dict(versions=VERSIONS | {"driver": "13010"}), dict(versions=VERSIONS | {"product": "changed"}),
 ], ids=str)
@@ -60,12 +63,10 @@ def test_versions_hold_the_sources_and_the_driver():
 # --- lowering --------------------------------------------------------------------------------------------------------
 
 MASKS = {
-    "full": ((), masks.Full()),
-    "causal": (window(None, 0, -30), masks.Causal(-30)),
-    "window": (window(100, 0, 0), masks.Window(100, 0)),
-    "an open window": (window(None, 3, 2), masks.Window(right=3, offset=2)),
-    "prefix in a window": ((("PrefixLM", (("prefix", 5),)), ("Window", (("left", 60), ("offset", 2)))),
-                           masks.PrefixLM(5) & masks.Window(left=60, offset=2)),
+    "full": (FULL, masks.Full()),
+    "causal": ((None, 0, -30, False), masks.Causal(-30)),
+    "window": ((100, 0, 0, False), masks.Window(100, 0)),
+    "an open window": ((None, 3, 2, False), masks.Window(right=3, offset=2)),
 }
 
 
@@ -73,15 +74,15 @@ MASKS = {
 def test_a_problem_is_its_spec(name):
     rule, mask = MASKS[name]
     q, k = (jax.ShapeDtypeStruct((1, heads, length, 64), "bfloat16") for heads, length in ((4, 200), (2, 256)))
-    for problem, options in ((dataclasses.replace(SMALL, mask=rule), {}),
-                             (dataclasses.replace(SMALL, mask=rule, softcap=20.0, deterministic=True, scale=0.3),
+    for problem, options in ((dataclasses.replace(SMALL, window=rule), {}),
+                             (dataclasses.replace(SMALL, window=rule, softcap=20.0, deterministic=True, scale=0.3),
                               dict(softcap=20.0, deterministic=True, scale=0.3))):
         assert lower.spec_of(problem) == AttentionSpec.of(q, k, k, layout="BHLD", mask=mask, **options)
         assert lower.spec_of(Request.of(Request(problem, "forward", H200, {}).text).problem) == lower.spec_of(problem)
 
 
 @pytest.mark.parametrize(("changes", "name"), [({}, "forward"), ({}, "backward"),
-                                               (dict(deterministic=True, mask=window(None, 0, -30)), "backward")])
+                                               (dict(deterministic=True, window=(None, 0, -30, False)), "backward")])
 def test_every_launch_reads_what_there_is(changes, name):
     request = dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, **changes), pass_name=name)
     program, found = lower.lower(request), getattr(launches(lower.spec_of(request.problem), device.H200), name)

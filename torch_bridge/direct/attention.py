@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import records, strides
-from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
-from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
+from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "find", "gpu_of", "is_on", "known",
@@ -61,11 +61,10 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes head dimensions that are multiples of {_UNIT}, JAX pads copies of the others, "
          f"d={query.shape[3]}, d_v={value.shape[3]}"),
         (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
-        (_has_no_places(operands), "it takes no lengths, offsets, segment ids and packed sequences yet"),
+        (numbers.dropout_p <= 1, f"it takes no such rate of dropout, {numbers.dropout_p}"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
-        (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
         (not numbers.partial, "it takes no partial attention yet"),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
@@ -85,10 +84,6 @@ def why_not_device(device: torch.device) -> str | None:
     return f"it launches kernels for compute capability {needed}, {gpu.name} has {found}"
 
 
-def _has_no_places(operands: Operands) -> bool:
-    return all(x is None for x in operands.places)
-
-
 def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
@@ -105,11 +100,16 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
+    given = tuple((name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+                  for name, x in zip(PLACES, operands.places, strict=True) if x is not None)
+    if numbers.dropout_p > 0:  # a seed is drawn when the call is made
+        given = (*given, ("seed", (2,), "int32"))
     return Problem(layout=layout,
                    dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
-                   mask=window(left, right, int(numbers.offset)), scale=numbers.scale, softcap=numbers.softcap,
-                   deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]))
+                   window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
+                   softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
+                   given=given, dropout_p=numbers.dropout_p)
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
@@ -184,20 +184,20 @@ class Direct:
             _make_room(self.device)
         return cache.find(wanted, self.device.index or 0)
 
-    def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
-        return self._runners["forward"]([*map(self._operand, q_like, self.strides)])
+    def forward(self, operands: Operands) -> list[torch.Tensor]:
+        """out, dense in the layout, and the statistics."""
+        return self._runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
 
-    def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
+    def backward(self, operands: Operands, results: Results, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and cotangents."""
-        *q_k_v, out = q_like
-        dtype = q_k_v[0].dtype
-        given = [*map(self._operand, q_k_v, self.strides), self._given(out.to(dtype)),
-                 strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
+        """The gradients of query, key and value, dense in the layout."""
+        out, stats = results
+        dtype = operands.query.dtype
+        tensors = [*map(self._operand, operands[:3], self.strides), self._given(out.to(dtype)),
+                   strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
-        given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
-        return self._runners["backward"](given)
+        tensors.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
+        return self._runners["backward"](tensors, self._given_of(operands))
 
     def run_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """`backward` of query, key, value, out and statistics that fit as they are, into gradients that are there."""
@@ -235,6 +235,9 @@ class Direct:
 
     def _operand(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
         return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
+
+    def _given_of(self, operands: Operands) -> list[torch.Tensor]:
+        return [getattr(operands, name) for name, _, _ in self.problem.given]
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
@@ -283,17 +286,14 @@ class DirectCall(NamedTuple):
 
     def forward(self, operands: Operands) -> Results:
         """out, stored as query is, and the statistics of rows."""
-        out, stats = self.direct.forward(operands[:3])
+        out, stats = self.direct.forward(operands)
         self.direct.runs.count("forward")
         return Results(self._stored(out, self.out_strides), stats)
 
     def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
         """The gradients of query, key and value, each stored as its tensor."""
-        query, key, value, *_ = operands
-        out, stats = results
         dout, dstats = cotangents
-        grads = self.direct.backward((query, key, value, out), stats, torch.zeros_like(out) if dout is None else dout,
-                                     dstats)
+        grads = self.direct.backward(operands, results, torch.zeros_like(results.out) if dout is None else dout, dstats)
         self.direct.runs.count("backward")
         dq, dk, dv = map(self._stored, grads, self.grad_strides)
         return PerArray(query=dq, key=dk, value=dv, bias=None)
@@ -349,7 +349,7 @@ def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
 def _name(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
     query, key, value, mask, bias, *_ = operands
     return (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
-            query.device, mask is None, bias is None, _has_no_places(operands), numbers)
+            query.device, mask is None, bias is None, *(x if x is None else x.shape for x in operands.places), numbers)
 
 
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
