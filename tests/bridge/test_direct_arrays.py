@@ -60,6 +60,25 @@ def test_packed_sequences(launched, arguments):  # noqa: F811
     assert launched == BOTH
 
 
+def test_as_many_sequences_or_fewer_take_the_same_plan(launched, monkeypatch):  # noqa: F811
+    """Batches have other numbers of them: each was compiled for, seconds a time."""
+    asked, find = [], cache.find
+    monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
+    q, k, v = (x[0].transpose(0, 1) for x in qkv((1, HQ, L, D), (1, HKV, L, D), (1, HKV, L, D), dtype=BF16,
+                                                 requires_grad=False))
+    for ends in ((30, 60), (5, 5, 70), (70,), (10, 20, 30, 40)):
+        starts = integers(0, *ends)
+        found = flash_attn.flash_attn_varlen_func(q, k, v, starts, starts, L, L)
+        wanted = torch.zeros_like(q, dtype=torch.float64)
+        for first, last in zip((0, *ends), ends):
+            if last > first:
+                one = [x[first:last].transpose(0, 1).double() for x in (q, k, v)]
+                out = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in one), enable_gqa=True)
+                wanted[first:last] = out[0].transpose(0, 1)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+    assert len(asked) == 1 and launched == ["forward"] * 4
+
+
 def test_dropout(launched):  # noqa: F811
     """The same seed drops the same on both paths; lengths beside it, too."""
     tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
@@ -95,6 +114,9 @@ def test_other_numbers_take_the_same_plan(launched, monkeypatch):  # noqa: F811
             q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v)), attn_mask=keep).nan_to_num()
         torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
     assert len(asked) == 1 and launched == ["forward"] * 3
+    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=lengths)
+    assert "path: direct, launched on torch's stream" in said
+    assert any("launched directly" in run.problem and "kv_lengths" in run.problem for run in torch_bridge.report())
     torch_bridge.flash_attention(q, k, v, q_lengths=integers(1, 2, 3))
     torch_bridge.flash_attention(q, k, v)
     assert len({request.key for request in asked}) == len(asked) == 3
@@ -110,3 +132,86 @@ def test_what_is_given_must_fit(launched):  # noqa: F811
     with pytest.raises(ValueError, match=r"given kv_lengths must be Buffer\(shape=\(2,\), dtype='int32'"):
         ops.attention(*Attention(wrong, numbers, False).flat())
     assert launched == ["forward"]
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+GPU_CASES = {  # of the lengths 300 and 430, batch 2
+    "kv_lengths, causal": dict(kv_lengths=integers(430, 17), is_causal=True, causal_offset=130),
+    "ids": dict(segment_ids=tuple((torch.arange(n) // 77 - 1).expand(2, n).int() for n in (300, 430))),
+    "dropout": dict(dropout_p=0.3, q_lengths=integers(300, 211)),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), window=(100, 0), kv_lengths=integers(0, 400)),
+}
+
+
+def on_gpu(arguments):
+    move = lambda x: (tuple(map(move, x)) if isinstance(x, tuple) else x.cuda() if isinstance(x, torch.Tensor) else x)
+    return {name: move(x) for name, x in arguments.items()}
+
+
+def of_call(arguments, tensors, dtype):
+    torch.cuda.manual_seed(5)
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out = torch_bridge.flash_attention(*leaves, **arguments)
+    return out, *torch.autograd.grad(out, leaves, tensors[0].to(out.dtype))
+
+
+@pytest.fixture(params=["direct", "DLPack"])
+def way(request, monkeypatch):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0" if request.param == "DLPack" else "1")
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_arrays_on_a_gpu(way, name):
+    arguments = on_gpu(GPU_CASES[name])
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    assert f"path: {way}" in torch_bridge.explain_flash_attention(*tensors, **arguments)
+    for x, exact in zip(of_call(arguments, tensors, BF16), of_call(arguments, tensors, torch.float64), strict=True):
+        assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+
+
+@pytest.mark.gpu
+def test_packed_sequences_on_a_gpu(way):
+    q, k, v = (torch.randn(500, heads, 64, device="cuda", dtype=BF16) for heads in (4, 2, 2))
+    bounds = integers(0, 100, 100, 177, 460).cuda()
+    found = []
+    for dtype in (BF16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = flash_attn.flash_attn_varlen_func(*leaves, bounds, bounds, 283, 283, causal=True)
+        found.append((out, *torch.autograd.grad(out, leaves, q.to(dtype))))
+    for x, exact in zip(*found, strict=True):
+        assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
+    """And reads lengths that were written after it was captured: nothing of them went through the host."""
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    lengths = integers(430, 17).cuda()
+    arguments = dict(dropout_p=0.3, kv_lengths=lengths)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+
+    def step():
+        out = torch_bridge.flash_attention(*leaves, **arguments)
+        return out, *torch.autograd.grad(out, leaves, tensors[0])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    seen = []
+    for new in (integers(430, 17), integers(5, 200), integers(430, 430)):
+        lengths.copy_(new)
+        torch.cuda.manual_seed(5)
+        graph.replay()
+        for x, exact in zip(results, of_call(arguments, tensors, torch.float64), strict=True):
+            assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+        graph.replay()
+        seen.append(results[0].clone())
+        graph.replay()
+        assert not torch.equal(results[0], seen[-1]), "another seed"

@@ -11,7 +11,7 @@ from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import calls
 from pallas_flash.packed import Packing
 from pallas_flash.spec import AttentionSpec, Operands
-from torch_bridge.direct import beside, operations, plan
+from torch_bridge.direct import beside, intervals, operations, plan
 
 B, H, L, S = 2, 4, 300, 430
 CAUSAL = masks.Window(masks.UNBOUNDED, 0, S - L)
@@ -88,3 +88,26 @@ def test_the_numbers_are_jaxs(name, pass_name):
     addresses = [x.untyped_storage().data_ptr() for x in (*results, *tensors, *constants.values())]
     assert len({*addresses}) == len(addresses)
     assert all(np.array_equal(x.numpy(), y) for x, y in zip(tensors, given.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "max", "min", "div", "where", "stack", "and"])
+def test_intervals_hold_what_is_computed(name):
+    """And what is said of a comparison, or of a limit, is so for every element. Sums that wrap around, too."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        ends = [sorted(random.integers(-scale, scale, 2).tolist()) for scale in random.choice((3, 50, 2**31 - 1), 2)]
+        a, b = (random.integers(low, high, 30, endpoint=True).astype(np.int32) for low, high in ends)
+        known = [intervals.Interval(*end) for end in ends]
+        if name == "div":
+            b, known[1] = b[:1] * 0 + 7, intervals.Interval(7, 7)
+        given = ([np.arange(30) % 2 == 0, intervals.FLAGS],) * (name == "where") + ((a, known[0]), (b, known[1]))
+        parameters = (0,) if name == "stack" else ()
+        with np.errstate(over="ignore"):
+            found = beside._HERE[name](*(x for x, _ in given), *parameters)
+        low, high = intervals.of(name, [interval for _, interval in given], parameters)
+        assert low <= found.min() and found.max() <= high
+        for comparison in ("lt", "le", "gt", "ge", "eq", "ne"):
+            answer = intervals.decided(comparison, *known)
+            assert answer is None or (beside._HERE[comparison](a, b) == answer).all()
+        which = intervals.returned(name, *known)
+        assert which is None or np.array_equal(found, np.broadcast_to((a, b)[which], found.shape))

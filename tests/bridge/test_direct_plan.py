@@ -20,6 +20,7 @@ from torch_bridge.direct import lower, plan
 from torch_bridge.direct.problem import Request, versions
 
 FULL = None, None, 0, False
+LENGTHS = (("kv_lengths", (1,), "int32"), ("seed", (2,), "int32"))
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -81,15 +82,25 @@ def test_a_problem_is_its_spec(name):
         assert lower.spec_of(Request.of(Request(problem, "forward", H200, {}).text).problem) == lower.spec_of(problem)
 
 
+def compiled(program, request):
+    """The file of a program, had it been compiled."""
+    steps = tuple(step._replace(kernel=ADD._replace(patches=())) for step in program.steps)
+    return plan.write(program._replace(steps=steps), request.text)
+
+
 @pytest.mark.parametrize(("changes", "name"), [({}, "forward"), ({}, "backward"),
-                                               (dict(deterministic=True, window=(None, 0, -30, False)), "backward")])
+                                               (dict(deterministic=True, window=(None, 0, -30, False)), "backward"),
+                                               (dict(given=LENGTHS, dropout_p=0.25), "forward"),
+                                               (dict(given=LENGTHS, dropout_p=0.25), "backward")])
 def test_every_launch_reads_what_there_is(changes, name):
     request = dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, **changes), pass_name=name)
     program, found = lower.lower(request), getattr(launches(lower.spec_of(request.problem), device.H200), name)
-    assert program.inputs == tuple(found.inputs) and program.results == found.results
+    assert sorted((*program.inputs, *program.made)) == sorted(found.inputs) and program.results == found.results
+    assert program.given == tuple(f"given {key}" for key, _, _ in request.problem.given)
+    assert plan.read(compiled(program, request), request.text).operations == program.operations
     assert [step.arrays[:len(launch.inputs)] for step, launch in zip(program.steps, found.launches, strict=True)] == [
         launch.inputs for launch in found.launches]
-    known = {*program.inputs, *program.constants}
+    known = {*program.inputs, *program.made, *program.given, *program.constants}
     for step, launch in zip(program.steps, found.launches, strict=True):
         assert step.arrays[len(launch.inputs):] == (*launch.outputs, *launch.updates)
         assert step.kernel.code
@@ -200,3 +211,15 @@ def test_a_header_of_endless_depth_is_not_read():
     content = CONTENT[:12] + struct.pack("<I", len(text)) + text
     with pytest.raises(plan.UnreadablePlanError, match="no JSON object"):
         plan.read(content + hashlib.sha256(content).digest(), FORWARD.text)
+
+
+@pytest.mark.parametrize("wrong", [
+    plan.Operation("exec", ("x",), (), "made"), plan.Operation("neg", ("what is not there",), (), "made"),
+    plan.Operation("neg", ("x",), (), "x"), plan.Operation("neg", ("x",), (), "y")], ids=str)
+def test_operations_are_known_and_read_what_there_is(wrong):
+    """The last makes a result that a launch was to make."""
+    given = PROGRAM._replace(given=("x",), operations=(plan.Operation("neg", ("x",), (), "made"),))
+    assert plan.read(plan.write(given, "request"), "request") == given
+    content = plan.write(given._replace(operations=(wrong,)), "request")
+    with pytest.raises(plan.UnreadablePlanError, match="do not fit its arrays"):
+        plan.read(content, "request")

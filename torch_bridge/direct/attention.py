@@ -37,6 +37,7 @@ PASSES: tuple[PassName, ...] = ("forward", "backward")
 _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
+_STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _MAX_CHOICES = 4096
 _CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
@@ -100,7 +101,7 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    given = tuple((name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+    given = tuple((name, _shape_given(name, x), str(x.dtype).removeprefix("torch."))
                   for name, x in zip(PLACES, operands.places, strict=True) if x is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
         given = (*given, ("seed", (2,), "int32"))
@@ -110,6 +111,18 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
                    window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
                    softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
                    given=given, dropout_p=numbers.dropout_p)
+
+
+def _shape_given(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of which a plan takes a tensor: of boundaries, that of a power of 2 of them."""
+    count = tensor.shape[0]
+    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(tensor.shape)
+
+
+def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
+    """Boundaries with sequences of no tokens at the end, so that there are `count` of them."""
+    missing = count - starts.shape[0]
+    return torch.cat((starts, starts[-1:].expand(missing))) if missing else starts
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
@@ -237,7 +250,8 @@ class Direct:
         return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
 
     def _given_of(self, operands: Operands) -> list[torch.Tensor]:
-        return [getattr(operands, name) for name, _, _ in self.problem.given]
+        return [_with_sequences(getattr(operands, name), *shape) if name in _STARTS else getattr(operands, name)
+                for name, shape, _ in self.problem.given]
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)

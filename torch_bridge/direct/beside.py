@@ -87,7 +87,8 @@ class _Value(NamedTuple):
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+    found: np.ndarray = np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+    return found
 
 
 def _sliced(x: np.ndarray, *axes: tuple[int, int, int]) -> np.ndarray:
