@@ -7,11 +7,13 @@ from pallas_flash.device import Device
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Passes", "launches"]
+__all__ = ["Pass", "Passes", "launches"]
 
 
 class Passes(NamedTuple):
-    """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv."""
+    """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
+    `Pass.make` makes, too, if they have it.
+    """
 
     forward: Pass
     backward: Pass
@@ -42,4 +44,6 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     name, copies = decision.implementation.name, decision.implementation.copies(spec)
     if copies is not None:
         return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
+    if spec.bias is not None or spec.score is not None:
+        return f"{name!r} has no launches for the gradients of a bias and of a score function's arrays"
     return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

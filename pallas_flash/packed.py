@@ -21,7 +21,7 @@ from pallas_flash.arithmetic import Positions, maximum, minimum, where
 from pallas_flash.arrays import Array, Shaped
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Alignment", "Boundaries", "Packed", "Packing", "Side"]
+__all__ = ["Alignment", "Boundaries", "Packed", "Packing", "Side", "numbered"]
 
 Alignment = Literal["first", "last"]
 """What the offset of a rule counts from in each sequence: its first query at its first key, or its last at its last."""
@@ -311,13 +311,17 @@ def _sides(starts: Shaped, tokens: int) -> tuple[Shaped, Shaped]:
     """The boundaries as int32, and the number of each token's sequence; of placeholders, placeholders."""
     if isinstance(starts, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(starts.shape, jnp.int32), jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    found: tuple[Shaped, Shaped] = _numbered(starts, tokens)
+    found: tuple[Shaped, Shaped] = numbered(starts, tokens)
     return found
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _numbered(starts: Array, tokens: int) -> tuple[Array, Array]:
-    """See `_sides`. What a traced array may hold and a host's may not is made to rise from 0 to at most `tokens`."""
+def numbered(starts: Array, tokens: int) -> tuple[Array, Array]:
+    """The boundaries as int32, and the number of each token's sequence, of those that never fall.
+
+    What a traced array may hold and a host's may not is made to rise from 0 to at most `tokens`. A runtime that reads
+    what JAX traced (`torch_bridge.direct`) knows this function by its name, and has one of its own.
+    """
     if starts.dtype.itemsize >= 4:  # or `tokens` may not fit
         starts = starts.clip(0, tokens)
     starts = jax.lax.cummax(starts.astype(jnp.int32).at[0].set(0).clip(0, tokens))

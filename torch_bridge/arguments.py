@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers",
-           "Operands", "PerArray", "Results", "RowAnchor"]
+           "Operands", "PLACES", "PerArray", "Results", "RowAnchor"]
 
 Argument = Tensor | float | Sequence[bool] | None
 """What an operator takes: tensors, numbers and flags."""
@@ -78,6 +78,8 @@ class Operands(NamedTuple):
 
 _NUM_OPERANDS = len(Operands._fields)
 _PLACES = Operands._fields.index("seed") + 1
+PLACES = Operands._fields[_PLACES:]
+"""The names of `Operands.places`."""
 _NOTHING_ELSE = (None,) * (_NUM_OPERANDS - _PLACES)
 _with_gradient = operator.itemgetter(*map(Operands._fields.index, PerArray._fields))
 _NO_GRADIENT = len(PerArray._fields)

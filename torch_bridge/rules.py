@@ -5,17 +5,19 @@ JAX alone.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pallas_flash import masks
 from pallas_flash.arrays import Shaped
 from pallas_flash.packed import Packing
 from pallas_flash.spec import AttentionSpec
-from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Rule"]
+if TYPE_CHECKING:
+    from torch_bridge.arguments import Numbers, Operands
 
-_TENSORS = ("mask", "offsets", "q_lengths", "kv_lengths", "q_ids", "kv_ids", "q_starts", "kv_starts")
+__all__ = ["TENSORS", "Rule"]
+
+TENSORS = ("mask", "offsets", "q_lengths", "kv_lengths", "q_ids", "kv_ids", "q_starts", "kv_starts")
 """The operands that say which pairs attend, in the order of `Operands`."""
 
 
@@ -29,10 +31,10 @@ class Rule(NamedTuple):
     given: tuple[str, ...]  # the operands it is made from
 
     @classmethod
-    def of(cls, operands: Operands, numbers: Numbers) -> "Rule":
+    def of(cls, operands: "Operands", numbers: "Numbers") -> "Rule":
         left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
         return cls(left, right, int(numbers.offset), numbers.ends_aligned,
-                   tuple(name for name in _TENSORS if getattr(operands, name) is not None))
+                   tuple(name for name in TENSORS if getattr(operands, name) is not None))
 
     def mask(self, spec: AttentionSpec, arrays: Mapping[str, Shaped]) -> masks.Mask:
         """The canonical mask of the problem `spec`, which need not hold it; `arrays` by name, or placeholders."""

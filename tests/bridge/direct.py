@@ -1,12 +1,12 @@
 """Requests of the tests of the direct path, and a program that needs no compiler."""
 
 from torch_bridge.direct.plan import Buffer, Kernel, Program, Step
-from torch_bridge.direct.problem import Gpu, Problem, Request, window
+from torch_bridge.direct.problem import Gpu, Problem, Request
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 232_448)
 VERSIONS = {"product": "of a test", "driver": "13000"}
 SMALL = Problem(layout="BHLD", dtype="bfloat16", batch=1, q_heads=4, kv_heads=2, q_len=200, kv_len=256, d=64, d_v=64,
-                mask=window(None, 0, 0), scale=None, softcap=None, deterministic=False,
+                window=(None, 0, 0, False), scale=None, softcap=None, deterministic=False,
                 outer=((4, 64), (2, 64), (2, 64)))
 FORWARD = Request(SMALL, "forward", H200, VERSIONS)
 

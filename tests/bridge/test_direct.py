@@ -12,23 +12,29 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import torch_bridge
 from bridge.direct import H200
 from bridge.problems import OURS, check, heads_inside, qkv
-from pallas_flash import FallbackWarning
+from pallas_flash import FallbackWarning, dropout
 from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import attention, cache, driver, launch, lengths, requirements, runner, shortcut
+from torch_bridge.direct import attention, cache, driver, launch, lengths, lower, requirements, runner, shortcut
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
-from torch_bridge.direct.plan import Buffer, Program
-from torch_bridge.direct.problem import window
+from torch_bridge.direct.plan import Buffer, Program, Step
 
 
-def program_of(problem, pass_name):
-    """The arrays of a pass by name, with one more in between; no kernels."""
+def program_of(request):
+    """The arrays of a pass by name, with one more in between, and operations; no kernels."""
+    problem, pass_name = request.problem, request.pass_name
+    if problem.given:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lower, "_step", lambda launch, given: Step(
+                b"", (*launch.inputs, *launch.outputs, *launch.updates)))
+            return lower.lower(request)
     shapes, wanted = problem.shapes(), problem.strides()
     dq, dk, dv = (Buffer(shape, problem.dtype) for shape in shapes.values())
     q, k, v = (Buffer(shape, problem.dtype, wanted[name]) for name, shape in shapes.items())
@@ -56,11 +62,43 @@ class FakeGpu:
         memory = (ctypes.c_char * size).from_address(addresses[[*self.program.buffers].index(name)])
         return torch.frombuffer(memory, dtype=dtype).as_strided(buffer.shape, wanted)
 
+    def window(self, q_len, kv_len):
+        """Which pairs numbers keep."""
+        left, right, offset, _ = self.problem.window
+        distance = torch.arange(kv_len) - torch.arange(q_len)[:, None] - offset
+        far = 2**30
+        return (distance <= (far if right is None else right)) & (distance >= -(far if left is None else left))
+
+    def keep(self, arrays, q_len, kv_len):
+        """Which pairs the arrays keep that operations made of the call's: intervals of each position, and ids."""
+        found = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+        if "keys" in arrays:
+            first, count = (x[..., :q_len, None] for x in arrays["keys"].unbind(2))
+            found = found & (torch.arange(kv_len) >= first) & (torch.arange(kv_len) < first + count)
+        if "queries" in arrays:
+            first, count = (x[..., None, :kv_len] for x in arrays["queries"].unbind(2))
+            at = torch.arange(q_len)[:, None]
+            found = found & (at >= first) & (at < first + count)
+        if "q_ids" in arrays:
+            found = found & (arrays["q_ids"][:, :, 0, :q_len, None] == arrays["kv_ids"][:, :, 0, None, :kv_len])
+        return found
+
+    def kept(self, arrays, shape):
+        """What dropout multiplies weights with, by the keys that operations made of the seed."""
+        if not self.problem.dropout_p:
+            return 1.0
+        keys = arrays["dropout_keys"].numpy().view("uint32")[..., None, None]
+        q_pos, kv_pos = np.arange(shape[2], dtype="uint32")[:, None], np.arange(shape[3], dtype="uint32")
+        flags = dropout.kept_by((keys[:, :, 0], keys[:, :, 1]), q_pos, kv_pos, self.problem.dropout_p)
+        return torch.from_numpy(np.array(flags)).double() * dropout.factor(self.problem.dropout_p)
+
     def launch(self, addresses, stream):
-        assert stream == 78 and all(address and address % 16 == 0 for address in addresses)
-        arrays = {name: self.array(addresses, name) for name in self.program.buffers}
+        used = [x for name, x in zip(self.program.buffers, addresses) if name not in self.program.given]
+        assert stream == 78 and all(address and address % 16 == 0 for address in used)
+        arrays = {name: self.array(addresses, name) for name in self.program.buffers
+                  if name not in self.program.given}
         self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
-        for name in (*self.program.scratch, *self.program.results):
+        for name in {*self.program.scratch, *self.program.results}:
             arrays[name].fill_(torch.nan)
         heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x
         group = self.problem.q_heads // self.problem.kv_heads
@@ -70,12 +108,12 @@ class FakeGpu:
         s, slope = scale * q @ k.mT, 1.0
         if (cap := self.problem.softcap) is not None:
             s, slope = cap * torch.tanh(s / cap), 1 - torch.tanh(s / cap)**2
-        for kind, numbers in self.problem.mask:
-            number = dict(left=2**30, right=0 if kind == "Causal" else 2**30) | dict(numbers)
-            distance = torch.arange(s.shape[3]) - torch.arange(s.shape[2])[:, None] - number["offset"]
-            s = s.masked_fill((distance > number["right"]) | (distance < -number["left"]), -torch.inf)
+        has_arrays = {name for name, _, _ in self.problem.given} - {"seed"}
+        keep = self.keep(arrays, *s.shape[2:]) if has_arrays else self.window(*s.shape[2:])
+        s = s.masked_fill(~keep, -torch.inf)
         p, lse = s.softmax(-1).nan_to_num(0.0), s.logsumexp(-1)
-        out = p @ v
+        kept = self.kept(arrays, s.shape)
+        out = (kept * p) @ v
         self.launched.append(self.pass_name)
         if self.pass_name == "forward":
             heads_first(arrays["out"]).copy_(out)
@@ -85,8 +123,8 @@ class FakeGpu:
         counts = dout.any(-1)  # others may be padding
         assert torch.equal(arrays["stats"][:, :, 0][counts], lse.float()[counts]), "the forward's statistics"
         assert torch.equal(heads_first(arrays["out"])[counts], out.to(arrays["out"].dtype)[counts]), "the forward's out"
-        ds = scale * slope * p * (dout @ v.mT - (out * dout).sum(-1, keepdim=True) + dlse)
-        for name, grad, shared in (("dq", ds @ k, 1), ("dk", ds.mT @ q, group), ("dv", p.mT @ dout, group)):
+        ds = scale * slope * p * (kept * (dout @ v.mT) - (out * dout).sum(-1, keepdim=True) + dlse)
+        for name, grad, shared in (("dq", ds @ k, 1), ("dk", ds.mT @ q, group), ("dv", (kept * p).mT @ dout, group)):
             heads_first(arrays[name]).copy_(grad.unflatten(1, (-1, shared)).sum(2))
 
 
@@ -94,7 +132,7 @@ class FakeGpu:
 def launched(monkeypatch):
     """The passes that were launched directly."""
     def find(request, index):
-        program = program_of(request.problem, request.pass_name)
+        program = program_of(request)
         FakeGpu.requests[id(program)] = request.problem, request.pass_name
         kept.append(program)
         return program
@@ -199,21 +237,14 @@ def test_operators_take_the_path_too(launched):
     (torch.float32, 8, {}, "takes bfloat16 and float16, query.dtype is torch.float32"),
     (BF16, 8, dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), "takes no attn_mask yet"),
     (BF16, 8, dict(attn_mask=torch.zeros(5, 5, dtype=BF16)), "takes no attn_mask yet"),
-    (BF16, 8, dict(dropout_p=0.5), "takes no dropout yet, dropout_p is 0.5"),
     (BF16, 12, {}, "multiples of 8, JAX pads copies of the others, d=12, d_v=12"),
-], ids=["float32", "mask", "bias", "dropout", "padded"])
+], ids=["float32", "mask", "bias", "padded"])
 def test_other_calls_go_through_dlpack(launched, dtype, d, arguments, reason):
     tensors = qkv(*[(1, 2, 5, d)] * 3, dtype=dtype)
     OURS(*tensors, **arguments).sum().backward()
     assert launched == [] and all(x.grad is not None for x in tensors)
     with pytest.raises(RuntimeError, match=reason):
         torch_bridge.precompile(*tensors, **arguments)
-
-
-PLACES = {
-    "kv_lengths": torch.tensor([3]), "q_lengths": torch.tensor([3]), "is_causal": True,
-    "segment_ids": torch.tensor([[0, 0, 1, 1, 1]]),
-}
 
 
 def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
@@ -228,19 +259,6 @@ def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkey
         torch_bridge.precompile(*tensors)
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_arguments_beyond_sdpa_go_through_dlpack(launched, name):
-    """Regression of a merge: a plan for the same shapes must not be taken for a call with lengths."""
-    q, k, v = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16, requires_grad=False)
-    torch_bridge.flash_attention(q, k, v)
-    assert launched == ["forward"]
-    arguments = {name: PLACES[name]} | (dict(causal_offset=torch.tensor([1])) if name == "is_causal" else {})
-    out = torch_bridge.flash_attention(q, k, v, **arguments)
-    assert launched == ["forward"]
-    wide = torch_bridge.flash_attention(*(x.double() for x in (q, k, v)), **arguments)
-    torch.testing.assert_close(out.double(), wide, atol=2e-2, rtol=2e-2)
-
-
 OTHERWISE = {
     "query": torch.zeros(1, 2, 5, 16, dtype=BF16), "key": torch.zeros(1, 2, 7, 8, dtype=BF16),
     "value": torch.zeros(1, 2, 5, 16, dtype=BF16), "mask": torch.ones(1, 1, 5, 5, dtype=torch.bool),
@@ -249,9 +267,9 @@ OTHERWISE = {
     "q_ids": torch.zeros(1, 5, dtype=torch.int32), "kv_ids": torch.zeros(1, 5, dtype=torch.int32),
     "q_starts": torch.zeros(2, dtype=torch.int32), "kv_starts": torch.zeros(2, dtype=torch.int32),
     "left": 1, "right": None, "offset": 1, "softcap": 2.0, "scale": 0.5, "dropout_p": 0.5, "deterministic": True,
-    "partial": True,
+    "partial": True, "ends_aligned": True,
 }
-WITHOUT_EFFECT = {"seed": "dropout's, which is refused", "ends_aligned": "of packed sequences, which are refused"}
+WITHOUT_EFFECT = {"seed": "its numbers are read, and there is one wherever there is dropout"}
 
 
 def test_every_argument_is_in_the_problem_or_refused():
@@ -532,7 +550,7 @@ def test_explain_and_precompile(launched, monkeypatch, tmp_path):
     torch_bridge.precompile(*tensors, **arguments)
     assert [request.pass_name for request in asked] == BOTH and launched == []
     problem = asked[0].problem
-    assert problem.mask == window(None, 0, 0) and (problem.q_heads, problem.kv_heads) == (4, 2)
+    assert problem.window == (None, 0, 0, False) and (problem.q_heads, problem.kv_heads) == (4, 2)
     monkeypatch.setattr(attention, "DEVICES", {"cuda"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     torch_bridge.precompile(*(x.to("meta") for x in tensors), **arguments)

@@ -23,7 +23,10 @@ BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
 ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deterministic=True, layout="BLHD"))
 PACKED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, layout="BLHD", outer=(
     (12, 64), (2, 64), (2, 192))))  # q of (B, L, 3, H, D), k dense, v of (B, L, H, 3, D)
-REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED}
+LENGTHS = dataclasses.replace(SMALL, given=(("kv_lengths", (1,), "int32"), ("seed", (2,), "int32")), dropout_p=0.25)
+REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED,
+            "lengths": dataclasses.replace(BACKWARD, problem=LENGTHS),
+            "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS)}
 WHY_NOT = places.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
@@ -72,7 +75,7 @@ def compiled(work):
 def test_a_plan_launches_what_mosaic_launches(compiled, name):
     """Grid, block, shared memory, and every byte of the parameters."""
     program, native, replayed, graph = compiled[name]
-    assert replayed == native and len(native) == len(program.steps) == 3
+    assert replayed == native and len(native) == len(program.steps) == (1 if "forward" in name else 3)
     assert graph == [step.kernel.name for step in program.steps], "all of them, in order, can be captured"
     for step, line in zip(program.steps, replayed, strict=True):
         assert line["device"] == 0 and line["launched"] == step.kernel.name
@@ -82,7 +85,8 @@ def test_a_plan_launches_what_mosaic_launches(compiled, name):
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_kernels_are_those_that_explain_names(compiled, name):
     spec = lower.spec_of(REQUESTS[name].problem)
-    kernels = schedule.kernels(defaults.default_backward(spec, device.H200))
+    default = defaults.default_forward if "forward" in name else defaults.default_backward
+    kernels = schedule.kernels(default(spec, device.H200))
     names = [step.kernel.name for step in compiled[name][0].steps]
     assert [name.removesuffix("_mosaic_gpu_kernel") for name in names] == list(kernels)
 
@@ -119,7 +123,7 @@ def test_tensor_maps_span_their_arrays(compiled, name):
             if buffer.strides is not None:
                 packed += 1
                 assert {*strides} <= {2 * stride for stride in buffer.strides} | {128}, arrays[i]
-    assert seen >= 4 and packed == (2 if name == "packed" else 0)
+    assert seen >= (3 if "forward" in name else 4) and packed == (2 if name == "packed" else 0)
 
 
 VERSIONS = """

@@ -17,7 +17,11 @@ from pallas_flash import UnsupportedError, device, masks
 from pallas_flash.launches import launches
 from pallas_flash.spec import AttentionSpec
 from torch_bridge.direct import lower, plan
-from torch_bridge.direct.problem import Request, versions, window
+from torch_bridge.direct.problem import Request, versions
+
+FULL = None, None, 0, False
+LENGTHS = (("kv_lengths", (1,), "int32"), ("seed", (2,), "int32"))
+
 
 # --- keys ------------------------------------------------------------------------------------------------------------
 
@@ -25,8 +29,8 @@ from torch_bridge.direct.problem import Request, versions, window
 @pytest.mark.parametrize("change", [
     *(dict(problem=dataclasses.replace(SMALL, **{name: value})) for name, value in dict(
         layout="BLHD", dtype="float16", batch=2, q_heads=2, kv_heads=1, q_len=201, kv_len=255, d=128, d_v=128,
-        mask=window(None, 0, 1), scale=0.5, softcap=30.0, deterministic=True).items()),
-    dict(problem=dataclasses.replace(SMALL, mask=())), dict(pass_name="backward"),
+        window=(None, 0, 1, False), scale=0.5, softcap=30.0, deterministic=True).items()),
+    dict(problem=dataclasses.replace(SMALL, window=FULL)), dict(pass_name="backward"),
     dict(gpu=dataclasses.replace(H200, num_sms=78)), dict(gpu=dataclasses.replace(H200, capability=(10, 0))),
     dict(versions=VERSIONS | {"driver": "13010"}), dict(versions=VERSIONS | {"product": "changed"}),
 ], ids=str)
@@ -60,12 +64,10 @@ def test_versions_hold_the_sources_and_the_driver():
 # --- lowering --------------------------------------------------------------------------------------------------------
 
 MASKS = {
-    "full": ((), masks.Full()),
-    "causal": (window(None, 0, -30), masks.Causal(-30)),
-    "window": (window(100, 0, 0), masks.Window(100, 0)),
-    "an open window": (window(None, 3, 2), masks.Window(right=3, offset=2)),
-    "prefix in a window": ((("PrefixLM", (("prefix", 5),)), ("Window", (("left", 60), ("offset", 2)))),
-                           masks.PrefixLM(5) & masks.Window(left=60, offset=2)),
+    "full": (FULL, masks.Full()),
+    "causal": ((None, 0, -30, False), masks.Causal(-30)),
+    "window": ((100, 0, 0, False), masks.Window(100, 0)),
+    "an open window": ((None, 3, 2, False), masks.Window(right=3, offset=2)),
 }
 
 
@@ -73,22 +75,32 @@ MASKS = {
 def test_a_problem_is_its_spec(name):
     rule, mask = MASKS[name]
     q, k = (jax.ShapeDtypeStruct((1, heads, length, 64), "bfloat16") for heads, length in ((4, 200), (2, 256)))
-    for problem, options in ((dataclasses.replace(SMALL, mask=rule), {}),
-                             (dataclasses.replace(SMALL, mask=rule, softcap=20.0, deterministic=True, scale=0.3),
+    for problem, options in ((dataclasses.replace(SMALL, window=rule), {}),
+                             (dataclasses.replace(SMALL, window=rule, softcap=20.0, deterministic=True, scale=0.3),
                               dict(softcap=20.0, deterministic=True, scale=0.3))):
         assert lower.spec_of(problem) == AttentionSpec.of(q, k, k, layout="BHLD", mask=mask, **options)
         assert lower.spec_of(Request.of(Request(problem, "forward", H200, {}).text).problem) == lower.spec_of(problem)
 
 
+def compiled(program, request):
+    """The file of a program, had it been compiled."""
+    steps = tuple(step._replace(kernel=ADD._replace(patches=())) for step in program.steps)
+    return plan.write(program._replace(steps=steps), request.text)
+
+
 @pytest.mark.parametrize(("changes", "name"), [({}, "forward"), ({}, "backward"),
-                                               (dict(deterministic=True, mask=window(None, 0, -30)), "backward")])
+                                               (dict(deterministic=True, window=(None, 0, -30, False)), "backward"),
+                                               (dict(given=LENGTHS, dropout_p=0.25), "forward"),
+                                               (dict(given=LENGTHS, dropout_p=0.25), "backward")])
 def test_every_launch_reads_what_there_is(changes, name):
     request = dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, **changes), pass_name=name)
     program, found = lower.lower(request), getattr(launches(lower.spec_of(request.problem), device.H200), name)
-    assert program.inputs == tuple(found.inputs) and program.results == found.results
+    assert sorted((*program.inputs, *program.made)) == sorted(found.inputs) and program.results == found.results
+    assert program.given == tuple(f"given {key}" for key, _, _ in request.problem.given)
+    assert plan.read(compiled(program, request), request.text).operations == program.operations
     assert [step.arrays[:len(launch.inputs)] for step, launch in zip(program.steps, found.launches, strict=True)] == [
         launch.inputs for launch in found.launches]
-    known = {*program.inputs, *program.constants}
+    known = {*program.inputs, *program.made, *program.given, *program.constants}
     for step, launch in zip(program.steps, found.launches, strict=True):
         assert step.arrays[len(launch.inputs):] == (*launch.outputs, *launch.updates)
         assert step.kernel.code
@@ -199,3 +211,15 @@ def test_a_header_of_endless_depth_is_not_read():
     content = CONTENT[:12] + struct.pack("<I", len(text)) + text
     with pytest.raises(plan.UnreadablePlanError, match="no JSON object"):
         plan.read(content + hashlib.sha256(content).digest(), FORWARD.text)
+
+
+@pytest.mark.parametrize("wrong", [
+    plan.Operation("exec", ("x",), (), "made"), plan.Operation("neg", ("what is not there",), (), "made"),
+    plan.Operation("neg", ("x",), (), "x"), plan.Operation("neg", ("x",), (), "y")], ids=str)
+def test_operations_are_known_and_read_what_there_is(wrong):
+    """The last makes a result that a launch was to make."""
+    given = PROGRAM._replace(given=("x",), operations=(plan.Operation("neg", ("x",), (), "made"),))
+    assert plan.read(plan.write(given, "request"), "request") == given
+    content = plan.write(given._replace(operations=(wrong,)), "request")
+    with pytest.raises(plan.UnreadablePlanError, match="do not fit its arrays"):
+        plan.read(content, "request")

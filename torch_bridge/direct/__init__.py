@@ -5,6 +5,7 @@
     parent.py        starts the process that compiles, and follows it
     child.py         that process:
       lower.py         a pass -> its launches, each a Mosaic module
+      beside.py        what is computed beside them -> operations; intervals.py leaves out those that change nothing
       plugin.py        a module -> machine code, by what JAX keeps to itself
       compile.py       each launch as the driver sees it: machine code, grid, parameters
     plan.py          what is kept of that, a file
@@ -12,6 +13,7 @@
     driver.py        CUDA's driver
     launch.py        loads a plan on a device, and launches it on addresses
     runner.py        the same on torch's tensors
+    operations.py    what torch computes before the launches, of lengths, ids and seeds
     attention.py     which calls take this path; their tensors in and out
     storage.py       which tensors are read where they lie
     shortcut.py      calls seen before

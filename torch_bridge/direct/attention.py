@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import records, strides
-from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import apart, cache, driver, launch, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
-from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions, window
+from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect", "find", "gpu_of", "is_at_hand",
@@ -38,6 +38,7 @@ PASSES: tuple[PassName, ...] = ("forward", "backward")
 _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
+_STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _MAX_CHOICES = 4096
 _CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
@@ -62,11 +63,10 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes head dimensions that are multiples of {_UNIT}, JAX pads copies of the others, "
          f"d={query.shape[3]}, d_v={value.shape[3]}"),
         (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
-        (_has_no_places(operands), "it takes no lengths, offsets, segment ids and packed sequences yet"),
+        (numbers.dropout_p <= 1, f"it takes no such rate of dropout, {numbers.dropout_p}"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
-        (numbers.dropout_p == 0, f"it takes no dropout yet, dropout_p is {numbers.dropout_p:g}"),
         (not numbers.partial, "it takes no partial attention yet"),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
@@ -86,10 +86,6 @@ def why_not_device(device: torch.device) -> str | None:
     return f"it launches kernels for compute capability {needed}, {gpu.name} has {found}"
 
 
-def _has_no_places(operands: Operands) -> bool:
-    return all(x is None for x in operands.places)
-
-
 def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
@@ -106,11 +102,28 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
+    given = tuple((name, _shape_given(name, x), str(x.dtype).removeprefix("torch."))
+                  for name, x in zip(PLACES, operands.places, strict=True) if x is not None)
+    if numbers.dropout_p > 0:  # a seed is drawn when the call is made
+        given = (*given, ("seed", (2,), "int32"))
     return Problem(layout=layout,
                    dtype="bfloat16" if query.dtype == torch.bfloat16 else "float16", batch=batch, q_heads=q_heads,
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
-                   mask=window(left, right, int(numbers.offset)), scale=numbers.scale, softcap=numbers.softcap,
-                   deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]))
+                   window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
+                   softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
+                   given=given, dropout_p=numbers.dropout_p)
+
+
+def _shape_given(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of which a plan takes a tensor: of boundaries, that of a power of 2 of them."""
+    count = tensor.shape[0]
+    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(tensor.shape)
+
+
+def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
+    """Boundaries with sequences of no tokens at the end, so that there are `count` of them."""
+    missing = count - starts.shape[0]
+    return torch.cat((starts, starts[-1:].expand(missing))) if missing else starts
 
 
 def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
@@ -188,20 +201,20 @@ class Direct:
             _make_room(self.device)
         return cache.find(wanted, self.device.index or 0)
 
-    def forward(self, q_like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """out, dense in the layout, and the statistics, of query, key and value (batch, heads, length, dim)."""
-        return self._runners["forward"]([*map(self._operand, q_like, self.strides)])
+    def forward(self, operands: Operands) -> list[torch.Tensor]:
+        """out, dense in the layout, and the statistics."""
+        return self._runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
 
-    def backward(self, q_like: Sequence[torch.Tensor], stats: torch.Tensor, dout: torch.Tensor,
+    def backward(self, operands: Operands, results: Results, dout: torch.Tensor,
                  dstats: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients, dense in the layout, of query, key, value and out (`q_like`), stats and cotangents."""
-        *q_k_v, out = q_like
-        dtype = q_k_v[0].dtype
-        given = [*map(self._operand, q_k_v, self.strides), self._given(out.to(dtype)),
-                 strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
+        """The gradients of query, key and value, dense in the layout."""
+        out, stats = results
+        dtype = operands.query.dtype
+        tensors = [*map(self._operand, operands[:3], self.strides), self._given(out.to(dtype)),
+                   strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
-        given.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
-        return self._runners["backward"](given)
+        tensors.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
+        return self._runners["backward"](tensors, self._given_of(operands))
 
     def run_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """`backward` of query, key, value, out and statistics that fit as they are, into gradients that are there."""
@@ -239,6 +252,10 @@ class Direct:
 
     def _operand(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
         return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
+
+    def _given_of(self, operands: Operands) -> list[torch.Tensor]:
+        return [_with_sequences(getattr(operands, name), *shape) if name in _STARTS else getattr(operands, name)
+                for name, shape, _ in self.problem.given]
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
@@ -287,17 +304,14 @@ class DirectCall(NamedTuple):
 
     def forward(self, operands: Operands) -> Results:
         """out, stored as query is, and the statistics of rows."""
-        out, stats = self.direct.forward(operands[:3])
+        out, stats = self.direct.forward(operands)
         self.direct.runs.count("forward")
         return Results(self._stored(out, self.out_strides), stats)
 
     def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
         """The gradients of query, key and value, each stored as its tensor."""
-        query, key, value, *_ = operands
-        out, stats = results
         dout, dstats = cotangents
-        grads = self.direct.backward((query, key, value, out), stats, torch.zeros_like(out) if dout is None else dout,
-                                     dstats)
+        grads = self.direct.backward(operands, results, torch.zeros_like(results.out) if dout is None else dout, dstats)
         self.direct.runs.count("backward")
         dq, dk, dv = map(self._stored, grads, self.grad_strides)
         return PerArray(query=dq, key=dk, value=dv, bias=None)
@@ -378,7 +392,7 @@ def name_of(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
     """All but the numbers in its tensors that decides how a call is computed."""
     query, key, value, mask, bias, *_ = operands
     return (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
-            query.device, mask is None, bias is None, _has_no_places(operands), numbers)
+            query.device, mask is None, bias is None, *(x if x is None else x.shape for x in operands.places), numbers)
 
 
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:

@@ -49,8 +49,9 @@ def compile_program(program: Program[Module], index: int, report: Callable[[str]
             compiled = task.result()
             kernels[module] = _recorded(compiled, modules[module])
             report(f"compiled {done} of {len(tasks)}")
-    buffers, inputs, results, constants, steps = program
-    return Program(buffers, inputs, results, constants, tuple(Step(kernels[module], names) for module, names in steps))
+    steps = tuple(Step(kernels[module], names) for module, names in program.steps)
+    return Program(program.buffers, program.inputs, program.results, program.constants, steps, program.given,
+                   program.operations)
 
 
 def _compiled(module: Module, index: int) -> plugin.Compiled:

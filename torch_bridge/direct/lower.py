@@ -5,22 +5,24 @@ these inputs; what is updated is an operand that is a result, too.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from pallas_flash import device, masks
-from pallas_flash.launches import launches
-from pallas_flash.spec import AttentionSpec
+from pallas_flash import device
+from pallas_flash.launches import Pass, launches
+from pallas_flash.spec import AttentionSpec, Operands
+from torch_bridge.direct import beside
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
 from torch_bridge.direct.problem import Problem, Request
+from torch_bridge.rules import TENSORS, Rule
 
 __all__ = ["LoweringError", "lower", "spec_of"]
 
 CALL, TARGET = "stablehlo.custom_call", "mosaic_gpu_v2"
-_MASKS: dict[str, Callable[..., masks.Mask]] = {
-    "Causal": masks.Causal, "Window": masks.Window, "PrefixLM": masks.PrefixLM}
+_PREFIX = "given "
+"""Of the names of a call's tensors among the arrays of a plan: a pass has arrays of the same names."""
 
 
 class LoweringError(RuntimeError):
@@ -29,12 +31,39 @@ class LoweringError(RuntimeError):
 
 def spec_of(problem: Problem) -> AttentionSpec:
     """The spec of a problem; raises as `AttentionSpec.of` does."""
-    rule: masks.Mask = masks.Full()
-    for name, numbers in problem.mask:
-        rule = rule & _MASKS[name](**dict(numbers))
-    return AttentionSpec.of(
+    spec = AttentionSpec.of(
         *(jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes().values()), layout=problem.layout,
-        mask=rule, scale=problem.scale, softcap=problem.softcap, deterministic=problem.deterministic)
+        scale=problem.scale, softcap=problem.softcap, dropout_rate=problem.dropout_p,
+        deterministic=problem.deterministic)
+    return spec.masked(_rule(problem).mask(spec, _given(problem)), None)
+
+
+def _given(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in problem.given}
+
+
+def _rule(problem: Problem) -> Rule:
+    given = _given(problem)
+    return Rule(*problem.window, tuple(name for name in TENSORS if name in given))
+
+
+def _beside(problem: Problem, found: Pass) -> beside.Operations:
+    """What makes the inputs of a pass that are no arrays of the call."""
+    spec, rule = spec_of(problem), _rule(problem)
+
+    def make(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        given = {name.removeprefix(_PREFIX): x for name, x in arrays.items()}
+        seed = jax.lax.bitcast_convert_type(given["seed"], jnp.uint32) if problem.dropout_p else None
+        none: Any = None
+        assert found.make is not None
+        return found.make(Operands(
+            q=none, k=none, v=none, bias=None, score=(),
+            mask=rule.mask(spec, {name: given[name] for name in rule.given}), score_integers=(), dropout_seed=seed,
+            dropout_origin=None, page_table=None))
+
+    if found.make is None:
+        return beside.Operations((), {})
+    return beside.traced(make, {_PREFIX + name: x for name, x in _given(problem).items()})
 
 
 def lower(request: Request) -> Program[Module]:
@@ -46,18 +75,25 @@ def lower(request: Request) -> Program[Module]:
 
     Raises:
       UnsupportedError: it is no list of launches on that GPU, with every reason.
-      LoweringError: this JAX lowers a launch to something else than a call of a Mosaic kernel, or a launch writes to
-        the caller's arrays.
+      LoweringError: this JAX lowers a launch to something else than a call of a Mosaic kernel, a launch writes to
+        the caller's arrays, or there is no operation for what is computed beside the launches.
     """
     gpu = device.Device("gpu", **vars(request.gpu))
     found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
     outer = {name: jax.ShapeDtypeStruct(shape, found.inputs[name].dtype)
              for name, shape in request.problem.outer_shapes().items()}
-    types = found.inputs | outer | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.constants.items()}
+    try:
+        operations, known = _beside(request.problem, found)
+    except beside.UntranslatableError as error:
+        raise LoweringError(str(error)) from error
+    constants, made = found.constants | known, {operation.output for operation in operations} & {*found.inputs}
+    given = {_PREFIX + name: x for name, x in _given(request.problem).items()}
+    types = found.inputs | outer | given
+    types |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in constants.items()}
     steps = []
     with device.assume(gpu):
         for launch in found.launches:
-            if kept := {*launch.updates} & {*found.inputs, *found.constants}:
+            if kept := {*launch.updates} & {*found.inputs, *found.constants} - made:
                 raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
                                    "launches before it made")
             steps.append(_step(launch, [types[name] for name in launch.inputs]))
@@ -66,9 +102,9 @@ def lower(request: Request) -> Program[Module]:
     for name, strides in request.problem.strides().items():
         if outer[name].shape != (shape := found.inputs[name].shape):
             buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
-    return Program(buffers=buffers,
-                   inputs=tuple(found.inputs), results=found.results,
-                   constants={name: x.tobytes() for name, x in found.constants.items()}, steps=tuple(steps))
+    return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in made),
+                   results=found.results, constants={name: x.tobytes() for name, x in constants.items()},
+                   steps=tuple(steps), given=tuple(given), operations=operations)
 
 
 def _step(launch: Any, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

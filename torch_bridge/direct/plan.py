@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 2; numbers are little-endian:
+The file, version 3; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -9,7 +9,10 @@ The file, version 2; numbers are little-endian:
     ...      the header: JSON in UTF-8, an object
                request     the text of the `Request` that it was made for
                buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
-               inputs      names of the arrays of a call, in their order
+               inputs      names of the arrays of a call that launches read, in their order
+               given       names of those that operations read
+               operations  what is computed before the launches, in order: [one of OPERATIONS, names of arrays and
+                           numbers, parameters, name of the result]
                results     names of what the pass returns
                constants   {name: index of a blob}
                steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
@@ -20,7 +23,8 @@ The file, version 2; numbers are little-endian:
     ...      the blobs, one after the other
     32       SHA-256 of all that is before it
 
-It is read as data, and nothing in it is run but by the GPU. A file that is not exactly this is no plan.
+It is read as data, and nothing in it is run but by the GPU; operations are torch's own. A file that is not exactly this
+is no plan.
 """
 
 import hashlib
@@ -29,11 +33,18 @@ import math
 import struct
 from typing import Any, NamedTuple
 
-__all__ = ["Buffer", "Kernel", "Module", "Program", "Step", "UnreadablePlanError", "read", "write"]
+__all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Program", "Step", "UnreadablePlanError", "read",
+           "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 2
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+VERSION = 3
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
+OPERATIONS = frozenset((
+    "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt", "le", "gt", "ge",
+    "shift_left", "shift_right", "where", "to", "reshape", "expand", "permute", "slice", "pad", "concatenate", "stack",
+    "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "clone"))
+"""What is computed beside the launches: by element and reductions, mostly as torch and NumPy name them (`operations.py`
+has their definitions). Integers are int32, and wrap around."""
 _HEAD = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 
@@ -95,19 +106,47 @@ class Step[K](NamedTuple):
     arrays: tuple[str, ...]
 
 
+type Parameter = int | str | tuple[int, ...]
+
+
+class Operation(NamedTuple):
+    """What torch computes before the launches.
+
+    Attributes:
+      name: one of OPERATIONS.
+      inputs: arrays by name, and numbers.
+      parameters: what else it is told: axes, sizes, a dtype.
+      output: the name of what it makes.
+    """
+
+    name: str
+    inputs: tuple[str | int, ...]
+    parameters: tuple[Parameter, ...]
+    output: str
+
+
 class Program[K](NamedTuple):
-    """A pass: its arrays by name, and its launches in their order."""
+    """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
+    the buffers, others are not.
+    """
 
     buffers: dict[str, Buffer]
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     constants: dict[str, bytes]
     steps: tuple[Step[K], ...]
+    given: tuple[str, ...] = ()
+    operations: tuple[Operation, ...] = ()
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The results of operations that launches read."""
+        return tuple(operation.output for operation in self.operations if operation.output in self.buffers)
 
     @property
     def scratch(self) -> tuple[str, ...]:
-        """The arrays that neither come from the caller nor go to it, nor are constants."""
-        outside = {*self.inputs, *self.results, *self.constants}
+        """The arrays that launches alone write, and that do not go to the caller."""
+        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made}
         return tuple(name for name in self.buffers if name not in outside)
 
 
@@ -121,7 +160,8 @@ def write(program: Program[Kernel], request: str) -> bytes:
 
     kernels = list(dict.fromkeys(step.kernel for step in program.steps))
     header = dict(
-        request=request, buffers=program.buffers, inputs=program.inputs, results=program.results,
+        request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
+        operations=program.operations,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -189,14 +229,24 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
         buffers=buffers,
         inputs=tuple(header["inputs"]), results=tuple(header["results"]),
         constants={name: blobs[i] for name, i in header["constants"].items()},
-        steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]))
+        steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
+        given=tuple(header["given"]),
+        operations=tuple(map(_operation, header["operations"])))
+
+
+def _operation(fields: list[Any]) -> Operation:
+    name, inputs, parameters, output = fields
+    return Operation(str(name), tuple(inputs), tuple(tuple(x) if isinstance(x, list) else x for x in parameters),
+                     str(output))
 
 
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
-    rules = [all(name in program.buffers for name in (*program.inputs, *program.results)),
+    outside = (*program.inputs, *program.results, *program.given, *program.constants)
+    rules = [all(name in program.buffers for name in outside), _are_operations(program),
              all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
-             {*program.results}.isdisjoint({*program.inputs, *program.constants}),  # results are new memory
+             # Results are new memory.
+             {*program.results}.isdisjoint({*program.inputs, *program.constants, *program.given, *program.made}),
              all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
                                             and min(buffer.strides) >= 0)
                  for name, buffer in program.buffers.items())]
@@ -206,3 +256,13 @@ def _check(program: Program[Kernel]) -> None:
                       for place, i in kernel.patches)]
     if not all(rules):
         raise UnreadablePlanError("the launches of the plan do not fit its arrays")
+
+
+def _are_operations(program: Program[Kernel]) -> bool:
+    """Whether each operation is known, and reads what is given, constant or made before it by a name of its own."""
+    known = {*program.given, *program.constants}
+    for name, inputs, _, output in program.operations:
+        if name not in OPERATIONS or output in known or not {x for x in inputs if isinstance(x, str)} <= known:
+            return False
+        known.add(output)
+    return True

@@ -11,24 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, Self
 
-__all__ = ["Gpu", "Mask", "OPERANDS", "Outer", "PassName", "Problem", "Request", "versions", "window"]
+__all__ = ["Given", "Gpu", "OPERANDS", "Outer", "PassName", "Problem", "Request", "Window", "versions"]
 
 PassName = Literal["forward", "backward"]
 Outer = tuple[int, int]
 """(heads, dim) of the dense array in the layout of which an operand is a part, from its first element on."""
 OPERANDS = "q", "k", "v"
-Mask = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-"""Masks of pallas_flash, all of which hold: the name of each class, and its numbers by name."""
-
-
-def window(left: int | None, right: int | None, offset: int) -> Mask:
-    """The mask of a window, as `arguments.Numbers` has it."""
-    if left is None and right is None:
-        return ()
-    if left is None and right == 0:
-        return (("Causal", (("offset", offset),)),)
-    sides = (("left", left), ("right", right))
-    return (("Window", (*((name, side) for name, side in sides if side is not None), ("offset", offset))),)
+Window = tuple[int | None, int | None, int, bool]
+"""left, right, offset and ends_aligned, as `arguments.Numbers` has them."""
+Given = tuple[tuple[str, tuple[int, ...], str], ...]
+"""Tensors of a call by their names in `arguments.Operands`, each with its shape and dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +29,7 @@ class Problem:
 
     Each operand is a part of a dense array in the layout, `outer`: of all of its batch and length, and of some of its
     heads and columns. So it is in packed tensors, and an operand that is dense is the whole of its own. Other arrays
-    are dense.
+    are dense, but those that are `given`, lengths and ids: these are anyhow.
     """
 
     layout: Literal["BLHD", "BHLD"]
@@ -49,11 +41,13 @@ class Problem:
     kv_len: int
     d: int
     d_v: int
-    mask: Mask
+    window: Window
     scale: float | None
     softcap: float | None
     deterministic: bool
     outer: tuple[Outer, Outer, Outer]
+    given: Given = ()  # what else says which pairs attend, and the seed of dropout
+    dropout_p: float = 0.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each operand in the layout, by name."""
@@ -109,7 +103,8 @@ class Request:
         """The request again from its text."""
         fields = json.loads(text)
         problem = fields["problem"]
-        problem["mask"] = tuple((kind, tuple(map(tuple, numbers))) for kind, numbers in problem["mask"])
+        problem["window"] = tuple(problem["window"])
+        problem["given"] = tuple((name, tuple(shape), dtype) for name, shape, dtype in problem["given"])
         problem["outer"] = tuple(map(tuple, problem["outer"]))
         gpu = fields["gpu"]
         gpu["capability"] = tuple(gpu["capability"])

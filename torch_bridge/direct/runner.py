@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from torch_bridge import streams, strides
+from torch_bridge.direct import operations
 from torch_bridge.direct.launch import ALIGNMENT, Loaded
 from torch_bridge.direct.plan import Kernel, Program
 
 __all__ = ["DTYPES", "Runner"]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32,
+          "bool": torch.bool}
 _SCRATCH_ALIGNMENT = 256
 
 
@@ -29,10 +31,14 @@ class Runner:
                         for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
-        self._given = [numbers[name] for name in (*program.inputs, *program.results)]
+        self._passed = [numbers[name] for name in (*program.inputs, *program.results)]
+        self._given = [(name, program.buffers[name]) for name in program.given]
+        self._made = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
+                      for name in program.made]
         self._constants = {
-            name: torch.frombuffer(bytearray(value), dtype=DTYPES[program.buffers[name].dtype]).to(device)
-            for name, value in program.constants.items()}
+            name: torch.frombuffer(bytearray(value), dtype=DTYPES[kind.dtype]).view(kind.shape).to(device)
+            for name, value in program.constants.items() for kind in (program.buffers[name],)}
+        self._make = operations.Function(program.operations, program.given, self._constants, program.made)
         self._known = [0] * len(numbers)
         for name, tensor in self._constants.items():
             self._known[numbers[name]] = tensor.data_ptr()
@@ -44,9 +50,12 @@ class Runner:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """The results, dense, in new memory, for tensors that are stored as the program's buffers and aligned as
         `Loaded.launch` says.
+
+        Args:
+          given: what operations read, stored anyhow.
 
         Raises:
           ValueError: a tensor has another shape, dtype or device than the kernels were compiled for, or is stored
@@ -57,15 +66,17 @@ class Runner:
             if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device or not (
                     tensor.is_contiguous() if wanted is None else
                     strides.same_memory(shape, tensor.stride(), wanted)):
-                raise self._misfit(i, tensor)
+                raise self._misfit([*self.program.buffers][i], tensor)
             addresses[i] = address = tensor.data_ptr()
             bits |= address
         assert not bits % ALIGNMENT, [x.data_ptr() % ALIGNMENT for x in tensors]
+        made = self._beside(given, addresses)
         results = []
         for i, shape, dtype in self._results:
             results.append(torch.empty(shape, dtype=dtype, device=self._device))
             addresses[i] = results[-1].data_ptr()
         self._launch(addresses)
+        del made  # until here: whoever is given their memory next works on the same stream, after the launches
         return results
 
     def run(self, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
@@ -73,9 +84,21 @@ class Runner:
         of all are those of the program, stored as its buffers and aligned.
         """
         addresses = self._known.copy()
-        for i, tensor in zip(self._given, (*tensors, *results)):
+        for i, tensor in zip(self._passed, (*tensors, *results)):
             addresses[i] = tensor.data_ptr()
         self._launch(addresses)
+
+    def _beside(self, given: Sequence[torch.Tensor], addresses: list[int]) -> list[torch.Tensor]:
+        """What operations make for the launches, whose addresses are written down."""
+        for (name, kind), tensor in zip(self._given, given, strict=True):
+            if tensor.shape != kind.shape or tensor.dtype != DTYPES[kind.dtype] or tensor.device != self._device:
+                raise self._misfit(name, tensor)
+        made = self._make(given)
+        for (i, shape, dtype), tensor in zip(self._made, made, strict=True):
+            assert tensor.shape == shape and tensor.dtype == dtype, (tensor.shape, tensor.dtype, shape, dtype)
+            addresses[i] = tensor.data_ptr()
+            assert not addresses[i] % ALIGNMENT
+        return made
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Of an array of the program."""
@@ -89,8 +112,7 @@ class Runner:
                 addresses[i] = start + offset
         self._loaded.launch(addresses, streams.number(self._index))
 
-    def _misfit(self, i: int, tensor: torch.Tensor) -> ValueError:
-        name = [*self.program.buffers][i]
+    def _misfit(self, name: str, tensor: torch.Tensor) -> ValueError:
         return ValueError(f"{name} must be {self.program.buffers[name]} on {self._device}, got {tuple(tensor.shape)} "
                           f"{tensor.dtype} with strides {tensor.stride()} on {tensor.device}. Pass the tensors of the "
                           "forward and its results.")

@@ -7,6 +7,7 @@ Head dimensions that are no multiples of 8 are padded in front of everything els
 256 columns are cut into parts (`wide`): below `forward` and `backward` a spec is one that kernels can compute.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -69,14 +70,27 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 
 def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
-    """The forward and the backward as lists of launches, which another runtime than JAX can run; None where they read
-    arrays that JAX makes beside the launches, or copies of arrays of the call, or where the backward is another's.
+    """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
+    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies of
+    arrays of the call, or where the backward is another's.
     """
-    made_beside = spec.mask.has_arrays or spec.dropout_rate or spec.bias is not None or spec.score is not None
-    if made_beside or support.copies(spec) is not None or support.backward_of(spec) is not None:
+    has_scores = spec.bias is not None or spec.score is not None
+    if has_scores or support.copies(spec) is not None or support.backward_of(spec) is not None:
         return None
-    return (launches.forward(spec, defaults.default_forward(spec, device)),
-            launches.backward(spec, defaults.default_backward(spec, device)))
+    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
+    return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
+
+
+def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
+    """A pass, and what makes those of its inputs that are no arrays of the call."""
+    if not spec.mask.has_arrays and not spec.dropout_rate:
+        return found
+
+    def make(operands: Operands) -> dict[str, jax.Array]:
+        arrays = mask_arrays.make(spec, schedule, operands.mask) if spec.mask.has_arrays else {}
+        return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
+    return dataclasses.replace(found, make=make)
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:

@@ -1,6 +1,7 @@
 """A pass, forward or backward, as a list of kernel launches: what JAX runs, and what another runtime can launch itself.
 
 Between launches there is no other work: each reads arrays of the call, constants, and what launches before it wrote.
+Before the first there may be: arrays of a mask become what kernels read (`Pass.make`).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks
+from pallas_flash.spec import Operands
 
 __all__ = ["Launch", "Pass", "WithArrays"]
 
@@ -46,12 +48,15 @@ class Pass:
       constants: arrays whose values are known when the list is made.
       launches: an array that one updates is read by later ones as it is then.
       results: the names of what the pass returns.
+      make: (the call's operands) -> by name, those of the inputs that are no arrays of the call, for a runtime that
+        makes them itself; None: there are none, or JAX makes them (`WithArrays`).
     """
 
     inputs: dict[str, jax.ShapeDtypeStruct]
     constants: dict[str, np.ndarray]
     launches: tuple[Launch, ...]
     results: tuple[str, ...]
+    make: Callable[[Operands], dict[str, jax.Array]] | None = None
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -1,0 +1,217 @@
+"""Lengths, offsets, segment ids, packed sequences, dropout and sinks on the direct path: from torch's functions to the
+arrays that kernels would be given, which the stand-in of test_direct.py reads, against float64 through DLPack.
+"""
+
+import pytest
+import torch
+
+import torch_bridge
+from bridge.problems import qkv
+from bridge.test_direct import BF16, BOTH, launched  # noqa: F401
+from torch_bridge import flash_attn, ops
+from torch_bridge.arguments import Attention, Numbers, Operands
+from torch_bridge.direct import cache
+
+B, HQ, HKV, L, S, D = 3, 4, 2, 70, 90, 16
+integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
+IDS = torch.arange(S).expand(B, S) // 23 - 1  # padding first
+CASES = {
+    "both, causal": dict(q_lengths=integers(70, 50, 1), kv_lengths=integers(80, 2, 90), is_causal=True),
+    "an offset each": dict(is_causal=True, causal_offset=integers(20, -3, 0)),
+    "ids in any order": dict(segment_ids=tuple((torch.arange(n) * 7 % 5).expand(B, n) for n in (L, S))),
+    "ids, causal and a cap": dict(segment_ids=(IDS[:, :L], IDS), is_causal=True, softcap=1.5),
+    "all": dict(segment_ids=(IDS[:, :L], IDS), window=(30, 4), causal_offset=integers(1, 2, 3), softcap=2.0,
+                q_lengths=integers(70, 50, 40), kv_lengths=integers(80, 60, 90), scale=0.3),
+}
+
+
+def both(function, tensors, argument=None):
+    """Results and gradients of a call in bfloat16, and of the same numbers in float64."""
+    found = []
+    for x in (tensors, [x.detach().double().requires_grad_() for x in tensors]):
+        results = function(*x)
+        results = results if isinstance(results, tuple) else (results,)
+        torch.manual_seed(7)
+        cotangents = [torch.randn(y.shape).to(y.dtype) for y in results]
+        found.append((*results, *torch.autograd.grad(results, x, [c.where(y.isfinite(), 0) for c, y in zip(
+            cotangents, results)])))
+    return zip(*found, strict=True)
+
+
+def compare(function, tensors):
+    for x, exact in both(function, tensors):
+        torch.testing.assert_close(x.double(), exact, atol=4e-2, rtol=4e-2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_places(launched, name):  # noqa: F811
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    compare(lambda *x: torch_bridge.flash_attention(*x, **CASES[name], return_lse=name == "all"), tensors)
+    assert launched == BOTH, "the one in bfloat16, both ways"
+
+
+@pytest.mark.parametrize("arguments", [dict(causal=True), dict(window_size=(9, 4), softcap=2.0)], ids=str)
+def test_packed_sequences(launched, arguments):  # noqa: F811
+    """One of no tokens, one of fewer queries than keys, and padding after the last."""
+    tensors = [x[0].detach().transpose(0, 1).contiguous().requires_grad_()
+               for x in qkv((1, HQ, L, D), (1, HKV, S, D), (1, HKV, S, D), dtype=BF16)]
+    starts = integers(0, 20, 20, 31, 64), integers(0, 22, 22, 51, 84)
+    compare(lambda *x: flash_attn.flash_attn_varlen_func(*x, *starts, 33, 33, **arguments), tensors)
+    assert launched == BOTH
+
+
+def test_as_many_sequences_or_fewer_take_the_same_plan(launched, monkeypatch):  # noqa: F811
+    """Batches have other numbers of them: each was compiled for, seconds a time."""
+    asked, find = [], cache.find
+    monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
+    q, k, v = (x[0].transpose(0, 1) for x in qkv((1, HQ, L, D), (1, HKV, L, D), (1, HKV, L, D), dtype=BF16,
+                                                 requires_grad=False))
+    for ends in ((30, 60), (5, 5, 70), (70,), (10, 20, 30, 40)):
+        starts = integers(0, *ends)
+        found = flash_attn.flash_attn_varlen_func(q, k, v, starts, starts, L, L)
+        wanted = torch.zeros_like(q, dtype=torch.float64)
+        for first, last in zip((0, *ends), ends):
+            if last > first:
+                one = [x[first:last].transpose(0, 1).double() for x in (q, k, v)]
+                out = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in one), enable_gqa=True)
+                wanted[first:last] = out[0].transpose(0, 1)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+    assert len(asked) == 1 and launched == ["forward"] * 4
+
+
+def test_dropout(launched):  # noqa: F811
+    """The same seed drops the same on both paths; lengths beside it, too."""
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+
+    def dropped(*x, **arguments):
+        torch.manual_seed(3)
+        return torch_bridge.flash_attention(*x, dropout_p=0.4, **arguments)
+    compare(lambda *x: dropped(*x, kv_lengths=integers(90, 1, 41)), tensors)
+    compare(lambda *x: dropped(*x, is_causal=True, return_lse=True), tensors)
+    assert launched == BOTH * 2
+    with torch.no_grad():
+        assert torch.equal(dropped(*tensors), dropped(*tensors))
+        torch.manual_seed(4)
+        assert not torch.equal(torch_bridge.flash_attention(*tensors, dropout_p=0.4), dropped(*tensors))
+
+
+def test_sinks(launched):  # noqa: F811
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    tensors = (*qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16), sinks.requires_grad_())
+    compare(lambda q, k, v, sinks: torch_bridge.flash_attention(
+        q, k, v, sinks=sinks, window=(20, 0), kv_lengths=integers(90, 0, 41), return_lse=True), tensors)
+    assert launched == BOTH
+
+
+def test_other_numbers_take_the_same_plan(launched, monkeypatch):  # noqa: F811
+    asked, find = [], cache.find
+    monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
+    q, k, v = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16, requires_grad=False)
+    for lengths in (integers(1, 2, 3), integers(90, 80, 70), integers(-4, 1000, 5)):
+        found = torch_bridge.flash_attention(q, k, v, kv_lengths=lengths)
+        keep = torch.arange(S) < lengths[:, None, None, None]
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v)), attn_mask=keep).nan_to_num()
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+    assert len(asked) == 1 and launched == ["forward"] * 3
+    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=lengths)
+    assert "path: direct, launched on torch's stream" in said
+    assert any("launched directly" in run.problem and "kv_lengths" in run.problem for run in torch_bridge.report())
+    torch_bridge.flash_attention(q, k, v, q_lengths=integers(1, 2, 3))
+    torch_bridge.flash_attention(q, k, v)
+    assert len({request.key for request in asked}) == len(asked) == 3
+
+
+def test_what_is_given_must_fit(launched):  # noqa: F811
+    """The operators may be called with anything."""
+    q, k, v = qkv(*[(2, 2, 8, 16)] * 3, dtype=BF16, requires_grad=False)
+    operands = Operands.of(q, k, v, mask=None, bias=None, seed=None)._replace(kv_lengths=integers(3, 4))
+    numbers = Numbers.of(causal_offset=None, scale=None, dropout_p=0.0)
+    ops.attention(*Attention(operands, numbers, False).flat())
+    wrong = operands._replace(kv_lengths=integers(3, 4).long())
+    with pytest.raises(ValueError, match=r"given kv_lengths must be Buffer\(shape=\(2,\), dtype='int32'"):
+        ops.attention(*Attention(wrong, numbers, False).flat())
+    assert launched == ["forward"]
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+GPU_CASES = {  # of the lengths 300 and 430, batch 2
+    "kv_lengths, causal": dict(kv_lengths=integers(430, 17), is_causal=True, causal_offset=130),
+    "ids": dict(segment_ids=tuple((torch.arange(n) // 77 - 1).expand(2, n).int() for n in (300, 430))),
+    "dropout": dict(dropout_p=0.3, q_lengths=integers(300, 211)),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), window=(100, 0), kv_lengths=integers(0, 400)),
+}
+
+
+def on_gpu(arguments):
+    move = lambda x: (tuple(map(move, x)) if isinstance(x, tuple) else x.cuda() if isinstance(x, torch.Tensor) else x)
+    return {name: move(x) for name, x in arguments.items()}
+
+
+def of_call(arguments, tensors, dtype):
+    torch.cuda.manual_seed(5)
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out = torch_bridge.flash_attention(*leaves, **arguments)
+    return out, *torch.autograd.grad(out, leaves, tensors[0].to(out.dtype))
+
+
+@pytest.fixture(params=["direct", "DLPack"])
+def way(request, monkeypatch):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0" if request.param == "DLPack" else "1")
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_arrays_on_a_gpu(way, name):
+    arguments = on_gpu(GPU_CASES[name])
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    assert f"path: {way}" in torch_bridge.explain_flash_attention(*tensors, **arguments)
+    for x, exact in zip(of_call(arguments, tensors, BF16), of_call(arguments, tensors, torch.float64), strict=True):
+        assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+
+
+@pytest.mark.gpu
+def test_packed_sequences_on_a_gpu(way):
+    q, k, v = (torch.randn(500, heads, 64, device="cuda", dtype=BF16) for heads in (4, 2, 2))
+    bounds = integers(0, 100, 100, 177, 460).cuda()
+    found = []
+    for dtype in (BF16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = flash_attn.flash_attn_varlen_func(*leaves, bounds, bounds, 283, 283, causal=True)
+        found.append((out, *torch.autograd.grad(out, leaves, q.to(dtype))))
+    for x, exact in zip(*found, strict=True):
+        assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
+    """And reads lengths that were written after it was captured: nothing of them went through the host."""
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    lengths = integers(430, 17).cuda()
+    arguments = dict(dropout_p=0.3, kv_lengths=lengths)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+
+    def step():
+        out = torch_bridge.flash_attention(*leaves, **arguments)
+        return out, *torch.autograd.grad(out, leaves, tensors[0])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    seen = []
+    for new in (integers(430, 17), integers(5, 200), integers(430, 430)):
+        lengths.copy_(new)
+        torch.cuda.manual_seed(5)
+        graph.replay()
+        for x, exact in zip(results, of_call(arguments, tensors, torch.float64), strict=True):
+            assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
+        graph.replay()
+        seen.append(results[0].clone())
+        graph.replay()
+        assert not torch.equal(results[0], seen[-1]), "another seed"

@@ -1,0 +1,113 @@
+"""What torch makes beside the launches is what JAX makes: every number of every array, for each pass."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from pallas_flash import device, masks
+from pallas_flash.kernels.hopper import calls
+from pallas_flash.packed import Packing
+from pallas_flash.spec import AttentionSpec, Operands
+from torch_bridge.direct import beside, intervals, operations, plan
+
+B, H, L, S = 2, 4, 300, 430
+CAUSAL = masks.Window(masks.UNBOUNDED, 0, S - L)
+
+
+def ints(*numbers):
+    return np.array(numbers, np.int32)
+
+
+@functools.cache
+def random_ids(seed, *shape):
+    return np.random.default_rng(seed).integers(-1, 5, shape).astype(np.int32)
+
+
+def packed(given, spec):
+    packing = Packing(given["q"], given["kv"], None, None, "last")
+    return masks.checked(packing.mask(masks.Window(50, 3, 0), spec, batched=False))
+
+
+STARTS = dict(q=ints(0, 5, 100, 100, 128, 290), kv=ints(0, 5, 110, 110, 138, 300))
+CASES = {  # the arrays of a call, and its mask of them
+    "kv lengths": (dict(kv=ints(430, 17)), lambda given, _: CAUSAL & masks.InBounds(kv_len=given["kv"])),
+    "lengths of nothing": (dict(q=ints(0, 300), kv=ints(400, 0)),
+                           lambda given, _: masks.InBounds(given["q"], given["kv"])),
+    "offsets": (dict(at=ints(-400, 12)), lambda given, _: masks.Window(40, 7, given["at"])),
+    "ids": (dict(q=np.sort(random_ids(0, B, L)), kv=np.sort(random_ids(1, B, S))),
+            lambda given, _: CAUSAL & masks.SegmentIds(given["q"], given["kv"])),
+    "ids in any order": (dict(q=random_ids(0, B, L), kv=random_ids(1, B, S)),
+                         lambda given, _: masks.SegmentIds(given["q"], given["kv"])),
+    "packed": (STARTS, packed),
+    "packed, not rising": (dict(q=ints(3, 90, 50, 999, 400, 400), kv=ints(-7, 5, 110, 90, 500, 200)), packed),
+    "dense": (dict(mask=np.random.default_rng(3).random((B, 1, L, S)) < 0.02),
+              lambda given, _: masks.Dense(given["mask"])),
+    "padding": (dict(mask=np.random.default_rng(3).random((B, 1, 1, S)) < 0.5),
+                lambda given, _: masks.Dense(given["mask"]) & CAUSAL),
+    "dropout": (dict(seed=ints(-5, 2**31 - 1)), lambda given, _: CAUSAL),
+    "dropout, lengths": (dict(seed=ints(7, 8), kv=ints(3, 400)), lambda given, _: masks.InBounds(kv_len=given["kv"])),
+}
+
+
+def made(name, pass_name):
+    """The function that makes the arrays of a pass, and those of the call."""
+    given, rule = CASES[name]
+    batch = 1 if "packed" in name else B
+    q, k = (jax.ShapeDtypeStruct((batch, n, h, 64), "bfloat16") for n, h in ((L, H), (S, 2)))
+    plain = AttentionSpec.of(q, k, k, dropout_rate=0.25 if "seed" in given else 0.0)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    spec = plain.masked(rule(types, plain).canonical(), None)
+    found = calls.passes(spec, device.H200)[("forward", "backward").index(pass_name)]
+
+    def make(arrays):
+        seed = jax.lax.bitcast_convert_type(arrays["seed"], "uint32") if "seed" in arrays else None
+        return found.make(Operands(None, None, None, None, (), rule(arrays, plain).canonical(), (), seed, None, None))
+    return make, given, types, found
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_are_jaxs(name, pass_name):
+    make, given, types, found = made(name, pass_name)
+    wanted = jax.jit(make)(given)
+    written = beside.traced(make, types)
+    assert {operation.name for operation in written.operations} <= plan.OPERATIONS
+    constants = {key: torch.from_numpy(x.copy()) for key, x in written.constants.items()}
+    assert {*wanted} <= {*found.inputs}
+    function = operations.Function(written.operations, [*given], constants, [*wanted])
+    tensors = [torch.from_numpy(x.copy()) for x in given.values()]
+    for _ in range(2):  # what is made is new each time: the forward's kernel counts in it
+        results = function(tensors)
+        for (key, array), tensor in zip(wanted.items(), results, strict=True):
+            assert tensor.is_contiguous() and tensor.numpy().dtype == array.dtype
+            np.testing.assert_array_equal(tensor.numpy(), array, err_msg=key)
+            tensor.zero_()
+    addresses = [x.untyped_storage().data_ptr() for x in (*results, *tensors, *constants.values())]
+    assert len({*addresses}) == len(addresses)
+    assert all(np.array_equal(x.numpy(), y) for x, y in zip(tensors, given.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "max", "min", "div", "where", "stack", "and"])
+def test_intervals_hold_what_is_computed(name):
+    """And what is said of a comparison, or of a limit, is so for every element. Sums that wrap around, too."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        ends = [sorted(random.integers(-scale, scale, 2).tolist()) for scale in random.choice((3, 50, 2**31 - 1), 2)]
+        a, b = (random.integers(low, high, 30, endpoint=True).astype(np.int32) for low, high in ends)
+        known = [intervals.Interval(*end) for end in ends]
+        if name == "div":
+            b, known[1] = b[:1] * 0 + 7, intervals.Interval(7, 7)
+        given = ([np.arange(30) % 2 == 0, intervals.FLAGS],) * (name == "where") + ((a, known[0]), (b, known[1]))
+        parameters = (0,) if name == "stack" else ()
+        with np.errstate(over="ignore"):
+            found = beside._HERE[name](*(x for x, _ in given), *parameters)
+        low, high = intervals.of(name, [interval for _, interval in given], parameters)
+        assert low <= found.min() and found.max() <= high
+        for comparison in ("lt", "le", "gt", "ge", "eq", "ne"):
+            answer = intervals.decided(comparison, *known)
+            assert answer is None or (beside._HERE[comparison](a, b) == answer).all()
+        which = intervals.returned(name, *known)
+        assert which is None or np.array_equal(found, np.broadcast_to((a, b)[which], found.shape))
