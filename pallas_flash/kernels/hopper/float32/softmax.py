@@ -9,6 +9,7 @@ then at most 2^0.5, or 2 where whole numbers end. l_i adds up exp2(s_ij - start)
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import registers
@@ -58,7 +59,15 @@ def weigh(state: Softmax, s: Fragment, unit: float, values: Values) -> tuple[Sof
 
 
 def natural(state: Softmax, score_unit: float) -> tuple[PerRow, tuple[PerRow, PerRow]]:
-    """l_i, (64,), and the statistics of the rows (`softmax.statistics`)."""
-    l_i, m_i = state.l_i.sum(axis=1), state.start * (1 / score_unit)
-    rounding = ptx.multiply_add(m_i, -score_unit, state.start, registers.ROW_LAYOUT)
-    return l_i, softmax.statistics(m_i, l_i, score_unit / softmax.LOG2E, rounding)
+    """l_i, (64,), and the statistics of the rows (`softmax.statistics`).
+
+    `start` follows the scales of values, too, so l_i may be far from 1, and lse would be the difference of two large
+    numbers: the power of two of l_i moves to start first, which is exact.
+    """
+    l_i = state.l_i.sum(axis=1)
+    bits = lax.bitcast_convert_type(l_i, jnp.int32) & 0x7F800000
+    start = state.start + ((bits >> 23) - 127).astype(jnp.float32)
+    inverse = lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
+    m_i = start * (1 / score_unit)
+    rounding = ptx.multiply_add(m_i, -score_unit, start, registers.ROW_LAYOUT)
+    return l_i, softmax.statistics(m_i, l_i * inverse, score_unit / softmax.LOG2E, rounding)
