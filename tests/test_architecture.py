@@ -47,8 +47,7 @@ ARROWS = {
     "check": {"attention", "device", "diagnosis", "dispatch", "masks", "spec"},
     "__main__": {"check", "diagnosis"},
     "context_parallel": {"arguments", "attention", "autodiff", "compat", "context_parallel", "device", "dispatch",
-                         "dropout",
-                         "forks", "sharding", "sinks", "softmax", *FOUNDATIONS},
+                         "dropout", "forks", "sharding", "sinks", "softmax", *FOUNDATIONS},
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
