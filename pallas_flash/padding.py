@@ -69,12 +69,14 @@ class Copies(NamedTuple):
     """What is copied for a problem around its kernels, one line for each pass.
 
     Attributes:
-      run: the problem that the kernels compute, whose schedule they have.
+      run: the problem that the forward's kernels compute, whose schedule they have.
+      backward_run: the one of the backward's.
     """
 
     run: AttentionSpec
+    backward_run: AttentionSpec
     forward: str
-    backward: str
+    backward: str  # empty: nothing is copied
 
 
 def copies(spec: AttentionSpec) -> Copies | None:
@@ -93,7 +95,7 @@ def copies(spec: AttentionSpec) -> Copies | None:
         cut = f", {', '.join(made)} cut back" if made else ""
         return f"{', '.join(read)} filled with zeros to {dims}{cut}: {size:,} bytes written"
 
-    return Copies(wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", "out", "dout"), ("dq", "dk", "dv")))
+    return Copies(wide, wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", "out", "dout"), ("dq", "dk", "dv")))
 
 
 def _columns(spec: AttentionSpec, name: str) -> int:

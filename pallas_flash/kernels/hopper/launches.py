@@ -4,7 +4,8 @@ forward: q, k, v -> out, stats. One kernel; its table of tiles is a constant. Ag
 mask's arrays and, if there are pages, their table -> out, stats: one kernel, too, whose counters are a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
-fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
+fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq. Above 256 columns
+three make dv, dk, and dq.
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, and the forward no table. With a score function or a bias it always does (`bias.as_mask`): the function's
@@ -16,11 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash.kernels.hopper import bias, mask_arrays, score_function, work
-from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
+from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare, wide
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import (
+    BackwardSchedule,
+    DecodeSchedule,
+    ForwardSchedule,
+    SplitSchedule,
+    WideSchedule,
+)
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
@@ -69,6 +76,10 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
+    if isinstance(schedule.kv, WideSchedule):
+        assert schedule.dv is not None and isinstance(schedule.dq, WideSchedule)
+        return tuple(wide.launch(spec, s) for s in (schedule.dv, schedule.kv, schedule.dq))
+    assert not isinstance(schedule.dq, WideSchedule)
     if isinstance(schedule.kv, SplitSchedule):
         assert schedule.dq is not None
         return kv_split.launch(spec, schedule.kv), dq.launch(spec, schedule.dq)

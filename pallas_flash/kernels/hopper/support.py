@@ -14,8 +14,8 @@ __all__ = ["backward_of", "copies", "is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 512
-MAX_DIM_BACKWARD = 256
-"""Also against a cache."""
+MAX_NARROW = 256
+"""Of what other kernels run than those of wide heads; also against a cache."""
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 
@@ -41,20 +41,18 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (any(type(part) is masks.Dense for part in spec.mask.parts), "a dense mask"),
              (spec.bias is not None, "a bias"), (spec.score is not None, "a score function"),
-             (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"))
+             (_is_wide(spec), f"a head dimension above {MAX_NARROW}"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
 
 def backward_of(spec: AttentionSpec) -> str | None:
-    """The implementation whose backward follows the forward, if it is another one: there is none of a cache, nor of a
-    head dimension above 256, here.
-    """
-    return None if filled_part(spec.mask) is None and not _is_wide(spec) else "xla"
+    """The implementation whose backward follows the forward, if it is another one: there is none of a cache here."""
+    return None if filled_part(spec.mask) is None else "xla"
 
 
 def _is_wide(spec: AttentionSpec) -> bool:
-    return max(spec.d, spec.d_v) > MAX_DIM_BACKWARD
+    return max(spec.d, spec.d_v) > MAX_NARROW
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -77,8 +75,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (spec.score is None or spec.bias is None,
          f"takes a bias or a score function, not both yet, score={spec.score} (let the function add the bias)"),
         (spec.score is None or not _is_wide(spec), "takes a score function with head dimensions up to "
-         f"{MAX_DIM_BACKWARD} only, {dims} (the backward above is that of xla, which takes scores of finfo.min as they "
-         "are, and the forward does not)"),
+         f"{MAX_NARROW} only, {dims} (in the backward above, P times its derivative finds no room in shared memory)"),
         (spec.bias is None or spec.bias.shape[3] > 1 or spec.kv_len == 1, "takes a bias of keys or of pairs "
          f"(batch, heads, 1 or q_len, kv_len), bias is {spec.bias} (leave it out: it changes lse alone)"),
         (spec.bias is None or spec.bias.dtype.name != "float64" or spec.bias.shape[2] == 1,
@@ -99,7 +96,7 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
         np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
     rules = (
         (not _is_wide(spec),
-         f"needs head dimensions from 1 to {MAX_DIM_BACKWARD} against a cache, d={spec.d}, d_v={spec.d_v}"),
+         f"needs head dimensions from 1 to {MAX_NARROW} against a cache, d={spec.d}, d_v={spec.d_v}"),
         (padded == spec,
          f"needs head dimensions that are multiples of {padding.UNIT} (TMA strides of 16 bytes) against a cache, which "
          f"is not copied in each step, d={spec.d}, d_v={spec.d_v} (keep query and the cache padded with zeros to "
