@@ -209,13 +209,13 @@ class Decision:
             if row.schedules is None:
                 continue
             schedules, copies = row.schedules[i], row.copies(self.spec)
-            run = self.spec if copies is None else copies.run
+            run = self.spec if copies is None else (copies.run, copies.backward_run)[i]
             schedule = pkgutil.resolve_name(schedules.default)(run, self.device)
             kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
             of = () if row is self.implementation else (f"that of {row.name!r}",)
             lines.append(f"  {name}: " + ", ".join((*of, *kernels, str(schedule))))
-            if copies is not None:
-                lines.append(f"    copies: {getattr(copies, name)}")
+            if copies is not None and (said := getattr(copies, name)):
+                lines.append(f"    copies: {said}")
         return lines
 
     def _why_not(self, row: Implementation) -> str:

@@ -69,12 +69,14 @@ class Copies(NamedTuple):
     """What is copied for a problem around its kernels, one line for each pass.
 
     Attributes:
-      run: the problem that the kernels compute, whose schedule they have.
+      run: the problem that the forward's kernels compute, whose schedule they have.
+      backward_run: the one of the backward's.
     """
 
     run: AttentionSpec
+    backward_run: AttentionSpec
     forward: str
-    backward: str
+    backward: str  # empty: nothing is copied
 
 
 def copies(spec: AttentionSpec) -> Copies | None:
@@ -94,7 +96,7 @@ def copies(spec: AttentionSpec) -> Copies | None:
         return f"{', '.join(read)} filled with zeros to {dims}{cut}: {size:,} bytes written"
 
     saved = ("dout",) if spec.partial else ("out", "dout")  # the backward of a part takes no out
-    return Copies(wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", *saved), ("dq", "dk", "dv")))
+    return Copies(wide, wide, line(("q", "k", "v"), ("out",)), line(("q", "k", "v", *saved), ("dq", "dk", "dv")))
 
 
 def _columns(spec: AttentionSpec, name: str) -> int:

@@ -350,6 +350,7 @@ _VARIANTS: dict[str, tuple[str, int, _Fields]] = {
     "heads-first-d128": ("no layout costs a copy", 128, dict(layout="BHLD")),
     "fp16-d128": ("the other half precision", 128, dict(dtypes=("float16",))),
     "causal-d96": ("a head size between two tile sizes", 96, {}),
+    "causal-d512": ("the head size of Gemma 4's layers without a window", 512, {}),
     "causal-d192-v128": ("the head sizes of DeepSeek-V3", 192, dict(d_v=128, q_heads=16, kv_heads=16)),
 }
 

@@ -151,7 +151,7 @@ def test_under_vmap(stand_in):
     assert_agree(*(jax.jit(jax.vmap(call(name), (0, None, 0)))(q, k[0], v) for name in ("hopper", "reference")))
 
 
-def test_wide_heads_have_the_backward_of_xla(stand_in):
+def test_wide_heads_have_one_backward_of_two_forwards(stand_in):
     """From the statistics of the first of two parts, and of the whole of v."""
     arrays = arrays_of(1, d=20, d_v=300, length=8)
     assert_agree(*(jax.jit(everything(name, mask=Causal()))(*arrays) for name in ("hopper", "reference")))
@@ -224,7 +224,7 @@ def test_the_schedules_of_wide_heads_fit(dims, options):
 
 
 def test_who_runs_wide_heads():
-    """Not chosen, until they have run on a GPU; where they are named, the backward is that of xla."""
+    """Not chosen, until they have been timed on a GPU."""
     spec = spec_of(512, 512)
     text = dispatch.explain(spec, device.H200)
     assert "not 'hopper': a head dimension above 256 has not been measured on a GPU yet" in text
@@ -232,10 +232,15 @@ def test_who_runs_wide_heads():
     written = 2 * 2 * 100 * 4 * 512 * 2
     assert (f"copies: v cut into parts of 256 and 256 columns, out joined of theirs, for each of which scores are "
             f"computed: {written:,} bytes written") in text
-    assert "backward: that of 'xla'" in text and "ForwardSchedule(block_kv=32" in text
+    assert "ForwardSchedule(block_kv=32" in text and text.count("copies: ") == 1
+    kernels = ", ".join(f"attention_backward_wide_{name}" for name in ("dv", "dk", "dq"))
+    assert f"backward: attention_backward_prepare, {kernels}, BackwardSchedule(kv=WideSchedule(makes='dk'" in text
+    assert support.backward_of(spec) is None and support.not_measured(spec)
     both = support.copies(spec_of(4, 300)).forward
     assert "filled with zeros to d=8, d_v=304, out cut back" in both and "parts of 152 and 152 columns" in both
-    assert calls.passes(spec_of(512, 256), device.H200) is calls.passes(spec, device.H200) is None
+    assert calls.passes(spec, device.H200) is None
+    _, backward = calls.passes(spec_of(512, 256), device.H200)
+    assert [list(launch.outputs) for launch in backward.launches] == [["statistics"], ["dv"], ["dk"], ["dq"]]
 
 
 def test_the_limits_hold_for_what_is_copied():

@@ -19,6 +19,10 @@ from tests.hopper.offline import places, sass
 
 ROOT = Path(__file__).parents[2]
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
+MOVED_WIDE = 64
+"""In a step of `backward.wide`, which has 16 products of 128 cycles and more: as many, one for each four instructions,
+move in their shadow.
+"""
 OUTSIDE = {"dropout": 4, "documents+lengths": 20}
 """Bytes of spills that are allowed outside of the loops that multiply, by a part of a problem's name: dq of d 256 and
 the fused kernel of d 128 with documents; the forward, once a tile of 4,000 clocks and more, by ptxas 13.0 alone.
@@ -38,7 +42,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+gradients+dense" for d in (128, 256)), "causal-d128-s2048+gradients+bias",
          *(f"causal-d{d}-s2048+gradients+pairs" for d in (64, 128)),
          "causal-d64-s2048+gradients+bias+softcap",
-         "causal-d192-v128-s2048+wide", "causal-d256-s2048+wide+softcap", "causal-d256-s2048+wide+dropout",
+         "causal-d192-v128-s2048+wide", "causal-d512-s2048+gradients+softcap", "causal-d256-s2048+wide+dropout",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          "causal-d128-s2048+partial+dropout",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
@@ -70,7 +74,8 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
         assert report["spill_bytes"] <= allowed and not report["spills_inside"], report
         if report["multiplies"]:
             assert report["moved_descriptors"] is not None, "no innermost loop multiplies"
-            assert report["moved_descriptors"] <= MOVED_DESCRIPTORS, report
+            limit = MOVED_WIDE if "_wide_" in report["kernel"] else MOVED_DESCRIPTORS
+            assert report["moved_descriptors"] <= limit, report
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -5,12 +5,14 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
+from pallas_flash.kernels.hopper.memory import smem_bytes
 from pallas_flash.kernels.hopper.rules import reasons_against
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
@@ -22,6 +24,7 @@ from pallas_flash.kernels.hopper.schedule import (
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
+    WideSchedule,
     chunks,
 )
 from pallas_flash.kernels.hopper.work import (
@@ -42,6 +45,7 @@ __all__ = ["assume", "default_backward", "default_forward"]
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MASK_KERNEL_HAS_RUN = False
+_MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
@@ -176,6 +180,9 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
+    if max(spec.d, spec.d_v) > _MOST_COLUMNS:
+        dk, dv, dq = (_default_wide(spec, device, makes) for makes in ("dk", "dv", "dq"))
+        return BackwardSchedule(dk, dq, dv)
     # In the loop: with 128, 208 bytes with soft cap and dropout, 28 with a bias of keys, 104 with that and a soft cap;
     # with 64 or 128, 52 to 96 with a bias of pairs, and 8 to 324 with a score function that is not light,
     # or beside a soft cap.
@@ -187,10 +194,19 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
         if fused is not None:
             return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
     two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
-    assert two.dq is not None
+    assert isinstance(two.dq, DqSchedule)
     return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
                                dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
                                mask_kernel=_has_mask_kernel(spec))
+
+
+def _default_wide(spec: AttentionSpec, device: Device, makes: Literal["dk", "dv", "dq"]) -> WideSchedule:
+    """Returns the schedule of one of the kernels of heads above 256, of which none was measured: two tiles of what
+    stays where they fit, else one, and as many slots as fit beside them, up to 8.
+    """
+    candidates = (WideSchedule(makes, stages, slots, num_sms=device.num_sms // WideSchedule.cluster)
+                  for stages in (2, 1) for slots in range(8, 1, -1))
+    return next(schedule for schedule in candidates if smem_bytes(spec, schedule) <= device.smem_bytes)
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

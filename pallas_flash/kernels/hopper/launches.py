@@ -5,7 +5,8 @@ that split q, k and v (`float32.split`). Against a cache, q, k, v, the mask's ar
 pages, their table -> out, stats: one kernel, too, whose counters are a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
-fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
+fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq. Above 256 columns
+three make dv, dk, and dq.
 
 With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, or these arrays themselves, of which its first launch makes them; and the forward no table. With a score
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash.kernels.hopper import mask_arrays, work
-from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare
+from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare, wide
 from pallas_flash.kernels.hopper.decode import added
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
@@ -34,6 +35,7 @@ from pallas_flash.kernels.hopper.schedule import (
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
+    WideSchedule,
 )
 from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
@@ -106,6 +108,10 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
+    if isinstance(schedule.kv, WideSchedule):
+        assert schedule.dv is not None and isinstance(schedule.dq, WideSchedule)
+        return tuple(wide.launch(spec, s) for s in (schedule.dv, schedule.kv, schedule.dq))
+    assert not isinstance(schedule.dq, WideSchedule)
     if isinstance(schedule.kv, SplitSchedule):
         assert schedule.dq is not None
         return kv_split.launch(spec, schedule.kv), dq.launch(spec, schedule.dq)
@@ -114,7 +120,7 @@ def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch,
 
 
 def _gradients_in_parts(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
-    assert schedule.dq is not None and isinstance(schedule.kv, KvSchedule)
+    assert isinstance(schedule.dq, DqSchedule) and isinstance(schedule.kv, KvSchedule)
     schedules: dict[str, DqSchedule | KvSchedule] = dict(dq=schedule.dq, dk=schedule.kv, dv=schedule.kv)
     return (*(split.launch(spec, name) for name in "qkv"), prepare_float32.launch(spec, schedule),
             *(gradients.launch(spec, name, own) for name, own in schedules.items()))

@@ -22,6 +22,7 @@ from pallas_flash.kernels.hopper.schedule import (
     KeySchedule,
     KvSchedule,
     SplitSchedule,
+    WideSchedule,
     chunks,
 )
 from pallas_flash.kernels.hopper.work import may_have_idle_queries
@@ -31,7 +32,7 @@ from pallas_flash.spec import AttentionSpec
 __all__ = [
     "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
     "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory",
-    "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory",
+    "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory", "wide_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -56,11 +57,12 @@ class Buffer(NamedTuple):
 
 
 class Barrier(NamedTuple):
-    """A barrier for each slot; each waits for so many arrivals."""
+    """A barrier for each slot; each waits for so many arrivals, if it is shared from each block of a cluster."""
 
     name: str
     arrivals: int = 1
     slots: int = 1
+    shared: bool = False
 
 
 class Memory(NamedTuple):
@@ -178,6 +180,30 @@ def dq_memory(spec: AttentionSpec, s: DqSchedule) -> Memory:
          *_ring("k", d, s.warpgroups, s.k_stages), *_ring("v", d_v, s.warpgroups, s.v_stages)))
 
 
+def wide_memory(spec: AttentionSpec, s: WideSchedule) -> Memory:
+    """64 rows that the block keeps; tiles of what stays, in which each chunk has a barrier of its own, and a ring of
+    chunks of what passes; the weights on their way from one warpgroup to the other, and P on its way to where dS is
+    made. The barriers of both are one array.
+    """
+    count = {name: chunks(spec.d if name in ("q", "k") else spec.d_v) for name in ("q", "k", "v", "dout")}
+    tile = lambda name: (count[name], ROWS_PER_WARPGROUP, CHUNK)
+    lead = (1,) if s.makes == "dq" else ()  # as `dq_memory` has them
+    buffers = [*(Buffer(name, (*lead, *tile(name)), spec.dtype) for name in s.held),
+               Buffer(s.staying, (s.num_stages, *tile(s.staying)), spec.dtype),
+               Buffer(s.passing, (s.slots, 1, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+               Buffer("weights", (1, ROWS_PER_WARPGROUP, CHUNK), spec.dtype)]
+    barriers = [Barrier("held_full", sum(count[name] for name in s.held)),
+                Barrier("staying_full", 1, s.num_stages * count[s.staying]), Barrier("passing_full", 1, s.slots),
+                Barrier("staying_free", 2, s.num_stages, s.cluster > 1),
+                Barrier("passing_free", 1, s.slots, s.cluster > 1), *_ring("handed", 1, 1, 1 if s.makes == "dv" else 2)]
+    if s.makes != "dv":
+        buffers.append(Buffer("p", (1, ROWS_PER_WARPGROUP, CHUNK), jnp.dtype("float16")))
+    if s.makes != "dq":
+        buffers.append(Buffer("stats", (s.num_stages, _STATISTICS, ROWS_PER_WARPGROUP), _FLOAT32, chunked=False))
+        barriers.append(Barrier("stats_full", 1, s.num_stages))
+    return Memory(tuple(buffers), tuple(barriers))
+
+
 def prepare_memory(spec: AttentionSpec) -> Memory:
     """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
     out, and dout is there only if it is copied, too.
@@ -281,7 +307,7 @@ def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
 
 
 def smem_bytes(spec: AttentionSpec,
-               s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+               s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule) -> int:
     """Shared memory of a block, its barriers included."""
     if spec.dtype == jnp.float32:
         return _float32_bytes(in_parts(spec), s)
@@ -296,11 +322,13 @@ def smem_bytes(spec: AttentionSpec,
             memory = split_memory(spec, s)
         case DqSchedule():
             memory = dq_memory(spec, s)
+        case WideSchedule():
+            memory = wide_memory(spec, s)
     return memory.smem_bytes
 
 
 def _float32_bytes(wide: AttentionSpec,
-                   s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule) -> int:
+                   s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule) -> int:
     """The same of float32 inputs, of the problem of their parts: of dk or of dv, what needs more."""
     if isinstance(s, ForwardSchedule):
         return forward_memory(wide, s).smem_bytes

@@ -17,6 +17,7 @@ from pallas_flash.kernels.hopper.schedule import (
     ForwardSchedule,
     KvSchedule,
     SplitSchedule,
+    WideSchedule,
     chunks,
 )
 from pallas_flash.kernels.hopper.work import has_order
@@ -156,6 +157,15 @@ def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> _Rules:
             (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
 
 
+def _wide_rules(schedule: BackwardSchedule) -> _Rules:
+    parts = schedule.kv, schedule.dv, schedule.dq
+    made = tuple(s.makes if isinstance(s, WideSchedule) else None for s in parts)
+    enough = all(s.num_stages >= 1 and s.slots >= 2 for s in parts if isinstance(s, WideSchedule))
+    return ((made == ("dk", "dv", "dq"), f"heads above 256 need kernels of dk, dv and dq of their own, not {made}"),
+            (len({s.cluster for s in parts if isinstance(s, WideSchedule)} - {1, 2}) == 0, "cluster must be 1 or 2"),
+            (enough, "num_stages must be positive, and slots at least 2: one is freed when the next one is multiplied"))
+
+
 def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
     held = (spec.d + 2 * s.block_kv) // 2
     return (
@@ -171,13 +181,19 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
 
 def _backward_rules(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit: int) -> _Rules:
     kv, dq = schedule.kv, schedule.dq
+    if any(isinstance(s, WideSchedule) for s in (kv, dq, schedule.dv)):
+        return (*_wide_rules(schedule), *_sizes(spec, (kv, dq, schedule.dv), smem_limit))
+    assert not isinstance(kv, WideSchedule) and not isinstance(dq, WideSchedule)
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
              (not (schedule.fused and spec.deterministic) or kv.ordered,
               "deterministic gradients need `ordered`, or the form of two kernels"),
              _mask_rule(spec, schedule)]
     rules += [] if dq is None else _dq_rules(spec, dq)
-    for s in (kv, dq):
-        if s is not None:
-            rules.append(((needed := smem_bytes(spec, s)) <= smem_limit, f"{s} needs {needed} bytes of {smem_limit}"))
-    return tuple(rules)
+    return (*rules, *_sizes(spec, (kv, dq), smem_limit))
+
+
+def _sizes(spec: AttentionSpec, kernels: tuple[KvSchedule | SplitSchedule | DqSchedule | WideSchedule | None, ...],
+           smem_limit: int) -> _Rules:
+    return tuple(((needed := smem_bytes(spec, s)) <= smem_limit, f"{s} needs {needed} bytes of {smem_limit}")
+                 for s in kernels if s is not None)

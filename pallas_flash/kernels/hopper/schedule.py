@@ -7,7 +7,8 @@ On this file stand, each importing only those before it and none of them Mosaic:
 The backward has two forms. Fused: one kernel walks the query tiles of each key tile, keeps dk and dv in registers and
 adds its part of dq to sums in global memory, float32: five products a tile. The order of those additions is
 nondeterministic, unless the schedule is `ordered`. Two kernels: dk and dv from key tiles, dq from query tiles: seven
-products a tile, no memory of their own, and the same bits on every run.
+products a tile, no memory of their own, and the same bits on every run. Heads above 256 have a kernel for each of dk,
+dv and dq (`WideSchedule`): eight products a tile.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "Float32BackwardSchedule",
-    "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
+    "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule", "WideSchedule", "chunks",
+    "kernels",
 ]
 
 CHUNK = 64
@@ -291,13 +293,70 @@ class DqSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardSchedule:
-    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too; for `mask_kernel` see
-    `ForwardSchedule`.
+class WideSchedule:
+    """One of the three kernels of heads above 256 (`backward.wide`): two warpgroups keep half of the columns each of 64
+    rows of what it makes.
+
+    Attributes:
+      makes: the gradient that it makes.
+      num_stages: tiles of 64 rows of the array that stays until it is multiplied with the weights.
+      slots: slots of the ring through which the other array passes, a chunk of 64 columns each.
+      cluster: blocks that keep neighbouring tiles of 64 rows, walk together, and share what they load by multicast: 1
+        or 2.
+      section_bytes, num_sms: see `KvSchedule` and `DqSchedule`.
     """
 
-    kv: KvSchedule | SplitSchedule
-    dq: DqSchedule | None = None
+    makes: Literal["dk", "dv", "dq"]
+    num_stages: int = 1
+    slots: int = 2
+    cluster: int = 2
+    section_bytes: int = 32 << 20
+    num_sms: int = 132
+
+    # What every KeySchedule and every DqSchedule says, and is fixed here.
+    warpgroups: ClassVar[int] = 2
+    registers: ClassVar[tuple[int, ...]] = (240, 24)
+    makes_dq: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
+    pinned: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
+    opaque: ClassVar[bool] = True
+
+    @property
+    def block_q(self) -> int:
+        """Queries of a cluster, or of a tile that it walks over."""
+        return ROWS_PER_WARPGROUP * (self.cluster if self.makes == "dq" else 1)
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of a cluster, or of a tile that it walks over."""
+        return ROWS_PER_WARPGROUP * (1 if self.makes == "dq" else self.cluster)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The arrays of which a block has 64 rows from its start to its end."""
+        return {"dk": ("k", "v"), "dv": ("k",), "dq": ("q", "dout")}[self.makes]
+
+    @property
+    def staying(self) -> str:
+        """The array of the other side that is multiplied with the weights."""
+        return {"dk": "q", "dv": "dout", "dq": "k"}[self.makes]
+
+    @property
+    def passing(self) -> str:
+        """The array of the other side that scores, or dP, are made of, and nothing else."""
+        return {"dk": "dout", "dv": "q", "dq": "v"}[self.makes]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardSchedule:
+    """The backward's kernels. `dq` is None in the fused form, where `kv` makes dq too; `dv` is there where `kv` makes
+    dk alone; for `mask_kernel` see `ForwardSchedule`.
+    """
+
+    kv: KvSchedule | SplitSchedule | WideSchedule
+    dq: DqSchedule | WideSchedule | None = None
+    dv: WideSchedule | None = None
     mask_kernel: bool = False
 
     @property
@@ -355,6 +414,9 @@ def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tu
     of_mask = ("attention_mask",) * schedule.mask_kernel
     if isinstance(schedule, ForwardSchedule):
         return (*of_mask, "attention_forward")
+    if isinstance(schedule.kv, WideSchedule):
+        return (*of_mask, "attention_backward_prepare",
+                *(f"attention_backward_wide_{name}" for name in ("dv", "dk", "dq")))
     keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
     last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
     return (*of_mask, "attention_backward_prepare", keys, last)

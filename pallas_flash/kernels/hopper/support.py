@@ -10,12 +10,12 @@ from pallas_flash.kernels.hopper.wide import copies
 from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "takes_sinks", "why_not"]
+__all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 512
-MAX_DIM_BACKWARD = 256
-"""Also against a cache."""
+MAX_NARROW = 256
+"""Of what other kernels run than those of wide heads; also against a cache."""
 MAX_DIM_FLOAT32 = 128
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
@@ -41,16 +41,14 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """
     rules = ((filled_part(spec.mask) is not None, "attention to a cache"),
              (bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (_is_wide(spec), f"a head dimension above {MAX_DIM_BACKWARD}"), (_is_float32(spec), "an input of float32"))
+             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
 
 def backward_of(spec: AttentionSpec) -> str | None:
-    """The implementation whose backward follows the forward, if it is another one: there is none of a cache, nor of a
-    head dimension above 256, here.
-    """
-    return None if filled_part(spec.mask) is None and not _is_wide(spec) else "xla"
+    """The implementation whose backward follows the forward, if it is another one: there is none of a cache here."""
+    return None if filled_part(spec.mask) is None else "xla"
 
 
 def takes_sinks(spec: AttentionSpec) -> bool:
@@ -62,8 +60,9 @@ def _is_float32(spec: AttentionSpec) -> bool:
     return spec.dtype == np.float32
 
 
-def _is_wide(spec: AttentionSpec) -> bool:
-    return max(spec.d, spec.d_v) > MAX_DIM_BACKWARD
+def is_wide(spec: AttentionSpec) -> bool:
+    """Whether heads have more columns than one accumulator."""
+    return max(spec.d, spec.d_v) > MAX_NARROW
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -83,9 +82,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16, float16 or float32, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
-        (spec.score is None or not _is_wide(spec), "takes a score function with head dimensions up to "
-         f"{MAX_DIM_BACKWARD} only, {dims} (the backward above is that of xla, which takes scores of finfo.min as they "
-         "are, and the forward does not)"),
+        (spec.score is None or not is_wide(spec), "takes a score function with head dimensions up to "
+         f"{MAX_NARROW} only, {dims} (in the backward above, P times its derivative finds no room in shared memory)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
@@ -116,8 +114,8 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
     wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
         np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
     rules = (
-        (not _is_wide(spec),
-         f"needs head dimensions from 1 to {MAX_DIM_BACKWARD} against a cache, d={spec.d}, d_v={spec.d_v}"),
+        (not is_wide(spec),
+         f"needs head dimensions from 1 to {MAX_NARROW} against a cache, d={spec.d}, d_v={spec.d_v}"),
         (padded == spec,
          f"needs head dimensions that are multiples of {padding.UNIT} (TMA strides of 16 bytes) against a cache, which "
          f"is not copied in each step, d={spec.d}, d_v={spec.d_v} (keep query and the cache padded with zeros to "

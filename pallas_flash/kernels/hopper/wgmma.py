@@ -26,8 +26,8 @@ from pallas_flash.kernels.mosaic import interpret, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 
-__all__ = ["STEP", "accumulate", "descriptors", "fence", "issue_steps", "multiply_transposed", "outer", "ready",
-           "settled", "transposed_descriptors", "words"]
+__all__ = ["STEP", "accumulate", "descriptors", "fence", "finish", "issue_steps", "multiply_transposed", "outer",
+           "ready", "settled", "transposed_descriptors", "words"]
 
 STEP = 16
 """Columns of a, or rows of b, that one instruction multiplies."""
@@ -170,6 +170,23 @@ def ready(x: Fragment, pending: int) -> Fragment:
         return _as_accumulator(registers, x.shape[1])
 
     return wait(x)
+
+
+def _finish_plain(pending: int) -> None:
+    interpret.wait(pending)
+    plgpu.commit_smem()
+
+
+@interpreted_as(_finish_plain)
+def finish(pending: int) -> None:
+    """Returns once at most `pending` products are in flight: what the others read may be written over. Their results
+    are not to be read yet: that takes `ready`.
+    """
+    @plgpu.inline_mgpu()
+    def wait(_: mgpu.LaunchContext) -> None:
+        mgpu.utils.inline_ptx(f"wgmma.wait_group.sync.aligned {pending};", has_side_effects=True)
+
+    wait()
 
 
 @interpreted_as(lambda x: x)

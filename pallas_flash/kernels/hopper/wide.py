@@ -1,4 +1,4 @@
-"""Values of more than 256 columns: out is made in two parts of columns, each by a call of its own.
+"""Values of more than 256 columns, in the forward: out is made in two parts of columns, each by a call of its own.
 
 A warpgroup keeps out of 64 queries in registers, half a register a thread and column, and no thread has more than 255.
 Each part has its columns of v and all of q and k, so scores are computed twice; with d = d_v that is half as much work
@@ -58,4 +58,5 @@ def copies(spec: AttentionSpec) -> padding.Copies | None:
     line = (f"v cut into parts of {' and '.join(map(str, widths))} columns, out joined of theirs, for each of which "
             f"scores are computed: {size:,} bytes written")
     filled = "" if found is None else f"{found.forward}; "
-    return padding.Copies(dataclasses.replace(padded, d_v=widths[0]), filled + line, "")
+    return padding.Copies(dataclasses.replace(padded, d_v=widths[0]), padded, filled + line,
+                          "" if found is None else found.backward)

@@ -22,6 +22,7 @@ from pallas_flash.kernels.hopper.schedule import (
     ForwardSchedule,
     KeySchedule,
     KvSchedule,
+    WideSchedule,
 )
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
@@ -298,7 +299,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
 
 
 @functools.lru_cache(maxsize=256)
-def dq_work(spec: AttentionSpec, s: DqSchedule) -> Work:
+def dq_work(spec: AttentionSpec, s: DqSchedule | WideSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
     return _work(spec, spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)

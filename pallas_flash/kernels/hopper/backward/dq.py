@@ -18,10 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
-from pallas_flash.kernels.hopper.backward.tiles import Block
+from pallas_flash.kernels.hopper.backward.tiles import Block, QueryBlock
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule, WideSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
@@ -35,7 +35,8 @@ from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
-__all__ = ["launch"]
+__all__ = ["Rows", "any_large_in_warp", "block_of", "gradient_type", "inputs", "kept_of", "launch", "references",
+           "repaired", "statistic", "tile_weights"]
 
 
 class Rows(NamedTuple):
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
     delta: PerRow  # what the accumulator of dP starts at: -delta; with dropout -delta / factor
     large: Flag | None  # whether some are large (`scores`); None if none ever is
 
-    def own(self, block: Block[DqSchedule], name: str) -> Ref:
+    def own(self, block: QueryBlock, name: str) -> Ref:
         """Selects the warpgroup's queries or douts, (chunks, 64, 64)."""
         return block.smem[name].at[ptx.opaque(self.warpgroup) if block.schedule.opaque else self.warpgroup]
 
@@ -87,7 +88,7 @@ def load_role(block: Block[DqSchedule]) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: Block[DqSchedule], first: Index, row: Statistics) -> PerRow:
+def statistic(block: QueryBlock, first: Index, row: Statistics) -> PerRow:
     """Loads a row of the statistics of the 64 queries from `first` on."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS_PER_WARPGROUP)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
@@ -101,14 +102,14 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     return ptx.any_in_warp(is_large(spec, size) & (size < IDLE / 2), registers.ROW_LAYOUT)
 
 
-def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Exponents:
+def without_rounding(block: QueryBlock, rows: Rows, y: Exponents) -> Exponents:
     """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
 
 
-def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragment) -> Fragment:
-    """Computes P times the slope of scores from s = Q K^T."""
+def tile_weights(block: QueryBlock, rows: Rows, kv_tile: Array, s: Fragment, shift: float = 0.0) -> Fragment:
+    """Computes P times the slope of scores, times 2^shift, from s = Q K^T."""
     spec, schedule, first = block.spec, block.schedule, (rows.first, kv_tile * block.schedule.block_kv)
     partial = block.walk.partial(kv_tile) if work.dq_work(spec, schedule).partial else None
     pairs = Pairs(block.mask, first, 1, partial)
@@ -116,13 +117,13 @@ def tile_weights(block: Block[DqSchedule], rows: Rows, kv_tile: Array, s: Fragme
     large = Large(rows.large, functools.partial(without_rounding, block, rows))
     completed = completion.completion(spec, block.gmem, (block.batch, block.head), first, 1)
     x = plgpu.layout_cast(s, registers.TILE)
-    _, p = weights(spec, x, lse_log2, Corrections(large, pairs), completed=completed)
+    _, p = weights(spec, x, lse_log2, Corrections(large, pairs), shift, completed)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)
     return p
 
 
-def kept_of(block: Block[DqSchedule], rows: Rows, kv_tile: Array) -> Kept:
+def kept_of(block: QueryBlock, rows: Rows, kv_tile: Array) -> Kept:
     """Draws for the weights of a key tile."""
     columns = block.schedule.block_kv
     start = lambda: registers.spread(rows.delta, columns)
@@ -193,20 +194,21 @@ def gradient_pipelined(block: Block[DqSchedule], rows: Rows) -> Fragment:
     return lax.cond(block.walk.steps > 0, run, lambda: registers.zeros(block.spec.d))
 
 
-def repaired(block: Block[DqSchedule], rows: Rows, dq: Fragment) -> Fragment:
-    """Returns dq, recomputed without the keys that the mask hides if some element is not finite (0 * NaN is NaN).
+def repaired(block: QueryBlock, rows: Rows, dq: Fragment, first: int = 0) -> Fragment:
+    """Returns columns of dq from `first` on, recomputed without the keys that the mask hides if some element is not
+    finite (0 * NaN is NaN).
 
     Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted.
     """
     if not work.dq_work(block.spec, block.schedule).partial:
         return dq
-    is_nan = registers.spread(jnp.isnan(rows.lse_log2), block.spec.d)
+    is_nan = registers.spread(jnp.isnan(rows.lse_log2), dq.shape[1])
     spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
-    return lax.cond(spoiled, lambda dq: recompute(block, rows), lambda dq: dq, dq)
+    return lax.cond(spoiled, lambda dq: recompute(block, rows, range(first, first + dq.shape[1])), lambda dq: dq, dq)
 
 
-def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
-    """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, d).
+def recompute(block: QueryBlock, rows: Rows, of: range) -> Fragment:
+    """Sums dS k over the keys that each row attends to, a key at a time, without tensor cores: (64, columns).
 
     It sums 128 columns at a time: with all at once registers would be spilled, in the kernel's main loop, too.
     """
@@ -232,12 +234,12 @@ def recompute(block: Block[DqSchedule], rows: Rows) -> Fragment:
         return acc + jnp.where(keep, registers.spread(ds, columns) * own.row("k", position, first, columns), 0.0)
 
     def columns_from(first: int) -> Fragment:
-        zeros = jnp.zeros((ROWS_PER_WARPGROUP, min(2 * CHUNK, spec.d - first)), jnp.float32)
+        zeros = jnp.zeros((ROWS_PER_WARPGROUP, min(2 * CHUNK, of.stop - first)), jnp.float32)
         kv_pos = (ptx.scalar(block.walk.start * block_kv),
                   ptx.scalar(jnp.minimum(block.walk.stop * block_kv, spec.kv_len)))
         return lax.fori_loop(*kv_pos, functools.partial(add, first), plgpu.layout_cast(zeros, registers.TILE))
 
-    return registers.concatenate([columns_from(first) for first in range(0, spec.d, 2 * CHUNK)])
+    return registers.concatenate([columns_from(first) for first in of[::2 * CHUNK]])
 
 
 def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
@@ -255,7 +257,7 @@ def compute_role(block: Block[DqSchedule], warpgroup: Index) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
+def mask_of(spec: AttentionSpec, schedule: DqSchedule | WideSchedule, gmem: dict[str, Ref],
             index: tuple[Index, Index, Index]) -> tuple[HeadMask, TileRange[Index]]:
     """The mask of a block, and the key tiles that it needs.
 
@@ -270,21 +272,46 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule, gmem: dict[str, Ref],
     return StaticMask(static), work.kv_range(static, spec, schedule, q_tile)
 
 
+def inputs(spec: AttentionSpec) -> tuple[str, ...]:
+    """The arrays that every kernel reads that keeps queries."""
+    return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec),
+            *dropout.input_types(spec), *score_function.input_types(spec))
+
+
+def references(spec: AttentionSpec) -> tuple[str, ...]:
+    """What the kernels call them."""
+    return tuple("stats" if name == "statistics" else name for name in inputs(spec))
+
+
+def gradient_type(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """What they make."""
+    return {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
+
+
+def block_of[S: DqSchedule | WideSchedule](spec: AttentionSpec, schedule: S,
+                                           refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[S]:
+    """Finds which block runs, of a grid whose blocks keep queries.
+
+    Args:
+      refs: arrays in global memory, buffers in shared memory and barriers, by name.
+    """
+    head, q_tile = work.dq_work(spec, schedule).head_and_tile(lax.axis_index("block"))
+    batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
+    gmem, smem, bars = refs
+    mask, needed = mask_of(spec, schedule, gmem, (batch, q_head, q_tile))
+    return Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, Walk(q_head, 1, *needed))
+
+
 def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
     """The launch that makes dq of q, k, v, dout, the statistics, and what mask, bias, dropout and score function need:
     arrays of `mask_arrays`, those of `mosaic.bias`, dropout's keys, and those of `mosaic.score_function`.
     """
-    blocks = work.dq_work(spec, schedule)
-    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec),
-             *score_function.input_types(spec))
+    outputs = gradient_type(spec)
 
     def attention_backward_dq(*refs: Any) -> None:
         *arrays, smem, bars = refs
-        gmem = dict(zip(("q", "k", "v", "dout", "stats", *extra, "dq"), arrays, strict=True))
-        head, q_tile = blocks.head_and_tile(lax.axis_index("block"))
-        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
-        mask, needed = mask_of(spec, schedule, gmem, (batch, q_head, q_tile))
-        block = Block(spec, schedule, gmem, smem, bars, mask, batch, q_head, q_tile, Walk(q_head, 1, *needed))
+        gmem = dict(zip((*references(spec), *outputs), arrays, strict=True))
+        block = block_of(spec, schedule, (gmem, smem, bars))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
@@ -295,9 +322,9 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         def _() -> None:
             load_role(block)
 
-    outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
     kernel = plgpu.kernel(
         attention_backward_dq, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.dq_memory(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
+        scratch_types=allocate(memory.dq_memory(spec, schedule)),
+        grid=(work.dq_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
-    return Launch(kernel, ("q", "k", "v", "dout", "statistics", *extra), outputs)
+    return Launch(kernel, inputs(spec), outputs)

@@ -348,7 +348,8 @@ def dq_role(block: Block[KvSchedule]) -> None:
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
-def scratch(own: Memory, s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[str, plgpu.Barrier]]:
+def scratch(own: Memory,
+            s: KeySchedule) -> tuple[dict[str, pl.MemoryRef], dict[str, plgpu.Barrier | plgpu.ClusterBarrier]]:
     """The buffers and barriers of a block, and in interpret mode the barrier of `meet`."""
     smem, bars = allocate(own)
     return smem, bars | meeting_barriers(s)

@@ -33,7 +33,7 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch"]
+__all__ = ["SHIFT", "launch"]
 
 SHIFT = 15
 """P is kept times 2^15: at most 2^15, so float16 holds it, and down to 2^-29 with all its bits."""

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-from pallas_flash.kernels.hopper.schedule import KvSchedule, SplitSchedule
+from pallas_flash.kernels.hopper.schedule import DqSchedule, KvSchedule, SplitSchedule, WideSchedule
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Block", "KeyBlock"]
+__all__ = ["Block", "KeyBlock", "QueryBlock"]
 
 
 class Block[S](NamedTuple):
@@ -28,5 +28,8 @@ class Block[S](NamedTuple):
     walk: Walk
 
 
-type KeyBlock = Block[KvSchedule] | Block[SplitSchedule]
+type KeyBlock = Block[KvSchedule] | Block[SplitSchedule] | Block[WideSchedule]
 """A block that keeps keys."""
+
+type QueryBlock = Block[DqSchedule] | Block[WideSchedule]
+"""A block that keeps queries."""
