@@ -125,9 +125,40 @@ def test_explain_says_so(launched, monkeypatch, tmp_path):
     assert "plans: forward shared by lengths up to 128 and 128, to which tensors are padded, backward to be" in text
 
 
+def test_other_lengths_of_arrays_share_plans_too(launched):
+    """Regression: ids and packed tokens of each length were compiled for, and so was every length with dropout."""
+    for arguments in (lambda length: dict(segment_ids=torch.arange(length).expand(2, -1) // 5 - 1), lambda length: dict(dropout_p=0.5)):
+        attention._directs.clear()
+        for length in (9, 12, 13, 30, 130):
+            tensors = qkv(*[(2, 2, length, 16)] * 3, dtype=BF16)
+            torch_bridge.flash_attention(*tensors, **arguments(length)).sum().backward()
+        assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
+    attention._directs.clear()
+    for length in (9, 12, 13, 30, 130):
+        q, k, v = (x[0] for x in qkv(*[(1, length, 2, 16)] * 3, dtype=BF16))
+        starts = torch.tensor([0, 4, length - 1], dtype=torch.int32)
+        torch_bridge.flash_attn.flash_attn_varlen_func(q, k, v, starts, starts, length, length).sum().backward()
+    assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
+
+
+def test_one_query_stays_one(launched):
+    """Regression: the queries of decoding were padded to 128, from the third length of its keys on."""
+    for length in (64, 128, 192, 256, 320):
+        tensors = qkv((2, 4, 1, 16), *[(2, 2, length, 16)] * 2, dtype=BF16, requires_grad=False)
+        found = torch_bridge.flash_attention(*tensors, kv_lengths=torch.tensor([length - 3, 7], dtype=torch.int32))
+        keep = torch.arange(length) < torch.tensor([length - 3, 7])[:, None, None, None]
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            *(x.double() for x in tensors), attn_mask=keep, enable_gqa=True)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+    found = sorted((problem.q_len, problem.kv_len) for problem, _ in attention._directs)
+    assert found == [(1, 64), (1, 128), (1, 192), (1, 256), (1, 384)]
+
+
 MEANINGS = {
     "full": {}, "aligned at the end": dict(causal_offset=3), "lengths": dict(kv_lengths=[4, 100]),
-    "ids and lengths": dict(q_ids=True, kv_lengths=[0, 9], causal_offset=1),
+    "ids and lengths": dict(q_ids=True, kv_lengths=[0, 9], causal_offset=1), "dropout": dict(dropout_p=0.4),
+    "packed": dict(starts=([0, 3, 3, 7], [0, 5, 6, 10]), causal_offset=0, ends_aligned=True),
+    "packed, past the end": dict(starts=([0, 3, 300], [0, 5, 400]), dropout_p=0.2),
 }
 
 
@@ -135,9 +166,15 @@ MEANINGS = {
 def test_what_is_padded_changes_nothing(name):
     """By DLPack, in float64: the arithmetic, not the way."""
     arguments = dict(MEANINGS[name])
-    offset = arguments.pop("causal_offset", None)
-    tensors = qkv((2, 4, 9, 8), (2, 2, 12, 8), (2, 2, 12, 8), dtype=torch.float64, requires_grad=False)
-    operands, numbers = operator_call(*tensors, causal_offset=offset)
+    offset, dropout_p = arguments.pop("causal_offset", None), arguments.pop("dropout_p", 0.0)
+    batch = 1 if "starts" in arguments else 2
+    tensors = qkv((batch, 4, 9, 8), (batch, 2, 12, 8), (batch, 2, 12, 8), dtype=torch.float64, requires_grad=False)
+    operands, numbers = operator_call(*tensors, causal_offset=offset, dropout_p=dropout_p,
+                                      seed=torch.tensor([5, -9], dtype=torch.int32) if dropout_p else None)
+    if "starts" in arguments:
+        q_starts, kv_starts = (torch.tensor(starts, dtype=torch.int32) for starts in arguments["starts"])
+        operands = operands._replace(q_starts=q_starts, kv_starts=kv_starts)
+        numbers = numbers._replace(ends_aligned=arguments.get("ends_aligned", False))
     if "kv_lengths" in arguments:
         operands = operands._replace(kv_lengths=torch.tensor(arguments["kv_lengths"], dtype=torch.int32))
     if "q_ids" in arguments:
@@ -145,7 +182,7 @@ def test_what_is_padded_changes_nothing(name):
                                      kv_ids=torch.randint(-1, 2, (2, 12), dtype=torch.int32))
     filled = lengths.padded(operands, numbers)
     assert filled.query.shape[2] == filled.key.shape[2] == filled.value.shape[2] == 128
-    assert (filled.kv_lengths is None) == (name == "aligned at the end")
+    assert (filled.kv_lengths is None) == (name == "aligned at the end" or "packed" in name)
     out, stats = exchange.forward(operands, numbers, True)
     wide, more = exchange.forward(filled, numbers, True)
     torch.testing.assert_close(wide[:, :, :9], out)

@@ -61,6 +61,28 @@ def test_versions_hold_the_sources_and_the_driver():
     assert len(versions(13000)["product"]) == 64 and versions(13000)["jax"] == jax.__version__
 
 
+IMPORTS = """
+import sys
+sys.path.insert(0, "torch_bridge/direct")
+import child
+sys.path[0] = "."
+child.alone()
+from torch_bridge.direct import compile, driver, lower, plan, plugin, problem
+read = []
+problem.Path.read_bytes = lambda path: read.append(str(path.resolve())) or b""
+problem._digest_of_sources()
+print(*(name for name, module in sys.modules.items() if name.split(".")[0] in ("pallas_flash", "torch_bridge")
+        and getattr(module, "__file__", None) and module.__file__ not in read), len(read) > 50)
+"""
+
+
+def test_the_sources_are_all_that_a_process_imports_to_compile():
+    """Regression: what says which pairs attend was not among them, and a plan from before a change of it was run."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True,
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["True"], done.stdout + done.stderr
+
+
 # --- lowering --------------------------------------------------------------------------------------------------------
 
 MASKS = {

@@ -7,8 +7,10 @@ a few, to which their tensors are padded.
     one that came often (`OFTEN`)               likewise, while its own plan is made by a process beside; then that one
 
 Zeros are padded. A query that counts sees none of the padded keys where the mask ends before them, as it does in causal
-attention of a sequence to itself; else their number is data of the call, `kv_lengths`. Padded queries are dropped, and
-as their cotangents are zeros, they add nothing to the gradients of keys.
+attention of a sequence to itself, and none of the tokens behind packed sequences; else their number is data of the
+call, `kv_lengths`. Padded queries are dropped, and as their cotangents are zeros, they add nothing to the gradients of
+keys. A single query stays one: each token that is generated would be computed with 127 others. What dropout draws for a
+pair depends on its positions, not on the lengths.
 """
 
 import dataclasses
@@ -29,6 +31,8 @@ OFTEN = 1000
 """Calls of a length after which it gets a plan of its own: with some 100 us a call, they have cost 0.1 s."""
 _SMALLEST = 128
 _MAX_WAYS = 4096
+_BY_POSITION = {"q_ids", "kv_ids"}
+"""Tensors with an axis of length."""
 
 
 def bucket(length: int) -> int:
@@ -37,6 +41,12 @@ def bucket(length: int) -> int:
     """
     step = max(_SMALLEST, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
+
+
+def _buckets(operands: Operands) -> tuple[int, int]:
+    """The lengths of queries and keys that share a plan with those of a call."""
+    q_len, kv_len = operands.query.shape[2], operands.key.shape[2]
+    return 1 if q_len == 1 else bucket(q_len), bucket(kv_len)
 
 
 def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = None) -> Results | None:
@@ -85,7 +95,7 @@ def backward(operands: Operands, numbers: Numbers, results: Results,
 def shared(operands: Operands, numbers: Numbers, pass_name: PassName) -> tuple[int, int] | None:
     """The lengths of queries and keys of the plan that calls like this one have shared; None: none has."""
     way = _ways.get((pass_name, *attention.name_of(operands, numbers)))
-    return (bucket(operands.query.shape[2]), bucket(operands.key.shape[2])) if way is not None and way.shares else None
+    return _buckets(operands) if way is not None and way.shares else None
 
 
 # --- which lengths ---------------------------------------------------------------------------------------------------
@@ -130,7 +140,8 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
         if attention.why_not(operands, numbers) is not None or attention.why_not_device(device) is not None:
             return _OWN_WAY
         problem = attention.problem_of(operands, numbers)
-        shares = _shares(problem, device) and attention.why_not(padded(operands, numbers), numbers) is None
+        shares = (_shares(problem, _buckets(operands), device)
+                  and attention.why_not(padded(operands, numbers), numbers) is None)
         if len(_ways) >= _MAX_WAYS:
             _ways.clear()
         way = _ways[name] = _Way((problem, pass_name, device) if shares else None)
@@ -138,14 +149,16 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
     return way
 
 
-def _shares(problem: Problem, device: torch.device) -> bool:
+def _shares(problem: Problem, buckets: tuple[int, int], device: torch.device) -> bool:
     """Whether a length shares a plan, from its first call on. Not where one pass has its own: the other gets it, too.
     """
     lengths = problem.q_len, problem.kv_len
-    if (bucket(lengths[0]), bucket(lengths[1])) == lengths or any(
+    if buckets == lengths or any(
             attention.is_at_hand(problem, name, device) for name in attention.PASSES):
         return False
-    family = dataclasses.replace(problem, q_len=0, kv_len=0), device
+    given = tuple((name, (problem.batch,) if name in _BY_POSITION else shape, dtype)
+                  for name, shape, dtype in problem.given)
+    family = dataclasses.replace(problem, q_len=0, kv_len=0, given=given), device
     with _lock:
         own = _own.setdefault(family, set())
         if len(own) < OWN:
@@ -157,9 +170,8 @@ def _shares(problem: Problem, device: torch.device) -> bool:
 
 
 def _may_be_padded(operands: Operands, numbers: Numbers) -> bool:
-    """Not where more than the operands has an axis of length, or where random bits depend on it."""
-    return (operands.mask is None and operands.bias is None and operands.seed is None and operands.q_starts is None
-            and not numbers.partial and not operands.is_empty)
+    """Not where a mask or a bias has axes of length, nor where terms of sums are asked for."""
+    return operands.mask is None and operands.bias is None and not numbers.partial and not operands.is_empty
 
 
 def _sees_no_padding(operands: Operands, numbers: Numbers) -> bool:
@@ -172,17 +184,20 @@ def padded(operands: Operands, numbers: Numbers) -> Operands:
     """Copies with zeros at the end of the lengths, of the same meaning but for the queries that are more."""
     query, key, value = operands[:3]
     q_len, kv_len = query.shape[2], key.shape[2]
-    q_wanted, kv_wanted = bucket(q_len), bucket(kv_len)
+    q_wanted, kv_wanted = _buckets(operands)
     lengths, q_ids, kv_ids = operands.kv_lengths, operands.q_ids, operands.kv_ids
+    q_starts, kv_starts = operands.q_starts, operands.kv_starts
     if lengths is not None:
         lengths = lengths.clamp(max=kv_len)
-    elif kv_ids is None and not _sees_no_padding(operands, numbers):
+    elif kv_ids is None and kv_starts is None and not _sees_no_padding(operands, numbers):
         lengths = torch.full((query.shape[0],), kv_len, dtype=torch.int32, device=query.device)
     return operands._replace(
         query=_filled(query, q_wanted), key=_filled(key, kv_wanted), value=_filled(value, kv_wanted),
         kv_lengths=lengths,
         q_ids=None if q_ids is None else torch.nn.functional.pad(q_ids, (0, q_wanted - q_len), value=-1),
-        kv_ids=None if kv_ids is None else torch.nn.functional.pad(kv_ids, (0, kv_wanted - kv_len), value=-1))
+        kv_ids=None if kv_ids is None else torch.nn.functional.pad(kv_ids, (0, kv_wanted - kv_len), value=-1),
+        q_starts=None if q_starts is None else q_starts.clamp(max=q_len),
+        kv_starts=None if kv_starts is None else kv_starts.clamp(max=kv_len))
 
 
 def _filled(tensor: torch.Tensor, length: int, axis: int = 2) -> torch.Tensor:

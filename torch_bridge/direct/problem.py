@@ -137,10 +137,12 @@ def _digest_of_sources() -> str:
     spec = importlib.util.find_spec("pallas_flash")  # of a package at the top: it is not imported
     assert spec is not None and spec.origin is not None
     digest = hashlib.sha256()
-    for root in (Path(spec.origin).parent, Path(__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    product, here = Path(spec.origin).parent, Path(__file__).parent
+    paths = [path for root in (product, here) for path in sorted(root.rglob("*.py"))]
+    for path in (*paths, here.parent / "rules.py"):  # which says what the mask of a call is
+        content = path.read_bytes()
+        root = product if path.is_relative_to(product) else here.parent
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
