@@ -127,7 +127,8 @@ def test_explain_says_so(launched, monkeypatch, tmp_path):
 
 def test_other_lengths_of_arrays_share_plans_too(launched):
     """Regression: ids and packed tokens of each length were compiled for, and so was every length with dropout."""
-    for arguments in (lambda length: dict(segment_ids=torch.arange(length).expand(2, -1) // 5 - 1), lambda length: dict(dropout_p=0.5)):
+    for arguments in (lambda length: dict(segment_ids=torch.arange(length).expand(2, -1) // 5 - 1),
+                      lambda length: dict(dropout_p=0.5)):
         attention._directs.clear()
         for length in (9, 12, 13, 30, 130):
             tensors = qkv(*[(2, 2, length, 16)] * 3, dtype=BF16)

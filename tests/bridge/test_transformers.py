@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import torch_bridge
+from torch_bridge.direct import lengths
 from torch_bridge.transformers import bucket
 from torch_bridge.transformers.buckets import padded
 
@@ -250,8 +251,9 @@ def test_a_prompt_in_parts():
 
 def test_buckets_grow_with_the_length():
     sizes = sorted({bucket(n) for n in range(1, 2**17 + 1)})
-    assert sizes[:12] == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024] and len(sizes) == 40
-    assert all(n <= bucket(n) < max(n + 64, 1.25 * n) for n in range(1, 5000))
+    assert sizes[:9] == [128, 256, 384, 512, 640, 768, 896, 1024, 1280] and len(sizes) == 36
+    assert all(n <= bucket(n) < max(n + 128, 1.25 * n) for n in range(1, 5000))
+    assert all(lengths.bucket(n) == n for n in sizes), "launched directly, they would be padded again"
     assert padded(torch.ones(2, 3, 4), 6, 1).sum((0, 2)).tolist() == [8, 8, 8, 0, 0, 0]
 
 

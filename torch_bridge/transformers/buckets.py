@@ -6,15 +6,16 @@ from torch.nn.functional import pad
 
 __all__ = ["bucket", "padded"]
 
-SMALLEST = 64
+SMALLEST = 128
 
 
 def bucket(length: int) -> int:
-    """The next multiple of an eighth of the next power of two, or of 64 if that is more.
+    """The next multiple of an eighth of the next power of two, or of 128 if that is more.
 
-        64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, ...
+        128, 256, 384, 512, 640, 768, 896, 1024, 1280, ...
 
-    Above 256, less than a quarter is padding. Up to 128 Ki there are 40 of them.
+    From 512 on, less than a quarter is padding. Up to 128 Ki there are 36 of them: those of `direct.lengths`, which
+    would copy what is padded to others once more.
     """
     step = max(SMALLEST, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
