@@ -123,5 +123,6 @@ def test_generate_gives_the_same_with_a_cache_and_without():
 
 def test_generate_transformers_writes_what_eager_writes():
     pytest.importorskip("transformers")
-    out = run("generate_transformers.py", "--tokens=3", "--dim=32", "--layers=1", **virtual_devices(1))
+    out = run("generate_transformers.py", "--tokens=3", "--dim=32", "--layers=1", **virtual_devices(1),
+              CUDA_VISIBLE_DEVICES="")  # JAX is told to use the CPU, so PyTorch has to, too
     assert "eager and pallas: 100% of the tokens are the same" in out and "forward, xla" in out

@@ -15,9 +15,9 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def default(monkeypatch):
+def default(monkeypatch, quiet):
     monkeypatch.delenv("PALLAS_FLASH_DIRECT", raising=False)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def happened(step):

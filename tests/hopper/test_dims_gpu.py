@@ -37,7 +37,7 @@ CASES = {  # what they are padded to: 8, 24 and 40, 64 (fused), 104, 128 (fused)
     "d320-window-gqa-float16": ((320, 320), dict(q_heads=4, mask=Window(100, 20), dtypes=("float16",))),
     "d512-lengths-bias-ragged": ((512, 512), dict(mask=Causal() & InBounds(kv_len=np.array([LEN, 70])),
                                                   bias=(2, 1, 1, LEN))),
-    "d384-128-pairs": ((384, 128), dict(bias=(1, 2, LEN, LEN), q_len=200, mask=Causal(100))),
+    "d384-128-pairs": ((384, 128), dict(bias=(1, 2, 200, LEN), q_len=200, mask=Causal(100))),
     "d128-512-dense": ((128, 512), dict(mask=Dense(np.random.default_rng(1).random((2, 1, LEN, LEN)) < 0.5))),
 }
 

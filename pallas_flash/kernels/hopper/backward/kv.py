@@ -150,9 +150,8 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
     kept = kept_of(block, warpgroup, step)
-    dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
-    ds = score_gradients(block, step, slope, dp, p.astype(block.spec.dtype))
-    return Weights(kept.weights(p).astype(block.spec.dtype), ds)
+    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
+    return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
 
 
 def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
@@ -268,11 +267,10 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
     dp = issue_dp(block, warpgroup, slot, from_delta)
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1 if last is None else 3))
     kept = kept_of(block, warpgroup, step)
-    dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
-    ds = score_gradients(block, step, slope, dp, p.astype(spec.dtype))
+    ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     if last is not None:
         free_slot(block, before)
-    w = Weights(kept.weights(p).astype(spec.dtype), ds)
+    w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums

@@ -105,7 +105,7 @@ def take_ds(block: Block[SplitSchedule], step: Step, dp: Fragment) -> Fragment:
     free(block, "dout", step.slot(block.schedule.num_stages))
     if block.spec.dtype == jnp.float16:
         dp = dp * 2.0**-SHIFT
-    return weights.score_gradients(block, step, p, dp, p.astype(block.spec.dtype))
+    return weights.score_gradients(block, step, p, dp).astype(block.spec.dtype)
 
 
 def dv_step(block: Block[SplitSchedule], step: Step, dv: Fragment) -> Fragment:

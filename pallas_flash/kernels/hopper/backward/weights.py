@@ -92,23 +92,18 @@ def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections:
     return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
 
 
-def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment, rounded: Fragment) -> Fragment:
-    """Computes dS of a step in the input's type from P times the slope, and from dP - delta.
+def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> Fragment:
+    """Computes dS of a step from P times the slope, and from dP - delta.
 
     It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
     need the mask pay for it, in a branch; with run-time masks, and with a soft cap, where the branch makes ptxas spill
-    at d 128, all tiles do. The branch comes last, where the next instruction waits for all of dS anyway: between the
-    exponentials and the products it kept ptxas from interleaving them (2 % of the backward at d 64).
-
-    Args:
-      rounded: P in the input's type, which the product of dv holds anyway; it is 0 wherever P is.
+    at d 128, all tiles do.
     """
-    spec, partial = block.spec, partial_of(block, step)
-    if spec.mask.has_arrays or (spec.softcap is not None and partial is not None):
-        return jnp.where(p == 0, 0.0, p * dp).astype(spec.dtype)
-    ds = (p * dp).astype(spec.dtype)
-    guarded = lambda ds, rounded: jnp.where(rounded == 0, jnp.zeros_like(ds), ds)
-    return ds if partial is None else lax.cond(partial, guarded, lambda ds, _: ds, ds, rounded)
+    partial = partial_of(block, step)
+    guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
+    if block.spec.mask.has_arrays or (block.spec.softcap is not None and partial is not None):
+        return guarded(p, dp)
+    return p * dp if partial is None else lax.cond(partial, guarded, lambda p, dp: p * dp, p, dp)
 
 
 def partial_of(block: KeyBlock, step: Step) -> Flag | None:

@@ -304,8 +304,7 @@ def ds_of_keys(block: Wide, step: Step) -> Fragment:
     plgpu.barrier_wait(block.bars["stats_full"].at[slot])
     dp = times_passing(block, step, own(block, "v"), weights.start_of_dp(block, slot))
     dp = weights.kept_of(block, rank(block), step).dp(plgpu.layout_cast(dp, registers.TILE))
-    p, dp = p_taken(block, dp)
-    ds = weights.score_gradients(block, step, p, dp, p.astype(block.spec.dtype))
+    ds = weights.score_gradients(block, step, *p_taken(block, dp)).astype(block.spec.dtype)
     give(block, step, Handed.WEIGHTS, ds)
     await_own_half(block, step, 1)
     return ds
