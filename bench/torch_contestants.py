@@ -136,7 +136,7 @@ class FlexContestant(TorchContestant):
             return cap * torch.tanh(score / cap)
         attend = functools.partial(flex_attention, score_mod=None if cap is None else capped, scale=problem.scale,
                                    enable_gqa=problem.q_heads != problem.kv_heads)
-        # All shapes are one function of torch's compiler, which by default leaves the ninth as it is: O(length²) memory.
+        # All shapes are one function to the compiler, which by default leaves the ninth as it is: O(length²) memory.
         config = torch._dynamo.config
         config.recompile_limit = config.accumulated_recompile_limit = 4096
         compiled = torch.compile(attend, dynamic=False, fullgraph=True)
