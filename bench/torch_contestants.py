@@ -136,7 +136,10 @@ class FlexContestant(TorchContestant):
             return cap * torch.tanh(score / cap)
         attend = functools.partial(flex_attention, score_mod=None if cap is None else capped, scale=problem.scale,
                                    enable_gqa=problem.q_heads != problem.kv_heads)
-        compiled = torch.compile(attend, dynamic=False)
+        # All shapes are one function to the compiler, which by default leaves the ninth as it is: O(length²) memory.
+        config = torch._dynamo.config
+        config.recompile_limit = config.accumulated_recompile_limit = 4096
+        compiled = torch.compile(attend, dynamic=False, fullgraph=True)
         return lambda q, k, v, *mask: compiled(q, k, v, block_mask=mask[0] if mask else None)
 
     def _mask(self, problem: Problem, arrays: Arrays) -> list[Any]:

@@ -165,6 +165,23 @@ def test_flex_attention_gets_the_same_masks(monkeypatch):
         assert set(errors) == {"out"} and errors["out"] < 1e-5, name
 
 
+def test_flex_attention_is_compiled_for_every_shape(monkeypatch):
+    """Regression: torch's compiler left the ninth shape of a process, and all later ones, uncompiled."""
+    torch = pytest.importorskip("torch")
+    from bench import torch_contestants
+    compiled, real = [], torch.compile
+
+    def record(graph, _):
+        compiled.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=record, **options))
+    flex = next(c for c in torch_contestants.TORCH if c.name == "torch-flex")
+    for count in range(1, 11):
+        q = torch.zeros(1, SMALL["sinks"].q_heads, 16 * count, 16)
+        flex._function(SMALL["sinks"])(q, q, q)
+        assert len(compiled) == count
+
+
 # Records and the table -----------------------------------------------------------------------------------------------
 
 def test_who_cannot_run_a_feature_is_a_record(tmp_path):

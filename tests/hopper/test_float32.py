@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from agreement import with_rest
 
-from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device, dispatch
+from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, autodiff, device, dispatch
 from pallas_flash.kernels.hopper import calls, defaults, rules, support
 from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
@@ -19,6 +19,7 @@ from pallas_flash.kernels.hopper.schedule import (
     KvSchedule,
 )
 from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.spec import Results
 from pallas_flash.testing import conformance, inputs
 from pallas_flash.testing.problems import Problem
 
@@ -127,6 +128,23 @@ def test_errs_at_most_twice_as_much_as_float32(name, fast_to_compile):
     budget = conformance.budget(problem, "float32", operands, cotangents)
     shares = budget.used(budget.baseline._replace(**found))
     assert all(share <= 1 for share in shares.values()), shares
+
+
+@pytest.mark.interpreted
+def test_partial_gradients_from_delta_alone(fast_to_compile):
+    """The backward of a part of the keys reads no out; some queries see none of its keys."""
+    problem = problem_of(q_len=70, kv_len=90, d=72, d_v=40, mask=Causal(-20))
+    spec = dataclasses.replace(problem.spec(), partial=True)
+    operands, (dout, dlse) = conformance.random_case(problem, "float32")
+    budget = conformance.budget(problem, "float32", operands, (dout, dlse))
+    q, k, v, dout = (jnp.asarray(x) for x in (*operands[:3], dout))
+    stats = with_rest(jnp.asarray(budget.oracle.lse, jnp.float32))
+    kept, given = autodiff.without_out(spec, Results(jnp.asarray(budget.oracle.out, jnp.float32), stats),
+                                       Results(dout, with_rest(dlse)))
+    with interpreted():
+        found = calls._backward(spec, BACKWARD)(q, k, v, kept.stats, *given)
+    used = budget.used(budget.baseline._replace(**dict(zip(("dq", "dk", "dv"), found, strict=True))))
+    assert max(used.values()) <= 1, used
 
 
 @pytest.mark.interpreted

@@ -20,10 +20,11 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 def not_measured(spec: AttentionSpec) -> list[str]:
-    """What of `spec` the kernels take, but which was not timed on a GPU beside others, each with what to do: all of it.
+    """What of `spec` the kernels take, but which was not timed on a GPU beside others, each with what to do: all of it,
+    on the GPUs that it is for.
     """
     del spec
-    return ['has not been measured on a GPU yet (name implementation="ampere" to try it)']
+    return ['has been timed on an H200 alone, and its forward alone (name implementation="ampere" to try it)']
 
 
 def _device_reasons(device: Device) -> list[str]:
