@@ -291,6 +291,10 @@ def test_kernels_of_wide_heads_come_together():
     for wrong, said in ((dict(slots=1), "slots at least 2"), (dict(cluster=4), "cluster must be 1 or 2")):
         schedule = dataclasses.replace(WIDE, dq=WideSchedule("dq", **wrong))
         assert any(said in reason for reason in rules.reasons_against(spec, schedule, 232_448))
+    uneven = dataclasses.replace(WIDE, dv=WideSchedule("dv", cluster=2))
+    assert any("the same cluster" in reason for reason in rules.reasons_against(spec, uneven, 232_448))
+    no_arrays = dataclasses.replace(WIDE, mask_kernel=True)
+    assert any("mask_kernel" in reason for reason in rules.reasons_against(spec, no_arrays, 232_448))
     large = dataclasses.replace(WIDE, kv=WideSchedule("dk", num_stages=2))
     assert any("bytes of" in reason for reason in rules.reasons_against(spec, large, 232_448))
 
