@@ -415,6 +415,25 @@ def test_hidden_values_may_be_any_number(name):
     assert max(used.values()) <= 1, used
 
 
+def test_small_weights_of_float16_have_slopes():
+    """Regression: where a weight rounded to 0, dS was 0 in tiles that the mask splits, and the dk of a far key another."""
+    length, far = 64, 5
+    spec = AttentionSpec.of(*[jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float16)] * 3, mask=CAUSAL, scale=1.0)
+    rng = np.random.default_rng(0)
+    q, k = np.zeros((2, 1, length, 1, 64), np.float16)
+    q[..., 0], k[:, far, :, 0] = 1, -14.5
+    v, dout = (size * rng.standard_normal(q.shape).astype(np.float16) for size in (1, 1024))
+    s = np.where(np.tri(length, dtype=bool), q[0, :, 0].astype(float) @ k[0, :, 0].astype(float).T, -np.inf)
+    lse = np.log(np.exp(s).sum(axis=1))
+    p, dp = np.exp(s - lse[:, None]), dout[0, :, 0].astype(float) @ v[0, :, 0].astype(float).T
+    out = (p @ v[0, :, 0]).astype(np.float16)[None, :, None]
+    delta = (out * dout.astype(float)).sum(axis=-1)[0, :, 0]
+    wanted = (p * (dp - delta[:, None]))[:, far].sum()
+    saved = out, statistics(spec, lse[None, None]), dout, np.zeros((1, 1, 2, length), np.float32)
+    found = interpreted_gradients(TWO, spec, tuple(map(jnp.asarray, (q, k, v, *saved))))
+    np.testing.assert_allclose(found.dk[0, far, 0, 0], wanted, rtol=0.05)
+
+
 @pytest.mark.parametrize("name", ["two-softcap", "split-softcap-float16", "wide-d384-d64-softcap-float16"])
 def test_a_bad_key_that_nothing_attends_to_has_no_slope(name):
     """0 * NaN is NaN: the slope of a soft cap of NaN, where the weight is 0."""

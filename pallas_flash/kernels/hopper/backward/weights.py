@@ -107,7 +107,13 @@ def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment, roun
     if spec.mask.has_arrays or (spec.softcap is not None and partial is not None):
         return jnp.where(p == 0, 0.0, p * dp).astype(spec.dtype)
     ds = (p * dp).astype(spec.dtype)
-    guarded = lambda ds, rounded: jnp.where(rounded == 0, jnp.zeros_like(ds), ds)
+
+    def guarded(ds: Fragment, rounded: Fragment) -> Fragment:
+        hidden = rounded == 0
+        if spec.dtype == jnp.float16:  # P below 2^-25 rounds to 0, too: dS is not 0, nor NaN, where it is that
+            hidden = hidden & (ds != ds)
+        return jnp.where(hidden, jnp.zeros_like(ds), ds)
+
     return ds if partial is None else lax.cond(partial, guarded, lambda ds, _: ds, ds, rounded)
 
 
