@@ -416,7 +416,7 @@ def test_hidden_values_may_be_any_number(name):
 
 
 def test_small_weights_of_float16_have_slopes():
-    """Regression: where a weight rounded to 0, dS was 0 in tiles that the mask splits, and the dk of a far key another."""
+    """Regression: where a weight rounded to 0, dS was 0 in tiles that the mask splits, and dk of a far key wrong."""
     length, far = 64, 5
     spec = AttentionSpec.of(*[jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float16)] * 3, mask=CAUSAL, scale=1.0)
     rng = np.random.default_rng(0)
