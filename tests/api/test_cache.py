@@ -529,11 +529,11 @@ def test_batch_and_heads_may_be_sharded(kind):
 
 # What is said and refused ---------------------------------------------------------------------------------------------
 
-def test_explain_says_what_runs_and_why_hopper_does_not():
+def test_explain_says_what_runs():
     q = jax.ShapeDtypeStruct((2, 1, 8, 64), "bfloat16")
     cached = jax.eval_shape(lambda: cache.empty_paged(TABLE, (8, 16), 2, 64))
     text = cache.explain(q, cached, mask=Causal() & Window(left=jnp.array([3, 4])), device=device.H200)
-    assert "len=1x48" in text and "implementation='xla'" in text and "pages=8x16" in text
+    assert "len=1x48" in text and "implementation='hopper'" in text and "pages=8x16" in text
     assert "mask=Filled(Window(right=0), lengths=int32[2x1])" in text
     assert "not 'hopper'" not in text
     with pytest.raises(UnsupportedError, match="needs bfloat16 or float16"):

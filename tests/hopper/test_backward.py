@@ -291,6 +291,10 @@ def test_kernels_of_wide_heads_come_together():
     for wrong, said in ((dict(slots=1), "slots at least 2"), (dict(cluster=4), "cluster must be 1 or 2")):
         schedule = dataclasses.replace(WIDE, dq=WideSchedule("dq", **wrong))
         assert any(said in reason for reason in rules.reasons_against(spec, schedule, 232_448))
+    uneven = dataclasses.replace(WIDE, dv=WideSchedule("dv", cluster=2))
+    assert any("the same cluster" in reason for reason in rules.reasons_against(spec, uneven, 232_448))
+    no_arrays = dataclasses.replace(WIDE, mask_kernel=True)
+    assert any("mask_kernel" in reason for reason in rules.reasons_against(spec, no_arrays, 232_448))
     large = dataclasses.replace(WIDE, kv=WideSchedule("dk", num_stages=2))
     assert any("bytes of" in reason for reason in rules.reasons_against(spec, large, 232_448))
 
@@ -409,6 +413,25 @@ def test_hidden_values_may_be_any_number(name):
     found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
+
+
+def test_small_weights_of_float16_have_slopes():
+    """Regression: where a weight rounded to 0, dS was 0 in tiles that the mask splits, and dk of a far key wrong."""
+    length, far = 64, 5
+    spec = AttentionSpec.of(*[jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float16)] * 3, mask=CAUSAL, scale=1.0)
+    rng = np.random.default_rng(0)
+    q, k = np.zeros((2, 1, length, 1, 64), np.float16)
+    q[..., 0], k[:, far, :, 0] = 1, -14.5
+    v, dout = (size * rng.standard_normal(q.shape).astype(np.float16) for size in (1, 1024))
+    s = np.where(np.tri(length, dtype=bool), q[0, :, 0].astype(float) @ k[0, :, 0].astype(float).T, -np.inf)
+    lse = np.log(np.exp(s).sum(axis=1))
+    p, dp = np.exp(s - lse[:, None]), dout[0, :, 0].astype(float) @ v[0, :, 0].astype(float).T
+    out = (p @ v[0, :, 0]).astype(np.float16)[None, :, None]
+    delta = (out * dout.astype(float)).sum(axis=-1)[0, :, 0]
+    wanted = (p * (dp - delta[:, None]))[:, far].sum()
+    saved = out, statistics(spec, lse[None, None]), dout, np.zeros((1, 1, 2, length), np.float32)
+    found = interpreted_gradients(TWO, spec, tuple(map(jnp.asarray, (q, k, v, *saved))))
+    np.testing.assert_allclose(found.dk[0, far, 0, 0], wanted, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["two-softcap", "split-softcap-float16", "wide-d384-d64-softcap-float16"])

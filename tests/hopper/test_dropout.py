@@ -104,6 +104,22 @@ def test_under_vmap_elements_have_the_keys_of_their_seeds(seeds_axis, monkeypatc
         assert np.asarray(keys).view(np.uint32)[i, 1, 3].tolist() == key_of(seed, 1, 3)
 
 
+@pytest.mark.parametrize("batch", [2, 4])
+def test_under_vmap_elements_have_their_origins(batch, monkeypatch):
+    """The four numbers of an origin are no batch entries: with another batch vmap took them for some, and failed."""
+    def hand_keys_back(build, roles, spec, q, k, v, keys):
+        return jnp.zeros(spec.out_shape, spec.dtype), keys
+    monkeypatch.setattr(calls, "partitioned", hand_keys_back)
+    q, origins = jnp.zeros((3, batch, 16, 4, 8), jnp.bfloat16), jnp.arange(12, dtype=jnp.int32).reshape(3, 4) * 16
+
+    def run(q, origin):
+        spec = AttentionSpec.of(q, q, q, dropout_rate=0.3, dropout_moved=16)
+        return calls.forward(spec, Operands(q, q, q, None, (), spec.mask, (), jnp.asarray(SEED), origin, None)).stats
+    keys = np.asarray(jax.vmap(run)(q, origins)).view(np.uint32)
+    for i, (first, head, *place) in enumerate(origins.tolist()):
+        assert keys[i, 1, 3].tolist() == [*key_of(SEED, first + 1, head + 3), *place]
+
+
 # Who runs it ----------------------------------------------------------------------------------------------------------
 
 def test_an_automatic_choice_takes_it():

@@ -13,12 +13,12 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from hopper import test_array_masks as masks_of
 from pallas_flash import Causal, InBounds, SegmentIds, Window, device
-from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, rules
+from pallas_flash.kernels.hopper import calls, defaults, launches, mask_arrays, rules
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule, kernels
 from pallas_flash.kernels.mosaic import mask_kernel, mask_rules
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.packed import Packed
-from pallas_flash.spec import AttentionSpec
+from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.testing import conformance
 from pallas_flash.testing.problems import Problem
 
@@ -88,6 +88,18 @@ def test_a_pass_makes_its_arrays_itself():
         out, stats = found(*map(jnp.asarray, (*operands[:3], *jax.tree.leaves(masks_of.canonical(mask)))))
     used = budget.used(budget.baseline._replace(out=out, lse=stats[:, :, 0]))
     assert max(used.values()) <= 1, used
+
+
+def test_another_runtime_makes_what_the_first_launch_reads(monkeypatch):
+    """The arrays of the mask, and not what XLA makes of them where there is no such launch."""
+    monkeypatch.setattr(defaults, "_MASK_KERNEL_HAS_RUN", True)
+    spec, mask = masks_of.spec_of(masks_of.DOCUMENTS), masks_of.canonical(masks_of.DOCUMENTS)
+    given = Operands(*(None,) * 5, mask, (), None, None, None)
+    for found in calls.passes(spec, device.H100):
+        made, read = found.make(given), {name for name in found.inputs if name.startswith("field")}
+        assert made.keys() == read and "attention_mask" in kernels(defaults.default_forward(spec, device.H100))
+        assert all((made[name].shape, made[name].dtype) == (found.inputs[name].shape, found.inputs[name].dtype)
+                   for name in read)
 
 
 @pytest.mark.parametrize("name", ["window-of-each-head", "dense", "dense-documents"])

@@ -94,8 +94,8 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
 
 
 def _without_seed(operands: Operands) -> Operands:
-    """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
-    return operands._replace(dropout_seed=None)
+    """Those that have batch entries: dropout's keys, made of the seed and the origin, have them, too."""
+    return operands._replace(dropout_seed=None, dropout_origin=None)
 
 
 @interpreted_as(lambda device: None)

@@ -88,7 +88,11 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
         return found
 
     def make(operands: Operands) -> dict[str, jax.Array]:
-        arrays = mask_arrays.make(spec, schedule, operands.mask) if spec.mask.has_arrays else {}
+        arrays: dict[str, jax.Array] = {}
+        if schedule.mask_kernel:  # a launch reads those of the mask as they are
+            arrays = dict(zip(mask_kernel.fields(spec), jax.tree.leaves(operands.mask), strict=True))
+        elif spec.mask.has_arrays:
+            arrays = mask_arrays.make(spec, schedule, operands.mask)
         return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
     return dataclasses.replace(found, make=make)
 
@@ -123,8 +127,8 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
 
 
 def _without_seed(operands: Operands) -> Operands:
-    """Those that have batch entries: dropout's keys, made of the seed, have them, too."""
-    return operands._replace(dropout_seed=None)
+    """Those that have batch entries: dropout's keys, made of the seed and the origin, have them, too."""
+    return operands._replace(dropout_seed=None, dropout_origin=None)
 
 
 @vmappable

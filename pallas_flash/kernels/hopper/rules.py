@@ -157,13 +157,17 @@ def _split_rules(spec: AttentionSpec, s: SplitSchedule) -> _Rules:
             (max(spec.d, spec.d_v) <= 256, f"d={spec.d} and d_v={spec.d_v} must be at most 256"))
 
 
-def _wide_rules(schedule: BackwardSchedule) -> _Rules:
+def _wide_rules(spec: AttentionSpec, schedule: BackwardSchedule) -> _Rules:
     parts = schedule.kv, schedule.dv, schedule.dq
+    of_keys = {s.cluster for s in (schedule.kv, schedule.dv) if isinstance(s, WideSchedule)}
     made = tuple(s.makes if isinstance(s, WideSchedule) else None for s in parts)
     enough = all(s.num_stages >= 1 and s.slots >= 2 for s in parts if isinstance(s, WideSchedule))
     return ((made == ("dk", "dv", "dq"), f"heads above 256 need kernels of dk, dv and dq of their own, not {made}"),
             (len({s.cluster for s in parts if isinstance(s, WideSchedule)} - {1, 2}) == 0, "cluster must be 1 or 2"),
-            (enough, "num_stages must be positive, and slots at least 2: one is freed when the next one is multiplied"))
+            (len(of_keys) <= 1, f"dk and dv need the same cluster, not {sorted(of_keys)}: they read the same ranges of "
+             "query tiles where the mask holds arrays"),
+            (enough, "num_stages must be positive, and slots at least 2: one is freed when the next one is multiplied"),
+            _mask_rule(spec, schedule))
 
 
 def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
@@ -182,7 +186,7 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
 def _backward_rules(spec: AttentionSpec, schedule: BackwardSchedule, smem_limit: int) -> _Rules:
     kv, dq = schedule.kv, schedule.dq
     if any(isinstance(s, WideSchedule) for s in (kv, dq, schedule.dv)):
-        return (*_wide_rules(schedule), *_sizes(spec, (kv, dq, schedule.dv), smem_limit))
+        return (*_wide_rules(spec, schedule), *_sizes(spec, (kv, dq, schedule.dv), smem_limit))
     assert not isinstance(kv, WideSchedule) and not isinstance(dq, WideSchedule)
     rules = [*(_split_rules(spec, kv) if isinstance(kv, SplitSchedule) else _kv_rules(spec, kv)),
              (schedule.fused == (dq is None), "dq must be written by exactly one kernel"),
