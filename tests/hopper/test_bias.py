@@ -10,7 +10,13 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from pallas_flash import Causal, Window, autodiff, device, masks
 from pallas_flash.kernels.hopper import calls, defaults, rules, support
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.schedule import (
+    BackwardSchedule,
+    DbiasSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+)
 from pallas_flash.kernels.mosaic import bias, dropout
 from pallas_flash.kernels.mosaic.dbias import dbias
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -131,6 +137,47 @@ def test_gradient_agrees_with_the_oracle(name):
     assert found.dtype == operands.bias.dtype
     used = budget.used(budget.baseline._replace(dbias=found))
     assert max(used.values()) <= 1, used
+
+
+OF_PAIRS = {
+    "shared-by-batch": dict(bias=(1, 2, 140, 200), mask=Causal(-20)),
+    "shared-by-all": dict(bias=(1, 1, 140, 200), mask=Window(60, 10), layout="BHLD", kv_heads=2, softcap=2.0),
+    "float32": dict(bias=(2, 2, 140, 200), mask=Causal(30), bias_dtype="float32"),
+    "lengths-dropout": dict(bias=(2, 1, 140, 200), mask=masks.InBounds(kv_len=np.array([170, 0])), dropout_rate=0.3,
+                            bias_dtype="float16"),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("schedule", [DbiasSchedule(), DbiasSchedule(block_kv=64, warpgroups=1, k_stages=1)],
+                         ids=["default", "small"])
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_the_kernel_of_the_gradient_agrees_with_the_oracle(name, schedule):
+    """With tiles that no batch entry needs, and those that some do; with NaN in what masks hide."""
+    problem = problem_of(name, **(dict(q_len=140, kv_len=200) | OF_PAIRS[name]))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    operands = operands._replace(bias=with_far_rows(operands.bias, -3e3))
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    lse = jnp.asarray(budget.oracle.lse, jnp.float32)
+    given = jax.tree.map(jnp.asarray, inputs.poisoned(spec, operands))
+    lse -= jnp.broadcast_to(spec.anchor(given)[..., 0].astype(jnp.float32), lse.shape)
+    results = jnp.asarray(budget.oracle.out, "bfloat16"), jnp.stack([lse, jnp.zeros_like(lse)], axis=2)
+    cotangents = jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2)
+    assert rules.dbias_reasons(spec, schedule, 232_448) == []
+    with interpreted():
+        found, = jax.block_until_ready(calls._dbias(spec, schedule)(
+            *given[:3], *results, *cotangents, *dropout.inputs(spec, given), *jax.tree.leaves(given.mask), given.bias))
+    assert found.dtype == operands.bias.dtype
+    used = budget.used(budget.baseline._replace(dbias=found))
+    assert max(used.values()) <= 1, used
+
+
+def test_which_gradients_have_a_kernel():
+    pairs = dict(bias=(1, 2, Q_LEN, KV_LEN))
+    for options, has_one in (({}, True), (dict(bias_dtype="float32"), True), (dict(bias=(1, 2, 1, KV_LEN)), False),
+                             (dict(d=256, d_v=256), False), (dict(d=76, d_v=76), False)):
+        spec = problem_of("pairs", **(pairs | options)).spec()
+        assert (defaults.default_dbias(spec, device.H200) is not None) == has_one, options
 
 
 def test_what_the_kernels_take():

@@ -11,10 +11,11 @@ import numpy as np
 
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.hopper.rules import reasons_against
+from pallas_flash.kernels.hopper.rules import dbias_reasons, reasons_against
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
+    DbiasSchedule,
     DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
@@ -34,7 +35,7 @@ from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["assume", "default_backward", "default_forward"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
@@ -178,6 +179,14 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     assert two.dq is not None
     return BackwardSchedule(dataclasses.replace(two.kv, num_sms=device.num_sms),
                             dataclasses.replace(two.dq, num_sms=device.num_sms))
+
+
+def default_dbias(spec: AttentionSpec, device: Device) -> DbiasSchedule | None:
+    """The default schedule of the kernel of the gradient of a bias of pairs; None where there is none, because the bias
+    is another one, or heads are too wide for its tiles: `mosaic.dbias` then walks in plain JAX.
+    """
+    schedule = DbiasSchedule()
+    return None if dbias_reasons(spec, schedule, device.smem_bytes) else schedule
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

@@ -115,8 +115,8 @@ def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, dense, padding (a mask that holds arrays beside the
-    problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode, pages,
-    heads, sinks: see `decoding`."""
+    problem's), bias (of each key), pairs (a bias of each pair; float32: in that), learned (with gradients also that of
+    the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`."""
     import dataclasses
 
     import jax
@@ -136,7 +136,8 @@ def lower(name: str, options: list[str]):
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
     biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
-    bias = [jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in biases.items() if name in options]
+    bias_dtype = jnp.float32 if "float32" in options else spec.dtype
+    bias = [jax.ShapeDtypeStruct(shape, bias_dtype) for name, shape in biases.items() if name in options]
     keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     score=score_of(problem, options), implementation="hopper")
@@ -146,7 +147,8 @@ def lower(name: str, options: list[str]):
         return flash_attention(q, k, v, bias=bias[0] if bias else None, dropout_rng=rng, **keywords)
 
     def call_with_gradients(q, k, v, *bias):
-        results, vjp = jax.vjp(lambda *qkv: call(*qkv, *bias), q, k, v)
+        learned, given = (bias, []) if "learned" in options else ([], bias)
+        results, vjp = jax.vjp(lambda *learned: call(*learned, *given), q, k, v, *learned)
         return vjp(results)
 
     def partial_call(q, k, v):

@@ -35,7 +35,7 @@ from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
-__all__ = ["launch"]
+__all__ = ["Rows", "any_large_in_warp", "launch", "statistic", "without_rounding"]
 
 
 class Rows(NamedTuple):
@@ -87,7 +87,7 @@ def load_role(block: Block[DqSchedule]) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: Block[DqSchedule], first: Index, row: Statistics) -> PerRow:
+def statistic[S](block: Block[S], first: Index, row: Statistics) -> PerRow:
     """Loads a row of the statistics of the 64 queries from `first` on."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS_PER_WARPGROUP)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
@@ -101,7 +101,7 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     return ptx.any_in_warp(is_large(spec, size) & (size < IDLE / 2), registers.ROW_LAYOUT)
 
 
-def without_rounding(block: Block[DqSchedule], rows: Rows, y: Exponents) -> Exponents:
+def without_rounding[S](block: Block[S], rows: Rows, y: Exponents) -> Exponents:
     """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
