@@ -1,6 +1,6 @@
 """What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
 
-The gradient of a bias is a computation of its own, which XLA leaves out where nothing asks for it: a kernel's, or a walk
+The gradient of a bias is a computation of its own, which is left out where nothing asks for it: a kernel's, or a walk
 in plain JAX (`mosaic.dbias`).
 
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them

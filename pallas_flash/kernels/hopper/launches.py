@@ -7,8 +7,8 @@ constant.
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then either one
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq.
 
-dbias: the same inputs -> the gradient of a bias of pairs, padded to whole tiles. `prepare` once more, then one kernel: a
-program that does not ask for it leaves both out.
+dbias: the same inputs -> the gradient of a bias of pairs, padded to whole tiles. `prepare` once more, then one kernel;
+a program that does not ask for it leaves both out.
 
 With dropout all also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, and the forward no table. With a score function or a bias it always does (`bias.as_mask`): the function's
@@ -70,8 +70,8 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
 
 
 def dbias_pass(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Pass:
-    """The gradient of a bias of pairs, in a dtype: see `backward.dbias.launch`. Its inputs are those of `backward`, of a
-    spec that is not partial.
+    """The gradient of a bias of pairs, in a dtype: see `backward.dbias.launch`. Its inputs are those of `backward`, of
+    a spec that is not partial.
     """
     return _backward(spec, schedule.tiles, (dbias.launch(spec, schedule, dtype),), ("dbias",))
 

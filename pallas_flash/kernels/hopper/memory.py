@@ -29,8 +29,8 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Barrier", "Buffer", "Memory", "dbias_memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces", "finish_memory",
-    "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
+    "Barrier", "Buffer", "Memory", "dbias_memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
+    "finish_memory", "forward_memory", "kv_memory", "prepare_memory", "smem_bytes", "split_memory",
 ]
 
 _ALIGNMENT = 1024

@@ -19,8 +19,8 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DbiasSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule",
-    "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DbiasSchedule", "DecodeSchedule", "DqSchedule",
+    "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule", "chunks", "kernels",
 ]
 
 CHUNK = 64

@@ -78,8 +78,8 @@ class _Computation:
 
 @functools.lru_cache(maxsize=1024)
 def walk(spec: AttentionSpec) -> Computation:
-    """The gradient of a bias as a function of q, k, v, out, stats and the cotangents of these two, of dropout's keys, of
-    the arrays of the mask, and of the bias. The same object for the same spec.
+    """The gradient of a bias as a function of q, k, v, out, stats and the cotangents of these two, of dropout's keys,
+    of the arrays of the mask, and of the bias. The same object for the same spec.
     """
     return _Computation(spec)
 
