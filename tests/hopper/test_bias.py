@@ -162,7 +162,9 @@ def kernel_arguments(spec, budget, given, dout, dlse):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", OF_PAIRS)
 def test_the_kernel_of_the_gradient_agrees_with_the_oracle(name):
-    """With tiles that no batch entry needs, and those that some do; with NaN in what masks hide."""
+    """With tiles that no batch entry needs, and those that some do; with NaN in what masks hide. One looks for races:
+    that takes twice as long.
+    """
     schedule, options = OF_PAIRS[name]
     problem = problem_of(name, **(dict(q_len=140, kv_len=200) | options))
     operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
@@ -170,10 +172,11 @@ def test_the_kernel_of_the_gradient_agrees_with_the_oracle(name):
     budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
     given = jax.tree.map(jnp.asarray, inputs.poisoned(spec, operands))
     assert rules.dbias_reasons(spec, schedule, 232_448) == []
-    with interpreted(detect_races=True):
+    looks_for_races = name == "shared-by-batch"
+    with interpreted(detect_races=looks_for_races):
         found, = jax.block_until_ready(
             calls._dbias(spec, schedule)(*kernel_arguments(spec, budget, given, dout, dlse)))
-    assert not gpu_callbacks.get_races().races_found
+    assert not (looks_for_races and gpu_callbacks.get_races().races_found)
     assert found.dtype == operands.bias.dtype
     used = budget.used(budget.baseline._replace(dbias=found))
     assert max(used.values()) <= 1, used

@@ -1,4 +1,4 @@
-"""The kernel of the gradient of a bias of pairs on a GPU, beside `test_features_gpu`, which has it against the oracle."""
+"""The kernel of the gradient of a bias of pairs on a GPU; `test_features_gpu` has it against the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ def test_a_bad_value_reaches_the_rows_that_see_it_alone(dtype):
     q, k, v, bias, dout = arrays(dtype)
     v = v.at[1, 300].set(jnp.nan)
     run = jax.jit(gradient, static_argnums=0)
-    found, again, wanted = (np.asarray(run(name, q, k, v, bias, dout), np.float32) for name in ("hopper", "hopper", "xla"))
+    found, again, wanted = (np.asarray(run(name, q, k, v, bias, dout), np.float32)
+                            for name in ("hopper", "hopper", "xla"))
     np.testing.assert_array_equal(found, again)
     sees, hidden = np.arange(LENGTH) >= 300, np.asarray(bias == -jnp.inf) | ~np.tri(LENGTH, dtype=bool)
     assert not found[hidden].any()
