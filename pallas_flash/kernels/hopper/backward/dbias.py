@@ -59,7 +59,8 @@ class Sharers(NamedTuple):
         return cls(spec.batch // spec.bias.shape[0], spec.q_heads // spec.bias.shape[1])
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        """How many pairs of a batch entry and a head."""
         return self.batches * self.heads
 
 
@@ -68,7 +69,7 @@ class Tile(NamedTuple):
 
     block: Block[DbiasSchedule]
     place: tuple[Index, Index]  # of the bias in its array
-    kv_tile: Index
+    kv_tile: Array
 
     @property
     def kv_first(self) -> Index:
@@ -86,7 +87,7 @@ class Tile(NamedTuple):
 
     def needs(self, walk: Walk) -> Flag:
         """Whether a mask keeps some pair of the tile."""
-        return (walk.start <= self.kv_tile) & (self.kv_tile < walk.stop)
+        return jnp.logical_and(walk.start <= self.kv_tile, self.kv_tile < walk.stop)
 
     def for_each[C](self, body: Callable[[Block[DbiasSchedule], Array, C], C], carry: C) -> tuple[Array, C]:
         """Runs carry = body(block, number, carry) for all that need the tile. Returns how many these are, too."""
@@ -95,7 +96,7 @@ class Tile(NamedTuple):
             return lax.cond(self.needs(block.walk), lambda number, carry: (number + 1, body(block, number, carry)),
                             lambda *state: state, *state)
 
-        count = jnp.int32(Sharers.of(self.block.spec).count)
+        count = jnp.int32(Sharers.of(self.block.spec).number)
         found: tuple[Array, C] = lax.fori_loop(jnp.int32(0), count, step, (jnp.int32(0), carry))
         return found
 
