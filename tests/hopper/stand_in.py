@@ -12,6 +12,7 @@ import jax
 from pallas_flash import autodiff, device, reference
 from pallas_flash.kernels.hopper import calls
 from pallas_flash.kernels.mosaic import bias
+from pallas_flash.kernels.mosaic.dbias import walk
 from pallas_flash.spec import AttentionSpec, Operands
 
 NAMES = "q", "k", "v", "out", "stats", "dout", "dstats"
@@ -65,6 +66,7 @@ def standing_in(monkeypatch):
 
     monkeypatch.setattr(calls, "_forward_on", lambda where: _builder(True))
     monkeypatch.setattr(calls, "_backward_on", lambda where: _builder(False))
+    monkeypatch.setattr(calls, "_dbias_on", lambda where: walk)
     forget()
     with device.assume(device.H200):
         yield

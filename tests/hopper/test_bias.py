@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
-from pallas_flash import Causal, Window, autodiff, device, masks
+from hopper.offline.compile_kernels import mosaic_modules
+from pallas_flash import Causal, Window, autodiff, device, flash_attention, masks
 from pallas_flash.kernels.hopper import calls, defaults, rules, support
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.schedule import (
+    BackwardSchedule,
+    DbiasSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    KvSchedule,
+)
 from pallas_flash.kernels.mosaic import bias, dropout
-from pallas_flash.kernels.mosaic.dbias import dbias
+from pallas_flash.kernels.mosaic.dbias import dbias, walk
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import Results
 from pallas_flash.testing import conformance, inputs
@@ -131,6 +138,97 @@ def test_gradient_agrees_with_the_oracle(name):
     assert found.dtype == operands.bias.dtype
     used = budget.used(budget.baseline._replace(dbias=found))
     assert max(used.values()) <= 1, used
+
+
+SMALL = DbiasSchedule(block_kv=64, warpgroups=1, k_stages=1)
+OF_PAIRS = {
+    "shared-by-batch": (DbiasSchedule(), dict(bias=(1, 2, 140, 200), mask=Causal(-20))),
+    "shared-by-all": (SMALL, dict(bias=(1, 1, 140, 200), mask=Window(60, 10), layout="BHLD", kv_heads=2, softcap=2.0)),
+    "float32": (SMALL, dict(bias=(2, 2, 140, 200), mask=Causal(30), bias_dtype="float32")),
+    "lengths-dropout": (DbiasSchedule(), dict(bias=(2, 1, 140, 200), mask=masks.InBounds(kv_len=np.array([170, 0])),
+                                              dropout_rate=0.3, bias_dtype="float16")),
+}
+
+
+def kernel_arguments(spec, budget, given, dout, dlse):
+    """What the computation of the gradient of a bias takes, of a case with its oracle."""
+    lse = jnp.asarray(budget.oracle.lse, jnp.float32)
+    lse -= jnp.broadcast_to(spec.anchor(given)[..., 0].astype(jnp.float32), lse.shape)
+    results = jnp.asarray(budget.oracle.out, "bfloat16"), jnp.stack([lse, jnp.zeros_like(lse)], axis=2)
+    cotangents = jnp.asarray(dout), jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2)
+    return (*given[:3], *results, *cotangents, *dropout.inputs(spec, given), *jax.tree.leaves(given.mask), given.bias)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_the_kernel_of_the_gradient_agrees_with_the_oracle(name):
+    """With tiles that no batch entry needs, and those that some do; with NaN in what masks hide. One looks for races:
+    that takes twice as long.
+    """
+    schedule, options = OF_PAIRS[name]
+    problem = problem_of(name, **(dict(q_len=140, kv_len=200) | options))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    operands = operands._replace(bias=with_far_rows(operands.bias, -3e3))
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    given = jax.tree.map(jnp.asarray, inputs.poisoned(spec, operands))
+    assert rules.dbias_reasons(spec, schedule, 232_448) == []
+    looks_for_races = name == "shared-by-batch"
+    with interpreted(detect_races=looks_for_races):
+        found, = jax.block_until_ready(
+            calls._dbias(spec, schedule)(*kernel_arguments(spec, budget, given, dout, dlse)))
+    assert not (looks_for_races and gpu_callbacks.get_races().races_found)
+    assert found.dtype == operands.bias.dtype
+    used = budget.used(budget.baseline._replace(dbias=found))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.interpreted
+def test_a_bad_value_reaches_the_gradients_of_the_rows_that_see_it_alone():
+    """There all weights are NaN, but those of pairs that the mask or the bias hides are 0; as in the walk."""
+    bad = 15
+    problem = problem_of("bad", batch=1, bias=(1, 2, Q_LEN, KV_LEN), mask=Causal(5))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    operands = operands._replace(bias=with_far_rows(operands.bias, -1.0))
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    given = jax.tree.map(jnp.asarray, operands)
+    arrays = [*kernel_arguments(spec, budget, given, dout, dlse)]
+    sees = np.arange(Q_LEN) + 5 >= bad
+    arrays[2] = arrays[2].at[:, bad].set(jnp.nan)
+    arrays[3] = jnp.where(sees[None, :, None, None], jnp.nan, arrays[3])  # what the forward returns
+    with interpreted():
+        found, = jax.block_until_ready(calls._dbias(spec, SMALL)(*arrays))
+    found, wanted = (np.asarray(x, np.float32) for x in (found, walk(spec)(*arrays)[0]))
+    assert np.isnan(wanted).any() and (wanted == 0).any()
+    assert np.array_equal(np.isnan(found), np.isnan(wanted))
+    np.testing.assert_allclose(found, wanted, rtol=0.03, atol=2e-3)
+
+
+@pytest.fixture
+def has_kernel(monkeypatch):
+    """It is off until it has run on a GPU."""
+    assert defaults.default_dbias(problem_of("pairs", bias=(1, 2, Q_LEN, KV_LEN)).spec(), device.H200) is None
+    monkeypatch.setattr(defaults, "_DBIAS_KERNEL_HAS_RUN", True)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_gradient_that_nobody_asks_for_has_no_kernel(learned, has_kernel):
+    def loss(q, bias):
+        return flash_attention(q, q, q, bias=bias, mask=Causal(), implementation="hopper").astype(jnp.float32).sum()
+
+    kinds = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 256, 2, 64), (1, 2, 256, 256)))
+    with device.assume(device.H200):
+        gradients = jax.jit(jax.grad(loss, (0, 1) if learned else 0)).trace(*kinds)
+        modules = mosaic_modules(gradients.lower(lowering_platforms=("cuda",)))
+    assert any(b"attention_backward_dbias" in module for module in modules) == learned
+    assert any(b"attention_backward_dq" in module for module in modules)
+
+
+def test_which_gradients_have_a_kernel(has_kernel):
+    pairs = dict(bias=(1, 2, Q_LEN, KV_LEN))
+    for options, has_one in (({}, True), (dict(bias_dtype="float32"), True), (dict(bias=(1, 2, 1, KV_LEN)), False),
+                             (dict(d=256, d_v=256), False), (dict(d=76, d_v=76), False)):
+        spec = problem_of("pairs", **(pairs | options)).spec()
+        assert (defaults.default_dbias(spec, device.H200) is not None) == has_one, options
 
 
 def test_what_the_kernels_take():

@@ -1,5 +1,8 @@
 """What dispatch calls: a spec's passes with their default schedules, under jit, vmap and shard_map.
 
+The gradient of a bias is a computation of its own, which is left out where nothing asks for it: a kernel's, or a walk
+in plain JAX (`mosaic.dbias`).
+
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
 (`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
 
@@ -14,15 +17,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import masks, padding, softmax
+from pallas_flash import device, masks, padding, softmax
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.dbias import dbias
+from pallas_flash.kernels.mosaic.dbias import dbias, walk
 from pallas_flash.kernels.mosaic.dscore import dscore
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
@@ -67,6 +70,49 @@ def _forward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     """The backward of each spec, and the same object for the same device."""
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
+
+
+@dataclasses.dataclass(frozen=True)
+class _BiasGradient:
+    """The gradient of a bias of pairs by a kernel: see `mosaic.dbias.walk`."""
+
+    spec: AttentionSpec
+    schedule: DbiasSchedule
+
+    @property
+    def result_types(self) -> tuple[jax.ShapeDtypeStruct]:
+        bias = self.spec.bias
+        assert bias is not None
+        return (jax.ShapeDtypeStruct(bias.shape, self.spec.gradient_dtype(bias.dtype)),)
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        (q, k, v), saved, (*rest, own) = arrays[:3], arrays[3:7], arrays[7:]
+        fields, structure = jax.tree.flatten(self.spec.mask)
+        keys = rest[:len(rest) - len(fields)]
+        operands = Operands(q=q, k=k, v=v, bias=own, score=(), mask=jax.tree.unflatten(structure, rest[len(keys):]),
+                            score_integers=(), dropout_seed=None, dropout_origin=None, page_table=None)
+        # Of a partial spec out and the cotangent of lse are such that delta is what it is of another one.
+        spec, operands = bias.as_mask(dataclasses.replace(self.spec, partial=False), operands)
+        kind, = self.result_types
+        run = _computation(spec, launches.dbias_pass(spec, self.schedule, kind.dtype), self.schedule.tiles)
+        found, = run(q, k, v, *saved, *keys, *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands))
+        return (found[:, :, :kind.shape[2], :kind.shape[3]],)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dbias(spec: AttentionSpec, schedule: DbiasSchedule) -> Computation:
+    """The same object for the same spec and schedule."""
+    return _BiasGradient(spec, schedule)
+
+
+@functools.lru_cache(maxsize=8)
+def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
+    """The gradient of the bias of each spec, by a kernel where there is one; and the same object for the same device.
+    """
+    def build(spec: AttentionSpec) -> Computation:
+        schedule = defaults.default_dbias(spec, device)
+        return walk(spec) if schedule is None else _dbias(spec, schedule)
+    return build
 
 
 def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
@@ -120,7 +166,8 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
     if out is None:
         results = Results(jnp.zeros_like(dout), stats)  # which is what it means
     if spec.bias is not None:
-        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
+        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys,
+                                           _dbias_on(device.current())))
     if operands.score:
         found = found._replace(dscore=dscore(spec, operands, results, cotangents, keys))
     return found

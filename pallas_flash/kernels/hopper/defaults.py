@@ -13,10 +13,11 @@ import numpy as np
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import smem_bytes
-from pallas_flash.kernels.hopper.rules import reasons_against
+from pallas_flash.kernels.hopper.rules import dbias_reasons, reasons_against
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
+    DbiasSchedule,
     DecodeSchedule,
     DqSchedule,
     Float32BackwardSchedule,
@@ -40,11 +41,12 @@ from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["assume", "default_backward", "default_forward"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MASK_KERNEL_HAS_RUN = False
+_DBIAS_KERNEL_HAS_RUN = False
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
@@ -207,6 +209,15 @@ def _default_wide(spec: AttentionSpec, device: Device, makes: Literal["dk", "dv"
     candidates = (WideSchedule(makes, stages, slots, num_sms=device.num_sms // WideSchedule.cluster)
                   for stages in (2, 1) for slots in range(8, 1, -1))
     return next(schedule for schedule in candidates if smem_bytes(spec, schedule) <= device.smem_bytes)
+
+
+def default_dbias(spec: AttentionSpec, device: Device) -> DbiasSchedule | None:
+    """The default schedule of the kernel of the gradient of a bias of pairs; None where there is none, because the bias
+    is another one, or heads are too wide for its tiles, and nowhere before it has run on a GPU: `mosaic.dbias` then
+    walks in plain JAX.
+    """
+    schedule = DbiasSchedule()
+    return None if not _DBIAS_KERNEL_HAS_RUN or dbias_reasons(spec, schedule, device.smem_bytes) else schedule
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

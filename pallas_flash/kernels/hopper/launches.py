@@ -8,7 +8,10 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 fused kernel adds dq up in float32, of which `finish` makes dq, or two kernels make dk and dv, and dq. Above 256 columns
 three make dv, dk, and dq.
 
-With dropout both also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
+dbias: the same inputs -> the gradient of a bias of pairs, padded to whole tiles. `prepare` once more, then one kernel;
+a program that does not ask for it leaves both out.
+
+With dropout all also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, or these arrays themselves, of which its first launch makes them; and the forward no table. With a score
 function or a bias it always does (`bias.as_mask`): the function's arrays come behind dropout's keys, those of
 `mosaic.bias` last.
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash.kernels.hopper import mask_arrays, work
-from pallas_flash.kernels.hopper.backward import dq, finish, kv, kv_split, prepare, wide
+from pallas_flash.kernels.hopper.backward import dbias, dq, finish, kv, kv_split, prepare, wide
 from pallas_flash.kernels.hopper.decode import added
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
@@ -30,6 +33,7 @@ from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.memory import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
+    DbiasSchedule,
     DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
@@ -41,7 +45,7 @@ from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_functi
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "dbias_pass", "forward"]
 
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Pass:
@@ -92,6 +96,20 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
     lse counts. Of a partial spec there is no out, and dstats hold -delta (`autodiff.without_out`).
     """
+    gradients = () if spec.dtype == jnp.float32 else _gradients(spec, schedule)
+    return _backward(spec, schedule, gradients, ("dq", "dk", "dv"))
+
+
+def dbias_pass(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Pass:
+    """The gradient of a bias of pairs, in a dtype: see `backward.dbias.launch`. Its inputs are those of `backward`, of
+    a spec that is not partial.
+    """
+    return _backward(spec, schedule.tiles, (dbias.launch(spec, schedule, dtype),), ("dbias",))
+
+
+def _backward(spec: AttentionSpec, schedule: BackwardSchedule, gradients: tuple[Launch, ...],
+              results: tuple[str, ...]) -> Pass:
+    """What makes gradients, behind the launch that prepares it."""
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | ({} if spec.partial else {"out": out}) | {"stats": stats, "dout": out, "dstats": stats}
@@ -99,12 +117,11 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     of_mask, before = _of_mask(spec, schedule)
     inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
     if spec.dtype == jnp.float32:
-        return Pass(inputs=inputs, constants={}, launches=_gradients_in_parts(spec, schedule),
-                    results=("dq", "dk", "dv"))
-    first, others = prepare.launch(spec, schedule), _gradients(spec, schedule)
+        return Pass(inputs=inputs, constants={}, launches=_gradients_in_parts(spec, schedule), results=results)
+    first = prepare.launch(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    launches = (*before, first, *(launch.reading(clean) for launch in others))
-    return Pass(inputs=inputs, constants={}, launches=launches, results=("dq", "dk", "dv"))
+    launches = (*before, first, *(launch.reading(clean) for launch in gradients))
+    return Pass(inputs=inputs, constants={}, launches=launches, results=results)
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:

@@ -16,6 +16,7 @@ from pallas_flash import tiles
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
+    DbiasSchedule,
     DecodeSchedule,
     DqSchedule,
     ForwardSchedule,
@@ -30,9 +31,9 @@ from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "decode_memory", "dq_acc_shape", "dq_memory", "dq_pieces",
-    "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory", "prepare_float32_memory",
-    "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory", "wide_memory",
+    "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "dbias_memory", "decode_memory", "dq_acc_shape",
+    "dq_memory", "dq_pieces", "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory",
+    "prepare_float32_memory", "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory", "wide_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -204,6 +205,24 @@ def wide_memory(spec: AttentionSpec, s: WideSchedule) -> Memory:
     return Memory(tuple(buffers), tuple(barriers))
 
 
+def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
+    """Rings of queries with keys and of douts with values; and the tile of a bias in 16 bits, 64 rows of it for each
+    warpgroup, over which its gradient is written.
+    """
+    assert spec.bias is not None
+    d, d_v, loads = chunks(spec.d), chunks(spec.d_v), 1 + s.warpgroups
+    buffers = [Buffer("q", (s.k_stages, s.warpgroups, d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+               Buffer("k", (s.k_stages, d, s.block_kv, CHUNK), spec.dtype),
+               Buffer("dout", (s.v_stages, s.warpgroups, d_v, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+               Buffer("v", (s.v_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+    barriers = [*_ring("k", loads * d, s.warpgroups, s.k_stages), *_ring("v", loads * d_v, s.warpgroups, s.v_stages)]
+    if spec.bias.dtype.itemsize == 2:
+        across = chunks(s.block_kv)
+        buffers.append(Buffer("bias", (s.warpgroups, across, ROWS_PER_WARPGROUP, CHUNK), spec.bias.dtype))
+        barriers.append(Barrier("bias_full", across, s.warpgroups))
+    return Memory(tuple(buffers), tuple(barriers))
+
+
 def prepare_memory(spec: AttentionSpec) -> Memory:
     """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
     out, and dout is there only if it is copied, too.
@@ -307,7 +326,8 @@ def dq_acc_shape(spec: AttentionSpec, s: KvSchedule) -> tuple[int, ...]:
 
 
 def smem_bytes(spec: AttentionSpec,
-               s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule) -> int:
+               s: (ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule
+                   | DbiasSchedule)) -> int:
     """Shared memory of a block, its barriers included."""
     if spec.dtype == jnp.float32:
         return _float32_bytes(in_parts(spec), s)
@@ -324,11 +344,14 @@ def smem_bytes(spec: AttentionSpec,
             memory = dq_memory(spec, s)
         case WideSchedule():
             memory = wide_memory(spec, s)
+        case DbiasSchedule():
+            memory = dbias_memory(spec, s)
     return memory.smem_bytes
 
 
 def _float32_bytes(wide: AttentionSpec,
-                   s: ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule) -> int:
+                   s: (ForwardSchedule | DecodeSchedule | KvSchedule | SplitSchedule | DqSchedule | WideSchedule
+                       | DbiasSchedule)) -> int:
     """The same of float32 inputs, of the problem of their parts: of dk or of dv, what needs more."""
     if isinstance(s, ForwardSchedule):
         return forward_memory(wide, s).smem_bytes

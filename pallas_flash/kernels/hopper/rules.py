@@ -10,6 +10,7 @@ from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
+    DbiasSchedule,
     DecodeSchedule,
     DqSchedule,
     Float32BackwardSchedule,
@@ -23,9 +24,10 @@ from pallas_flash.kernels.hopper.schedule import (
 from pallas_flash.kernels.hopper.work import has_order
 from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
+from pallas_flash.padding import UNIT
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["reasons_against"]
+__all__ = ["dbias_reasons", "reasons_against"]
 
 _Rules = tuple[tuple[bool, str], ...]
 """What must hold, and what is said where it does not."""
@@ -52,6 +54,31 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
         rules = _forward_rules(spec, schedule, smem_limit)
     else:
         rules = _backward_rules(spec, schedule, smem_limit)
+    return [reason for holds, reason in rules if not holds]
+
+
+def dbias_reasons(spec: AttentionSpec, s: DbiasSchedule, smem_limit: int) -> list[str]:
+    """Returns why the kernel of the gradient of a bias cannot run a spec with a schedule; an empty list if it can.
+
+    Args:
+      smem_limit: see `reasons_against`.
+    """
+    if spec.bias is None or spec.bias.shape[2:] != (spec.q_len, spec.kv_len) or spec.q_len == 1:
+        return ["needs a bias of pairs"]
+    dims = f"d={spec.d}, d_v={spec.d_v}"
+    rules: _Rules = (
+        (s.block_kv in (64, 128), f"{s.block_kv=} must be 64 or 128"),
+        (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
+        (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (isinstance(spec.batch, int), f"needs a batch size that is a number, batch is {spec.batch}"),
+        (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),
+        (spec.score is None, f"takes no score function, score={spec.score}"),
+        (spec.d % UNIT == 0 == spec.d_v % UNIT, f"needs head dimensions that are multiples of {UNIT}, {dims}"),
+        (spec.bias.dtype.name in ("bfloat16", "float16", "float32"),
+         f"needs a bias in 16 bits or in float32, it is in {spec.bias.dtype}"),
+        ((needed := smem_bytes(spec, s)) <= smem_limit,
+         f"needs {needed} bytes of shared memory, there are {smem_limit}, {dims}"),
+    )
     return [reason for holds, reason in rules if not holds]
 
 

@@ -20,9 +20,9 @@ from pallas_flash import tiles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "Float32BackwardSchedule",
-    "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule", "WideSchedule", "chunks",
-    "kernels",
+    "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DbiasSchedule", "DecodeSchedule", "DqSchedule",
+    "Float32BackwardSchedule", "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule",
+    "WideSchedule", "chunks", "kernels",
 ]
 
 CHUNK = 64
@@ -401,6 +401,40 @@ class Float32BackwardSchedule(BackwardSchedule):
 
     kv: KvSchedule = KvSchedule(pinned=False)
     dq: DqSchedule = DqSchedule(v_stages=1, pinned=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class DbiasSchedule:
+    """The kernel of the gradient of a bias of pairs: each compute warpgroup keeps that of 64 queries and a key tile.
+
+    Attributes:
+      block_kv: keys of a tile: 64 or 128.
+      warpgroups: compute warpgroups, of 64 queries each: 1 or 2.
+      k_stages: slots of the ring of queries and keys.
+      v_stages: slots of the ring of douts and values.
+      opaque: queries and douts are indexed through `ptx.opaque`.
+    """
+
+    block_kv: int = 128
+    warpgroups: int = 2
+    k_stages: int = 2
+    v_stages: int = 1
+    opaque: bool = True
+
+    @property
+    def block_q(self) -> int:
+        return ROWS_PER_WARPGROUP * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the compute warpgroups and of the loading one."""
+        return _two_roles(self.warpgroups)
+
+    @property
+    def tiles(self) -> BackwardSchedule:
+        """A backward with the same tiles: what says how statistics, mask and bias are laid out."""
+        return BackwardSchedule(KvSchedule(block_q=self.block_q),
+                                DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups))
 
 
 def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:

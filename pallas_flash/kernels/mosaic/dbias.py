@@ -1,4 +1,4 @@
-"""The gradient of a bias, in plain JAX: its own walk over query tiles (`query_tiles`).
+"""The gradient of a bias, in plain JAX: its own walk over query tiles (`query_tiles`). Kernels may take its place.
 
 dbias = sum over queries, and over the axes along which the bias is broadcast, of dS = P * (dP - delta).
 """
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float, Int
 from pallas_flash.kernels.mosaic import query_tiles
-from pallas_flash.kernels.mosaic.call import partitioned
+from pallas_flash.kernels.mosaic.call import Build, Computation, partitioned
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
-__all__ = ["dbias"]
+__all__ = ["dbias", "walk"]
 
 
 def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cotangents: Results[Array],
-          keys: tuple[Int[Array, "b h 2"], ...]) -> Array:
+          keys: tuple[Int[Array, "b h 2"], ...], build: Build | None = None) -> Array:
     """The gradient of the bias, (batch or 1, heads or 1, 1 or q_len, kv_len), in `spec.gradient_dtype` of its dtype;
     sums are float32.
 
@@ -31,33 +31,32 @@ def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cota
     Args:
       operands: those of the call.
       keys: dropout's (`mosaic.dropout.inputs`).
+      build: makes what computes it of the spec of each device, if it is not always `walk`. Under `vmap` it is.
     """
     assert operands.bias is not None
     fields = jax.tree.leaves(operands.mask)
     roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}bias -> bias"
-    found: Array = _split(spec, roles)(operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields,
-                                       operands.bias)
+    call = _split(spec, roles, walk if build is None else build)
+    found: Array = call(operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields, operands.bias)
     return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _split(spec: AttentionSpec, roles: str) -> jax.custom_batching.custom_vmap:
+def _split(spec: AttentionSpec, roles: str, build: Build) -> jax.custom_batching.custom_vmap:
     @jax.custom_batching.custom_vmap
     def call(*arrays: Array) -> Array:
-        return partitioned(_computation, roles, spec, *arrays)[0]
+        return partitioned(build, roles, spec, *arrays)[0]
 
     @call.def_vmap
     def rule(_: int, in_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
-        one = lambda *arrays: _computation(spec)(*arrays)[0]
+        one = lambda *arrays: walk(spec)(*arrays)[0]
         return jax.vmap(one, [0 if is_mapped else None for is_mapped in in_batched])(*arrays), True
     return call
 
 
 @dataclasses.dataclass(frozen=True)
 class _Computation:
-    """The gradient of a bias as a function of q, k, v, out, stats and the cotangents of these two, of dropout's keys,
-    of the arrays of the mask, and of the bias.
-    """
+    """See `walk`."""
 
     spec: AttentionSpec
 
@@ -78,8 +77,10 @@ class _Computation:
 
 
 @functools.lru_cache(maxsize=1024)
-def _computation(spec: AttentionSpec) -> _Computation:
-    """The same object for the same spec."""
+def walk(spec: AttentionSpec) -> Computation:
+    """The gradient of a bias as a function of q, k, v, out, stats and the cotangents of these two, of dropout's keys,
+    of the arrays of the mask, and of the bias. The same object for the same spec.
+    """
     return _Computation(spec)
 
 

@@ -135,16 +135,19 @@ def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
-    beside the problem's), bias (of each key), pairs (a bias of each pair), alibi, table, bent (see `score_of`); decode,
-    pages, heads, sinks: see `decoding`; mask: see `with_mask_kernel`."""
+    beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
+    also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
+    `with_mask_kernel`."""
     import dataclasses
 
     import jax
     import jax.numpy as jnp
 
     from pallas_flash import autodiff, device, flash_attention
+    from pallas_flash.kernels.hopper import defaults, support
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
+    defaults._DBIAS_KERNEL_HAS_RUN, support.FLOAT32_IS_RIGHT = True, True  # what calls do not reach yet
     problem, less, times = problems.find(name), 48 if "ragged" in options else 0, 2 if "wide" in options else 1
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
                                   kv_len=problem.kv_len - less, d=times * problem.d, d_v=times * problem.d_v,
@@ -157,7 +160,8 @@ def lower(name: str, options: list[str]):
               (spec.kv_len, spec.kv_heads, spec.d_v))
     q, k, v = (jax.ShapeDtypeStruct(spec.shape(*shape), spec.dtype) for shape in shapes)
     biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
-    bias = [jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in biases.items() if name in options]
+    bias_dtype = jnp.float32 if "bias32" in options else spec.dtype
+    bias = [jax.ShapeDtypeStruct(shape, bias_dtype) for name, shape in biases.items() if name in options]
     keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     score=score_of(problem, options), implementation="hopper")
@@ -167,7 +171,8 @@ def lower(name: str, options: list[str]):
         return flash_attention(q, k, v, bias=bias[0] if bias else None, dropout_rng=rng, **keywords)
 
     def call_with_gradients(q, k, v, *bias):
-        results, vjp = jax.vjp(lambda *qkv: call(*qkv, *bias), q, k, v)
+        learned, given = (bias, []) if "learned" in options else ([], bias)
+        results, vjp = jax.vjp(lambda *learned: call(*learned, *given), q, k, v, *learned)
         return vjp(results)
 
     def partial_call(q, k, v):

@@ -21,7 +21,7 @@ from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, QueryBlock
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule, WideSchedule
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DbiasSchedule, DqSchedule, WideSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.hopper.slow_rows import SlowRows
 from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
@@ -36,7 +36,7 @@ from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
 
 __all__ = ["Rows", "any_large_in_warp", "block_of", "gradient_type", "inputs", "kept_of", "launch", "references",
-           "repaired", "statistic", "tile_weights"]
+           "repaired", "statistic", "tile_weights", "without_rounding"]
 
 
 class Rows(NamedTuple):
@@ -88,7 +88,7 @@ def load_role(block: Block[DqSchedule]) -> None:
             load_ring(block, "v", s.v_stages)
 
 
-def statistic(block: QueryBlock, first: Index, row: Statistics) -> PerRow:
+def statistic(block: QueryBlock | Block[DbiasSchedule], first: Index, row: Statistics) -> PerRow:
     """Loads a row of the statistics of the 64 queries from `first` on."""
     stats = block.gmem["stats"].at[block.batch, block.head, int(row), pl.ds(first, ROWS_PER_WARPGROUP)]
     return plgpu.load(stats, layout=registers.ROW_LAYOUT, optimized=False)
@@ -102,7 +102,7 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     return ptx.any_in_warp(is_large(spec, size) & (size < IDLE / 2), registers.ROW_LAYOUT)
 
 
-def without_rounding(block: QueryBlock, rows: Rows, y: Exponents) -> Exponents:
+def without_rounding(block: QueryBlock | Block[DbiasSchedule], rows: Rows, y: Exponents) -> Exponents:
     """Adds to exponents, (64, columns) or (64,), what lse lost in its rounding."""
     rounding = statistic(block, rows.first, Statistics.ROUNDING)
     return y + (registers.spread(rounding, y.shape[1]) if len(y.shape) == 2 else rounding)
