@@ -7,7 +7,7 @@ none, so no branch is left out; kernels read what they would ask from other arra
 
 import functools
 import operator
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -27,6 +27,8 @@ __all__ = [
 
 _QuerySchedule = ForwardSchedule | DqSchedule
 _Schedule = _QuerySchedule | BackwardSchedule
+type _Range = tiles.TileRange[Index] | tiles.TileRange[Positions]
+"""In a kernel, where all numbers are scalars; on the host."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,13 +72,13 @@ def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Index) -> tiles.Til
 def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
 
 
-def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Positions) -> tiles.TileRange[Any]:
+def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Positions) -> _Range:
     """The key tiles that a query tile needs."""
     rows = tiles.interval(q_tile, s.block_q, spec.q_len)
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
 
 
-def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.TileRange[Any]:
+def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.TileRange[Positions]:
     """The key tiles that the 64 queries from `first` on need, past the end of the sequence too."""
     return tiles.kv_tiles(mask_of(spec, s), (first, first + ROWS), s.block_kv, spec.kv_len)
 
@@ -104,7 +106,7 @@ def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Index) -> tiles.T
 def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
 
 
-def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> tiles.TileRange[Any]:
+def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> _Range:
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
@@ -112,7 +114,7 @@ def q_range(spec: AttentionSpec, s: BackwardSchedule, kv_tile: Positions) -> til
 
 
 def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
-                keys: tuple[Positions, Positions]) -> tiles.TileRange[Any]:
+                keys: tuple[Positions, Positions]) -> tiles.TileRange[Positions]:
     """The query tiles that the keys of an interval need."""
     return tiles.q_tiles(mask_of(spec, s), keys, s.block_q, spec.q_len)
 

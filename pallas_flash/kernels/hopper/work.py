@@ -8,7 +8,7 @@ parts that hold none, so no branch is left out; kernels read what they would ask
 
 import functools
 import operator
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +38,8 @@ __all__ = [
 
 _BackwardPart = KeySchedule | DqSchedule
 _Schedule = ForwardSchedule | _BackwardPart
+type _Range = tiles.TileRange[Index] | tiles.TileRange[Positions]
+"""In a kernel, where all numbers are scalars; on the host."""
 
 _BLOCK_STEPS = 1.5  # the start and end of a block, or of a tile in the forward, cost about that many steps
 
@@ -134,7 +136,7 @@ def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, 
 
 
 def row_tiles(mask: masks.Mask, spec: AttentionSpec, schedule: ForwardSchedule, q_tile: Positions,
-              warpgroup: Positions) -> tiles.TileRange[Any]:
+              warpgroup: Positions) -> _Range:
     """The key tiles that one warpgroup's 64 rows of a query tile need: at least one, and among the query tile's
     `loaded_tiles`. Rows past the last query walk with the last real ones: a mask is asked about real intervals only.
     """
@@ -241,7 +243,7 @@ def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
             kv_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
 
 
-def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Positions) -> tiles.TileRange[Any]:
+def q_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, kv_tile: Positions) -> _Range:
     """The query tiles that a key tile needs. Its keys are not clamped to the real length: the padding of the last tile
     must be masked.
     """
@@ -257,7 +259,7 @@ def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart,
              q_tile: np.ndarray) -> tiles.TileRange[Positions]: ...
 
 
-def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Positions) -> tiles.TileRange[Any]:
+def kv_range(mask: masks.Mask, spec: AttentionSpec, s: _BackwardPart, q_tile: Positions) -> _Range:
     """The key tiles that a query tile needs."""
     return tiles.kv_tiles(mask, tiles.interval(q_tile, s.block_q, spec.q_len), s.block_kv, spec.kv_len)
 

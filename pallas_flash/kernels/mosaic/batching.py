@@ -38,7 +38,7 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
             return function(spec, where, operands, *arrays)
 
         @call.def_vmap
-        def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[R, R]:
+        def rule(axis_size: int, in_batched: list[Any], *args: *tuple[Operands, *Arrays]) -> tuple[R, R]:
             if not isinstance(axis_size, int) or axis_size == 0:
                 return _in_turns(call, in_batched, args)
             given, mapped = args[0], in_batched[0]
@@ -68,7 +68,7 @@ def _is_shared(function: Score, mapped: Operands) -> bool:
     return not any((*mapped.score, *mapped.score_integers)) and not traced.uses_batch(function)
 
 
-def _in_turns[R](call: Callable[..., R], in_batched: list[Any], args: tuple[Any, ...]) -> tuple[R, R]:
+def _in_turns[R](call: Callable[..., R], in_batched: list[object], args: tuple[object, ...]) -> tuple[R, R]:
     """The call for one element after the other: an axis of symbolic size has no one launch, and an empty one has none.
     """
     leaves, structure = jax.tree.flatten(args)

@@ -146,7 +146,7 @@ def _intervals(spec: AttentionSpec, gmem: dict[str, Ref], name: str, batch: Inde
     of_keys, ref = name == "keys", gmem[name]
     ask = _rules(spec, gmem, batch)
     bounds = ask.kv_bounds(pos, pos + 1) if of_keys else ask.q_bounds(pos, pos + 1)
-    found: Any = mask_ranges.kept_interval(bounds, spec.kv_len if of_keys else spec.q_len)
+    found = mask_ranges.kept_interval(bounds, spec.kv_len if of_keys else spec.q_len)
     for i, x in enumerate(found):
         threads.store(ref, (batch, 0, i, pos), (x,), pos < ref.shape[3])
 
@@ -347,7 +347,7 @@ def launch(spec: AttentionSpec, outputs: dict[str, jax.ShapeDtypeStruct], ranges
     lengths = [tiles.cdiv(spec.kv_len if made.of_keys else spec.q_len, made.other) for made in ranges]
     scratch = [plgpu.SMEM((3, max(map(_shared_size, lengths))), jnp.int32)] if has_ids else []
 
-    def attention_mask(*refs: Any) -> None:
+    def attention_mask(*refs: Ref) -> None:
         gmem, smem = dict(zip((*inputs, *outputs), refs)), refs[-1]
         block, first = lax.axis_index("block"), 0
         for section in sections:

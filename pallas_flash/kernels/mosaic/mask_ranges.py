@@ -26,7 +26,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
-from pallas_flash.arrays import Array, Int
+from pallas_flash.arrays import Array, Int, Shaped
 from pallas_flash.kernels.mosaic import mask_bits
 from pallas_flash.spec import AttentionSpec
 
@@ -67,7 +66,7 @@ def names(mask: masks.Mask, of_keys: bool) -> tuple[str, ...]:
 
 def types(spec: AttentionSpec, make: Callable[[masks.Mask], dict[str, Array]]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each array that `make` makes of the canonical mask that a spec stands for."""
-    given: Any = jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype), spec.mask)
+    given: masks.Mask = jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype), spec.mask)
     found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, given)
     return found
 
@@ -172,7 +171,7 @@ def asked_about(spec: AttentionSpec, of_keys: bool, tile: Positions, block: int)
     return tile * block, tile * block + block
 
 
-def _array(x: Any) -> Array:
+def _array(x: Positions | Shaped) -> Array:
     return jnp.asarray(x)
 
 
@@ -280,7 +279,7 @@ def per_position(spec: AttentionSpec, mask: masks.Mask, wanted: tuple[str, ...],
     return found
 
 
-def _row_ids(ids: Any, length: int, padding: int) -> Int[Array, "1|b 1|h 1 n"]:
+def _row_ids(ids: Shaped, length: int, padding: int) -> Int[Array, "1|b 1|h 1 n"]:
     """Ids up to a length, with one number for all padding."""
     own = _padded(_array(ids), length, padding)
     return jnp.where(own < 0, padding, own)[:, :, None]

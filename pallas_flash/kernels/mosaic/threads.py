@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
@@ -61,11 +62,11 @@ def smallest(x: Array) -> Array:
     return reduce(x)
 
 
-def _each_thread(*xs: Index) -> list[Array]:
+def _each_thread(*xs: Positions) -> list[Array]:
     return [jnp.broadcast_to(jnp.asarray(x), (ptx.WARPGROUP,)) for x in xs]
 
 
-def _store_plain(ref: Ref, index: tuple[Index, ...], values: tuple[Index, ...], where: Array) -> None:
+def _store_plain(ref: Ref, index: tuple[Index, ...], values: tuple[Positions, ...], where: Array) -> None:
     place, own, flags = _each_thread(*index), _each_thread(*values), _each_thread(where)[0]
 
     @pl.loop(jnp.int32(0), jnp.int32(ptx.WARPGROUP))
@@ -82,7 +83,7 @@ def _flat(ref: Ref, index: tuple[Index, ...]) -> Array:
 
 
 @interpreted_as(_store_plain)
-def store(ref: Ref, index: tuple[Index, ...], values: tuple[Index, ...], where: Array) -> None:
+def store(ref: Ref, index: tuple[Index, ...], values: tuple[Positions, ...], where: Array) -> None:
     """Stores int32 numbers side by side from ref[index] on, in global memory; only those threads whose flag is set."""
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * (2 + len(values))))
     def write(_: mgpu.LaunchContext, ref: ir.Value, at: mgpu.FragmentedArray, flag: mgpu.FragmentedArray,

@@ -107,7 +107,7 @@ def program(function: scores.Score) -> Program:
              for kind, xs in (("float", scores.floats(function)), ("integer", scores.integers(function)))]
     number, place = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
 
-    def both(floats: Any, integers: Any, score: Array, *where: Array) -> tuple[Array, Array]:
+    def both(floats: Sequence[Array], integers: Sequence[Array], score: Array, *where: Array) -> tuple[Array, Array]:
         whole = function.filled(floats, integers)
         found: tuple[Array, Array] = jax.jvp(lambda x: jnp.asarray(whole(x, *where)).astype(np.float32), (score,),
                                              (jnp.ones_like(score),))
@@ -134,7 +134,7 @@ class _Tracer:
         self.of_pair = set(range(num_arrays, len(inputs)))
         self.value, self.slope = self._inline(closed, inputs)
 
-    def _new(self, aval: Any) -> Atom:
+    def _new(self, aval: jax.core.ShapedArray) -> Atom:
         self.types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return Atom(len(self.types) - 1)
 
@@ -142,7 +142,7 @@ class _Tracer:
         values = dict(zip(closed.jaxpr.invars, given, strict=True))
         values |= {name: Atom(-1, x) for name, x in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
 
-        def atom(x: Any) -> Atom:
+        def atom(x: core.Var | core.Literal) -> Atom:
             if not isinstance(x, core.Literal):
                 return values[x]
             kind: Any = x.aval
@@ -210,7 +210,7 @@ def arrays(function: scores.Score, floats: Sequence[Array], integers: Sequence[A
     """What kernels read, (elements,) each, of the arrays of a function with placeholders; computed by XLA."""
     own = program(function)
     given = *(jnp.asarray(x, np.float32) for x in floats), *integers
-    values: dict[int, Any] = dict(enumerate(given))
+    values: dict[int, Array] = dict(enumerate(given))
     # Primitives do not, as functions of jnp do, mark numbers as varying where arrays vary, inside `shard_map`.
     varying = lambda x: compat.vary_like(jnp.asarray(x), given)
     for step in own.prepared:
@@ -244,7 +244,7 @@ def _integer_pow(x: Array, *, y: int) -> Array:
     return jnp.ones_like(x) if result is None else result
 
 
-def _pow(x: Array, y: Any) -> Array:
+def _pow(x: Array, y: np.number) -> Array:
     """x^y, y a known number: of a negative x NaN, unless y is whole."""
     if float(y).is_integer():
         return _integer_pow(x, y=int(y))
@@ -366,8 +366,8 @@ class Place:
       load: (number of the array, element, its axes) -> that element of the array, for each number of `element`.
     """
 
-    spread: Callable[[Any, tuple[int, ...], tuple[int, ...]], Any]
-    load: Callable[[int, Any, tuple[int, ...]], Any]
+    spread: Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
+    load: Callable[[int, Array, tuple[int, ...]], Array]
 
 
 def evaluate(own: Program, results: Sequence[Atom], given: dict[str, Value], place: Place,

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from pallas_flash.arrays import Array, Bool
 
-__all__ = ["Flag", "Index", "Ref"]
+__all__ = ["Flag", "Index", "KernelArguments", "Ref"]
 
 Index = int | Array
 """One number, plain or a traced int32: of a block, a warpgroup, a slot, a step."""
@@ -41,3 +41,9 @@ class Ref(AbstractRef):
 
     def __setitem__(self, index: _Subscript | tuple[_Subscript, ...], value: ArrayLike) -> None:
         raise NotImplementedError
+
+
+KernelArguments = tuple[*tuple[Ref, ...], dict[str, Ref], dict[str, Ref]]
+"""What the body of a kernel is called with: its inputs and outputs in global memory, then by name what `allocate`
+describes: buffers in shared memory, and barriers.
+"""

@@ -8,7 +8,7 @@ dS goes from registers to the product with K. K and V have the products of `back
 exchanged, so weights are the same.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.ptx import scalar
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -190,7 +190,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
               *mask_ranges.names(spec.mask, True), *bias.names(spec))
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
 
-    def attention_backward_dq(*refs: Any) -> None:
+    def attention_backward_dq(*refs: *KernelArguments) -> None:
         *arrays, smem, _ = refs
         compute(block_of(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem))
 

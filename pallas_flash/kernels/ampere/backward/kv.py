@@ -38,7 +38,7 @@ from pallas_flash.kernels.mosaic import bias, dropout, mask_ranges, ptx, score_f
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -189,7 +189,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
                for name, shape in (("dk", shapes.k), ("dv", shapes.v))}
     size = schedule.warpgroups
 
-    def attention_backward_kv(*refs: Any) -> None:
+    def attention_backward_kv(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         pair, kv_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.kv_heads), rem(pair, spec.kv_heads)

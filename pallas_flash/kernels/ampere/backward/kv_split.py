@@ -10,7 +10,6 @@ makes dq (`backward.dq`).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -100,6 +99,6 @@ def compute(block: Block) -> None:
         (total,) = mark_nonfinite(block, 0, spoiled, (total * unit if unit != 1 else total,))
         block.store(name, 0, total)
 
-    factor: Any = dropout.factor(spec) if spec.dropout_rate else 1.0
+    factor = dropout.factor(spec) if spec.dropout_rate else 1.0
     pl.when(block.team.warpgroup == 0)(lambda: run("dv", add_to_dv, spec.d_v, factor))
     pl.when(block.team.warpgroup == 1)(lambda: run("dk", add_to_dk, spec.d, spec.scale * factor))

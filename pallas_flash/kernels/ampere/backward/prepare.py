@@ -3,7 +3,6 @@
 Where a mask may leave queries without keys it also copies q and dout, with zeros for these queries.
 """
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit, unit
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -100,7 +99,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     padded, team = work.padded_q(spec, schedule), Team(1, 0, None)
     count = padded // ROWS
 
-    def attention_backward_prepare(*refs: Any) -> None:
+    def attention_backward_prepare(*refs: *KernelArguments) -> None:
         *arrays, smem, _ = refs
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         block = lax.axis_index("block")

@@ -1,10 +1,11 @@
 """What the stages of the forward kernel share: a block's problem, references, and place."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_flash import tiles
+from pallas_flash.arithmetic import Positions
 from pallas_flash.kernels.ampere import copies, work
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
@@ -32,7 +33,7 @@ class Block(NamedTuple):
 
     def meets(self, row_tile: int, kv_tile: Index) -> Flag:
         """Whether 64 of the queries need a key tile."""
-        found: tiles.TileRange[Any]
+        found: tiles.TileRange[Index] | tiles.TileRange[Positions]
         match self.mask:
             case ArrayMask() as mask:
                 found = mask.tiles("row_tiles", div(self.first, ROWS) + row_tile)

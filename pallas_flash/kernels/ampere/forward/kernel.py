@@ -16,7 +16,6 @@ float32.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -172,7 +171,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)
 
-    def attention_forward(*refs: Any) -> None:
+    def attention_forward(*refs: *KernelArguments) -> None:
         *arrays, smem, _ = refs
         pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)

@@ -15,7 +15,7 @@ Barriers: k_full, k_free, v_full, v_free for slots of the rings; bias_full for a
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from pallas_flash.kernels.mosaic.completion import Completed, completion
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -291,7 +291,7 @@ def launch(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Lau
     shape = padded_shape(spec, schedule)
     q_tiles, kv_tiles = shape[2] // schedule.block_q, shape[3] // schedule.block_kv
 
-    def attention_backward_dbias(*refs: Any) -> None:
+    def attention_backward_dbias(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip(("q", "k", "v", "dout", "stats", *extra, "dbias"), arrays, strict=True))
         number, kv_tile = div(lax.axis_index("block"), kv_tiles), rem(lax.axis_index("block"), kv_tiles)

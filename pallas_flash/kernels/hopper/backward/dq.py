@@ -7,7 +7,7 @@ Barriers: q_full for a warpgroup's query and dout; k_full, k_free, v_full, v_fre
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, scaled
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
@@ -308,7 +308,7 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
     """
     outputs = gradient_type(spec)
 
-    def attention_backward_dq(*refs: Any) -> None:
+    def attention_backward_dq(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*references(spec), *outputs), arrays, strict=True))
         block = block_of(spec, schedule, (gmem, smem, bars))

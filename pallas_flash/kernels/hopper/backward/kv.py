@@ -14,7 +14,7 @@ kv_full for the block's keys and values; ds_full, ds_free for slots of dS; dq_fu
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import TileRange
@@ -413,7 +413,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
     if ordered:
         outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
 
-    def attention_backward_kv(*refs: Any) -> None:
+    def attention_backward_kv(*refs: *KernelArguments) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
         names = [*references(spec), *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs

@@ -10,7 +10,6 @@ p_free for slots of P.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,7 +28,7 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, SplitSchedu
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.traced import is_additive
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
 
@@ -170,7 +169,7 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
     """The launch that makes dk and dv of q, k, v, dout and the statistics."""
     outputs = kv.gradient_types(spec)
 
-    def attention_backward_split(*refs: Any) -> None:
+    def attention_backward_split(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*kv.references(spec), "dk", "dv"), arrays, strict=True))
         block = kv.block_of(spec, schedule, (gmem, smem, bars))

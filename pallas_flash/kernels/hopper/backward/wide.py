@@ -41,7 +41,7 @@ from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
 
@@ -403,12 +403,12 @@ def compute_role(block: Wide, warpgroup: int) -> None:
 def launch(spec: AttentionSpec, schedule: WideSchedule) -> Launch:
     """The launch that makes dk, dv or dq of q, k, v, dout, the statistics and what mask, bias and dropout need."""
     of_queries = schedule.makes == "dq"
-    side: Any = dq if of_queries else kv
+    side = dq if of_queries else kv
     blocks = (work.dq_work if of_queries else work.kv_work)(spec, schedule).blocks
     types = dq.gradient_type(spec) if of_queries else kv.gradient_types(spec)
     outputs: dict[str, jax.ShapeDtypeStruct] = {schedule.makes: types[schedule.makes]}
 
-    def run(*refs: Any) -> None:
+    def run(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*side.references(spec), *outputs), arrays, strict=True))
         block = side.block_of(spec, schedule, (gmem, smem, bars))

@@ -5,7 +5,7 @@ are kept that there are. The combining warpgroup takes 512 numbers of O at a tim
 have work however few rows there are.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +173,7 @@ def store_piece(spec: AttentionSpec, x: _Piece, targets: tuple[Ref, Ref], head: 
     """
     @plgpu.inline_mgpu(arg_types=(STRIP, STRIP, STRIP, plgpu.RefType(), plgpu.RefType(), *(ptx.SCALAR,) * 3))
     def store(_: mgpu.LaunchContext, out: mgpu.FragmentedArray, lse: mgpu.FragmentedArray, rest: mgpu.FragmentedArray,
-              *others: Any) -> None:
+              *others: *tuple[ir.Value, ir.Value, *tuple[mgpu.FragmentedArray, ...]]) -> None:
         target, stats, *place = others
         batch, kv_head, piece = (x.registers.item() for x in place)
         first, dim = _elements(piece), mgpu.utils.c(spec.d_v, ptx.i32())

@@ -28,7 +28,7 @@ that has lost keys gets row sums of NaN, of which everything else becomes NaN. S
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked, scaled
-from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["counters_shape", "launch"]
@@ -342,7 +342,7 @@ def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
                "part_acc": jax.ShapeDtypeStruct((2 * count, combine.part_size(spec)), jnp.float32),
                "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS_PER_WARPGROUP, 2), jnp.float32)}
 
-    def attention_decode(*refs: Any) -> None:
+    def attention_decode(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         all_ = [Worker(spec, schedule, i, gmem, own(smem, i), own(bars, i)) for i in range(schedule.workers)]

@@ -6,7 +6,6 @@ zero where they are loaded, and are not stored.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -222,7 +221,8 @@ def _store_part_statistics_plain(x: tuple[PerRow, PerRow], ref: Ref, slot: Index
 def store_part_statistics(x: tuple[PerRow, PerRow], ref: Ref, slot: Index) -> None:
     """Stores two numbers for each row, (64,) float32 each, to ref[slot], (64, 2)."""
     @plgpu.inline_mgpu(arg_types=(ROW_LAYOUT, ROW_LAYOUT, plgpu.RefType(), ptx.SCALAR))
-    def store(_: mgpu.LaunchContext, *args: Any) -> None:
+    def store(_: mgpu.LaunchContext,
+              *args: *tuple[*tuple[mgpu.FragmentedArray, ...], ir.Value, mgpu.FragmentedArray]) -> None:
         *x, ref, slot = args
         for i, row, quarter in own_rows():
             index = arith.addi(arith.muli(slot.registers.item(), _const(ROWS_PER_WARPGROUP)), row)

@@ -10,7 +10,7 @@ A warpgroup waits for each product at once, while the other one's are multiplied
 and about 800 of others, so two warpgroups keep the tensor cores busy. Barriers are those of `forward.kernel`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit
-from pallas_flash.kernels.mosaic.types import Index
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -137,7 +137,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, jnp.float32),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
 
-    def attention_forward_float32(*refs: Any) -> None:
+    def attention_forward_float32(*refs: *KernelArguments) -> None:
         *found, smem, bars = refs
         block = Block(wide, schedule, dict(zip((*names, *outputs), found, strict=True)), smem, bars)
         warpgroup = lax.axis_index("warpgroup")

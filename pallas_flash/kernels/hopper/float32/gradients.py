@@ -17,7 +17,7 @@ sums apart from dk and dv.
 Barriers: own_full; other_0_full, other_0_free, other_1_full, other_1_free for slots of the rings.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -52,12 +52,15 @@ __all__ = ["launch"]
 OF_QUERIES = ("q", "dout", "lse", "delta", "rounding")
 STATISTICS = {"lse": Statistics.LSE, "delta": Statistics.DELTA, "rounding": Statistics.ROUNDING}
 
+type GradientBlock = Block[DqSchedule] | Block[KvSchedule]
+"""A block that keeps queries, or keys, of the problem `in_parts`."""
+
 
 class Here(NamedTuple):
     """A warpgroup's 64 rows."""
 
     kind: Kind
-    block: Block[DqSchedule | KvSchedule]  # of the problem `in_parts`
+    block: GradientBlock
     warpgroup: Index
 
     @property
@@ -103,12 +106,12 @@ class Here(NamedTuple):
         return registers.stack(registers.load_row(ref, index, step.tile * columns, columns))
 
 
-def walked_rows(kind: Kind, block: Block[DqSchedule | KvSchedule]) -> int:
+def walked_rows(kind: Kind, block: GradientBlock) -> int:
     """The rows of a tile that a block walks over."""
     return block.schedule.block_kv if kind.of_queries else block.schedule.block_q
 
 
-def other_head(kind: Kind, block: Block[DqSchedule | KvSchedule], head: Index) -> Index:
+def other_head(kind: Kind, block: GradientBlock, head: Index) -> Index:
     """The head of what a block walks over, at a query head."""
     return div(head, block.spec.group) if kind.of_queries else head
 
@@ -181,7 +184,7 @@ def compute_role(here: Here, columns: int, target: Ref) -> None:
     tiles.store_rows(spec, out, target, (block.batch, block.head, here.first, 0))
 
 
-def load_role(kind: Kind, block: Block[DqSchedule | KvSchedule]) -> None:
+def load_role(kind: Kind, block: GradientBlock) -> None:
     """Runs the loading warpgroup: a warp for each of the rings; the first loads what the block keeps, too."""
     plgpu.set_max_registers(block.schedule.registers[-1], action="decrease")
 
@@ -212,7 +215,7 @@ def load_role(kind: Kind, block: Block[DqSchedule | KvSchedule]) -> None:
 
 
 def block_of(spec: AttentionSpec, s: DqSchedule | KvSchedule,
-             refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> Block[Any]:
+             refs: tuple[dict[str, Ref], dict[str, Ref], dict[str, Ref]]) -> GradientBlock:
     """Finds which block runs: of the problem `in_parts`, arrays in global memory, buffers, and barriers."""
     if isinstance(s, KvSchedule):
         return kv_kernel.block_of(spec, s, refs)
@@ -235,7 +238,7 @@ def launch(spec: AttentionSpec, name: str, schedule: DqSchedule | KvSchedule) ->
     names = (*arrays, *(f"{x}_scales" for x in arrays), "stats", *masks, "out")
     blocks = (work.dq_work(wide, schedule) if isinstance(schedule, DqSchedule) else work.kv_work(wide, schedule)).blocks
 
-    def attention_gradient_float32(*refs: Any) -> None:
+    def attention_gradient_float32(*refs: *KernelArguments) -> None:
         *found, smem, bars = refs
         gmem = dict(zip(names, found, strict=True))
         block = block_of(wide, schedule, (gmem, smem, bars))

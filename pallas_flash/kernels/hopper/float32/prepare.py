@@ -3,7 +3,6 @@
 Queries that attend to nothing get zeros for dout: whatever is there does not meet a weight of 0.
 """
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSch
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.types import KernelArguments
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -36,7 +36,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     loaded = {"dout": "rows"} if spec.partial else {"out": "out", "dout": "rows"}
     inputs, count = (*loaded, "stats", "dstats"), padded // ROWS_PER_WARPGROUP
 
-    def attention_prepare_float32(*refs: Any) -> None:
+    def attention_prepare_float32(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         block = lax.axis_index("block")

@@ -48,7 +48,7 @@ class Taken(NamedTuple):
     q_tile: Array
     lo: Array  # key tiles [lo, hi)
     hi: Array
-    needed: TileRange[Array] | None  # by the rows of a compute warpgroup
+    needed: TileRange[Index] | None  # by the rows of a compute warpgroup
 
 
 def for_each_taken(block: Block, body: Callable[[Tile], None], warpgroup: Index | None,

@@ -31,7 +31,7 @@ like the others. O is rescaled while the next S is multiplied, before its own P 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_fu
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
-from pallas_flash.kernels.mosaic.types import Flag, Index
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -382,7 +382,7 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
         slots = work.forward_table(spec, schedule).shape[1]
         outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
-    def attention_forward(*refs: Any) -> None:
+    def attention_forward(*refs: *KernelArguments) -> None:
         *found, smem, bars = refs
         block = Block(spec, schedule, dict(zip((*inputs, *outputs), found, strict=True)), smem, bars)
         warpgroup = lax.axis_index("warpgroup")

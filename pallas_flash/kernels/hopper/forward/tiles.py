@@ -9,7 +9,7 @@ column says whether any was.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -68,7 +68,7 @@ class Tile(NamedTuple):
     mask: HeadMask
     column: Index = 0  # of this block's row of the table
     is_redone: Index = 0  # 1 if it was given up before, else 0
-    needed: TileRange[Array] | None = None  # by this warpgroup's rows, where that was announced
+    needed: TileRange[Index] | None = None  # by this warpgroup's rows, where that was announced
 
     def slot(self, kv_tile: Index, num_stages: int) -> Index:
         """The slot of the rings that holds a key tile."""
@@ -158,7 +158,7 @@ def rows_of(block: Block, tile: Tile, warpgroup: Index) -> Rows:
         return block.smem["q"].at[buffer, :, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
 
     s = block.schedule
-    needed: TileRange[Any] = (
+    needed: TileRange[Index] = (
         work.row_tiles(work.worst_case(block.spec, s), block.spec, s, tile.q_tile, warpgroup)
         if tile.needed is None else tile.needed)
     slack: float | Float[Array, ""] = s.slack
