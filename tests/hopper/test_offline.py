@@ -28,6 +28,10 @@ OUTSIDE = {"dropout": 4, "documents+lengths": 20, "d512-s2048+gradients+softcap"
 the fused kernel of d 128 with documents; the forward, once a tile of 4,000 clocks and more, by ptxas 13.0 alone; dq
 of d 512, likewise.
 """
+INSIDE = {"attention_backward_wide_dq": 1}
+"""Accesses to spilled registers that are allowed in a step of 3,000 clocks and more: dq of d 512 with a soft cap loads
+8 bytes, by ptxas 13.0 alone.
+"""
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
 WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 12) else places.why_not()
 
@@ -74,7 +78,8 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
         assert report["registers"], "ptxas' report is missing"
         assert not REJECTED & set(report["advice"]), report
         allowed = max((size for part, size in OUTSIDE.items() if part in name), default=0)
-        assert report["spill_bytes"] <= allowed and not report["spills_inside"], report
+        inside = INSIDE.get(report["kernel"], 0)
+        assert report["spill_bytes"] <= allowed and (report["spills_inside"] or 0) <= inside, report
         if report["multiplies"]:
             assert report["moved_descriptors"] is not None, "no innermost loop multiplies"
             limit = MOVED_WIDE if "_wide_" in report["kernel"] else MOVED_DESCRIPTORS
