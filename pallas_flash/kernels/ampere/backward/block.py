@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_flash.kernels.ampere import copies, registers
@@ -61,6 +62,18 @@ class Block(NamedTuple):
         axis, place = (1, (self.batch, first, self.head)) if self.spec.layout == "BLHD" else (
             2, (self.batch, self.head, first))
         registers.store_rows(x.astype(self.spec.result_dtype), self.gmem[name], place, axis)
+
+    def load_first(self) -> None:
+        """Starts to load the first step, if there is one."""
+        @pl.when(self.walk.steps > 0)
+        def load() -> None:
+            self.load(Step(jnp.int32(0), *self.walk.first))
+
+    def load_next(self, step: Step) -> None:
+        """Starts to load the step after this one, if there is one."""
+        @pl.when(step.ordinal + 1 < self.walk.steps)
+        def load() -> None:
+            self.load(Step(step.ordinal + 1, *self.walk.next(step.head, step.tile)))
 
     def load(self, step: Step) -> None:
         """Starts to load the query, the dout and the statistics of a step."""

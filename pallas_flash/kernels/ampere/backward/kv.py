@@ -118,19 +118,13 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     """Adds a query tile, which is on its way, to the sums, and starts to load the next one."""
     s, slot = block.schedule, block.slot(step.ordinal)
     copies.sync(block.team)
-
-    def load_next() -> None:
-        @pl.when(step.ordinal + 1 < block.walk.steps)
-        def load() -> None:
-            block.load(Step(step.ordinal + 1, *block.walk.next(step.head, step.tile)))
-
     if s.num_stages > 1:
-        load_next()
+        block.load_next(step)
     sums = add_tile(block, step, slot, sums)
     if s.dq is None or s.num_stages == 1:
         copies.meet(block.team)
     if s.num_stages == 1:
-        load_next()
+        block.load_next(step)
     if s.dq is None:
         add_dq(block, step)
     return sums
@@ -142,10 +136,7 @@ def compute(block: Block) -> None:
     block.load_keys()
     copies.sync(block.team)
     spoiled = without_bad_rows(block)
-
-    @pl.when(block.walk.steps > 0)
-    def load() -> None:
-        block.load(Step(jnp.int32(0), *block.walk.first))
+    block.load_first()
 
     def step(i: Array, carry: tuple[HeadAndTile, Sums]) -> tuple[HeadAndTile, Sums]:
         at, sums = carry

@@ -56,20 +56,14 @@ def one_step(block: Block, step: Step, role: Role, total: Fragment) -> Fragment:
     """Adds a query tile, which is on its way, and starts to load the next one."""
     s, slot = block.schedule, block.slot(step.ordinal)
     copies.sync(block.team)
-
-    def load_next() -> None:
-        @pl.when(step.ordinal + 1 < block.walk.steps)
-        def load() -> None:
-            block.load(Step(step.ordinal + 1, *block.walk.next(step.head, step.tile)))
-
     if s.num_stages > 1:
-        load_next()
+        block.load_next(step)
     flags = needs(block, step, slot)
     for start in range(0, s.block_q, s.part_q):
         total = role(block, Part(step, slot, start, flags), total)
     if s.num_stages == 1:
         copies.meet(block.team)
-        load_next()
+        block.load_next(step)
     return total
 
 
@@ -89,10 +83,7 @@ def compute(block: Block) -> None:
     block.load_keys()
     copies.sync(block.team)
     spoiled = without_shared_bad_rows(block)
-
-    @pl.when(block.walk.steps > 0)
-    def load() -> None:
-        block.load(Step(jnp.int32(0), *block.walk.first))
+    block.load_first()
 
     def run(name: str, role: Role, columns: int, unit: float) -> None:
         total = total_of(block, role, columns)
