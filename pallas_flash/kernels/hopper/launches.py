@@ -96,32 +96,36 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
     lse counts. Of a partial spec there is no out, and dstats hold -delta (`autodiff.without_out`).
     """
-    gradients = () if spec.dtype == jnp.float32 else _gradients(spec, schedule)
-    return _backward(spec, schedule, gradients, ("dq", "dk", "dv"))
+    launches = (_gradients_in_parts(spec, schedule) if spec.dtype == jnp.float32 else
+                _prepared(spec, schedule, _gradients(spec, schedule)))
+    return _backward(spec, schedule, launches, ("dq", "dk", "dv"))
 
 
 def dbias_pass(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Pass:
     """The gradient of a bias of pairs, in a dtype: see `backward.dbias.launch`. Its inputs are those of `backward`, of
     a spec that is not partial.
     """
-    return _backward(spec, schedule.tiles, (dbias.launch(spec, schedule, dtype),), ("dbias",))
+    launches = _prepared(spec, schedule.tiles, (dbias.launch(spec, schedule, dtype),))
+    return _backward(spec, schedule.tiles, launches, ("dbias",))
 
 
-def _backward(spec: AttentionSpec, schedule: BackwardSchedule, gradients: tuple[Launch, ...],
+def _backward(spec: AttentionSpec, schedule: BackwardSchedule, launches: tuple[Launch, ...],
               results: tuple[str, ...]) -> Pass:
-    """What makes gradients, behind the launch that prepares it."""
+    """Launches of what a backward is given, behind the one that makes of the mask's arrays what they read."""
     out = jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)
     stats = jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)
     inputs = _operands(spec) | ({} if spec.partial else {"out": out}) | {"stats": stats, "dout": out, "dstats": stats}
     inputs |= dropout.input_types(spec) | score_function.input_types(spec)
     of_mask, before = _of_mask(spec, schedule)
     inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
-    if spec.dtype == jnp.float32:
-        return Pass(inputs=inputs, constants={}, launches=_gradients_in_parts(spec, schedule), results=results)
+    return Pass(inputs=inputs, constants={}, launches=(*before, *launches), results=results)
+
+
+def _prepared(spec: AttentionSpec, schedule: BackwardSchedule, gradients: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    """Launches that make gradients, behind the one that prepares them."""
     first = prepare.launch(spec, schedule)
     clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    launches = (*before, first, *(launch.reading(clean) for launch in gradients))
-    return Pass(inputs=inputs, constants={}, launches=launches, results=results)
+    return first, *(launch.reading(clean) for launch in gradients)
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:
