@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from pallas_flash import errors, masks, padding
 from pallas_flash.device import Device
@@ -21,10 +20,9 @@ from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedu
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.dbias import dbias
-from pallas_flash.kernels.mosaic.dscore import dscore
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
+from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
@@ -84,13 +82,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
-    if out is None:
-        results = Results(jnp.zeros_like(dout), stats)  # which is what it means
-    if spec.bias is not None:
-        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys))
-    if operands.score:
-        found = found._replace(dscore=dscore(spec, operands, results, cotangents, keys))
-    return found
+    return with_score_gradients(spec, operands, found, results, cotangents, keys)
 
 
 def _without_seed(operands: Operands) -> Operands:

@@ -25,9 +25,9 @@ from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.dbias import dbias, walk
-from pallas_flash.kernels.mosaic.dscore import dscore
+from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
+from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward", "passes"]
@@ -81,21 +81,15 @@ class _BiasGradient:
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct]:
-        bias = self.spec.bias
-        assert bias is not None
-        return (jax.ShapeDtypeStruct(bias.shape, self.spec.gradient_dtype(bias.dtype)),)
+        return (result_type(self.spec),)
 
     def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        (q, k, v), saved, (*rest, own) = arrays[:3], arrays[3:7], arrays[7:]
-        fields, structure = jax.tree.flatten(self.spec.mask)
-        keys = rest[:len(rest) - len(fields)]
-        operands = Operands(q=q, k=k, v=v, bias=own, score=(), mask=jax.tree.unflatten(structure, rest[len(keys):]),
-                            score_integers=(), dropout_seed=None, dropout_origin=None, page_table=None)
+        operands, keys = operands_of(self.spec, arrays)
         # Of a partial spec out and the cotangent of lse are such that delta is what it is of another one.
         spec, operands = bias.as_mask(dataclasses.replace(self.spec, partial=False), operands)
         kind, = self.result_types
         run = _computation(spec, launches.dbias_pass(spec, self.schedule, kind.dtype), self.schedule.tiles)
-        found, = run(q, k, v, *saved, *keys, *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands))
+        found, = run(*arrays[:7], *keys, *jax.tree.leaves(operands.mask), *bias.inputs(spec, operands))
         return (found[:, :, :kind.shape[2], :kind.shape[3]],)
 
 
@@ -163,14 +157,7 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
-    if out is None:
-        results = Results(jnp.zeros_like(dout), stats)  # which is what it means
-    if spec.bias is not None:
-        found = found._replace(dbias=dbias(spec, operands, results, cotangents, keys,
-                                           _dbias_on(device.current())))
-    if operands.score:
-        found = found._replace(dscore=dscore(spec, operands, results, cotangents, keys))
-    return found
+    return with_score_gradients(spec, operands, found, results, cotangents, keys, _dbias_on(device.current()))
 
 
 def _without_seed(operands: Operands) -> Operands:

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash.arrays import Bool
-from pallas_flash.kernels.mosaic import bias, score_function
 from pallas_flash.kernels.mosaic.bias import HeadBias
 from pallas_flash.kernels.mosaic.fragments import Fragment, PerRow, spread
 from pallas_flash.kernels.mosaic.score_function import HeadScore
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Completed", "Exponents", "applied", "completion", "completion_of_key", "hides_pairs", "input_types", "keep"]
+__all__ = ["Completed", "Exponents", "applied", "completion", "completion_of_key", "hides_pairs", "keep"]
 
 Exponents = Fragment | PerRow
 """Exponents of a tile, or of 64 pairs, one in each row; and the scores and weights of the same pairs."""
@@ -23,15 +22,6 @@ Exponents = Fragment | PerRow
 Completed = Callable[[Exponents], tuple[Exponents, Exponents | None]]
 """From scores in the unit of `mosaic.scores.scaled` to the scores of the softmax, and their derivative; None: it is 1.
 """
-
-
-def input_types(spec: AttentionSpec, blocks: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each array that kernels read for it, by name.
-
-    Args:
-      blocks: see `bias.arrays`.
-    """
-    return score_function.input_types(spec) | bias.types(spec, blocks)
 
 
 def hides_pairs(spec: AttentionSpec) -> bool:

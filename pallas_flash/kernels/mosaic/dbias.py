@@ -16,7 +16,7 @@ from pallas_flash.kernels.mosaic import query_tiles
 from pallas_flash.kernels.mosaic.call import Build, Computation, partitioned
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
-__all__ = ["dbias", "walk"]
+__all__ = ["dbias", "operands_of", "result_type", "walk"]
 
 
 def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cotangents: Results[Array],
@@ -62,18 +62,29 @@ class _Computation:
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct]:
-        bias = self.spec.bias
-        assert bias is not None
-        return (jax.ShapeDtypeStruct(bias.shape, self.spec.gradient_dtype(bias.dtype)),)
+        return (result_type(self.spec),)
 
     def __call__(self, *arrays: Array) -> tuple[Array]:
-        (q, k, v, out, stats, dout, dstats), (*rest, bias) = arrays[:7], arrays[7:]
-        fields, structure = jax.tree.flatten(self.spec.mask)
-        keys = rest[:len(rest) - len(fields)]
-        operands = Operands(q=q, k=k, v=v, bias=bias, score=(), mask=jax.tree.unflatten(structure, rest[len(keys):]),
-                            score_integers=(), dropout_seed=None, dropout_origin=None, page_table=None)
+        operands, keys = operands_of(self.spec, arrays)
+        out, stats, dout, dstats = arrays[3:7]
         rows = query_tiles.rows_of(self.spec, operands, Results(out, stats), Results(dout, dstats))
         return (_gradient(self.spec, operands, rows, keys),)
+
+
+def result_type(spec: AttentionSpec) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the gradient of the bias."""
+    assert spec.bias is not None
+    return jax.ShapeDtypeStruct(spec.bias.shape, spec.gradient_dtype(spec.bias.dtype))
+
+
+def operands_of(spec: AttentionSpec, arrays: Sequence[Array]) -> tuple[Operands, Sequence[Int[Array, "b h 2"]]]:
+    """The operands, and dropout's keys, of the arguments of `walk(spec)`."""
+    (q, k, v), (*rest, bias) = arrays[:3], arrays[7:]
+    fields, structure = jax.tree.flatten(spec.mask)
+    keys = rest[:len(rest) - len(fields)]
+    mask = jax.tree.unflatten(structure, rest[len(keys):])
+    return Operands(q=q, k=k, v=v, bias=bias, score=(), mask=mask, score_integers=(), dropout_seed=None,
+                    dropout_origin=None, page_table=None), keys
 
 
 @functools.lru_cache(maxsize=1024)
