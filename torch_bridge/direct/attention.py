@@ -90,9 +90,7 @@ def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
-    key = problem, device
-    is_loaded = key in _directs and _directs[key].runner(pass_name) is not None
-    return None if is_loaded else _reasons.get(key)
+    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device))
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -359,12 +357,16 @@ def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     return reason is None
 
 
+def _direct_of(key: _Key) -> Direct:
+    """The same object for the same problem and device."""
+    return _directs.setdefault(key, Direct(key))
+
+
 def prepared(operands: Operands, numbers: Numbers, device: torch.device, pass_name: PassName) -> bool:
     """Whether a pass of calls like this one, which the direct path takes, has its plan loaded on a device, now at the
     latest; where it cannot be, a warning says why. Of the operands, shapes, strides and dtypes count.
     """
-    key = problem_of(operands, numbers), device
-    return _directs.setdefault(key, Direct(key)).try_prepare(pass_name)
+    return _direct_of((problem_of(operands, numbers), device)).try_prepare(pass_name)
 
 
 def is_loaded(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
@@ -380,7 +382,7 @@ def is_at_hand(problem: Problem, pass_name: PassName, device: torch.device) -> b
 
 def expect(problem: Problem, pass_name: PassName, device: torch.device) -> None:
     """`Direct.expect` of a pass of a problem."""
-    _directs.setdefault((problem, device), Direct((problem, device))).expect(pass_name)
+    _direct_of((problem, device)).expect(pass_name)
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
@@ -396,10 +398,9 @@ def name_of(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
 
 
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
-    key = problem_of(operands, numbers), operands.query.device
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
     grad_strides = *(torch.empty_like(x, device="meta").stride() for x in operands[:3]),  # dense, in the order of x
-    direct = _directs.setdefault(key, Direct(key))
+    direct = _direct_of((problem_of(operands, numbers), operands.query.device))
     layout = direct.problem.layout
     in_layout = (strides.in_layout(x, layout) for x in operands[:3])
     is_read = all(strides.same_memory(x.shape, x.stride(), wanted)
