@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from pallas_flash import dispatch, errors
 from pallas_flash.device import Device
-from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Pass", "Passes", "launches"]
+__all__ = ["Launch", "Pass", "Passes", "launches"]
 
 
 class Passes(NamedTuple):

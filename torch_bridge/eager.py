@@ -13,7 +13,7 @@ The statistics of rows, which only the backward reads, stay what the route made 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.autograd import forward_ad
@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
     """The operator's forward and backward, without the dispatcher: of operands, and of the numbers as one argument."""
 
     @staticmethod
-    def forward(ctx: _Context, *args: Any) -> torch.Tensor:
+    def forward(ctx: _Context, *args: *tuple[*tuple[torch.Tensor | None, ...], Numbers]) -> torch.Tensor:
         *tensors, ctx.numbers = args
         operands = Operands._make(tensors)
         out, stats = routes.attend_saving(operands, ctx.numbers)

@@ -1,7 +1,7 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -27,12 +27,15 @@ def explain(
     return _explain(call.operands, call.numbers)
 
 
-def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any) -> str:
-    """What `flash_attention` would do with these arguments, which it has by the same names: as `explain` says it."""
+def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_lse: bool = False,
+                            **keywords: Unpack[flash.Keywords]) -> str:
+    """What `flash_attention` would do with these arguments, which it has by the same names: as `explain` says it.
+
+    What is said does not depend on return_lse.
+    """
     for name in keywords:
         if name not in inspect.signature(flash.flash_attention).parameters:
             raise messages.unknown_keyword(flash.flash_attention, name)
-    keywords.pop("return_lse", None)
     text = _explain(*flash.prepare(query, key, value, **keywords))
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
 

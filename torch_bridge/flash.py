@@ -4,20 +4,37 @@ Only torch is used here and everything is traceable (see sdpa.py). Lengths, offs
 other values of the same shapes compile nothing. Sinks are applied to its results (lse.py).
 """
 
-from typing import Literal, NamedTuple, Never, overload
+from typing import Literal, NamedTuple, Never, TypedDict, overload
 
 import torch
 
 from torch_bridge import eager, lse, messages, sdpa
 from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers", "is_integer",
-           "is_on_host", "prepare"]
+__all__ = ["Keywords", "Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers",
+           "is_integer", "is_on_host", "prepare"]
 
 Window = tuple[int | None, int | None]
 """How many keys a query sees before and after the aligned one; None: all."""
 SegmentIds = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """(batch, length) of both sides, or those of queries and of keys."""
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of `flash_attention`, by which others hand them on; but for return_lse."""
+
+    attn_mask: torch.Tensor | None
+    is_causal: bool
+    causal_offset: int | torch.Tensor | None
+    window: Window | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    segment_ids: SegmentIds | None
+    q_lengths: torch.Tensor | None
+    kv_lengths: torch.Tensor | None
+    dropout_p: float
+    scale: float | None
+    deterministic: bool
 
 
 @overload

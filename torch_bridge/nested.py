@@ -1,6 +1,6 @@
 """scaled_dot_product_attention of nested tensors in the jagged layout: their memory is a row of packed sequences."""
 
-from typing import Any
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -8,6 +8,16 @@ from torch_bridge import messages, packed
 from torch_bridge.arguments import Numbers
 
 __all__ = ["attend", "has_ragged_lengths"]
+
+
+class _Jagged(Protocol):
+    """What is used of such a tensor, whose class has no stub."""
+
+    def transpose(self, dim0: int, dim1: int) -> "_Jagged": ...
+    def contiguous(self) -> "_Jagged": ...
+    def lengths(self) -> torch.Tensor | None: ...
+    def offsets(self) -> torch.Tensor: ...
+    def values(self) -> torch.Tensor: ...
 
 
 def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object, numbers: Numbers,
@@ -20,29 +30,30 @@ def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: 
       numbers: those of the call.
       enable_gqa: query may have a multiple of the heads of key.
     """
-    _check(tensors, attn_mask, enable_gqa)
-    query, key, value = (_by_length(x) for x in tensors)
-    offsets: torch.Tensor = query.offsets()
+    query, key, value = (_by_length(x) for x in _checked(tensors, attn_mask, enable_gqa))
+    offsets = query.offsets()
     out, _ = packed.attend([x.values() for x in (query, key, value)], packed.Starts(offsets, key.offsets()), numbers,
                            None, return_lse=False)
     return torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
 
 
-def has_ragged_lengths(tensor: Any) -> bool:
+def has_ragged_lengths(tensor: torch.Tensor) -> TypeGuard[_Jagged]:
     """Whether it is (batch, heads, ragged length, dim) in the jagged layout."""
-    return tensor.layout is torch.jagged and tensor.dim() == 4 and tensor._ragged_idx == 2
+    return tensor.layout is torch.jagged and tensor.dim() == 4 and getattr(tensor, "_ragged_idx", None) == 2
 
 
-def _by_length(tensor: torch.Tensor) -> Any:  # its class has no stub
+def _by_length(tensor: _Jagged) -> _Jagged:
     """(batch, ragged length, heads, dim) without gaps; a view wherever it can be one."""
-    moved: Any = tensor.transpose(1, 2)
+    moved = tensor.transpose(1, 2)
     return moved if moved.lengths() is None else moved.contiguous()
 
 
-def _check(tensors: tuple[Any, Any, Any], attn_mask: object, enable_gqa: bool) -> None:
+def _checked(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object,
+             enable_gqa: bool) -> list[_Jagged]:
     query, key, value = tensors
     messages.require_tensors(query=query, key=key, value=value)
-    if not all(map(has_ragged_lengths, tensors)):
+    jagged = [x for x in tensors if has_ragged_lengths(x)]
+    if len(jagged) < len(tensors):
         given = ", ".join(f"{name}: {x.layout}, {x.dim()} axes"
                           for name, x in zip(("query", "key", "value"), tensors, strict=True))
         raise messages.must(
@@ -56,3 +67,4 @@ def _check(tensors: tuple[Any, Any, Any], attn_mask: object, enable_gqa: bool) -
                             "Make one from the offsets of the other")
     if query.shape[0] != key.shape[0] or not (enable_gqa or query.shape[1] == key.shape[1] == value.shape[1]):
         raise messages.leading_axes(query, key, value, enable_gqa)
+    return jagged

@@ -6,13 +6,16 @@ condition.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Never, SupportsFloat
+from typing import TYPE_CHECKING, NamedTuple, Never, SupportsFloat, TypeGuard
 
 import torch
 
 from torch_bridge import eager, messages
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import shortcut
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
@@ -93,10 +96,12 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
     scale, dropout_p = None if scale is None else _number("scale", scale), _number("dropout_p", dropout_p)
     causal_offset = 0 if is_causal else None
-    if type(attn_mask) is not torch.Tensor and hasattr(attn_mask, "seq_len_kv"):
+    if attn_mask is not None and type(attn_mask) is not torch.Tensor and _is_causal_bias(attn_mask):
         causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
-        query, key, value, attn_mask = _autocast(query.device.type, query, key, value, attn_mask)
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (_autocast(x, dtype) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else _autocast(attn_mask, dtype)
     _check_tensors(query, key, value, attn_mask)
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
@@ -176,15 +181,17 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
-def _autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def _autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Casts as autocast does for this function: every floating tensor except float64 to the autocast dtype."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-                 else tensor for tensor in tensors)
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-def _causal_offset(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
-    """The offset of a CausalBias, known by its fields: importing its class would import the compiler, for seconds."""
+def _is_causal_bias(attn_mask: object) -> "TypeGuard[CausalBias]":
+    """Known by its fields: importing its class would import the compiler, for seconds."""
+    return hasattr(attn_mask, "seq_len_kv")
+
+
+def _causal_offset(bias: "CausalBias", query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True, got attn_mask and is_causal=True. Leave out "
                          "is_causal: the bias is causal.")

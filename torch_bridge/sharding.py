@@ -13,12 +13,15 @@ that a call with it, and one of another sharding, is computed whole on every dev
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torch_bridge import ops
 from torch_bridge.arguments import Attention, AttentionBackward, Operands, PerArray
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 __all__ = ["register", "register_if_needed"]
 
@@ -56,7 +59,7 @@ class _Split(NamedTuple):
     axis: int | None
     shares_kv: bool = False
 
-    def of(self, tensor: Any) -> Any:
+    def of(self, tensor: torch.Tensor | None) -> "Placement | None":
         """The placement of a tensor whose axes begin with batch and heads, or with the batch alone; None of none."""
         from torch.distributed.tensor import Replicate, Shard
 
@@ -67,7 +70,7 @@ class _Split(NamedTuple):
             return Replicate()
         return Shard(self.axis)
 
-    def operands(self, operands: Operands) -> list[Any]:
+    def operands(self, operands: Operands) -> "list[Placement | None]":
         """The placements of all operands."""
         from torch.distributed.tensor import Replicate
 
@@ -79,7 +82,7 @@ class _Split(NamedTuple):
             whole += ["key", "value"]
         return [Replicate() if name in whole and x is not None else x for name, x in by_name.items()]
 
-    def gradients(self, operands: Operands, needs: PerArray[bool]) -> list[Any]:
+    def gradients(self, operands: Operands, needs: PerArray[bool]) -> "list[Placement | None]":
         """The placements of the gradients."""
         from torch.distributed.tensor import Partial, Replicate
 
@@ -104,7 +107,7 @@ def _splits(operands: Operands) -> list[_Split]:
     return found
 
 
-_Rule = tuple[list[Any], list[Any]]
+type _Rule = tuple[list[Placement | None], list[Placement | None]]
 """The placements of results and of arguments."""
 
 

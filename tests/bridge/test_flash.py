@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_c
 from torch_bridge import (
     combine,
     explain_flash_attention,
+    flash,
     flash_attention,
     ops,
     programs,
@@ -293,6 +295,14 @@ X, K = torch.zeros(Q), torch.zeros(KV)
 def test_errors(keywords, error, message):
     with pytest.raises(error, match=message):
         flash_attention(X, K, K, **keywords)
+
+
+def test_keywords_that_are_handed_on_are_those_of_the_function():
+    """A type checker says what `Keywords` has too much, not what it lacks."""
+    hints = get_type_hints(flash_attention)
+    for name in ("query", "key", "value", "return_lse", "unknown", "return"):
+        del hints[name]
+    assert get_type_hints(flash.Keywords) == hints
 
 
 @pytest.mark.parametrize("function", [flash_attention, explain_flash_attention, scaled_dot_product_attention])

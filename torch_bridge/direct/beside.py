@@ -7,14 +7,15 @@ of the same bits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from torch_bridge.direct import intervals
-from torch_bridge.direct.plan import Operation
+from torch_bridge.direct.plan import Operation, Parameter
 
 __all__ = ["Operations", "UntranslatableError", "traced"]
 
@@ -75,7 +76,7 @@ class _Value(NamedTuple):
     dtype: str
 
     @classmethod
-    def known(cls, array: Any, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> "_Value":
+    def known(cls, array: ArrayLike, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> "_Value":
         """What is computed here; `dtype` is JAX's."""
         array = np.asarray(array)
         shape, dtype = array.shape if shape is None else shape, dtype or array.dtype.name
@@ -84,6 +85,13 @@ class _Value(NamedTuple):
         if array.size > 1 and (array == array.flat[0]).all():
             array = array[(slice(0, 1),) * array.ndim]
         return cls(array, shape, array.shape, dtype)
+
+
+def _array(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
+    """The shape and dtype of a value in a jaxpr."""
+    if not isinstance(atom.aval, jax.core.ShapedArray):
+        raise UntranslatableError(f"{atom.aval} is no array")
+    return atom.aval
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -141,21 +149,22 @@ class _Trace:
 
     # -- equations of JAX ----------------------------------------------------------------------------------------------
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[_Value]) -> list[_Value]:
+    def run(self, jaxpr: core.Jaxpr, consts: Sequence[ArrayLike], arguments: Sequence[_Value]) -> list[_Value]:
         """The results of a jaxpr."""
         values = dict(zip(jaxpr.constvars, map(_Value.known, consts), strict=True))
         values |= zip(jaxpr.invars, arguments, strict=True)
 
-        def read(atom: Any) -> _Value:
-            is_number = isinstance(atom, core.Literal)
-            return _Value.known(np.asarray(atom.val, atom.aval.dtype)) if is_number else values[atom]
+        def read(atom: core.Var | core.Literal) -> _Value:
+            if isinstance(atom, core.Literal):
+                return _Value.known(np.asarray(atom.val, _array(atom).dtype))
+            return values[atom]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(x) for x in equation.invars])
             values |= zip(equation.outvars, results, strict=True)
         return [read(x) for x in jaxpr.outvars]
 
-    def _equation(self, equation: Any, given: list[_Value]) -> list[_Value]:
+    def _equation(self, equation: core.JaxprEqn, given: list[_Value]) -> list[_Value]:
         name, params = equation.primitive.name, equation.params
         if name in _CALLS:
             if params.get("name") == _NUMBERED:
@@ -163,17 +172,17 @@ class _Trace:
             inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
             return self.run(inner.jaxpr, inner.consts, given)
         (out,) = equation.outvars
-        dtype, shape = out.aval.dtype.name, out.aval.shape
+        dtype, shape = _array(out).dtype.name, _array(out).shape
         if unknown := {dtype, *(x.dtype for x in given)} - {*_DTYPES}:
             raise UntranslatableError(f"{name} of {', '.join(sorted(unknown))} is no operation of integers")
         if any(x.dtype == "uint32" for x in given) and name in _OF_SIGNED:
             raise UntranslatableError(f"{name} of unsigned words is no operation")
-        found = self._result(name, params, given, shape, dtype)
+        found = self._result(equation, given, shape, dtype)
         assert found.shape == shape, (name, found, shape)
         return [found._replace(dtype=dtype)]
 
-    def _result(self, name: str, params: dict[str, Any], given: list[_Value], shape: tuple[int, ...],
-                dtype: str) -> _Value:
+    def _result(self, equation: core.JaxprEqn, given: list[_Value], shape: tuple[int, ...], dtype: str) -> _Value:
+        name, params = equation.primitive.name, equation.params
         if name in _BY_ELEMENT:
             return self._by_element(name, given, shape)
         if name in _REDUCTIONS:
@@ -185,43 +194,43 @@ class _Trace:
 
     # -- rules, by the names of JAX's primitives -----------------------------------------------------------------------
 
-    def _shift_right_logical(self, x: _Value, n: _Value, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _shift_right_logical(self, x: _Value, n: _Value, shape: tuple[int, ...], **_: object) -> _Value:
         return self._by_element("shift_right", [x, n], shape)
 
-    def _select_n(self, which: _Value, *cases: _Value, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _select_n(self, which: _Value, *cases: _Value, shape: tuple[int, ...], **_: object) -> _Value:
         if which.dtype != "bool" or len(cases) != 2:
             raise UntranslatableError("select_n of more than two cases is no operation")
         if isinstance(which.what, np.ndarray) and which.what.size == 1:
             return cases[int(which.what.item())]
         return self._by_element("where", [self._of_rank(which, shape), cases[1], cases[0]], shape)
 
-    def _clamp(self, low: _Value, x: _Value, high: _Value, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _clamp(self, low: _Value, x: _Value, high: _Value, shape: tuple[int, ...], **_: object) -> _Value:
         low, high = (self._of_rank(y, shape) for y in (low, high))
         return self._by_element("min", [self._by_element("max", [x, low], shape), high], shape)
 
-    def _convert_element_type(self, x: _Value, dtype: str, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _convert_element_type(self, x: _Value, dtype: str, shape: tuple[int, ...], **_: object) -> _Value:
         if _DTYPES[x.dtype] == _DTYPES[dtype]:
             return x
         return self._emit("to", [x], (_DTYPES[dtype],), shape, x.stored)
 
-    def _bitcast_convert_type(self, x: _Value, **_: Any) -> _Value:
+    def _bitcast_convert_type(self, x: _Value, **_: object) -> _Value:
         return x
 
-    def _copy(self, x: _Value, **_: Any) -> _Value:
+    def _copy(self, x: _Value, **_: object) -> _Value:
         return x
 
-    def _iota(self, dimension: int, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _iota(self, dimension: int, shape: tuple[int, ...], **_: object) -> _Value:
         stored = tuple(n if axis == dimension else 1 for axis, n in enumerate(shape))
         return _Value.known(np.arange(shape[dimension], dtype=np.int32).reshape(stored), shape)
 
     def _broadcast_in_dim(self, x: _Value, shape: tuple[int, ...], broadcast_dimensions: tuple[int, ...],
-                          **_: Any) -> _Value:
+                          **_: object) -> _Value:
         stored = [1] * len(shape)
         for axis, n in zip(broadcast_dimensions, x.stored, strict=True):
             stored[axis] = n
         return self._reshaped(x, shape, tuple(stored))
 
-    def _reshape(self, x: _Value, shape: tuple[int, ...], dimensions: object = None, **_: Any) -> _Value:
+    def _reshape(self, x: _Value, shape: tuple[int, ...], dimensions: object = None, **_: object) -> _Value:
         if dimensions is not None:
             raise UntranslatableError("reshape in another order of axes is no operation")
         sizes = [(n, stored) for n, stored in zip(x.shape, x.stored, strict=True) if n != 1]
@@ -230,23 +239,24 @@ class _Trace:
             return self._reshaped(x, shape, tuple(next(kept) if n != 1 else 1 for n in shape))
         return self._reshaped(self._expanded(x), shape, shape)
 
-    def _squeeze(self, x: _Value, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _squeeze(self, x: _Value, shape: tuple[int, ...], **_: object) -> _Value:
         return self._reshape(x, shape)
 
-    def _expand_dims(self, x: _Value, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _expand_dims(self, x: _Value, shape: tuple[int, ...], **_: object) -> _Value:
         return self._reshape(x, shape)
 
-    def _transpose(self, x: _Value, permutation: tuple[int, ...], shape: tuple[int, ...], **_: Any) -> _Value:
+    def _transpose(self, x: _Value, permutation: tuple[int, ...], shape: tuple[int, ...], **_: object) -> _Value:
         return self._emit("permute", [x], tuple(permutation), shape, tuple(x.stored[axis] for axis in permutation))
 
     def _slice(self, x: _Value, shape: tuple[int, ...], start_indices: Sequence[int], limit_indices: Sequence[int],
-               strides: Sequence[int] | None, **_: Any) -> _Value:
+               strides: Sequence[int] | None, **_: object) -> _Value:
         axes = tuple((0, 1, 1) if n == 1 else axis for n, axis in zip(x.stored, zip(
             start_indices, limit_indices, strides or (1,) * len(shape), strict=True), strict=True))
         stored = tuple(1 if own == 1 else n for own, n in zip(x.stored, shape, strict=True))
         return x._replace(shape=shape) if stored == x.stored else self._emit("slice", [x], axes, shape, stored)
 
-    def _pad(self, x: _Value, value: _Value, shape: tuple[int, ...], padding_config: Any, **_: Any) -> _Value:
+    def _pad(self, x: _Value, value: _Value, shape: tuple[int, ...], padding_config: Sequence[tuple[int, int, int]],
+             **_: object) -> _Value:
         if isinstance(value.what, str) or any(low < 0 or high < 0 or inner for low, high, inner in padding_config):
             raise UntranslatableError(f"pad by {padding_config} is no operation")
         axes = tuple((int(low), int(high)) for low, high, _ in padding_config)
@@ -254,19 +264,19 @@ class _Trace:
         stored = tuple(n + sum(ends) for n, ends in zip(x.stored, axes, strict=True))
         return self._emit("pad", [x], (value.what.item(), *axes), shape, stored) if stored != x.stored else x
 
-    def _concatenate(self, *given: _Value, dimension: int, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _concatenate(self, *given: _Value, dimension: int, shape: tuple[int, ...], **_: object) -> _Value:
         return self._emit("concatenate", [*map(self._expanded, given)], (dimension,), shape, shape)
 
-    def _stack(self, *given: _Value, axis: int, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _stack(self, *given: _Value, axis: int, shape: tuple[int, ...], **_: object) -> _Value:
         return self._emit("stack", [*map(self._expanded, given)], (axis,), shape, shape)
 
-    def _cummax(self, x: _Value, axis: int, reverse: bool, shape: tuple[int, ...], **_: Any) -> _Value:
+    def _cummax(self, x: _Value, axis: int, reverse: bool, shape: tuple[int, ...], **_: object) -> _Value:
         if reverse:
             raise UntranslatableError("cummax from the end is no operation")
         return self._emit("cummax", [x], (axis,), shape, x.stored)
 
-    def _gather(self, x: _Value, indices: _Value, shape: tuple[int, ...], dimension_numbers: Any, mode: Any,
-                slice_sizes: tuple[int, ...], **_: Any) -> _Value:
+    def _gather(self, x: _Value, indices: _Value, shape: tuple[int, ...], slice_sizes: tuple[int, ...],
+                dimension_numbers: jax.lax.GatherDimensionNumbers, mode: object, **_: object) -> _Value:
         """Of elements along the last axis, at indices within it, of which there is one axis more."""
         numbers, last = dimension_numbers, len(x.shape) - 1
         lead = tuple(range(last))
@@ -281,9 +291,9 @@ class _Trace:
         x, indices = (self._stored_as(y, (*rows, y.stored[-1])) for y in (x, indices))
         return self._emit("take", [x, indices], (), shape, indices.stored)
 
-    def _numbered(self, equation: Any, starts: _Value) -> list[_Value]:
+    def _numbered(self, equation: core.JaxprEqn, starts: _Value) -> list[_Value]:
         """The results of `packed.numbered`."""
-        bounds, numbers = (out.aval.shape for out in equation.outvars)
+        bounds, numbers = (_array(out).shape for out in equation.outvars)
         rising = self._emit("boundaries", [starts], (numbers[0],), bounds, bounds)
         found = self._emit("sequences", [rising], (numbers[0],), numbers, numbers)
         self._intervals |= {str(rising.what): intervals.Interval(0, numbers[0]),
@@ -340,9 +350,9 @@ class _Trace:
             return x._replace(what=np.broadcast_to(x.what, stored), stored=stored)
         return self._emit("expand", [x], stored, x.shape, stored)
 
-    def _emit(self, name: str, given: Sequence[_Value], numbers: tuple[Any, ...], shape: tuple[int, ...],
+    def _emit(self, name: str, given: Sequence[_Value], numbers: tuple[Parameter, ...], shape: tuple[int, ...],
               stored: tuple[int, ...]) -> _Value:
-        dtype = "bool" if name in _FLAGS else numbers[0] if name == "to" else given[-1].dtype
+        dtype = "bool" if name in _FLAGS else str(numbers[0]) if name == "to" else given[-1].dtype
         arrays = [x.what for x in given if isinstance(x.what, np.ndarray)]
         if len(arrays) == len(given) and name in _HERE:
             with np.errstate(over="ignore"):

@@ -8,7 +8,6 @@ himself.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -31,9 +30,9 @@ def guard(tensors: Sequence[torch.Tensor]) -> Guard:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        sizes: list[Any] = [list(x.shape) for x in tensors]
-        strides: list[Any] = [list(x.stride()) for x in tensors]
-        found: Guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        make: Callable[..., TensorGuards] = TensorGuards  # its stub takes the sizes of one tensor alone
+        found: Guard = make(*tensors, dynamic_dims_sizes=[list(x.shape) for x in tensors],
+                            dynamic_dims_strides=[list(x.stride()) for x in tensors]).check
         return found if type(found(*tensors)) is bool else never
     except (ImportError, AttributeError, TypeError, SystemError, RuntimeError):
         return never

@@ -3,9 +3,11 @@ change nothing, need no operation. NumPy alone.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from torch_bridge.direct.plan import Parameter
 
 __all__ = ["ANY", "FLAGS", "Interval", "decided", "of", "of_array", "returned"]
 
@@ -25,7 +27,7 @@ def of_array(array: np.ndarray) -> Interval:
     return Interval(int(array.min()), int(array.max())) if array.size else ANY
 
 
-def of(name: str, given: Sequence[Interval], parameters: Sequence[Any]) -> Interval:
+def of(name: str, given: Sequence[Interval], parameters: Sequence[Parameter]) -> Interval:
     """Of what an operation makes of integers in these intervals (`plan.OPERATIONS`)."""
     a, b = given[0], given[-1]
     match name:
@@ -44,8 +46,8 @@ def of(name: str, given: Sequence[Interval], parameters: Sequence[Any]) -> Inter
             return Interval(_quotient(a.low, b.low), _quotient(a.high, b.low))
         case "where":
             return _union(given[1:])
-        case "pad":
-            return _union([a, Interval(int(parameters[0]), int(parameters[0]))])
+        case "pad" if isinstance(value := parameters[0], int):
+            return _union([a, Interval(int(value), int(value))])
         case "stack" | "concatenate":
             return _union(given)
         case "reshape" | "expand" | "permute" | "slice" | "take" | "amax" | "amin" | "cummax" | "clone":

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
 
 from pallas_flash import device
-from pallas_flash.launches import Pass, launches
+from pallas_flash.launches import Launch, Pass, launches
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
@@ -107,8 +108,8 @@ def lower(request: Request) -> Program[Module]:
                    steps=tuple(steps), given=tuple(given), operations=operations)
 
 
-def _step(launch: Any, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:
-    """One launch (`kernels.mosaic.launch.Launch`), of inputs of these types."""
+def _step(launch: Launch, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:
+    """One launch, of inputs of these types."""
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         inputs = [jax.new_ref(x) if name in launch.updates else x for name, x in zip(launch.inputs, arrays)]
         updated = [ref for name, ref in zip(launch.inputs, inputs) if name in launch.updates]
@@ -124,7 +125,7 @@ def _step(launch: Any, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:
     return Step(module, (*launch.inputs, *names))
 
 
-def _only_call(lowered: Any) -> tuple[Module, dict[int, int], int]:
+def _only_call(lowered: ir.Module) -> tuple[Module, dict[int, int], int]:
     """The Mosaic module of a function that does nothing but call it on its arguments; which result is which operand's
     memory; and the number of results."""
     functions = list(lowered.body.operations)

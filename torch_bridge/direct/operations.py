@@ -18,16 +18,18 @@ __all__ = ["Function"]
 DTYPES = {"bool": torch.bool, "int32": torch.int32}
 
 
-def _max(a: Any, b: Any) -> torch.Tensor:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.maximum(a, b)
-    return a.clamp_min(b) if isinstance(a, torch.Tensor) else b.clamp_min(a)
+def _max(a: torch.Tensor | int, b: torch.Tensor | int) -> torch.Tensor:
+    if isinstance(a, torch.Tensor):
+        return torch.maximum(a, b) if isinstance(b, torch.Tensor) else a.clamp_min(b)
+    assert isinstance(b, torch.Tensor)
+    return b.clamp_min(a)
 
 
-def _min(a: Any, b: Any) -> torch.Tensor:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.minimum(a, b)
-    return a.clamp_max(b) if isinstance(a, torch.Tensor) else b.clamp_max(a)
+def _min(a: torch.Tensor | int, b: torch.Tensor | int) -> torch.Tensor:
+    if isinstance(a, torch.Tensor):
+        return torch.minimum(a, b) if isinstance(b, torch.Tensor) else a.clamp_max(b)
+    assert isinstance(b, torch.Tensor)
+    return b.clamp_max(a)
 
 
 def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:

@@ -31,10 +31,10 @@ import hashlib
 import json
 import math
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
-__all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Program", "Step", "UnreadablePlanError", "read",
-           "write"]
+__all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter", "Program", "Step",
+           "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
 VERSION = 3
@@ -190,7 +190,26 @@ def read(content: bytes, request: str) -> Program[Kernel]:
     return program
 
 
-def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
+class _Header(TypedDict):
+    """What the header of a plan holds; JSON has lists in the place of tuples."""
+
+    request: str
+    buffers: dict[str, tuple[list[int], str, list[int] | None]]
+    inputs: list[str]
+    results: list[str]
+    given: list[str]
+    operations: list["_Fields"]
+    constants: dict[str, int]
+    steps: list[tuple[int, list[str]]]
+    kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
+    blobs: list[int]
+
+
+_Fields = tuple[str, list[str | int], list[int | str | list[int]], str]
+"""Those of an operation."""
+
+
+def _parts(content: bytes) -> tuple[_Header, list[bytes]]:
     """The header and the blobs of a file that is whole."""
     if len(content) < _HEAD.size + _DIGEST_BYTES:
         raise UnreadablePlanError(f"a plan has at least {_HEAD.size + _DIGEST_BYTES} bytes, not {len(content)}")
@@ -201,7 +220,7 @@ def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
     if hashlib.sha256(content[:end]).digest() != content[end:]:
         raise UnreadablePlanError("the checksum is that of other content: the file is damaged or cut off")
     try:
-        header = json.loads(content[_HEAD.size:_HEAD.size + length])
+        header: _Header = json.loads(content[_HEAD.size:_HEAD.size + length])
         lengths = [int(n) for n in header["blobs"]]
     except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise UnreadablePlanError(f"the header of the plan is no JSON object with blobs: {error!r}") from error
@@ -215,7 +234,7 @@ def _parts(content: bytes) -> tuple[dict[str, Any], list[bytes]]:
     return header, blobs
 
 
-def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
+def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
     def sizes(values: list[int]) -> tuple[int, int, int]:
         x, y, z = values
         return int(x), int(y), int(z)
@@ -223,7 +242,7 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
     kernels = [Kernel(str(name), sizes(grid), sizes(block), int(smem_bytes), blobs[cubin], blobs[parameters],
                       tuple((int(place), int(i)) for place, i in patches))
                for name, grid, block, smem_bytes, cubin, parameters, patches in header["kernels"]]
-    buffers = {name: Buffer(tuple(map(int, shape)), str(dtype), strides and tuple(map(int, strides)))
+    buffers = {name: Buffer(tuple(map(int, shape)), str(dtype), None if strides is None else tuple(map(int, strides)))
                for name, (shape, dtype, strides) in header["buffers"].items()}
     return Program(
         buffers=buffers,
@@ -234,7 +253,7 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
         operations=tuple(map(_operation, header["operations"])))
 
 
-def _operation(fields: list[Any]) -> Operation:
+def _operation(fields: _Fields) -> Operation:
     name, inputs, parameters, output = fields
     return Operation(str(name), tuple(inputs), tuple(tuple(x) if isinstance(x, list) else x for x in parameters),
                      str(output))

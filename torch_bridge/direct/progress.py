@@ -5,7 +5,7 @@ import importlib
 import math
 import sys
 import time
-from typing import Any, Self
+from typing import Protocol, Self
 
 __all__ = ["Progress"]
 
@@ -23,13 +23,13 @@ class Progress:
     def __init__(self, title: str, quiet: bool = False) -> None:
         self._title, self._step, self._shown = f"pallas_flash: {title}", "", ""
         self._next = math.inf if quiet or sys.stderr is None else time.monotonic() + SILENT_SECONDS
-        self._bar: Any = None
+        self._bar: _Bar | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None and self._bar is not sys.stderr:
+        if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.close()
 
@@ -42,15 +42,34 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):  # the standard error is closed: no reason to stop
             if self._bar is None:
                 self._bar = _bar(self._title)
-            if self._bar is not sys.stderr:
-                self._bar.set_postfix_str(self._step)
+            self._bar.set_postfix_str(self._step)
 
 
-def _bar(title: str) -> Any:
-    """tqdm's, which counts the seconds; or the standard error, with a line written to it."""
+class _Bar(Protocol):
+    """What of tqdm's bar is used."""
+
+    def set_postfix_str(self, s: str) -> object: ...
+    def close(self) -> object: ...
+
+
+class _Line:
+    """In the place of a bar: the title, written once."""
+
+    def __init__(self, title: str) -> None:
+        print(title, file=sys.stderr, flush=True)
+
+    def set_postfix_str(self, s: str) -> None:
+        """Shows nothing: lines would be many."""
+
+    def close(self) -> None:
+        """Leaves the line where it is."""
+
+
+def _bar(title: str) -> _Bar:
+    """tqdm's, which counts the seconds; or a line where there is no tqdm."""
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ModuleNotFoundError:
-        print(title, file=sys.stderr, flush=True)
-        return sys.stderr
-    return tqdm(desc=title, bar_format="{desc}: {elapsed} {postfix}", leave=False, file=sys.stderr)
+        return _Line(title)
+    bar: _Bar = tqdm(desc=title, bar_format="{desc}: {elapsed} {postfix}", leave=False, file=sys.stderr)
+    return bar

@@ -6,14 +6,14 @@ Where no gradient is needed, lengths are padded to buckets and the true ones are
 or the next prompt finds the programs of the last. Padding copies keys and values once a layer, as a growing cache does.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from torch_bridge.flash import flash_attention
+from torch_bridge.flash import Keywords, flash_attention
 from torch_bridge.transformers.buckets import padded
 from torch_bridge.transformers.rule import Rule
 
@@ -34,7 +34,7 @@ class _Masked(NamedTuple):
     ids: tuple[Tensor, Tensor] | None
     attn_mask: Tensor | None
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Keywords:
         """As arguments of `flash_attention`."""
         return dict(window=self.window, causal_offset=None if self.window is None else self.offset,
                     segment_ids=self.ids, attn_mask=self.attn_mask)
@@ -54,23 +54,23 @@ class Attention:
                  attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
                  is_causal: bool | None = None, sliding_window: int | None = None, softcap: float | None = None,
                  s_aux: Tensor | None = None, position_bias: Tensor | None = None,
-                 **others: Any) -> tuple[Tensor, None]:
+                 **others: object) -> tuple[Tensor, None]:
         """(out, None): there are no weights to return."""
         _check(others, attention_mask)
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         masked = _masked((query, key), attention_mask, is_causal, sliding_window, position_bias)
-        numbers: dict[str, Any] = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
+        numbers: Keywords = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
         needs_grad = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (query, key, value, s_aux, masked.attn_mask))
         if self._buckets is None or needs_grad or torch.compiler.is_compiling():
-            out = flash_attention(query, key, value, **masked.arguments(), **numbers)
+            out = flash_attention(query, key, value, **masked.arguments() | numbers)
         else:
             out = _in_buckets(self._buckets, (query, key, value), masked, numbers)
         return out.transpose(1, 2).contiguous(), None
 
 
-def _check(others: dict[str, Any], attention_mask: Tensor | None) -> None:
+def _check(others: Mapping[str, object], attention_mask: Tensor | None) -> None:
     if others.get("output_attentions"):
         logger.warning_once("pallas_flash never holds the attention weights: output_attentions=True gives None. Use "
                             'attn_implementation="eager" to look at them.')
@@ -126,7 +126,7 @@ def _bias(position_bias: Tensor | None, attention_mask: Tensor | None, query: Te
 
 
 def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Tensor], masked: _Masked,
-                numbers: dict[str, Any]) -> Tensor:
+                numbers: Keywords) -> Tensor:
     """`flash_attention` of tensors padded to buckets. What was there before sees no key that is padding."""
     query, key, value = tensors
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -139,8 +139,8 @@ def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Te
         arguments["causal_offset"] = torch.full((1,), masked.offset, dtype=torch.int32, device=query.device)
     if _sees_padding(masked, q_len, kv_len):
         arguments["kv_lengths"] = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
-    out: Tensor = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
-                                  **arguments, **numbers)
+    out = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
+                                  **arguments | numbers)
     return out[:, :, :q_len]
 
 

@@ -29,7 +29,7 @@ from torch_bridge.transformers.rule import Bounds, Rule
 
 __all__ = ["mask"]
 
-MaskFunction = Callable[..., Any]
+MaskFunction = Callable[..., bool]
 
 
 class Unread(Exception):

@@ -83,17 +83,18 @@ class Rule(torch.Tensor):
             keep = keep & (equal & (self.q_ids[:, :, None] >= 0))[:, None]
         return keep.expand(self.shape).contiguous()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's stub has no name
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # torch's stub has no name
         return f"Rule(shape={tuple(self.shape)}, {self.bounds}, ids={self.q_ids is not None})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub leaves out the function
-            cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
-            kwargs: Mapping[str, Any] | None = None) -> Any:
+            cls, function: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (),
+            kwargs: Mapping[str, Any] | None = None) -> object:
         kwargs = kwargs or {}
-        if function in _ALIASES or (function in _COPIES and kwargs.get("dtype") in (None, torch.bool)
-                                    and not args[0].is_written_out):
-            return args[0]._again(function in _ALIASES, kwargs.get("device"))
+        mask = args[0] if args else None
+        if isinstance(mask, Rule) and (function in _ALIASES or (
+                function in _COPIES and kwargs.get("dtype") in (None, torch.bool) and not mask.is_written_out)):
+            return mask._again(function in _ALIASES, kwargs.get("device"))
         shape = next(tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Rule))
         records.count("mask", "dense", f"attention_mask {shape}", (f"the model calls {function} on it",))
         args, kwargs = pytree.tree_map_only(Rule, Rule.written_out, (args, dict(kwargs)))
