@@ -234,11 +234,11 @@ _BIASES = [(b, h, q, kv) for b in (1, 2) for h in (1, 2) for q in (1, LEN) for k
 class _Bent(Score):
     """Falls and rises with the score, by a curve of each head; hides keys at some distances."""
 
-    curves: Any
+    curves: Array | np.ndarray
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
         near = jnp.exp(-abs(kv_pos - q_pos).astype(score.dtype) / 30)
-        bent = score - near * self.curves[head, batch % 2] * jnp.sin(2 * score)
+        bent = score - near * jnp.asarray(self.curves)[head, batch % 2] * jnp.sin(2 * score)
         return jnp.where((q_pos + 3 * kv_pos) % 11 == 5, -jnp.inf, bent)
 
 
