@@ -15,8 +15,8 @@ from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec, check_dtype
 
 __all__ = [
-    "Array", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds", "integers",
-    "listed", "names_keywords", "reshape", "score_axes", "segments", "sinks", "window_sides",
+    "Array", "Boundaries", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds",
+    "integers", "listed", "names_keywords", "reshape", "score_axes", "segments", "sinks", "window_sides",
 ]
 
 Array = jax.Array | np.ndarray
@@ -25,6 +25,8 @@ Integers = Array | int | Sequence[int]
 """Of each batch entry: an array, one number for all, or a list."""
 Ids = Array | Sequence[Sequence[int]]
 """(batch, length) integers."""
+Boundaries = Array | Sequence[int]
+"""Of sequences in a packed row: (sequences + 1,) integers."""
 
 _CAUSAL, _WINDOW = ("is_causal=True", "mask=Causal()"), ("local_window_size=(left, right)", "mask=Window(left, right)")
 _ELSEWHERE = {

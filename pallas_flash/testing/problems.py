@@ -340,7 +340,8 @@ _DEFECTS: dict[str, tuple[str, _Fields]] = {
         dict(mask=Causal() & SegmentIds(_PADDED, _PADDED))),
 }
 DEFECTS: tuple[Problem, ...] = tuple(
-    Problem(f"defect-{name}", source, **(_Fields(dtypes=HALF) | options)) for name, (source, options) in _DEFECTS.items())
+    Problem(f"defect-{name}", source, **(_Fields(dtypes=HALF) | options))
+    for name, (source, options) in _DEFECTS.items())
 """Problems on which another library was wrong, with the report."""
 
 CONFORMANCE: tuple[Problem, ...] = (*_conformance(), *DEFECTS)
@@ -352,7 +353,8 @@ _LARGE: dict[str, _Fields] = {
 }
 LARGE_SCORES: tuple[Problem, ...] = tuple(
     Problem(f"large-{name}-{size:.0e}", "gradients 6 % off at scores of 3e5, and 18-fold at 3e7, all of them finite",
-            score_size=size, **(_Fields(dtypes=DTYPES[1:]) | options)) for name, options in _LARGE.items() for size in (1e3, 1e6))
+            score_size=size, **(_Fields(dtypes=DTYPES[1:]) | options))
+    for name, options in _LARGE.items() for size in (1e3, 1e6))
 """Problems whose scores are large."""
 
 
