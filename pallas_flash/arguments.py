@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,7 @@ def _is_count(x: object) -> TypeGuard[int]:
     return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= 0)
 
 
-def dropout_seed(spec: AttentionSpec, rng: Any) -> jax.Array | None:
+def dropout_seed(spec: AttentionSpec, rng: Array | None) -> jax.Array | None:
     """(2,) uint32 from a PRNG key, or None where nothing is random."""
     if not spec.dropout_rate:
         return None

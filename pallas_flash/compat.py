@@ -72,7 +72,7 @@ def kept_apart(value: Hashable) -> contextlib.AbstractContextManager[object]:
 def _new_context() -> Callable[[Hashable], contextlib.AbstractContextManager[object]] | None:
     try:
         from jax._src import config
-        made: Callable[[Hashable], contextlib.AbstractContextManager[object]] = config.State[Any](
+        made: Callable[[Hashable], contextlib.AbstractContextManager[object]] = config.State[Hashable](
             "pallas_flash_assumed", None, "What is taken for granted while tracing.", include_in_jit_key=True,
             include_in_trace_context=True)
     except (ImportError, AttributeError, TypeError):
