@@ -7,7 +7,7 @@ import pkgutil
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pallas_flash import errors, padding
 from pallas_flash.arrays import Array, Float
@@ -185,6 +185,11 @@ class Decision:
             return ()
         before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(self.implementation)]
         return tuple(row for row in before if row.is_made_for(self.device))
+
+    def passes(self) -> tuple[Any, Any] | None:
+        """The forward and the backward as lists of launches (`Implementation.launches`); None where there are none."""
+        where = self.implementation.launches
+        return None if where is None else pkgutil.resolve_name(where)(self.spec, self.device)
 
     def __str__(self) -> str:
         lines = [str(self.spec), f"on {self.device.name}: implementation={self.implementation.name!r}, "

@@ -1,6 +1,5 @@
 """The passes of a spec as lists of kernel launches, for a runtime that launches them itself."""
 
-import pkgutil
 from typing import NamedTuple
 
 from pallas_flash import dispatch, errors
@@ -29,8 +28,7 @@ def launches(spec: AttentionSpec, device: Device) -> Passes:
       UnsupportedError: that is no list of launches, with the reasons against each implementation that has one.
     """
     decision = dispatch.decide(spec, device)
-    where = None if spec.is_empty else decision.implementation.launches
-    passes = None if where is None else pkgutil.resolve_name(where)(spec, device)
+    passes = None if spec.is_empty else decision.passes()
     if passes is None:
         found = [f"{row.name!r} {reason}" for row in dispatch.IMPLEMENTATIONS if row.launches
                  for reason in decision.reasons[row.name]] or [_what_is_beside(spec, decision)]

@@ -12,7 +12,6 @@ from pallas_flash import arguments, compat, device, dispatch, errors, forks, mas
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel import all_gather, all_to_all, checks, model, ring
-from pallas_flash.context_parallel.checks import Axes
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
@@ -311,9 +310,9 @@ def _with_pieces(ids: Array) -> Array:
 class _Cut(NamedTuple):
     """The mesh axes that cut (batch, length, heads) of whole arrays; None: nothing does."""
 
-    batch: Axes
-    length: Axes
-    heads: Axes
+    batch: checks.Axes
+    length: checks.Axes
+    heads: checks.Axes
 
     def origin(self, spec: AttentionSpec) -> Array:
         """The place of a shard's first pair in the whole, but for the sequence: (4,) int32."""
@@ -323,7 +322,7 @@ class _Cut(NamedTuple):
 
     def specs(self, arrays: Arrays) -> Arrays:
         """Where each array lies; an axis of size 1 is on all devices."""
-        def place(x: Array, *axes: Axes) -> PartitionSpec:
+        def place(x: Array, *axes: checks.Axes) -> PartitionSpec:
             return PartitionSpec(*(None if size == 1 else axis for size, axis in zip(x.shape, axes)))
         whole = PartitionSpec(self.batch, self.length, self.heads, None)
         bias, ids, sinks = arrays.bias, arrays.ids, arrays.sinks

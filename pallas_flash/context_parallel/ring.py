@@ -22,9 +22,6 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["RingPasses", "anchored", "attend", "attended"]
 
-_Staying = tuple[Array | None, Array | None]
-"""The sums that stay: dq and dbias; None before the first pair."""
-
 
 def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
     """(out, lse) of a device's shards, differentiable."""
@@ -36,6 +33,10 @@ def attended(passes: autodiff.Passes, operands: Operands) -> tuple[Float[Array, 
     out, stats = autodiff.differentiable(passes, operands)
     lse = stats[:, :, 0]
     return out, lse if operands.bias is None else lse + lax.stop_gradient(stats[:, :, 2])
+
+
+_Staying = tuple[Array | None, Array | None]
+"""The sums that stay: dq and dbias; None before the first pair."""
 
 
 class RingPasses(NamedTuple):
