@@ -50,10 +50,9 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
             found, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), (own, *args[1:]),
                                           (flags, *in_batched[1:]))
             folded = dict(zip(names, found, strict=True))
-            operands = given._replace(**folded)
             if spec.pages is not None:
-                k, v, page_table = _folded_pages(axis_size, spec, given, mapped)
-                operands = operands._replace(k=k, v=v, page_table=page_table)
+                folded |= _folded_pages(axis_size, spec, given, mapped)
+            operands = given._replace(**folded)
             whole = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
             results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), whole)
             return results, jax.tree.map(lambda _: True, results)
@@ -97,19 +96,19 @@ def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
 
 
 def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands,
-                  mapped: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+                  mapped: Operands) -> dict[str, jax.Array]:
     """k, v and page_table for all elements. Where pages are mapped, each element's come after those of the one before;
     else all elements share them.
     """
     assert spec.pages is not None and operands.page_table is not None
     table = _fold(axis_size, spec.batch, operands.page_table, bool(mapped.page_table))
     if not (mapped.k or mapped.v):
-        return operands.k, operands.v, table
+        return dict(k=operands.k, v=operands.v, page_table=table)
     number = spec.pages.number
     k, v = (_fold(axis_size, number, x, bool(is_mapped))
             for x, is_mapped in ((operands.k, mapped.k), (operands.v, mapped.v)))
     first = number * (jnp.arange(table.shape[0], dtype=table.dtype) // spec.batch)[:, None]
-    return k, v, jnp.where((table >= 0) & (table < number), table + first, -1)
+    return dict(k=k, v=v, page_table=jnp.where((table >= 0) & (table < number), table + first, -1))
 
 
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
