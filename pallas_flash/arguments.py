@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from pallas_flash.arrays import Shaped
 from pallas_flash.spec import AttentionSpec, check_dtype
 
 __all__ = [
-    "Array", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds", "integers",
-    "listed", "names_keywords", "reshape", "score_axes", "segments", "sinks", "window_sides",
+    "Array", "Boundaries", "Ids", "Integers", "Shaped", "array", "boolean", "dropout_seed", "fitted", "in_bounds",
+    "integers", "listed", "names_keywords", "reshape", "score_axes", "segments", "sinks", "window_sides",
 ]
 
 Array = jax.Array | np.ndarray
@@ -25,6 +25,8 @@ Integers = Array | int | Sequence[int]
 """Of each batch entry: an array, one number for all, or a list."""
 Ids = Array | Sequence[Sequence[int]]
 """(batch, length) integers."""
+Boundaries = Array | Sequence[int]
+"""Of sequences in a packed row: (sequences + 1,) integers."""
 
 _CAUSAL, _WINDOW = ("is_causal=True", "mask=Causal()"), ("local_window_size=(left, right)", "mask=Window(left, right)")
 _ELSEWHERE = {
@@ -211,7 +213,7 @@ def _is_count(x: object) -> TypeGuard[int]:
     return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= 0)
 
 
-def dropout_seed(spec: AttentionSpec, rng: Any) -> jax.Array | None:
+def dropout_seed(spec: AttentionSpec, rng: Array | None) -> jax.Array | None:
     """(2,) uint32 from a PRNG key, or None where nothing is random."""
     if not spec.dropout_rate:
         return None

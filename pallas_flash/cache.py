@@ -13,7 +13,7 @@ after a prompt.
 import dataclasses
 import functools
 import operator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +198,14 @@ def explain(
     return f"{text}\nsinks: {'in the kernel' if in_kernel else 'one more pass over out, in plain JAX'}"
 
 
+class _Numbers(TypedDict):
+    """The arguments of `AttentionSpec.of` that are not arrays."""
+
+    scale: float | None
+    softcap: float | None
+    return_lse: bool
+
+
 class _Call(NamedTuple):
     """Checked arguments: the arrays and their spec."""
 
@@ -208,8 +216,7 @@ class _Call(NamedTuple):
     spec: AttentionSpec
 
     @classmethod
-    def of(cls, query: object, cache: object, mask: object, bias: object, numbers: dict[str, Any]) -> "_Call":
-        """`numbers` are further arguments of `AttentionSpec.of`."""
+    def of(cls, query: object, cache: object, mask: object, bias: object, numbers: "_Numbers") -> "_Call":
         query, cache = arguments.array("query", query), storage.require_cache(cache)
         spec = AttentionSpec.of(query, *_all_rows(cache), layout=cache.layout, **numbers).paged(cache.pages)
         rule = functools.partial(_rule, q_len=spec.q_len, capacity=cache.capacity)

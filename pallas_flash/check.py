@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,17 @@ BURST = 0.2
 """Seconds for which a function runs without a pause to be timed."""
 
 
+class _Options(TypedDict, total=False):
+    """Arguments of `flash_attention`."""
+
+    mask: masks.Mask
+    softcap: float
+    segment_ids: np.ndarray
+    dropout_rate: float
+    dropout_rng: np.ndarray
+    deterministic: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call: a batch of two, (batch, length, heads, d), with 4 query heads."""
@@ -42,7 +53,7 @@ class Call:
     length: int = 600
     kv_heads: int = 4
     dtype: str = "bfloat16"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: _Options = dataclasses.field(default_factory=_Options)
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """Query, key, value and the cotangent of out, random."""
@@ -248,7 +259,7 @@ def _times(implementation: dispatch.Name, call: Call) -> tuple[float, float]:
     return forward, max(_seconds(both, q, k, v, dout) - forward, 1e-9)
 
 
-def _seconds(function: Callable[..., Any], *arrays: jax.Array) -> float:
+def _seconds(function: Callable[..., object], *arrays: jax.Array) -> float:
     """The median time of a call, of three bursts."""
     def burst(count: int) -> float:
         start = time.perf_counter()

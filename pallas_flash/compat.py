@@ -3,13 +3,19 @@ reason."""
 
 import contextlib
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from jax.extend.core import Primitive
 
-__all__ = ["DLPackProducer", "JaxDevice", "backends_are_initialized", "concrete", "dividing_axes", "from_dlpack",
-           "kept_apart", "lower_with_devices", "to_dlpack", "vary_like", "varying_axes"]
+__all__ = ["DLPackProducer", "JaxDevice", "RegisterLayout", "backends_are_initialized", "concrete", "dividing_axes",
+           "from_dlpack", "kept_apart", "lower_with_devices", "to_dlpack", "vary_like", "varying_axes"]
+
+if TYPE_CHECKING:
+    from jax._src.pallas.mosaic_gpu.core import SomeLayout
+
+type RegisterLayout = SomeLayout
+"""A layout of registers: `plgpu.Layout` and its reductions, whose common type has no public name."""
 
 JaxDevice = jax.Device
 """A device as JAX has it; what dispatch sees of it is `device.Device`."""
@@ -72,7 +78,7 @@ def kept_apart(value: Hashable) -> contextlib.AbstractContextManager[object]:
 def _new_context() -> Callable[[Hashable], contextlib.AbstractContextManager[object]] | None:
     try:
         from jax._src import config
-        made: Callable[[Hashable], contextlib.AbstractContextManager[object]] = config.State[Any](
+        made: Callable[[Hashable], contextlib.AbstractContextManager[object]] = config.State[Hashable](
             "pallas_flash_assumed", None, "What is taken for granted while tracing.", include_in_jit_key=True,
             include_in_trace_context=True)
     except (ImportError, AttributeError, TypeError):

@@ -77,8 +77,8 @@ def within(mask: masks.Mask, capacity: int) -> masks.Mask:
     return _with_lengths(mask, lambda lengths: minimum(lengths, capacity))
 
 
-def _with_lengths(mask: masks.Mask, new: Callable[[Any], Any]) -> masks.Mask:
-    def changed(part: Any) -> Any:
+def _with_lengths(mask: masks.Mask, new: Callable[[Positions], Positions]) -> masks.Mask:
+    def changed(part: object) -> object:
         return dataclasses.replace(part, lengths=new(part.lengths)) if isinstance(part, Filled) else part
 
     found: masks.Mask = jax.tree.map(changed, mask, is_leaf=lambda part: isinstance(part, Filled))

@@ -73,7 +73,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ class _AttentionFn:
         function = self.score if score is None else checked(score)
         if function is not None and query.shape[-3] == 1 < key.shape[-3]:
             function = _at_decode_step(function, _as_rule(mask, batch), key.shape[-3])
-        attend: Callable[..., Any] = functools.partial(flash_attention, mask=rule, score=function)
+        attend: Callable[..., jax.Array] = functools.partial(flash_attention, mask=rule, score=function)
         if self.context_parallel is not None:
             attend = _over_devices(self.context_parallel, rule, function)
         out: jax.Array = attend(
@@ -221,7 +221,7 @@ dot_product_attention = attention_fn()
 """Stands in for `nnx.dot_product_attention` and `linen.dot_product_attention`."""
 
 
-def _over_devices(settings: ContextParallel, rule: Mask | None, score: Score | None) -> Callable[..., Any]:
+def _over_devices(settings: ContextParallel, rule: Mask | None, score: Score | None) -> Callable[..., jax.Array]:
     """Attention over sequences that are cut over devices, under the rule: its segment ids are cut like the arrays."""
     if score is not None:
         raise unsupported(
@@ -240,8 +240,8 @@ def _over_devices(settings: ContextParallel, rule: Mask | None, score: Score | N
             "mask=SegmentIds(ids, ids), with ids (batch, length) in the order of pallas_flash.reorder, -1 at padding",
         )
     rest: Mask = functools.reduce(operator.and_, others, Full())
-    ids: Any = (segments[0].q_ids, segments[0].kv_ids) if segments else None
-    return functools.partial(context_parallel_attention, mask=rest, segment_ids=ids, **vars(settings))
+    ids = (segments[0].q_ids, segments[0].kv_ids) if segments else None
+    return functools.partial(context_parallel_attention, **vars(settings) | dict(mask=rest, segment_ids=ids))
 
 
 def _promote(*arrays: jax.Array, dtype: DTypeLike | None) -> Sequence[jax.Array]:

@@ -1,7 +1,7 @@
 """`check_mask`: a mask's bounds against its `keep`, by brute force."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def _keep(part: masks.Mask, q_len: int, kv_len: int) -> np.ndarray:
     """(batch or 1, heads or 1, q_len, kv_len): which pairs a mask keeps."""
     pos = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
     name = f"{type(part).__name__}.keep"
-    found = _traced(part, name, lambda part, *pos: part.keep(*pos), *pos)
+    (found,) = _traced(part, name, lambda part, *pos: part.keep(*pos), *pos)
     shape = (*found.shape[:2], q_len, kv_len)
     if found.dtype != np.bool_ or found.ndim != 4 or any(n not in (1, m) for n, m in zip(found.shape, shape)):
         raise errors.invalid(f"{name} must return booleans of the shape that q_pos and kv_pos broadcast to",
@@ -79,12 +79,13 @@ def _keep(part: masks.Mask, q_len: int, kv_len: int) -> np.ndarray:
     return found
 
 
-def _traced(part: masks.Mask, name: str, ask: Callable[..., Any], *pos: np.ndarray) -> Any:
-    """Calls ask(part, *pos) traced, as kernels do. Leaves have two leading axes (batch or 1, heads or 1)."""
+def _traced[A: (masks.Bounds, Positions)](part: masks.Mask, name: str, ask: Callable[..., A],
+                                          *pos: np.ndarray) -> list[np.ndarray]:
+    """The leaves of ask(part, *pos) traced, as kernels do, with two leading axes (batch or 1, heads or 1) each."""
     pos = tuple(x.astype(np.int32) for x in pos)
     try:
         run = jax.jit(lambda part, *pos: masks.over_batch(part, lambda one: ask(one, *pos)))
-        return jax.tree.map(np.asarray, run(part, *pos))
+        return [np.asarray(x) for x in jax.tree.leaves(run(part, *pos))]
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
             jax.errors.TracerIntegerConversionError) as error:
         raise errors.invalid(

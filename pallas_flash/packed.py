@@ -9,7 +9,7 @@ Boundaries become the mask `Packed`: the query attends to keys of its own sequen
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -25,8 +25,7 @@ __all__ = ["Alignment", "Boundaries", "Packed", "Packing", "Side", "numbered"]
 
 Alignment = Literal["first", "last"]
 """What the offset of a rule counts from in each sequence: its first query at its first key, or its last at its last."""
-Boundaries = arguments.Array | Sequence[int]
-"""Of packed sequences: (sequences + 1,) integers."""
+Boundaries = arguments.Boundaries
 
 
 class Side(Protocol):

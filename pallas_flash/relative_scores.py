@@ -2,34 +2,45 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors
-from pallas_flash.arrays import Array, Float
+from pallas_flash.arrays import Array, Float, Shaped
 from pallas_flash.scores import Pairs, Score, is_static
 
 __all__ = ["ALiBi", "RelativeBias", "alibi_slopes"]
 
+Offset = int | np.integer | Shaped
+"""The key position that is aligned with query 0: one for all, or () or (batch,) integers."""
 
-def _distance(offset: Any, batch: Any, q_pos: Any, kv_pos: Any) -> Any:
+
+def _distance(offset: Offset, batch: Array, q_pos: Array, kv_pos: Array) -> Array:
     """kv_pos - (q_pos + offset), the offset a number or of each batch entry."""
-    return kv_pos - (q_pos + (offset[batch] if getattr(offset, "ndim", 0) else offset))
+    if isinstance(offset, int | np.integer):
+        return kv_pos - (q_pos + offset)
+    given = jnp.asarray(offset)
+    return kv_pos - (q_pos + (given[batch] if given.ndim else given))
 
 
-def _check_offset(owner: str, offset: Any) -> None:
-    if is_static(offset) and isinstance(offset, int | np.integer) and not isinstance(offset, bool):
+def _check_offset(owner: str, offset: Offset) -> None:
+    if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return
-    if is_static(offset) or not jnp.issubdtype(offset.dtype, jnp.integer) or len(offset.shape) > 1:
-        given = f"{offset!r}" if is_static(offset) else f"{offset.dtype.name} of shape {tuple(offset.shape)}"
-        raise errors.invalid(f"{owner}.offset must be an integer, or an integer array () or (batch,)",
-                             f"offset={given}", "pass the key position that is aligned with query 0")
+    if isinstance(offset, int) or is_static(offset):
+        given = f"{offset!r}"
+    elif jnp.issubdtype(offset.dtype, jnp.integer) and len(offset.shape) <= 1:
+        return
+    else:
+        given = f"{offset.dtype.name} of shape {tuple(offset.shape)}"
+    raise errors.invalid(f"{owner}.offset must be an integer, or an integer array () or (batch,)", f"offset={given}",
+                         "pass the key position that is aligned with query 0")
 
 
-def _check_array(label: str, x: Any, axes: tuple[str, ...]) -> None:
+def _check_array(label: str, x: Shaped, axes: tuple[str, ...]) -> None:
     is_array = hasattr(x, "shape") and not errors.is_torch(x)
     if not is_array or len(x.shape) != len(axes) or not jnp.issubdtype(x.dtype, jnp.floating):
         given = f"{x.dtype} of shape {tuple(x.shape)}" if is_array else f"type {type(x).__name__}"
@@ -37,11 +48,11 @@ def _check_array(label: str, x: Any, axes: tuple[str, ...]) -> None:
                              given, "pass a JAX or NumPy array")
 
 
-def _require_sizes(owner: str, arrays: dict[str, Any], batch: int, heads: int) -> None:
+def _require_sizes(owner: str, arrays: Mapping[str, Offset], batch: int, heads: int) -> None:
     """Raises ValueError unless the offset is of `batch` entries, where it is of any, and the other array of `heads`."""
     for name, x in arrays.items():
         wanted, of = (batch, "batch entries") if name == "offset" else (heads, "heads")
-        if not is_static(x) and x.shape and x.shape[0] != wanted:
+        if not isinstance(x, int | np.integer) and x.shape and x.shape[0] != wanted:
             raise errors.invalid(f"{owner}.{name} must be of the {wanted} {of} of query", f"one of {x.shape[0]}",
                                  "give each its own; under shard_map, those of the shard")
 
@@ -56,8 +67,8 @@ class ALiBi(Score):
         (batch,).
     """
 
-    slopes: Any
-    offset: Any = 0
+    slopes: Shaped
+    offset: Offset = 0
     is_additive: ClassVar[bool] = True
     is_relative: ClassVar[bool] = True
 
@@ -68,9 +79,9 @@ class ALiBi(Score):
     def require_sizes(self, batch: int, heads: int) -> None:
         _require_sizes("ALiBi", dict(slopes=self.slopes, offset=self.offset), batch, heads)
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
         distance = abs(_distance(self.offset, batch, q_pos, kv_pos)).astype(score.dtype)
-        return score - self.slopes[head] * distance
+        return score - jnp.asarray(self.slopes)[head] * distance
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -96,9 +107,9 @@ class RelativeBias(Score):
         (batch,).
     """
 
-    table: Any
+    table: Shaped
     zero: int | None = None
-    offset: Any = 0
+    offset: Offset = 0
     is_additive: ClassVar[bool] = True
     is_relative: ClassVar[bool] = True
 
@@ -115,7 +126,7 @@ class RelativeBias(Score):
 
     @classmethod
     def t5(cls, embedding: Array | np.ndarray, *, bidirectional: bool, max_distance: int = 128,
-           offset: Any = 0) -> "RelativeBias":
+           offset: Offset = 0) -> "RelativeBias":
         """The relative-position bias of T5 (Raffel et al., 2020, arXiv:1910.10683).
 
         Args:
@@ -136,23 +147,24 @@ class RelativeBias(Score):
     def require_sizes(self, batch: int, heads: int) -> None:
         _require_sizes("RelativeBias", dict(table=self.table, offset=self.offset), batch, heads)
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
         column = _distance(self.offset, batch, q_pos, kv_pos) + self._zero
-        return score + self.table[head, jnp.clip(column, 0, self.table.shape[1] - 1)]
+        return score + jnp.asarray(self.table)[head, jnp.clip(column, 0, self.table.shape[1] - 1)]
 
     def expanded(self, q_len: int, kv_len: int) -> Score:
         """A column for each distance that there is: distances along a tile are then one slice, and so are their sums.
 
         By slices and copies of the ends, so that the gradient is sums in a fixed order.
         """
-        if not is_static(self.offset):
+        if not isinstance(self.offset, int | np.integer):
             return self
-        columns, length = self.table.shape[1], q_len + kv_len
-        lo = self._zero - self.offset - (q_len - 1)  # the column of the first distance
+        table = jnp.asarray(self.table)
+        columns, length = table.shape[1], q_len + kv_len
+        lo = self._zero - int(self.offset) - (q_len - 1)  # the column of the first distance
         before = min(max(-lo, 0), length)
-        inside = self.table[:, min(max(lo, 0), columns):max(min(columns, lo + length), 0)]
+        inside = table[:, min(max(lo, 0), columns):max(min(columns, lo + length), 0)]
         after = length - before - inside.shape[1]
-        ends = (jnp.broadcast_to(self.table[:, at:][:, :1], (self.table.shape[0], n))
+        ends = (jnp.broadcast_to(table[:, at:][:, :1], (table.shape[0], n))
                 for at, n in ((0, before), (columns - 1, after)))
         first, last = ends
         return _Diagonals(jnp.concatenate([first, inside, last], axis=1), q_len)
@@ -178,7 +190,7 @@ class _Diagonals(Score):
     """score + terms[head, kv_pos - q_pos + q_len - 1]: a term for each distance of q_len queries and some keys, and one
     more."""
 
-    terms: Any
+    terms: Array
     q_len: int
     is_additive: ClassVar[bool] = True
     is_relative: ClassVar[bool] = True

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pallas_flash import errors, mask_fields
 from pallas_flash.arrays import Array, Bool, Float, Int, Shaped
@@ -33,8 +34,8 @@ from pallas_flash.mask_fields import ArrayField
 __all__ = ["At", "Function", "Pairs", "Score", "applied", "attending", "check_result", "checked", "even_if_large",
            "floats", "gradients", "integers", "is_static", "tile", "value_and_slope"]
 
-Function = Callable[[Any, Any, Any, Any, Any], Any]
-"""A score function: (score, batch, head, q_pos, kv_pos) -> score."""
+Function = Callable[[Array, Array, Array, Array, Array], ArrayLike]
+"""A score function: (score, batch, head, q_pos, kv_pos) -> score, all of them scalars."""
 
 
 class Pairs(NamedTuple):
@@ -78,7 +79,7 @@ class Score:
             cls, functools.partial(mask_fields.flatten, is_static=is_static),
             functools.partial(mask_fields.unflatten, cls))
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
         """The score of a pair, from what it was before: all are scalars."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(score, batch, head, q_pos, kv_pos)")
 
@@ -212,11 +213,19 @@ class _Plain(Score):
     def __str__(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
-        return self.function(score, batch, head, q_pos, kv_pos)
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
+        return _number(self, self.function(score, batch, head, q_pos, kv_pos))
 
 
-def _held(function: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, object]]:
+def _number(score: Score, found: ArrayLike | None) -> Array:
+    """What a score function returned, as an array."""
+    if found is None:
+        raise errors.invalid(f"the score function {score} must return one floating-point number for a pair", "None",
+                             "return the score that it makes")
+    return jnp.asarray(found)
+
+
+def _held(function: object, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, object]]:
     """What a function reads from outside: the names and values of what it closes over, of the globals that it names,
     and of what was bound to it (functools.partial), likewise of the functions among these that come from its module."""
     if isinstance(function, functools.partial):
@@ -234,7 +243,7 @@ def _held(function: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[s
             yield from _held(value, seen | {id(function)})
 
 
-def _require_no_arrays(name: str, function: Callable[..., Any]) -> tuple[tuple[str, object], ...]:
+def _require_no_arrays(name: str, function: Callable[..., object]) -> tuple[tuple[str, object], ...]:
     """The numbers that a function holds; raises ValueError where it holds arrays."""
     held = tuple(_held(function))
     for what, value in held:
@@ -314,18 +323,14 @@ def _check_parameters(score: Score) -> None:
 @functools.lru_cache(maxsize=1024)
 def check_result(score: Score, dtype: np.dtype) -> None:
     """Raises ValueError unless a function with placeholders gives one number for a pair, from traced scalars."""
-    def as_given(x: ArrayField) -> jax.ShapeDtypeStruct:
+    def as_given(x: Shaped | ArrayField) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype if _is_float(x) else x.dtype)
     number, place = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((), jnp.int32)
     arrays = tuple(tuple(map(as_given, xs)) for xs in (floats(score), integers(score)))
     _check_parameters(score)
 
-    def result(arrays: Any, *args: Any) -> Array:
-        found = score.filled(*arrays)(*args)
-        if found is None:
-            raise errors.invalid(f"the score function {score} must return one floating-point number for a pair", "None",
-                                 "return the score that it makes")
-        return jnp.asarray(found)
+    def result(arrays: tuple[tuple[Array, ...], tuple[Array, ...]], *args: Array) -> Array:
+        return _number(score, score.filled(*arrays)(*args))
     try:
         traced = jax.make_jaxpr(result)(arrays, number, place, place, place, place)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
@@ -353,8 +358,8 @@ class At(Score):
     """
 
     function: Score
-    q_positions: Any
-    kv_positions: Any
+    q_positions: Shaped
+    kv_positions: Shaped
 
     @property
     def is_additive(self) -> bool:  # type: ignore[override]
@@ -366,7 +371,7 @@ class At(Score):
     def require_sizes(self, batch: int, heads: int) -> None:
         self.function.require_sizes(batch, heads)
 
-    def __call__(self, score: Any, batch: Any, head: Any, q_pos: Any, kv_pos: Any) -> Any:
-        at = [x[jnp.minimum(batch, x.shape[0] - 1), jnp.minimum(pos, x.shape[1] - 1)]
+    def __call__(self, score: Array, batch: Array, head: Array, q_pos: Array, kv_pos: Array) -> Array:
+        at = [jnp.asarray(x)[jnp.minimum(batch, x.shape[0] - 1), jnp.minimum(pos, x.shape[1] - 1)]
               for x, pos in ((self.q_positions, q_pos), (self.kv_positions, kv_pos))]
         return self.function(score, batch, head, *at)

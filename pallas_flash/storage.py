@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_flash import arguments, errors, mask_fields, masks, paging
-from pallas_flash.arrays import Array, Bool, Int
+from pallas_flash.arrays import Array, Bool, Int, Shaped
 from pallas_flash.spec import Layout, check_dtype
 
 __all__ = ["Cache", "as_jax", "check_lengths", "empty", "empty_paged", "known", "require_cache", "require_values"]
@@ -51,7 +51,7 @@ class Cache:
     def __post_init__(self) -> None:
         _check_arrays(self)
         given = _integers(self)
-        check_lengths(self, mask_fields.on_host, **given)
+        check_lengths(self, mask_fields.on_host, lengths=given["lengths"], page_table=given["page_table"])
         for name, x in (("key", self.key), ("value", self.value)):
             object.__setattr__(self, name, as_jax(x))
         for name, numbers in given.items():
@@ -87,20 +87,20 @@ class Cache:
         full: Array = self.lengths > self.capacity
         return full if self.pages is None else full | paging.lack(self.pages, self.page_table, self.lengths)
 
-    def room(self, page_table: Any) -> Any:
+    def room(self, page_table: Shaped | None) -> int | arguments.Array:
         """`capacities` under a table, in NumPy if it is; one number where they are the same for all."""
-        if self.pages is None or isinstance(page_table, jax.ShapeDtypeStruct):
+        if self.pages is None or page_table is None or isinstance(page_table, jax.ShapeDtypeStruct):
             return self.capacity
         there = (page_table >= 0) & (page_table < self.pages.number)
         return there.astype("int32").cumprod(axis=1).sum(axis=1, dtype="int32") * self.pages.size
 
 
-def _flatten(cache: Cache) -> tuple[list[tuple[jax.tree_util.GetAttrKey, Any]], Layout]:
+def _flatten(cache: Cache) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], Layout]:
     names = ("key", "value", "lengths", "page_table")
     return [(jax.tree_util.GetAttrKey(name), getattr(cache, name)) for name in names], cache.layout
 
 
-def _unflatten(layout: Layout, children: Iterable[Any]) -> Cache:
+def _unflatten(layout: Layout, children: Iterable[object]) -> Cache:
     cache = object.__new__(Cache)  # no checks: a tree may hold anything in place of arrays
     for name, x in zip(("key", "value", "lengths", "page_table", "layout"), (*children, layout), strict=True):
         object.__setattr__(cache, name, x)
@@ -124,7 +124,7 @@ def empty(batch: int, capacity: int, kv_heads: int, d: int, *, d_v: int | None =
     return Cache(key, value, jnp.zeros(batch, jnp.int32), None, layout)
 
 
-def empty_paged(page_table: Any, pages: tuple[int, int], kv_heads: int, d: int, *, d_v: int | None = None,
+def empty_paged(page_table: arguments.Ids, pages: tuple[int, int], kv_heads: int, d: int, *, d_v: int | None = None,
                 dtype: DTypeLike = jnp.bfloat16, layout: Layout = "BLHD") -> Cache:
     """A paged cache of lengths 0.
 
@@ -171,7 +171,7 @@ def _check_arrays(cache: Cache) -> None:
                              f"{key.shape[0]} pages of {size} positions", "choose another page size")
 
 
-def _integers(cache: Cache) -> dict[str, Any]:
+def _integers(cache: Cache) -> dict[str, Shaped | None]:
     """lengths and page_table, checked, as they were given."""
     lengths = arguments.integers("lengths", arguments.listed("lengths", cache.lengths))
     table = cache.page_table
@@ -220,7 +220,7 @@ def require_values(**given: object) -> None:
                                  "ask explain() about shapes, or trace with jax.eval_shape or jax.jit(...).lower")
 
 
-def as_jax(x: Any, dtype: Any = None) -> Any:
+def as_jax(x: Shaped, dtype: DTypeLike | None = None) -> Any:
     """A JAX array of `x`; what stands for one stands for it still."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x if dtype is None else jax.ShapeDtypeStruct(x.shape, dtype)

@@ -17,14 +17,35 @@ query = key = value = torch.zeros(1, 2, 8, 16)
 """  # what a snippet of README takes as given
 
 GOOD = """
+import dataclasses
+import functools
 from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import pallas_flash as pf
+from pallas_flash import cache
 from pallas_flash.flax import attention_fn
+
+
+def bent(score: jax.Array, batch: jax.Array, head: jax.Array, q_pos: jax.Array, kv_pos: jax.Array) -> jax.Array:
+    return jnp.where(q_pos < kv_pos, jnp.tanh(score), score)
+
+
+def bent_by(by: float, score: Any, batch: ArrayLike, head: ArrayLike, q_pos: ArrayLike, kv_pos: ArrayLike) -> Any:
+    return by * score
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(pf.Score):
+    inner: pf.Score
+    slope: jax.Array
+
+    def __call__(self, score: Any, batch: jax.Array, head: jax.Array, q_pos: jax.Array, kv_pos: jax.Array) -> jax.Array:
+        return 2 * self.inner(score, batch, head, q_pos, kv_pos) - self.slope[head]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct, with_lse: bool) -> None:
@@ -42,7 +63,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     pf.flash_attention(q, k, v, bias=q, dropout_rate=0.5, dropout_rng=jax.random.key(0), scale=1, softcap=30)
     pf.flash_attention(q, k, v, cu_seqlens_q=[0, 8], cu_seqlens_kv=np.array([0, 8]), max_seqlen_q=8, alignment="last")
     pf.flash_attention(q, k, v, score=lambda score, batch, head, q_pos, kv_pos: jnp.tanh(score))
+    pf.flash_attention(q, k, v, score=lambda score, batch, head, q_pos, kv_pos: 0.5)
+    pf.flash_attention(q, k, v, score=bent)
+    pf.flash_attention(q, k, v, score=functools.partial(bent_by, 0.5))
+    pf.flash_attention(q, k, v, score=Both(pf.ALiBi(q, offset=np.zeros(2, int)), q))
     pf.flash_attention(q, k, v, score=pf.RelativeBias.t5(q, bidirectional=False))
+    pf.explain(q, k, v, score=pf.RelativeBias(shape, zero=3, offset=shape))
     pf.explain(shape, k, v, cu_seqlens_q=shape, score=pf.ALiBi(pf.alibi_slopes(2)))
     assert_type(pf.explain(shape, k, v, implementation=None, device=pf.device.H200), str)
     assert_type(pf.dot_product_attention(q, k, v, implementation=("hopper", "reference")), jax.Array)
@@ -56,6 +82,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
     batch: np.ndarray[Any, Any] = pf.reorder(np.zeros((1, 8)), 4, load_balance="zigzag_documents", cu_seqlens=[0, 8])
     pf.reorder(batch, 4, axis=0, inverse=True, load_balance=None)
     assert_type(pf.positions("sequence", 8), jax.Array)
+    pf.positions("sequence", 8, load_balance="zigzag_documents", cu_seqlens=jnp.array([0, 8]))
+    kv = cache.empty_paged([[0, 1], [2, 3]], pages=(4, 16), kv_heads=2, d=8)
+    kv = cache.append(cache.Cache(k, v, [1, 1], kv.page_table), k, np.asarray(v))
+    assert_type(cache.attend(q, kv, mask=pf.Causal(), softcap=2), jax.Array)
     mean = lambda q: pf.flash_attention(q, k, v).mean()
     jax.grad(mean)(q)
 """
@@ -63,6 +93,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shape: jax.ShapeDtypeStruct
 BAD = (
     'implementation="cudnn"', 'implementation=("cudnn",)', 'layout="LBHD"', "mask=q > 0", "bias=[[0.0]]", "causal=True",
     'deterministic="no"', "segment_ids=0.5", "kv_lengths=[0.5]", "scale=q",
+    "score=lambda score: score", 'score=lambda score, batch, head, q_pos, kv_pos: "score"', "score=pf.ALiBi([0.5])",
 )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ class Arrays(NamedTuple):
     ids: tuple[Array, ...] | None  # of queries and keys
     cu_seqlens: Array | None
     sinks: Array | None
-    dropout_rng: Any
+    dropout_rng: arguments.Array | None
 
 
 def _numbers(name: str, x: arguments.Array | None) -> Array | None:
@@ -310,9 +310,9 @@ def _with_pieces(ids: Array) -> Array:
 class _Cut(NamedTuple):
     """The mesh axes that cut (batch, length, heads) of whole arrays; None: nothing does."""
 
-    batch: Any
-    length: Any
-    heads: Any
+    batch: checks.Axes
+    length: checks.Axes
+    heads: checks.Axes
 
     def origin(self, spec: AttentionSpec) -> Array:
         """The place of a shard's first pair in the whole, but for the sequence: (4,) int32."""
@@ -322,7 +322,7 @@ class _Cut(NamedTuple):
 
     def specs(self, arrays: Arrays) -> Arrays:
         """Where each array lies; an axis of size 1 is on all devices."""
-        def place(x: Array, *axes: Any) -> PartitionSpec:
+        def place(x: Array, *axes: checks.Axes) -> PartitionSpec:
             return PartitionSpec(*(None if size == 1 else axis for size, axis in zip(x.shape, axes)))
         whole = PartitionSpec(self.batch, self.length, self.heads, None)
         bias, ids, sinks = arrays.bias, arrays.ids, arrays.sinks

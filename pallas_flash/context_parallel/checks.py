@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from pallas_flash import compat, errors, masks
+from pallas_flash.arguments import Boundaries
 from pallas_flash.arrays import Array
 from pallas_flash.context_parallel.order import LOAD_BALANCES, LoadBalance, boundaries, require_integers, rise
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["divides", "documents", "dropout", "ids", "is_cut", "lengths", "mask", "whole_mask"]
+__all__ = ["Axes", "divides", "documents", "dropout", "ids", "is_cut", "lengths", "mask", "whole_mask"]
+
+Axes = str | tuple[str, ...] | None
+"""The mesh axes that cut one axis of an array; None: nothing does."""
 
 
 def is_cut(axis_name: str, query: Array) -> None:
@@ -96,7 +99,7 @@ def _runs(row: np.ndarray) -> tuple[int, ...]:
     return tuple(firsts[firsts >= 0].tolist())
 
 
-def documents(cu_seqlens: Any, local_len: int, n: int, load_balance: LoadBalance) -> None:
+def documents(cu_seqlens: Boundaries | None, local_len: int, n: int, load_balance: LoadBalance) -> None:
     """Raises where boundaries are none: what they hold is checked where it is on the host."""
     if cu_seqlens is None:
         return
@@ -121,7 +124,7 @@ def dropout(axis_name: str, query: Array, seed: Array) -> None:
                              f"jax.lax.axis_index({tuple(shared)}))")
 
 
-def divides(arrays: Mapping[str, Array], mesh: Mesh | AbstractMesh, axes: tuple[Any, Any, Any],
+def divides(arrays: Mapping[str, Array], mesh: Mesh | AbstractMesh, axes: tuple[Axes, Axes, Axes],
             load_balance: LoadBalance) -> None:
     """Raises where whole arrays cannot be cut over their axes of the mesh, those of (batch, length, heads)."""
     for name, x in arrays.items():

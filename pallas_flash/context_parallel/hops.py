@@ -6,7 +6,7 @@ results last, and keeps n copies of both.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,15 +55,15 @@ def unpack(packed: Array, like: Sequence[Array]) -> list[Array]:
     return found
 
 
-Carried = tuple[Any, list[Array]]
+type Carried[S] = tuple[S, list[Array]]
 """What a device keeps, and the sums that belong to the travelling arrays."""
 
-Compute = Callable[[list[Array], Carried, Call, list[Chosen]], Carried]
+type Compute[S] = Callable[[list[Array], Carried[S], Call, list[Chosen]], Carried[S]]
 """(travelling arrays, carried, call, its pairs) -> carried."""
 
 
-def around(ring: Ring, steps: Sequence[Step], compute: Compute, travelling: list[Array], state: Any,
-           sums: list[Array]) -> Carried:
+def around[S](ring: Ring, steps: Sequence[Step], compute: Compute[S], travelling: list[Array], state: S,
+              sums: list[Array]) -> Carried[S]:
     """`state` after all steps; and `sums`, which belong to the travelling arrays, back at their device.
 
     While a step computes, the arrays of the next step travel here and the sums of the last one travel on: the step
@@ -94,18 +94,17 @@ def _kind(steps: Sequence[Step], t: int, hop: Callable[[int], int]) -> object:
     return calls, hop(t - 1), hop(t)
 
 
-class _OneStep(NamedTuple):
+class _OneStep[S](NamedTuple):
     """A step, or equal ones in a row, as a function of what is carried from step to step."""
 
     ring: Ring
-    compute: Compute
+    compute: Compute[S]
     like: list[Array]  # what travels
     steps: Sequence[Step]
     before: int  # how far the sums of the last step travel
     after: int  # how far the arrays of the next step do
 
-    def __call__(self, carry: tuple[Array, Any, list[Array]],
-                 rows: list[Array]) -> tuple[Array, Any, list[Array]]:
+    def __call__(self, carry: tuple[Array, S, list[Array]], rows: list[Array]) -> tuple[Array, S, list[Array]]:
         packed, state, sums = lax.optimization_barrier(carry)
         coming, sums_here = self._travel(packed, sums)
         arrays, carried = unpack(packed, self.like), (state, sums_here)
@@ -113,7 +112,7 @@ class _OneStep(NamedTuple):
             carried = self.compute(arrays, carried, call, self._chosen(x, rows[x]))
         return coming, *carried
 
-    def repeated(self, carry: tuple[Array, Any, list[Array]]) -> tuple[Array, Any, list[Array]]:
+    def repeated(self, carry: tuple[Array, S, list[Array]]) -> tuple[Array, S, list[Array]]:
         """All steps, as a loop."""
         rows = [jnp.stack(xs) for xs in zip(*(self.rows(t) for t in range(len(self.steps))))]
         carry, _ = lax.scan(lambda carry, row: (self(carry, row), None), carry, rows)

@@ -6,13 +6,14 @@ cut so. The devices then hold equal parts, one after the other, of a reordered a
 """
 
 import operator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import arguments, errors, sharding
+from pallas_flash.arguments import Boundaries
 
 __all__ = ["LOAD_BALANCES", "LoadBalance", "boundaries", "positions", "reorder", "require_integers", "rise"]
 
@@ -22,7 +23,8 @@ LOAD_BALANCES = ("zigzag", "zigzag_documents", None)
 
 
 def reorder[A: (np.ndarray, jax.Array)](
-    x: A, n: int, axis: int = 1, *, inverse: bool = False, load_balance: LoadBalance = "zigzag", cu_seqlens: Any = None,
+    x: A, n: int, axis: int = 1, *, inverse: bool = False, load_balance: LoadBalance = "zigzag",
+    cu_seqlens: Boundaries | None = None,
 ) -> A:
     """Puts a sequence into the order in which n devices hold it; `inverse=True` undoes that.
 
@@ -80,7 +82,7 @@ def _zigzag(x: jax.Array, n: int, axis: int, inverse: bool) -> jax.Array:
 
 
 def positions(
-    axis_name: str, length: int, *, load_balance: LoadBalance = "zigzag", cu_seqlens: Any = None,
+    axis_name: str, length: int, *, load_balance: LoadBalance = "zigzag", cu_seqlens: Boundaries | None = None,
 ) -> jax.Array:
     """The positions in the original sequence of the rows that this device holds: int32 (length,).
 
@@ -122,7 +124,7 @@ def positions(
     return start + jnp.where(inside < piece, device * piece, (2 * n - 2 - device) * piece) + inside
 
 
-def boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Any) -> np.ndarray:
+def boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Boundaries | None) -> np.ndarray:
     """Where the documents begin and end, from 0 to length; one document unless they are balanced. All are checked."""
     if operator.index(n) < 1:
         raise errors.invalid("n must be at least 1", f"{n=}", "pass the number of devices along the sequence")
@@ -144,7 +146,7 @@ def boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Any) 
     return starts
 
 
-def _documents(length: int, cu_seqlens: Any) -> np.ndarray:
+def _documents(length: int, cu_seqlens: Boundaries | None) -> np.ndarray:
     if cu_seqlens is None or isinstance(cu_seqlens, jax.core.Tracer):
         raise errors.invalid('cu_seqlens must be on the host for load_balance="zigzag_documents"',
                              "None" if cu_seqlens is None else "a traced array",
@@ -156,7 +158,7 @@ def _documents(length: int, cu_seqlens: Any) -> np.ndarray:
     return starts
 
 
-def require_integers(cu_seqlens: Any) -> np.ndarray | jax.Array:
+def require_integers(cu_seqlens: Boundaries) -> np.ndarray | jax.Array:
     """`cu_seqlens` as an array, which may be traced; raises unless it is (documents + 1,) integers."""
     starts = cu_seqlens if isinstance(cu_seqlens, jax.Array) else np.asarray(cu_seqlens)
     if starts.ndim != 1 or starts.shape[0] < 2 or not jnp.issubdtype(starts.dtype, jnp.integer):

@@ -35,6 +35,10 @@ def attended(passes: autodiff.Passes, operands: Operands) -> tuple[Float[Array, 
     return out, lse if operands.bias is None else lse + lax.stop_gradient(stats[:, :, 2])
 
 
+_Staying = tuple[Array | None, Array | None]
+"""The sums that stay: dq and dbias; None before the first pair."""
+
+
 class RingPasses(NamedTuple):
     """The passes of a ring, over the shards of a device (see `autodiff.Passes`).
 
@@ -58,7 +62,8 @@ class RingPasses(NamedTuple):
                 _nothing(spec.out_shape, stats_shape, spec.acc_dtype), operands)
             return found
 
-        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+        def compute(travelling: list[Array], carried: Carried[Results[Array] | None], call: Call,
+                    chosen: list[Chosen]) -> Carried[Results[Array] | None]:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
             partial = autodiff.forward(spec, name, problem, where=self.shards.device)
             state: Results[Array] | None = carried[0]
@@ -95,7 +100,8 @@ class RingPasses(NamedTuple):
         def zeros(x: Array) -> Array:
             return compat.vary_like(jnp.zeros(x.shape, acc), operands, results, cotangents)
 
-        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+        def compute(travelling: list[Array], carried: Carried[_Staying], call: Call,
+                    chosen: list[Chosen]) -> Carried[_Staying]:
             spec, name, problem = self.shards.problem(operands, travelling, call, chosen)
             (_, stats), saved = (self._rows(x, call, chosen) for x in (results, cotangents))
             if problem.bias is not None:
@@ -108,12 +114,13 @@ class RingPasses(NamedTuple):
             return carried
 
         q, k, v, bias, _ = operands.differentiable
-        ((dq, dbias), sums) = self._around(compute, operands, (None, None), [])
+        nothing: _Staying = (None, None)
+        (dq, dbias), sums = self._around(compute, operands, nothing, [])
         dk, dv = sums or (zeros(k), zeros(v))
         dq = zeros(q) if dq is None else dq
         dbias = zeros(bias) if dbias is None and bias is not None else dbias
         return Gradients(dq=dq.astype(q.dtype), dk=dk.astype(k.dtype), dv=dv.astype(v.dtype),
-                         dbias=None if bias is None else dbias.astype(bias.dtype), dscore=())
+                         dbias=None if bias is None or dbias is None else dbias.astype(bias.dtype), dscore=())
 
     def _rows(self, x: Results[Array], call: Call, chosen: list[Chosen]) -> Results[Array]:
         """The rows of a call's pairs."""
@@ -124,7 +131,8 @@ class RingPasses(NamedTuple):
         out = None if x.out is None else of_call(x.out, 1)
         return Results(out=out, stats=of_call(x.stats, 3))
 
-    def _added(self, carried: Carried, grads: Gradients[Array], pick: Chosen, zeros: Gradients[Array]) -> Carried:
+    def _added(self, carried: Carried[_Staying], grads: Gradients[Array], pick: Chosen,
+               zeros: Gradients[Array]) -> Carried[_Staying]:
         """The sums with the gradients of a pair added where its chunks are; there are none before the first pair."""
         (dq, dbias), sums = carried
         dk, dv = sums or (None, None)
@@ -149,7 +157,7 @@ class RingPasses(NamedTuple):
             dbias = add(dbias, grads.dbias, at, zeros.dbias)
         return (dq, dbias), [dk, dv]
 
-    def _around(self, compute: hops.Compute, operands: Operands, state: object, sums: list[Array]) -> Carried:
+    def _around[S](self, compute: hops.Compute[S], operands: Operands, state: S, sums: list[Array]) -> Carried[S]:
         if not (steps := self.shards.steps):  # the mask keeps nothing
             return state, sums
         return hops.around(self.shards.ring, steps, compute, self.shards.travelling(operands), state, sums)

@@ -9,7 +9,6 @@ batch entry.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,22 +37,24 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
             return function(spec, where, operands, *arrays)
 
         @call.def_vmap
-        def rule(axis_size: int, in_batched: list[Any], *args: *tuple[Operands, *Arrays]) -> tuple[R, R]:
+        def rule(axis_size: int, in_batched: list[object], *args: *tuple[Operands, *Arrays]) -> tuple[R, R]:
             if not isinstance(axis_size, int) or axis_size == 0:
                 return _in_turns(call, in_batched, args)
             given, mapped = args[0], in_batched[0]
-            if spec.score is not None and not _is_shared(spec.score, in_batched[0]):
+            assert isinstance(mapped, Operands)  # a boolean for each array
+            if spec.score is not None and not _is_shared(spec.score, mapped):
                 return _in_turns(call, in_batched, args)
-            apart: dict[str, Any] = dict(score=(), score_integers=())
-            apart |= dict(k=None, v=None, page_table=None) if spec.pages is not None else {}
-            operands, *arrays = jax.tree.map(
-                functools.partial(_fold, axis_size, spec.batch), (given._replace(**apart), *args[1:]),
-                (mapped._replace(**apart), *in_batched[1:]))
-            operands = operands._replace(score=given.score, score_integers=given.score_integers)
+            apart = {"score", "score_integers", *(("k", "v", "page_table") if spec.pages is not None else ())}
+            names = [name for name in Operands._fields if name not in apart]
+            own, flags = ([getattr(x, name) for name in names] for x in (given, mapped))
+            found, *arrays = jax.tree.map(functools.partial(_fold, axis_size, spec.batch), (own, *args[1:]),
+                                          (flags, *in_batched[1:]))
+            folded = dict(zip(names, found, strict=True))
             if spec.pages is not None:
-                operands = operands._replace(**_folded_pages(axis_size, spec, given, mapped))
-            folded = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
-            results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), folded)
+                folded |= _folded_pages(axis_size, spec, given, mapped)
+            operands = given._replace(**folded)
+            whole = for_spec(_folded_spec(spec, axis_size, operands), where)(operands, *arrays)
+            results = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), whole)
             return results, jax.tree.map(lambda _: True, results)
         return call
 
@@ -94,16 +95,18 @@ def _fold(axis_size: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
     return jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])).reshape(axis_size * batch, *x.shape[2:])
 
 
-def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands, mapped: Any) -> dict[str, jax.Array]:
+def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands,
+                  mapped: Operands) -> dict[str, jax.Array]:
     """k, v and page_table for all elements. Where pages are mapped, each element's come after those of the one before;
     else all elements share them.
     """
     assert spec.pages is not None and operands.page_table is not None
-    table = _fold(axis_size, spec.batch, operands.page_table, mapped.page_table)
+    table = _fold(axis_size, spec.batch, operands.page_table, bool(mapped.page_table))
     if not (mapped.k or mapped.v):
         return dict(k=operands.k, v=operands.v, page_table=table)
     number = spec.pages.number
-    k, v = (_fold(axis_size, number, x, is_mapped) for x, is_mapped in ((operands.k, mapped.k), (operands.v, mapped.v)))
+    k, v = (_fold(axis_size, number, x, bool(is_mapped))
+            for x, is_mapped in ((operands.k, mapped.k), (operands.v, mapped.v)))
     first = number * (jnp.arange(table.shape[0], dtype=table.dtype) // spec.batch)[:, None]
     return dict(k=k, v=v, page_table=jnp.where((table >= 0) & (table < number), table + first, -1))
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.mask_ranges import Ranges
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
-from pallas_flash.packed import Packed
+from pallas_flash.packed import Packed, Side
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["RangesOf", "fields", "launch"]
@@ -103,15 +103,17 @@ class _Starts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Sequences(Packed):
-    """`Packed`, whose two boundaries are `_Starts`."""
+    """`Packed`, with other sides than those of its arrays."""
+
+    sides: tuple[Side, Side] = dataclasses.field(kw_only=True)
 
     @property
-    def queries(self) -> Any:
-        return self.cu_seqlens_q
+    def queries(self) -> Side:
+        return self.sides[0]
 
     @property
-    def keys(self) -> Any:
-        return self.cu_seqlens_kv
+    def keys(self) -> Side:
+        return self.sides[1]
 
 
 def _lead(ref: Ref, batch: Index) -> Index:
@@ -122,11 +124,11 @@ def _rules(spec: AttentionSpec, gmem: dict[str, Ref], batch: Index) -> masks.Mas
     """The interval rules of a batch entry, with numbers in place of arrays."""
     def read(part: masks.Mask) -> masks.Mask:
         if type(part) is Packed:
-            given: Any = part
-            q_starts, kv_starts = given.cu_seqlens_q, given.cu_seqlens_kv
-            sides: Any = (_Starts(q_starts, _lead(q_starts, batch), spec.q_len),
-                          _Starts(kv_starts, _lead(kv_starts, batch), spec.kv_len))
-            return _Sequences(part.rule, sides[0], sides[1], part.q_sequence, part.kv_sequence, part.alignment)
+            q_starts, kv_starts = _ref(part, "cu_seqlens_q"), _ref(part, "cu_seqlens_kv")
+            sides = (_Starts(q_starts, _lead(q_starts, batch), spec.q_len),
+                     _Starts(kv_starts, _lead(kv_starts, batch), spec.kv_len))
+            return _Sequences(part.rule, part.cu_seqlens_q, part.cu_seqlens_kv, part.q_sequence, part.kv_sequence,
+                              part.alignment, sides=sides)
         numbers: masks.Mask = jax.tree.map(lambda ref: threads.load(ref, _lead(ref, batch), 0), part)
         return numbers
     parts = [read(part) for part in _filled(spec, gmem).parts if not isinstance(part, masks.SegmentIds)]
@@ -137,6 +139,12 @@ def _filled(spec: AttentionSpec, gmem: dict[str, Ref]) -> masks.Mask:
     """The mask with references in place of arrays."""
     mask: masks.Mask = jax.tree.unflatten(jax.tree.structure(spec.mask), [gmem[name] for name in fields(spec)])
     return mask
+
+
+def _ref(part: masks.Mask | None, name: str) -> Ref:
+    """The reference that stands in place of an array of a `_filled` mask."""
+    ref: Ref = getattr(part, name)
+    return ref
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -161,9 +169,7 @@ def _copy_ids(spec: AttentionSpec, gmem: dict[str, Ref], name: str, batch: Index
 
 
 def _ids(spec: AttentionSpec, gmem: dict[str, Ref], of_queries: bool) -> Ref:
-    found: Any = mask_ranges.ids_of(_filled(spec, gmem))
-    ref: Ref = found.q_ids if of_queries else found.kv_ids
-    return ref
+    return _ref(mask_ranges.ids_of(_filled(spec, gmem)), "q_ids" if of_queries else "kv_ids")
 
 
 # -- ranges ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Named barriers count threads. Ids 0 to the number of warpgroups belong to Mosaic
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm, vector
 
+from pallas_flash import compat
 from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
@@ -29,8 +29,7 @@ __all__ = [
 WARPGROUP = 128
 """Threads of a warpgroup."""
 
-Layout = Any
-"""A layout of registers: `plgpu.Layout` and its reductions, whose common type has no public name."""
+Layout = compat.RegisterLayout
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 """The layout of one number that all threads hold."""

@@ -51,14 +51,13 @@ class Atom(NamedTuple):
 class Step(NamedTuple):
     """One primitive, applied to values."""
 
-    primitive: core.Primitive
-    params: dict[str, Any]
+    equation: core.JaxprEqn
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        return str(self.primitive.name)
+        return str(self.equation.primitive.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +122,11 @@ _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_
 """Primitives that hold a program, and the parameter that it is in."""
 
 
+def _type(x: core.Var | core.Literal) -> jax.core.ShapedArray:
+    assert isinstance(x.aval, jax.core.ShapedArray)
+    return x.aval
+
+
 class _Tracer:
     """Numbers the values of a jaxpr, and sorts its steps."""
 
@@ -145,25 +149,24 @@ class _Tracer:
         def atom(x: core.Var | core.Literal) -> Atom:
             if not isinstance(x, core.Literal):
                 return values[x]
-            kind: Any = x.aval
-            return Atom(-1, np.asarray(x.val, kind.dtype)[()])
+            return Atom(-1, np.asarray(x.val, _type(x).dtype)[()])
         for equation in closed.jaxpr.eqns:
             inputs = tuple(map(atom, equation.invars))
             values |= zip(equation.outvars, self._step(equation, inputs), strict=True)
         return tuple(map(atom, closed.jaxpr.outvars))
 
-    def _step(self, equation: Any, inputs: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    def _step(self, equation: core.JaxprEqn, inputs: tuple[Atom, ...]) -> tuple[Atom, ...]:
         name, params = str(equation.primitive.name), equation.params
         if name in _INLINED:
             inner = params[_INLINED[name]]
             return self._inline(inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ()), inputs)
-        if all(x.is_known for x in inputs) and all(x.aval.shape == () for x in equation.outvars):
+        if all(x.is_known for x in inputs) and all(_type(x).shape == () for x in equation.outvars):
             with jax.ensure_compile_time_eval():
                 found = equation.primitive.bind(*(x.known for x in inputs), **params)
             return tuple(Atom(-1, np.asarray(x)[()]) for x in (found if equation.primitive.multiple_results
                                                               else [found]))
-        outputs = tuple(self._new(x.aval) for x in equation.outvars)
-        self.steps.append(Step(equation.primitive, params, inputs, tuple(x.number for x in outputs)))
+        outputs = tuple(self._new(_type(x)) for x in equation.outvars)
+        self.steps.append(Step(equation, inputs, tuple(x.number for x in outputs)))
         if any(x.number in self.of_pair for x in inputs):
             self.of_pair.update(x.number for x in outputs)
         return outputs
@@ -215,8 +218,9 @@ def arrays(function: scores.Score, floats: Sequence[Array], integers: Sequence[A
     varying = lambda x: compat.vary_like(jnp.asarray(x), given)
     for step in own.prepared:
         inputs = (varying(x.known) if x.is_known else values[x.number] for x in step.inputs)
-        found = step.primitive.bind(*inputs, **step.params)
-        values |= zip(step.outputs, map(varying, found if step.primitive.multiple_results else [found]), strict=True)
+        primitive = step.equation.primitive
+        found = primitive.bind(*inputs, **step.equation.params)
+        values |= zip(step.outputs, map(varying, found if primitive.multiple_results else [found]), strict=True)
     flat = (jnp.asarray(values[i]).reshape(-1) for i in own.read)
     return tuple(x.astype(np.int32) if x.dtype == np.bool_ else x for x in flat)
 
@@ -331,7 +335,7 @@ class _ViewTypes:
 
     def _indexing_reason(self, step: Step) -> str | None:
         whole, part = self.own.types[step.inputs[0].number].shape, self.own.types[step.outputs[0]].shape
-        strides = step.params.get("strides") or ()
+        strides = step.equation.params.get("strides") or ()
         if step.name in ("dynamic_slice", "slice"):
             fits = all(size in (1, all_) for size, all_ in zip(part, whole)) and set(strides) <= {1}
         else:
@@ -409,21 +413,21 @@ def _run(own: Program, step: Step, inputs: list[Value | View], place: Place) -> 
     axes = tuple(sorted({axis for x in numbers for axis in x.axes}))
     wide = [place.spread(x.x, x.axes, axes) for x in numbers]
     if step.name in _REWRITTEN:
-        return Value(_REWRITTEN[step.name](*wide, **step.params), axes)
-    return Value(step.primitive.bind(*wide, **step.params), axes)
+        return Value(_REWRITTEN[step.name](*wide, **step.equation.params), axes)
+    return Value(step.equation.primitive.bind(*wide, **step.equation.params), axes)
 
 
 def _part(own: Program, step: Step, view: View, starts: list[Value]) -> View:
     """The part of an array that an indexing primitive takes."""
     if step.name == "squeeze":
-        gone = step.params["dimensions"]
+        gone = step.equation.params["dimensions"]
         return view._replace(axes=tuple(axis for i, axis in enumerate(view.axes) if i not in gone))
     if step.name in ("reshape", "broadcast_in_dim"):  # of one element
         return view._replace(axes=())
     sizes = own.types[step.outputs[0]].shape
     whole = own.types[step.inputs[0].number].shape
     if step.name == "slice":
-        starts = [Value(np.int32(i)) for i in step.params["start_indices"]]
+        starts = [Value(np.int32(i)) for i in step.equation.params["start_indices"]]
     at = list(view.at)
     for axis, start, size, of in zip(view.axes, starts, sizes, whole, strict=True):
         if size == 1 and of > 1:

@@ -14,7 +14,7 @@ out.
 With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,9 +191,9 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         run = kv_split.compute if schedule.split else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
-    threads: dict[str, Any] = dict(num_threads=size, thread_name="warpgroup") if size > 1 else {}
     kernel = plgpu.kernel(
         attention_backward_kv, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.kv_buffers(spec, schedule), size), grid=(blocks.blocks,), grid_names=("block",),
-        compiler_params=copies.COMPILER, **threads)
+        num_threads=size if size > 1 else None, thread_name="warpgroup" if size > 1 else None,
+        compiler_params=copies.COMPILER)
     return Launch(kernel, inputs, outputs, updates)

@@ -17,7 +17,6 @@ handed_free for what is handed over.
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -417,10 +416,10 @@ def launch(spec: AttentionSpec, schedule: WideSchedule) -> Launch:
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
         pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
-    cluster: Any = dict(cluster=(schedule.cluster,), cluster_names=(CLUSTER_AXIS,)) if schedule.cluster > 1 else {}
     run.__name__ = f"attention_backward_wide_{schedule.makes}"
+    clustered = schedule.cluster > 1
     kernel = plgpu.kernel(
         run, out_type=tuple(outputs.values()), scratch_types=kv.scratch(memory.wide_memory(spec, schedule), schedule),
         grid=(blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup", compiler_params=tiles.COMPILER,
-        **cluster)
+        cluster=(schedule.cluster,) if clustered else (), cluster_names=(CLUSTER_AXIS,) if clustered else ())
     return Launch(kernel, side.inputs(spec), outputs)
