@@ -73,7 +73,7 @@ def _shards(length: int, num_devices: int, heads: tuple[int, int], d: int) -> Sh
 def _ways(shards: Shards) -> list[Merger]:
     """What can merge; says why the kernels do not, where they do not."""
     with mock.patch.object(support, "MERGING_HAS_RUN", True):
-        reasons = merged_ring.why_not(shards)
+        reasons = [reason for of_pass in merged_ring.why_not(shards) for reason in of_pass]
     if reasons:
         print(f"kernels do not merge here: {'; '.join(reasons)}", file=sys.stderr)
     return ["xla"] if reasons else ["xla", "kernels"]

@@ -2,7 +2,7 @@
 where they lie (`kernels.hopper.merging`). XLA, beside the kernels, copies the rows of pairs to stack them, and reads
 and writes each result once more.
 
-Every pair of a plan goes this way, or none does (`why_not`): `ring.RingPasses` runs what does not.
+Every pair of a pass goes this way, or none does (`why_not`): `ring.RingPasses` runs what does not.
 
 The state has a piece for each chunk of queries, and another one for each further pair of a call with the same queries,
 or blocks of one kernel would race: in causal zigzag the late queries against both chunks of a device that is earlier in
@@ -33,26 +33,49 @@ __all__ = ["MergedPasses", "attend", "why_not"]
 
 def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
     """(out, lse) of a device's shards, differentiable; merged by the kernels where all pairs can be."""
-    merges = sharding.explicit_mesh(operands.q) is None and not why_not(shards)
-    return attended(MergedPasses(shards) if merges else RingPasses(shards), operands)
+    return attended(RingPasses(shards) if sharding.explicit_mesh(operands.q) is not None else passes(shards), operands)
 
 
-def why_not(shards: Shards) -> list[str]:
-    """The reasons why the kernels do not merge the results of all pairs; empty: they do."""
+def passes(shards: Shards) -> autodiff.Passes:
+    """The passes of a ring, each merged by the kernels where it can be."""
+    beside, inside = RingPasses(shards), MergedPasses(shards)
+    return _Each(*(beside if reasons else inside for reasons in why_not(shards)))
+
+
+class _Each(NamedTuple):
+    """A forward and a backward of their own: what one leaves to the other is the same."""
+
+    of_forward: autodiff.Passes
+    of_backward: autodiff.Passes
+
+    @property
+    def label(self) -> str:
+        return self.of_forward.label
+
+    def forward(self, operands: Operands) -> Results[Array]:
+        return self.of_forward.forward(operands)
+
+    def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
+        return self.of_backward.backward(operands, results, cotangents)
+
+
+def why_not(shards: Shards) -> tuple[list[str], list[str]]:
+    """The reasons why the kernels do not merge the results of all pairs, in the forward and in the backward; empty:
+    they do."""
     if not (steps := shards.steps):
-        return ["there are no pairs"]
+        return (["there are no pairs"],) * 2
     if shards.bias is not None:
-        return ["there is a bias"]
-    found: list[str] = []
+        return (["there is a bias"],) * 2
+    found: tuple[list[str], list[str]] = ([], [])
     for call in (call for step in steps for call in step.calls):
         spec = part_of(shards, call)
         row = shards.decide(spec)
         if row is None or (module := row.merging()) is None:
-            return [f"implementation={None if row is None else row.name!r} does not merge"]
-        found += module.why_not(spec, shards.device)
-        if not all(all(pick.needed) for pick in call.picks):
-            found.append("some devices lack pairs that others have")
-    return list(dict.fromkeys(found))
+            return ([f"implementation={None if row is None else row.name!r} does not merge"],) * 2
+        lacking = ["some devices lack pairs that others have"] * any(0 in pick.needed for pick in call.picks)
+        for reasons, own in zip(found, module.why_not(spec, shards.device), strict=True):
+            reasons += [reason for reason in (*own, *lacking) if reason not in reasons]
+    return found
 
 
 def part_of(shards: Shards, call: Call) -> AttentionSpec:

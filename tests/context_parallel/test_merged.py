@@ -147,8 +147,8 @@ def test_merging_kernels_give_what_xla_merges(case, standing_in, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=one_rounding, atol=1e-3 * np.abs(b).max(), err_msg=name)
 
 
-def shards(n=4, length=LENGTH, dtype="bfloat16", **options):
-    q, k = (jax.ShapeDtypeStruct((1, length, heads, 128), dtype) for heads in (2, 1))
+def shards(n=4, length=LENGTH, d=128, dtype="bfloat16", **options):
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, d), dtype) for heads in (2, 1))
     given = dict(load_balance="zigzag", dropout_rate=0.0, deterministic=False, implementation=None) | options
     mask = given.pop("mask", pf.Causal())
     found = Options("sequence", "ring", given["load_balance"], None, None, given["dropout_rate"],
@@ -156,20 +156,29 @@ def shards(n=4, length=LENGTH, dtype="bfloat16", **options):
     return shards_of(found, Arrays(q, k, k, None, mask, None, None, None, None), mask, n)
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    (dict(), None), (dict(mask=pf.Full()), None), (dict(length=2 * LENGTH + 32), "lengths that tiles"),
-    (dict(load_balance=None), "some devices lack pairs"),
-    (dict(mask=pf.Window(left=100, right=0)), "some devices lack pairs"),
-    (dict(dropout_rate=0.1, implementation="hopper"), "dropout"), (dict(deterministic=True), "bit by bit"),
-    (dict(implementation="xla"), "implementation='xla' does not merge"), (dict(dtype="float32"), "does not merge")])
-def test_what_is_not_merged_in_kernels_has_a_reason(options, reason, standing_in):
-    found = merged_ring.why_not(shards(**options))
-    assert (not found) if reason is None else any(reason in text for text in found)
+@pytest.mark.parametrize(("options", "reasons"), [
+    (dict(), (None, None)), (dict(mask=pf.Full()), (None, None)),
+    (dict(length=2 * LENGTH + 32), ("multiples of",) * 2), (dict(load_balance=None), ("some devices lack pairs",) * 2),
+    (dict(mask=pf.Window(left=100, right=0)), ("some devices lack pairs",) * 2),
+    (dict(dropout_rate=0.1, implementation="hopper"), ("dropout",) * 2),
+    (dict(deterministic=True), (None, "bit by bit")),
+    (dict(implementation="xla"), ("implementation='xla' does not merge",) * 2),
+    (dict(dtype="float32"), ("does not merge",) * 2), (dict(d=256), (None, "one fused kernel"))])
+def test_what_is_not_merged_in_kernels_has_a_reason(options, reasons, standing_in):
+    for reason, found in zip(reasons, merged_ring.why_not(shards(**options)), strict=True):
+        assert (not found) if reason is None else any(reason in text for text in found)
 
 
 def test_kernels_do_not_merge_before_they_have_run_on_a_gpu():
     with device.assume(device.H200):
-        assert "has not been measured" in merged_ring.why_not(shards())[0]
+        assert all("has not been measured" in reasons[0] for reasons in merged_ring.why_not(shards()))
+
+
+def test_vmap_computes_one_element_after_the_other(standing_in):
+    whole = shards().spec
+    sums = jnp.arange(3 * LENGTH * 2 * 128, dtype=jnp.float32).reshape(3, 1, LENGTH, 2, 128)
+    found = jax.vmap(lambda x: merging.dq(whole, merging.Sums(None, x)))(sums)
+    np.testing.assert_array_equal(found, sums.astype(whole.dtype))
 
 
 def test_queries_that_two_pairs_of_a_call_share_have_two_pieces(standing_in):

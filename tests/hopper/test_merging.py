@@ -26,15 +26,16 @@ def part_of(whole, batch, chunks=1, mask=None):
                                mask=mask or masks.Full(), partial=True)
 
 
-def problem(d, softcap=None, scale=None):
+def problem(d):
     """A device's queries and keys, in two chunks, as operands and dout."""
     rng = np.random.default_rng(0)
     shapes = ((1, 2 * CHUNK, heads, d) for heads in (2, 1, 1, 2))
     q, k, v, dout = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for shape in shapes)
-    return AttentionSpec.of(q, k, v, softcap=softcap, scale=scale), (q, k, v, dout)
+    return AttentionSpec.of(q, k, v), (q, k, v, dout)
 
 
-PAIRS = {"both-chunks": ((0, 0, 0), (1, 0, 1)), "late-queries-twice": ((1, 0, 1), (1, 1, 2))}
+BOTH_CHUNKS = ((0, 0, 0), (1, 0, 1))
+LATE_QUERIES_TWICE = ((1, 0, 1), (1, 1, 2))
 """Chunks of queries and of keys, and of the state, as the steps of a causal ring have them."""
 
 
@@ -53,10 +54,10 @@ def run(build, *arrays):
 
 @pytest.fixture
 def two_blocks(monkeypatch):
-    """The H100's schedules, with two blocks."""
+    """The H100's schedules, with two blocks; a tile of three warpgroups, of which the last has no rows."""
     usual = defaults.default_forward
     monkeypatch.setattr(defaults, "default_forward",
-                        lambda spec, where: dataclasses.replace(usual(spec, where), num_blocks=2, warpgroups=2))
+                        lambda spec, where: dataclasses.replace(usual(spec, where), num_blocks=2))
     with device.assume(device.H100):
         yield
 
@@ -87,9 +88,8 @@ def check_merged(found, state, partial, unit, rounding=2e-6):
                                atol=rounding)
 
 
-@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
-def test_forward_merges_as_xla_does(pairs, two_blocks):
-    whole, (q, k, v, _) = problem(64)
+def test_forward_merges_as_xla_does(two_blocks):
+    whole, (q, k, v, _), pairs = *problem(64), LATE_QUERIES_TWICE
     part, schedule = part_of(whole, 2), defaults.default_forward(part_of(whole, 2), device.H100)
     state = start(1, 3)
     stacked = [jnp.concatenate([rows(x, pair[i]) for pair in pairs]) for x, i in ((q, 0), (k, 1), (v, 1))]
@@ -103,9 +103,8 @@ def test_forward_merges_as_xla_does(pairs, two_blocks):
         at = Results(rows(state.out, chunk), rows(state.stats, chunk, 3))
         check_merged(Results(rows(found.out, chunk), rows(found.stats, chunk, 3)), at,
                      Results(partial.out[x:x + 1], partial.stats[x:x + 1]), whole.scale)
-    untouched, = {0, 1, 2} - {chunk for *_, chunk in pairs}
-    np.testing.assert_array_equal(rows(found.out, untouched), rows(state.out, untouched))
-    np.testing.assert_array_equal(rows(found.stats, untouched, 3), rows(state.stats, untouched, 3))
+    np.testing.assert_array_equal(rows(found.out, 0), rows(state.out, 0))
+    np.testing.assert_array_equal(rows(found.stats, 0, 3), rows(state.stats, 0, 3))
 
 
 def test_a_tile_that_is_done_again_is_merged_once():
@@ -133,14 +132,13 @@ def test_a_tile_that_is_done_again_is_merged_once():
     check_merged(*other, part.scale, rounding=1e-3)  # the two walks round weights in another way
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_backward_adds_to_the_same_sums(d):
-    whole, (q, k, v, dout) = problem(d)
+def test_backward_adds_to_the_same_sums():
+    whole, (q, k, v, dout) = problem(64)
     rng = np.random.default_rng(4)
     stats, dstats = (jnp.asarray(np.stack([rng.standard_normal((1, 2, 2 * CHUNK)) + shift,
                                            np.zeros((1, 2, 2 * CHUNK))], axis=2), jnp.float32) for shift in (8, 0))
     part = part_of(whole, 2)
-    schedule, pairs = defaults.default_parts(part, device.H100), PAIRS["both-chunks"]
+    schedule, pairs = defaults.default_parts(part, device.H100), BOTH_CHUNKS
     stacked = [jnp.concatenate([rows(x, pair[i]) for pair in pairs]) for x, i in ((q, 0), (k, 1), (v, 1), (dout, 0))]
     saved = [jnp.concatenate([rows(x, q_chunk, 3) for q_chunk, *_ in pairs]) for x in (stats, dstats)]
     of_all = dataclasses.replace(whole, partial=True)

@@ -24,7 +24,7 @@ from pallas_flash.kernels.hopper import defaults, memory, support, work
 from pallas_flash.kernels.hopper.backward import finish, kv, prepare
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.places import Place
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic.call import unpartitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Results
@@ -47,27 +47,30 @@ class Sums(NamedTuple):
     dq: Array
 
 
-def why_not(spec: AttentionSpec, where: Device) -> list[str]:
-    """The reasons why kernels do not merge the results of a part of a problem, which Hopper's can run; empty: they do.
+def why_not(spec: AttentionSpec, where: Device) -> tuple[list[str], list[str]]:
+    """The reasons why the kernels of the forward, and of the backward, do not merge the results of a part of a problem,
+    which Hopper's can run; empty: they do.
     """
     plain = (not spec.mask.has_arrays and spec.bias is None and spec.score is None and not spec.dropout_rate
              and spec.dtype.itemsize == 2 and spec.d % 8 == 0 == spec.d_v % 8 and not support.is_wide(spec))
     if not support.MERGING_HAS_RUN:
-        return ["merging in the kernels has not been measured on a GPU yet"]
+        return (["merging in the kernels has not been measured on a GPU yet"],) * 2
     if not plain:
-        return ["needs numbers of 16 bits, a mask without arrays, and no bias, score function or dropout"]
-    if spec.deterministic:
-        return ["parts add to dq in any order, gradients are to repeat bit by bit"]
+        return (["needs numbers of 16 bits, a mask without arrays, and no bias, score function or dropout"],) * 2
     forward, backward = defaults.default_forward(spec, where), defaults.default_parts(spec, where)
     assert isinstance(forward, ForwardSchedule)
-    if backward is None:
-        return ["needs a backward of one fused kernel"]
-    rules = ((not work.may_have_idle_queries(spec), "needs a mask that leaves each query a key"),
-             (spec.q_len % forward.block_q == 0 == spec.kv_len % forward.block_kv,
-              f"needs lengths that tiles of {forward.block_q} x {forward.block_kv} divide"),
-             (spec.q_len % backward.block_q == 0 == spec.kv_len % backward.block_kv,
-              f"needs lengths that tiles of {backward.block_q} x {backward.block_kv} divide"))
-    return [reason for holds, reason in rules if not holds]
+    rows = (spec.q_len % ROWS_PER_WARPGROUP == 0,
+            f"needs lengths that are multiples of {ROWS_PER_WARPGROUP}, there are {spec.q_len} queries")
+    of_forward = (rows, (spec.kv_len % forward.block_kv == 0,
+                         f"needs lengths that are multiples of {forward.block_kv}, there are {spec.kv_len} keys"))
+    of_backward = (
+        rows, (not spec.deterministic, "parts add to dq in any order, and gradients are to repeat bit by bit"),
+        (not work.may_have_idle_queries(spec), "needs a mask that leaves each query a key"),
+        (backward is not None, "needs a backward of one fused kernel"),
+        (backward is None or (spec.q_len % backward.block_q == 0 == spec.kv_len % backward.block_kv),
+         f"needs lengths that tiles of {backward} divide"))
+    found, of_dq = ([reason for holds, reason in rules if not holds] for rules in (of_forward, of_backward))
+    return found, of_dq
 
 
 # -- passes ------------------------------------------------------------------------------------------------------------

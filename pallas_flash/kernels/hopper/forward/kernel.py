@@ -264,13 +264,18 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> N
 
 
 def finish_once(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
-    """`finish`; where it merges into what is there, only for rows that are right: of a tile that was given up, those of
-    this warpgroup were either right in the first walk, or are in the second.
+    """`finish`; where it merges into what is there, only for rows that are real and right: of a tile that was given up,
+    those of this warpgroup were either right in the first walk, or are in the second.
     """
-    if not (block.merges and block.schedule.maxima):
+    conditions: list[Flag] = []
+    if block.merges and block.spec.q_len % block.schedule.block_q:
+        conditions.append(ptx.scalar(rows.first) < block.spec.q_len)  # rows of another part may lie behind them
+    if block.merges and block.schedule.maxima:
+        was_given_up = block.gmem["given_up"][lax.axis_index("block"), rows.warpgroup, tile.column] != 0
+        conditions.append(was_given_up == (tile.is_redone != 0))
+    if not conditions:
         return finish(block, tile, rows, sums, acc)
-    was_given_up = block.gmem["given_up"][lax.axis_index("block"), rows.warpgroup, tile.column] != 0
-    pl.when(was_given_up == (tile.is_redone != 0))(lambda: finish(block, tile, rows, sums, acc))
+    pl.when(functools.reduce(jnp.logical_and, conditions))(lambda: finish(block, tile, rows, sums, acc))
     return None
 
 
