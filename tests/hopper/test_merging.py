@@ -107,25 +107,32 @@ def test_forward_merges_as_xla_does(two_blocks):
     np.testing.assert_array_equal(rows(found.stats, 0, 3), rows(state.stats, 0, 3))
 
 
-def test_a_tile_that_is_done_again_is_merged_once():
-    """Of two warpgroups one gives the tile up: the other must not merge its rows a second time."""
+@pytest.mark.parametrize("scale", [None, 1e9], ids=["one-warpgroup", "repaired"])
+def test_a_tile_that_is_done_again_is_merged_once(scale):
+    """Of two warpgroups one gives the tile up: the other must not merge its rows a second time. With huge scores both
+    do, and recompute their rows from keys that do not begin where the arrays do."""
     rng = np.random.default_rng(2)
-    q, k, v = (rng.standard_normal((1, length, 1, 64), np.float32) for length in (CHUNK, 768, 768))
-    q[..., 0], k[..., 0] = 0, 0
-    q[:, :CHUNK // 2, :, 0] = 8
-    k[:, :, :, 0] = -300
-    k[:, 150, :, 0] = -180
+    q, k, v = (rng.standard_normal((1, length, 1, 64), np.float32) for length in (CHUNK, CHUNK + 768, CHUNK + 768))
+    if scale is None:
+        q[..., 0], k[..., 0] = 0, -300
+        q[:, :CHUNK // 2, :, 0] = 8
+        k[:, CHUNK + 150, :, 0] = -180
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    part = AttentionSpec.of(q, k, v, partial=True)
+    own = q, k[:, CHUNK:], v[:, CHUNK:]
+    part = AttentionSpec.of(*own, scale=scale, partial=True)
     schedule = dataclasses.replace(defaults.default_forward(part, device.H100), warpgroups=2, block_kv=64, maxima=4,
                                    num_blocks=1)
     state = start(3, 2)
-    state = Results(*(x[:, :CHUNK, :1] if i == 0 else x[:, :1, :, :CHUNK] for i, x in enumerate(state)))
+    state = Results(state.out[:, :CHUNK, :1], state.stats[:, :1, :, :CHUNK])
     with interpreted():
-        partial = Results(*launches.forward(part, schedule)(q, k, v))
-        found = Results(*run(functools.partial(merging.forward_pass, part, schedule), q, k, v, places([(0, 0, 0)]),
+        partial = Results(*launches.forward(part, schedule)(*own))
+        found = Results(*run(functools.partial(merging.forward_pass, part, schedule), q, k, v, places([(0, 1, 0)]),
                              *state))
     assert np.isfinite(partial.stats).all()
+    if scale is not None:  # its lse is far from that of the state
+        np.testing.assert_array_equal(found.out, jnp.where(partial.stats[:, 0, 0, :, None, None] > 0, partial.out,
+                                                           state.out))
+        return
     first, other = ([Results(x.out[:, own], x.stats[..., own]) for x in (found, state, partial)]
                     for own in (slice(CHUNK // 2), slice(CHUNK // 2, CHUNK)))
     check_merged(*first, part.scale)
