@@ -1,15 +1,17 @@
 """One device's share of a causal ring without the hops: `python -m bench.ring_step`, one JSON object a line.
 
 What copies, merging and small kernels add to attention: the n steps of a device, on one device, against plain calls of
-the same pairs, a causal one of the local length and n - 1 of two full squares of half of it. Heads and dims are those
-of a model of 8 billion parameters (32:8 heads of 128). Where there is no history of the code, set BENCH_COMMIT
+the same pairs, a causal one of the local length and n - 1 of two full squares of half of it. Results are merged by XLA,
+as by default, and by the kernels ("merged_by"); "difference" is the largest one from XLA's. Heads and dims are those of
+a model of 8 billion parameters (32:8 heads of 128). Where there is no history of the code, set BENCH_COMMIT
 (bench/environment.py).
 """
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import jax
@@ -19,10 +21,12 @@ from jax.sharding import AxisType, PartitionSpec
 from bench import environment, records, timing
 from pallas_flash import autodiff, device, dispatch, masks
 from pallas_flash.arrays import Array
-from pallas_flash.context_parallel import hops
+from pallas_flash.context_parallel import hops, merged_ring
+from pallas_flash.context_parallel.merged_ring import MergedPasses
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.ring import RingPasses
 from pallas_flash.context_parallel.shards import Shards
+from pallas_flash.kernels.hopper import support
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
@@ -54,11 +58,32 @@ def _plain(batch: int, length: int, heads: tuple[int, int], d: int, mask: Mask) 
                                                 where=where))}
 
 
-def _ring(length: int, num_devices: int, heads: tuple[int, int], d: int) -> dict[str, timing.Call]:
-    """The passes of a device, whose hops are left out."""
-    operands, cotangents = _operands(1, length, heads, d)
+type Merger = Literal["xla", "kernels"]
+
+WAYS: dict[Merger, type[RingPasses] | type[MergedPasses]] = {"xla": RingPasses, "kernels": MergedPasses}
+"""What merges: the passes of a ring."""
+
+
+def _shards(length: int, num_devices: int, heads: tuple[int, int], d: int) -> Shards:
+    operands, _ = _operands(1, length, heads, d)
     spec = AttentionSpec.of(operands.q, operands.k, operands.v, mask=masks.Causal(), return_lse=True)
-    passes = RingPasses(Shards(spec, None, AXIS, Chunking(num_devices, length, "zigzag"), None, device.current()))
+    return Shards(spec, None, AXIS, Chunking(num_devices, length, "zigzag"), None, device.current())
+
+
+def _ways(shards: Shards) -> list[Merger]:
+    """What can merge; says why the kernels do not, where they do not."""
+    with mock.patch.object(support, "MERGING_HAS_RUN", True):
+        reasons = [reason for of_pass in merged_ring.why_not(shards) for reason in of_pass]
+    if reasons:
+        print(f"kernels do not merge here: {'; '.join(reasons)}", file=sys.stderr)
+    return ["xla"] if reasons else ["xla", "kernels"]
+
+
+def _ring(shards: Shards, merged_by: Merger) -> dict[str, timing.Call]:
+    """The passes of a device, whose hops are left out."""
+    spec = shards.spec
+    operands, cotangents = _operands(spec.batch, spec.q_len, (spec.q_heads, spec.kv_heads), spec.d)
+    passes = WAYS[merged_by](shards)
     mesh = jax.make_mesh((1,), (AXIS,), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
 
     def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,20 +100,32 @@ def _call(function: Callable[[], Any]) -> timing.Call:
     return timing.Call(function, jax.block_until_ready)
 
 
+def _largest_difference(a: Any, b: Any) -> float:
+    """Of two results of a pass, over the largest number of each array."""
+    def of_array(x: Array, y: Array) -> float:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return float(jnp.abs(x - y).max() / jnp.abs(y).max())
+    return max(map(of_array, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
 def measure(length: int, num_devices: int, heads: tuple[int, int], d: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each pass: the time of the steps, and of the steps over that of plain calls."""
+    """A record for each pass and way of merging: the time of the steps, and of the steps over that of plain calls."""
     diagonal = _plain(1, length, heads, d, masks.Causal())
     square = _plain(2, length // 2, heads, d, masks.Full())
     with mock.patch.object(hops.Ring, "rotated", lambda ring, x, distance: x):  # there is one device
-        ring = _ring(length, num_devices, heads, d)
+        shards = _shards(length, num_devices, heads, d)
+        rings = {way: _ring(shards, way) for way in _ways(shards)}
     for direction in ("forward", "backward"):
-        times = timing.interleaved(
-            {"ring": ring[direction], "diagonal": diagonal[direction], "square": square[direction]}, rounds, 0.02)
+        own = {way: ring[direction] for way, ring in rings.items()}
+        expected = own["xla"].finish()
+        difference = {way: _largest_difference(call.finish(), expected) for way, call in own.items()}
+        times = timing.interleaved({**own, "diagonal": diagonal[direction], "square": square[direction]}, rounds, 0.02)
         plain = [a + (num_devices - 1) * b for a, b in zip(times["diagonal"], times["square"], strict=True)]
-        yield {"environment": environment.describe(), "kind": "ring-step", "direction": direction, "length": length,
-               "devices": num_devices, "heads": heads, "d": d, "ring_us": timing.spread(times["ring"]).median * 1e6,
-               "plain_us": timing.spread(plain).median * 1e6,
-               "over_plain": timing.ratios(plain, times["ring"])._asdict()}
+        for way in rings:
+            yield {"environment": environment.describe(), "kind": "ring-step", "merged_by": way, "direction": direction,
+                   "length": length, "devices": num_devices, "heads": heads, "d": d,
+                   "ring_us": timing.spread(times[way]).median * 1e6, "plain_us": timing.spread(plain).median * 1e6,
+                   "over_plain": timing.ratios(plain, times[way])._asdict(), "difference": difference[way]}
 
 
 def main() -> None:
@@ -98,7 +135,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), help="of queries, of keys")
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
     q_heads, kv_heads = arguments.heads

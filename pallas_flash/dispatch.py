@@ -7,6 +7,7 @@ import pkgutil
 import threading
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from pallas_flash import errors, padding
@@ -90,6 +91,7 @@ class Implementation:
         that have lost keys; for the others `autodiff` does.
       takes_sinks: (spec) -> whether its forward computes `AttentionSpec.sinks`; for the others `autodiff` adds them to
         the results.
+      merges: the module that merges results of parts of a problem in its kernels; None: XLA does, beside them.
     """
 
     name: str
@@ -106,6 +108,11 @@ class Implementation:
     copies: Callable[[AttentionSpec], padding.Copies | None] = _no_copies
     finds_lost: bool = False
     takes_sinks: Callable[[AttentionSpec], bool] = _no_sinks
+    merges: str | None = None
+
+    def merging(self) -> ModuleType | None:
+        """What merges the results of parts of a problem in its kernels; None: nothing does."""
+        return None if self.merges is None else import_module(self.merges)
 
     def forward(self, spec: AttentionSpec, operands: Operands) -> Results[Array]:
         """out and the statistics of rows."""
@@ -142,7 +149,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
                    "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of, hopper.copies,
-                   finds_lost=True, takes_sinks=hopper.takes_sinks),
+                   finds_lost=True, takes_sinks=hopper.takes_sinks, merges="pallas_flash.kernels.hopper.merging"),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",

@@ -18,7 +18,7 @@ from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 __all__ = ["automatic", "explicit_mesh", "gradient_places", "lse_place", "place", "result_places", "vary_together"]
 
 
-def vary_together(operands: Operands) -> Operands:
+def vary_together[T](operands: T) -> T:
     """Marks all operands as varying over the `shard_map` axes over which any of them varies.
 
     The cotangent of one that was shared by devices (a bias, a key head of several query heads) is then summed over

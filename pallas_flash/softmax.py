@@ -20,8 +20,8 @@ import numpy as np
 from pallas_flash.arrays import Array
 
 __all__ = [
-    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "from_lse", "merge", "probabilities", "reference_point", "rescale",
-    "scores", "shifted", "statistics", "unit", "update",
+    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "from_lse", "merge", "merge_rows", "probabilities", "reference_point",
+    "rescale", "scores", "shifted", "statistics", "unit", "update",
 ]
 
 LOG2E = math.log2(math.e)
@@ -145,20 +145,27 @@ def merge(a: Array, b: Array, unit: float) -> tuple[Array, Array, Array]:
       The statistics over both, (..., 2, q), and what to multiply the output over each set with before they are added,
       (..., q) each: they add up to 1, or are 0 where a row attends to nothing.
     """
-    lse_a, rest_a, lse_b, rest_b = a[..., 0, :], a[..., 1, :], b[..., 0, :], b[..., 1, :]
+    stats, share_a, share_b = merge_rows((a[..., 0, :], a[..., 1, :]), (b[..., 0, :], b[..., 1, :]), unit)
+    return jnp.stack(stats, axis=-2), share_a, share_b
+
+
+def merge_rows(a: tuple[Array, Array], b: tuple[Array, Array],
+               unit: float) -> tuple[tuple[Array, Array], Array, Array]:
+    """`merge` of lse and its rest as arrays of their own: in registers, too."""
+    (lse_a, rest_a), (lse_b, rest_b) = a, b
     first = lse_a >= lse_b
     lse, rest = jnp.where(first, lse_a, lse_b), jnp.where(first, rest_a, rest_b)
     other_lse, other_rest = jnp.where(first, lse_b, lse_a), jnp.where(first, rest_b, rest_a)
     nothing = lse == -jnp.inf
     start = _finite_or_zero(reference_point(lse, unit))
     below = ((reference_point(other_lse, unit) - start) + (other_rest - rest)) * unit  # as `probabilities` compares
-    ratio = jnp.minimum(jnp.exp(below), 1)
-    log_l = jnp.log1p(ratio)
+    ratio = jnp.minimum(jnp.exp2(below * LOG2E), 1)
+    log_l = jnp.log2(1 + ratio) * (1 / LOG2E)
     merged = lse + log_l
     merged_rest = ((start - _finite_or_zero(reference_point(merged, unit))) + rest) + log_l * (1 / unit)
-    large = jnp.where(nothing, 0, 1 / (1 + ratio)).astype(lse.dtype)
+    large = jnp.where(nothing, jnp.zeros_like(lse), 1 / (1 + ratio))
     small = large * ratio
-    stats = jnp.stack([merged, jnp.where(nothing, jnp.zeros_like(rest), merged_rest)], axis=-2)
+    stats = merged, jnp.where(nothing, jnp.zeros_like(rest), merged_rest)
     return stats, jnp.where(first, large, small), jnp.where(first, small, large)
 
 

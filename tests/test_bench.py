@@ -658,7 +658,7 @@ def test_vary_reaches_into_parts():
 
 def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
     found = list(ring_step.measure(32, 2, (2, 1), 8, rounds=1))
-    assert [record["direction"] for record in found] == ["forward", "backward"]
+    assert [(record["direction"], record["merged_by"]) for record in found] == [("forward", "xla"), ("backward", "xla")]
     assert all(record["ring_us"] > 0 and record["over_plain"]["median"] > 0 for record in found)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from pallas_flash import arguments, compat, device, dispatch, errors, forks, masks, sharding
 from pallas_flash.arguments import Ids
 from pallas_flash.arrays import Array, Float
-from pallas_flash.context_parallel import all_gather, all_to_all, checks, model, ring
+from pallas_flash.context_parallel import all_gather, all_to_all, checks, merged_ring, model
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
@@ -22,7 +22,7 @@ from pallas_flash.spec import AttentionSpec, Operands, check_dtype
 
 __all__ = ["Arrays", "Options", "choice", "context_parallel_attention", "shards_of"]
 
-ATTEND = {"ring": ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
+ATTEND = {"ring": merged_ring.attend, "all_gather": all_gather.attend, "all_to_all": all_to_all.attend}
 """(shards, operands) -> (out, lse), by strategy."""
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_flash import arguments, device, dispatch, errors, masks
 from pallas_flash.arrays import Shaped
-from pallas_flash.context_parallel import all_to_all
+from pallas_flash.context_parallel import all_to_all, merged_ring
 from pallas_flash.context_parallel.attention import Arrays, Options, choice, shards_of
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance
@@ -62,8 +62,8 @@ def _calls(shards: Shards, strategy: Strategy) -> list[str]:
     """What a device computes, a line for each step."""
     spec, n, size = shards.spec, shards.chunking.num_devices, shards.chunking.chunk_len
     if strategy == "ring":
-        return [f"keys of the device {step.distance} before: " + "; ".join(_call(shards, call) for call in step.calls)
-                for step in shards.steps]
+        return [*(f"keys of the device {step.distance} before: " + "; ".join(_call(shards, call) for call in step.calls)
+                  for step in shards.steps), *_merging(shards)]
     whole = n * spec.kv_len
     if strategy == "all_gather":
         chunk = dataclasses.replace(spec, q_len=size, kv_len=whole)
@@ -71,6 +71,12 @@ def _calls(shards: Shards, strategy: Strategy) -> list[str]:
     heads = dataclasses.replace(all_to_all.of_heads(spec), q_len=whole, kv_len=whole, q_heads=spec.q_heads // n,
                                 kv_heads=max(1, spec.kv_heads // n))
     return [f"one call, {_run(shards, heads)}"]
+
+
+def _merging(shards: Shards) -> list[str]:
+    """What merges the results of the calls of a ring, a line for each pass."""
+    return [f"{name}: merged " + (f"by XLA, beside the calls: {'; '.join(reasons)}" if reasons else "in their kernels")
+            for name, reasons in zip(("forward", "backward"), merged_ring.why_not(shards), strict=True)]
 
 
 def _call(shards: Shards, call: Call) -> str:

@@ -20,12 +20,7 @@ from pallas_flash.context_parallel.plan import Call
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["RingPasses", "anchored", "attend", "attended"]
-
-
-def attend(shards: Shards, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
-    """(out, lse) of a device's shards, differentiable."""
-    return attended(RingPasses(shards), operands)
+__all__ = ["RingPasses", "added", "anchored", "attended", "merged", "nothing"]
 
 
 def attended(passes: autodiff.Passes, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
@@ -57,9 +52,9 @@ class RingPasses(NamedTuple):
         batch, heads, _, length = spec.stats_shape
         stats_shape = batch, heads, 2 if operands.bias is None else 3, length
 
-        def nothing() -> Results[Array]:
+        def empty() -> Results[Array]:
             found: Results[Array] = compat.vary_like(
-                _nothing(spec.out_shape, stats_shape, spec.acc_dtype), operands)
+                nothing(spec.out_shape, stats_shape, spec.acc_dtype), operands)
             return found
 
         def compute(travelling: list[Array], carried: Carried[Results[Array] | None], call: Call,
@@ -71,24 +66,23 @@ class RingPasses(NamedTuple):
                 if state is None and _is_all(pick, out.shape, (batch, length, *out.shape[2:])):
                     state = Results(out, stats)
                 else:
-                    state = self._merged(nothing() if state is None else state, Results(out, stats), pick)
+                    state = self._merged(empty() if state is None else state, Results(out, stats), pick)
             return state, carried[1]
 
         found, _ = self._around(compute, operands, None, [])
-        out, stats = nothing() if found is None else found
+        out, stats = empty() if found is None else found
         return Results(out=out.astype(spec.dtype), stats=stats)
 
     def _merged(self, state: Results[Array], partial: Results[Array], pick: Chosen) -> Results[Array]:
         """`state` with the partial results of a pair merged into its rows."""
         (out, stats), rows = partial, partial.out.shape[1]
         if not isinstance(pick.needed, int):  # 0 * NaN is NaN: what is not needed may be anything
-            out, stats = (jnp.where(pick.needed > 0, x, nothing) for x, nothing in zip(
-                partial, _nothing(out.shape, stats.shape, out.dtype), strict=True))
+            out, stats = (jnp.where(pick.needed > 0, x, none) for x, none in zip(
+                partial, nothing(out.shape, stats.shape, out.dtype), strict=True))
         start = pick.q_chunk * self.shards.chunking.chunk_len
         before = Results(out=pick_rows(state.out, start, rows, 1), stats=pick_rows(state.stats, start, rows, 3))
-        merged, old, new = _merged_stats(before.stats, stats, self.shards.unit)
-        out = before.out * _over_dims(old) + out * _over_dims(new)
-        return Results(out=replace_rows(state.out, out, start, 1), stats=replace_rows(state.stats, merged, start, 3))
+        out, stats = merged(before, Results(out, stats), self.shards.unit)
+        return Results(out=replace_rows(state.out, out, start, 1), stats=replace_rows(state.stats, stats, start, 3))
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
         acc = self.shards.spec.acc_dtype
@@ -137,24 +131,13 @@ class RingPasses(NamedTuple):
         (dq, dbias), sums = carried
         dk, dv = sums or (None, None)
         size = self.shards.chunking.chunk_len
-
-        def add(whole: Array | None, part: Array, starts: dict[int, int | Array], zeros: Array) -> Array:
-            if whole is None and _is_all(pick, part.shape, zeros.shape):
-                return part
-            whole = zeros if whole is None else whole
-            if not isinstance(pick.needed, int):
-                part = jnp.where(pick.needed > 0, part, jnp.zeros_like(part))
-            if part.shape == whole.shape:
-                return whole + part
-            at = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(whole.ndim)]
-            return lax.dynamic_update_slice(whole, lax.dynamic_slice(whole, at, part.shape) + part, at)
-        dq = add(dq, grads.dq, {1: pick.q_chunk * size}, zeros.dq)
-        dk, dv = (add(whole, part, {1: pick.kv_chunk * size}, nothing) for whole, part, nothing in (
+        dq = added(dq, grads.dq, pick, {1: pick.q_chunk * size}, zeros.dq)
+        dk, dv = (added(whole, part, pick, {1: pick.kv_chunk * size}, none) for whole, part, none in (
             (dk, grads.dk, zeros.dk), (dv, grads.dv, zeros.dv)))
         if grads.dbias is not None and zeros.dbias is not None:
             starts = zip((2, 3), self.shards.bias_start(pick))
             at = {axis: start for axis, start in starts if zeros.dbias.shape[axis] != 1}
-            dbias = add(dbias, grads.dbias, at, zeros.dbias)
+            dbias = added(dbias, grads.dbias, pick, at, zeros.dbias)
         return (dq, dbias), [dk, dv]
 
     def _around[S](self, compute: hops.Compute[S], operands: Operands, state: S, sums: list[Array]) -> Carried[S]:
@@ -163,15 +146,34 @@ class RingPasses(NamedTuple):
         return hops.around(self.shards.ring, steps, compute, self.shards.travelling(operands), state, sums)
 
 
+def added(whole: Array | None, part: Array, pick: Chosen, starts: dict[int, int | Array], zeros: Array) -> Array:
+    """A sum with the part of a pair added where it begins along some axes; None: there is no sum yet, but zeros."""
+    if whole is None and _is_all(pick, part.shape, zeros.shape):
+        return part
+    whole = zeros if whole is None else whole
+    if not isinstance(pick.needed, int):
+        part = jnp.where(pick.needed > 0, part, jnp.zeros_like(part))
+    if part.shape == whole.shape:
+        return whole + part
+    at = [jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(whole.ndim)]
+    return lax.dynamic_update_slice(whole, lax.dynamic_slice(whole, at, part.shape) + part, at)
+
+
 def _is_all(pick: Chosen, shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     """Whether a pair's result, which every device needs, is all there is of it: nothing is read, added and written."""
     return shape == whole and isinstance(pick.needed, int)
 
 
-def _nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:
+def nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:
     """Results over no keys."""
     of_row = jnp.array([-jnp.inf, 0, jnp.finfo(dtype).min][:stats_shape[2]], dtype)
     return Results(out=jnp.zeros(out_shape, dtype), stats=jnp.broadcast_to(of_row[None, None, :, None], stats_shape))
+
+
+def merged(a: Results[Array], b: Results[Array], unit: float) -> Results[Array]:
+    """Results of the same rows over two sets of keys."""
+    stats, old, new = _merged_stats(a.stats, b.stats, unit)
+    return Results(out=a.out * _over_dims(old) + b.out * _over_dims(new), stats=stats)
 
 
 def _over_dims(shares: Float[Array, "b h t"]) -> Float[Array, "b t h 1"]:

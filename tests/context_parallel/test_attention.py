@@ -326,6 +326,17 @@ def test_export():
     assert jnp.array_equal(jax.jit(exported.call)(*arrays), call(*arrays))
 
 
+def test_a_query_may_be_donated():
+    mesh, spec = spread.mesh_of(2), P(None, spread.AXIS)
+    call = functools.partial(pf.context_parallel_attention, axis_name=spread.AXIS, mask=pf.Causal(), mesh=mesh,
+                             spec=spec)
+    arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in qkv()]
+    expected = np.asarray(call(*arrays))
+    out = jax.jit(call, donate_argnums=0)(*arrays)
+    assert arrays[0].is_deleted() and not arrays[1].is_deleted()
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_other_values_compile_nothing():
     """Lengths and boundaries of documents are data."""
     traces = []

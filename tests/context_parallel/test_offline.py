@@ -48,6 +48,21 @@ def test_hops_of_a_ring_hide_behind_kernels(tmp_path):
 
 
 @needs_cuda_wheels
+def test_kernels_that_merge_leave_nothing_beside_them(tmp_path):
+    """No synchronous hop, memory like 1/n, and two kernels less for each step of a backward, which neither zeroes nor
+    rounds dq; in the forward's loop nothing is copied but what arrives."""
+    few, many = compiled(tmp_path, "merged:4:causal", "merged:8:causal")
+    for n, report in ((4, few), (8, many)):
+        permutes, wanted = report["traffic"]["collective-permute"], estimated("ring", n)
+        assert permutes["synchronous"] == 0
+        assert permutes["asynchronous"] == permutes["around_kernels"] == 2 * n
+        assert permutes["sent"] == wanted.bytes_forward + wanted.bytes_backward
+        assert report["kernels"] == 2 * n + 2
+        assert report["temporary"] <= 1.5 * wanted.transient_bytes
+    assert many["temporary"] <= 0.6 * few["temporary"]
+
+
+@needs_cuda_wheels
 def test_other_strategies_send_what_the_model_says(tmp_path):
     """Regression: XLA kept what an all-gather's forward had gathered until the backward. The all-to-all has fewer key
     heads than devices."""

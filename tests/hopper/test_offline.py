@@ -52,6 +52,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d192-v128-s2048+wide", "causal-d512-s2048+gradients+softcap", "causal-d256-s2048+wide+dropout",
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          "causal-d128-s2048+partial+dropout",
+         "full-d128-s2048+merge", "causal-d128-s2048+merge+softcap",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
          "causal-d128-s2048+gradients+dropout+documents",
          "causal-d128-s2048+gradients+alibi", "causal-d128-s2048+gradients+bent", "causal-d64-s2048+gradients+table",

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pallas_flash
 from pallas_flash import Causal, InBounds, flash_attention
+from pallas_flash.kernels.hopper import support
 
 pytestmark = pytest.mark.gpu
 
@@ -60,8 +61,12 @@ def test_sharded_inputs_give_what_one_gpu_gives(mesh, name, axis):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
-def test_a_sequence_on_two_gpus_is_that_of_one(mesh, strategy):
+@pytest.mark.parametrize("strategy", ["ring", "merged", "all_gather", "all_to_all"])
+def test_a_sequence_on_two_gpus_is_that_of_one(mesh, strategy, monkeypatch):
+    if strategy == "merged":  # a ring whose kernels merge
+        strategy = "ring"
+        monkeypatch.setattr(support, "MERGING_HAS_RUN", True)
+        jax.clear_caches()  # programs do not know of it
     given = operands(1024)
     expected = jax.jit(functools.partial(with_gradients, functools.partial(flash_attention, mask=Causal())))(*given)
     attend = functools.partial(pallas_flash.context_parallel_attention, axis_name="shards", strategy=strategy,

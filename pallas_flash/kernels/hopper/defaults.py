@@ -41,7 +41,7 @@ from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["assume", "default_backward", "default_dbias", "default_forward"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
@@ -185,21 +185,32 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if max(spec.d, spec.d_v) > _MOST_COLUMNS:
         dk, dv, dq = (_default_wide(spec, device, makes) for makes in ("dk", "dv", "dq"))
         return BackwardSchedule(dk, dq, dv)
+    fused = _default_fused(spec, device) if _may_be_fused(spec) else None
+    if fused is not None:
+        return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
+    two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
+    assert isinstance(two.dq, DqSchedule)
+    return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
+                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
+                               mask_kernel=_has_mask_kernel(spec))
+
+
+def default_parts(spec: AttentionSpec, device: Device) -> KvSchedule | None:
+    """The schedule of the backward of parts that add to the same sums of dq (`merging`); None: there is none. The sums
+    are not `ordered`.
+    """
+    return _plain_fused(spec, device) if _may_be_fused(spec) else None
+
+
+def _may_be_fused(spec: AttentionSpec) -> bool:
+    """Whether there is a fused form, and it spills no registers."""
     # In the loop: with 128, 208 bytes with soft cap and dropout, 28 with a bias of keys, 104 with that and a soft cap;
     # with 64 or 128, 52 to 96 with a bias of pairs, and 8 to 324 with a score function that is not light,
     # or beside a soft cap.
     capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
     spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
     spills = spills or not is_light(spec.score) or (spec.score is not None and spec.softcap is not None)
-    if max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills and spec.dtype != jnp.float32:
-        fused = _default_fused(spec, device)
-        if fused is not None:
-            return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
-    two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
-    assert isinstance(two.dq, DqSchedule)
-    return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
-                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
-                               mask_kernel=_has_mask_kernel(spec))
+    return max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills and spec.dtype != jnp.float32
 
 
 def _default_wide(spec: AttentionSpec, device: Device, makes: Literal["dk", "dv", "dq"]) -> WideSchedule:
@@ -250,15 +261,20 @@ def _is_tight(spec: AttentionSpec) -> bool:
 
 def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     """Returns the fused form for heads of 64 or 128; None if gradients are to repeat and the mask gives no order."""
-    num_sms, capped = device.num_sms, spec.softcap is not None
-    if spec.d == 64:
-        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
-    else:  # unpinned it would spill with a soft cap
-        plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
+    plain = _plain_fused(spec, device)
     ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
     return None if spec.deterministic else plain
+
+
+def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
+    """Returns the fused form in which blocks add to dq in any order."""
+    num_sms, capped = device.num_sms, spec.softcap is not None
+    if spec.d == 64:
+        return KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+    # Unpinned it would spill with a soft cap.
+    return KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
 
 
 def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:

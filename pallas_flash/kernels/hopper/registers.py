@@ -44,7 +44,7 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
     "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
-    "load_row_stats", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
+    "load_row_stats", "load_rows", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
     "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
 ]
 
@@ -267,14 +267,9 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
 
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), *(ptx.SCALAR,) * 3))
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, *index: mgpu.FragmentedArray) -> None:
-        i32, i64, f32 = ptx.i32(), ir.IntegerType.get_signless(64), ir.F32Type.get()
-        const = lambda value: mgpu.utils.c(value, i32)
-        times = lambda x, n: arith.muli(arith.extui(i64, x), mgpu.utils.c(n, i64))
-        warp, row, quarter = thread_in_tile()
-        places = [i.registers.item() for i in index]
-        places[axis] = arith.addi(places[axis], arith.addi(arith.muli(warp, const(16)), row))
-        start = arith.addi(times(quarter, 2), mgpu.utils.c(column, i64))
-        start = functools.reduce(arith.addi, map(times, places, strides), start)
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        const = lambda value: mgpu.utils.c(value, ptx.i32())
+        start, places = _own_element(index, axis, strides, column)
         flat = x.registers.reshape(-1, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
         for i in range(2):
             position = arith.addi(places[axis], const(8 * i))
@@ -287,6 +282,50 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
                                       has_side_effects=True)
 
     store(x, ref, *map(ptx.scalar, index))
+
+
+def _own_element(index: tuple[mgpu.FragmentedArray, ...], axis: int, strides: list[int],
+                 column: int) -> tuple[ir.Value, list[ir.Value]]:
+    """The first element that this thread holds of rows in the layout TILE: its number in the array, 64 bits, and its
+    index but for the column; of rows along `axis`, whose first is at `index`.
+    """
+    i32, i64 = ptx.i32(), ir.IntegerType.get_signless(64)
+    const = lambda value: mgpu.utils.c(value, i32)
+    times = lambda x, n: arith.muli(arith.extui(i64, x), mgpu.utils.c(n, i64))
+    warp, row, quarter = thread_in_tile()
+    places = [i.registers.item() for i in index]
+    places[axis] = arith.addi(places[axis], arith.addi(arith.muli(warp, const(16)), row))
+    start = arith.addi(times(quarter, 2), mgpu.utils.c(column, i64))
+    return functools.reduce(arith.addi, map(times, places, strides), start), places
+
+
+def _load_rows_plain(ref: Ref, index: tuple[Index, Index, Index], axis: int, column: int, columns: int) -> Fragment:
+    at = (*index[:axis], pl.ds(index[axis], 64), *index[axis + 1:])
+    return ref[*at, pl.ds(column, columns)]
+
+
+@interpreted_as(_load_rows_plain)
+def load_rows(ref: Ref, index: tuple[Index, Index, Index], axis: int, column: int, columns: int) -> Fragment:
+    """Loads 64 rows that all lie in the array, where `store_rows` stores them: (64, columns) float32 in the layout
+    TILE; `columns` is a multiple of 8.
+    """
+    strides = [math.prod(ref.shape[i + 1:]) for i in range(3)]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 3),
+                       return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
+    def load(_: mgpu.LaunchContext, ref: ir.Value, *index: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        start, _places = _own_element(index, axis, strides, column)
+        layout = TILE.to_mgpu()
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 8, 2)
+        for j, i in np.ndindex(flat.shape):
+            element = arith.addi(start, mgpu.utils.c(8 * i * strides[axis] + 8 * j, i64))
+            address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [element], f32)
+            flat[j, i] = llvm.load(ir.VectorType.get((2,), f32), address)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref, *map(ptx.scalar, index))
 
 
 def _row_elements(row: ir.Value, first: ir.Value, length: int,

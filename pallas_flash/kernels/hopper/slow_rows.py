@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -42,7 +43,8 @@ class SlowRows(NamedTuple):
 
     def row(self, name: str, position: Index, first: Index, columns: int) -> Fragment:
         """Loads columns of one key or value into every row: (64, columns) float32."""
-        batch, head = self.head
+        (batch, head), place = self.head, locate(self.gmem, Place.KEY, self.head[0])
+        batch, position = place.batch, place.row(position)
         index = (batch, position, head) if self.spec.layout == "BLHD" else (batch, head, position)
         x = registers.load_row(self.gmem[name], index, first, columns).astype(jnp.float32)
         return registers.stack(x)

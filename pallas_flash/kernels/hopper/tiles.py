@@ -18,7 +18,7 @@ from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_tile", "see_last_phases", "store_result",
+__all__ = ["COMPILER", "await_free", "chunk_of", "drain", "load_rows", "load_tile", "see_last_phases", "store_result",
            "store_rows", "store_tile"]
 
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
@@ -67,9 +67,24 @@ def store_rows(spec: AttentionSpec, x: Fragment, target: Ref, index: tuple[Index
     Args:
       index: (batch, head, first row, first chunk) of x in the target.
     """
+    registers.store_rows(x, target, *_rows_at(spec, index))
+
+
+def load_rows(spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index, int], columns: int) -> Fragment:
+    """Loads 64 whole rows of float32 from global memory, (64, columns) in the layout TILE.
+
+    Args:
+      index: (batch, head, first row, first chunk).
+    """
+    return registers.load_rows(source, *_rows_at(spec, index), columns)
+
+
+def _rows_at(spec: AttentionSpec,
+             index: tuple[Index, Index, Index, int]) -> tuple[tuple[Index, Index, Index], int, int]:
+    """The index of the first row, the axis of rows and the first column, as `registers.store_rows` takes them."""
     batch, head, rows, first = index
     axis, place = (1, (batch, rows, head)) if spec.layout == "BLHD" else (2, (batch, head, rows))
-    registers.store_rows(x, target, place, axis, first * CHUNK)
+    return place, axis, first * CHUNK
 
 
 def store_result(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,

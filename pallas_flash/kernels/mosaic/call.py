@@ -36,7 +36,7 @@ from jaxlib.mlir import ir
 from pallas_flash import compat, errors, masks
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["partitioned"]
+__all__ = ["partitioned", "unpartitioned"]
 
 _kernel_p = Primitive("pallas_flash_kernel")
 _kernel_p.multiple_results = True
@@ -61,7 +61,7 @@ type Build = Callable[[AttentionSpec], Computation]
 same spec."""
 
 
-def _unpartitioned(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def unpartitioned(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Runs a computation as one primitive that is never split; lowered as it is outside `shard_map`."""
     return tuple(_kernel_p.bind(*arrays, computation=computation, split=None))
 
@@ -255,7 +255,7 @@ class Split:
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             with jax.sharding.use_abstract_mesh(_NO_MESH):
-                found = _unpartitioned(self.build(local), *arrays)
+                found = unpartitioned(self.build(local), *arrays)
                 return tuple(_summed(x, axes, dtype) if axes else x for x, axes, dtype in zip(found, sharers, kinds))
 
         def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -280,7 +280,7 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _splitting(split: Split) -> Callable[..., tuple[jax.Array, ...]]:
-    whole = functools.partial(_unpartitioned, split.build(split.spec))  # a primitive: it has no constants
+    whole = functools.partial(unpartitioned, split.build(split.spec))  # a primitive: it has no constants
     call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)
     return call

@@ -2,7 +2,8 @@
 
     python -m tests.context_parallel.offline.compile_programs STRATEGY:N:MASK...
 
-N is the number of devices, MASK "causal" or "full"; both passes are one program. The environment must have the stand-in
+N is the number of devices, MASK "causal" or "full"; STRATEGY "ring", "merged" (a ring whose kernels merge),
+"all_gather" or "all_to_all"; both passes are one program. The environment must have the stand-in
 driver first on LD_LIBRARY_PATH, as `places.environment` sets it. Prints one JSON object for each program: the traffic
 of each kind of collective (`hlo.Traffic`), how many Mosaic kernels a device runs, and the bytes of arguments, results
 and temporary memory on a device.
@@ -18,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_flash import Causal, Full, context_parallel_attention, device
+from pallas_flash.kernels.hopper import support
 from tests.context_parallel.offline import hlo, sizes
 
 AXIS = "sequence"
@@ -43,13 +45,15 @@ MASKS = {"causal": Causal(), "full": Full()}
 
 def compiled(strategy: str, n: int, mask: str):
     """The program, compiled for n devices of one host."""
+    support.MERGING_HAS_RUN = strategy == "merged"
     found = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{n}")
     mesh = jax.make_mesh((n,), (AXIS,), devices=found.devices, axis_types=(jax.sharding.AxisType.Auto,))
     problem, place = sizes.problem(n), NamedSharding(mesh, PLACE)
     q, k, v, dout = (jax.ShapeDtypeStruct((problem.batch, sizes.SEQUENCE, heads, d), jnp.bfloat16, sharding=place)
                      for heads, d in ((problem.q_heads, problem.d), (problem.kv_heads, problem.d),
                                       (problem.kv_heads, problem.d_v), (problem.q_heads, problem.d_v)))
-    forward = functools.partial(context_parallel_attention, axis_name=AXIS, strategy=strategy, mask=MASKS[mask],
+    forward = functools.partial(context_parallel_attention, axis_name=AXIS,
+                                strategy="ring" if strategy == "merged" else strategy, mask=MASKS[mask],
                                 mesh=mesh, spec=PLACE)
 
     def both(q, k, v, dout):

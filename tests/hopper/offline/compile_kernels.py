@@ -131,13 +131,36 @@ def with_mask_kernel(spec):
     return call, [tuple(launched.inputs.values()) for launched in passes]
 
 
+def merged(spec):
+    """A part of a problem of twice the lengths, whose results the kernels merge: a function, and its arguments."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_flash.kernels.hopper import merging
+    from pallas_flash.spec import Results
+    part = dataclasses.replace(spec, partial=True)
+    whole = dataclasses.replace(part, q_len=2 * spec.q_len, kv_len=2 * spec.kv_len)
+    shapes = whole.operand_shapes
+    dout, q, k, v = (jax.ShapeDtypeStruct(shape, spec.dtype) for shape in (whole.out_shape, *shapes[:3]))
+    out, stats = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (whole.out_shape, whole.stats_shape))
+
+    def call(q, k, v, dout, places, out, stats):
+        sums = merging.sums(whole, stats, stats)
+        dk, dv, sums = merging.backward(part, (q, k, v, dout), places, sums)
+        return merging.forward(part, q, k, v, places, Results(out, stats)), dk, dv, merging.dq(whole, sums)
+
+    return call, (q, k, v, dout, jax.ShapeDtypeStruct((spec.batch, 4), jnp.int32), out, stats)
+
+
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
     beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
     also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
-    `with_mask_kernel`."""
+    `with_mask_kernel`; merge: see `merged`."""
     import dataclasses
 
     import jax
@@ -192,6 +215,8 @@ def lower(name: str, options: list[str]):
         function, arguments = decoding(problem, options)
     if "mask" in options:
         function, arguments = with_mask_kernel(spec)
+    if "merge" in options:
+        function, arguments = merged(spec)
     with device.assume(device.H100):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 

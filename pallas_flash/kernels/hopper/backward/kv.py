@@ -401,8 +401,11 @@ def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
     return Block(spec, s, gmem, smem, bars, mask, batch, kv_head, kv_tile, walk)
 
 
-def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
+def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> Launch:
     """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
+
+    If it `merges`, arrays of queries and keys are whole ones, "places" says where the part's rows lie, and dq's sums
+    are those of several launches (`merging`); not if `ordered`.
 
     In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
     (`memory.dq_acc_shape`). If `ordered`, it is the counts of additions, and the sums are made here.
@@ -415,7 +418,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
 
     def attention_backward_kv(*refs: *KernelArguments) -> None:
         last = ["additions"] * ordered or ["dq"] * fused
-        names = [*references(spec), *last, "dk", "dv", *["dq"] * ordered]
+        names = [*references(spec), *["places"] * merges, *last, "dk", "dv", *["dq"] * ordered]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")
@@ -439,4 +442,4 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, (*inputs(spec), *updates), outputs, updates)
+    return Launch(kernel, (*inputs(spec), *["places"] * merges, *updates), outputs, updates)

@@ -8,6 +8,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.walk import HeadAndTile
 
@@ -17,20 +18,23 @@ __all__ = ["load"]
 def load(block: KeyBlock) -> None:
     """Loads keys and values once; then queries with their statistics, and douts, as slots become free."""
     spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
-    keys = (block.batch, block.head, block.tile * s.block_kv)
+    place = locate(gmem, Place.KEY, block.batch)
+    keys = (place.batch, block.head, place.row(block.tile * s.block_kv))
     tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
     tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
+    queries = locate(gmem, Place.QUERY, block.batch)
 
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         head, tile = at
-        slot, index = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
+        slot, first = rem(i, s.num_stages), queries.row(tile * s.block_q)
+        index = (queries.batch, head, first)
 
         def load_next(name: str, stats: bool) -> None:
             tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
             full = bars[f"{name}_full"].at[slot]
             tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
             if stats:
-                source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
+                source = gmem["stats"].at[queries.batch, head, pl.ds(0, len(LOADED)), pl.ds(first, s.block_q)]
                 plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)
 
         load_next("q", True)

@@ -72,7 +72,7 @@ def mark_nonfinite(block: KeyBlock, warpgroup: Index, spoiled: Flag | None, dk: 
     if spoiled is None:
         return dk, dv
     spec, first = block.spec, block.tile * block.schedule.block_kv + warpgroup * ROWS_PER_WARPGROUP
-    keys = SlowRows(spec, {}, {"k": block.gmem["k"]}, (block.batch, block.head))
+    keys = SlowRows(spec, {}, block.gmem, (block.batch, block.head))
 
     def mark(position: Array, sums: tuple[Fragment, Fragment]) -> tuple[Fragment, Fragment]:
         add = lambda at, columns, bad: bad + 0.0 * keys.row("k", position, at * CHUNK, columns).sum(axis=1)

@@ -29,6 +29,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.tiles import Block
+from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import KvSchedule
 from pallas_flash.kernels.mosaic import ptx
@@ -51,7 +52,8 @@ def hand_dq_over(block: Block[KvSchedule], ordinal: Index, piece: Index, dq: Fra
 
 def add_dq(block: Block[KvSchedule], slot: int) -> None:
     """Runs the warp of a slot, which adds dq of every `dq_slots`-th step to global memory."""
-    s, steps = block.schedule, block.walk.steps
+    s, steps, place = block.schedule, block.walk.steps, locate(block.gmem, Place.QUERY, block.batch)
+    before_first = None if place.first is None else div(place.first, s.block_q)  # query tiles
     pieces = memory.dq_pieces(block.spec, s)
 
     def free(i: Index) -> None:
@@ -66,8 +68,11 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
             before = work.additions_before(work.worst_case(block.spec, s), block.spec, s, at[1], block.tile)
             await_additions(block, *at, before)
             first = before == 0
+        head, tile = at
+        tile = tile if before_first is None else before_first + tile
         for piece in range(pieces):
-            source, target = block.smem["dq"].at[slot * pieces + piece], block.gmem["dq"].at[block.batch, *at, piece]
+            source = block.smem["dq"].at[slot * pieces + piece]
+            target = block.gmem["dq"].at[place.batch, head, tile, piece]
             plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
             add_to_global(source, target, first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

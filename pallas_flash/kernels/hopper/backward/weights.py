@@ -13,6 +13,7 @@ from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
+from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.mosaic import dropout, ptx
@@ -174,8 +175,9 @@ def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
 
     It takes 8 columns at a time: with all at once registers would be spilled, for all tiles.
     """
-    first = step.tile * block.schedule.block_q
-    index = (block.batch, step.head, int(Statistics.ROUNDING))
+    place = locate(block.gmem, Place.QUERY, block.batch)
+    first = place.row(step.tile * block.schedule.block_q)
+    index = (place.batch, step.head, int(Statistics.ROUNDING))
 
     def part(column: int) -> Fragment:
         rounding = registers.load_row(block.gmem["stats"], index, first + column, 8)

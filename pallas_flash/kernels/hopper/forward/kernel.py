@@ -42,6 +42,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.forward.load import load, walk
+from pallas_flash.kernels.hopper.forward.merge import merge
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
     NextMaximum,
@@ -245,17 +246,37 @@ def sums_of(block: Block, state: Softmax) -> Sums:
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i, with the factor of dropout, and the statistics to global memory."""
     m_i, rounding, l_i = sums
-    head = tile.batch * block.spec.q_heads + tile.head
-    for i, x in enumerate(softmax.statistics(m_i, l_i, unit(block.spec), rounding)):
-        registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
+    stats = softmax.statistics(m_i, l_i, unit(block.spec), rounding)
+    if not block.merges:
+        head = tile.batch * block.spec.q_heads + tile.head
+        for i, x in enumerate(stats):
+            registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     inverse = softmax.rescale(l_i)
     if block.spec.dropout_rate:
         inverse = inverse * dropout.factor(block.spec)
     out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(inverse, acc.shape[1])
-    if block.spec.partial:
+    if block.merges:
+        merge(block, tile, rows, stats, out)
+    elif block.spec.partial:
         tiles.store_rows(block.spec, out, block.gmem["out"], (tile.batch, tile.head, rows.first, 0))
     else:
         store_rounded(block, tile, rows, out.astype(block.spec.dtype))
+
+
+def finish_once(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
+    """`finish`; where it merges into what is there, only for rows that are real and right: of a tile that was given up,
+    those of this warpgroup were either right in the first walk, or are in the second.
+    """
+    conditions: list[Flag] = []
+    if block.merges and block.spec.q_len % block.schedule.block_q:
+        conditions.append(ptx.scalar(rows.first) < block.spec.q_len)  # rows of another part may lie behind them
+    if block.merges and block.schedule.maxima:
+        was_given_up = block.gmem["given_up"][lax.axis_index("block"), rows.warpgroup, tile.column] != 0
+        conditions.append(was_given_up == (tile.is_redone != 0))
+    if not conditions:
+        return finish(block, tile, rows, sums, acc)
+    pl.when(functools.reduce(jnp.logical_and, conditions))(lambda: finish(block, tile, rows, sums, acc))
+    return None
 
 
 def store_rounded(block: Block, tile: Tile, rows: Rows, out: Fragment) -> None:
@@ -340,7 +361,7 @@ def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
     sums, acc = repaired(block, tile, rows, state, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
-    finish(block, tile, rows, sums, acc)
+    finish_once(block, tile, rows, sums, acc)
     if not block.schedule.out_chunks:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
@@ -367,17 +388,24 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
+def launch(spec: AttentionSpec, schedule: ForwardSchedule, merges: bool = False) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
     spec's layout, and of what mask, bias, dropout and score function need: `work.forward_table(spec, schedule)`, or
     arrays of `mask_arrays`, of which it updates "key_tiles"; those of `mosaic.bias`, dropout's keys, and those of
     `mosaic.score_function`.
+
+    If it `merges`, q, k and v are whole arrays, "places" says where the part's rows lie, and the launch makes nothing:
+    it updates "state_out" and "state_stats" (`forward.merge`).
     """
     arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
     inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec),
               *score_function.input_types(spec))
-    outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
-               "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
+    outputs = {} if merges else {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
+                                 "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
+    updates = ("key_tiles",) * bool(arrays)
+    if merges:
+        updates = (*updates, "state_out", "state_stats")
+        inputs = (*inputs, "places", "state_out", "state_stats")
     if schedule.maxima:
         slots = work.forward_table(spec, schedule).shape[1]
         outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
@@ -401,4 +429,4 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
         scratch_types=allocate(memory.forward_memory(spec, schedule)), grid=(blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, inputs, outputs, ("key_tiles",) * bool(arrays))
+    return Launch(kernel, inputs, outputs, updates)

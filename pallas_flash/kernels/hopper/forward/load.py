@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.forward.counter import for_each_taken, take
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
+from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.schedule import CHUNK, chunks
 from pallas_flash.kernels.mosaic import bias, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
@@ -23,7 +24,8 @@ __all__ = ["load", "walk"]
 def load_query(block: Block, tile: Tile) -> None:
     """Loads the tile's queries, as soon as a buffer is free."""
     slot = tiles.await_free(block.bars["q_free"], block.schedule.query_buffers, tile.ordinal)
-    index = (tile.batch, tile.head, tile.q_tile * block.schedule.block_q)
+    place = locate(block.gmem, Place.QUERY, tile.batch)
+    index = (place.batch, tile.head, place.row(tile.q_tile * block.schedule.block_q))
     tiles.load_tile(block.spec, block.gmem["q"], index, block.smem["q"].at[slot], block.bars["q_full"].at[slot])
 
 
@@ -32,12 +34,12 @@ def load_ring(block: Block, name: str, tile: Tile) -> None:
     those of a bias of pairs that has a ring.
     """
     full, free = block.bars[f"{name}_full"], block.bars[f"{name}_free"]
-    kv_head = div(tile.head, block.spec.group)
+    kv_head, place = div(tile.head, block.spec.group), locate(block.gmem, Place.KEY, tile.batch)
 
     @pl.loop(jnp.int32(0), ptx.scalar(tile.hi - tile.lo))
     def _(i: Index) -> None:
         slot = tiles.await_free(free, block.schedule.num_stages, tile.step + i)
-        index = (tile.batch, kv_head, (tile.hi - 1 - i) * block.schedule.block_kv)
+        index = (place.batch, kv_head, place.row((tile.hi - 1 - i) * block.schedule.block_kv))
         tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[slot], full.at[slot])
         if name == "k" and block.schedule.bias_slots:
             load_bias(block, tile, i)

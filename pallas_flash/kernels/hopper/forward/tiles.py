@@ -44,6 +44,11 @@ class Block(NamedTuple):
         return self.spec.mask.has_arrays
 
     @property
+    def merges(self) -> bool:
+        """Whether results are merged into those of other launches, in place (`forward.merge`)."""
+        return "places" in self.gmem
+
+    @property
     def any_given_up(self) -> int:
         """The column of `given_up` that says whether any tile was."""
         return self.gmem["given_up"].shape[2] - 1

@@ -1,0 +1,177 @@
+"""Parts of a problem whose results are merged by the kernels, in place: for the steps of a ring of devices.
+
+forward: q, k, v, places -> the state, of out in float32 and statistics, into which each warpgroup merges its rows where
+it would write them (`forward.merge`).
+
+backward: `prepare` once for all parts; of each part the fused kernel, which makes dk and dv and adds dq to the same
+float32 sums; and `finish` once. So of dq nothing is zeroed, read and written between parts.
+
+Arrays are whole, and "places" (`places`) says where the rows of each batch entry of the part lie: nothing is copied to
+stack parts along the batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash import device, masks
+from pallas_flash.device import Device
+from pallas_flash.kernels.hopper import defaults, memory, support, work
+from pallas_flash.kernels.hopper.backward import finish, kv, prepare
+from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
+from pallas_flash.kernels.hopper.places import Place
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.mosaic.call import unpartitioned
+from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.spec import AttentionSpec, Results
+
+__all__ = ["Place", "Sums", "backward", "backward_pass", "dq", "first_pass", "forward", "forward_pass", "last_pass",
+           "sums", "why_not"]
+
+Array = jax.Array
+
+
+class Sums(NamedTuple):
+    """What a backward keeps between parts.
+
+    Attributes:
+      statistics: of each query (`backward.statistics`), for all parts the same.
+      dq: float32 sums, as the fused kernel has them (`memory.dq_acc_shape`).
+    """
+
+    statistics: Array
+    dq: Array
+
+
+def why_not(spec: AttentionSpec, where: Device) -> tuple[list[str], list[str]]:
+    """The reasons why the kernels of the forward, and of the backward, do not merge the results of a part of a problem,
+    which Hopper's can run; empty: they do.
+    """
+    plain = (not spec.mask.has_arrays and spec.bias is None and spec.score is None and not spec.dropout_rate
+             and spec.dtype.itemsize == 2 and spec.d % 8 == 0 == spec.d_v % 8 and not support.is_wide(spec))
+    if not support.MERGING_HAS_RUN:
+        return (["merging in the kernels has not been measured on a GPU yet"],) * 2
+    if not plain:
+        return (["needs numbers of 16 bits, a mask without arrays, and no bias, score function or dropout"],) * 2
+    forward, backward = defaults.default_forward(spec, where), defaults.default_parts(spec, where)
+    assert isinstance(forward, ForwardSchedule)
+    rows = (spec.q_len % ROWS_PER_WARPGROUP == 0,
+            f"needs lengths that are multiples of {ROWS_PER_WARPGROUP}, there are {spec.q_len} queries")
+    of_forward = (rows, (spec.kv_len % forward.block_kv == 0,
+                         f"needs lengths that are multiples of {forward.block_kv}, there are {spec.kv_len} keys"))
+    of_backward = (
+        rows, (not spec.deterministic, "parts add to dq in any order, and gradients are to repeat bit by bit"),
+        (not work.may_have_idle_queries(spec), "needs a mask that leaves each query a key"),
+        (backward is not None, "needs a backward of one fused kernel"),
+        (backward is None or (spec.q_len % backward.block_q == 0 == spec.kv_len % backward.block_kv),
+         f"needs lengths that tiles of {backward} divide"))
+    found, of_dq = ([reason for holds, reason in rules if not holds] for rules in (of_forward, of_backward))
+    return found, of_dq
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=256)
+def forward_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: tuple[tuple[int, ...], ...]) -> Pass:
+    """The forward of a part, of q, k, v, places and the state's out and statistics, in these shapes."""
+    names = "q", "k", "v", "places", "state_out", "state_stats"
+    dtypes = *(part.dtype,) * 3, jnp.int32, jnp.float32, jnp.float32
+    inputs = {name: jax.ShapeDtypeStruct(*kind) for name, *kind in zip(names, shapes, dtypes, strict=True)}
+    return Pass(inputs=inputs, constants={"table": work.forward_table(part, schedule)},
+                launches=(forward_kernel.launch(part, schedule, merges=True),), results=names[-2:])
+
+
+@functools.lru_cache(maxsize=256)
+def backward_pass(part: AttentionSpec, schedule: KvSchedule, shapes: tuple[tuple[int, ...], ...]) -> Pass:
+    """The backward of a part, of q, k, v, dout, statistics, places and dq's sums, in these shapes."""
+    names = "q", "k", "v", "dout", "statistics", "places", "dq_sums"
+    dtypes = *(part.dtype,) * 4, jnp.float32, jnp.int32, jnp.float32
+    inputs = {name: jax.ShapeDtypeStruct(*kind) for name, *kind in zip(names, shapes, dtypes, strict=True)}
+    return Pass(inputs=inputs, constants={}, launches=(kv.launch(part, schedule, merges=True),),
+                results=("dk", "dv", "dq_sums"))
+
+
+@functools.lru_cache(maxsize=256)
+def first_pass(whole: AttentionSpec, schedule: KvSchedule) -> Pass:
+    """What a backward begins with, of the forward's statistics and their cotangents."""
+    stats = jax.ShapeDtypeStruct(whole.stats_shape, jnp.float32)
+    return Pass(inputs={"stats": stats, "dstats": stats}, constants={},
+                launches=(prepare.launch(whole, BackwardSchedule(schedule)),), results=("statistics", "dq_sums"))
+
+
+@functools.lru_cache(maxsize=256)
+def last_pass(whole: AttentionSpec, schedule: KvSchedule) -> Pass:
+    """What a backward ends with, of dq's sums."""
+    sums = jax.ShapeDtypeStruct(memory.dq_acc_shape(whole, schedule), jnp.float32)
+    return Pass(inputs={"dq_sums": sums}, constants={}, launches=(finish.launch(whole, schedule),), results=("dq",))
+
+
+def _run(build: Callable[..., Pass], *arrays: Array) -> tuple[Array, ...]:
+    """Runs a pass; under vmap one element after the other."""
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        return unpartitioned(build(), *arrays)
+    found: tuple[Array, ...] = jax.custom_batching.sequential_vmap(call)(*arrays)
+    return found
+
+
+def _shapes(arrays: tuple[Array, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in arrays)
+
+
+# -- what a ring calls -------------------------------------------------------------------------------------------------
+
+def forward(part: AttentionSpec, q: Array, k: Array, v: Array, places: Array, state: Results[Array]) -> Results[Array]:
+    """The state with the results of a part merged into it, where they lie.
+
+    Args:
+      part: partial; its batch counts the rows of `places`, its lengths are those of each.
+      q, k, v: whole arrays in the layout of the spec, with as many heads.
+      places: int32 (batch, 4), see `places.Place`. No two rows may name the same rows of the state.
+      state: out in float32 and statistics, of as many rows as are to be kept apart.
+    """
+    schedule = defaults.default_forward(part, device.current())
+    arrays = q, k, v, places, *state
+    return Results(*_run(functools.partial(forward_pass, part, schedule, _shapes(arrays)), *arrays))
+
+
+def _schedule(spec: AttentionSpec) -> KvSchedule:
+    found = defaults.default_parts(spec, device.current())
+    assert found is not None, "asked for what `why_not` has refused"
+    return found
+
+
+def _whole(spec: AttentionSpec) -> AttentionSpec:
+    return dataclasses.replace(spec, mask=masks.Full(), partial=True)
+
+
+def sums(whole: AttentionSpec, stats: Array, dstats: Array) -> Sums:
+    """What a backward begins with, of all queries: their statistics, and sums of 0.
+
+    Args:
+      whole: the problem of all queries of the device.
+      stats, dstats: as the backward of a partial spec takes them (`autodiff.without_out`).
+    """
+    return Sums(*_run(functools.partial(first_pass, _whole(whole), _schedule(whole)), stats, dstats))
+
+
+def backward(part: AttentionSpec, operands: tuple[Any, ...], places: Array, given: Sums) -> tuple[Array, Array, Sums]:
+    """dk and dv of a part, float32 in its shape, and the sums with its dq added.
+
+    Args:
+      part, places: see `forward`; the state is that of the queries, and its column is not read.
+      operands: whole q, k, v and dout.
+    """
+    arrays = *operands, given.statistics, places, given.dq
+    dk, dv, dq = _run(functools.partial(backward_pass, part, _schedule(part), _shapes(arrays)), *arrays)
+    return dk, dv, given._replace(dq=dq)
+
+
+def dq(whole: AttentionSpec, given: Sums) -> Array:
+    """The gradient of all queries, in the spec's dtype, after the last part."""
+    rounded = dataclasses.replace(_whole(whole), partial=False)
+    found, = _run(functools.partial(last_pass, rounded, _schedule(whole)), given.dq)
+    return found
