@@ -144,7 +144,8 @@ class MergedPasses(NamedTuple):
         rows = pieces.number * size
         state = nothing((spec.batch, rows, spec.q_heads, spec.d_v), (spec.batch, spec.q_heads, 2, rows), spec.acc_dtype)
 
-        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+        def compute(travelling: list[Array], carried: Carried[Results[Array]], call: Call,
+                    chosen: list[Chosen]) -> Carried[Results[Array]]:
             k, v = travelling
             given = sharding.vary_together((operands.q, k, v, self._places(chosen, pieces), carried[0]))
             with device.on(self.shards.device):
@@ -172,7 +173,8 @@ class MergedPasses(NamedTuple):
         with device.on(self.shards.device):
             first = self.merging.sums(spec, *sharding.vary_together((results.stats, cotangents.stats)))
 
-        def compute(travelling: list[Array], carried: Carried, call: Call, chosen: list[Chosen]) -> Carried:
+        def compute(travelling: list[Array], carried: Carried[Array], call: Call,
+                    chosen: list[Chosen]) -> Carried[Array]:
             k, v = travelling
             given, places, state = sharding.vary_together(
                 ((operands.q, k, v, dout), self._places(chosen, pieces), first._replace(dq=carried[0])))
@@ -198,5 +200,5 @@ class MergedPasses(NamedTuple):
             pick.q_chunk, pick.kv_chunk, pieces.piece(chosen, x)))], axis=1) for x, pick in enumerate(chosen)]
         return jnp.concatenate(found)
 
-    def _around(self, compute: hops.Compute, operands: Operands, state: object) -> Carried:
+    def _around[S](self, compute: hops.Compute[S], operands: Operands, state: S) -> Carried[S]:
         return hops.around(self.shards.ring, self.shards.steps, compute, self.shards.travelling(operands), state, [])
