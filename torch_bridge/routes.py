@@ -33,7 +33,8 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
     """`forward`'s results, the statistics being for `gradients` alone."""
-    direct = lengths.forward(operands, numbers, then="backward")
+    wants_bias = operands.bias is not None and operands.bias.requires_grad  # whose backward may go through DLPack
+    direct = lengths.forward(operands, numbers, then=None if wants_bias else "backward")
     if direct is not None:
         return direct
     from torch_bridge import exchange
@@ -73,7 +74,8 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
              needs: PerArray[bool]) -> PerArray[torch.Tensor]:
     """The gradients with the storage order of their tensors; (0,) in place of those not needed."""
     is_whole = results.stats.dim() == 4  # else lse alone (`AttentionBackward`)
-    grads = lengths.backward(operands, numbers, results, cotangents) if is_whole else None
+    wants_bias = needs.bias and operands.bias is not None
+    grads = lengths.backward(operands, numbers, results, cotangents, wants_bias) if is_whole else None
     if grads is not None:
         return PerArray(*(grad if needed and grad is not None else operands.query.new_empty((0,))
                           for grad, needed in zip(grads, needs, strict=True)))

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import torch_bridge
-from bridge.problems import qkv
+from bridge.problems import OURS, qkv
 from bridge.test_direct import BF16, BOTH, launched  # noqa: F401
-from torch_bridge import flash_attn, ops
+from pallas_flash import spec
+from pallas_flash.kernels.hopper import defaults
+from torch_bridge import flash_attn, ops, sdpa
 from torch_bridge.arguments import Attention, Numbers, Operands
-from torch_bridge.direct import cache
+from torch_bridge.direct import attention, cache
 
 B, HQ, HKV, L, S, D = 3, 4, 2, 70, 90, 16
 integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
@@ -93,6 +95,90 @@ def test_dropout(launched):  # noqa: F811
         assert torch.equal(dropped(*tensors), dropped(*tensors))
         torch.manual_seed(4)
         assert not torch.equal(torch_bridge.flash_attention(*tensors, dropout_p=0.4), dropped(*tensors))
+
+
+NEVER = -torch.inf
+MASKS = {
+    "of keys": (torch.arange(S) % 3 != 1)[None, None, None].expand(B, 1, 1, S),
+    "of pairs": (torch.arange(L)[:, None] * 3 + torch.arange(S)) % 7 < 4,
+    "of heads": ((torch.arange(HQ)[:, None, None] + torch.arange(L)[:, None] * torch.arange(S)) % 5 < 2)[None],
+    "of queries": (torch.arange(L) != 3)[:, None],
+    "bias of keys": torch.where(torch.arange(S) % 3 == 1, NEVER, torch.arange(S) / 20)[None, None, None],
+    "bias of keys and heads": (torch.arange(HQ * S).reshape(1, HQ, 1, S) % 13 / 5).to(BF16),
+    "bias of pairs": torch.where(torch.arange(L)[:, None] % 5 > 3, NEVER, torch.arange(S) % 11 / 4 + 100),
+    "bias of everything": torch.linspace(-3, 3, B * HQ * L * S).reshape(B, HQ, L, S)[..., torch.arange(S) * 7 % S],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attn_mask(launched, name):  # noqa: F811
+    """Expanded, dense or neither, of any of its axes; what hides all keys of a query, too."""
+    tensors, mask = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16), MASKS[name]
+    of = lambda x: mask if mask.dtype != BF16 or x.dtype == BF16 else mask.double()
+    compare(lambda *x: OURS(*x, attn_mask=of(x[0]).double() if x[0].dtype == torch.float64 and mask.is_floating_point()
+                            else of(x[0]), enable_gqa=True), tensors)
+    assert launched == BOTH
+
+
+def test_attn_mask_beside_other_rules(launched):  # noqa: F811
+    """A bias of pairs is anchored where the mask keeps it: what is hidden may be far larger."""
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    for mask, options in ((MASKS["of heads"], dict(is_causal=True, kv_lengths=integers(90, 1, 41))),
+                          (torch.where(torch.arange(S) > 85, 1e5, MASKS["bias of everything"]),
+                           dict(kv_lengths=integers(80, 1, 41), is_causal=True)),
+                          (MASKS["of keys"], dict(dropout_p=0.4, window=(20, 5)))):
+        def call(*x, mask=mask, options=options):
+            torch.manual_seed(3)
+            wide = mask.is_floating_point() and x[0].dtype == torch.float64
+            return torch_bridge.flash_attention(*x, attn_mask=mask.double() if wide else mask, **options)
+        compare(call, tensors)
+    assert launched == BOTH * 3
+
+
+def test_a_whole_bias_is_read_where_it_lies(launched):  # noqa: F811
+    """One that is no multiple of tiles is copied, and filled up, as JAX does."""
+    q, k, v = qkv((1, 2, 128, 64), (1, 2, 256, 64), (1, 2, 256, 64), dtype=BF16, requires_grad=False)
+    for bias, names in ((torch.randn(1, 2, 128, 256), {"given bias"}),
+                        (torch.randn(1, 2, 128, 256, dtype=BF16), {"given bias"}),
+                        (torch.randn(1, 2, 1, 256), {"bias", "given bias"})):
+        found = OURS(q, k, v, attn_mask=bias)
+        wanted = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), bias.double())
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+        program = attention.known(*sdpa.prepare(q, k, v, bias, 0.0, False, None, False)[:2]).direct.runner(
+            "forward").program
+        assert {name for name in program.buffers if "bias" in name} == names
+        read = {name for step in program.steps for name in step.arrays}
+        assert ("given bias" in read) == (names == {"given bias"})
+    assert launched == ["forward"] * 3
+
+
+def test_the_gradient_of_a_bias(launched, monkeypatch):  # noqa: F811
+    """By its kernel, once that is switched on; before, and of a bias of keys, through DLPack, after a direct forward.
+    """
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    call = lambda *x: OURS(*x[:3], attn_mask=x[3], enable_gqa=True)
+    pairs, keys = (torch.randn(1, HQ, n, S).requires_grad_() for n in (L, 1))
+    compare(call, [*tensors, pairs])
+    compare(call, [*tensors, keys])
+    assert launched == ["forward"] * 2
+    monkeypatch.setattr(defaults, "_DBIAS_KERNEL_HAS_RUN", True)
+    for name in ("_choices", "_directs", "_reasons"):
+        getattr(attention, name).clear()
+    compare(call, [*tensors, pairs])
+    compare(call, [*tensors, torch.randn(L, S).to(BF16).requires_grad_()])
+    compare(call, [*tensors, keys])
+    assert launched[2:] == ["forward", "backward", "dbias"] * 2 + ["forward"]
+
+
+def test_what_a_bias_of_keys_needs():
+    """Beside a mask, its anchor takes a loop over rows where there are many: then JAX makes it."""
+    q, k = torch.empty(1, 2, attention._ANCHOR_ROWS + 1, 16, dtype=BF16), torch.empty(1, 2, 16, 16, dtype=BF16)
+    assert attention._ANCHOR_ROWS == spec.ANCHOR_ROWS
+    bias, numbers = torch.empty(1, 1, 1, 16), Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)
+    reason = attention.why_not(Operands.of(q, k, k, mask=None, bias=bias, seed=None), numbers)
+    assert reason == "it takes a float attn_mask of keys beside another mask for at most 128 queries, q_len=129"
+    assert attention.why_not(Operands.of(q, k, k, mask=None, bias=bias, seed=None),
+                             numbers._replace(right=None)) is None
 
 
 def test_sinks(launched):  # noqa: F811

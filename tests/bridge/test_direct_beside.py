@@ -3,6 +3,8 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,17 @@ def random_ids(seed, *shape):
     return np.random.default_rng(seed).integers(-1, 5, shape).astype(np.int32)
 
 
+@functools.cache
+def random_floats(dtype, *shape):
+    """Some of -inf, some of finfo.min, and a row of each."""
+    random = np.random.default_rng(5)
+    found = random.normal(size=shape) * 3
+    found[random.random(shape) < 0.2] = -np.inf
+    found[..., :1, :] = np.finfo(np.float32).min if dtype == "float32" else -3e4
+    found[..., -1:, :] = found[..., -1:, :] - np.inf if shape[2] > 1 else found[..., -1:, :]
+    return jnp.asarray(found, dtype)
+
+
 def packed(given, spec):
     packing = Packing(given["q"], given["kv"], None, None, "last")
     return masks.checked(packing.mask(masks.Window(50, 3, 0), spec, batched=False))
@@ -47,6 +60,19 @@ CASES = {  # the arrays of a call, and its mask of them
               lambda given, _: masks.Dense(given["mask"])),
     "padding": (dict(mask=np.random.default_rng(3).random((B, 1, 1, S)) < 0.5),
                 lambda given, _: masks.Dense(given["mask"]) & CAUSAL),
+    "dense, of heads": (dict(mask=np.random.default_rng(3).random((1, H, L, S)) < 0.3),
+                        lambda given, _: masks.Dense(given["mask"])),
+    "dense, of queries": (dict(mask=np.random.default_rng(3).random((B, 1, L, 1)) < 0.5),
+                          lambda given, _: masks.Dense(given["mask"]) & CAUSAL),
+    "bias of keys": (dict(bias=random_floats("float32", B, 1, 1, S)), lambda given, _: masks.Full()),
+    "bias of keys and heads": (dict(bias=random_floats("bfloat16", 1, H, 1, S)), lambda given, _: masks.Full()),
+    "bias of pairs": (dict(bias=random_floats("bfloat16", B, 1, L, S)), lambda given, _: masks.Full()),
+    "bias of pairs, float32": (dict(bias=random_floats("float32", 1, H, L, S)), lambda given, _: masks.Full()),
+    "bias of pairs, causal": (dict(bias=random_floats("float32", 1, H, L, S)), lambda given, _: CAUSAL),
+    "bias of pairs, lengths": (dict(bias=random_floats("float16", 1, 1, L, S), kv=ints(430, 17)),
+                               lambda given, _: CAUSAL & masks.InBounds(kv_len=given["kv"])),
+    "bias, dense, dropout": (dict(bias=random_floats("float32", 1, H, 1, S), seed=ints(7, 8)),
+                             lambda given, _: masks.Full()),
     "dropout": (dict(seed=ints(-5, 2**31 - 1)), lambda given, _: CAUSAL),
     "dropout, lengths": (dict(seed=ints(7, 8), kv=ints(3, 400)), lambda given, _: masks.InBounds(kv_len=given["kv"])),
 }
@@ -59,13 +85,25 @@ def made(name, pass_name):
     q, k = (jax.ShapeDtypeStruct((batch, n, h, 64), "bfloat16") for n, h in ((L, H), (S, 2)))
     plain = AttentionSpec.of(q, k, k, dropout_rate=0.25 if "seed" in given else 0.0)
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
-    spec = plain.masked(rule(types, plain).canonical(), None)
+    spec = plain.masked(rule(types, plain).canonical(), types.get("bias"))
     found = calls.passes(spec, device.H200)[("forward", "backward").index(pass_name)]
 
     def make(arrays):
         seed = jax.lax.bitcast_convert_type(arrays["seed"], "uint32") if "seed" in arrays else None
-        return found.make(Operands(None, None, None, None, (), rule(arrays, plain).canonical(), (), seed, None, None))
+        return found.make(Operands(None, None, None, arrays.get("bias"), (), rule(arrays, plain).canonical(), (), seed,
+                                   None, None))
     return make, given, types, found
+
+
+def tensor_of(array):
+    array = np.array(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def bits_of(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32}.get(tensor.itemsize, tensor.dtype)).numpy()
 
 
 @pytest.mark.parametrize("pass_name", ["forward", "backward"])
@@ -75,19 +113,19 @@ def test_the_numbers_are_jaxs(name, pass_name):
     wanted = jax.jit(make)(given)
     written = beside.traced(make, types)
     assert {operation.name for operation in written.operations} <= plan.OPERATIONS
-    constants = {key: torch.from_numpy(x.copy()) for key, x in written.constants.items()}
+    constants = {key: tensor_of(x) for key, x in written.constants.items()}
     assert {*wanted} <= {*found.inputs}
     function = operations.Function(written.operations, [*given], constants, [*wanted])
-    tensors = [torch.from_numpy(x.copy()) for x in given.values()]
+    tensors = [*map(tensor_of, given.values())]
     for _ in range(2):  # what is made is new each time: the forward's kernel counts in it
         results = function(tensors)
         for (key, array), tensor in zip(wanted.items(), results, strict=True):
-            assert tensor.is_contiguous() and tensor.numpy().dtype == array.dtype
-            np.testing.assert_array_equal(tensor.numpy(), array, err_msg=key)
+            assert tensor.is_contiguous() and str(tensor.dtype).removeprefix("torch.") == array.dtype.name
+            np.testing.assert_array_equal(bits_of(tensor), bits_of(tensor_of(array)), err_msg=key)
             tensor.zero_()
     addresses = [x.untyped_storage().data_ptr() for x in (*results, *tensors, *constants.values())]
     assert len({*addresses}) == len(addresses)
-    assert all(np.array_equal(x.numpy(), y) for x, y in zip(tensors, given.values(), strict=True))
+    assert all(torch.equal(x, tensor_of(y)) for x, y in zip(tensors, given.values(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "max", "min", "div", "where", "stack", "and"])

@@ -109,30 +109,41 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return build
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
-    """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
-    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies of
-    arrays of the call, or run in clusters (heads above 256), or where the backward is another's.
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass, Pass | None] | None:
+    """The forward, the backward and the gradient of a bias as lists of launches, which another runtime than JAX can
+    run, and what it makes of a mask's arrays, a bias and a seed before them; None where there is a score function, or a
+    bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256), or
+    where the backward is another's. The last is None where no kernel makes it, or there is no bias.
     """
-    has_scores, in_clusters = spec.bias is not None or spec.score is not None, support.is_wide(spec)
-    if has_scores or in_clusters or support.copies(spec) is not None or support.backward_of(spec) is not None:
+    takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
+    if (spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None
+            or support.backward_of(spec) is not None):
         return None
-    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    inner = bias.hiding(spec)
+    first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
     assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
-    return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
+    third = None if spec.bias is None else defaults.default_dbias(spec, device)
+    dbias = None if third is None else _making(
+        spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
+    return (_making(spec, launches.forward(inner, first), first),
+            _making(spec, launches.backward(inner, second), second), dbias)
 
 
 def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
     """A pass, and what makes those of its inputs that are no arrays of the call."""
-    if not spec.mask.has_arrays and not spec.dropout_rate:
+    inner = bias.hiding(spec)
+    if not inner.mask.has_arrays and not spec.dropout_rate:
         return found
 
     def make(operands: Operands) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
+        _, hidden = bias.as_mask(spec, operands)
         if schedule.mask_kernel:  # a launch reads those of the mask as they are
-            arrays = dict(zip(mask_kernel.fields(spec), jax.tree.leaves(operands.mask), strict=True))
-        elif spec.mask.has_arrays:
-            arrays = mask_arrays.make(spec, schedule, operands.mask)
+            arrays = dict(zip(mask_kernel.fields(inner), jax.tree.leaves(hidden.mask), strict=True))
+        elif inner.mask.has_arrays:
+            arrays = mask_arrays.make(inner, schedule, hidden.mask)
+        # Anchored by the mask of the call: what the bias itself hides is no row's largest.
+        arrays |= bias.arrays(spec, schedule.padded_blocks, bias.inputs(spec, operands, spec.q_len))
         return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
     return dataclasses.replace(found, make=make)
 
