@@ -1,5 +1,6 @@
 """What torch makes beside the launches is what JAX makes: every number of every array, for each pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from bridge.direct import H200, SMALL, VERSIONS
 from pallas_flash import device, masks
-from pallas_flash.kernels.hopper import calls
+from pallas_flash.kernels.hopper import calls, defaults
 from pallas_flash.packed import Packing
 from pallas_flash.spec import AttentionSpec, Operands
-from torch_bridge.direct import beside, intervals, operations, plan
+from torch_bridge.direct import beside, intervals, lower, operations, plan
+from torch_bridge.direct.problem import Request
 
 B, H, L, S = 2, 4, 300, 430
 CAUSAL = masks.Window(masks.UNBOUNDED, 0, S - L)
@@ -126,6 +129,23 @@ def test_the_numbers_are_jaxs(name, pass_name):
     addresses = [x.untyped_storage().data_ptr() for x in (*results, *tensors, *constants.values())]
     assert len({*addresses}) == len(addresses)
     assert all(torch.equal(x, tensor_of(y)) for x, y in zip(tensors, given.values(), strict=True))
+
+
+def test_launches_read_what_is_given_where_it_lies(monkeypatch):
+    """With kernels that make what is read of masks and seeds, operations only limit lengths, so that no sum overflows.
+    """
+    for name in ("_MASK_KERNEL_HAS_RUN", "_KEYS_KERNEL_HAS_RUN"):
+        monkeypatch.setattr(defaults, name, True)
+    lengths, seed = ("kv_lengths", (1,), "int32"), ("seed", (2,), "int32")
+    for given, wanted in (((lengths,), ["field0"]), ((("q_ids", (1, 200), "int32"), ("kv_ids", (1, 256), "int32")), []),
+                          ((seed,), []), ((lengths, seed), ["field0"])):
+        problem = dataclasses.replace(SMALL, given=given, dropout_p=0.25 * (seed in given))
+        for pass_name in ("forward", "backward"):
+            program = lower.lower(Request(problem, pass_name, H200, VERSIONS))
+            assert [*program.made] == wanted and len(program.operations) <= 4 * len(wanted)
+            read = {name for step in program.steps for name in step.arrays if name.startswith("given")}
+            assert read == {f"given {name}" for name, _, _ in given if name != "kv_lengths"} <= {*program.buffers}
+            assert not [name for name in program.inputs if "field" in name or "seed" in name]
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "max", "min", "div", "where", "stack", "and"])

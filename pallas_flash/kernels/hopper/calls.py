@@ -22,7 +22,7 @@ from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
@@ -109,11 +109,11 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return build
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass, Pass | None] | None:
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, ...] | None:
     """The forward, the backward and the gradient of a bias as lists of launches, which another runtime than JAX can
     run, and what it makes of a mask's arrays, a bias and a seed before them; None where there is a score function, or a
     bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256), or
-    where the backward is another's. The last is None where no kernel makes it, or there is no bias.
+    where the backward is another's. The last is missing where no kernel makes it, or there is no bias.
     """
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
     if (spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None
@@ -122,11 +122,12 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass, Pass | None
     inner = bias.hiding(spec)
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
     assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
+    found = (_making(spec, launches.forward(inner, first), first),
+             _making(spec, launches.backward(inner, second), second))
     third = None if spec.bias is None else defaults.default_dbias(spec, device)
-    dbias = None if third is None else _making(
-        spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
-    return (_making(spec, launches.forward(inner, first), first),
-            _making(spec, launches.backward(inner, second), second), dbias)
+    if third is None:
+        return found
+    return *found, _making(spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
 
 
 def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
@@ -134,6 +135,11 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
     inner = bias.hiding(spec)
     if not inner.mask.has_arrays and not spec.dropout_rate:
         return found
+    if (makes_keys := defaults.has_keys_kernel(spec)):
+        keys = dropout_keys.launch(spec)
+        types = {name: x for name, x in found.inputs.items() if name not in keys.outputs}
+        seed = {dropout_keys.SEED: jax.ShapeDtypeStruct((2,), jnp.uint32)}
+        found = dataclasses.replace(found, inputs=types | seed, launches=(keys, *found.launches))
 
     def make(operands: Operands) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
@@ -144,6 +150,9 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
             arrays = mask_arrays.make(inner, schedule, hidden.mask)
         # Anchored by the mask of the call: what the bias itself hides is no row's largest.
         arrays |= bias.arrays(spec, schedule.padded_blocks, bias.inputs(spec, operands, spec.q_len))
+        if makes_keys:
+            assert operands.dropout_seed is not None
+            return arrays | {dropout_keys.SEED: operands.dropout_seed}
         return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
     return dataclasses.replace(found, make=make)
 

@@ -41,12 +41,13 @@ from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["assume", "default_backward", "default_dbias", "default_forward"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "has_keys_kernel"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MASK_KERNEL_HAS_RUN = False
 _DBIAS_KERNEL_HAS_RUN = False
+_KEYS_KERNEL_HAS_RUN = False
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
@@ -124,6 +125,11 @@ def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Devi
 def _has_mask_kernel(spec: AttentionSpec) -> bool:
     """Whether a launch makes what is read of a mask's arrays: nowhere, before it has run on a GPU."""
     return _MASK_KERNEL_HAS_RUN and spec.dtype != jnp.float32 and kernel_makes(spec)
+
+
+def has_keys_kernel(spec: AttentionSpec) -> bool:
+    """Whether a launch makes dropout's keys for a runtime without XLA: nowhere, before it has run on a GPU."""
+    return _KEYS_KERNEL_HAS_RUN and bool(spec.dropout_rate) and not spec.dropout_moved
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
