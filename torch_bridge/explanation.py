@@ -43,7 +43,7 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    why_not = _why_not_direct(operands, numbers)
+    why_not = _why_not_direct(operands, numbers) or _why_slow(operands, numbers)
     decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
     if why_not is None and decision.implementation.launches is None:
         why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
@@ -84,6 +84,17 @@ def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
         return f"{attention.VARIABLE}=0 is set"
     return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
             or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+
+
+def _why_slow(operands: Operands, numbers: Numbers) -> str | None:
+    """Why an eager call goes through DLPack although it could be launched directly; None: it does
+    not, or its plan is not loaded.
+    """
+    call = attention.known(operands, numbers)
+    if call is None or lengths.shared(operands, numbers, "forward") is not None:
+        return None
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands.differentiable)
+    return call.slow_reason("forward", attention.MOST_WITH_GRADIENTS if needs_grad else attention.MOST_ALONE)
 
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:

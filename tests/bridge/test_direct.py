@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import math
 import threading
 import warnings
 from pathlib import Path
@@ -171,6 +172,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(shortcut, "_recent", [])
     for name in ("_ways", "_own"):
         monkeypatch.setattr(lengths, name, {})
+    for name in ("MOST_ALONE", "MOST_WITH_GRADIENTS"):
+        monkeypatch.setattr(attention, name, math.inf)
     monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})

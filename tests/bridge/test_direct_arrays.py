@@ -2,6 +2,8 @@
 arrays that kernels would be given, which the stand-in of test_direct.py reads, against float64 through DLPack.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from pallas_flash import spec
 from pallas_flash.kernels.hopper import defaults
 from torch_bridge import flash_attn, ops, sdpa
 from torch_bridge.arguments import Attention, Numbers, Operands
-from torch_bridge.direct import attention, cache
+from torch_bridge.direct import attention, cache, lengths
 
 B, HQ, HKV, L, S, D = 3, 4, 2, 70, 90, 16
 integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
@@ -170,6 +172,35 @@ def test_the_gradient_of_a_bias(launched, monkeypatch):  # noqa: F811
     assert launched[2:] == ["forward", "backward", "dbias"] * 2 + ["forward"]
 
 
+def test_many_small_kernels_take_longer_than_dlpack(launched, monkeypatch):  # noqa: F811
+    """Not where a program was compiled for CUDA graphs, nor where lengths share a plan; a pass that may be captured
+    later has its plan.
+    """
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    numbers = Numbers.of(causal_offset=None, scale=None, dropout_p=0.0)
+    given = Operands.of(*(x.detach() for x in tensors), mask=None, bias=None, seed=None)._replace(
+        kv_lengths=integers(80, 2, 90))
+    call = lambda *x: torch_bridge.flash_attention(*x, kv_lengths=given.kv_lengths)
+    monkeypatch.setattr(attention, "MOST_WITH_GRADIENTS", 20)
+    compare(call, tensors)
+    found = attention.known(given, numbers)
+    assert launched == [] and 20 < found.direct.runner("forward").num_kernels < 40 and found.direct.runner("backward")
+    said = torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
+    assert "path: DLPack" in said and "small kernels of PyTorch would make what the forward reads" in said
+    with torch.no_grad():
+        assert "path: direct" in torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
+        call(*tensors)
+        assert launched == ["forward"]
+        monkeypatch.setattr(attention, "MOST_ALONE", 20)
+        ops.attention(*Attention(given, numbers, False).flat())
+        assert launched == ["forward"]
+        ops.DIRECT[ops.attention](*Attention(given, numbers, False).flat())
+        assert launched == ["forward"] * 2
+        monkeypatch.setattr(lengths, "OWN", 0)
+        torch_bridge.flash_attention(*(x[:, :, :50] for x in tensors), kv_lengths=given.kv_lengths)
+        assert launched == ["forward"] * 3
+
+
 def test_what_a_bias_of_keys_needs():
     """Beside a mask, its anchor takes a loop over rows where there are many: then JAX makes it."""
     q, k = torch.empty(1, 2, attention._ANCHOR_ROWS + 1, 16, dtype=BF16), torch.empty(1, 2, 16, 16, dtype=BF16)
@@ -193,14 +224,14 @@ def test_other_numbers_take_the_same_plan(launched, monkeypatch):  # noqa: F811
     asked, find = [], cache.find
     monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
     q, k, v = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16, requires_grad=False)
-    for lengths in (integers(1, 2, 3), integers(90, 80, 70), integers(-4, 1000, 5)):
-        found = torch_bridge.flash_attention(q, k, v, kv_lengths=lengths)
-        keep = torch.arange(S) < lengths[:, None, None, None]
+    for counts in (integers(1, 2, 3), integers(90, 80, 70), integers(-4, 1000, 5)):
+        found = torch_bridge.flash_attention(q, k, v, kv_lengths=counts)
+        keep = torch.arange(S) < counts[:, None, None, None]
         wanted = torch.nn.functional.scaled_dot_product_attention(
             q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v)), attn_mask=keep).nan_to_num()
         torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
     assert len(asked) == 1 and launched == ["forward"] * 3
-    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=lengths)
+    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=counts)
     assert "path: direct, launched on torch's stream" in said
     assert any("launched directly" in run.problem and "kv_lengths" in run.problem for run in torch_bridge.report())
     torch_bridge.flash_attention(q, k, v, q_lengths=integers(1, 2, 3))
@@ -222,11 +253,20 @@ def test_what_is_given_must_fit(launched):  # noqa: F811
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
+def gpu_mask(*shape):
+    return (torch.arange(math.prod(shape)).reshape(shape) * 7919 % 11) > 3
+
+
 GPU_CASES = {  # of the lengths 300 and 430, batch 2
     "kv_lengths, causal": dict(kv_lengths=integers(430, 17), is_causal=True, causal_offset=130),
     "ids": dict(segment_ids=tuple((torch.arange(n) // 77 - 1).expand(2, n).int() for n in (300, 430))),
     "dropout": dict(dropout_p=0.3, q_lengths=integers(300, 211)),
     "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), window=(100, 0), kv_lengths=integers(0, 400)),
+    "mask of keys": dict(attn_mask=gpu_mask(2, 1, 1, 430)),
+    "mask of pairs, causal": dict(attn_mask=gpu_mask(2, 4, 300, 430), is_causal=True, causal_offset=130),
+    "bias of keys": dict(attn_mask=torch.where(gpu_mask(2, 1, 1, 430), 0.5, -torch.inf)),
+    "bias of pairs": dict(attn_mask=torch.where(gpu_mask(4, 300, 430), torch.linspace(-2, 2, 430), -torch.inf)),
+    "bias of pairs, window": dict(attn_mask=torch.linspace(-2, 2, 300 * 430).reshape(300, 430), window=(90, 100)),
 }
 
 
@@ -237,6 +277,9 @@ def on_gpu(arguments):
 
 def of_call(arguments, tensors, dtype):
     torch.cuda.manual_seed(5)
+    mask = arguments.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        arguments = arguments | dict(attn_mask=mask.to(torch.float64 if dtype == torch.float64 else torch.float32))
     leaves = [x.to(dtype).requires_grad_() for x in tensors]
     out = torch_bridge.flash_attention(*leaves, **arguments)
     return out, *torch.autograd.grad(out, leaves, tensors[0].to(out.dtype))
@@ -244,6 +287,8 @@ def of_call(arguments, tensors, dtype):
 
 @pytest.fixture(params=["direct", "DLPack"])
 def way(request, monkeypatch):
+    for name in ("MOST_ALONE", "MOST_WITH_GRADIENTS"):
+        monkeypatch.setattr(attention, name, math.inf)
     monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0" if request.param == "DLPack" else "1")
     return request.param
 
@@ -276,8 +321,8 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
     """And reads lengths that were written after it was captured: nothing of them went through the host."""
     monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
     tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
-    lengths = integers(430, 17).cuda()
-    arguments = dict(dropout_p=0.3, kv_lengths=lengths)
+    counts = integers(430, 17).cuda()
+    arguments = dict(dropout_p=0.3, kv_lengths=counts)
     leaves = [x.clone().requires_grad_() for x in tensors]
 
     def step():
@@ -292,7 +337,7 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
         results = step()
     seen = []
     for new in (integers(430, 17), integers(5, 200), integers(430, 430)):
-        lengths.copy_(new)
+        counts.copy_(new)
         torch.cuda.manual_seed(5)
         graph.replay()
         for x, exact in zip(results, of_call(arguments, tensors, torch.float64), strict=True):

@@ -57,6 +57,9 @@ CASES = {  # the arrays of a call, and its mask of them
             lambda given, _: CAUSAL & masks.SegmentIds(given["q"], given["kv"])),
     "ids in any order": (dict(q=random_ids(0, B, L), kv=random_ids(1, B, S)),
                          lambda given, _: masks.SegmentIds(given["q"], given["kv"])),
+    "ids of one query": (dict(q=ints(3, -1).reshape(B, 1), kv=random_ids(1, B, S)),
+                         lambda given, _: masks.Window(masks.UNBOUNDED, 0, 300) & masks.SegmentIds(
+                             given["q"], given["kv"])),
     "packed": (STARTS, packed),
     "packed, not rising": (dict(q=ints(3, 90, 50, 999, 400, 400), kv=ints(-7, 5, 110, 90, 500, 200)), packed),
     "dense": (dict(mask=np.random.default_rng(3).random((B, 1, L, S)) < 0.02),
@@ -85,7 +88,8 @@ def made(name, pass_name):
     """The function that makes the arrays of a pass, and those of the call."""
     given, rule = CASES[name]
     batch = 1 if "packed" in name else B
-    q, k = (jax.ShapeDtypeStruct((batch, n, h, 64), "bfloat16") for n, h in ((L, H), (S, 2)))
+    q_len = 1 if "one query" in name else L
+    q, k = (jax.ShapeDtypeStruct((batch, n, h, 64), "bfloat16") for n, h in ((q_len, H), (S, 2)))
     plain = AttentionSpec.of(q, k, k, dropout_rate=0.25 if "seed" in given else 0.0)
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     spec = plain.masked(rule(types, plain).canonical(), types.get("bias"))

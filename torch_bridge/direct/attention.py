@@ -28,9 +28,9 @@ from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect", "find", "gpu_of", "is_at_hand",
-           "is_loaded", "is_on", "known", "name_of", "prepared", "problem_of", "reason_found", "request", "why_not",
-           "why_not_device"]
+__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect",
+           "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared", "problem_of",
+           "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -42,6 +42,11 @@ _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _MAX_CHOICES = 4096
+MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
+"""Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
+are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
+20 and 210 (docs/notes/torch_bridge.md, 2026-11-30).
+"""
 _CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
@@ -333,6 +338,19 @@ class DirectCall(NamedTuple):
             found = found[:, :, :bias.shape[2], :bias.shape[3]].to(bias.dtype)
             dbias = strides.with_strides(found, torch.empty_like(bias, device="meta").stride())
         return PerArray(query=dq, key=dk, value=dv, bias=dbias)
+
+    def slow_reason(self, pass_name: PassName, most: float) -> str | None:
+        """Why DLPack is faster; None: it is not, or there is no plan, or a capture is under way, which DLPack refuses.
+
+        Args:
+          most: so many of PyTorch's kernels are none too many.
+        """
+        runner = self.direct.runner(pass_name)
+        if runner is None or runner.num_kernels <= most or (
+                self.direct.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        return (f"about {runner.num_kernels} small kernels of PyTorch would make what the {pass_name} reads, which "
+                "takes longer: in a CUDA graph, or a program of torch.compile, it is launched directly")
 
     def _stored(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
         return strides.with_strides(strides.in_layout(tensor, self.direct.problem.layout), wanted)

@@ -149,6 +149,8 @@ def _unchanged(name: str, a: _Value, b: _Value) -> _Value | None:
     """The operand that an operation returns as it is, if there is one."""
     if isinstance(a.what, str) and isinstance(b.what, str):
         return a if a.what == b.what and name in {"max", "min", "and", "or"} else None
+    if not isinstance(a.what, str) and name in {"max", "add", "mul"}:
+        a, b = b, a
     if not isinstance(a.what, str) or isinstance(b.what, str) or b.what.size != 1:
         return None
     number = b.what.item()

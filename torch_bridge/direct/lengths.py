@@ -51,10 +51,11 @@ def _buckets(operands: Operands) -> tuple[int, int]:
     return 1 if q_len == 1 else bucket(q_len), bucket(kv_len)
 
 
-def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = None) -> Results | None:
+def forward(operands: Operands, numbers: Numbers, *, most: float, then: PassName | None = None) -> Results | None:
     """out, stored as query is, and the statistics of rows, launched directly; None: the call goes through DLPack.
 
     Args:
+      most: as in `DirectCall.slow_reason`. A plan that is shared is taken in any case: JAX compiles for each length.
       then: as in `attention.find`.
     """
     way = _way(operands, numbers, "forward")
@@ -68,14 +69,19 @@ def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = Non
                            _cut(stats, query.shape[2], 3).contiguous())
         way.shares = False
     call = attention.find(operands, numbers, "forward", then=then)
-    return None if call is None else call.forward(operands)
+    if call is None or call.slow_reason("forward", most) is None:
+        return None if call is None else call.forward(operands)
+    if then is not None:  # a capture, before which both have run, takes it
+        attention.find(operands, numbers, then)
+    return None
 
 
-def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents,
+def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents, *, most: float,
              wants_bias: bool = False) -> PerArray[torch.Tensor | None] | None:
     """The gradients, each stored as its tensor, launched directly; None: the call goes through DLPack.
 
     Args:
+      most: as in `forward`.
       wants_bias: whether that of the bias is wanted, too.
     """
     way = _way(operands, numbers, "backward")
@@ -96,7 +102,9 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
                 for grad, x in zip(grads, operands.differentiable, strict=True)))
         way.shares = False
     call = _found(operands, numbers, wants_bias)
-    return None if call is None else call.backward(operands, results, cotangents, wants_bias)
+    if call is None or call.slow_reason("backward", most):
+        return None
+    return call.backward(operands, results, cotangents, wants_bias)
 
 
 def _found(operands: Operands, numbers: Numbers, wants_bias: bool) -> attention.DirectCall | None:

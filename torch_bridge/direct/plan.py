@@ -46,6 +46,7 @@ OPERATIONS = frozenset((
     "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "bits", "clone"))
 """What is computed beside the launches: by element and reductions, mostly as torch and NumPy name them (`operations.py`
 has their definitions). Integers are int32, and wrap around; floats keep their dtype."""
+_VIEWS = {"reshape", "expand", "permute", "slice"}
 _HEAD = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 
@@ -143,6 +144,11 @@ class Program[K](NamedTuple):
     def made(self) -> tuple[str, ...]:
         """The results of operations that launches read."""
         return tuple(operation.output for operation in self.operations if operation.output in self.buffers)
+
+    @property
+    def num_kernels(self) -> int:
+        """Of PyTorch's kernels that operations queue, about: views queue none, and some of the others more than one."""
+        return sum(operation.name not in _VIEWS for operation in self.operations)
 
     @property
     def scratch(self) -> tuple[str, ...]:

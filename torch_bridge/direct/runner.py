@@ -31,6 +31,7 @@ class Runner:
                         for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
+        self.num_kernels = program.num_kernels
         self._passed = [numbers[name] for name in (*program.inputs, *program.results)]
         self._given = [(name, program.buffers[name]) for name in program.given]
         read = {name for step in program.steps for name in step.arrays}

@@ -12,6 +12,7 @@ Head dimensions that are no multiples of 8 are padded in front of everything els
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,7 @@ from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
+from pallas_flash.kernels.mosaic.mask_ranges import ids_of
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -119,7 +121,7 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, ...] | None:
     if (spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None
             or support.backward_of(spec) is not None):
         return None
-    inner = bias.hiding(spec)
+    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
     assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
     found = (_making(spec, launches.forward(inner, first), first),
@@ -130,9 +132,32 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, ...] | None:
     return *found, _making(spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
 
 
+def _typed(spec: AttentionSpec) -> masks.Mask:
+    """`_by_key` of a spec's mask: types of arrays in their place."""
+    fields: masks.Mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), spec.mask)
+    typed: masks.Mask = jax.eval_shape(functools.partial(_by_key, spec), fields)
+    return typed
+
+
+def _by_key(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
+    """The mask with a boolean for each key in the place of ids, where there is one query: XLA makes ranges of ids in
+    few kernels, another runtime in twice as many as of booleans.
+    """
+    if spec.q_len > 1 or ids_of(mask) is None or defaults.has_mask_kernel(spec):
+        return mask
+    parts = [_pairs(part) if isinstance(part, masks.SegmentIds) else part for part in mask.parts]
+    return functools.reduce(operator.and_, parts)
+
+
+def _pairs(ids: masks.SegmentIds) -> masks.Mask:
+    """The pairs of equal ids; of a canonical mask, (batch or 1, heads or 1, length)."""
+    q_ids, kv_ids = jnp.asarray(ids.q_ids)[..., :, None], jnp.asarray(ids.kv_ids)[..., None, :]
+    return masks.Dense((q_ids == kv_ids) & (q_ids >= 0))
+
+
 def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
     """A pass, and what makes those of its inputs that are no arrays of the call."""
-    inner = bias.hiding(spec)
+    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     if not inner.mask.has_arrays and not spec.dropout_rate:
         return found
     if (makes_keys := defaults.has_keys_kernel(spec)):
@@ -143,7 +168,7 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
 
     def make(operands: Operands) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
-        _, hidden = bias.as_mask(spec, operands)
+        _, hidden = bias.as_mask(spec, operands._replace(mask=_by_key(spec, operands.mask)))
         if schedule.mask_kernel:  # a launch reads those of the mask as they are
             arrays = dict(zip(mask_kernel.fields(inner), jax.tree.leaves(hidden.mask), strict=True))
         elif inner.mask.has_arrays:
