@@ -202,14 +202,24 @@ def test_many_small_kernels_take_longer_than_dlpack(launched, monkeypatch):  # n
 
 
 def test_what_a_bias_of_keys_needs():
-    """Beside a mask, its anchor takes a loop over rows where there are many: then JAX makes it."""
+    """Beside other masks than causal ones, its anchor takes a loop over rows where there are many: JAX makes it."""
     q, k = torch.empty(1, 2, attention._ANCHOR_ROWS + 1, 16, dtype=BF16), torch.empty(1, 2, 16, 16, dtype=BF16)
     assert attention._ANCHOR_ROWS == spec.ANCHOR_ROWS
-    bias, numbers = torch.empty(1, 1, 1, 16), Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)
-    reason = attention.why_not(Operands.of(q, k, k, mask=None, bias=bias, seed=None), numbers)
-    assert reason == "it takes a float attn_mask of keys beside another mask for at most 128 queries, q_len=129"
-    assert attention.why_not(Operands.of(q, k, k, mask=None, bias=bias, seed=None),
-                             numbers._replace(right=None)) is None
+    operands = Operands.of(q, k, k, mask=None, bias=torch.empty(1, 1, 1, 16), seed=None)
+    numbers = Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)
+    assert attention.why_not(operands, numbers) is None
+    for given, other in ((operands, numbers._replace(left=3)), (operands._replace(kv_lengths=integers(3)), numbers)):
+        assert attention.why_not(given, other) == (
+            "it takes a float attn_mask of keys beside a mask that is not causal for at most 128 queries, q_len=129")
+
+
+def test_alibi(launched):  # noqa: F811
+    """As flash-attn has it: of more queries than are anchored at once."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv(
+        (1, HQ, 150, D), (1, HKV, 170, D), (1, HKV, 170, D), dtype=BF16))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 8.0])
+    compare(lambda *x: flash_attn.flash_attn_func(*x, causal=True, alibi_slopes=slopes), [q, k, v])
+    assert launched == BOTH
 
 
 def test_sinks(launched):  # noqa: F811

@@ -13,6 +13,7 @@ import torch
 from bridge.direct import H200, SMALL, VERSIONS
 from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import calls, defaults
+from pallas_flash.kernels.mosaic import bias
 from pallas_flash.packed import Packing
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside, intervals, lower, operations, plan
@@ -72,6 +73,11 @@ CASES = {  # the arrays of a call, and its mask of them
                           lambda given, _: masks.Dense(given["mask"]) & CAUSAL),
     "bias of keys": (dict(bias=random_floats("float32", B, 1, 1, S)), lambda given, _: masks.Full()),
     "bias of keys and heads": (dict(bias=random_floats("bfloat16", 1, H, 1, S)), lambda given, _: masks.Full()),
+    "bias of keys, causal": (dict(bias=random_floats("float32", 1, H, 1, S)), lambda given, _: CAUSAL),
+    "bias of keys, the first queries see none": (dict(bias=random_floats("bfloat16", B, 1, 1, S)),
+                                                 lambda given, _: masks.Window(masks.UNBOUNDED, 0, -40)),
+    "bias of keys, the last queries see all": (dict(bias=random_floats("float32", B, 1, 1, S)),
+                                               lambda given, _: masks.Window(masks.UNBOUNDED, 0, 300)),
     "bias of pairs": (dict(bias=random_floats("bfloat16", B, 1, L, S)), lambda given, _: masks.Full()),
     "bias of pairs, float32": (dict(bias=random_floats("float32", 1, H, L, S)), lambda given, _: masks.Full()),
     "bias of pairs, causal": (dict(bias=random_floats("float32", 1, H, L, S)), lambda given, _: CAUSAL),
@@ -150,6 +156,20 @@ def test_launches_read_what_is_given_where_it_lies(monkeypatch):
             read = {name for step in program.steps for name in step.arrays if name.startswith("given")}
             assert read == {f"given {name}" for name, _, _ in given if name != "kv_lengths"} <= {*program.buffers}
             assert not [name for name in program.inputs if "field" in name or "seed" in name]
+
+
+@pytest.mark.parametrize("offset", [-400, -299, -40, 0, S - L, 300, 500])
+def test_a_bias_of_keys_is_anchored_where_a_causal_mask_ends(offset):
+    """The anchor of the loop over rows."""
+    values, x = random_floats("float32", B, H, 1, S), jax.ShapeDtypeStruct((B, L, H, 64), "bfloat16")
+    values = values.at[..., 7].set(5e3).at[..., 200].set(2e4)
+    spec = AttentionSpec.of(x, *[jax.ShapeDtypeStruct((B, S, H, 64), "bfloat16")] * 2).masked(
+        masks.Window(masks.UNBOUNDED, 0, offset).canonical(), values)
+    operands = Operands(None, None, None, values, (), masks.Window(masks.UNBOUNDED, 0, offset).canonical(), (), None,
+                        None, None)
+    assert bias.is_anchored_at_once(spec)
+    for a, b in zip(bias.inputs(spec, operands), bias.inputs(spec, operands, L), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "max", "min", "div", "where", "stack", "and"])

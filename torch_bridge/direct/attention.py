@@ -71,7 +71,7 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"d={query.shape[3]}, d_v={value.shape[3]}"),
         (bias is None or bias.dtype in _BIASES, f"it takes no attn_mask of {None if bias is None else bias.dtype}"),
         (bias is None or bias.shape[2] > 1 or query.shape[2] <= _ANCHOR_ROWS or not _has_rule(operands, numbers),
-         f"it takes a float attn_mask of keys beside another mask for at most {_ANCHOR_ROWS} queries, "
+         f"it takes a float attn_mask of keys beside a mask that is not causal for at most {_ANCHOR_ROWS} queries, "
          f"q_len={query.shape[2]}"),
         (numbers.dropout_p <= 1, f"it takes no such rate of dropout, {numbers.dropout_p}"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
@@ -86,9 +86,8 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
 
 
 def _has_rule(operands: Operands, numbers: Numbers) -> bool:
-    """Whether not every query sees every key."""
-    return (numbers.left is not None or numbers.right is not None or operands.mask is not None
-            or any(x is not None for x in operands.places))
+    """Whether there are other masks than a causal one, whose offset is a number."""
+    return numbers.left is not None or operands.mask is not None or any(x is not None for x in operands.places)
 
 
 def why_not_device(device: torch.device) -> str | None:

@@ -141,7 +141,7 @@ _BY_ELEMENT = {"abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and
 _VIEWS = {"reshape", "expand", "permute", "slice"}
 _REDUCTIONS = {"reduce_max": "amax", "reduce_min": "amin", "reduce_or": "any", "reduce_and": "all", "reduce_sum": "sum"}
 _FLAGS = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite"}
-_NOT_OF_FLOATS = {"div", "reduce_sum", "cummax", "shift_left", "and", "or", "xor", "not"}
+_NOT_OF_FLOATS = {"div", "reduce_sum", "shift_left", "and", "or", "xor", "not"}
 """What rounds otherwise here than there, or is no operation."""
 
 

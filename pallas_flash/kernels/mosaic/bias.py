@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -67,7 +68,31 @@ def is_anchored_at_once(spec: AttentionSpec) -> bool:
     O(kv_len).
     """
     assert spec.bias is not None
-    return spec.bias.shape[2] > 1 or isinstance(spec.mask, masks.Full) or spec.q_len <= ANCHOR_ROWS
+    return (spec.bias.shape[2] > 1 or isinstance(spec.mask, masks.Full) or spec.q_len <= ANCHOR_ROWS
+            or _seen_by_first(spec) is not None)
+
+
+def _seen_by_first(spec: AttentionSpec) -> int | None:
+    """How many keys the first query sees, where each sees those from the first key on, and one more than that before
+    it; below 0 for queries in front of the first key. None: the mask is another.
+    """
+    mask = spec.mask
+    if type(mask) is not masks.Window or not all(map(masks.is_static, (mask.left, mask.right, mask.offset))):
+        return None
+    left, right, offset = int(mask.left), int(mask.right), int(mask.offset)
+    return offset + right + 1 if spec.q_len - 1 + offset - left <= 0 else None
+
+
+def _anchor_of_prefixes(spec: AttentionSpec, bias: Array, seen: int) -> Float[Array, "1|b 1|h t 1"]:
+    """`AttentionSpec.anchor` of a bias of keys: the largest of the first `seen` keys, of one more, and so on."""
+    largest = lax.cummax(bias[:, :, 0], axis=2)
+    largest = jnp.concatenate((jnp.full_like(largest[..., :1], -jnp.inf), largest), axis=2)  # of no key first
+    middle = largest[..., max(seen, 0):max(seen + spec.q_len, 0)]
+    before = min(max(-seen, 0), spec.q_len)
+    after = spec.q_len - before - middle.shape[2]
+    shapes = ((*largest.shape[:2], count) for count in (before, after))
+    ends = [jnp.broadcast_to(x, shape) for x, shape in zip((largest[..., :1], largest[..., -1:]), shapes)]
+    return softmax.anchor(jnp.concatenate((ends[0], middle, ends[1]), axis=2)[..., None])
 
 
 def inputs(spec: AttentionSpec, operands: Operands,
@@ -78,7 +103,9 @@ def inputs(spec: AttentionSpec, operands: Operands,
     bias = operands.bias
     if bias.shape[2] == 1:
         bias = jnp.where(bias == -jnp.inf, 0.0, bias.astype(jnp.float32))
-    anchor = spec.anchor(operands, rows)[..., 0].astype(jnp.float32)
+    seen = _seen_by_first(spec) if rows == spec.q_len and bias.shape[2] == 1 else None
+    anchor = spec.anchor(operands, rows) if seen is None else _anchor_of_prefixes(spec, operands.bias, seen)
+    anchor = anchor[..., 0].astype(jnp.float32)
     anchor = jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))
     return bias, anchor[:, :, None]
 
