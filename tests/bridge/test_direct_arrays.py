@@ -154,6 +154,15 @@ def test_a_whole_bias_is_read_where_it_lies(launched):  # noqa: F811
     assert launched == ["forward"] * 3
 
 
+def test_explain_says_what_is_read_of_a_mask(launched):  # noqa: F811
+    tensors = qkv((B, HQ, L, D), (B, HQ, S, D), (B, HQ, S, D), dtype=BF16, requires_grad=False)
+    for mask, said in ((MASKS["of pairs"], "made into bits"), (MASKS["bias of keys"], "copied: where it is -inf"),
+                       (MASKS["bias of pairs"], "shared, where its lengths are whole tiles"),
+                       (MASKS["bias of everything"].mT.contiguous().mT, "copied: strides")):
+        lines = torch_bridge.explain(*tensors, attn_mask=mask).splitlines()
+        assert "path: direct" in str(lines) and any(line.startswith(f"attn_mask: {said}") for line in lines), lines
+
+
 def test_the_gradient_of_a_bias(launched, monkeypatch):  # noqa: F811
     """By its kernel, once that is switched on; before, and of a bias of keys, through DLPack, after a direct forward.
     """

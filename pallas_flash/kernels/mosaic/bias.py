@@ -77,9 +77,9 @@ def _seen_by_first(spec: AttentionSpec) -> int | None:
     it; below 0 for queries in front of the first key. None: the mask is another.
     """
     mask = spec.mask
-    if type(mask) is not masks.Window or not all(map(masks.is_static, (mask.left, mask.right, mask.offset))):
+    if not isinstance(mask, masks.Window) or mask.has_arrays:
         return None
-    left, right, offset = int(mask.left), int(mask.right), int(mask.offset)
+    left, right, offset = (int(x) for x in (mask.left, mask.right, mask.offset))
     return offset + right + 1 if spec.q_len - 1 + offset - left <= 0 else None
 
 

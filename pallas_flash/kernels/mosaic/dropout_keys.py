@@ -9,7 +9,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import dropout as bits
 from pallas_flash import tiles
-from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic import dropout, ptx, threads
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -33,23 +32,14 @@ def launch(spec: AttentionSpec) -> Launch:
     def attention_dropout_keys(seed: Ref, found: Ref) -> None:
         own = lax.axis_index("block") * ptx.WARPGROUP + threads.of_block()
         batch, head = div(own, spec.q_heads), rem(own, spec.q_heads)
-        key = bits.keys(_Seed(seed), _unsigned(batch), _unsigned(head))
+        words = threads.load(seed, 0), threads.load(seed, 1)
+        key = bits.threefry_2x32(words, (_unsigned(batch), _unsigned(head)))  # `dropout.keys`
         threads.store(found, (batch, head, 0), tuple(lax.bitcast_convert_type(x, jnp.int32) for x in key), own < count)
 
     kernel = plgpu.kernel(
         attention_dropout_keys, out_type=tuple(outputs.values()), grid=(tiles.cdiv(count, ptx.WARPGROUP),),
         grid_names=("block",), num_threads=1, thread_name="warpgroup", compiler_params=_COMPILER)
     return Launch(kernel, (SEED,), outputs)
-
-
-class _Seed:
-    """Its two words, each loaded where it is asked for."""
-
-    def __init__(self, ref: Ref) -> None:
-        self._ref = ref
-
-    def __getitem__(self, i: int) -> Array:
-        return threads.load(self._ref, i)
 
 
 def _unsigned(x: Index) -> jax.Array:
