@@ -365,3 +365,27 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
         seen.append(results[0].clone())
         graph.replay()
         assert not torch.equal(results[0], seen[-1]), "another seed"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [gpu_mask, lambda *shape: torch.where(gpu_mask(*shape), 0.5, -torch.inf)],
+                         ids=["booleans", "floats"])
+def test_a_graph_reads_a_mask_that_was_written_after_it(monkeypatch, make):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    leaves, mask = [x.clone().requires_grad_() for x in tensors], make(2, 1, 1, 430).cuda()
+
+    def step():
+        out = torch_bridge.flash_attention(*leaves, attn_mask=mask)
+        return out, *torch.autograd.grad(out, leaves, tensors[0])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for shift in (0, 5, 100):
+        mask.copy_(make(2, 1, 1, 430).roll(shift, 3))
+        graph.replay()
+        for x, exact in zip(results, of_call(dict(attn_mask=mask), tensors, torch.float64), strict=True):
+            assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3
