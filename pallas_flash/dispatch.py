@@ -193,8 +193,9 @@ class Decision:
         before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(self.implementation)]
         return tuple(row for row in before if row.is_made_for(self.device))
 
-    def passes(self) -> tuple[Any, Any] | None:
-        """The forward and the backward as lists of launches (`Implementation.launches`); None where there are none."""
+    def passes(self) -> tuple[Any, ...] | None:
+        """The passes of `launches.Passes` as lists of launches (`Implementation.launches`); None where there are none.
+        """
         where = self.implementation.launches
         return None if where is None else pkgutil.resolve_name(where)(self.spec, self.device)
 

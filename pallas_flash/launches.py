@@ -12,11 +12,13 @@ __all__ = ["Launch", "Pass", "Passes", "launches"]
 
 class Passes(NamedTuple):
     """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
-    `Pass.make` makes, too, if they have it.
+    `Pass.make` makes, too, if they have it. And the gradient of a bias, of what the backward reads; None where no
+    kernel makes it.
     """
 
     forward: Pass
     backward: Pass
+    dbias: Pass | None = None
 
 
 def launches(spec: AttentionSpec, device: Device) -> Passes:
@@ -44,6 +46,8 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     name, copies = decision.implementation.name, decision.implementation.copies(spec)
     if copies is not None:
         return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
-    if spec.bias is not None or spec.score is not None:
-        return f"{name!r} has no launches for the gradients of a bias and of a score function's arrays"
+    if spec.score is not None:
+        return f"{name!r} has no launches for the gradients of a score function's arrays"
+    if spec.bias is not None:
+        return f"{name!r} makes what it reads of this bias beside the launches, in a loop over rows"
     return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

@@ -46,7 +46,7 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    why_not = _why_not_direct(operands, numbers)
+    why_not = _why_not_direct(operands, numbers) or _why_slow(operands, numbers)
     decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
     if why_not is None and decision.implementation.launches is None:
         why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
@@ -58,10 +58,13 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
     lines = [str(decision), _path(operands, numbers, why_not),
              f"layout {layout}: read and written as {order} storage"]
     reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
-    if (array := mask if bias is None else bias) is not None:
+    array = mask if bias is None else bias
+    if array is not None and why_not is not None:
         reasons["attn_mask"] = copy_reason(array, "BHLD")
     lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
               for name, reason in reasons.items()]
+    if array is not None and why_not is None:
+        lines.append(f"attn_mask: {_as_read(array)}")
     out = torch.empty_strided(query.shape[:3] + value.shape[3:], strides.like_query(query, value.shape[3]),
                               device="meta")
     same = strides.in_layout(out, layout).is_contiguous()
@@ -87,6 +90,27 @@ def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
         return f"{attention.VARIABLE}=0 is set"
     return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
             or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+
+
+def _as_read(array: torch.Tensor) -> str:
+    """What launches read of a mask or a bias."""
+    if array.dtype == torch.bool:
+        return "made into bits, once for the forward and once for the backward"
+    if array.shape[2] == 1:
+        return "copied: where it is -inf, a mask hides the key"
+    return ("shared, where its lengths are whole tiles; else copied and filled up" if array.is_contiguous() else
+            f"copied: strides {tuple(array.stride())} of shape {tuple(array.shape)} are not dense")
+
+
+def _why_slow(operands: Operands, numbers: Numbers) -> str | None:
+    """Why an eager call goes through DLPack although it could be launched directly; None: it does
+    not, or its plan is not loaded.
+    """
+    call = attention.known(operands, numbers)
+    if call is None or lengths.shared(operands, numbers, "forward") is not None:
+        return None
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands.differentiable)
+    return call.slow_reason("forward", attention.MOST_WITH_GRADIENTS if needs_grad else attention.MOST_ALONE)
 
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:

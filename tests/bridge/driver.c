@@ -21,7 +21,7 @@ typedef struct { int device, retained; } Context;
 typedef struct { Context *context; char *image; } Module;
 typedef struct { Module *module; char name[256]; int smem, count, offsets[MAX_PARAMETERS], sizes[MAX_PARAMETERS]; } Function;
 typedef struct { Function *function; unsigned grid[3], block[3], smem; unsigned char block_of[CAPACITY]; void *pointers[MAX_PARAMETERS]; } Node;
-typedef struct { int count; Node nodes[4]; } Graph;
+typedef struct { int count; Node nodes[8]; } Graph;
 typedef struct { Context *context; Graph *captured; } Stream;
 typedef struct { void *function; unsigned grid[3], block[3], smem; void **parameters, **extra; void *kernel, *context; } NodeParameters;
 typedef struct { unsigned grid[3], block[3], smem; void *stream; void *attributes; unsigned num_attributes; } Config;
@@ -223,7 +223,7 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
   int size, code = fill(function, parameters, extra, node.block_of, &size);
   if (code) return code;
   if (stream && stream->captured) {
-    if (stream->captured->count == 4) return INVALID_VALUE;
+    if (stream->captured->count == 8) return INVALID_VALUE;
     stream->captured->nodes[stream->captured->count++] = node;
     return SUCCESS;
   }

@@ -24,7 +24,13 @@ ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deter
 PACKED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, layout="BLHD", outer=(
     (12, 64), (2, 64), (2, 192))))  # q of (B, L, 3, H, D), k dense, v of (B, L, H, 3, D)
 LENGTHS = dataclasses.replace(SMALL, given=(("kv_lengths", (1,), "int32"), ("seed", (2,), "int32")), dropout_p=0.25)
+MASK = dataclasses.replace(SMALL, given=(("mask", (1, 4, 200, 256), "bool"),))
+PAIRS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 4, 200, 256), "bfloat16"),))
+KEYS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 1, 1, 256), "float32"),))
 REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED,
+            "mask": dataclasses.replace(BACKWARD, problem=MASK), "bias": dataclasses.replace(BACKWARD, problem=PAIRS),
+            "bias, forward": dataclasses.replace(FORWARD, problem=PAIRS),
+            "bias of keys": dataclasses.replace(BACKWARD, problem=KEYS),
             "lengths": dataclasses.replace(BACKWARD, problem=LENGTHS),
             "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS)}
 WHY_NOT = places.why_not()

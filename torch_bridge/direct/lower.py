@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.mlir import ir
 
-from pallas_flash import device
+from pallas_flash import device, errors
 from pallas_flash.launches import Launch, Pass, launches
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside
@@ -36,7 +36,8 @@ def spec_of(problem: Problem) -> AttentionSpec:
         *(jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes().values()), layout=problem.layout,
         scale=problem.scale, softcap=problem.softcap, dropout_rate=problem.dropout_p,
         deterministic=problem.deterministic)
-    return spec.masked(_rule(problem).mask(spec, _given(problem)), None)
+    given = _given(problem)
+    return spec.masked(_rule(problem).mask(spec, given), given.get("bias"))
 
 
 def _given(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
@@ -58,13 +59,29 @@ def _beside(problem: Problem, found: Pass) -> beside.Operations:
         none: Any = None
         assert found.make is not None
         return found.make(Operands(
-            q=none, k=none, v=none, bias=None, score=(),
+            q=none, k=none, v=none, bias=given.get("bias"), score=(),
             mask=rule.mask(spec, {name: given[name] for name in rule.given}), score_integers=(), dropout_seed=seed,
             dropout_origin=None, page_table=None))
 
     if found.make is None:
         return beside.Operations((), {})
     return beside.traced(make, {_PREFIX + name: x for name, x in _given(problem).items()})
+
+
+def _as_given(operations: tuple[beside.Operation, ...], found: Pass) -> dict[str, str]:
+    """Of the inputs of a pass, those that are arrays of the call as they are, or with other axes of one element; each
+    with the array's name. A launch may read them where they lie, if none writes to them.
+    """
+    made = {operation.output: operation for operation in operations}
+    updated = {name for launch in found.launches for name in launch.updates}
+
+    def source(name: str | float) -> str | None:
+        operation = made.get(name) if isinstance(name, str) else None
+        if operation is None:
+            return name if isinstance(name, str) and name.startswith(_PREFIX) else None
+        return source(operation.inputs[0]) if operation.name in ("clone", "reshape") else None
+    sources = {name: source(name) for name in found.inputs if name in made and name not in updated}
+    return {name: x for name, x in sources.items() if x is not None}
 
 
 def lower(request: Request) -> Program[Module]:
@@ -80,13 +97,19 @@ def lower(request: Request) -> Program[Module]:
         the caller's arrays, or there is no operation for what is computed beside the launches.
     """
     gpu = device.Device("gpu", **vars(request.gpu))
-    found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
+    spec = spec_of(request.problem)
+    found = getattr(launches(spec, gpu), request.pass_name)
+    if found is None:
+        raise errors.unsupported(f"launches of the {request.pass_name} of {spec}", ["there is no kernel for it"],
+                                 "let JAX run it")
     outer = {name: jax.ShapeDtypeStruct(shape, found.inputs[name].dtype)
              for name, shape in request.problem.outer_shapes().items()}
     try:
         operations, known = _beside(request.problem, found)
     except beside.UntranslatableError as error:
         raise LoweringError(str(error)) from error
+    as_given = _as_given(operations, found)
+    operations = beside.needed(operations, [name for name in found.inputs if name not in as_given])
     constants, made = found.constants | known, {operation.output for operation in operations} & {*found.inputs}
     given = {_PREFIX + name: x for name, x in _given(request.problem).items()}
     types = found.inputs | outer | given
@@ -97,13 +120,15 @@ def lower(request: Request) -> Program[Module]:
             if kept := {*launch.updates} & {*found.inputs, *found.constants} - made:
                 raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
                                    "launches before it made")
-            steps.append(_step(launch, [types[name] for name in launch.inputs]))
+            step = _step(launch, [types[name] for name in launch.inputs])
+            steps.append(step._replace(arrays=tuple(as_given.get(name, name) for name in step.arrays)))
             types |= launch.outputs
-    buffers = {name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()}
+    buffers = {name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()
+               if name not in as_given}
     for name, strides in request.problem.strides().items():
         if outer[name].shape != (shape := found.inputs[name].shape):
             buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
-    return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in made),
+    return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}),
                    results=found.results, constants={name: x.tobytes() for name, x in constants.items()},
                    steps=tuple(steps), given=tuple(given), operations=operations)
 

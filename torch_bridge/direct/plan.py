@@ -10,7 +10,7 @@ The file, version 3; numbers are little-endian:
                request     the text of the `Request` that it was made for
                buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
                inputs      names of the arrays of a call that launches read, in their order
-               given       names of those that operations read
+               given       names of those that operations read, and launches where they lie
                operations  what is computed before the launches, in order: [one of OPERATIONS, names of arrays and
                            numbers, parameters, name of the result]
                results     names of what the pass returns
@@ -40,11 +40,13 @@ MAGIC = b"PFPLAN\r\n"
 VERSION = 3
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
-    "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt", "le", "gt", "ge",
+    "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
+    "le", "gt", "ge",
     "shift_left", "shift_right", "where", "to", "reshape", "expand", "permute", "slice", "pad", "concatenate", "stack",
-    "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "clone"))
+    "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "bits", "clone"))
 """What is computed beside the launches: by element and reductions, mostly as torch and NumPy name them (`operations.py`
-has their definitions). Integers are int32, and wrap around."""
+has their definitions). Integers are int32, and wrap around; floats keep their dtype."""
+_VIEWS = {"reshape", "expand", "permute", "slice"}
 _HEAD = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 
@@ -106,7 +108,7 @@ class Step[K](NamedTuple):
     arrays: tuple[str, ...]
 
 
-type Parameter = int | str | tuple[int, ...]
+type Parameter = float | str | tuple[int, ...]
 
 
 class Operation(NamedTuple):
@@ -114,13 +116,13 @@ class Operation(NamedTuple):
 
     Attributes:
       name: one of OPERATIONS.
-      inputs: arrays by name, and numbers.
+      inputs: arrays by name, and numbers; -Infinity, as Python's JSON has it, is one.
       parameters: what else it is told: axes, sizes, a dtype.
       output: the name of what it makes.
     """
 
     name: str
-    inputs: tuple[str | int, ...]
+    inputs: tuple[str | float, ...]
     parameters: tuple[Parameter, ...]
     output: str
 
@@ -142,6 +144,11 @@ class Program[K](NamedTuple):
     def made(self) -> tuple[str, ...]:
         """The results of operations that launches read."""
         return tuple(operation.output for operation in self.operations if operation.output in self.buffers)
+
+    @property
+    def num_kernels(self) -> int:
+        """Of PyTorch's kernels that operations queue, about: views queue none, and some of the others more than one."""
+        return sum(operation.name not in _VIEWS for operation in self.operations)
 
     @property
     def scratch(self) -> tuple[str, ...]:

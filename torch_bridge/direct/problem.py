@@ -13,7 +13,8 @@ from typing import Literal, Self
 
 __all__ = ["Given", "Gpu", "OPERANDS", "Outer", "PassName", "Problem", "Request", "Window", "versions"]
 
-PassName = Literal["forward", "backward"]
+PassName = Literal["forward", "backward", "dbias"]
+"""Of `pallas_flash.launches.Passes`; the last is the gradient of a bias."""
 Outer = tuple[int, int]
 """(heads, dim) of the dense array in the layout of which an operand is a part, from its first element on."""
 OPERANDS = "q", "k", "v"
@@ -29,7 +30,7 @@ class Problem:
 
     Each operand is a part of a dense array in the layout, `outer`: of all of its batch and length, and of some of its
     heads and columns. So it is in packed tensors, and an operand that is dense is the whole of its own. Other arrays
-    are dense, but those that are `given`, lengths and ids: these are anyhow.
+    are dense, but those that are `given`, masks, a bias, lengths and ids: these are anyhow.
     """
 
     layout: Literal["BLHD", "BHLD"]
@@ -46,7 +47,7 @@ class Problem:
     softcap: float | None
     deterministic: bool
     outer: tuple[Outer, Outer, Outer]
-    given: Given = ()  # what else says which pairs attend, and the seed of dropout
+    given: Given = ()  # what else says which pairs attend, a bias, and the seed of dropout
     dropout_p: float = 0.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

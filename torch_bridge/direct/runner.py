@@ -31,8 +31,11 @@ class Runner:
                         for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
+        self.num_kernels = program.num_kernels
         self._passed = [numbers[name] for name in (*program.inputs, *program.results)]
         self._given = [(name, program.buffers[name]) for name in program.given]
+        read = {name for step in program.steps for name in step.arrays}
+        self._read = [(i, numbers[name]) for i, name in enumerate(program.given) if name in read]  # by launches
         self._made = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                       for name in program.made]
         self._constants = {
@@ -55,7 +58,7 @@ class Runner:
         `Loaded.launch` says.
 
         Args:
-          given: what operations read, stored anyhow.
+          given: what operations, and launches where they may, read; stored anyhow.
 
         Raises:
           ValueError: a tensor has another shape, dtype or device than the kernels were compiled for, or is stored
@@ -71,6 +74,9 @@ class Runner:
             bits |= address
         assert not bits % ALIGNMENT, [x.data_ptr() % ALIGNMENT for x in tensors]
         made = self._beside(given, addresses)
+        for j, i in self._read:
+            made.append(strides.sharable(given[j], ALIGNMENT))
+            addresses[i] = made[-1].data_ptr()
         results = []
         for i, shape, dtype in self._results:
             results.append(torch.empty(shape, dtype=dtype, device=self._device))
