@@ -12,24 +12,18 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors, masks, padding
+from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["backward", "forward"]
-
-_HOPPER = (9, 0)
-"""From here on Mosaic GPU emits an instruction that GPUs before it lack; and what it lowers for where there is no GPU.
-"""
 
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
@@ -90,23 +84,6 @@ def _without_seed(operands: Operands) -> Operands:
     return operands._replace(dropout_seed=None, dropout_origin=None)
 
 
-@interpreted_as(lambda device: None)
-def _require_its_generation(device: Device) -> None:
-    """Raises UnsupportedError where Mosaic GPU, which asks JAX's default device, would lower for a generation whose
-    instructions `device` lacks: the GPU's compiler would refuse the program, elsewhere and later.
-    """
-    here = default_device()
-    assert device.capability is not None
-    if device.capability < _HOPPER <= (lowered := here.capability or _HOPPER):
-        name = lambda capability: ".".join(map(str, capability))
-        raise errors.unsupported(
-            f'implementation="ampere" cannot be lowered for {device.name} here',
-            [f"needs a default device of JAX before compute capability 9.0, it is {here.name}, for which Mosaic GPU "
-             f"lowers as {name(lowered)}, the target has {name(device.capability)}"],
-            'lower it in a process with such a GPU, by jax.config.update("jax_default_device", ...) if it has several, '
-            'or use implementation="xla"')
-
-
 def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) -> tuple[list[jax.Array], str]:
     """What passes read beside operands, results and cotangents: dropout's keys, a score function's arrays, those of the
     mask, and of a bias; and their roles (`mosaic.call.partitioned`).
@@ -119,22 +96,21 @@ def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) 
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    _require_its_generation(device)
     spec, operands = bias.as_mask(spec, operands)
     more, names = _more(spec, operands, keys)
     roles = f"query key key {names}-> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more)
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more,
+                             device=device)
     return Results(out, stats)
 
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
-    _require_its_generation(device)
     spec, operands = bias.as_mask(spec, operands)
     more, names = _more(spec, operands, keys)
     saved = "row" if results.out is None else "query row"
     roles = f"query key key {saved} query row {names}-> query key key"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *more
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
+    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
