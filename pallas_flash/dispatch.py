@@ -153,7 +153,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.ampere.rules:reasons_against",
                               "pallas_flash.kernels.ampere.defaults:assume",
                               "pallas_flash.kernels.ampere.schedule:kernels")), ampere.is_made_for,
-                   not_measured=ampere.not_measured, copies=padding.copies),
+                   "pallas_flash.kernels.ampere.calls:passes", ampere.not_measured, copies=padding.copies),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),

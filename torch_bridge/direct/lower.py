@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import device
-from pallas_flash.launches import Pass, launches
+from pallas_flash.launches import Pass, launches, tracing
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
@@ -79,7 +79,8 @@ def lower(request: Request) -> Program[Module]:
         the caller's arrays, or there is no operation for what is computed beside the launches.
     """
     gpu = device.Device("gpu", **vars(request.gpu))
-    found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
+    passes = launches(spec_of(request.problem), gpu, request.implementation)
+    found = getattr(passes, request.pass_name)
     outer = {name: jax.ShapeDtypeStruct(shape, found.inputs[name].dtype)
              for name, shape in request.problem.outer_shapes().items()}
     try:
@@ -91,7 +92,7 @@ def lower(request: Request) -> Program[Module]:
     types = found.inputs | outer | given
     types |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in constants.items()}
     steps = []
-    with device.assume(gpu):
+    with tracing(gpu):
         for launch in found.launches:
             if kept := {*launch.updates} & {*found.inputs, *found.constants} - made:
                 raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
@@ -104,7 +105,8 @@ def lower(request: Request) -> Program[Module]:
             buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
     return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in made),
                    results=found.results, constants={name: x.tobytes() for name, x in constants.items()},
-                   steps=tuple(steps), given=tuple(given), operations=operations)
+                   steps=tuple(steps), given=tuple(given), operations=operations,
+                   implementation=passes.implementation)
 
 
 def _step(launch: Any, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

@@ -7,6 +7,7 @@ Where a mask holds arrays, or there is a bias, they are arguments like others, a
 (`mask_arrays`, `mosaic.bias`) is made beside the launches: on each device, for its shard and its schedule.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "passes"]
 
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
@@ -57,6 +58,27 @@ def _forward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     """The backward of each spec, and the same object for the same device."""
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
+
+
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+    """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
+    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies.
+    """
+    if spec.bias is not None or spec.score is not None or padding.copies(spec) is not None:
+        return None
+    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
+
+
+def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
+    """A pass, and what makes those of its inputs that are no arrays of the call."""
+    if not spec.mask.has_arrays and not spec.dropout_rate:
+        return found
+
+    def make(operands: Operands) -> dict[str, jax.Array]:
+        arrays = mask_arrays.make(spec, schedule, operands.mask) if spec.mask.has_arrays else {}
+        return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
+    return dataclasses.replace(found, make=make)
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
