@@ -130,7 +130,7 @@ def allowed(module, target):
     if module[0] == "dispatch" and target[0] == "kernels":
         return len(target) > 2 and target[2] == "support"
     if module[0] == "launches" and target[0] == "kernels":
-        return target[1:3] == ("mosaic", "launch")
+        return target[1:3] in (("mosaic", "launch"), ("mosaic", "target"))
     return target[0] in ARROWS[module[0]]
 
 

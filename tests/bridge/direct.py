@@ -4,6 +4,7 @@ from torch_bridge.direct.plan import Buffer, Kernel, Program, Step
 from torch_bridge.direct.problem import Gpu, Problem, Request
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 232_448)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
 VERSIONS = {"product": "of a test", "driver": "13000"}
 SMALL = Problem(layout="BHLD", dtype="bfloat16", batch=1, q_heads=4, kv_heads=2, q_len=200, kv_len=256, d=64, d_v=64,
                 window=(None, 0, 0, False), scale=None, softcap=None, deterministic=False,
@@ -16,5 +17,5 @@ PROGRAM = Program(
     buffers={"x": Buffer((2, 3), "bfloat16", (8, 1)), "table": Buffer((4,), "int32"), "sums": Buffer((5, 7), "float32"),
              "more": Buffer((3,), "float16"), "y": Buffer((2, 3), "bfloat16")},
     inputs=("x",), results=("y",), constants={"table": bytes(range(16))},
-    steps=(Step(ADD, ("x", "sums")), Step(SCALE, ("sums", "more")), Step(ADD, ("table", "y"))))
+    steps=(Step(ADD, ("x", "sums")), Step(SCALE, ("sums", "more")), Step(ADD, ("table", "y"))), implementation="hopper")
 """x -> y over sums and more, with a table; the same kernel twice."""

@@ -41,6 +41,11 @@ static void note(const char *text) {
   pthread_mutex_unlock(&lock);
 }
 
+static int capability(void) {
+  const char *given = getenv("STAND_IN_CAPABILITY");
+  return given ? atoi(given) : 90;
+}
+
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
 int cuDeviceGetCount(int *count) { return *count = NUM_DEVICES, SUCCESS; }
@@ -56,7 +61,8 @@ int cuCtxGetCurrent(void **context) { return *context = current, SUCCESS; }
 int cuCtxSetCurrent(void *context) { return current = context, SUCCESS; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   switch (attribute) {
-    case CAPABILITY_MAJOR: *value = 9; break;
+    case CAPABILITY_MAJOR: *value = capability() / 10; break;
+    case CAPABILITY_MINOR: *value = capability() % 10; break;
     case MULTIPROCESSORS: *value = 132; break;
     case SMEM_PER_SM: *value = 233472; break;
     case SMEM_PER_BLOCK_OPTIN: *value = 232448; break;

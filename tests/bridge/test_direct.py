@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import torch_bridge
-from bridge.direct import H200
+from bridge.direct import A100, H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning, UnsupportedError, dropout
 from torch_bridge import exchange, ops, streams, strides
@@ -31,6 +31,7 @@ from torch_bridge.direct.plan import Buffer, Program, Step
 def program_of(request):
     """The arrays of a pass by name, with one more in between, and operations; no kernels."""
     problem, pass_name = request.problem, request.pass_name
+    implementation = "hopper" if request.gpu.capability == (9, 0) else "ampere"
     if problem.given:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lower, "_step", lambda launch, given: Step(
@@ -43,9 +44,10 @@ def program_of(request):
     stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
     known = dict(q=q, k=k, v=v, between=Buffer((33,), "float32"), out=out, stats=stats)
     if pass_name == "forward":
-        return Program(known, ("q", "k", "v"), ("out", "stats"), {}, ())
+        return Program(known, ("q", "k", "v"), ("out", "stats"), {}, (), implementation=implementation)
     buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=dq, dk=dk, dv=dv)
-    return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, ())
+    return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, (),
+                   implementation=implementation)
 
 
 class FakeGpu:
@@ -277,13 +279,22 @@ def test_other_calls_go_through_dlpack(launched, dtype, d, arguments, reason):
 def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
     """Regression: each new problem started a process that could only say no."""
     monkeypatch.setattr(attention, "gpu_of", lambda device: dataclasses.replace(
-        H200, name="NVIDIA A100", capability=(8, 0)))
+        H200, name="Tesla T4", capability=(7, 5)))
     monkeypatch.setattr(cache, "find", None)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
     check(tensors)
     assert launched == []
-    with pytest.raises(RuntimeError, match=r"for compute capability 9\.0, NVIDIA A100 has 8\.0"):
+    with pytest.raises(RuntimeError, match=r"for compute capability 8\.0 or higher, Tesla T4 has 7\.5"):
         torch_bridge.precompile(*tensors)
+
+
+def test_the_kernels_of_an_a100_are_launched_directly_too(launched, monkeypatch):
+    monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
+    torch_bridge.report(reset=True)
+    check(qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+    assert len(launched) == 2
+    rows = [row for row in torch_bridge.report() if "launched directly" in row.problem]
+    assert {(row.what, row.implementation) for row in rows} == {("forward", "ampere"), ("backward", "ampere")}
 
 
 OTHERWISE = {

@@ -35,7 +35,8 @@ __all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE",
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
-_CAPABILITY = (9, 0)
+_CAPABILITY = (8, 0)
+"""From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
 _DTYPES = (torch.bfloat16, torch.float16)
 _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
@@ -95,10 +96,10 @@ def why_not_device(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
     gpu = gpu_of(device)
-    if gpu.capability == _CAPABILITY:
+    if gpu.capability >= _CAPABILITY:
         return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
-    return f"it launches kernels for compute capability {needed}, {gpu.name} has {found}"
+    return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
 
 
 def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
@@ -160,7 +161,7 @@ class Direct:
     def __init__(self, key: "_Key") -> None:
         self.key, (self.problem, self.device) = key, key
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
-        self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
+        self.runs: records.Runs  # once a pass is loaded
         self._runners: dict[PassName, Runner] = {}
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
@@ -202,6 +203,7 @@ class Direct:
 
     def _load(self, pass_name: PassName) -> Runner:
         program = self._program(pass_name)
+        self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
         if pass_name != "forward":
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
         return Runner(program, self.device)

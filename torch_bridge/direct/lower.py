@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.mlir import ir
 
 from pallas_flash import device, errors
-from pallas_flash.launches import Launch, Pass, launches
+from pallas_flash.launches import Launch, Pass, launches, tracing
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
@@ -98,7 +98,8 @@ def lower(request: Request) -> Program[Module]:
     """
     gpu = device.Device("gpu", **vars(request.gpu))
     spec = spec_of(request.problem)
-    found = getattr(launches(spec, gpu), request.pass_name)
+    passes = launches(spec, gpu, request.implementation)
+    found = getattr(passes, request.pass_name)
     if found is None:
         raise errors.unsupported(f"launches of the {request.pass_name} of {spec}", ["there is no kernel for it"],
                                  "let JAX run it")
@@ -115,7 +116,7 @@ def lower(request: Request) -> Program[Module]:
     types = found.inputs | outer | given
     types |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in constants.items()}
     steps = []
-    with device.assume(gpu):
+    with tracing(gpu):
         for launch in found.launches:
             if kept := {*launch.updates} & {*found.inputs, *found.constants} - made:
                 raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
@@ -130,7 +131,8 @@ def lower(request: Request) -> Program[Module]:
             buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
     return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}),
                    results=found.results, constants={name: x.tobytes() for name, x in constants.items()},
-                   steps=tuple(steps), given=tuple(given), operations=operations)
+                   steps=tuple(steps), given=tuple(given), operations=operations,
+                   implementation=passes.implementation)
 
 
 def _step(launch: Launch, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

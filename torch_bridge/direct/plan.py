@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 3; numbers are little-endian:
+The file, version 4; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -8,6 +8,7 @@ The file, version 3; numbers are little-endian:
     4        the length of the header
     ...      the header: JSON in UTF-8, an object
                request     the text of the `Request` that it was made for
+               implementation  of pallas_flash, whose kernels they are
                buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
                inputs      names of the arrays of a call that launches read, in their order
                given       names of those that operations read, and launches where they lie
@@ -37,7 +38,7 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter",
            "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 3
+VERSION = 4
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
     "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
@@ -129,7 +130,7 @@ class Operation(NamedTuple):
 
 class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
-    the buffers, others are not.
+    the buffers, others are not. The kernels are those of an `implementation` of pallas_flash.
     """
 
     buffers: dict[str, Buffer]
@@ -139,6 +140,7 @@ class Program[K](NamedTuple):
     steps: tuple[Step[K], ...]
     given: tuple[str, ...] = ()
     operations: tuple[Operation, ...] = ()
+    implementation: str = ""
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -168,7 +170,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     kernels = list(dict.fromkeys(step.kernel for step in program.steps))
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
-        operations=program.operations,
+        operations=program.operations, implementation=program.implementation,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -206,6 +208,7 @@ class _Header(TypedDict):
     results: list[str]
     given: list[str]
     operations: list["_Fields"]
+    implementation: str
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
     kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
@@ -257,7 +260,7 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         constants={name: blobs[i] for name, i in header["constants"].items()},
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
-        operations=tuple(map(_operation, header["operations"])))
+        operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]))
 
 
 def _operation(fields: _Fields) -> Operation:

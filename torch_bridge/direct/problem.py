@@ -82,12 +82,17 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One pass of a problem, for one kind of GPU, by these versions: all that a plan depends on."""
+    """One pass of a problem, for one kind of GPU, by these versions: all that a plan depends on.
+
+    Attributes:
+      implementation: one of pallas_flash that is named; None: the choice is automatic.
+    """
 
     problem: Problem
     pass_name: PassName
     gpu: Gpu
     versions: dict[str, str]
+    implementation: str | None = None
 
     @functools.cached_property
     def text(self) -> str:
@@ -109,7 +114,7 @@ class Request:
         problem["outer"] = tuple(map(tuple, problem["outer"]))
         gpu = fields["gpu"]
         gpu["capability"] = tuple(gpu["capability"])
-        return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"])
+        return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"], fields["implementation"])
 
 
 @functools.cache

@@ -217,7 +217,7 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
     more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
     arrays = operands.q, operands.k, operands.v, *own, *fields, *biases
-    out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays)
+    out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays, device=device)
     return Results(out, stats)
 
 
@@ -229,7 +229,7 @@ def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Resu
     key, table = ("key", "") if pages is None else ("pages", "table ")
     roles = f"query {key} {key} {'field ' * len(fields)}{'bias ' * len(added)}{table}-> query row"
     arrays = operands.q, operands.k, operands.v, *fields, *added, *[pages] * (pages is not None)
-    return Results(*partitioned(_forward_on(device), roles, spec, *arrays))
+    return Results(*partitioned(_forward_on(device), roles, spec, *arrays, device=device))
 
 
 def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Array]) -> Results[jax.Array]:
@@ -251,5 +251,5 @@ def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, resul
     saved = "row" if results.out is None else "query row"
     roles = f"query key key {saved} query row {more}-> query key key"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *own, *fields, *biases
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
+    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -22,6 +22,11 @@ from tests.hopper.offline import sass
 
 def mosaic_modules(lowered) -> list[bytes]:
     """The Mosaic GPU module of each kernel call in a lowered function."""
+    return modules_in(lowered.compiler_ir())
+
+
+def modules_in(program) -> list[bytes]:
+    """The Mosaic GPU module of each kernel call in a program, an MLIR module."""
     found = []
 
     def walk(operation):
@@ -32,7 +37,7 @@ def mosaic_modules(lowered) -> list[bytes]:
                 for inner in block:
                     walk(inner.operation)
 
-    walk(lowered.compiler_ir().operation)
+    walk(program.operation)
     return found
 
 
