@@ -12,11 +12,12 @@ __all__ = ["Pass", "Passes", "launches"]
 
 class Passes(NamedTuple):
     """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
-    `Pass.make` makes, too, if they have it.
+    `Pass.make` makes, too, if they have it. Against a cache the forward also takes the arrays of the mask, a bias,
+    sinks and the page table, and the backward is no list of launches: None.
     """
 
     forward: Pass
-    backward: Pass
+    backward: Pass | None
 
 
 def launches(spec: AttentionSpec, device: Device) -> Passes:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from torch_bridge import flash, messages, packed, sdpa
-from torch_bridge.arguments import Numbers
+from torch_bridge import eager, flash, messages, packed, sdpa
+from torch_bridge.arguments import Numbers, Operands
+from torch_bridge.direct import decoding
 from torch_bridge.kv_cache import KVCache, Rotary
 
 __all__ = [
@@ -186,8 +187,7 @@ def flash_attn_with_kvcache(
             q, k = _rotated(rotary, q, k, before, options)
         if k is not None and v is not None:
             cache.append(k, v, before)
-        lengths = before + new
-        out, lse = _cached(q, cache, lengths, cache_leftpad, options, return_softmax_lse)
+        out, lse = _Cached(q, cache, before + new, new, cache_leftpad, options).attended(return_softmax_lse)
         return out if lse is None else (out, lse)
 
 
@@ -308,23 +308,75 @@ def _of_tokens(slopes: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     return slopes[..., None] if slopes.shape[0] == 1 else slopes[sequence].T[None]
 
 
-def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: torch.Tensor | None, options: _Options,
-            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    batch, q_len, heads, _ = q.shape
-    at, slopes = torch.arange(cache.length, device=q.device), options.slopes(batch, heads)
-    to_last = lengths[:, None] - 1 - at
-    bias = None if slopes is None else _key_bias(slopes[..., None], to_last, q)
-    ids = None
-    if leftpad is not None:
-        first = flash.integers("cache_leftpad", leftpad, q.transpose(1, 2))
-        ids = first.new_zeros((batch, q_len)), torch.where(at >= first[:, None], 0, -1).to(torch.int32)
-    call = _prepared((q, *cache.read()), bias, options)
-    places = options.places(lengths - q_len, kv_lengths=lengths, segment_ids=ids)
-    operands, numbers = places.within(call.operands, options.applied(call.numbers))
-    out, lse = flash.attend(operands, numbers, None, return_lse=return_lse)
-    if slopes is not None:
-        lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
-    return out.transpose(1, 2), lse
+class _Cached(NamedTuple):
+    """Checked arguments of attention to a cache that holds the new keys."""
+
+    q: torch.Tensor
+    cache: KVCache
+    lengths: torch.Tensor  # the new keys included
+    new: int  # how many there are
+    leftpad: torch.Tensor | None
+    options: _Options
+
+    def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
+        found = None
+        if decoding.is_asked(self.q.device) and self.is_at_the_end:
+            found = eager.attend_to_cache(*self.decoding())
+        if found is None:
+            out, lse = flash.attend(*self.with_lengths(), None, return_lse)
+        else:
+            out, lse = found.out, found.stats[:, :, 0] if return_lse else None
+        slopes = self._slopes()
+        if slopes is not None:
+            to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
+            lse = _with_query_bias(lse, slopes[..., None], to_last[None])
+        return out.transpose(1, 2), lse
+
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether no query sees more than it would if those before the first key saw nothing."""
+        q_len, (_, right) = self.q.shape[1], self.options.places(0).sides(_NO_RULE)
+        return q_len == 1 or q_len <= self.new or (right is not None and right <= 0)
+
+    def decoding(self) -> tuple[decoding.Call, decoding.Rules]:
+        """As the kernel of caches takes it: rows of a larger cache are pages of that length."""
+        cache, options, table = self.cache, self.options, self.cache.pages
+        if cache.rows is not None:
+            table = cache.rows[:, None]
+        query, key, value = (x.transpose(1, 2) for x in (self.q, cache.keys, cache.values))
+        left, right = options.places(0).sides(_NO_RULE)
+        bias, leftpad = self._bias(), self.leftpad
+        if leftpad is not None:
+            first = flash.integers("cache_leftpad", leftpad, query)[:, None, None, None]
+            shown = torch.arange(cache.length, device=query.device) >= first
+            bias = torch.where(shown, 0.0 if bias is None else bias, -torch.inf)
+        return (decoding.Call(query, key, value, self.lengths, None if table is None else table.to(torch.int32), bias),
+                decoding.Rules(left, right, flash.checked_softcap(options.softcap or None), options.softmax_scale))
+
+    def with_lengths(self) -> tuple[Operands, Numbers]:
+        """As other kernels take it; rows and pages are copied."""
+        q, lengths, options, ids = self.q, self.lengths, self.options, None
+        if self.leftpad is not None:
+            first = flash.integers("cache_leftpad", self.leftpad, q.transpose(1, 2))
+            shown = torch.arange(self.cache.length, device=q.device) >= first[:, None]
+            ids = first.new_zeros(q.shape[:2]), torch.where(shown, 0, -1).to(torch.int32)
+        call = _prepared((q, *self.cache.read()), self._bias(), options)
+        places = options.places(lengths - q.shape[1], kv_lengths=lengths, segment_ids=ids)
+        return places.within(call.operands, options.applied(call.numbers))
+
+    def _slopes(self) -> torch.Tensor | None:
+        return self.options.slopes(self.q.shape[0], self.q.shape[2])
+
+    def _bias(self) -> torch.Tensor | None:
+        slopes = self._slopes()
+        if slopes is None:
+            return None
+        at = torch.arange(self.cache.length, device=self.q.device)
+        return _key_bias(slopes[..., None], self.lengths[:, None] - 1 - at, self.q)
+
+
+_NO_RULE = Numbers.of(causal_offset=None, scale=None, dropout_p=0.0)
 
 
 def _check_new(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, cache_seqlens: object,

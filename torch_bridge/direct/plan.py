@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 3; numbers are little-endian:
+The file, version 4; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -15,6 +15,7 @@ The file, version 3; numbers are little-endian:
                            numbers, parameters, name of the result]
                results     names of what the pass returns
                constants   {name: index of a blob}
+               restored    names of arrays that are 0 when the launches begin, which update them and leave them 0
                steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
                kernels     [name, grid, block, smem_bytes, index of the cubin's blob, index of the parameters' blob,
                             patches]: each patch is [place, i], the 8 bytes at 8 * place of the parameters being the
@@ -37,7 +38,7 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Program", "
            "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 3
+VERSION = 4
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
     "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt", "le", "gt", "ge",
@@ -127,7 +128,8 @@ class Operation(NamedTuple):
 
 class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
-    the buffers, others are not.
+    the buffers, others are not. What is restored is 0 before the launches and after them; launches that may run at the
+    same time need memory of their own for it.
     """
 
     buffers: dict[str, Buffer]
@@ -137,6 +139,7 @@ class Program[K](NamedTuple):
     steps: tuple[Step[K], ...]
     given: tuple[str, ...] = ()
     operations: tuple[Operation, ...] = ()
+    restored: tuple[str, ...] = ()
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -146,7 +149,7 @@ class Program[K](NamedTuple):
     @property
     def scratch(self) -> tuple[str, ...]:
         """The arrays that launches alone write, and that do not go to the caller."""
-        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made}
+        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made, *self.restored}
         return tuple(name for name in self.buffers if name not in outside)
 
 
@@ -161,7 +164,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     kernels = list(dict.fromkeys(step.kernel for step in program.steps))
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
-        operations=program.operations,
+        operations=program.operations, restored=program.restored,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -231,7 +234,7 @@ def _program(header: dict[str, Any], blobs: list[bytes]) -> Program[Kernel]:
         constants={name: blobs[i] for name, i in header["constants"].items()},
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
-        operations=tuple(map(_operation, header["operations"])))
+        operations=tuple(map(_operation, header["operations"])), restored=tuple(header["restored"]))
 
 
 def _operation(fields: list[Any]) -> Operation:
@@ -242,11 +245,13 @@ def _operation(fields: list[Any]) -> Operation:
 
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
-    outside = (*program.inputs, *program.results, *program.given, *program.constants)
+    outside = (*program.inputs, *program.results, *program.given, *program.constants, *program.restored)
     rules = [all(name in program.buffers for name in outside), _are_operations(program),
              all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
              # Results are new memory.
              {*program.results}.isdisjoint({*program.inputs, *program.constants, *program.given, *program.made}),
+             {*program.restored}.isdisjoint({*program.inputs, *program.results, *program.constants, *program.given,
+                                             *program.made}),
              all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
                                             and min(buffer.strides) >= 0)
                  for name, buffer in program.buffers.items())]

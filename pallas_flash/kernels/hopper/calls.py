@@ -109,16 +109,19 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return build
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass | None] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
     a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies of
-    arrays of the call, or run in clusters (heads above 256), or where the backward is another's.
+    arrays of the call, or run in clusters (heads above 256). Against a cache the forward alone, which reads all arrays
+    of the call as they are: the backward is another's.
     """
+    if filled_part(spec.mask) is not None:
+        return launches.forward(spec, defaults.default_forward(spec, device)), None
     has_scores, in_clusters = spec.bias is not None or spec.score is not None, support.is_wide(spec)
-    if has_scores or in_clusters or support.copies(spec) is not None or support.backward_of(spec) is not None:
+    if has_scores or in_clusters or support.copies(spec) is not None:
         return None
     first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
-    assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
+    assert isinstance(first, ForwardSchedule), "keys are in no cache"
     return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
 
 
