@@ -8,8 +8,9 @@ are aligned at the bottom right: the query at i is at the key i + seqlen_k - seq
 NotImplementedError that names the argument.
 """
 
+import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -171,24 +172,51 @@ def flash_attn_with_kvcache(
       RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
       NotImplementedError: cache_leftpad with rotary_cos or block_table; alibi_slopes without causal.
     """
-    if cache_leftpad is not None and (rotary_cos is not None or block_table is not None):
-        other = "block_table" if rotary_cos is None else "rotary_cos"
-        raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
-    messages.require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     with torch.no_grad():
-        cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
-        cache.check(q.shape[0])
-        rotary = _rotary(rotary_cos, rotary_sin, rotary_interleaved, q, k)
-        new = _check_new(cache, k, v, cache_seqlens, q.shape[0])
-        before = _lengths(cache_seqlens, q, cache, new)
-        if rotary is not None:
-            q, k = _rotated(rotary, q, k, before, options)
-        if k is not None and v is not None:
-            cache.append(k, v, before)
-        out, lse = _Cached(q, cache, before + new, new, cache_leftpad, options).attended(return_softmax_lse)
+        call, append = to_cache(q, KVCache(k_cache, v_cache, cache_batch_idx, block_table), (k, v), options,
+                                (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens, cache_leftpad)
+        if append is not None:
+            call.cache.append(*append)
+        out, lse = call.attended(return_softmax_lse)
         return out if lse is None else (out, lse)
+
+
+def to_cache(
+    q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], options: "_Options",
+    rotary: tuple[torch.Tensor | None, torch.Tensor | None, bool], cache_seqlens: int | torch.Tensor | None,
+    leftpad: torch.Tensor | None,
+) -> "tuple[Cached, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]":
+    """The checked arguments of `flash_attn_with_kvcache`, and what is to be appended before, if anything is: keys,
+    values and their first positions.
+    """
+    (k, v), (cos, sin, interleaved) = new, rotary
+    if leftpad is not None and (cos is not None or cache.pages is not None):
+        other = "block_table" if cos is None else "rotary_cos"
+        raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
+    messages.require_tensors(q=q, k_cache=cache.keys, v_cache=cache.values)
+    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
+    cache.check(q.shape[0])
+    turned = _rotary(cos, sin, interleaved, q, k)
+    count = _check_new(cache, k, v, cache_seqlens, q.shape[0])
+    before = _lengths(cache_seqlens, q, cache, count)
+    if turned is not None:
+        q, k = _rotated(turned, q, k, before, options)
+    call = Cached(q, cache, before + count if count else before, count, leftpad, options)
+    return call, None if k is None or v is None else (k, v, before)
+
+
+def cached_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **keywords: Any) -> "Cached":
+    """The checked arguments of `flash_attn_with_kvcache`, which it has by the same names; nothing is appended."""
+    bound = inspect.signature(flash_attn_with_kvcache).bind(q, k_cache, v_cache, **keywords)
+    bound.apply_defaults()
+    x = bound.arguments
+    options = _Options(0.0, x["softmax_scale"], x["causal"], x["window_size"], x["softcap"], x["alibi_slopes"], False)
+    with torch.no_grad():
+        call, _ = to_cache(q, KVCache(k_cache, v_cache, x["cache_batch_idx"], x["block_table"]), (x["k"], x["v"]),
+                           options, (x["rotary_cos"], x["rotary_sin"], x["rotary_interleaved"]), x["cache_seqlens"],
+                           x["cache_leftpad"])
+    return call
 
 
 class _Options(NamedTuple):
@@ -308,7 +336,7 @@ def _of_tokens(slopes: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     return slopes[..., None] if slopes.shape[0] == 1 else slopes[sequence].T[None]
 
 
-class _Cached(NamedTuple):
+class Cached(NamedTuple):
     """Checked arguments of attention to a cache that holds the new keys."""
 
     q: torch.Tensor

@@ -2,11 +2,14 @@
 stand-in reads in memory, against float64 through the kernels of attention with lengths.
 """
 
+import contextlib
+
 import pytest
 import torch
 
 import torch_bridge
 from bridge.test_direct import BF16, FakeGpu, launched  # noqa: F401
+from torch_bridge import flash
 from torch_bridge.direct import attention, cache, counters, decoding, runner
 from torch_bridge.flash_attn import flash_attn_with_kvcache
 
@@ -189,6 +192,55 @@ def test_the_report_says_it(decoded):
     row, = torch_bridge.report()
     assert (row.calls, row.what, row.implementation) == (1, "decode", "hopper")
     assert row.problem.startswith("CacheProblem(") and row.problem.endswith("launched directly")
+
+
+def test_explain_says_it(decoded, tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    keys, values = cache_of()
+    before = keys.clone()
+    new_keys = dict(k=new(1, HKV), v=new(1, HKV))
+    text = torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_seqlens=LENGTHS, **new_keys)
+    assert torch.equal(keys, before) and decoded == [], "nothing is appended or computed"
+    assert "implementation='hopper'" in text and "forward: attention_decode" in text and "backward" not in text
+    assert "path: direct, launched on torch's stream; plan: to be compiled" in text
+    assert "k_cache, v_cache: read where they lie, not copied\nq: shared, not copied" in text
+    pages = dict(block_table=integers(0, 1, 2).view(3, 1))
+    small = [x[:, :8].contiguous() for x in (keys, values)]
+    text = torch_bridge.explain_flash_attn_with_kvcache(new(1), *small, cache_seqlens=3, **pages)
+    assert text.startswith("not the kernel of caches (it takes pages, and rows of cache_batch_idx, of multiples of 16 "
+                           "positions, got 8), but attention with lengths:\nk_cache, v_cache: the rows or pages")
+    text = torch_bridge.explain_flash_attn_with_kvcache(new(3), keys, values, cache_seqlens=LENGTHS)
+    assert text.startswith("not the kernel of caches (queries before the first key would see nothing")
+    with pytest.raises(TypeError, match="cache_len"):
+        torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_len=3)
+
+
+@contextlib.contextmanager
+def no_reads(monkeypatch):
+    """Numbers of tensors are not asked for, as those of a GPU must not be where a CUDA graph is captured."""
+    def refuse(*_, **__):
+        raise AssertionError("the host reads a tensor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flash, "is_on_host", lambda tensor: False)
+        for name in ("__bool__", "__int__", "__index__", "__float__", "item", "tolist", "cpu", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("arguments", [
+    {}, dict(block_table=integers(7, 1, 5, 3, 9, 9, 0, 8, 4).view(3, 3)), dict(cache_batch_idx=integers(4, 0, 2)),
+    dict(cache_leftpad=integers(1, 0, 2)), dict(causal=True, alibi_slopes=torch.rand(HQ), return_softmax_lse=True)],
+    ids=lambda arguments: "-".join(arguments))
+def test_the_host_reads_no_lengths(decoded, monkeypatch, arguments):
+    keys, values = cache_of(10, 16) if "block_table" in arguments else cache_of(
+        5 if "cache_batch_idx" in arguments else B)
+    q, k, v = new(1), new(1, HKV), new(1, HKV)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeGpu, "launch", lambda self, addresses, stream: self.launched.append(self.pass_name))
+        with no_reads(monkeypatch):
+            flash_attn_with_kvcache(q, keys, values, k, v, cache_seqlens=integers(5, 0, 9), **arguments)
+    assert decoded == ["decode"]
 
 
 # --- counters --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 import torch_bridge
 from bridge.test_direct import launched  # noqa: F401
-from bridge.test_direct_decode import decoded  # noqa: F401
+from bridge.test_direct_decode import DecodeGpu, decoded, no_reads  # noqa: F401
 from torch_bridge.direct import attention, cache
 
 transformers = pytest.importorskip("transformers")
@@ -69,6 +69,21 @@ def test_where_the_direct_path_is_off_the_mask_is_read(decoded, monkeypatch):  #
     for a, b in zip(found.logits, expected.logits, strict=True):
         assert models.distance(a.float(), b.float()) < 2e-2
     assert decoded == []
+
+
+def test_a_step_reads_no_number_on_the_host(decoded, monkeypatch):  # noqa: F811
+    """So that it can be captured in a CUDA graph."""
+    model, token = causal_lm("Llama"), models.tokens(1)
+    model.set_attn_implementation("pallas")
+    kept = transformers.StaticCache(config=model.config, max_cache_len=32)
+    step = lambda: model(token, **{models.CACHE: kept})
+    with torch.no_grad():
+        step()  # makes the cache
+        step()
+        with monkeypatch.context() as patch, no_reads(monkeypatch):
+            patch.setattr(DecodeGpu, "launch", lambda self, addresses, stream: self.launched.append(self.pass_name))
+            step()
+    assert decoded == ["decode"] * 4
 
 
 def noted(position, pads=None, function=hf.causal_mask_function, capacity=9):
