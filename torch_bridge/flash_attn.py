@@ -152,13 +152,15 @@ def flash_attn_with_kvcache(
     Args:
       q: (batch, seqlen_q, heads, dim).
       k_cache, v_cache: (batch, seqlen_cache, heads_k, dim), of the rows cache_batch_idx if it is given; with
-        block_table pages (pages, page_length, heads_k, dim). They are read where they lie, but rows that
-        cache_batch_idx names, and pages, are copied first: seqlen_cache positions of each sequence, in every call.
+        block_table pages (pages, page_length, heads_k, dim). They are read where they lie; but where the kernel of
+        caches does not take the call, rows that cache_batch_idx names, and pages, are copied first: seqlen_cache
+        positions of each sequence, in every call. `torch_bridge.explain_flash_attn_with_kvcache` says which.
       k, v: (batch, seqlen_new, heads_k, dim), written from position cache_seqlens of each sequence on.
       rotary_cos, rotary_sin: (positions, rotary_dim / 2): k is rotated at the positions it is written to, q at those
         from cache_seqlens on, or, without causal and a window, all of it at cache_seqlens. Only with k and v.
       cache_seqlens: how many positions count already: one number, or integers (batch,), at least 0 and at most
-        seqlen_cache - seqlen_new, which is checked on a CPU only. None: all, and no k and v.
+        seqlen_cache - seqlen_new, which is checked on a CPU only. None: all, and no k and v. int32 tensors are read by
+        the kernel alone: a call captured in a CUDA graph is replayed with other lengths.
       cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
       cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
       block_table: integers (batch, pages of a sequence); not with cache_batch_idx.
@@ -173,13 +175,49 @@ def flash_attn_with_kvcache(
       NotImplementedError: cache_leftpad with rotary_cos or block_table; alibi_slopes without causal.
     """
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
+    numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
+    usual = _usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
-        call, append = to_cache(q, KVCache(k_cache, v_cache, cache_batch_idx, block_table), (k, v), options,
-                                (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens, cache_leftpad)
+        if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
+            out, lse = _again(known, q, cache, (k, v), usual[3])
+            return (out, lse) if return_softmax_lse else out
+        call, append = to_cache(q, cache, (k, v), options, (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens,
+                                cache_leftpad)
         if append is not None:
             call.cache.append(*append)
-        out, lse = call.attended(return_softmax_lse)
-        return out if lse is None else (out, lse)
+        out, found = call.attended(return_softmax_lse)
+        if usual is not None and call.is_at_the_end:
+            decoding.learn(usual, numbers, *call.decoding())
+        return out if found is None else (out, found)
+
+
+def _usual(q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], lengths: object,
+           others: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
+    """All tensors of a call that may be known by them, lengths the fourth; None: it has others, or lengths of another
+    dtype, or what it is given is not checked yet.
+    """
+    if torch.compiler.is_compiling() or cache.rows is not None or any(x is not None for x in others):
+        return None
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int32 or type(q) not in _PLAIN:
+        return None
+    tensors = tuple(x for x in (q, cache.keys, cache.values, lengths, cache.pages, *new) if x is not None)
+    return tensors if all(type(x) in _PLAIN for x in tensors) and decoding.is_asked(q.device) else None
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _again(known: decoding.Known, q: torch.Tensor, cache: KVCache,
+           new: tuple[torch.Tensor | None, torch.Tensor | None],
+           lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a call like others before it, which were checked."""
+    k, v = new
+    if k is not None and v is not None:
+        cache.append(k, v, lengths)
+        lengths = lengths + k.shape[1]
+    tensors = q, cache.keys, cache.values, lengths
+    return known.attend(tensors if cache.pages is None else (*tensors, cache.pages))
 
 
 def to_cache(

@@ -52,17 +52,26 @@ class KVCache(NamedTuple):
 
     def append(self, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> None:
         """Writes (batch, new, heads, dim) in place, from position at (batch,) of each sequence on."""
-        pos = at.long()[:, None] + torch.arange(key.shape[1], device=key.device)
+        places = self._places(at, key.shape[1])
+        for cache, new in ((self.keys, key), (self.values, value)):
+            if cache.is_contiguous():
+                cache.view(-1, *cache.shape[2:]).index_put_((places,), new)
+            else:
+                cache.index_put_((places // cache.shape[1], places % cache.shape[1]), new)
+
+    def _places(self, at: torch.Tensor, count: int) -> torch.Tensor:
+        """(batch, count) int64: row * length + position in it, of so many positions from `at` on."""
+        length, batch, device = self.keys.shape[1], at.shape[0], at.device
+        pos = at.long()[:, None]
+        if count > 1:
+            pos = pos + torch.arange(count, device=device)
         if self.pages is not None:
-            page_length = self.keys.shape[1]
-            pages = self.pages.long().gather(1, pos // page_length)
+            pages = self.pages.gather(1, pos // length)
             _check_range("block_table", pages, self.keys.shape[0], "page of k_cache")
-            index = (pages, pos % page_length)
-        else:
-            rows = torch.arange(key.shape[0], device=key.device) if self.rows is None else self.rows.long()
-            index = (rows[:, None].expand_as(pos), pos)
-        self.keys.index_put_(index, key)
-        self.values.index_put_(index, value)
+            return pages * length + pos % length
+        if self.rows is not None:
+            return self.rows.long()[:, None] * length + pos
+        return pos if batch == 1 else pos + torch.arange(0, batch * length, length, device=device)[:, None]
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, length, heads, dim): the cache itself, or a copy of what rows or pages name."""

@@ -9,7 +9,7 @@ import torch
 
 import torch_bridge
 from bridge.test_direct import BF16, FakeGpu, launched  # noqa: F401
-from torch_bridge import flash
+from torch_bridge import flash, flash_attn
 from torch_bridge.direct import attention, cache, counters, decoding, runner
 from torch_bridge.flash_attn import flash_attn_with_kvcache
 
@@ -61,6 +61,7 @@ def decoded(launched, monkeypatch):  # noqa: F811
     """The passes that were launched directly."""
     monkeypatch.setattr(runner, "Loaded", DecodeGpu)
     monkeypatch.setattr(decoding, "_known", {})
+    monkeypatch.setattr(decoding, "_recent", [])
     monkeypatch.setattr(DecodeGpu, "counted", [])
     return launched
 
@@ -184,6 +185,29 @@ def test_misaligned_caches_and_queries(decoded):
     compare(new(1).expand(B, 1, HQ, D)[..., :D], *cache_of(), cache_seqlens=LENGTHS)
     compare(torch.randn(B, 1, HQ, 2 * D, dtype=BF16)[..., :D], *cache_of(), cache_seqlens=LENGTHS)
     assert decoded[-2:] == ["decode"] * 2, "queries are small, and copied"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_calls_like_one_before_are_known_by_their_tensors(decoded, monkeypatch, paged):
+    """Of them only the addresses are new; any that is not like it is checked as the first was."""
+    checked, check = [], flash_attn.to_cache
+    monkeypatch.setattr(flash_attn, "to_cache", lambda *args: (checked.append(1), check(*args))[1])
+    caches = [cache_of(9, 16) if paged else cache_of() for _ in range(3)]
+    given = dict(block_table=integers(7, 1, 5, 3, 6, 2, 0, 8, 4).view(3, 3)) if paged else {}
+    for (keys, values), lengths in zip(caches, (LENGTHS, integers(9, 8, 7), integers(47, 0, 1)), strict=True):
+        compare(new(1), keys, values, new(1, HKV), new(1, HKV), cache_seqlens=lengths, window_size=(9, 0), **given)
+        compare(new(1), keys, values, cache_seqlens=lengths, window_size=(9, 0), **given)
+    assert decoded == ["decode"] * 6 and len(checked) == 2 + 6, "two in bfloat16, those in float64"
+    before = len(checked)
+    with pytest.raises(RuntimeError, match="k must be"):
+        flash_attn_with_kvcache(new(1), keys, values, new(1, HKV)[:, :, :1], new(1, HKV), cache_seqlens=LENGTHS,
+                                window_size=(9, 0), **given)
+    compare(new(1), keys, values, cache_seqlens=LENGTHS.long(), window_size=(9, 0), **given)
+    compare(new(1), keys, values, cache_seqlens=LENGTHS, window_size=(8, 0), **given)
+    assert len(checked) == before + 5
+    monkeypatch.setenv(attention.VARIABLE, "0")
+    compare(new(1), keys, values, cache_seqlens=LENGTHS, window_size=(9, 0), **given)
+    assert decoded == ["decode"] * 8
 
 
 def test_the_report_says_it(decoded):

@@ -44,7 +44,8 @@ class Counters:
         place = self._of_streams.get(stream)
         if place is None:
             with self._lock:
-                place = self._of_streams.setdefault(stream, apart.run(self._zeros_on, stream))
+                current = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+                place = self._of_streams.setdefault(stream, apart.run(self._zeros_on, current))
         return place.data_ptr(), place
 
     def _for_a_graph(self) -> tuple[int, torch.Tensor]:
@@ -56,11 +57,9 @@ class Counters:
         filled = self._zeros(1)
         return filled.data_ptr(), filled
 
-    def _zeros_on(self, stream: int) -> torch.Tensor:
+    def _zeros_on(self, stream: torch.cuda.Stream | None) -> torch.Tensor:
         """A place that is 0 for what the stream runs from now on."""
-        if self._device.type != "cuda":
-            return self._zeros(1)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device)):
+        with torch.cuda.stream(stream):  # None: there are none
             return self._zeros(1)
 
     def _zeros(self, count: int) -> torch.Tensor:

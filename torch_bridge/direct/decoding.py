@@ -6,17 +6,19 @@ they lie, contiguous or in pages; what is not read so, or not by that kernel, is
 that a captured CUDA graph is replayed with others.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from torch_bridge import strides
 from torch_bridge.arguments import Results
-from torch_bridge.direct import attention, cache, requirements
+from torch_bridge.direct import attention, cache, guards, requirements
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import CacheProblem, Given
+from torch_bridge.direct.runner import Runner
 
-__all__ = ["Call", "Rules", "attend", "is_asked", "path", "problem_of", "why_not", "why_not_direct"]
+__all__ = ["Call", "Rules", "Known", "attend", "is_asked", "learn", "path", "problem_of", "why_not", "why_not_direct"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT, _MAX_DIM, _MAX_ROWS = 8, 256, 64
@@ -177,6 +179,74 @@ def _found(call: Call, rules: Rules) -> attention.Direct | None:
         _known.clear()
     _known[name] = found
     return found
+
+
+# --- calls seen before -----------------------------------------------------------------------------------------------
+# To check a call and to place its tensors takes longer than to launch it (shortcut.py). Of a call whose tensors are
+# like those of one that was launched, as torch looks at them, and whose options are the same, only addresses are new.
+
+
+class Known(NamedTuple):
+    """A kind of calls whose tensors, (batch, length, heads, dim), are read and written where they lie."""
+
+    has: guards.Guard
+    options: tuple[object, ...]
+    direct: attention.Direct
+    runner: Runner
+    out: tuple[int, ...]  # the shape
+
+    def attend(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """out (batch, q_len, q_heads, d_v), and lse (batch, q_heads, q_len).
+
+        Args:
+          tensors: query, key, value, lengths, and the table of pages if there is one.
+        """
+        query = tensors[0]
+        out = torch.empty(self.out, dtype=query.dtype, device=query.device)
+        stats = torch.empty(self.runner.shape_of("stats"), dtype=torch.float32, device=query.device)
+        self.runner.run(tensors, (out, stats))
+        self.direct.runs.count("decode")
+        return out, stats[:, :, 0]
+
+
+_MAX_RECENT = 4
+_recent: list[Known] = []
+"""The kinds of the last calls that were learned; never changed, but replaced as a whole."""
+
+
+def recent(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> Known | None:
+    """What is known of a call on a device that `is_asked`; None: nothing is, or a tensor is not aligned."""
+    for known in _recent:
+        if known.options == options and known.has(*tensors):
+            bits = 0
+            for x in tensors:
+                bits |= x.data_ptr()
+            return None if bits % ALIGNMENT else known
+    return None
+
+
+def learn(tensors: Sequence[torch.Tensor], options: tuple[object, ...], call: Call, rules: Rules) -> None:
+    """Has calls like this one found by `recent`, if it was launched and nothing of it had to be copied.
+
+    Args:
+      tensors: all that the caller gave; those of `call` are views of them, or sums of lengths.
+    """
+    global _recent
+    direct = _found(call, rules)
+    runner = None if direct is None else direct.runner("decode")
+    if direct is None or runner is None or direct.problem.layout != "BLHD" or call.bias is not None:
+        return
+    if not strides.in_layout(call.query, "BLHD").is_contiguous() or not all(
+            x is None or x.is_contiguous() for x in (call.lengths, call.table)):
+        return
+    has = guards.guard(tensors)
+    if has is not guards.never and has(*tensors):
+        query = call.query
+        out = query.shape[0], query.shape[2], query.shape[1], call.value.shape[3]
+        _recent = [Known(has, options, direct, runner, out), *_recent[:_MAX_RECENT - 1]]
+
+
+# --- what is said of a call ------------------------------------------------------------------------------------------
 
 
 def why_not_direct(call: Call, rules: Rules) -> str | None:

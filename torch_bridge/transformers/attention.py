@@ -158,15 +158,15 @@ def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Te
                          f" for {kv_len}. Round up.")
     if q_len == 1 and masked.ids is None and masked.attn_mask is None and (
             masked.window is None or (masked.window[1] == 0 and masked.offset == kv_len - 1)):
-        out = _of_growing_cache(tensors, kv_size, None if masked.window is None else masked.window[0], numbers)
-        if out is not None:
-            return out
+        found = _of_growing_cache(tensors, kv_size, None if masked.window is None else masked.window[0], numbers)
+        if found is not None:
+            return found
     arguments = _padded_masks(masked, (q_len, kv_len), (q_size, kv_size)).arguments()
     if masked.window is not None and masked.offset:
         arguments["causal_offset"] = torch.full((1,), masked.offset, dtype=torch.int32, device=query.device)
     if _sees_padding(masked, q_len, kv_len):
         arguments["kv_lengths"] = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
-    out = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
+    out: Tensor = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
                                   **arguments, **numbers)
     return out[:, :, :q_len]
 
