@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_bridge import eager, flash, messages, packed, sdpa
+from torch_bridge import eager, flash, kv_cache, messages, packed, sdpa
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import decoding
 from torch_bridge.kv_cache import KVCache, Rotary
@@ -177,10 +177,10 @@ def flash_attn_with_kvcache(
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
     numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
-    usual = _usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
+    usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
         if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
-            out, lse = _again(known, q, cache, (k, v), usual[3])
+            out, lse = kv_cache.again(known, q, cache, (k, v), usual[3])
             return (out, lse) if return_softmax_lse else out
         call, append = to_cache(q, cache, (k, v), options, (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens,
                                 cache_leftpad)
@@ -190,34 +190,6 @@ def flash_attn_with_kvcache(
         if usual is not None and call.is_at_the_end:
             decoding.learn(usual, numbers, *call.decoding())
         return out if found is None else (out, found)
-
-
-def _usual(q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], lengths: object,
-           others: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
-    """All tensors of a call that may be known by them, lengths the fourth; None: it has others, or lengths of another
-    dtype, or what it is given is not checked yet.
-    """
-    if torch.compiler.is_compiling() or cache.rows is not None or any(x is not None for x in others):
-        return None
-    if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int32 or type(q) not in _PLAIN:
-        return None
-    tensors = tuple(x for x in (q, cache.keys, cache.values, lengths, cache.pages, *new) if x is not None)
-    return tensors if all(type(x) in _PLAIN for x in tensors) and decoding.is_asked(q.device) else None
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
-def _again(known: decoding.Known, q: torch.Tensor, cache: KVCache,
-           new: tuple[torch.Tensor | None, torch.Tensor | None],
-           lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of a call like others before it, which were checked."""
-    k, v = new
-    if k is not None and v is not None:
-        cache.append(k, v, lengths)
-        lengths = lengths + k.shape[1]
-    tensors = q, cache.keys, cache.values, lengths
-    return known.attend(tensors if cache.pages is None else (*tensors, cache.pages))
 
 
 def to_cache(
@@ -235,7 +207,7 @@ def to_cache(
     messages.require_tensors(q=q, k_cache=cache.keys, v_cache=cache.values)
     _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     cache.check(q.shape[0])
-    turned = _rotary(cos, sin, interleaved, q, k)
+    turned = Rotary.of(cos, sin, interleaved, q, k)
     count = _check_new(cache, k, v, cache_seqlens, q.shape[0])
     before = _lengths(cache_seqlens, q, cache, count)
     if turned is not None:
@@ -387,7 +359,7 @@ class Cached(NamedTuple):
     def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
         found = None
-        if decoding.is_asked(self.q.device) and self.is_at_the_end:
+        if not torch.compiler.is_compiling() and decoding.is_asked(self.q.device) and self.is_at_the_end:
             found = eager.attend_to_cache(*self.decoding())
         if found is None:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
@@ -475,19 +447,6 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: K
     if not 0 <= count <= room:
         raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache, or give the sequence more pages")
     return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
-
-
-def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, q: torch.Tensor,
-            k: torch.Tensor | None) -> Rotary | None:
-    if cos is None and sin is None:
-        return None
-    if cos is None or sin is None or k is None:
-        raise messages.must("rotary_cos and rotary_sin go together, and with k and v",
-                            f"rotary_cos={type(cos).__name__}, rotary_sin={type(sin).__name__}, k={type(k).__name__}",
-                            "Rotate q before the call where nothing is appended")
-    rotary = Rotary(cos, sin, interleaved)
-    rotary.check(q.shape[3])
-    return rotary
 
 
 def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: torch.Tensor,
