@@ -72,10 +72,10 @@ def mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tens
     arguments = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
                      kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
                      allow_is_bidirectional_skip=allow_is_bidirectional_skip, device=device, **others)
-    if _is_traced(attention_mask, q_offset):
-        return hf.sdpa_mask(**arguments)
     if q_length == 1:
         return _of_one_query(arguments)
+    if _is_traced(attention_mask, q_offset):
+        return hf.sdpa_mask(**arguments)
     try:
         reading = read(mask_function)
         padding = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -92,10 +92,14 @@ def mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tens
 
 
 def _of_one_query(arguments: dict[str, Any]) -> Tensor | None:
+    """With a note where the cache is static, also while a CUDA graph is captured, which transformers takes for tracing.
+    """
     found = hf.sdpa_mask(**arguments)
     position, kv_offset = arguments["q_offset"], arguments["kv_offset"]
-    is_static = isinstance(position, Tensor) and isinstance(kv_offset, int) and kv_offset == 0
-    if found is None or not is_static or not decoding.is_asked(found.device):
+    if found is None or torch.compiler.is_compiling() or import_utils.is_jit_tracing() or type(found) is not Tensor:
+        return found
+    is_static = type(position) is Tensor and isinstance(kv_offset, int) and kv_offset == 0
+    if not is_static or not decoding.is_asked(found.device):
         return found
     try:
         reading = read(arguments["mask_function"])
