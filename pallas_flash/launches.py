@@ -16,11 +16,12 @@ __all__ = ["Launch", "Pass", "Passes", "launches", "tracing"]
 class Passes(NamedTuple):
     """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
     `Pass.make` makes, too, if they have it. And the gradient of a bias, of what the backward reads; None where no
-    kernel makes it. `implementation` has them.
+    kernel makes it. Against a cache the forward also takes the arrays of the mask, a bias, sinks and the page table,
+    and the backward is no list of launches: None. `implementation` has them.
     """
 
     forward: Pass
-    backward: Pass
+    backward: Pass | None
     dbias: Pass | None
     implementation: str
 

@@ -1,18 +1,18 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
 import inspect
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from torch_bridge import flash, messages, sdpa, strides
+from torch_bridge import flash, flash_attn, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, lengths, requirements, storage
+from torch_bridge.direct import attention, cache, decoding, lengths, requirements, storage
 
 if TYPE_CHECKING:
     from pallas_flash.device import Device
 
-__all__ = ["explain", "explain_flash_attention", "precompile"]
+__all__ = ["explain", "explain_flash_attention", "explain_flash_attn_with_kvcache", "precompile"]
 
 
 def explain(
@@ -38,6 +38,38 @@ def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch
             raise messages.unknown_keyword(flash.flash_attention, name)
     text = _explain(*flash.prepare(query, key, value, **keywords))
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
+
+
+def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                                    **keywords: Any) -> str:
+    """What `flash_attn.flash_attn_with_kvcache` would do with these arguments, which it has by the same names: the
+    kernel that reads the cache, or why another, and what is copied on the way. Nothing is appended or computed.
+    """
+    for name in keywords:
+        if name not in inspect.signature(flash_attn.flash_attn_with_kvcache).parameters:
+            raise messages.unknown_keyword(flash_attn.flash_attn_with_kvcache, name)
+    call = flash_attn.cached_call(q, k_cache, v_cache, **keywords)
+    with torch.no_grad():
+        given, rules = call.decoding()
+        why_not = decoding.why_not_direct(given, rules)
+        if not call.is_at_the_end:
+            why_not = "queries before the first key would see nothing: causal attention, or as many new keys, is needed"
+        if why_not is not None:
+            copies = [] if call.cache.rows is call.cache.pages is None else ["k_cache, v_cache: the rows or pages that "
+                                                                             "are named are copied"]
+            return "\n".join((f"not the kernel of caches ({why_not}), but attention with lengths:", *copies,
+                              _explain(*call.with_lengths())))
+    from pallas_flash import dispatch
+    from torch_bridge.direct import lower
+
+    problem = decoding.problem_of(given, rules)
+    # The backward that dispatch names is JAX's alone.
+    said = [line for line in dispatch.explain(lower.spec_of(problem), _device(q.device)).splitlines()
+            if not line.startswith("  backward")]
+    copied = storage.copy_reason(given.query, problem.layout)
+    return "\n".join((*said, decoding.path(given, rules), "k_cache, v_cache: read where they lie, not copied",
+                      f"q: {'shared, not copied' if copied is None else 'copied: ' + copied}",
+                      "gradients: none are computed"))
 
 
 def _explain(operands: Operands, numbers: Numbers) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from hopper.offline import places
 
-from bridge.direct import A100, FORWARD, SMALL
+from bridge.direct import A100, CACHE, DECODE, FORWARD, SMALL
 from pallas_flash import device
 from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.ampere import schedule as ampere_schedule
 from pallas_flash.kernels.hopper import defaults as hopper_defaults
 from pallas_flash.kernels.hopper import schedule as hopper_schedule
 from torch_bridge.direct import cache, lower, parent, plan
+from torch_bridge.direct.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 AMPERE, HOPPER = (ampere_defaults, ampere_schedule), (hopper_defaults, hopper_schedule)
@@ -31,13 +32,19 @@ LENGTHS = dataclasses.replace(SMALL, given=(("kv_lengths", (1,), "int32"), ("see
 MASK = dataclasses.replace(SMALL, given=(("mask", (1, 4, 200, 256), "bool"),))
 PAIRS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 4, 200, 256), "bfloat16"),))
 KEYS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 1, 1, 256), "float32"),))
+PAGES = dataclasses.replace(
+    CACHE, layout="BLHD", d=128, pages=(70, 16), q_len=2, window=(99, 0),
+    given=(*CACHE.given, ("page_table", (2, 32), "int32"), ("bias", (2, 1, 1, 512), "float32"),
+           ("sinks", (8,), "float32")))
 REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED,
             "mask": dataclasses.replace(BACKWARD, problem=MASK), "bias": dataclasses.replace(BACKWARD, problem=PAIRS),
             "bias, forward": dataclasses.replace(FORWARD, problem=PAIRS),
             "bias of keys": dataclasses.replace(BACKWARD, problem=KEYS),
             "lengths": dataclasses.replace(BACKWARD, problem=LENGTHS),
-            "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS)}
-REQUESTS |= {f"8.0, {name}": dataclasses.replace(request, gpu=A100) for name, request in REQUESTS.items()}
+            "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS), "decode, forward": DECODE,
+            "decode of pages, forward": dataclasses.replace(DECODE, problem=PAGES)}
+REQUESTS |= {f"8.0, {name}": dataclasses.replace(request, gpu=A100) for name, request in REQUESTS.items()
+             if "bias" not in name and "decode" not in name}
 WHY_NOT = places.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
@@ -129,7 +136,8 @@ def test_tensor_maps_span_their_arrays(compiled, name):
     which is a part of an array is the whole array's: kernels touch only what they have an index for.
     """
     program, seen, packed = compiled[name][0], 0, 0
-    whole = REQUESTS[name].problem.outer_shapes()
+    problem = REQUESTS[name].problem
+    whole = problem.outer_shapes() if isinstance(problem, Problem) else problem.shapes()
     for kernel, arrays in program.steps:
         words = memoryview(kernel.parameters).cast("Q")
         for place, i in kernel.patches:
@@ -148,7 +156,8 @@ def test_tensor_maps_span_their_arrays(compiled, name):
     if "8.0" in name:
         assert not seen, "kernels with mma.sync take addresses alone"
     else:
-        assert seen >= (3 if "forward" in name else 4) and packed == (2 if name == "packed" else 0)
+        assert seen >= (2 if "decode" in name else 3 if "forward" in name else 4)
+        assert packed == (2 if name == "packed" else 0)
 
 
 VERSIONS = """

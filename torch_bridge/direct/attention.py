@@ -25,16 +25,20 @@ from torch_bridge.direct import apart, cache, driver, launch, requirements, stor
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
-from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions
+from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect",
-           "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared", "problem_of",
-           "reason_found", "request", "why_not", "why_not_device"]
+__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "direct_of",
+           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
+_NAMES: dict[PassName, str] = {
+    "forward": "the forward of scaled_dot_product_attention", "decode": "attention to a cache",
+    "backward": "the backward of scaled_dot_product_attention",
+    "dbias": "the gradient of scaled_dot_product_attention's attn_mask"}
 _CAPABILITY = (8, 0)
 """From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -102,7 +106,7 @@ def why_not_device(device: torch.device) -> str | None:
     return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
 
 
-def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
+def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
@@ -141,9 +145,9 @@ def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat((starts, starts[-1:].expand(missing))) if missing else starts
 
 
-def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
+def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
     """What the plan of a pass is found by. A forward is deterministic in any case, and has one plan for both."""
-    if pass_name == "forward":
+    if pass_name == "forward" and isinstance(problem, Problem):
         problem = dataclasses.replace(problem, deterministic=False)
     return Request(problem, pass_name, gpu_of(device), versions(driver.version()))
 
@@ -182,7 +186,7 @@ class Direct:
         of one, and compiling it would keep the capture waiting.
         """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"the {pass_name} of scaled_dot_product_attention must have run once before it is "
+            raise RuntimeError(f"{_NAMES[pass_name]} must have run once before it is "
                                f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
                                "it before with tensors of the same shapes and strides.")
 
@@ -262,7 +266,8 @@ class Direct:
             _reasons[kind] = str(error)
             return False
         except (NoPlanError, driver.DriverError) as error:
-            _warn(f"the {pass_name} of {self.problem} goes", str(error))
+            way = "to the kernels of attention with lengths" if pass_name == "decode" else "through DLPack"
+            _warn(f"the {pass_name} of {self.problem} goes {way}", str(error))
             _reasons[kind] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
         return True
@@ -305,9 +310,9 @@ def _make_room(device: torch.device) -> None:
 
 # --- which calls -----------------------------------------------------------------------------------------------------
 
-_Key = tuple[Problem, torch.device]
+_Key = tuple[AnyProblem, torch.device]
 _directs: dict[_Key, Direct] = {}
-_reasons: dict[tuple[Problem, torch.device, bool], str] = {}
+_reasons: dict[tuple[AnyProblem, torch.device, bool], str] = {}
 """Why there is no plan, of the problems of which one could not be made; of the gradient of a bias by itself (True)."""
 
 
@@ -392,11 +397,11 @@ def _is_taken(operands: Operands, numbers: Numbers) -> bool:
         return False
     reason = requirements.why_not()
     if reason is not None:
-        _warn("calls go", reason)
+        _warn("calls go through DLPack", reason)
     return reason is None
 
 
-def _direct_of(key: _Key) -> Direct:
+def direct_of(key: _Key) -> Direct:
     """The same object for the same problem and device."""
     return _directs.setdefault(key, Direct(key))
 
@@ -405,10 +410,10 @@ def prepared(operands: Operands, numbers: Numbers, device: torch.device, pass_na
     """Whether a pass of calls like this one, which the direct path takes, has its plan loaded on a device, now at the
     latest; where it cannot be, a warning says why. Of the operands, shapes, strides and dtypes count.
     """
-    return _direct_of((problem_of(operands, numbers), device)).try_prepare(pass_name)
+    return direct_of((problem_of(operands, numbers), device)).try_prepare(pass_name)
 
 
-def is_loaded(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
+def is_loaded(problem: AnyProblem, pass_name: PassName, device: torch.device) -> bool:
     """Whether the plan of a pass is loaded."""
     direct = _directs.get((problem, device))
     return direct is not None and direct.runner(pass_name) is not None
@@ -421,7 +426,7 @@ def is_at_hand(problem: Problem, pass_name: PassName, device: torch.device) -> b
 
 def expect(problem: Problem, pass_name: PassName, device: torch.device) -> None:
     """`Direct.expect` of a pass of a problem."""
-    _direct_of((problem, device)).expect(pass_name)
+    direct_of((problem, device)).expect(pass_name)
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
@@ -440,7 +445,7 @@ def name_of(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
     grad_strides = *(torch.empty_like(x, device="meta").stride() for x in operands[:3]),  # dense, in the order of x
-    direct = _direct_of((problem_of(operands, numbers), operands.query.device))
+    direct = direct_of((problem_of(operands, numbers), operands.query.device))
     layout = direct.problem.layout
     in_layout = (strides.in_layout(x, layout) for x in operands[:3])
     is_read = all(strides.same_memory(x.shape, x.stride(), wanted)
@@ -461,6 +466,6 @@ def _warn(subject: str, reason: str) -> None:
         return
     from pallas_flash import errors  # imports JAX, which the call will need now
 
-    errors.warn(errors.fallback(f"{subject} through DLPack, because the direct path cannot be taken", [reason],
+    errors.warn(errors.fallback(f"{subject}, because the direct path cannot be taken", [reason],
                                 f"change that, or set {VARIABLE}=0"))
     _said.add(reason)

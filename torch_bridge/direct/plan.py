@@ -16,6 +16,7 @@ The file, version 4; numbers are little-endian:
                            numbers, parameters, name of the result]
                results     names of what the pass returns
                constants   {name: index of a blob}
+               restored    names of arrays that are 0 when the launches begin, which update them and leave them 0
                steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
                kernels     [name, grid, block, smem_bytes, index of the cubin's blob, index of the parameters' blob,
                             patches]: each patch is [place, i], the 8 bytes at 8 * place of the parameters being the
@@ -130,7 +131,8 @@ class Operation(NamedTuple):
 
 class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
-    the buffers, others are not. The kernels are those of an `implementation` of pallas_flash.
+    the buffers, others are not. What is restored is 0 before the launches and after them; launches that may run at the
+    same time need memory of their own for it. The kernels are those of an `implementation` of pallas_flash.
     """
 
     buffers: dict[str, Buffer]
@@ -141,6 +143,7 @@ class Program[K](NamedTuple):
     given: tuple[str, ...] = ()
     operations: tuple[Operation, ...] = ()
     implementation: str = ""
+    restored: tuple[str, ...] = ()
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ class Program[K](NamedTuple):
     @property
     def scratch(self) -> tuple[str, ...]:
         """The arrays that launches alone write, and that do not go to the caller."""
-        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made}
+        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made, *self.restored}
         return tuple(name for name in self.buffers if name not in outside)
 
 
@@ -170,7 +173,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     kernels = list(dict.fromkeys(step.kernel for step in program.steps))
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
-        operations=program.operations, implementation=program.implementation,
+        operations=program.operations, implementation=program.implementation, restored=program.restored,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -209,6 +212,7 @@ class _Header(TypedDict):
     given: list[str]
     operations: list["_Fields"]
     implementation: str
+    restored: list[str]
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
     kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
@@ -260,7 +264,8 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         constants={name: blobs[i] for name, i in header["constants"].items()},
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
-        operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]))
+        operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]),
+        restored=tuple(header["restored"]))
 
 
 def _operation(fields: _Fields) -> Operation:
@@ -271,11 +276,13 @@ def _operation(fields: _Fields) -> Operation:
 
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
-    outside = (*program.inputs, *program.results, *program.given, *program.constants)
+    outside = (*program.inputs, *program.results, *program.given, *program.constants, *program.restored)
     rules = [all(name in program.buffers for name in outside), _are_operations(program),
              all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
              # Results are new memory.
              {*program.results}.isdisjoint({*program.inputs, *program.constants, *program.given, *program.made}),
+             {*program.restored}.isdisjoint({*program.inputs, *program.results, *program.constants, *program.given,
+                                             *program.made}),
              all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
                                             and min(buffer.strides) >= 0)
                  for name, buffer in program.buffers.items())]

@@ -111,19 +111,21 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return build
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, ...] | None:
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | None:
     """The forward, the backward and the gradient of a bias as lists of launches, which another runtime than JAX can
     run, and what it makes of a mask's arrays, a bias and a seed before them; None where there is a score function, or a
-    bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256), or
-    where the backward is another's. The last is missing where no kernel makes it, or there is no bias.
+    bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256). The
+    last is missing where no kernel makes it, or there is no bias. Against a cache the forward alone, which reads all
+    arrays of the call as they are: the backward is another's.
     """
+    if filled_part(spec.mask) is not None:
+        return launches.forward(spec, defaults.default_forward(spec, device)), None
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
-    if (spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None
-            or support.backward_of(spec) is not None):
+    if spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
     inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
-    assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
+    assert isinstance(first, ForwardSchedule), "keys are in no cache"
     found = (_making(spec, launches.forward(inner, first), first),
              _making(spec, launches.backward(inner, second), second))
     third = None if spec.bias is None else defaults.default_dbias(spec, device)
