@@ -40,6 +40,7 @@ from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import cdiv
 
 __all__ = ["assume", "default_backward", "default_dbias", "default_forward"]
 
@@ -159,7 +160,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
     if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None or spec.score is not None:
         return 0
-    start, *_, stop = every_row_block(spec, schedule)
+    start, *_, stop = (x[:cdiv(spec.q_len, ROWS_PER_WARPGROUP)] for x in every_row_block(spec, schedule))
     shortest, longest = np.min(stop - start), np.max(stop - start)
     if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
         return 0
