@@ -17,6 +17,7 @@ __all__ = ["load"]
 def load(block: KeyBlock) -> None:
     """Loads keys and values once; then queries with their statistics, and douts, as slots become free."""
     spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
+    names = ("q",) if s.together else ("q", "dout")
     keys = (block.batch, block.head, block.tile * s.block_kv)
     tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
     tiles.load_tile(spec, gmem["v"], keys, smem["v"], bars["kv_full"])
@@ -26,8 +27,9 @@ def load(block: KeyBlock) -> None:
         slot, index = rem(i, s.num_stages), (block.batch, head, tile * s.block_q)
 
         def load_next(name: str, stats: bool) -> None:
-            tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
-            full = bars[f"{name}_full"].at[slot]
+            if name in names:
+                tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
+            full = bars[f"{name if name in names else 'q'}_full"].at[slot]
             tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
             if stats:
                 source = gmem["stats"].at[block.batch, head, pl.ds(0, len(LOADED)), pl.ds(tile * s.block_q, s.block_q)]
@@ -38,5 +40,5 @@ def load(block: KeyBlock) -> None:
         return block.walk.next(head, tile)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
-    for name in ("q_free", "dout_free"):
-        tiles.see_last_phases(bars[name], s.num_stages, block.walk.steps)
+    for name in names:
+        tiles.see_last_phases(bars[f"{name}_free"], s.num_stages, block.walk.steps)
