@@ -33,6 +33,7 @@ from pallas_flash.kernels.hopper.work import (
     every_q_range,
     every_row_block,
     has_order,
+    kv_work,
     makespan,
     worst_case,
 )
@@ -40,6 +41,7 @@ from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import cdiv
 
 __all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts", "has_keys_kernel",
            "has_mask_kernel"]
@@ -166,7 +168,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
     if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None or spec.score is not None:
         return 0
-    start, *_, stop = every_row_block(spec, schedule)
+    start, *_, stop = (x[:cdiv(spec.q_len, ROWS_PER_WARPGROUP)] for x in every_row_block(spec, schedule))
     shortest, longest = np.min(stop - start), np.max(stop - start)
     if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
         return 0
@@ -279,7 +281,10 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
     """Returns the fused form in which blocks add to dq in any order."""
     num_sms, capped = device.num_sms, spec.softcap is not None
     if spec.d == 64:
-        return KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+        # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes).
+        may_hold = not (capped or spec.dropout_rate or spec.mask.has_arrays) and bool(kv_work(spec, plain).partial)
+        return dataclasses.replace(plain, held="k") if may_hold else plain
     # Unpinned it would spill with a soft cap.
     return KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
 
