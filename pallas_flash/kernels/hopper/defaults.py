@@ -255,9 +255,10 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     num_sms, capped = device.num_sms, spec.softcap is not None
     if spec.d == 64:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
-        # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes).
+        # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes), nor one whose keys
+        # are opaque (4 bytes in the loop).
         if not (capped or spec.dropout_rate or spec.mask.has_arrays) and kv_work(spec, plain).partial:
-            plain = dataclasses.replace(plain, held="k")
+            plain = dataclasses.replace(plain, held="k", opaque=False)
     else:  # unpinned it would spill with a soft cap
         plain = KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
     ordered = _in_order(plain, spec.kv_len)
