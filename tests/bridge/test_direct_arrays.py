@@ -182,17 +182,17 @@ def test_many_small_kernels_take_longer_than_dlpack(launched, monkeypatch):  # n
     given = Operands.of(*(x.detach() for x in tensors), mask=None, bias=None, seed=None)._replace(
         kv_lengths=integers(80, 2, 90))
     call = lambda *x: torch_bridge.flash_attention(*x, kv_lengths=given.kv_lengths)
-    monkeypatch.setattr(attention, "MOST_WITH_GRADIENTS", 1)
+    monkeypatch.setattr(attention, "MOST_WITH_GRADIENTS", 20)
     compare(call, tensors)
     found = attention.known(given, numbers)
-    assert launched == [] and 1 < found.direct.runner("forward").num_kernels < 10 and found.direct.runner("backward")
+    assert launched == [] and 20 < found.direct.runner("forward").num_kernels < 40 and found.direct.runner("backward")
     said = torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
     assert "path: DLPack" in said and "small kernels of PyTorch would make what the forward reads" in said
     with torch.no_grad():
         assert "path: direct" in torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
         call(*tensors)
         assert launched == ["forward"]
-        monkeypatch.setattr(attention, "MOST_ALONE", 1)
+        monkeypatch.setattr(attention, "MOST_ALONE", 20)
         ops.attention(*Attention(given, numbers, False).flat())
         assert launched == ["forward"]
         ops.DIRECT[ops.attention](*Attention(given, numbers, False).flat())
