@@ -9,7 +9,8 @@ In one process, round by round: the host's microseconds of a forward without gra
 and both, on a problem too small to keep the device busy; what a replay of a CUDA graph of a forward, or of a forward
 and its gradients, costs the host and the device, the latter of a large problem too. In processes of their own: the
 first call, with plans on disk and without, GPU memory beside torch's allocator, and whether JAX was imported. Results
-are checked before anything is timed. It needs a Hopper GPU, and takes about two minutes there.
+are checked before anything is timed. It needs a Hopper GPU, and takes about two minutes there. With --kinds, of each
+kind of calls (lengths, ids, packed sequences, dropout, masks) what bridge_kinds.py says, and nothing else.
 """
 
 import argparse
@@ -323,11 +324,20 @@ def why_not() -> str:
     return "" if found == (9, 0) else f"the GPU here has compute capability {found[0]}.{found[1]}"
 
 
+def _asked_for(arguments: argparse.Namespace) -> Iterator[Record]:
+    if not arguments.kinds:
+        return measure(arguments.dims, arguments.rounds, arguments.repeats)
+    from bench import bridge_kinds  # which is made from this
+
+    return bridge_kinds.measure("cuda", min(arguments.rounds, 7), arguments.repeats)
+
+
 def main() -> None:
     """Prints the records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=lambda text: [int(x) for x in text.split(",")], default=[64, 128],
                         help="head sizes of first calls (default: 64,128)")
+    parser.add_argument("--kinds", action="store_true", help="the kinds of calls by both ways, in about 50 s")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=30, help="calls a turn")
     parser.add_argument("--out", type=pathlib.Path, help="also append the records to a file of this folder, such as "
@@ -337,7 +347,7 @@ def main() -> None:
         raise SystemExit(f"bench.bridge_paths measures on a GPU of compute capability 9.0 (H100, H200): {reason}. "
                          "Run it there, with jax[cuda13] and a PyTorch for CUDA 13.")
     where = environment.describe()
-    for record in measure(arguments.dims, arguments.rounds, arguments.repeats):
+    for record in _asked_for(arguments):
         print(json.dumps(record), flush=True)
         if arguments.out:
             records.append(arguments.out / records.file_name(where), {"environment": where} | record)

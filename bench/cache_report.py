@@ -11,19 +11,22 @@ __all__ = ["Rows", "decoding", "sequences"]
 Record = dict[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 NAMES = {"reads": "reads alone", "torch": "PyTorch", "torch-cudnn": "PyTorch (cuDNN)"}
-"""What decoding is timed beside."""
+BRIDGE = "bridge", "torch_bridge"
+"""What decoding is timed beside; the second since records have it."""
 
 
 def decoding(found: list[Record]) -> Rows:
     """One row a problem, of the latest record: microseconds, GB/s, and how many times faster ours is than others."""
     newest = records.latest([r for r in found if r["kind"] == "decode"], "problem")
-    rows = []
+    rows, names = [], NAMES.copy()
+    if any(BRIDGE[0] in record["us"] for record in newest.values()):
+        names |= dict([BRIDGE])
     for (problem,), record in newest.items():
-        over = {name: record["speed_over"].get(name) for name in NAMES}
+        over = {name: record["speed_over"].get(name) for name in names}
         rows.append([f"`{problem}`", f"{record['us']['ours']:.1f}", f"{record['gbytes']['ours']:,.0f}",
                      *(f"{record['us'][name]:.1f} ({ratio['median']:.2f})" if ratio else "–"
                        for name, ratio in over.items())])
-    return ["problem", "pallas_flash, us", "GB/s", *(f"{name}, us" for name in NAMES.values())], rows
+    return ["problem", "pallas_flash, us", "GB/s", *(f"{name}, us" for name in names.values())], rows
 
 
 def sequences(found: list[Record]) -> Rows:

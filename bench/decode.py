@@ -1,8 +1,9 @@
 """Decoding against a cache, in bytes of keys and values a second: `python -m bench.decode`, one JSON object a line.
 
 Beside `cache.attend`: the reads of the Hopper kernel alone, without a product, which nothing that reads the same keys
-can beat by much; and PyTorch's scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous
-and every sequence fills the cache. Short calls are timed in chains (bench/chain.py), PyTorch's in CUDA graphs.
+can beat by much; `flash_attn_with_kvcache` of our bridge, the same kernel launched from PyTorch; and PyTorch's own
+scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous and sequences fill the cache.
+Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
 
@@ -174,6 +175,22 @@ def _torch(backend: str | None, problem: Problem, q: jax.Array, filled: cache.Ca
     return lambda count: torch_contestants.graph(lambda: attend, count)
 
 
+def _bridge(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    import torch
+
+    from torch_bridge.direct import counters
+    from torch_bridge.flash_attn import flash_attn_with_kvcache
+    tensors = [torch.from_dlpack(x).transpose(1, 2) for x in (q, filled.key, filled.value)]
+    table = None if filled.page_table is None else torch.from_dlpack(filled.page_table)
+    lengths = torch.from_dlpack(filled.lengths)
+
+    def attend() -> dict[str, Any]:
+        return {"out": flash_attn_with_kvcache(*tensors, cache_seqlens=lengths, block_table=table, causal=True)}
+
+    # Beyond that, a captured call begins with a fill of its counters.
+    return lambda count: torch_contestants.graph(lambda: attend, min(count, counters.CAPTURED // 2))
+
+
 def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     q, filled = problem.arrays()
     more = problem.more_arrays()
@@ -181,8 +198,10 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     if jax.default_backend() != "gpu":
         return found
     found["reads"] = _reads(problem, q, filled)
-    is_plain = problem.q_len == 1 and not problem.page and not more and problem.shortest is None
-    if importlib.util.find_spec("torch") and is_plain:
+    has_torch = importlib.util.find_spec("torch") is not None
+    if has_torch and not more:
+        found["bridge"] = _bridge(problem, q, filled)
+    if has_torch and problem.q_len == 1 and not problem.page and not more and problem.shortest is None:
         found |= {name: _torch(backend, problem, q, filled)
                   for name, backend in (("torch", None), ("torch-cudnn", "CUDNN_ATTENTION"))}
     return found

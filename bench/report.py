@@ -2,7 +2,7 @@
 
 What stands in a page between `<!-- generated: NAME -->` and `<!-- end generated -->` is replaced by the block of that
 name. "headline" is the short table of the README; "benchmarks" is everything, with a section for each GPU that was
-measured. A block whose records do not exist says so.
+measured, and "coverage" is what runs on which. A block whose records do not exist says so.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import cache_report, feature_report, path_report, plots, records
+from bench import cache_report, coverage, feature_report, path_report, plots, records
 
 __all__ = ["HEADLINE", "block", "write"]
 
@@ -292,11 +292,18 @@ def _of_a_gpu(found: list[Record]) -> str:
     return "\n\n".join([*(_measured_on(record) + "." for record in _speeds(found)[-1:]), *parts])
 
 
+def _coverage(found: list[Record]) -> str:
+    """What an automatic choice runs on which GPU, and of which there are records of speed."""
+    measured = {r["environment"]["device"] for r in found
+                if r["environment"]["platform"] == "gpu" and r["kind"] == "speed"}
+    return _table(*coverage.rows(measured))
+
+
 def block(name: str, found: list[Record]) -> str | None:
     """The text of a block, of the newest GPU if it is about one; None if there is no block of that name."""
     if name in OF_A_GPU:
         return OF_A_GPU[name][1](_newest_gpu(found))
-    made = {"headline": _headline, "benchmarks": _all, "environment": _environment} | {
+    made = {"headline": _headline, "benchmarks": _all, "environment": _environment, "coverage": _coverage} | {
         other: make for other, (_, make) in OTHERS.items()}
     return made[name](found) if name in made else None
 

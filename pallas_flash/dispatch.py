@@ -81,7 +81,8 @@ class Implementation:
       is_made_for: (device) -> whether it was written for that kind of device: an automatic choice that leaves it there
         warns.
       launches: where the passes of a spec come from as lists of kernel launches, a function written "module:name":
-        (spec, device) -> the forward, the backward (`kernels.mosaic.launch.Pass`); None: they are JAX's own programs.
+        (spec, device) -> the forward, the backward (`kernels.mosaic.launch.Pass`; None if that alone is no such list);
+        None: they are JAX's own programs.
       not_measured: (spec) -> what of the spec it computes, but has not yet computed on a GPU in our tests, as reasons
         against an automatic choice: who names the implementation gets it.
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
@@ -159,8 +160,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                     Schedules("pallas_flash.kernels.ampere.defaults:default_backward",
                               "pallas_flash.kernels.ampere.rules:reasons_against",
                               "pallas_flash.kernels.ampere.defaults:assume",
-                              "pallas_flash.kernels.ampere.schedule:kernels")), not_measured=ampere.not_measured,
-                   copies=padding.copies),
+                              "pallas_flash.kernels.ampere.schedule:kernels")), ampere.is_made_for,
+                   "pallas_flash.kernels.ampere.calls:passes", ampere.not_measured, copies=padding.copies),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -193,8 +194,9 @@ class Decision:
         before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(self.implementation)]
         return tuple(row for row in before if row.is_made_for(self.device))
 
-    def passes(self) -> tuple[Any, Any] | None:
-        """The forward and the backward as lists of launches (`Implementation.launches`); None where there are none."""
+    def passes(self) -> tuple[Any, ...] | None:
+        """The passes of `launches.Passes` as lists of launches (`Implementation.launches`); None where there are none.
+        """
         where = self.implementation.launches
         return None if where is None else pkgutil.resolve_name(where)(self.spec, self.device)
 

@@ -259,20 +259,22 @@ class AttentionSpec:
         """The shape of an array of this problem, in its layout."""
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
 
-    def anchor(self, operands: Operands) -> Float[Array, "1|b 1|h 1|t 1"]:
-        """`softmax.anchor` of the bias where the mask keeps it."""
+    def anchor(self, operands: Operands, at_once: int = ANCHOR_ROWS) -> Float[Array, "1|b 1|h 1|t 1"]:
+        """`softmax.anchor` of the bias where the mask keeps it, which is made for so many rows at once."""
         assert operands.bias is not None
         bias: Array = jax.lax.stop_gradient(operands.bias)
         if isinstance(self.mask, masks.Full):
             return softmax.anchor(bias)
-        kv_pos, count = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :], min(ANCHOR_ROWS, self.q_len)
+        kv_pos, count = jnp.arange(self.kv_len, dtype=jnp.int32)[None, :], min(at_once, self.q_len)
 
         def rows(first: Int[Array, ""]) -> Array:
             q_pos = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), self.q_len - 1)
             keep = masks.over_batch(operands.mask, lambda part: part.keep(q_pos[:, None], kv_pos))
-            part = bias if bias.shape[2] == 1 else jnp.take(bias, q_pos, axis=2)
+            part = bias if bias.shape[2] == 1 or count == self.q_len else jnp.take(bias, q_pos, axis=2)
             return softmax.anchor(jnp.where(keep, part, jnp.full_like(part, -jnp.inf)))[..., 0]
 
+        if count == self.q_len:
+            return rows(jnp.int32(0))[..., None]
         found = jax.lax.map(rows, jnp.arange(0, self.q_len, count, dtype=jnp.int32))
         return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1)[..., :self.q_len, None]
 

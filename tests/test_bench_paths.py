@@ -12,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench import bridge_paths, first_call, report  # noqa: E402
+from bench import bridge_kinds, bridge_paths, first_call, report  # noqa: E402
 from bench.bridge_paths import PATHS, Path  # noqa: E402
+from torch_bridge.direct import attention  # noqa: E402
 
 WRONG = Path("wrong", "Wrong", lambda q, k, v, is_causal: q + k + v)
 FAILS = Path("fails", "Fails", lambda q, k, v, is_causal: q / {}["no plan"])
@@ -29,6 +30,20 @@ def test_the_host_of_each_way_is_timed_once_its_results_are_right(monkeypatch):
     assert [r["what"] for r in timed] == ["forward", "forward with gradient", ".backward()", "forward and .backward()",
                                           "forward and autograd.grad"]
     assert all(r["path"] == "torch" and r["host_us"] > 0 and r["over_torch"]["median"] == 1 for r in timed)
+
+
+def test_kinds_of_calls_are_timed_once_both_ways_agree(monkeypatch):
+    monkeypatch.setattr(bridge_kinds, "LENGTH", 16)
+    wrong = bridge_kinds.Kind("wrong", lambda x, device: sum(x) * (1 + int(os.environ[bridge_paths.VARIABLE])))
+    fails = bridge_kinds.Kind("fails", lambda x, device: x["no plan"])
+    kinds = *(kind for kind in bridge_kinds.KINDS if kind.name in ("dropout, causal", "ids, one query")), wrong, fails
+    kinds = tuple(kind._replace(q_len=min(kind.q_len, 16)) for kind in kinds)
+    found = [*bridge_kinds.measure("cpu", 2, 1, kinds)]
+    assert {r["case"]: r["reason"][:8] for r in found if "reason" in r} == {"wrong": "the ways", "fails": "direct: "}
+    timed = [(r["case"], r["what"], r["path"]) for r in found if "reason" not in r and r["host_us"] > 0]
+    assert timed == [(case, what, path) for case in ("ids, one query", "dropout, causal")
+                     for what in bridge_kinds.CALLS for path in ("direct", "dlpack")]
+    assert attention.MOST_ALONE < attention.MOST_WITH_GRADIENTS < 1000, "as before"
 
 
 def test_a_way_is_taken_only_while_it_is_measured(monkeypatch):

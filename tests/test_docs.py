@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,17 @@ def test_python_runs(page, tmp_path):
                           capture_output=True)
     assert done.returncode == 0, f"{page}: exit {done.returncode}\n{done.stderr[-4000:]}"
     assert "implementation='xla'" in done.stdout
+
+
+def test_the_table_of_what_runs_where_is_what_dispatch_says():
+    """`python -m bench report` writes it. With JAX 0.12 a Hopper GPU's compiler may have its say."""
+    pytest.importorskip("matplotlib")
+    if jax.__version_info__ >= (0, 12):
+        pytest.skip("the table is that of JAX 0.11")
+    from bench import records, report
+    block = next(match for match in report.MARKERS.finditer((ROOT / "README.md").read_text())
+                 if match["name"] == "coverage")
+    assert block[0] == f"{block[1]}{report.block('coverage', records.read(records.RESULTS))}\n{block[3]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -13,7 +13,12 @@ except ModuleNotFoundError as error:
 
 from torch_bridge import context, flash_attn, memory, transformers
 from torch_bridge.activation import activate
-from torch_bridge.explanation import explain, explain_flash_attention, precompile
+from torch_bridge.explanation import (
+    explain,
+    explain_flash_attention,
+    explain_flash_attn_with_kvcache,
+    precompile,
+)
 from torch_bridge.flash import flash_attention
 from torch_bridge.lse import combine
 from torch_bridge.partial import partial_attention, partial_attention_backward
@@ -21,9 +26,9 @@ from torch_bridge.patching import patched
 from torch_bridge.records import report
 from torch_bridge.sdpa import scaled_dot_product_attention
 
-__all__ = ["activate", "combine", "explain", "explain_flash_attention", "flash_attention", "flash_attn",
-           "partial_attention", "partial_attention_backward", "patched", "precompile", "report",
-           "scaled_dot_product_attention", "transformers"]
+__all__ = ["activate", "combine", "explain", "explain_flash_attention", "explain_flash_attn_with_kvcache",
+           "flash_attention", "flash_attn", "partial_attention", "partial_attention_backward", "patched", "precompile",
+           "report", "scaled_dot_product_attention", "transformers"]
 
 memory.share_with_torch()
 context.undo_start_of_jax()

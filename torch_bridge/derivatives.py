@@ -67,8 +67,10 @@ def _recorded(operator: ops.Operator, args: Sequence[object]) -> ops.Operator:
     if operator is ops.attention:
         is_direct = tracing.is_direct(operands, numbers, "forward")
     else:
-        is_whole = AttentionBackward.of(args).results.stats.dim() == 4  # else lse alone, which goes through DLPack
-        is_direct = is_whole and tracing.is_direct(operands, numbers, "backward")
+        call = AttentionBackward.of(args)
+        is_whole = call.results.stats.dim() == 4  # else lse alone, which goes through DLPack
+        is_direct = is_whole and tracing.is_direct(operands, numbers, "backward") and (
+            operands.bias is None or not call.needs.bias or tracing.is_direct(operands, numbers, "dbias"))
     return ops.DIRECT[operator] if is_direct else operator
 
 

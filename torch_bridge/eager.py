@@ -20,9 +20,10 @@ from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops, routes
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
-from torch_bridge.direct import shortcut
+from torch_bridge.direct import decoding, shortcut
 
-__all__ = ["attend", "attend_again", "attend_recent", "attend_with_lse"]
+__all__ = ["attend", "attend_again", "attend_recent", "attend_to_cache", "attend_with_lse",
+           "recent_cache"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 # The keys that a thread adds to those of tensors where nothing intercepts calls. Modes, transforms and tracers of every
@@ -81,6 +82,22 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
             return out
         return routes.attend(operands, numbers)
     return _by_operator(operands, numbers, needs_grad).out
+
+
+def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | None:
+    """out and the statistics of rows (`decoding.attend`); None: something intercepts the call, or it is not taken."""
+    kind, dtype = call.query.device.type, call.query.dtype
+    if torch.compiler.is_compiling() or not _is_plain(call) or (
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+        return None
+    return decoding.attend(call, rules)
+
+
+def recent_cache(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> decoding.Known | None:
+    """What is known of a call to a cache (`decoding.recent`); None: nothing is, or something intercepts it."""
+    if torch.compiler.is_compiling() or not _nothing_intercepts() or torch.is_autocast_enabled(tensors[0].device.type):
+        return None
+    return decoding.recent(tensors, options)
 
 
 def attend_with_lse(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:

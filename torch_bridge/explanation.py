@@ -1,18 +1,18 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
 import inspect
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from torch_bridge import flash, messages, sdpa, strides
+from torch_bridge import flash, flash_attn, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, lengths, requirements, storage
+from torch_bridge.direct import attention, cache, decoding, lengths, requirements, storage
 
 if TYPE_CHECKING:
     from pallas_flash.device import Device
 
-__all__ = ["explain", "explain_flash_attention", "precompile"]
+__all__ = ["explain", "explain_flash_attention", "explain_flash_attn_with_kvcache", "precompile"]
 
 
 def explain(
@@ -40,13 +40,45 @@ def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
 
 
+def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                                    **keywords: Any) -> str:
+    """What `flash_attn.flash_attn_with_kvcache` would do with these arguments, which it has by the same names: the
+    kernel that reads the cache, or why another, and what is copied on the way. Nothing is appended or computed.
+    """
+    for name in keywords:
+        if name not in inspect.signature(flash_attn.flash_attn_with_kvcache).parameters:
+            raise messages.unknown_keyword(flash_attn.flash_attn_with_kvcache, name)
+    call = flash_attn.cached_call(q, k_cache, v_cache, **keywords)
+    with torch.no_grad():
+        given, rules = call.decoding()
+        why_not = decoding.why_not_direct(given, rules)
+        if not call.is_at_the_end:
+            why_not = "queries before the first key would see nothing: causal attention, or as many new keys, is needed"
+        if why_not is not None:
+            copies = [] if call.cache.rows is call.cache.pages is None else ["k_cache, v_cache: the rows or pages that "
+                                                                             "are named are copied"]
+            return "\n".join((f"not the kernel of caches ({why_not}), but attention with lengths:", *copies,
+                              _explain(*call.with_lengths())))
+    from pallas_flash import dispatch
+    from torch_bridge.direct import lower
+
+    problem = decoding.problem_of(given, rules)
+    # The backward that dispatch names is JAX's alone.
+    said = [line for line in dispatch.explain(lower.spec_of(problem), _device(q.device)).splitlines()
+            if not line.startswith("  backward")]
+    copied = storage.copy_reason(given.query, problem.layout)
+    return "\n".join((*said, decoding.path(given, rules), "k_cache, v_cache: read where they lie, not copied",
+                      f"q: {'shared, not copied' if copied is None else 'copied: ' + copied}",
+                      "gradients: none are computed"))
+
+
 def _explain(operands: Operands, numbers: Numbers) -> str:
     query, key, value, mask, bias, *_ = operands
     if operands.is_empty:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    why_not = _why_not_direct(operands, numbers)
+    why_not = _why_not_direct(operands, numbers) or _why_slow(operands, numbers)
     decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
     if why_not is None and decision.implementation.launches is None:
         why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
@@ -58,10 +90,13 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
     lines = [str(decision), _path(operands, numbers, why_not),
              f"layout {layout}: read and written as {order} storage"]
     reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
-    if (array := mask if bias is None else bias) is not None:
+    array = mask if bias is None else bias
+    if array is not None and why_not is not None:
         reasons["attn_mask"] = copy_reason(array, "BHLD")
     lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
               for name, reason in reasons.items()]
+    if array is not None and why_not is None:
+        lines.append(f"attn_mask: {_as_read(array)}")
     out = torch.empty_strided(query.shape[:3] + value.shape[3:], strides.like_query(query, value.shape[3]),
                               device="meta")
     same = strides.in_layout(out, layout).is_contiguous()
@@ -87,6 +122,27 @@ def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
         return f"{attention.VARIABLE}=0 is set"
     return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
             or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+
+
+def _as_read(array: torch.Tensor) -> str:
+    """What launches read of a mask or a bias."""
+    if array.dtype == torch.bool:
+        return "made into bits, once for the forward and once for the backward"
+    if array.shape[2] == 1:
+        return "copied: where it is -inf, a mask hides the key"
+    return ("shared, where its lengths are whole tiles; else copied and filled up" if array.is_contiguous() else
+            f"copied: strides {tuple(array.stride())} of shape {tuple(array.shape)} are not dense")
+
+
+def _why_slow(operands: Operands, numbers: Numbers) -> str | None:
+    """Why an eager call goes through DLPack although it could be launched directly; None: it does
+    not, or its plan is not loaded.
+    """
+    call = attention.known(operands, numbers)
+    if call is None or lengths.shared(operands, numbers, "forward") is not None:
+        return None
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands.differentiable)
+    return call.slow_reason("forward", attention.MOST_WITH_GRADIENTS if needs_grad else attention.MOST_ALONE)
 
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:

@@ -8,13 +8,15 @@ are aligned at the bottom right: the query at i is at the key i + seqlen_k - seq
 NotImplementedError that names the argument.
 """
 
+import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from torch_bridge import flash, messages, packed, sdpa
-from torch_bridge.arguments import Numbers
+from torch_bridge import eager, flash, kv_cache, messages, packed, sdpa
+from torch_bridge.arguments import Numbers, Operands
+from torch_bridge.direct import decoding
 from torch_bridge.kv_cache import KVCache, Rotary
 
 __all__ = [
@@ -150,13 +152,15 @@ def flash_attn_with_kvcache(
     Args:
       q: (batch, seqlen_q, heads, dim).
       k_cache, v_cache: (batch, seqlen_cache, heads_k, dim), of the rows cache_batch_idx if it is given; with
-        block_table pages (pages, page_length, heads_k, dim). They are read where they lie, but rows that
-        cache_batch_idx names, and pages, are copied first: seqlen_cache positions of each sequence, in every call.
+        block_table pages (pages, page_length, heads_k, dim). They are read where they lie; but where the kernel of
+        caches does not take the call, rows that cache_batch_idx names, and pages, are copied first: seqlen_cache
+        positions of each sequence, in every call. `torch_bridge.explain_flash_attn_with_kvcache` says which.
       k, v: (batch, seqlen_new, heads_k, dim), written from position cache_seqlens of each sequence on.
       rotary_cos, rotary_sin: (positions, rotary_dim / 2): k is rotated at the positions it is written to, q at those
         from cache_seqlens on, or, without causal and a window, all of it at cache_seqlens. Only with k and v.
       cache_seqlens: how many positions count already: one number, or integers (batch,), at least 0 and at most
-        seqlen_cache - seqlen_new, which is checked on a CPU only. None: all, and no k and v.
+        seqlen_cache - seqlen_new, which is checked on a CPU only. None: all, and no k and v. int32 tensors are read by
+        the kernel alone: a call captured in a CUDA graph is replayed with other lengths.
       cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
       cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
       block_table: integers (batch, pages of a sequence); not with cache_batch_idx.
@@ -170,25 +174,59 @@ def flash_attn_with_kvcache(
       RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
       NotImplementedError: cache_leftpad with rotary_cos or block_table; alibi_slopes without causal.
     """
-    if cache_leftpad is not None and (rotary_cos is not None or block_table is not None):
-        other = "block_table" if rotary_cos is None else "rotary_cos"
-        raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
-    messages.require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
+    numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
+    usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
-        cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
-        cache.check(q.shape[0])
-        rotary = _rotary(rotary_cos, rotary_sin, rotary_interleaved, q, k)
-        new = _check_new(cache, k, v, cache_seqlens, q.shape[0])
-        before = _lengths(cache_seqlens, q, cache, new)
-        if rotary is not None:
-            q, k = _rotated(rotary, q, k, before, options)
-        if k is not None and v is not None:
-            cache.append(k, v, before)
-        lengths = before + new
-        out, lse = _cached(q, cache, lengths, cache_leftpad, options, return_softmax_lse)
-        return out if lse is None else (out, lse)
+        if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
+            out, lse = kv_cache.again(known, q, cache, (k, v), usual[3])
+            return (out, lse) if return_softmax_lse else out
+        call, append = to_cache(q, cache, (k, v), options, (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens,
+                                cache_leftpad)
+        if append is not None:
+            call.cache.append(*append)
+        out, found = call.attended(return_softmax_lse)
+        if usual is not None and call.is_at_the_end:
+            decoding.learn(usual, numbers, *call.decoding())
+        return out if found is None else (out, found)
+
+
+def to_cache(
+    q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], options: "_Options",
+    rotary: tuple[torch.Tensor | None, torch.Tensor | None, bool], cache_seqlens: int | torch.Tensor | None,
+    leftpad: torch.Tensor | None,
+) -> "tuple[Cached, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]":
+    """The checked arguments of `flash_attn_with_kvcache`, and what is to be appended before, if anything is: keys,
+    values and their first positions.
+    """
+    (k, v), (cos, sin, interleaved) = new, rotary
+    if leftpad is not None and (cos is not None or cache.pages is not None):
+        other = "block_table" if cos is None else "rotary_cos"
+        raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
+    messages.require_tensors(q=q, k_cache=cache.keys, v_cache=cache.values)
+    _check_rank(4, "(batch, seqlen, heads, dim)", q=q, **{name: x for name, x in (("k", k), ("v", v)) if x is not None})
+    cache.check(q.shape[0])
+    turned = Rotary.of(cos, sin, interleaved, q, k)
+    count = _check_new(cache, k, v, cache_seqlens, q.shape[0])
+    before = _lengths(cache_seqlens, q, cache, count)
+    if turned is not None:
+        q, k = _rotated(turned, q, k, before, options)
+    call = Cached(q, cache, before + count if count else before, count, leftpad, options)
+    return call, None if k is None or v is None else (k, v, before)
+
+
+def cached_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **keywords: Any) -> "Cached":
+    """The checked arguments of `flash_attn_with_kvcache`, which it has by the same names; nothing is appended."""
+    bound = inspect.signature(flash_attn_with_kvcache).bind(q, k_cache, v_cache, **keywords)
+    bound.apply_defaults()
+    x = bound.arguments
+    options = _Options(0.0, x["softmax_scale"], x["causal"], x["window_size"], x["softcap"], x["alibi_slopes"], False)
+    with torch.no_grad():
+        call, _ = to_cache(q, KVCache(k_cache, v_cache, x["cache_batch_idx"], x["block_table"]), (x["k"], x["v"]),
+                           options, (x["rotary_cos"], x["rotary_sin"], x["rotary_interleaved"]), x["cache_seqlens"],
+                           x["cache_leftpad"])
+    return call
 
 
 class _Options(NamedTuple):
@@ -308,23 +346,75 @@ def _of_tokens(slopes: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     return slopes[..., None] if slopes.shape[0] == 1 else slopes[sequence].T[None]
 
 
-def _cached(q: torch.Tensor, cache: KVCache, lengths: torch.Tensor, leftpad: torch.Tensor | None, options: _Options,
-            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    batch, q_len, heads, _ = q.shape
-    at, slopes = torch.arange(cache.length, device=q.device), options.slopes(batch, heads)
-    to_last = lengths[:, None] - 1 - at
-    bias = None if slopes is None else _key_bias(slopes[..., None], to_last, q)
-    ids = None
-    if leftpad is not None:
-        first = flash.integers("cache_leftpad", leftpad, q.transpose(1, 2))
-        ids = first.new_zeros((batch, q_len)), torch.where(at >= first[:, None], 0, -1).to(torch.int32)
-    call = _prepared((q, *cache.read()), bias, options)
-    places = options.places(lengths - q_len, kv_lengths=lengths, segment_ids=ids)
-    operands, numbers = places.within(call.operands, options.applied(call.numbers))
-    out, lse = flash.attend(operands, numbers, None, return_lse=return_lse)
-    if slopes is not None:
-        lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
-    return out.transpose(1, 2), lse
+class Cached(NamedTuple):
+    """Checked arguments of attention to a cache that holds the new keys."""
+
+    q: torch.Tensor
+    cache: KVCache
+    lengths: torch.Tensor  # the new keys included
+    new: int  # how many there are
+    leftpad: torch.Tensor | None
+    options: _Options
+
+    def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
+        found = None
+        if not torch.compiler.is_compiling() and decoding.is_asked(self.q.device) and self.is_at_the_end:
+            found = eager.attend_to_cache(*self.decoding())
+        if found is None:
+            out, lse = flash.attend(*self.with_lengths(), None, return_lse)
+        else:
+            out, lse = found.out, found.stats[:, :, 0] if return_lse else None
+        slopes = self._slopes()
+        if slopes is not None:
+            to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
+            lse = _with_query_bias(lse, slopes[..., None], to_last[None])
+        return out.transpose(1, 2), lse
+
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether no query sees more than it would if those before the first key saw nothing."""
+        q_len, (_, right) = self.q.shape[1], self.options.places(0).sides(_NO_RULE)
+        return q_len == 1 or q_len <= self.new or (right is not None and right <= 0)
+
+    def decoding(self) -> tuple[decoding.Call, decoding.Rules]:
+        """As the kernel of caches takes it: rows of a larger cache are pages of that length."""
+        cache, options, table = self.cache, self.options, self.cache.pages
+        if cache.rows is not None:
+            table = cache.rows[:, None]
+        query, key, value = (x.transpose(1, 2) for x in (self.q, cache.keys, cache.values))
+        left, right = options.places(0).sides(_NO_RULE)
+        bias, leftpad = self._bias(), self.leftpad
+        if leftpad is not None:
+            first = flash.integers("cache_leftpad", leftpad, query)[:, None, None, None]
+            shown = torch.arange(cache.length, device=query.device) >= first
+            bias = torch.where(shown, 0.0 if bias is None else bias, -torch.inf)
+        return (decoding.Call(query, key, value, self.lengths, None if table is None else table.to(torch.int32), bias),
+                decoding.Rules(left, right, flash.checked_softcap(options.softcap or None), options.softmax_scale))
+
+    def with_lengths(self) -> tuple[Operands, Numbers]:
+        """As other kernels take it; rows and pages are copied."""
+        q, lengths, options, ids = self.q, self.lengths, self.options, None
+        if self.leftpad is not None:
+            first = flash.integers("cache_leftpad", self.leftpad, q.transpose(1, 2))
+            shown = torch.arange(self.cache.length, device=q.device) >= first[:, None]
+            ids = first.new_zeros(q.shape[:2]), torch.where(shown, 0, -1).to(torch.int32)
+        call = _prepared((q, *self.cache.read()), self._bias(), options)
+        places = options.places(lengths - q.shape[1], kv_lengths=lengths, segment_ids=ids)
+        return places.within(call.operands, options.applied(call.numbers))
+
+    def _slopes(self) -> torch.Tensor | None:
+        return self.options.slopes(self.q.shape[0], self.q.shape[2])
+
+    def _bias(self) -> torch.Tensor | None:
+        slopes = self._slopes()
+        if slopes is None:
+            return None
+        at = torch.arange(self.cache.length, device=self.q.device)
+        return _key_bias(slopes[..., None], self.lengths[:, None] - 1 - at, self.q)
+
+
+_NO_RULE = Numbers.of(causal_offset=None, scale=None, dropout_p=0.0)
 
 
 def _check_new(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, cache_seqlens: object,
@@ -357,19 +447,6 @@ def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: K
     if not 0 <= count <= room:
         raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache, or give the sequence more pages")
     return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
-
-
-def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, q: torch.Tensor,
-            k: torch.Tensor | None) -> Rotary | None:
-    if cos is None and sin is None:
-        return None
-    if cos is None or sin is None or k is None:
-        raise messages.must("rotary_cos and rotary_sin go together, and with k and v",
-                            f"rotary_cos={type(cos).__name__}, rotary_sin={type(sin).__name__}, k={type(k).__name__}",
-                            "Rotate q before the call where nothing is appended")
-    rotary = Rotary(cos, sin, interleaved)
-    rotary.check(q.shape[3])
-    return rotary
 
 
 def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: torch.Tensor,

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import flash, messages
+from torch_bridge.direct import decoding
 
-__all__ = ["KVCache", "Rotary"]
+__all__ = ["KVCache", "Rotary", "again", "usual"]
 
 
 class KVCache(NamedTuple):
@@ -52,17 +53,26 @@ class KVCache(NamedTuple):
 
     def append(self, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> None:
         """Writes (batch, new, heads, dim) in place, from position at (batch,) of each sequence on."""
-        pos = at.long()[:, None] + torch.arange(key.shape[1], device=key.device)
+        places = self._places(at, key.shape[1])
+        for cache, new in ((self.keys, key), (self.values, value)):
+            if cache.is_contiguous():
+                cache.view(-1, *cache.shape[2:]).index_put_((places,), new)
+            else:
+                cache.index_put_((places // cache.shape[1], places % cache.shape[1]), new)
+
+    def _places(self, at: torch.Tensor, count: int) -> torch.Tensor:
+        """(batch, count) int64: row * length + position in it, of so many positions from `at` on."""
+        length, batch, device = self.keys.shape[1], at.shape[0], at.device
+        pos = at.long()[:, None]
+        if count > 1:
+            pos = pos + torch.arange(count, device=device)
         if self.pages is not None:
-            page_length = self.keys.shape[1]
-            pages = self.pages.long().gather(1, pos // page_length)
+            pages = self.pages.gather(1, pos // length)
             _check_range("block_table", pages, self.keys.shape[0], "page of k_cache")
-            index = (pages, pos % page_length)
-        else:
-            rows = torch.arange(key.shape[0], device=key.device) if self.rows is None else self.rows.long()
-            index = (rows[:, None].expand_as(pos), pos)
-        self.keys.index_put_(index, key)
-        self.values.index_put_(index, value)
+            return pages * length + pos % length
+        if self.rows is not None:
+            return self.rows.long()[:, None] * length + pos
+        return pos if batch == 1 else pos + torch.arange(0, batch * length, length, device=device)[:, None]
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, length, heads, dim): the cache itself, or a copy of what rows or pages name."""
@@ -91,6 +101,21 @@ class Rotary(NamedTuple):
     sin: torch.Tensor
     interleaved: bool  # entries 0 and 1, 2 and 3, ... are pairs; else 0 and rotary_dim / 2, ...
 
+    @classmethod
+    def of(cls, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, q: torch.Tensor,
+           k: torch.Tensor | None) -> "Rotary | None":
+        """The checked embeddings of a call with these queries and new keys; None: it has none."""
+        if cos is None and sin is None:
+            return None
+        if cos is None or sin is None or k is None:
+            raise messages.must(
+                "rotary_cos and rotary_sin go together, and with k and v",
+                f"rotary_cos={type(cos).__name__}, rotary_sin={type(sin).__name__}, k={type(k).__name__}",
+                "Rotate q before the call where nothing is appended")
+        found = cls(cos, sin, interleaved)
+        found.check(q.shape[3])
+        return found
+
     def check(self, dim: int) -> None:
         """Raises where shapes do not fit to heads of a dim."""
         if self.cos.dim() != 2 or self.cos.shape != self.sin.shape or 2 * self.cos.shape[1] > dim:
@@ -109,3 +134,33 @@ class Rotary(NamedTuple):
         a, b = turned.unflatten(-1, shape).unbind(axis)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), axis).flatten(-2)
         return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+# --- calls like one before -------------------------------------------------------------------------------------------
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def usual(q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], lengths: object,
+          others: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
+    """All tensors of a call that may be known by them, lengths the fourth; None: it has others, or lengths that are
+    converted first, or none that a kernel would be launched for.
+    """
+    if torch.compiler.is_compiling() or cache.rows is not None or any(x is not None for x in others):
+        return None
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int32 or type(q) not in _PLAIN:
+        return None
+    tensors = tuple(x for x in (q, cache.keys, cache.values, lengths, cache.pages, *new) if x is not None)
+    return tensors if all(type(x) in _PLAIN for x in tensors) and decoding.is_asked(q.device) else None
+
+
+def again(known: decoding.Known, q: torch.Tensor, cache: KVCache,
+          new: tuple[torch.Tensor | None, torch.Tensor | None],
+          lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a call like others before it, which were checked."""
+    k, v = new
+    if k is not None and v is not None:
+        cache.append(k, v, lengths)
+        lengths = lengths + k.shape[1]
+    tensors = q, cache.keys, cache.values, lengths
+    return known.attend(tensors if cache.pages is None else (*tensors, cache.pages))

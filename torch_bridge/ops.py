@@ -13,6 +13,7 @@ gradients have the dtype of stats (`partial.py`). A result that is not asked for
 needs) is an empty tensor of shape (0,). The first call that computes imports JAX.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -62,19 +63,19 @@ dropout_seed = torch.ops.pallas_flash.dropout_seed.default
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def _attention(*args: object) -> tuple[torch.Tensor, ...]:
+def _attention(*args: object, in_graph: bool = False) -> tuple[torch.Tensor, ...]:
     call = Attention.of(args)
     if call.operands.is_empty:
         out, stats = _fake_attention(*args)
         return out.zero_(), stats.fill_(-torch.inf)  # nothing reads the statistics
-    return routes.forward(*call)
+    return routes.forward(*call, in_graph)
 
 
-def _attention_backward(*args: object) -> tuple[torch.Tensor, ...]:
+def _attention_backward(*args: object, in_graph: bool = False) -> tuple[torch.Tensor, ...]:
     call = AttentionBackward.of(args)
     if call.operands.is_empty or all(x is None for x in call.cotangents):
         return tuple(grad.zero_() for grad in _fake_attention_backward(*args))
-    return routes.backward(*call)
+    return routes.backward(*call, in_graph)
 
 
 def _attention_double_backward(*args: object) -> tuple[torch.Tensor, ...]:
@@ -110,9 +111,9 @@ def draw_seed(like: torch.Tensor, lead: Sequence[int] = ()) -> torch.Tensor:
 for _key in ("CPU", "CUDA"):
     library.impl("dropout_seed", draw_seed, _key)
     library.impl("row_anchor", _row_anchor, _key)
-    for _suffix in ("", "_direct"):
-        library.impl(f"attention{_suffix}", _attention, _key)
-        library.impl(f"attention_backward{_suffix}", _attention_backward, _key)
+    for _suffix, _in_graph in (("", False), ("_direct", True)):
+        library.impl(f"attention{_suffix}", functools.partial(_attention, in_graph=_in_graph), _key)
+        library.impl(f"attention_backward{_suffix}", functools.partial(_attention_backward, in_graph=_in_graph), _key)
     library.impl("attention_double_backward", _attention_double_backward, _key)
 
 

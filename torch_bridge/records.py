@@ -20,7 +20,8 @@ class Row(NamedTuple):
 
     calls: int
     what: str
-    """The pass: "forward", "backward", "double backward", "row anchor". Or what else was done for a call: "mask"."""
+    """The pass: "forward", "backward", "double backward", "row anchor", "decode" (the forward of a cache). Or what else
+    was done for a call: "mask"."""
     implementation: str
     """Of pallas_flash: "hopper", "ampere", "xla" or "reference"; "torch": a call was left to PyTorch's own function; of
     a mask "dense": it was written out."""

@@ -6,12 +6,13 @@
 JAX is imported by the first call that goes through DLPack.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import lengths
+from torch_bridge.direct import attention, lengths
 
 if TYPE_CHECKING:
     from pallas_flash.arrays import Array
@@ -24,7 +25,7 @@ type Stats = "Array" | torch.Tensor
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     """`forward`'s out alone."""
-    direct = lengths.forward(operands, numbers)
+    direct = lengths.forward(operands, numbers, most=attention.MOST_ALONE)
     if direct is not None:
         return direct.out
     from torch_bridge import exchange
@@ -33,7 +34,9 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
 
 def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
     """`forward`'s results, the statistics being for `gradients` alone."""
-    direct = lengths.forward(operands, numbers, then="backward")
+    wants_bias = operands.bias is not None and operands.bias.requires_grad  # whose backward may go through DLPack
+    direct = lengths.forward(operands, numbers, most=attention.MOST_WITH_GRADIENTS,
+                             then=None if wants_bias else "backward")
     if direct is not None:
         return direct
     from torch_bridge import exchange
@@ -59,9 +62,14 @@ def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor,
     return exchange.gradients(operands, numbers, (out, stats), dout, needs)
 
 
-def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
-    """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows, (0,) if they are not needed."""
-    direct = lengths.forward(operands, numbers)
+def forward(operands: Operands, numbers: Numbers, needs_stats: bool, in_graph: bool = False) -> Results:
+    """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows, (0,) if they are not needed.
+
+    Args:
+      in_graph: whether the call may be part of a CUDA graph, which what DLPack does cannot be.
+    """
+    most = math.inf if in_graph else attention.MOST_WITH_GRADIENTS if needs_stats else attention.MOST_ALONE
+    direct = lengths.forward(operands, numbers, most=most)
     if direct is not None:
         out, stats = direct
         return Results(out, stats if needs_stats else stats.new_empty((0,)))
@@ -70,10 +78,13 @@ def forward(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
 
 
 def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents,
-             needs: PerArray[bool]) -> PerArray[torch.Tensor]:
-    """The gradients with the storage order of their tensors; (0,) in place of those not needed."""
+             needs: PerArray[bool], in_graph: bool = False) -> PerArray[torch.Tensor]:
+    """The gradients with the storage order of their tensors; (0,) in place of those not needed. See `forward`."""
     is_whole = results.stats.dim() == 4  # else lse alone (`AttentionBackward`)
-    grads = lengths.backward(operands, numbers, results, cotangents) if is_whole else None
+    wants_bias = needs.bias and operands.bias is not None
+    most = math.inf if in_graph else attention.MOST_WITH_GRADIENTS
+    grads = lengths.backward(operands, numbers, results, cotangents, most=most,
+                             wants_bias=wants_bias) if is_whole else None
     if grads is not None:
         return PerArray(*(grad if needed and grad is not None else operands.query.new_empty((0,))
                           for grad, needed in zip(grads, needs, strict=True)))

@@ -10,10 +10,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+from agreement import assert_within
 
 from pallas_flash import Causal, Dense, Full, InBounds, PrefixLM, SegmentIds, Window, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, rules
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
+from pallas_flash.testing import conformance
+from tests.api import test_partial
 from tests.hopper.test_gpu import Case, assert_right, case_of, problem_of, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -96,6 +99,14 @@ def test_schedules_of_smaller_gpus(name):
         jax.clear_caches()
         assert_right(case, everything(case))
     jax.clear_caches()
+
+
+def test_parts_of_a_sum_are_not_rounded():
+    """As several GPUs add them up. Once this has run, they need not be left to `xla` (`support.not_measured`)."""
+    case = conformance.random_case(test_partial.PROBLEM, "bfloat16")
+    found = test_partial.gradients(test_partial.partial(), "ampere", *case)
+    assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}
+    assert_within(conformance.budget(test_partial.PROBLEM, "bfloat16", *case), found)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import ALiBi, Causal, InBounds, UnsupportedError, device, flash_attention
+from pallas_flash import ALiBi, Causal, InBounds, device, flash_attention
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.ampere.schedule import kernels
 from pallas_flash.spec import AttentionSpec
@@ -97,15 +97,30 @@ def test_biases_and_score_functions_reach_the_kernels_and_have_gradients(name):
     assert {"forward", "backward_kv", "backward_prepare"} <= set(re.findall(r"attention_([a-z_]+[a-z])", text))
 
 
-def test_exported_programs_are_for_the_generation_that_was_asked_for():
-    """Regression: without a GPU, Mosaic lowers for compute capability 9.0, whatever device is assumed. A program that
-    was exported for an A100 has an instruction that it lacks, of which only its first call would tell.
+EXPORTED = {device.A100: False, device.RTX_4090: False, device.H200: True, device.B200: True, device.RTX_5090: True}
+"""Whether Mosaic GPU emits an instruction for a GPU that those before 9.0 lack."""
+
+
+@pytest.mark.parametrize("gpu", EXPORTED, ids=lambda gpu: gpu.name)
+def test_exported_programs_are_for_the_generation_that_was_asked_for(gpu):
+    """Regression: without a GPU, Mosaic lowered for compute capability 9.0, whatever device is assumed. A program that
+    was exported for an A100 had an instruction that it lacks, of which only its first call would have told.
     """
-    q = jax.ShapeDtypeStruct((1, 100, 1, 64), jnp.bfloat16)
     attend = jax.jit(lambda q: flash_attention(q, q, q, mask=Causal(), implementation="ampere"))
-    exported = lambda: jax.export.export(attend, platforms=["cuda"])(q).mlir_module()
-    with device.assume(device.A100), pytest.raises(
-            UnsupportedError, match=r"lowered for NVIDIA A100\S* here: needs .* lowers as 9.0, the target has 8.0"):
-        exported()
-    with device.assume(device.B200):
-        assert "mosaic_gpu" in exported()
+    with device.assume(gpu):
+        text = jax.export.export(attend, platforms=["cuda"])(jax.ShapeDtypeStruct((1, 100, 1, 64), jnp.bfloat16))
+    assert "mosaic_gpu" in text.mlir_module()
+    assert ("fence.mbarrier_init" in text.mlir_module()) == EXPORTED[gpu]
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.vmap, on_two_devices], ids=["grad", "vmap", "shard_map"])
+def test_each_assumed_device_has_kernels_of_its_own(transform):
+    """Also in one process, where JAX keeps what it traced; and inside of `shard_map`, which has a mesh of its own."""
+    loss = lambda q: flash_attention(q, q, q, mask=Causal(), implementation="ampere").astype(jnp.float32).sum()
+    gradient = jax.jit(transform(jax.grad(loss)))
+    q = jax.ShapeDtypeStruct((*[3] * (transform is jax.vmap), 2, 100, 1, 64), jnp.bfloat16)
+    for gpu in (device.A100, device.H200, device.A100):
+        with device.assume(gpu):
+            traced = gradient.trace(q)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("fence.mbarrier_init" in text) == EXPORTED[gpu]

@@ -21,7 +21,7 @@ OF_AN_OLDER_PTXAS = (768, 56)
 keeps fewer values there. A step of the forward is 128 products a warp, 2,048 clocks on 12.x: 56 are below 3 % of them,
 and every smaller tile costs more (docs/notes/ampere.md).
 """
-NAMES = {"8.0": ["d64", "d128-lengths", "d128-bent-repeats"], "8.9": ["d128-window-repeats", "d256"],
+NAMES = {"8.0": ["exported", "d128-lengths", "d128-bent-repeats"], "8.9": ["d128-window-repeats", "d256"],
          "9.0": ["d96-ragged-softcap", "d64-bias"], "10.0": ["d128", "d256"], "12.0": ["d128-dense", "d128-alibi"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
 

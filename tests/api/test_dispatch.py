@@ -21,6 +21,7 @@ from pallas_flash import (
     flash_attention,
 )
 from pallas_flash.flax import attention_fn
+from pallas_flash.testing import problems
 
 Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
 K = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
@@ -65,8 +66,11 @@ def test_something_runs_everywhere(where):
     assert decision.implementation.automatic
 
 
-@pytest.mark.parametrize("where", [device.CPU, device.A100], ids=lambda where: where.name)
-def test_without_a_hopper_gpu_xla_runs(where):
+T4 = dataclasses.replace(device.A100, name="Tesla T4", capability=(7, 5))
+
+
+@pytest.mark.parametrize("where", [device.CPU, T4], ids=lambda where: where.name)
+def test_without_a_gpu_that_has_kernels_xla_runs(where):
     assert dispatch.decide(spec(), where).implementation.name == "xla"
 
 
@@ -76,20 +80,55 @@ def test_these_run_everywhere_when_named(name, where):
     assert dispatch.decide(spec(softcap=3.0, deterministic=True), where, name).implementation.name == name
 
 
-@pytest.mark.parametrize("where", [device.A100, device.L4, device.RTX_4090, device.H200, device.B200, device.RTX_5090],
-                         ids=lambda where: where.name)
-def test_mma_kernels_run_when_named_on_every_gpu_since_ampere(where):
-    """They have not been timed on the GPUs that they are for, so an automatic choice leaves them, and says so."""
-    assert dispatch.decide(spec(), where, "ampere").implementation.name == "ampere"
-    assert "not 'ampere': has been timed on an H200 alone" in dispatch.explain(spec(), where)
+MMA_GPUS = (device.A100, device.L4, device.RTX_4090, device.B200, device.RTX_5090)
+"""Of which the kernels with mma.sync are the only ones."""
+
+
+@pytest.mark.parametrize("where", MMA_GPUS, ids=lambda where: where.name)
+def test_mma_kernels_run_every_call_of_the_catalogue_that_they_take(where):
+    taken = 0
+    for problem in (*problems.CONFORMANCE, *problems.BENCHMARKS):
+        for dtype in {*problem.dtypes} - {"float64"}:
+            wanted = problem.spec(dtype)
+            reasons, text = dispatch.get("ampere").why_not(wanted, where), dispatch.explain(wanted, where)
+            assert f"on {where.name}: implementation={'xla' if reasons else 'ampere'!r}" in text, text
+            if not reasons and not wanted.is_empty:
+                taken += 1
+                assert "  forward: attention_forward, ForwardSchedule(" in text, text
+                assert "  backward: attention_backward_prepare, attention_backward_" in text, text
+            elif reasons:
+                assert f"not 'ampere': {'; '.join(reasons)}" in text
+    assert taken > 200
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)])
+def test_mma_kernels_have_every_generation_but_hopper(capability):
+    where = dataclasses.replace(device.L4, capability=capability)
+    assert dispatch.decide(spec(), where).implementation.name == "ampere"
+
+
+def test_on_a_hopper_gpu_mma_kernels_come_second(monkeypatch):
+    assert dispatch.decide(spec(), device.H200).implementation.name == "hopper"
+    assert dispatch.decide(spec(), device.H200, "ampere").implementation.name == "ampere"
+    row = dataclasses.replace(dispatch.get("hopper"), why_not=lambda spec, where: ["is out of order"])
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (row, *dispatch.IMPLEMENTATIONS[1:]))
+    dispatch._decide.cache_clear()
+    decision = dispatch.decide(spec(), device.H200)
+    dispatch._decide.cache_clear()
+    assert decision.implementation.name == "ampere" and [row.name for row in decision.left] == ["hopper"]
+
+
+def test_what_mma_kernels_have_not_computed_on_a_gpu_runs_when_named():
+    part = dataclasses.replace(spec(), partial=True)
+    decision = dispatch.decide(part, device.A100)
+    assert decision.implementation.name == "xla" and [row.name for row in decision.left] == ["ampere"]
+    assert "not 'ampere': a part of a sum in float32, as several GPUs share one, has not run on a GPU" in str(decision)
+    assert dispatch.decide(part, device.A100, "ampere").implementation.name == "ampere"
 
 
 def test_the_reference_is_never_automatic():
     assert not dispatch.get("reference").automatic
     assert "it runs only when it is named" in dispatch.explain(spec(), device.CPU)
-
-
-T4 = dataclasses.replace(device.A100, name="Tesla T4", capability=(7, 5))
 
 
 @pytest.mark.parametrize(("name", "gpu", "capability"), [("hopper", device.A100, "8.0"), ("ampere", T4, "7.5")])
@@ -408,7 +447,7 @@ def test_a_program_traced_before_is_traced_again_for_an_assumed_device():
         return "mosaic_gpu" in jax.export.export(attend, platforms=["cuda"])(Q).mlir_module()
     with device.assume(device.H100):
         assert exported()
-        with device.assume(device.A100):
+        with device.assume(T4):
             assert not exported()
         assert exported()
     with device.assume(device.CPU):

@@ -3,6 +3,7 @@
 The device is assumed to be an H100; the calls run, or are traced, on a CPU.
 """
 
+import dataclasses
 import threading
 import warnings
 
@@ -86,11 +87,23 @@ def test_silent(call, seen):
     assert not seen
 
 
-@pytest.mark.parametrize("where", [device.CPU, device.A100, device.B200], ids=lambda where: where.name)
+T4 = dataclasses.replace(device.A100, name="Tesla T4", capability=(7, 5))
+
+
+@pytest.mark.parametrize("where", [device.CPU, T4], ids=lambda where: where.name)
 def test_silent_where_no_kernels_are_left(where, seen):
     with device.assume(where):
         flash_attention(Q, Q, Q, bias=BIAS)
     assert not seen
+
+
+@pytest.mark.parametrize("where", [device.A100, device.B200, device.RTX_5090], ids=lambda where: where.name)
+def test_the_kernels_of_other_gpus_are_left_aloud_and_once(where, seen):
+    with device.assume(where):
+        for _ in range(2):
+            flash_attention(Q, Q, Q, bias=BIAS)
+    text, = (str(warning.message) for warning in seen)
+    assert "because 'ampere', written for this device, cannot" in text and "takes a bias of keys or of pairs" in text
 
 
 def test_a_filter_makes_every_call_an_error():

@@ -21,7 +21,7 @@ typedef struct { int device, retained; } Context;
 typedef struct { Context *context; char *image; } Module;
 typedef struct { Module *module; char name[256]; int smem, count, offsets[MAX_PARAMETERS], sizes[MAX_PARAMETERS]; } Function;
 typedef struct { Function *function; unsigned grid[3], block[3], smem; unsigned char block_of[CAPACITY]; void *pointers[MAX_PARAMETERS]; } Node;
-typedef struct { int count; Node nodes[4]; } Graph;
+typedef struct { int count; Node nodes[8]; } Graph;
 typedef struct { Context *context; Graph *captured; } Stream;
 typedef struct { void *function; unsigned grid[3], block[3], smem; void **parameters, **extra; void *kernel, *context; } NodeParameters;
 typedef struct { unsigned grid[3], block[3], smem; void *stream; void *attributes; unsigned num_attributes; } Config;
@@ -41,6 +41,11 @@ static void note(const char *text) {
   pthread_mutex_unlock(&lock);
 }
 
+static int capability(void) {
+  const char *given = getenv("STAND_IN_CAPABILITY");
+  return given ? atoi(given) : 90;
+}
+
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
 int cuDeviceGetCount(int *count) { return *count = NUM_DEVICES, SUCCESS; }
@@ -56,7 +61,8 @@ int cuCtxGetCurrent(void **context) { return *context = current, SUCCESS; }
 int cuCtxSetCurrent(void *context) { return current = context, SUCCESS; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   switch (attribute) {
-    case CAPABILITY_MAJOR: *value = 9; break;
+    case CAPABILITY_MAJOR: *value = capability() / 10; break;
+    case CAPABILITY_MINOR: *value = capability() % 10; break;
     case MULTIPROCESSORS: *value = 132; break;
     case SMEM_PER_SM: *value = 233472; break;
     case SMEM_PER_BLOCK_OPTIN: *value = 232448; break;
@@ -223,7 +229,7 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
   int size, code = fill(function, parameters, extra, node.block_of, &size);
   if (code) return code;
   if (stream && stream->captured) {
-    if (stream->captured->count == 4) return INVALID_VALUE;
+    if (stream->captured->count == 8) return INVALID_VALUE;
     stream->captured->nodes[stream->captured->count++] = node;
     return SUCCESS;
   }

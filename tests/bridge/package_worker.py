@@ -1,8 +1,8 @@
-"""A GPT in a package that is compiled ahead of time. Run by test_direct_compile.py and test_compile_gpu.py.
+"""A GPT, compiled ahead of time or exported, in a package. Run by test_direct_compile.py and test_compile_gpu.py.
 
-    python package_worker.py make|run cpu|cuda PATH
+    python package_worker.py make|run|export|load cpu|cuda PATH
 
-Prints, after "run", whether JAX was imported.
+Prints, after "run" and "load", whether JAX was imported.
 """
 
 import sys
@@ -19,12 +19,15 @@ def main(way, device, path):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, x = Gpt(256, 4).to(device, dtype).eval(), torch.randint(50, (2, 40), device=device)
     with torch.no_grad():
-        if way == "make":
+        if way in ("make", "export"):
             program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=64)},))
+            if way == "export":
+                torch.export.save(program, path)
+                return
             torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={
                 "aot_inductor.compile_wrapper_opt_level": "O0"})
             return
-        packaged = torch._inductor.aoti_load_package(path)
+        packaged = torch.export.load(path).module() if way == "load" else torch._inductor.aoti_load_package(path)
         for length in (40, 17):
             x = torch.randint(50, (2, length), device=device)
             found, wanted = packaged(x).double(), model(x).double()

@@ -93,5 +93,9 @@ def test_a_whole_training_step_in_a_cuda_graph():
     torch.testing.assert_close([*trained(True)], [*trained(False)], rtol=2e-2, atol=1e-3)
 
 
+def test_an_exported_model_runs_in_a_new_process(tmp_path):
+    assert package("cuda", tmp_path, ("export", "load")) == ["False"], "JAX was imported: a call went through DLPack"
+
+
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
     assert package("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"

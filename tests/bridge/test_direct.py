@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import math
 import threading
 import warnings
 from pathlib import Path
@@ -17,9 +18,9 @@ import pytest
 import torch
 
 import torch_bridge
-from bridge.direct import H200
+from bridge.direct import A100, H200
 from bridge.problems import OURS, check, heads_inside, qkv
-from pallas_flash import FallbackWarning, dropout
+from pallas_flash import FallbackWarning, UnsupportedError, dropout
 from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, cache, driver, launch, lengths, lower, requirements, runner, shortcut
@@ -30,6 +31,7 @@ from torch_bridge.direct.plan import Buffer, Program, Step
 def program_of(request):
     """The arrays of a pass by name, with one more in between, and operations; no kernels."""
     problem, pass_name = request.problem, request.pass_name
+    implementation = "hopper" if request.gpu.capability == (9, 0) else "ampere"
     if problem.given:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lower, "_step", lambda launch, given: Step(
@@ -42,9 +44,10 @@ def program_of(request):
     stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
     known = dict(q=q, k=k, v=v, between=Buffer((33,), "float32"), out=out, stats=stats)
     if pass_name == "forward":
-        return Program(known, ("q", "k", "v"), ("out", "stats"), {}, ())
+        return Program(known, ("q", "k", "v"), ("out", "stats"), {}, (), implementation=implementation)
     buffers = known | dict(dout=out, dstats=stats, more=Buffer((7,), "bfloat16"), dq=dq, dk=dk, dv=dv)
-    return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, ())
+    return Program(buffers, ("q", "k", "v", "out", "stats", "dout", "dstats"), ("dq", "dk", "dv"), {}, (),
+                   implementation=implementation)
 
 
 class FakeGpu:
@@ -81,7 +84,22 @@ class FakeGpu:
             found = found & (at >= first) & (at < first + count)
         if "q_ids" in arrays:
             found = found & (arrays["q_ids"][:, :, 0, :q_len, None] == arrays["kv_ids"][:, :, 0, None, :kv_len])
+        for name, shape in (("key_bits", (q_len, kv_len)), ("query_bits", (kv_len, q_len))):
+            if name in arrays:  # (.., .., words or 1, rows or 1)
+                words = arrays[name].transpose(2, 3)[:, :, :shape[0]]
+                bits = (words[..., None] >> torch.arange(32) & 1).flatten(3)[..., :shape[1]] != 0
+                bits = bits[..., :1] if words.shape[3] == 1 and shape[1] > 32 else bits
+                found = found & (bits if name == "key_bits" else bits.transpose(2, 3))
         return found
+
+    def biased(self, s, arrays):
+        """Scores with the bias that launches read, and the anchor of each row."""
+        bias = next((arrays[name] for name in ("bias", "given bias") if name in arrays), None)
+        if bias is None:
+            return s, 0.0
+        (rows, columns), anchor = s.shape[2:], arrays["anchor"][:, :, 0, :s.shape[2], None].double()
+        bias = (bias[:, :, :rows, :columns]).double()
+        return torch.where(bias == -torch.inf, bias, s + bias - anchor), anchor
 
     def kept(self, arrays, shape):
         """What dropout multiplies weights with, by the keys that operations made of the seed."""
@@ -93,10 +111,10 @@ class FakeGpu:
         return torch.from_numpy(np.array(flags)).double() * dropout.factor(self.problem.dropout_p)
 
     def launch(self, addresses, stream):
-        used = [x for name, x in zip(self.program.buffers, addresses) if name not in self.program.given]
+        beside = {*self.program.given} - {name for step in self.program.steps for name in step.arrays}
+        used = [x for name, x in zip(self.program.buffers, addresses) if name not in beside]
         assert stream == 78 and all(address and address % 16 == 0 for address in used)
-        arrays = {name: self.array(addresses, name) for name in self.program.buffers
-                  if name not in self.program.given}
+        arrays = {name: self.array(addresses, name) for name in self.program.buffers if name not in beside}
         self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
         for name in {*self.program.scratch, *self.program.results}:
             arrays[name].fill_(torch.nan)
@@ -110,6 +128,7 @@ class FakeGpu:
             s, slope = cap * torch.tanh(s / cap), 1 - torch.tanh(s / cap)**2
         has_arrays = {name for name, _, _ in self.problem.given} - {"seed"}
         keep = self.keep(arrays, *s.shape[2:]) if has_arrays else self.window(*s.shape[2:])
+        s, _ = self.biased(s, arrays)
         s = s.masked_fill(~keep, -torch.inf)
         p, lse = s.softmax(-1).nan_to_num(0.0), s.logsumexp(-1)
         kept = self.kept(arrays, s.shape)
@@ -123,7 +142,14 @@ class FakeGpu:
         counts = dout.any(-1)  # others may be padding
         assert torch.equal(arrays["stats"][:, :, 0][counts], lse.float()[counts]), "the forward's statistics"
         assert torch.equal(heads_first(arrays["out"])[counts], out.to(arrays["out"].dtype)[counts]), "the forward's out"
-        ds = scale * slope * p * (kept * (dout @ v.mT) - (out * dout).sum(-1, keepdim=True) + dlse)
+        ds = p * (kept * (dout @ v.mT) - (out * dout).sum(-1, keepdim=True) + dlse)
+        if self.pass_name == "dbias":
+            found = arrays["dbias"].fill_(torch.nan)
+            rows, columns = ds.shape[2:]
+            axes = [axis for axis in (0, 1) if found.shape[axis] == 1]
+            found[:, :, :rows, :columns].copy_(ds.sum(axes, keepdim=True))
+            return
+        ds = scale * slope * ds
         for name, grad, shared in (("dq", ds @ k, 1), ("dk", ds.mT @ q, group), ("dv", (kept * p).mT @ dout, group)):
             heads_first(arrays[name]).copy_(grad.unflatten(1, (-1, shared)).sum(2))
 
@@ -132,7 +158,10 @@ class FakeGpu:
 def launched(monkeypatch):
     """The passes that were launched directly."""
     def find(request, index):
-        program = program_of(request)
+        try:
+            program = program_of(request)
+        except UnsupportedError as error:
+            raise NoLaunchesError(str(error)) from error
         FakeGpu.requests[id(program)] = request.problem, request.pass_name
         kept.append(program)
         return program
@@ -145,6 +174,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(shortcut, "_recent", [])
     for name in ("_ways", "_own"):
         monkeypatch.setattr(lengths, name, {})
+    for name in ("MOST_ALONE", "MOST_WITH_GRADIENTS"):
+        monkeypatch.setattr(attention, name, math.inf)
     monkeypatch.setattr(requirements, "why_not", lambda: None)
     monkeypatch.setattr(FakeGpu, "launched", [])
     monkeypatch.setattr(attention, "DEVICES", {"cpu"})
@@ -235,10 +266,8 @@ def test_operators_take_the_path_too(launched):
 
 @pytest.mark.parametrize(("dtype", "d", "arguments", "reason"), [
     (torch.float32, 8, {}, "takes bfloat16 and float16, query.dtype is torch.float32"),
-    (BF16, 8, dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), "takes no attn_mask yet"),
-    (BF16, 8, dict(attn_mask=torch.zeros(5, 5, dtype=BF16)), "takes no attn_mask yet"),
     (BF16, 12, {}, "multiples of 8, JAX pads copies of the others, d=12, d_v=12"),
-], ids=["float32", "mask", "bias", "padded"])
+], ids=["float32", "padded"])
 def test_other_calls_go_through_dlpack(launched, dtype, d, arguments, reason):
     tensors = qkv(*[(1, 2, 5, d)] * 3, dtype=dtype)
     OURS(*tensors, **arguments).sum().backward()
@@ -250,13 +279,22 @@ def test_other_calls_go_through_dlpack(launched, dtype, d, arguments, reason):
 def test_other_gpus_go_through_dlpack_without_asking_a_compiler(launched, monkeypatch):
     """Regression: each new problem started a process that could only say no."""
     monkeypatch.setattr(attention, "gpu_of", lambda device: dataclasses.replace(
-        H200, name="NVIDIA A100", capability=(8, 0)))
+        H200, name="Tesla T4", capability=(7, 5)))
     monkeypatch.setattr(cache, "find", None)
     tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
     check(tensors)
     assert launched == []
-    with pytest.raises(RuntimeError, match=r"for compute capability 9\.0, NVIDIA A100 has 8\.0"):
+    with pytest.raises(RuntimeError, match=r"for compute capability 8\.0 or higher, Tesla T4 has 7\.5"):
         torch_bridge.precompile(*tensors)
+
+
+def test_the_kernels_of_an_a100_are_launched_directly_too(launched, monkeypatch):
+    monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
+    torch_bridge.report(reset=True)
+    check(qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16))
+    assert len(launched) == 2
+    rows = [row for row in torch_bridge.report() if "launched directly" in row.problem]
+    assert {(row.what, row.implementation) for row in rows} == {("forward", "ampere"), ("backward", "ampere")}
 
 
 OTHERWISE = {

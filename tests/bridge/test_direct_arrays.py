@@ -2,15 +2,19 @@
 arrays that kernels would be given, which the stand-in of test_direct.py reads, against float64 through DLPack.
 """
 
+import math
+
 import pytest
 import torch
 
 import torch_bridge
-from bridge.problems import qkv
+from bridge.problems import OURS, qkv
 from bridge.test_direct import BF16, BOTH, launched  # noqa: F401
-from torch_bridge import flash_attn, ops
+from pallas_flash import spec
+from pallas_flash.kernels.hopper import defaults
+from torch_bridge import flash_attn, ops, sdpa
 from torch_bridge.arguments import Attention, Numbers, Operands
-from torch_bridge.direct import cache
+from torch_bridge.direct import attention, cache, lengths
 
 B, HQ, HKV, L, S, D = 3, 4, 2, 70, 90, 16
 integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
@@ -95,6 +99,138 @@ def test_dropout(launched):  # noqa: F811
         assert not torch.equal(torch_bridge.flash_attention(*tensors, dropout_p=0.4), dropped(*tensors))
 
 
+NEVER = -torch.inf
+MASKS = {
+    "of keys": (torch.arange(S) % 3 != 1)[None, None, None].expand(B, 1, 1, S),
+    "of pairs": (torch.arange(L)[:, None] * 3 + torch.arange(S)) % 7 < 4,
+    "of heads": ((torch.arange(HQ)[:, None, None] + torch.arange(L)[:, None] * torch.arange(S)) % 5 < 2)[None],
+    "of queries": (torch.arange(L) != 3)[:, None],
+    "bias of keys": torch.where(torch.arange(S) % 3 == 1, NEVER, torch.arange(S) / 20)[None, None, None],
+    "bias of keys and heads": (torch.arange(HQ * S).reshape(1, HQ, 1, S) % 13 / 5).to(BF16),
+    "bias of pairs": torch.where(torch.arange(L)[:, None] % 5 > 3, NEVER, torch.arange(S) % 11 / 4 + 100),
+    "bias of everything": torch.linspace(-3, 3, B * HQ * L * S).reshape(B, HQ, L, S)[..., torch.arange(S) * 7 % S],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attn_mask(launched, name):  # noqa: F811
+    """Expanded, dense or neither, of any of its axes; what hides all keys of a query, too."""
+    tensors, mask = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16), MASKS[name]
+    of = lambda x: mask if mask.dtype != BF16 or x.dtype == BF16 else mask.double()
+    compare(lambda *x: OURS(*x, attn_mask=of(x[0]).double() if x[0].dtype == torch.float64 and mask.is_floating_point()
+                            else of(x[0]), enable_gqa=True), tensors)
+    assert launched == BOTH
+
+
+def test_attn_mask_beside_other_rules(launched):  # noqa: F811
+    """A bias of pairs is anchored where the mask keeps it: what is hidden may be far larger."""
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    for mask, options in ((MASKS["of heads"], dict(is_causal=True, kv_lengths=integers(90, 1, 41))),
+                          (torch.where(torch.arange(S) > 85, 1e5, MASKS["bias of everything"]),
+                           dict(kv_lengths=integers(80, 1, 41), is_causal=True)),
+                          (MASKS["of keys"], dict(dropout_p=0.4, window=(20, 5)))):
+        def call(*x, mask=mask, options=options):
+            torch.manual_seed(3)
+            wide = mask.is_floating_point() and x[0].dtype == torch.float64
+            return torch_bridge.flash_attention(*x, attn_mask=mask.double() if wide else mask, **options)
+        compare(call, tensors)
+    assert launched == BOTH * 3
+
+
+def test_a_whole_bias_is_read_where_it_lies(launched):  # noqa: F811
+    """One that is no multiple of tiles is copied, and filled up, as JAX does."""
+    q, k, v = qkv((1, 2, 128, 64), (1, 2, 256, 64), (1, 2, 256, 64), dtype=BF16, requires_grad=False)
+    for bias, names in ((torch.randn(1, 2, 128, 256), {"given bias"}),
+                        (torch.randn(1, 2, 128, 256, dtype=BF16), {"given bias"}),
+                        (torch.randn(1, 2, 1, 256), {"bias", "given bias"})):
+        found = OURS(q, k, v, attn_mask=bias)
+        wanted = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), bias.double())
+        torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
+        program = attention.known(*sdpa.prepare(q, k, v, bias, 0.0, False, None, False)[:2]).direct.runner(
+            "forward").program
+        assert {name for name in program.buffers if "bias" in name} == names
+        read = {name for step in program.steps for name in step.arrays}
+        assert ("given bias" in read) == (names == {"given bias"})
+    assert launched == ["forward"] * 3
+
+
+def test_explain_says_what_is_read_of_a_mask(launched):  # noqa: F811
+    tensors = qkv((B, HQ, L, D), (B, HQ, S, D), (B, HQ, S, D), dtype=BF16, requires_grad=False)
+    for mask, said in ((MASKS["of pairs"], "made into bits"), (MASKS["bias of keys"], "copied: where it is -inf"),
+                       (MASKS["bias of pairs"], "shared, where its lengths are whole tiles"),
+                       (MASKS["bias of everything"].mT.contiguous().mT, "copied: strides")):
+        lines = torch_bridge.explain(*tensors, attn_mask=mask).splitlines()
+        assert "path: direct" in str(lines) and any(line.startswith(f"attn_mask: {said}") for line in lines), lines
+
+
+def test_the_gradient_of_a_bias(launched, monkeypatch):  # noqa: F811
+    """By its kernel, once that is switched on; before, and of a bias of keys, through DLPack, after a direct forward.
+    """
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    call = lambda *x: OURS(*x[:3], attn_mask=x[3], enable_gqa=True)
+    pairs, keys = (torch.randn(1, HQ, n, S).requires_grad_() for n in (L, 1))
+    compare(call, [*tensors, pairs])
+    compare(call, [*tensors, keys])
+    assert launched == ["forward"] * 2
+    monkeypatch.setattr(defaults, "_DBIAS_KERNEL_HAS_RUN", True)
+    for name in ("_choices", "_directs", "_reasons"):
+        getattr(attention, name).clear()
+    compare(call, [*tensors, pairs])
+    compare(call, [*tensors, torch.randn(L, S).to(BF16).requires_grad_()])
+    compare(call, [*tensors, keys])
+    assert launched[2:] == ["forward", "backward", "dbias"] * 2 + ["forward"]
+
+
+def test_many_small_kernels_take_longer_than_dlpack(launched, monkeypatch):  # noqa: F811
+    """Not where a program was compiled for CUDA graphs, nor where lengths share a plan; a pass that may be captured
+    later has its plan.
+    """
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    numbers = Numbers.of(causal_offset=None, scale=None, dropout_p=0.0)
+    given = Operands.of(*(x.detach() for x in tensors), mask=None, bias=None, seed=None)._replace(
+        kv_lengths=integers(80, 2, 90))
+    call = lambda *x: torch_bridge.flash_attention(*x, kv_lengths=given.kv_lengths)
+    monkeypatch.setattr(attention, "MOST_WITH_GRADIENTS", 20)
+    compare(call, tensors)
+    found = attention.known(given, numbers)
+    assert launched == [] and 20 < found.direct.runner("forward").num_kernels < 40 and found.direct.runner("backward")
+    said = torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
+    assert "path: DLPack" in said and "small kernels of PyTorch would make what the forward reads" in said
+    with torch.no_grad():
+        assert "path: direct" in torch_bridge.explain_flash_attention(*tensors, kv_lengths=given.kv_lengths)
+        call(*tensors)
+        assert launched == ["forward"]
+        monkeypatch.setattr(attention, "MOST_ALONE", 20)
+        ops.attention(*Attention(given, numbers, False).flat())
+        assert launched == ["forward"]
+        ops.DIRECT[ops.attention](*Attention(given, numbers, False).flat())
+        assert launched == ["forward"] * 2
+        monkeypatch.setattr(lengths, "OWN", 0)
+        torch_bridge.flash_attention(*(x[:, :, :50] for x in tensors), kv_lengths=given.kv_lengths)
+        assert launched == ["forward"] * 3
+
+
+def test_what_a_bias_of_keys_needs():
+    """Beside other masks than causal ones, its anchor takes a loop over rows where there are many: JAX makes it."""
+    q, k = torch.empty(1, 2, attention._ANCHOR_ROWS + 1, 16, dtype=BF16), torch.empty(1, 2, 16, 16, dtype=BF16)
+    assert attention._ANCHOR_ROWS == spec.ANCHOR_ROWS
+    operands = Operands.of(q, k, k, mask=None, bias=torch.empty(1, 1, 1, 16), seed=None)
+    numbers = Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)
+    assert attention.why_not(operands, numbers) is None
+    for given, other in ((operands, numbers._replace(left=3)), (operands._replace(kv_lengths=integers(3)), numbers)):
+        assert attention.why_not(given, other) == (
+            "it takes a float attn_mask of keys beside a mask that is not causal for at most 128 queries, q_len=129")
+
+
+def test_alibi(launched):  # noqa: F811
+    """As flash-attn has it: of more queries than are anchored at once."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv(
+        (1, HQ, 150, D), (1, HKV, 170, D), (1, HKV, 170, D), dtype=BF16))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 8.0])
+    compare(lambda *x: flash_attn.flash_attn_func(*x, causal=True, alibi_slopes=slopes), [q, k, v])
+    assert launched == BOTH
+
+
 def test_sinks(launched):  # noqa: F811
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     tensors = (*qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16), sinks.requires_grad_())
@@ -107,14 +243,14 @@ def test_other_numbers_take_the_same_plan(launched, monkeypatch):  # noqa: F811
     asked, find = [], cache.find
     monkeypatch.setattr(cache, "find", lambda request, index: (asked.append(request), find(request, index))[1])
     q, k, v = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16, requires_grad=False)
-    for lengths in (integers(1, 2, 3), integers(90, 80, 70), integers(-4, 1000, 5)):
-        found = torch_bridge.flash_attention(q, k, v, kv_lengths=lengths)
-        keep = torch.arange(S) < lengths[:, None, None, None]
+    for counts in (integers(1, 2, 3), integers(90, 80, 70), integers(-4, 1000, 5)):
+        found = torch_bridge.flash_attention(q, k, v, kv_lengths=counts)
+        keep = torch.arange(S) < counts[:, None, None, None]
         wanted = torch.nn.functional.scaled_dot_product_attention(
             q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v)), attn_mask=keep).nan_to_num()
         torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
     assert len(asked) == 1 and launched == ["forward"] * 3
-    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=lengths)
+    said = torch_bridge.explain_flash_attention(q, k, v, kv_lengths=counts)
     assert "path: direct, launched on torch's stream" in said
     assert any("launched directly" in run.problem and "kv_lengths" in run.problem for run in torch_bridge.report())
     torch_bridge.flash_attention(q, k, v, q_lengths=integers(1, 2, 3))
@@ -136,11 +272,20 @@ def test_what_is_given_must_fit(launched):  # noqa: F811
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
+def gpu_mask(*shape):
+    return (torch.arange(math.prod(shape)).reshape(shape) * 7919 % 11) > 3
+
+
 GPU_CASES = {  # of the lengths 300 and 430, batch 2
     "kv_lengths, causal": dict(kv_lengths=integers(430, 17), is_causal=True, causal_offset=130),
     "ids": dict(segment_ids=tuple((torch.arange(n) // 77 - 1).expand(2, n).int() for n in (300, 430))),
     "dropout": dict(dropout_p=0.3, q_lengths=integers(300, 211)),
     "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), window=(100, 0), kv_lengths=integers(0, 400)),
+    "mask of keys": dict(attn_mask=gpu_mask(2, 1, 1, 430)),
+    "mask of pairs, causal": dict(attn_mask=gpu_mask(2, 4, 300, 430), is_causal=True, causal_offset=130),
+    "bias of keys": dict(attn_mask=torch.where(gpu_mask(2, 1, 1, 430), 0.5, -torch.inf)),
+    "bias of pairs": dict(attn_mask=torch.where(gpu_mask(4, 300, 430), torch.linspace(-2, 2, 430), -torch.inf)),
+    "bias of pairs, window": dict(attn_mask=torch.linspace(-2, 2, 300 * 430).reshape(300, 430), window=(90, 100)),
 }
 
 
@@ -151,6 +296,9 @@ def on_gpu(arguments):
 
 def of_call(arguments, tensors, dtype):
     torch.cuda.manual_seed(5)
+    mask = arguments.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        arguments = arguments | dict(attn_mask=mask.to(torch.float64 if dtype == torch.float64 else torch.float32))
     leaves = [x.to(dtype).requires_grad_() for x in tensors]
     out = torch_bridge.flash_attention(*leaves, **arguments)
     return out, *torch.autograd.grad(out, leaves, tensors[0].to(out.dtype))
@@ -158,6 +306,8 @@ def of_call(arguments, tensors, dtype):
 
 @pytest.fixture(params=["direct", "DLPack"])
 def way(request, monkeypatch):
+    for name in ("MOST_ALONE", "MOST_WITH_GRADIENTS"):
+        monkeypatch.setattr(attention, name, math.inf)
     monkeypatch.setenv("PALLAS_FLASH_DIRECT", "0" if request.param == "DLPack" else "1")
     return request.param
 
@@ -190,8 +340,8 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
     """And reads lengths that were written after it was captured: nothing of them went through the host."""
     monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
     tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
-    lengths = integers(430, 17).cuda()
-    arguments = dict(dropout_p=0.3, kv_lengths=lengths)
+    counts = integers(430, 17).cuda()
+    arguments = dict(dropout_p=0.3, kv_lengths=counts)
     leaves = [x.clone().requires_grad_() for x in tensors]
 
     def step():
@@ -206,7 +356,7 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
         results = step()
     seen = []
     for new in (integers(430, 17), integers(5, 200), integers(430, 430)):
-        lengths.copy_(new)
+        counts.copy_(new)
         torch.cuda.manual_seed(5)
         graph.replay()
         for x, exact in zip(results, of_call(arguments, tensors, torch.float64), strict=True):
@@ -215,3 +365,27 @@ def test_a_graph_draws_a_new_seed_in_each_replay(monkeypatch):
         seen.append(results[0].clone())
         graph.replay()
         assert not torch.equal(results[0], seen[-1]), "another seed"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [gpu_mask, lambda *shape: torch.where(gpu_mask(*shape), 0.5, -torch.inf)],
+                         ids=["booleans", "floats"])
+def test_a_graph_reads_a_mask_that_was_written_after_it(monkeypatch, make):
+    monkeypatch.setenv("PALLAS_FLASH_DIRECT", "1")
+    tensors = [torch.randn(2, heads, n, 64, device="cuda", dtype=BF16) for heads, n in ((4, 300), (2, 430), (2, 430))]
+    leaves, mask = [x.clone().requires_grad_() for x in tensors], make(2, 1, 1, 430).cuda()
+
+    def step():
+        out = torch_bridge.flash_attention(*leaves, attn_mask=mask)
+        return out, *torch.autograd.grad(out, leaves, tensors[0])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for shift in (0, 5, 100):
+        mask.copy_(make(2, 1, 1, 430).roll(shift, 3))
+        graph.replay()
+        for x, exact in zip(results, of_call(dict(attn_mask=mask), tensors, torch.float64), strict=True):
+            assert ((x.double() - exact).norm() / exact.norm()).item() < 8e-3

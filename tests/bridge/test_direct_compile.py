@@ -140,10 +140,12 @@ def test_a_checkpoint_and_a_compiled_checkpoint(launched, quiet):
         assert launched == ["forward", "forward", "backward"]
 
 
-def package(device, folder):
-    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first."""
+def package(device, folder, ways=("make", "run")):
+    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first. Tests
+    on a GPU do it: on a CPU it takes minutes.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for way in ("make", "run"):
+    for way in ways:
         done = subprocess.run([sys.executable, Path(__file__).with_name("package_worker.py"), way, device,
                                folder / "gpt.pt2"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]

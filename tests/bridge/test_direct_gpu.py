@@ -1,5 +1,6 @@
 """The direct path as it is by default, on a GPU: packed tensors, modes of PyTorch, and a process of its own."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import torch_bridge
 from bridge.problems import OURS
 from bridge.test_gpu_streams import kernels_of
+from torch_bridge.direct import attention, lengths, shortcut
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +44,56 @@ CASES = [("(B, L, 3, H, D)", 64, False), ("(B, L, 3, H, D)", 64, True), ("(B, L,
 
 @pytest.mark.parametrize("name, d, deterministic", CASES)
 def test_packed_tensors(name, d, deterministic):
+    assert_packed_tensors_are_right(name, d, deterministic)
+
+
+@pytest.fixture
+def with_mma(monkeypatch):
+    """Calls launch the kernels with mma.sync, which are not the first choice on this GPU."""
+    real = attention.request
+    monkeypatch.setattr(attention, "request", lambda *given: dataclasses.replace(
+        real(*given), implementation="ampere"))
+    for module, names in ((attention, ("_choices", "_directs", "_reasons")), (shortcut, ("_shortcuts",)),
+                          (lengths, ("_ways", "_own"))):
+        for name in names:
+            monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(shortcut, "_recent", [])
+    torch_bridge.report(reset=True)
+    yield
+    direct = [row for row in torch_bridge.report() if "launched directly" in row.problem]
+    assert direct and {row.implementation for row in direct} == {"ampere"}
+
+
+@pytest.mark.parametrize("name, d, deterministic", [CASES[0], CASES[1], CASES[4], CASES[5], CASES[6]])
+def test_kernels_with_mma_take_packed_tensors(with_mma, name, d, deterministic):
+    assert_packed_tensors_are_right(name, d, deterministic)
+
+
+def test_kernels_with_mma_do_not_read_what_lies_beside(with_mma):
+    test_what_lies_beside_a_part_is_not_read()
+
+
+def test_kernels_with_mma_take_lengths_and_a_graph(with_mma):
+    """Lengths are read by the GPU when the graph runs; hidden keys are NaN."""
+    q, k, v = (random(B, H, L, D) for _ in range(3))
+    count = torch.tensor([170, 290], device="cuda", dtype=torch.int32)
+    run = lambda: torch_bridge.flash_attention(q, k, v, kv_lengths=count, is_causal=True)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    count.copy_(torch.tensor([33, 211]))
+    for i, n in enumerate((33, 211)):
+        k[i, :, n:], v[i, :, n:] = torch.nan, torch.nan
+    graph.replay()
+    for i, n in enumerate((33, 211)):
+        mask = torch.arange(L)[:, None] >= torch.arange(n)
+        arrays = [x[i:i + 1].double().cpu() for x in (q, k[:, :, :n], v[:, :, :n])]
+        exact = F.scaled_dot_product_attention(*arrays, attn_mask=mask)
+        assert ((out[i:i + 1].double().cpu() - exact).norm() / exact.norm()).item() < 6e-3
+
+
+def assert_packed_tensors_are_right(name, d, deterministic):
     shape, parts = PACKED[name]
     leaf = random(*shape(d)).requires_grad_()
     q, k, v = parts(leaf)

@@ -142,6 +142,25 @@ def test_other_lengths_of_arrays_share_plans_too(launched):
     assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
 
 
+@pytest.mark.parametrize("kind", ["keys", "pairs", "bias of keys", "bias of pairs", "queries"])
+def test_other_lengths_of_masks_share_plans_too(launched, kind):
+    """Regression: each length of an attn_mask was compiled for."""
+    for length in (9, 12, 13, 30, 130):
+        tensors = qkv(*[(2, 2, length, 16)] * 3, dtype=BF16)
+        shape = dict(keys=(2, 1, 1, length), pairs=(length, length), queries=(length, 1))[kind.removeprefix("bias of ")]
+        mask = torch.rand(shape) < 0.7
+        if "bias" in kind:
+            mask = torch.where(mask, torch.randn(shape), -torch.inf)
+        found, leaves = OURS(*tensors, attn_mask=mask), [x.detach().double().requires_grad_() for x in tensors]
+        wanted = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=mask.double() if "bias" in kind
+                                                                  else mask).nan_to_num()
+        torch.testing.assert_close(found.double(), wanted, atol=3e-2, rtol=3e-2)
+        grads, exact = torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(wanted.sum(), leaves)
+        for a, b in zip(grads, exact):
+            torch.testing.assert_close(a.double(), b.nan_to_num(), atol=5e-2, rtol=5e-2)
+    assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
+
+
 def test_one_query_stays_one(launched):
     """Regression: the queries of decoding were padded to 128, from the third length of its keys on."""
     for length in (64, 128, 192, 256, 320):
@@ -158,6 +177,8 @@ def test_one_query_stays_one(launched):
 MEANINGS = {
     "full": {}, "aligned at the end": dict(causal_offset=3), "lengths": dict(kv_lengths=[4, 100]),
     "ids and lengths": dict(q_ids=True, kv_lengths=[0, 9], causal_offset=1), "dropout": dict(dropout_p=0.4),
+    "mask": dict(mask=(2, 1, 9, 12)), "mask of queries, causal": dict(mask=(1, 1, 9, 1), causal_offset=4),
+    "bias": dict(bias=(1, 4, 9, 12)), "bias of keys": dict(bias=(2, 1, 1, 12)),
     "packed": dict(starts=([0, 3, 3, 7], [0, 5, 6, 10]), causal_offset=0, ends_aligned=True),
     "packed, past the end": dict(starts=([0, 3, 300], [0, 5, 400]), dropout_p=0.2),
 }
@@ -181,9 +202,14 @@ def test_what_is_padded_changes_nothing(name):
     if "q_ids" in arguments:
         operands = operands._replace(q_ids=torch.randint(-1, 2, (2, 9), dtype=torch.int32),
                                      kv_ids=torch.randint(-1, 2, (2, 12), dtype=torch.int32))
+    if "mask" in arguments:
+        operands = operands._replace(mask=torch.rand(arguments["mask"]) < 0.6)
+    if "bias" in arguments:
+        operands = operands._replace(bias=torch.randn(arguments["bias"], dtype=torch.float64))
     filled = lengths.padded(operands, numbers)
     assert filled.query.shape[2] == filled.key.shape[2] == filled.value.shape[2] == 128
-    assert (filled.kv_lengths is None) == (name == "aligned at the end" or "packed" in name)
+    assert (filled.kv_lengths is None) == (name == "aligned at the end" or any(
+        kind in name for kind in ("packed", "bias")) or name == "mask")
     out, stats = exchange.forward(operands, numbers, True)
     wide, more = exchange.forward(filled, numbers, True)
     torch.testing.assert_close(wide[:, :, :9], out)

@@ -136,10 +136,28 @@ def test_every_launch_reads_what_there_is(changes, name):
 def test_what_is_no_list_of_launches_is_refused():
     with pytest.raises(UnsupportedError, match=r"reads copies that JAX makes before the launches .* d=64, d_v=64"):
         lower.lower(dataclasses.replace(FORWARD, problem=dataclasses.replace(SMALL, d=60, d_v=60)))
-    with pytest.raises(UnsupportedError, match=r"compute capability 9.0"):
-        launches(lower.spec_of(SMALL), device.A100)
+    with pytest.raises(UnsupportedError, match=r"capability 9.0, .* 8.0 or higher, device has 7.5"):
+        launches(lower.spec_of(SMALL), dataclasses.replace(device.A100, capability=(7, 5)))
     with pytest.raises(UnsupportedError, match="no key"):
         launches(lower.spec_of(dataclasses.replace(SMALL, kv_len=0)), device.H200)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_an_implementation_may_be_named(name, deterministic):
+    """As tests and benchmarks of kernels on a GPU that has others do. It has a plan of its own."""
+    request = dataclasses.replace(FORWARD, problem=dataclasses.replace(
+        SMALL, given=LENGTHS, dropout_p=0.25, deterministic=deterministic), pass_name=name)
+    named = dataclasses.replace(request, implementation="ampere")
+    assert named.key != request.key and Request.of(named.text) == named
+    program, found = lower.lower(named), launches(lower.spec_of(named.problem), device.H200, "ampere")
+    assert program.implementation == found.implementation == "ampere"
+    assert [step.arrays[:len(launch.inputs)] for step, launch in zip(
+        program.steps, getattr(found, name).launches, strict=True)] == [
+            launch.inputs for launch in getattr(found, name).launches]
+    assert plan.read(compiled(program, named), named.text).implementation == "ampere"
+    with pytest.raises(UnsupportedError, match=r"'xla' is JAX's own program, not a list of launches\."):
+        launches(lower.spec_of(named.problem), device.H200, "xla")
 
 
 def test_another_jax_is_noticed(monkeypatch):

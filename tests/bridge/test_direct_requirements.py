@@ -30,8 +30,8 @@ def no_driver():
     (lambda patch: patch.setattr(sys, "frozen", True, raising=False), r"needs a Python to start a process"),
     (lambda patch: patch.setattr(sys, "executable", None), r"sys\.executable is None"),
     (lambda patch: patch.setattr(requirements, "__file__", "/a.zip/torch_bridge/x.py"), r"files, not in an archive"),
-    (lambda patch: patch.setattr(requirements, "_version", lambda package: None), r"JAX 0\.11, which is not inst"),
-    (lambda patch: patch.setattr(requirements, "_version", lambda package: "0.12.0"), r"JAX 0\.11, jax is 0\.12"),
+    (lambda patch: patch.setattr(requirements, "_version", lambda package: None), r"JAX 0\.11 or 0\.12, which is not"),
+    (lambda patch: patch.setattr(requirements, "_version", lambda package: "0.13.0"), r"or 0\.12, jax is 0\.13"),
     (lambda patch: patch.setattr(requirements, "plugin", lambda: None), r"not there: install jax\[cuda13\]"),
     (lambda patch: patch.setattr(driver, "library", no_driver), r"libcuda\.so\.1, NVIDIA's driver, must be there"),
 ])

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
                          dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, kv_heads=2, deterministic=True)),
     "ordered-own-full": (OWN_ORDERED, dict(q_len=70, kv_len=300, d=64, d_v=64, mask=masks.Full(), deterministic=True)),
     "fused-own": (OWN, dict(q_len=200, kv_len=200, d=64, d_v=64)),
+    "fused-own-held": (dataclasses.replace(OWN, kv=dataclasses.replace(OWN.kv, held="kv")),
+                       dict(q_len=130, kv_len=130, d=64, d_v=64)),
     "fused-own-window-bhld": (OWN, dict(q_len=300, kv_len=300, d=64, d_v=64, layout="BHLD", mask=masks.Window(40, 5))),
     "fused-own-ragged-dropout-gqa": (OWN, dict(q_len=70, kv_len=170, d=64, d_v=40, mask=masks.Full(), q_heads=2,
                                                dropout_rate=0.3)),
@@ -401,7 +403,7 @@ def test_idle_queries_are_not_looked_at(name):
     assert max(used.values()) <= 1, used
 
 
-@pytest.mark.parametrize("name", ["fused", "split", "wide"])
+@pytest.mark.parametrize("name", ["fused", "fused-own", "split", "wide"])
 def test_hidden_values_may_be_any_number(name):
     """Regression: dP of a value of 3e38 is beyond float32, and dS was 0 * inf where the mask hides it."""
     schedule, problem = problem_of(name)

@@ -429,7 +429,8 @@ def test_devices_share_batch_and_heads_of_pages():
     q, k, v = rows(case)
     cached = stored(case, k, v)
     spec = call_of(case, q, cached).spec
-    run = functools.partial(partitioned, StandIn, "query pages pages field table -> query row", spec)
+    run = functools.partial(partitioned, StandIn, "query pages pages field table -> query row", spec,
+                            device=device.CPU)
     arrays = jnp.asarray(q), cached.key, cached.value, cached.lengths[:, None], cached.page_table
     mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
     places = P("batch", None, "heads"), *[P(None, None, "heads")] * 2, P("batch"), P("batch")

@@ -74,7 +74,7 @@ def run(problem, operands, cotangents, implementation="hopper"):
     return conformance.compiled(problem, implementation)(operands, cotangents)._asdict()
 
 
-@at_dims(DENSE, ("pairs-gqa-heads-first", "keys-causal"))
+@at_dims(DENSE, ("pairs-gqa-heads-first", "keys-causal", "pairs-dropout"))
 def test_dense_masks_agree_with_the_oracle(name, dims):
     """Also with what they hide poisoned: in whole queries and keys, and so in the products of every tile."""
     problem = dense_problem(name, dims)
@@ -132,7 +132,7 @@ BIAS = {
 }
 
 
-@at_dims(BIAS, ("keys", "pairs"))
+@at_dims(BIAS, ("keys", "pairs", "keys-dropout", "pairs-dropout"))
 def test_biases_agree_with_the_oracle(name, dims):
     """Their gradients, too; also with what they and masks hide poisoned."""
     problem = problem_of(f"bias-{name}", dims, **(dict(q_len=Q_LEN, kv_len=KV_LEN) | BIAS[name]))
@@ -159,7 +159,7 @@ SINKS = {"causal": dict(), "window": dict(mask=Window(100, 0)), "empty-rows": di
          "dense": dict(mask=Dense(KEYS), kv_len=KV_LEN)}
 
 
-@at_dims(SINKS, ("causal",))
+@at_dims(SINKS, ("causal", "window"))
 def test_sinks_agree_with_those_of_the_reference(name, dims):
     """out, lse and the gradients of all, that of the sinks included."""
     problem = problem_of(f"sinks-{name}", dims, **SINKS[name])

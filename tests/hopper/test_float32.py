@@ -131,6 +131,21 @@ def test_errs_at_most_twice_as_much_as_float32(name, fast_to_compile):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("row", [3e4, 1e3], ids=["large", "small"])
+def test_ties_share_their_weight(row, fast_to_compile):
+    """On an H200 dv was 4e21 where all keys weigh the same: scores of 5e9 in base 2 are rounded by 256, which is no
+    small factor of a weight.
+    """
+    problem = problem_of(q_len=64, kv_len=128, d=16, d_v=16, mask=Full())
+    operands, (_, dlse) = conformance.random_case(problem, "float32")
+    operands = operands._replace(q=np.full_like(operands.q, row), k=np.full_like(operands.k, row))
+    found = run(problem.spec(), operands, (np.ones_like(operands.q), 0 * dlse), (FORWARD, BACKWARD))
+    np.testing.assert_allclose(found["dv"], 0.5, rtol=2e-5)
+    np.testing.assert_allclose(found["out"], operands.v.mean(axis=1, keepdims=True).repeat(64, 1), atol=1e-6)
+    np.testing.assert_allclose(found["lse"], row**2 * 4 + np.log(128), rtol=1e-6)
+
+
+@pytest.mark.interpreted
 def test_partial_gradients_from_delta_alone(fast_to_compile):
     """The backward of a part of the keys reads no out; some queries see none of its keys."""
     problem = problem_of(q_len=70, kv_len=90, d=72, d_v=40, mask=Causal(-20))

@@ -88,6 +88,21 @@ def test_ranges_and_steps_cover_the_mask(schedule, mask, shape):
                 assert whole or treated or not rows.size, f"{q_tile=} {warpgroup=} {tile=} must be masked"
 
 
+@pytest.mark.parametrize("mask", (masks.Full(), masks.Causal(), masks.Window(300, 0)), ids=str)
+@pytest.mark.parametrize("length, early", [(512, True), (1000, True), (1024, True), (2048, False), (4096, False)])
+def test_rows_past_the_last_query_take_one_step_where_they_are_many(length, early, mask):
+    """At d 64 a query tile has 192 rows: of 1,024 queries the last tile has 64. Otherwise they walk with the last."""
+    spec = make_spec(length, length, mask)
+    schedule = defaults.default_forward(spec, device.H100)
+    start, _, _, stop = work.every_row_block(spec, schedule)
+    blocks = -(-length // ROWS_PER_WARPGROUP)
+    assert start.size % schedule.warpgroups == 0
+    assert start.size > blocks
+    assert work.idle_stop_early(spec, schedule) == early
+    assert (stop[blocks:] - start[blocks:] == (1 if early else stop[blocks - 1] - start[blocks - 1])).all()
+    assert stop[blocks - 1] - start[blocks - 1] > 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked(masks.Mask):
     """A window that is asked about intervals of positions that are not empty, or raises; both on the host."""

@@ -71,7 +71,7 @@ def builder(function, roles):
 
 
 def split(function, roles, spec, *arrays):
-    return partitioned(builder(function, roles), roles, spec, *arrays)
+    return partitioned(builder(function, roles), roles, spec, *arrays, device=device.CPU)
 
 
 def attention(spec, call):
@@ -164,7 +164,7 @@ def test_the_kernel_is_lowered_for_a_shard():
     place = NamedSharding(mesh_of(x=2, y=4), P("x", None, "y"))
     q = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=place)
     spec = AttentionSpec.of(q, q, q, mask=masks.Causal())
-    traced = jax.jit(functools.partial(partitioned, build, FORWARD, spec)).trace(q, q, q)
+    traced = jax.jit(functools.partial(partitioned, build, FORWARD, spec, device=device.H100)).trace(q, q, q)
     lowered = traced.lower(lowering_platforms=("cuda",))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"mosaic_gpu.* on a platform Host"):
         lowered.compile()

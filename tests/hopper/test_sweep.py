@@ -95,8 +95,9 @@ def test_agrees_with_the_oracle(problem):
     assert_within(budget_of(problem, *case), conformance.compiled(problem, "hopper")(*case)._asdict())
 
 
-@pytest.mark.parametrize("name", ["documents", "ids-in-any-order", "lengths-offsets", "documents-dropout"])
-@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+@pytest.mark.parametrize("name", ["documents", "documents-gqa-softcap", "ids-in-any-order", "lengths-offsets",
+                                  "documents-dropout"])
+@pytest.mark.parametrize("dims", DIMS[:5], ids=str)
 def test_what_array_masks_hide_changes_nothing(dims, name):
     problem = problem_of(f"poison-{name}", dims, **FEATURES[name])
     operands, cotangents = conformance.random_case(problem, "bfloat16")
@@ -108,7 +109,7 @@ def test_what_array_masks_hide_changes_nothing(dims, name):
 
 
 @pytest.mark.parametrize("names", ["kv", "q"])
-@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
+@pytest.mark.parametrize("dims", DIMS[:5], ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_bad_document_reaches_no_other(dims, deterministic, names):
     """Documents share tiles: NaN in all keys and values of one changes no number of the others; NaN in its queries and

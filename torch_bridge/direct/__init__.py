@@ -13,8 +13,10 @@
     driver.py        CUDA's driver
     launch.py        loads a plan on a device, and launches it on addresses
     runner.py        the same on torch's tensors
+    counters.py      memory that launches count in, which is 0 between them
     operations.py    what torch computes before the launches, of lengths, ids and seeds
     attention.py     which calls take this path; their tensors in and out
+    decoding.py      the same of attention to a cache
     storage.py       which tensors are read where they lie
     shortcut.py      calls seen before
 

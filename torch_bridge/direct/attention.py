@@ -25,21 +25,33 @@ from torch_bridge.direct import apart, cache, driver, launch, requirements, stor
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
-from torch_bridge.direct.problem import Gpu, PassName, Problem, Request, versions
+from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "PASSES", "VARIABLE", "Direct", "DirectCall", "expect", "find", "gpu_of", "is_at_hand",
-           "is_loaded", "is_on", "known", "name_of", "prepared", "problem_of", "reason_found", "request", "why_not",
-           "why_not_device"]
+__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "direct_of",
+           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
 PASSES: tuple[PassName, ...] = ("forward", "backward")
-_CAPABILITY = (9, 0)
+_NAMES: dict[PassName, str] = {
+    "forward": "the forward of scaled_dot_product_attention", "decode": "attention to a cache",
+    "backward": "the backward of scaled_dot_product_attention",
+    "dbias": "the gradient of scaled_dot_product_attention's attn_mask"}
+_CAPABILITY = (8, 0)
+"""From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
 _DTYPES = (torch.bfloat16, torch.float16)
+_BIASES = (torch.bfloat16, torch.float16, torch.float32)
+_ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _MAX_CHOICES = 4096
+MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
+"""Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
+are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
+20 and 210 (docs/notes/torch_bridge.md, 2026-11-30).
+"""
 _CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
@@ -54,7 +66,7 @@ def is_on() -> bool:
 
 def why_not(operands: Operands, numbers: Numbers) -> str | None:
     """Why the direct path does not take a call of CUDA tensors, as far as the call itself says; None: it does."""
-    query, key, value, mask, bias, *_ = operands
+    query, key, value, _, bias, *_ = operands
     fit = (query.shape[0] == value.shape[0] and key.shape == (*value.shape[:3], query.shape[3])
            and value.shape[1] > 0 and query.shape[1] % value.shape[1] == 0)
     rules = (
@@ -62,7 +74,10 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
         (query.shape[3] % _UNIT == 0 == value.shape[3] % _UNIT,
          f"it takes head dimensions that are multiples of {_UNIT}, JAX pads copies of the others, "
          f"d={query.shape[3]}, d_v={value.shape[3]}"),
-        (mask is None and bias is None, "it takes no attn_mask yet but a causal one"),
+        (bias is None or bias.dtype in _BIASES, f"it takes no attn_mask of {None if bias is None else bias.dtype}"),
+        (bias is None or bias.shape[2] > 1 or query.shape[2] <= _ANCHOR_ROWS or not _has_rule(operands, numbers),
+         f"it takes a float attn_mask of keys beside a mask that is not causal for at most {_ANCHOR_ROWS} queries, "
+         f"q_len={query.shape[2]}"),
         (numbers.dropout_p <= 1, f"it takes no such rate of dropout, {numbers.dropout_p}"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
@@ -75,22 +90,27 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
     return next((reason for holds, reason in rules if not holds), None)
 
 
+def _has_rule(operands: Operands, numbers: Numbers) -> bool:
+    """Whether there are other masks than a causal one, whose offset is a number."""
+    return numbers.left is not None or operands.mask is not None or any(x is not None for x in operands.places)
+
+
 def why_not_device(device: torch.device) -> str | None:
     """Why the direct path does not take calls on a GPU; None: it does."""
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
     gpu = gpu_of(device)
-    if gpu.capability == _CAPABILITY:
+    if gpu.capability >= _CAPABILITY:
         return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
-    return f"it launches kernels for compute capability {needed}, {gpu.name} has {found}"
+    return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
 
 
-def reason_found(problem: Problem, device: torch.device, pass_name: PassName = "forward") -> str | None:
+def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
-    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device))
+    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, pass_name == "dbias"))
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -100,8 +120,9 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
+    named = zip(("mask", "bias", *PLACES), (operands.mask, operands.bias, *operands.places), strict=True)
     given = tuple((name, _shape_given(name, x), str(x.dtype).removeprefix("torch."))
-                  for name, x in zip(PLACES, operands.places, strict=True) if x is not None)
+                  for name, x in named if x is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
         given = (*given, ("seed", (2,), "int32"))
     return Problem(layout=layout,
@@ -115,7 +136,7 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
 def _shape_given(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape of which a plan takes a tensor: of boundaries, that of a power of 2 of them."""
     count = tensor.shape[0]
-    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(tensor.shape)
+    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(map(int, tensor.shape))
 
 
 def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
@@ -124,9 +145,9 @@ def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat((starts, starts[-1:].expand(missing))) if missing else starts
 
 
-def request(problem: Problem, pass_name: PassName, device: torch.device) -> Request:
+def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
     """What the plan of a pass is found by. A forward is deterministic in any case, and has one plan for both."""
-    if pass_name == "forward":
+    if pass_name == "forward" and isinstance(problem, Problem):
         problem = dataclasses.replace(problem, deterministic=False)
     return Request(problem, pass_name, gpu_of(device), versions(driver.version()))
 
@@ -144,7 +165,7 @@ class Direct:
     def __init__(self, key: "_Key") -> None:
         self.key, (self.problem, self.device) = key, key
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
-        self.runs = records.Runs(f"{self.problem}, launched directly", "hopper", {})
+        self.runs: records.Runs  # once a pass is loaded
         self._runners: dict[PassName, Runner] = {}
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
@@ -165,7 +186,7 @@ class Direct:
         of one, and compiling it would keep the capture waiting.
         """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"the {pass_name} of scaled_dot_product_attention must have run once before it is "
+            raise RuntimeError(f"{_NAMES[pass_name]} must have run once before it is "
                                f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
                                "it before with tensors of the same shapes and strides.")
 
@@ -186,7 +207,8 @@ class Direct:
 
     def _load(self, pass_name: PassName) -> Runner:
         program = self._program(pass_name)
-        if pass_name == "backward":
+        self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
+        if pass_name != "forward":
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
         return Runner(program, self.device)
 
@@ -203,16 +225,16 @@ class Direct:
         """out, dense in the layout, and the statistics."""
         return self._runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
 
-    def backward(self, operands: Operands, results: Results, dout: torch.Tensor,
-                 dstats: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients of query, key and value, dense in the layout."""
+    def backward(self, operands: Operands, results: Results, dout: torch.Tensor, dstats: torch.Tensor | None,
+                 pass_name: PassName = "backward") -> list[torch.Tensor]:
+        """The gradients of query, key and value, dense in the layout; or of the bias, padded to whole tiles."""
         out, stats = results
         dtype = operands.query.dtype
         tensors = [*map(self._operand, operands[:3], self.strides), self._given(out.to(dtype)),
                    strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
         tensors.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
-        return self._runners["backward"](tensors, self._given_of(operands))
+        return self._runners[pass_name](tensors, self._given_of(operands))
 
     def run_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """`backward` of query, key, value, out and statistics that fit as they are, into gradients that are there."""
@@ -232,7 +254,8 @@ class Direct:
         """
         if pass_name in self._runners:
             return True
-        if self.key in _reasons:
+        kind = *self.key, pass_name == "dbias"
+        if kind in _reasons:
             return False
         self.require_no_capture(pass_name)
         try:
@@ -240,11 +263,12 @@ class Direct:
                 self.expect(then)
             self.prepare(pass_name)
         except NoLaunchesError as error:  # what is run instead says why
-            _reasons[self.key] = str(error)
+            _reasons[kind] = str(error)
             return False
         except (NoPlanError, driver.DriverError) as error:
-            _warn(f"the {pass_name} of {self.problem} goes", str(error))
-            _reasons[self.key] = str(error)  # after the warning: if a filter makes it an error, it comes again
+            way = "to the kernels of attention with lengths" if pass_name == "decode" else "through DLPack"
+            _warn(f"the {pass_name} of {self.problem} goes {way}", str(error))
+            _reasons[kind] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
         return True
 
@@ -286,10 +310,10 @@ def _make_room(device: torch.device) -> None:
 
 # --- which calls -----------------------------------------------------------------------------------------------------
 
-_Key = tuple[Problem, torch.device]
+_Key = tuple[AnyProblem, torch.device]
 _directs: dict[_Key, Direct] = {}
-_reasons: dict[_Key, str] = {}
-"""Why there is no plan, of the problems of which one could not be made."""
+_reasons: dict[tuple[AnyProblem, torch.device, bool], str] = {}
+"""Why there is no plan, of the problems of which one could not be made; of the gradient of a bias by itself (True)."""
 
 
 class DirectCall(NamedTuple):
@@ -306,13 +330,33 @@ class DirectCall(NamedTuple):
         self.direct.runs.count("forward")
         return Results(self._stored(out, self.out_strides), stats)
 
-    def backward(self, operands: Operands, results: Results, cotangents: Cotangents) -> PerArray[torch.Tensor | None]:
-        """The gradients of query, key and value, each stored as its tensor."""
+    def backward(self, operands: Operands, results: Results, cotangents: Cotangents,
+                 wants_bias: bool = False) -> PerArray[torch.Tensor | None]:
+        """The gradients of query, key and value, and of the bias if it is wanted, each stored as its tensor."""
         dout, dstats = cotangents
-        grads = self.direct.backward(operands, results, torch.zeros_like(results.out) if dout is None else dout, dstats)
+        dout = torch.zeros_like(results.out) if dout is None else dout
+        grads = self.direct.backward(operands, results, dout, dstats)
         self.direct.runs.count("backward")
         dq, dk, dv = map(self._stored, grads, self.grad_strides)
-        return PerArray(query=dq, key=dk, value=dv, bias=None)
+        dbias = None
+        if wants_bias and (bias := operands.bias) is not None:
+            (found,) = self.direct.backward(operands, results, dout, dstats, "dbias")
+            found = found[:, :, :bias.shape[2], :bias.shape[3]].to(bias.dtype)
+            dbias = strides.with_strides(found, torch.empty_like(bias, device="meta").stride())
+        return PerArray(query=dq, key=dk, value=dv, bias=dbias)
+
+    def slow_reason(self, pass_name: PassName, most: float) -> str | None:
+        """Why DLPack is faster; None: it is not, or there is no plan, or a capture is under way, which DLPack refuses.
+
+        Args:
+          most: so many of PyTorch's kernels are none too many.
+        """
+        runner = self.direct.runner(pass_name)
+        if runner is None or runner.num_kernels <= most or (
+                self.direct.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        return (f"about {runner.num_kernels} small kernels of PyTorch would make what the {pass_name} reads, which "
+                "takes longer: in a CUDA graph, or a program of torch.compile, it is launched directly")
 
     def _stored(self, tensor: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
         return strides.with_strides(strides.in_layout(tensor, self.direct.problem.layout), wanted)
@@ -353,11 +397,11 @@ def _is_taken(operands: Operands, numbers: Numbers) -> bool:
         return False
     reason = requirements.why_not()
     if reason is not None:
-        _warn("calls go", reason)
+        _warn("calls go through DLPack", reason)
     return reason is None
 
 
-def _direct_of(key: _Key) -> Direct:
+def direct_of(key: _Key) -> Direct:
     """The same object for the same problem and device."""
     return _directs.setdefault(key, Direct(key))
 
@@ -366,10 +410,10 @@ def prepared(operands: Operands, numbers: Numbers, device: torch.device, pass_na
     """Whether a pass of calls like this one, which the direct path takes, has its plan loaded on a device, now at the
     latest; where it cannot be, a warning says why. Of the operands, shapes, strides and dtypes count.
     """
-    return _direct_of((problem_of(operands, numbers), device)).try_prepare(pass_name)
+    return direct_of((problem_of(operands, numbers), device)).try_prepare(pass_name)
 
 
-def is_loaded(problem: Problem, pass_name: PassName, device: torch.device) -> bool:
+def is_loaded(problem: AnyProblem, pass_name: PassName, device: torch.device) -> bool:
     """Whether the plan of a pass is loaded."""
     direct = _directs.get((problem, device))
     return direct is not None and direct.runner(pass_name) is not None
@@ -382,7 +426,7 @@ def is_at_hand(problem: Problem, pass_name: PassName, device: torch.device) -> b
 
 def expect(problem: Problem, pass_name: PassName, device: torch.device) -> None:
     """`Direct.expect` of a pass of a problem."""
-    _direct_of((problem, device)).expect(pass_name)
+    direct_of((problem, device)).expect(pass_name)
 
 
 def known(operands: Operands, numbers: Numbers) -> DirectCall | None:
@@ -394,13 +438,14 @@ def name_of(operands: Operands, numbers: Numbers) -> tuple[object, ...]:
     """All but the numbers in its tensors that decides how a call is computed."""
     query, key, value, mask, bias, *_ = operands
     return (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), query.dtype,
-            query.device, mask is None, bias is None, *(x if x is None else x.shape for x in operands.places), numbers)
+            query.device, mask if mask is None else mask.shape, bias if bias is None else (bias.shape, bias.dtype),
+            *(x if x is None else x.shape for x in operands.places), numbers)
 
 
 def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
     out_strides = strides.like_query(operands.query, operands.value.shape[3])
     grad_strides = *(torch.empty_like(x, device="meta").stride() for x in operands[:3]),  # dense, in the order of x
-    direct = _direct_of((problem_of(operands, numbers), operands.query.device))
+    direct = direct_of((problem_of(operands, numbers), operands.query.device))
     layout = direct.problem.layout
     in_layout = (strides.in_layout(x, layout) for x in operands[:3])
     is_read = all(strides.same_memory(x.shape, x.stride(), wanted)
@@ -421,6 +466,6 @@ def _warn(subject: str, reason: str) -> None:
         return
     from pallas_flash import errors  # imports JAX, which the call will need now
 
-    errors.warn(errors.fallback(f"{subject} through DLPack, because the direct path cannot be taken", [reason],
+    errors.warn(errors.fallback(f"{subject}, because the direct path cannot be taken", [reason],
                                 f"change that, or set {VARIABLE}=0"))
     _said.add(reason)

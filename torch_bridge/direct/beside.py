@@ -1,9 +1,9 @@
 """What JAX computes beside the launches of a pass, as operations that torch runs (`operations.py`). JAX alone.
 
-A function of integers and booleans is traced. What of it is known without its arguments is computed here; the rest is
-written down operation by operation, each once, in the words of `plan.OPERATIONS`. Arrays are not repeated along axes
-along which they are broadcast: such an axis has one element where it is stored. Unsigned words are kept as signed ones
-of the same bits.
+A function of integers, booleans and floats is traced. What of it is known without its arguments is computed here; the
+rest is written down operation by operation, each once, in the words of `plan.OPERATIONS`. Arrays are not repeated along
+axes along which they are broadcast: such an axis has one element where it is stored. Unsigned words are kept as signed
+ones of the same bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +17,17 @@ from jax.typing import ArrayLike
 from torch_bridge.direct import intervals
 from torch_bridge.direct.plan import Operation, Parameter
 
-__all__ = ["Operations", "UntranslatableError", "traced"]
+__all__ = ["Operation", "Operations", "UntranslatableError", "needed", "traced"]
 
-_DTYPES = {"bool": "bool", "int32": "int32", "uint32": "int32"}
+_FLOATS = {"bfloat16", "float16", "float32"}
+_DTYPES = {"bool": "bool", "int32": "int32", "uint32": "int32"} | {name: name for name in sorted(_FLOATS)}
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 _OF_SIGNED = {"max", "min", "div", "lt", "le", "gt", "ge", "clamp", "reduce_max", "reduce_min", "cummax"}
 """What takes the bits of unsigned words for those of signed numbers."""
 _NUMBERED = "numbered"
 """The function of `pallas_flash.packed` that torch has an operation for: a search."""
+_WORDS = {"words_of_keys": 3, "words_of_queries": 2}
+"""The functions of `pallas_flash.kernels.mosaic.mask_bits` that torch has an operation for, and the axis of columns."""
 _MOST_BYTES = 1 << 24
 """Of an array that is computed here: larger ones would fill plans."""
 
@@ -61,6 +64,16 @@ def traced(function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     for name, x in zip(names, results, strict=True):
         trace.keep(name, x)
     return trace.needed(names)
+
+
+def needed(operations: Sequence[Operation], names: Sequence[str]) -> tuple[Operation, ...]:
+    """Those that the results of these names need."""
+    wanted, kept = {*names}, []
+    for operation in reversed(operations):
+        if operation.output in wanted:
+            kept.append(operation)
+            wanted |= {x for x in operation.inputs if isinstance(x, str)}
+    return tuple(reversed(kept))
 
 
 class _Value(NamedTuple):
@@ -104,7 +117,18 @@ def _sliced(x: np.ndarray, *axes: tuple[int, int, int]) -> np.ndarray:
     return found
 
 
+def _bits(attend: np.ndarray, axis: int, words: int, rows: int) -> np.ndarray:
+    found = attend if axis == 3 else attend.swapaxes(2, 3)
+    if found.shape[3] == 1:
+        bits = -found.astype(np.int32)
+    else:
+        found = np.pad(found, ((0, 0), (0, 0), (0, 0), (0, 32 * words - found.shape[3])))
+        bits = np.ascontiguousarray(np.packbits(found, axis=-1, bitorder="little")).view("<i4")
+    return np.pad(bits, ((0, 0), (0, 0), (0, rows - bits.shape[2]), (0, 0))).swapaxes(2, 3)
+
+
 _HERE: dict[str, Callable[..., np.ndarray]] = {
+    "abs": np.abs, "isfinite": np.isfinite,
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum, "div": _quotient,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -117,23 +141,29 @@ _HERE: dict[str, Callable[..., np.ndarray]] = {
     "amax": lambda x, *axes: x.max(axes), "amin": lambda x, *axes: x.min(axes),
     "any": lambda x, *axes: x.any(axes), "all": lambda x, *axes: x.all(axes),
     "sum": lambda x, *axes: x.sum(axes, dtype=x.dtype), "cummax": np.maximum.accumulate,
-    "take": lambda x, i: np.take_along_axis(x, i, -1),
+    "bits": _bits, "take": lambda x, i: np.take_along_axis(x, i, -1),
 }
 """The operations, of arrays and then of their numbers."""
-_BY_ELEMENT = {"add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt", "le", "gt",
-               "ge", "shift_left", "shift_right", "where", "to"}
+_BY_ELEMENT = {"abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not",
+               "neg", "eq", "ne", "lt", "le", "gt", "ge", "shift_left", "shift_right", "where", "to"}
 _VIEWS = {"reshape", "expand", "permute", "slice"}
 _REDUCTIONS = {"reduce_max": "amax", "reduce_min": "amin", "reduce_or": "any", "reduce_and": "all", "reduce_sum": "sum"}
-_FLAGS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_FLAGS = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite"}
+_NOT_OF_FLOATS = {"div", "reduce_sum", "shift_left", "and", "or", "xor", "not"}
+"""What rounds otherwise here than there, or is no operation."""
 
 
 def _unchanged(name: str, a: _Value, b: _Value) -> _Value | None:
     """The operand that an operation returns as it is, if there is one."""
     if isinstance(a.what, str) and isinstance(b.what, str):
         return a if a.what == b.what and name in {"max", "min", "and", "or"} else None
+    if not isinstance(a.what, str) and name in {"max", "add", "mul"}:
+        a, b = b, a
     if not isinstance(a.what, str) or isinstance(b.what, str) or b.what.size != 1:
         return None
     number = b.what.item()
+    if name == "max" and number == -np.inf:
+        return a
     return a if (name in {"add", "sub"} and number == 0) or (name in {"mul", "div"} and number == 1) else None
 
 
@@ -169,12 +199,16 @@ class _Trace:
         if name in _CALLS:
             if params.get("name") == _NUMBERED:
                 return self._numbered(equation, given[0])
+            if params.get("name") in _WORDS:
+                return [self._words(_WORDS[params["name"]], _array(equation.outvars[0]).shape, given[0])]
             inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
             return self.run(inner.jaxpr, inner.consts, given)
         (out,) = equation.outvars
         dtype, shape = _array(out).dtype.name, _array(out).shape
         if unknown := {dtype, *(x.dtype for x in given)} - {*_DTYPES}:
             raise UntranslatableError(f"{name} of {', '.join(sorted(unknown))} is no operation of integers")
+        if name in _NOT_OF_FLOATS and _FLOATS & {x.dtype for x in given}:
+            raise UntranslatableError(f"{name} of floats is no operation")
         if any(x.dtype == "uint32" for x in given) and name in _OF_SIGNED:
             raise UntranslatableError(f"{name} of unsigned words is no operation")
         found = self._result(equation, given, shape, dtype)
@@ -182,7 +216,7 @@ class _Trace:
         return [found._replace(dtype=dtype)]
 
     def _result(self, equation: core.JaxprEqn, given: list[_Value], shape: tuple[int, ...], dtype: str) -> _Value:
-        name, params = equation.primitive.name, equation.params
+        name, params = {"is_finite": "isfinite"}.get(equation.primitive.name, equation.primitive.name), equation.params
         if name in _BY_ELEMENT:
             return self._by_element(name, given, shape)
         if name in _REDUCTIONS:
@@ -213,7 +247,12 @@ class _Trace:
             return x
         return self._emit("to", [x], (_DTYPES[dtype],), shape, x.stored)
 
-    def _bitcast_convert_type(self, x: _Value, **_: object) -> _Value:
+    def _bitcast_convert_type(self, x: _Value, dtype: str, **_: object) -> _Value:
+        if {x.dtype, dtype} & _FLOATS:
+            raise UntranslatableError(f"the bits of {x.dtype} as {dtype} are no operation")
+        return x
+
+    def _stop_gradient(self, x: _Value, **_: object) -> _Value:
         return x
 
     def _copy(self, x: _Value, **_: object) -> _Value:
@@ -300,15 +339,23 @@ class _Trace:
                             str(found.what): intervals.Interval(0, bounds[0] - 1)}
         return [rising, found]
 
+    def _words(self, axis: int, shape: tuple[int, ...], attend: _Value) -> _Value:
+        """The result of `mask_bits.words_of_keys`, or of queries."""
+        attend = self._expanded(attend, {2, 3})
+        return self._emit("bits", [attend], (axis, *shape[2:]), shape, (*attend.stored[:2], *shape[2:]))._replace(
+            dtype="int32")
+
     # -- operations ----------------------------------------------------------------------------------------------------
 
     def _by_element(self, name: str, given: list[_Value], shape: tuple[int, ...]) -> _Value:
         stored = np.broadcast_shapes(*(x.stored for x in given))
         if len(given) == 2:
-            a, b = map(self._interval, given)
-            answer, which = intervals.decided(name, a, b), intervals.returned(name, a, b)
-            if answer is not None:
-                return _Value.known(np.full((1,) * len(shape), answer), shape)
+            which = None
+            if not _FLOATS & {x.dtype for x in given}:
+                a, b = map(self._interval, given)
+                answer, which = intervals.decided(name, a, b), intervals.returned(name, a, b)
+                if answer is not None:
+                    return _Value.known(np.full((1,) * len(shape), answer), shape)
             unchanged = _unchanged(name, *given) if which is None else given[which]
             if unchanged is not None:
                 return self._of_rank(unchanged, shape)._replace(shape=shape)
@@ -352,7 +399,8 @@ class _Trace:
 
     def _emit(self, name: str, given: Sequence[_Value], numbers: tuple[Parameter, ...], shape: tuple[int, ...],
               stored: tuple[int, ...]) -> _Value:
-        dtype = "bool" if name in _FLAGS else str(numbers[0]) if name == "to" else given[-1].dtype
+        dtype = ("bool" if name in _FLAGS else str(numbers[0]) if name == "to" else
+                 "int32" if name == "bits" else given[0 if name == "take" else -1].dtype)
         arrays = [x.what for x in given if isinstance(x.what, np.ndarray)]
         if len(arrays) == len(given) and name in _HERE:
             with np.errstate(over="ignore"):
@@ -365,16 +413,18 @@ class _Trace:
         if key not in self._found:
             self._found[key] = f"%{len(self._found)}"
             self._operations.append(Operation(name, inputs, numbers, self._found[key]))
-            known = [self._interval(x) for x in given]
-            self._intervals[self._found[key]] = (intervals.FLAGS if dtype == "bool" else
-                                                 intervals.of(name, known, numbers))
+            if dtype == "bool" or _FLOATS & {dtype, *(x.dtype for x in given)}:
+                self._intervals[self._found[key]] = intervals.FLAGS if dtype == "bool" else intervals.ANY
+            else:
+                self._intervals[self._found[key]] = intervals.of(name, [*map(self._interval, given)], numbers)
         return _Value(self._found[key], shape, stored, dtype)
 
-    def _input(self, x: _Value, may_be_number: bool) -> str | int:
+    def _input(self, x: _Value, may_be_number: bool) -> str | float:
         if isinstance(x.what, str):
             return x.what
         if may_be_number and x.what.size == 1:
-            return int(x.what.item()) if x.what.dtype != np.bool_ else bool(x.what.item())
+            kind = bool if x.what.dtype == np.bool_ else float if x.dtype in _FLOATS else int
+            return kind(x.what.item())
         for name, array in self._constants.items():
             if array.dtype == x.what.dtype and array.shape == x.what.shape and (array == x.what).all():
                 return name
@@ -400,9 +450,6 @@ class _Trace:
 
     def needed(self, names: Sequence[str]) -> Operations:
         """What the results of these names need."""
-        wanted, kept = {*names}, []
-        for operation in reversed(self._operations):
-            if operation.output in wanted:
-                kept.append(operation)
-                wanted |= {x for x in operation.inputs if isinstance(x, str)}
-        return Operations(tuple(reversed(kept)), {n: x for n, x in self._constants.items() if n in wanted})
+        kept = needed(self._operations, names)
+        wanted = {*names, *(x for operation in kept for x in operation.inputs)}
+        return Operations(kept, {n: x for n, x in self._constants.items() if n in wanted})

@@ -14,7 +14,7 @@ from ctypes import c_uint as UInt
 from ctypes import c_void_p as Pointer
 
 __all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "call", "capability",
-           "check", "context_of", "current", "is_current", "library", "version"]
+           "check", "context_of", "current", "current_device", "is_current", "library", "version"]
 
 LIBRARY = "libcuda.so.1"
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -95,6 +95,13 @@ def capability(index: int) -> tuple[int, int]:
     for found, attribute in zip((major, minor), _CAPABILITY):
         call("cuDeviceGetAttribute", ctypes.byref(found), Int(attribute), device)
     return major.value, minor.value
+
+
+def current_device() -> int:
+    """The index of the device of the thread's current context."""
+    device = Int()
+    call("cuCtxGetDevice", ctypes.byref(device))
+    return device.value
 
 
 @functools.cache

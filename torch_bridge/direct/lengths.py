@@ -7,10 +7,10 @@ a few, to which their tensors are padded.
     one that came often (`OFTEN`)               likewise, while its own plan is made by a process beside; then that one
 
 Zeros are padded. A query that counts sees none of the padded keys where the mask ends before them, as it does in causal
-attention of a sequence to itself, and none of the tokens behind packed sequences; else their number is data of the
-call, `kv_lengths`. Padded queries are dropped, and as their cotangents are zeros, they add nothing to the gradients of
-keys. A single query stays one: each token that is generated would be computed with 127 others. What dropout draws for a
-pair depends on its positions, not on the lengths.
+attention of a sequence to itself, and none of the tokens behind packed sequences; an attn_mask is filled up with what
+hides them; else their number is data of the call, `kv_lengths`. Padded queries are dropped, and as their cotangents are
+zeros, they add nothing to the gradients of keys. A single query stays one: each token that is generated would be
+computed with 127 others. What dropout draws for a pair depends on its positions, not on the lengths.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ _SMALLEST = 128
 _MAX_WAYS = 4096
 _BY_POSITION = {"q_ids", "kv_ids"}
 """Tensors with an axis of length."""
+_OF_PAIRS = {"mask", "bias"}
+"""Tensors with two of them, which may have one element each."""
 
 
 def bucket(length: int) -> int:
@@ -49,10 +51,11 @@ def _buckets(operands: Operands) -> tuple[int, int]:
     return 1 if q_len == 1 else bucket(q_len), bucket(kv_len)
 
 
-def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = None) -> Results | None:
+def forward(operands: Operands, numbers: Numbers, *, most: float, then: PassName | None = None) -> Results | None:
     """out, stored as query is, and the statistics of rows, launched directly; None: the call goes through DLPack.
 
     Args:
+      most: as in `DirectCall.slow_reason`. A plan that is shared is taken in any case: JAX compiles for each length.
       then: as in `attention.find`.
     """
     way = _way(operands, numbers, "forward")
@@ -66,30 +69,49 @@ def forward(operands: Operands, numbers: Numbers, *, then: PassName | None = Non
                            _cut(stats, query.shape[2], 3).contiguous())
         way.shares = False
     call = attention.find(operands, numbers, "forward", then=then)
-    return None if call is None else call.forward(operands)
+    if call is None or call.slow_reason("forward", most) is None:
+        return None if call is None else call.forward(operands)
+    if then is not None:  # a capture, before which both have run, takes it
+        attention.find(operands, numbers, then)
+    return None
 
 
-def backward(operands: Operands, numbers: Numbers, results: Results,
-             cotangents: Cotangents) -> PerArray[torch.Tensor | None] | None:
-    """The gradients, each stored as its tensor, launched directly; None: the call goes through DLPack."""
+def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents, *, most: float,
+             wants_bias: bool = False) -> PerArray[torch.Tensor | None] | None:
+    """The gradients, each stored as its tensor, launched directly; None: the call goes through DLPack.
+
+    Args:
+      most: as in `forward`.
+      wants_bias: whether that of the bias is wanted, too.
+    """
     way = _way(operands, numbers, "backward")
     if way.shares:
         filled = padded(operands, numbers)
-        call = attention.find(filled, numbers, "backward")
+        call = _found(filled, numbers, wants_bias)
         if call is not None:
             length = filled.query.shape[2]
             dout, dstats = cotangents
             grads = call.backward(
                 filled, Results(_filled(results.out, length), _filled(results.stats, length, 3)),
                 Cotangents(None if dout is None else _filled(dout, length),
-                           None if dstats is None else _filled(dstats, length, 3)))
+                           None if dstats is None else _filled(dstats, length, 3)), wants_bias)
             return PerArray(*(
                 None if grad is None or x is None else
-                strides.with_strides(_cut(grad, x.shape[2]), torch.empty_like(x, device="meta").stride())
+                strides.with_strides(_cut(_cut(grad, x.shape[2]), x.shape[3], 3),
+                                     torch.empty_like(x, device="meta").stride())
                 for grad, x in zip(grads, operands.differentiable, strict=True)))
         way.shares = False
-    call = attention.find(operands, numbers, "backward")
-    return None if call is None else call.backward(operands, results, cotangents)
+    call = _found(operands, numbers, wants_bias)
+    if call is None or call.slow_reason("backward", most):
+        return None
+    return call.backward(operands, results, cotangents, wants_bias)
+
+
+def _found(operands: Operands, numbers: Numbers, wants_bias: bool) -> attention.DirectCall | None:
+    """What runs the gradients that are wanted; where one of them has no launches, none has a plan made for it."""
+    if wants_bias and attention.find(operands, numbers, "dbias") is None:
+        return None
+    return attention.find(operands, numbers, "backward")
 
 
 def shared(operands: Operands, numbers: Numbers, pass_name: PassName) -> tuple[int, int] | None:
@@ -156,7 +178,7 @@ def _shares(problem: Problem, buckets: tuple[int, int], device: torch.device) ->
     if buckets == lengths or any(
             attention.is_at_hand(problem, name, device) for name in attention.PASSES):
         return False
-    given = tuple((name, (problem.batch,) if name in _BY_POSITION else shape, dtype)
+    given = tuple((name, (problem.batch,) if name in _BY_POSITION else shape[:2] if name in _OF_PAIRS else shape, dtype)
                   for name, shape, dtype in problem.given)
     family = dataclasses.replace(problem, q_len=0, kv_len=0, given=given), device
     with _lock:
@@ -170,8 +192,9 @@ def _shares(problem: Problem, buckets: tuple[int, int], device: torch.device) ->
 
 
 def _may_be_padded(operands: Operands, numbers: Numbers) -> bool:
-    """Not where a mask or a bias has axes of length, nor where terms of sums are asked for."""
-    return operands.mask is None and operands.bias is None and not numbers.partial and not operands.is_empty
+    """Not where terms of sums are asked for, nor beside a bias that is the same for all keys."""
+    bias = operands.bias
+    return (bias is None or bias.shape[3] > 1) and not numbers.partial and not operands.is_empty
 
 
 def _sees_no_padding(operands: Operands, numbers: Numbers) -> bool:
@@ -189,15 +212,29 @@ def padded(operands: Operands, numbers: Numbers) -> Operands:
     q_starts, kv_starts = operands.q_starts, operands.kv_starts
     if lengths is not None:
         lengths = lengths.clamp(max=kv_len)
-    elif kv_ids is None and kv_starts is None and not _sees_no_padding(operands, numbers):
+    elif kv_ids is None and kv_starts is None and not _hides_keys(operands) and not _sees_no_padding(operands, numbers):
         lengths = torch.full((query.shape[0],), kv_len, dtype=torch.int32, device=query.device)
     return operands._replace(
         query=_filled(query, q_wanted), key=_filled(key, kv_wanted), value=_filled(value, kv_wanted),
-        kv_lengths=lengths,
+        kv_lengths=lengths, mask=_filled_array(operands.mask, (q_wanted, kv_wanted), False),
+        bias=_filled_array(operands.bias, (q_wanted, kv_wanted), -torch.inf),
         q_ids=None if q_ids is None else torch.nn.functional.pad(q_ids, (0, q_wanted - q_len), value=-1),
         kv_ids=None if kv_ids is None else torch.nn.functional.pad(kv_ids, (0, kv_wanted - kv_len), value=-1),
         q_starts=None if q_starts is None else q_starts.clamp(max=q_len),
         kv_starts=None if kv_starts is None else kv_starts.clamp(max=kv_len))
+
+
+def _hides_keys(operands: Operands) -> bool:
+    """Whether a mask or a bias is filled up with what hides the keys behind the last."""
+    return any(x is not None and x.shape[3] > 1 for x in (operands.mask, operands.bias))
+
+
+def _filled_array(tensor: torch.Tensor | None, lengths: tuple[int, int], value: float) -> torch.Tensor | None:
+    """A mask or a bias with a value behind its queries and keys, unless it is the same for all of them."""
+    if tensor is None:
+        return None
+    rows, columns = (0 if n == 1 else wanted - n for n, wanted in zip(tensor.shape[2:], lengths, strict=True))
+    return torch.nn.functional.pad(tensor, (0, columns, 0, rows), value=value)
 
 
 def _filled(tensor: torch.Tensor, length: int, axis: int = 2) -> torch.Tensor:

@@ -4,6 +4,7 @@ A launch is lowered by itself, as a function of its inputs. It must come out as 
 these inputs; what is updated is an operand that is a result, too.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -11,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.mlir import ir
 
-from pallas_flash import device
-from pallas_flash.launches import Launch, Pass, launches
+from pallas_flash import device, errors, masks
+from pallas_flash.filled import Filled
+from pallas_flash.launches import Launch, Pass, launches, tracing
+from pallas_flash.mask_fields import ArrayField
+from pallas_flash.paging import Pages
 from pallas_flash.spec import AttentionSpec, Operands
 from torch_bridge.direct import beside
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
-from torch_bridge.direct.problem import Problem, Request
+from torch_bridge.direct.problem import AnyProblem, CacheProblem, Problem, Request
 from torch_bridge.rules import TENSORS, Rule
 
 __all__ = ["LoweringError", "lower", "spec_of"]
@@ -30,16 +34,35 @@ class LoweringError(RuntimeError):
     """A launch that does more than to call a Mosaic kernel on arrays of the call."""
 
 
-def spec_of(problem: Problem) -> AttentionSpec:
+def spec_of(problem: AnyProblem) -> AttentionSpec:
     """The spec of a problem; raises as `AttentionSpec.of` does."""
+    if isinstance(problem, CacheProblem):
+        return _spec_of_cache(problem)
     spec = AttentionSpec.of(
         *(jax.ShapeDtypeStruct(shape, problem.dtype) for shape in problem.shapes().values()), layout=problem.layout,
         scale=problem.scale, softcap=problem.softcap, dropout_rate=problem.dropout_p,
         deterministic=problem.deterministic)
-    return spec.masked(_rule(problem).mask(spec, _given(problem)), None)
+    given = _given(problem)
+    return spec.masked(_rule(problem).mask(spec, given), given.get("bias"))
 
 
-def _given(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
+def _spec_of_cache(problem: CacheProblem) -> AttentionSpec:
+    """As `pallas_flash.cache.attend` has it."""
+    given, pages = _given(problem), problem.pages
+    shapes = dataclasses.replace(problem, pages=None).shapes()
+    spec = AttentionSpec.of(*(jax.ShapeDtypeStruct(shape, problem.dtype) for shape in shapes.values()),
+                            layout=problem.layout, scale=problem.scale, softcap=problem.softcap)
+    spec = spec.paged(None if pages is None else Pages(*pages))
+    left, right = (masks.UNBOUNDED if side is None else side for side in problem.window)
+    rule = masks.Full() if problem.window == (None, None) else masks.Window(left, right)
+    spec = spec.masked(Filled(rule, given["lengths"], problem.q_len).canonical(), given.get("bias"))
+    if "sinks" not in given:
+        return spec
+    heads = jax.ShapeDtypeStruct((1, problem.q_heads, 1, 1), given["sinks"].dtype)
+    return dataclasses.replace(spec, sinks=ArrayField.of(heads))
+
+
+def _given(problem: AnyProblem) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in problem.given}
 
 
@@ -58,13 +81,29 @@ def _beside(problem: Problem, found: Pass) -> beside.Operations:
         none: Any = None
         assert found.make is not None
         return found.make(Operands(
-            q=none, k=none, v=none, bias=None, score=(),
+            q=none, k=none, v=none, bias=given.get("bias"), score=(),
             mask=rule.mask(spec, {name: given[name] for name in rule.given}), score_integers=(), dropout_seed=seed,
             dropout_origin=None, page_table=None))
 
     if found.make is None:
         return beside.Operations((), {})
     return beside.traced(make, {_PREFIX + name: x for name, x in _given(problem).items()})
+
+
+def _as_given(operations: tuple[beside.Operation, ...], found: Pass) -> dict[str, str]:
+    """Of the inputs of a pass, those that are arrays of the call as they are, or with other axes of one element; each
+    with the array's name. A launch may read them where they lie, if none writes to them.
+    """
+    made = {operation.output: operation for operation in operations}
+    updated = {name for launch in found.launches for name in launch.updates}
+
+    def source(name: str | float) -> str | None:
+        operation = made.get(name) if isinstance(name, str) else None
+        if operation is None:
+            return name if isinstance(name, str) and name.startswith(_PREFIX) else None
+        return source(operation.inputs[0]) if operation.name in ("clone", "reshape") else None
+    sources = {name: source(name) for name in found.inputs if name in made and name not in updated}
+    return {name: x for name, x in sources.items() if x is not None}
 
 
 def lower(request: Request) -> Program[Module]:
@@ -79,33 +118,54 @@ def lower(request: Request) -> Program[Module]:
       LoweringError: this JAX lowers a launch to something else than a call of a Mosaic kernel, a launch writes to
         the caller's arrays, or there is no operation for what is computed beside the launches.
     """
-    gpu = device.Device("gpu", **vars(request.gpu))
-    found = getattr(launches(spec_of(request.problem), gpu), request.pass_name)
-    outer = {name: jax.ShapeDtypeStruct(shape, found.inputs[name].dtype)
-             for name, shape in request.problem.outer_shapes().items()}
+    problem, gpu = request.problem, device.Device("gpu", **vars(request.gpu))
+    spec = spec_of(problem)
+    passes = launches(spec, gpu, request.implementation)
+    if isinstance(problem, CacheProblem):
+        return _lowered(passes.forward, gpu, {}, {}, beside.Operations((), {}), passes.implementation)
+    wanted: Pass | None = getattr(passes, request.pass_name)
+    if wanted is None:
+        raise errors.unsupported(f"launches of the {request.pass_name} of {spec}", ["there is no kernel for it"],
+                                 "let JAX run it")
+    outer = {name: jax.ShapeDtypeStruct(shape, wanted.inputs[name].dtype)
+             for name, shape in problem.outer_shapes().items()}
     try:
-        operations, known = _beside(request.problem, found)
+        operations = _beside(problem, wanted)
     except beside.UntranslatableError as error:
         raise LoweringError(str(error)) from error
-    constants, made = found.constants | known, {operation.output for operation in operations} & {*found.inputs}
-    given = {_PREFIX + name: x for name, x in _given(request.problem).items()}
+    given = {_PREFIX + name: x for name, x in _given(problem).items()}
+    lowered = _lowered(wanted, gpu, outer, given, operations, passes.implementation)
+    for name, strides in problem.strides().items():
+        if outer[name].shape != (shape := wanted.inputs[name].shape):
+            lowered.buffers[name] = Buffer(tuple(shape), lowered.buffers[name].dtype, strides)
+    return lowered
+
+
+def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStruct],
+             given: dict[str, jax.ShapeDtypeStruct], work: beside.Operations, implementation: str) -> Program[Module]:
+    """A pass, of operands that are parts of the arrays `outer`; before its launches `work` is done on what is given."""
+    as_given = _as_given(work.operations, found)
+    operations = beside.needed(work.operations, [name for name in found.inputs if name not in as_given])
+    constants, made = found.constants | work.constants, {operation.output for operation in operations} & {*found.inputs}
     types = found.inputs | outer | given
     types |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in constants.items()}
+    if any(constants[name].any() for name in found.restored):
+        raise LoweringError(f"what launches leave as it was must be 0: {found.restored}")
     steps = []
-    with device.assume(gpu):
+    with tracing(gpu):
         for launch in found.launches:
-            if kept := {*launch.updates} & {*found.inputs, *found.constants} - made:
+            if kept := {*launch.updates} & {*found.inputs, *found.constants} - {*made, *found.restored}:
                 raise LoweringError(f"a launch updates {', '.join(kept)}, which outlives the call: it must update what "
                                    "launches before it made")
-            steps.append(_step(launch, [types[name] for name in launch.inputs]))
+            step = _step(launch, [types[name] for name in launch.inputs])
+            steps.append(step._replace(arrays=tuple(as_given.get(name, name) for name in step.arrays)))
             types |= launch.outputs
-    buffers = {name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()}
-    for name, strides in request.problem.strides().items():
-        if outer[name].shape != (shape := found.inputs[name].shape):
-            buffers[name] = Buffer(tuple(shape), buffers[name].dtype, strides)
-    return Program(buffers=buffers, inputs=tuple(name for name in found.inputs if name not in made),
-                   results=found.results, constants={name: x.tobytes() for name, x in constants.items()},
-                   steps=tuple(steps), given=tuple(given), operations=operations)
+    return Program(buffers={name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()
+                            if name not in as_given},
+                   inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}), results=found.results,
+                   constants={name: x.tobytes() for name, x in constants.items() if name not in found.restored},
+                   steps=tuple(steps), given=tuple(given), operations=operations, implementation=implementation,
+                   restored=found.restored)
 
 
 def _step(launch: Launch, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

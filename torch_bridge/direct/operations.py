@@ -15,7 +15,8 @@ from torch_bridge.direct.plan import OPERATIONS, Operation
 
 __all__ = ["Function"]
 
-DTYPES = {"bool": torch.bool, "int32": torch.int32}
+DTYPES = {"bool": torch.bool, "int32": torch.int32, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float16": torch.float16}
 
 
 def _max(a: torch.Tensor | int, b: torch.Tensor | int) -> torch.Tensor:
@@ -55,7 +56,29 @@ def _sequences(starts: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.searchsorted(starts, at, right=True, out_int32=True) - 1
 
 
+_GATHER = 0x0102040810204080
+"""Times eight bytes of 0 or 1, it has byte i as bit 56 + i; no sum of the product carries."""
+
+
+def _bits(attend: torch.Tensor, axis: int, words: int, rows: int) -> torch.Tensor:
+    """Booleans as bits of words, zeros behind: `mask_bits.words_of_keys`, or, along axis 2, of queries. Eight at a
+    time: integers of 32 bits for each would be four times the booleans' bytes, written and read twice.
+    """
+    found = attend if axis == 3 else attend.transpose(2, 3)
+    if found.shape[3] == 1:
+        packed = -found.to(torch.int32)
+    else:
+        missing = 32 * words - found.shape[3]
+        found = torch.nn.functional.pad(found, (0, missing)) if missing else found.contiguous()
+        if found.data_ptr() % 8:
+            found = found.clone()
+        packed = ((found.view(torch.int64) * _GATHER) >> 56).to(torch.uint8).view(torch.int32)
+    missing = rows - packed.shape[2]
+    return (torch.nn.functional.pad(packed, (0, 0, 0, missing)) if missing else packed).transpose(2, 3)
+
+
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "abs": torch.abs, "isfinite": torch.isfinite,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": _max, "min": _min,
     "div": lambda a, b: torch.div(a, b, rounding_mode="trunc"), "and": operator.and_, "or": operator.or_,
     "xor": operator.xor, "not": operator.invert, "neg": operator.neg, "eq": operator.eq, "ne": operator.ne,
@@ -70,7 +93,7 @@ _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "any": lambda x, *axes: x.any(axes), "all": lambda x, *axes: x.all(axes),
     "sum": lambda x, *axes: x.sum(axes, dtype=torch.int32), "cummax": lambda x, axis: x.cummax(axis).values,
     "take": lambda x, i: x.gather(-1, i.to(torch.int64)), "boundaries": _boundaries, "sequences": _sequences,
-    "clone": torch.Tensor.clone,
+    "bits": _bits, "clone": torch.Tensor.clone,
 }
 assert {*_FUNCTIONS} == OPERATIONS
 

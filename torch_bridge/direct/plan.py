@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 3; numbers are little-endian:
+The file, version 4; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -8,13 +8,15 @@ The file, version 3; numbers are little-endian:
     4        the length of the header
     ...      the header: JSON in UTF-8, an object
                request     the text of the `Request` that it was made for
+               implementation  of pallas_flash, whose kernels they are
                buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
                inputs      names of the arrays of a call that launches read, in their order
-               given       names of those that operations read
+               given       names of those that operations read, and launches where they lie
                operations  what is computed before the launches, in order: [one of OPERATIONS, names of arrays and
                            numbers, parameters, name of the result]
                results     names of what the pass returns
                constants   {name: index of a blob}
+               restored    names of arrays that are 0 when the launches begin, which update them and leave them 0
                steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
                kernels     [name, grid, block, smem_bytes, index of the cubin's blob, index of the parameters' blob,
                             patches]: each patch is [place, i], the 8 bytes at 8 * place of the parameters being the
@@ -37,14 +39,16 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter",
            "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 3
+VERSION = 4
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
-    "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt", "le", "gt", "ge",
+    "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
+    "le", "gt", "ge",
     "shift_left", "shift_right", "where", "to", "reshape", "expand", "permute", "slice", "pad", "concatenate", "stack",
-    "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "clone"))
+    "amax", "amin", "any", "all", "sum", "cummax", "take", "boundaries", "sequences", "bits", "clone"))
 """What is computed beside the launches: by element and reductions, mostly as torch and NumPy name them (`operations.py`
-has their definitions). Integers are int32, and wrap around."""
+has their definitions). Integers are int32, and wrap around; floats keep their dtype."""
+_VIEWS = {"reshape", "expand", "permute", "slice"}
 _HEAD = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 
@@ -106,7 +110,7 @@ class Step[K](NamedTuple):
     arrays: tuple[str, ...]
 
 
-type Parameter = int | str | tuple[int, ...]
+type Parameter = float | str | tuple[int, ...]
 
 
 class Operation(NamedTuple):
@@ -114,20 +118,21 @@ class Operation(NamedTuple):
 
     Attributes:
       name: one of OPERATIONS.
-      inputs: arrays by name, and numbers.
+      inputs: arrays by name, and numbers; -Infinity, as Python's JSON has it, is one.
       parameters: what else it is told: axes, sizes, a dtype.
       output: the name of what it makes.
     """
 
     name: str
-    inputs: tuple[str | int, ...]
+    inputs: tuple[str | float, ...]
     parameters: tuple[Parameter, ...]
     output: str
 
 
 class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
-    the buffers, others are not.
+    the buffers, others are not. What is restored is 0 before the launches and after them; launches that may run at the
+    same time need memory of their own for it. The kernels are those of an `implementation` of pallas_flash.
     """
 
     buffers: dict[str, Buffer]
@@ -137,6 +142,8 @@ class Program[K](NamedTuple):
     steps: tuple[Step[K], ...]
     given: tuple[str, ...] = ()
     operations: tuple[Operation, ...] = ()
+    implementation: str = ""
+    restored: tuple[str, ...] = ()
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -144,9 +151,14 @@ class Program[K](NamedTuple):
         return tuple(operation.output for operation in self.operations if operation.output in self.buffers)
 
     @property
+    def num_kernels(self) -> int:
+        """Of PyTorch's kernels that operations queue, about: views queue none, and some of the others more than one."""
+        return sum(operation.name not in _VIEWS for operation in self.operations)
+
+    @property
     def scratch(self) -> tuple[str, ...]:
         """The arrays that launches alone write, and that do not go to the caller."""
-        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made}
+        outside = {*self.inputs, *self.results, *self.constants, *self.given, *self.made, *self.restored}
         return tuple(name for name in self.buffers if name not in outside)
 
 
@@ -161,7 +173,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     kernels = list(dict.fromkeys(step.kernel for step in program.steps))
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
-        operations=program.operations,
+        operations=program.operations, implementation=program.implementation, restored=program.restored,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -199,6 +211,8 @@ class _Header(TypedDict):
     results: list[str]
     given: list[str]
     operations: list["_Fields"]
+    implementation: str
+    restored: list[str]
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
     kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
@@ -250,7 +264,8 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         constants={name: blobs[i] for name, i in header["constants"].items()},
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
-        operations=tuple(map(_operation, header["operations"])))
+        operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]),
+        restored=tuple(header["restored"]))
 
 
 def _operation(fields: _Fields) -> Operation:
@@ -261,11 +276,13 @@ def _operation(fields: _Fields) -> Operation:
 
 def _check(program: Program[Kernel]) -> None:
     """Raises UnreadablePlanError where a launch would read or write at an address that nobody gave it."""
-    outside = (*program.inputs, *program.results, *program.given, *program.constants)
+    outside = (*program.inputs, *program.results, *program.given, *program.constants, *program.restored)
     rules = [all(name in program.buffers for name in outside), _are_operations(program),
              all(len(value) == program.buffers[name].num_bytes for name, value in program.constants.items()),
              # Results are new memory.
              {*program.results}.isdisjoint({*program.inputs, *program.constants, *program.given, *program.made}),
+             {*program.restored}.isdisjoint({*program.inputs, *program.results, *program.constants, *program.given,
+                                             *program.made}),
              all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
                                             and min(buffer.strides) >= 0)
                  for name, buffer in program.buffers.items())]

@@ -4,9 +4,10 @@
     MosaicGpuCompile(module, length)               compiles a Mosaic module for the device of the current context
       -> pointers: what to launch with, the function that launches, the compiled kernel
     launch(what to launch with, stream, addresses) computes the parameters and launches; ends the process if that fails
+      of JAX 0.12: (the compiled kernel, what to launch with, stream, addresses, the device's index)
     the compiled kernel                            a structure, one of whose first words points to the machine code
 
-It was read in JAX 0.11. In other releases it may be otherwise, and nothing would tell: they are refused.
+It was read in JAX 0.11 and 0.12. In other releases it may be otherwise, and nothing would tell: they are refused.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 
-from torch_bridge.direct import requirements
+from torch_bridge.direct import driver, requirements
 
 __all__ = ["Compiled", "compile_module", "threads", "why_not"]
 
@@ -59,7 +60,7 @@ def compile_module(module: bytes) -> Compiled:
     """Compiles a Mosaic module for the device of the thread's current context.
 
     Raises:
-      RuntimeError: it does not compile, or is not what was read in JAX 0.11.
+      RuntimeError: it does not compile, or is not what was read in JAX 0.11 and 0.12.
     """
     if reason := why_not():
         raise RuntimeError(f"the direct path {reason}")
@@ -69,10 +70,16 @@ def compile_module(module: bytes) -> Compiled:
     if not found:
         raise RuntimeError(f"{FUNCTION} could not compile the kernel; what it wrote to the standard error says why")
     state, function, kernel = found[0], found[1], found[2]
-    native = ctypes.CFUNCTYPE(None, Pointer, Pointer, ctypes.POINTER(Pointer))(function)
+    takes_device = jax.__version_info__[:2] >= (0, 12)
+    kinds = Pointer, Pointer, ctypes.POINTER(Pointer)
+    native = ctypes.CFUNCTYPE(None, *((Pointer, *kinds, ctypes.c_int) if takes_device else kinds))(function)
 
     def launch(stream: int, addresses: Sequence[int]) -> None:
-        native(state, stream, (Pointer * len(addresses))(*addresses))
+        given = state, stream, (Pointer * len(addresses))(*addresses)
+        if takes_device:
+            native(kernel, *given, driver.current_device())
+        else:
+            native(*given)
 
     return Compiled(launch, _cubin(kernel))
 

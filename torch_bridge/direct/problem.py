@@ -9,11 +9,15 @@ import os
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-__all__ = ["Given", "Gpu", "OPERANDS", "Outer", "PassName", "Problem", "Request", "Window", "versions"]
+__all__ = ["AnyProblem", "CacheProblem", "Given", "Gpu", "OPERANDS", "Outer", "PassName", "Problem", "Request",
+           "Window", "versions"]
 
-PassName = Literal["forward", "backward"]
+PassName = Literal["forward", "backward", "dbias", "decode"]
+"""Of a `Problem` the first three, as in `pallas_flash.launches.Passes`: `dbias` is the gradient of a bias. The last is
+the forward of a `CacheProblem`.
+"""
 Outer = tuple[int, int]
 """(heads, dim) of the dense array in the layout of which an operand is a part, from its first element on."""
 OPERANDS = "q", "k", "v"
@@ -29,7 +33,7 @@ class Problem:
 
     Each operand is a part of a dense array in the layout, `outer`: of all of its batch and length, and of some of its
     heads and columns. So it is in packed tensors, and an operand that is dense is the whole of its own. Other arrays
-    are dense, but those that are `given`, lengths and ids: these are anyhow.
+    are dense, but those that are `given`, masks, a bias, lengths and ids: these are anyhow.
     """
 
     layout: Literal["BLHD", "BHLD"]
@@ -46,7 +50,7 @@ class Problem:
     softcap: float | None
     deterministic: bool
     outer: tuple[Outer, Outer, Outer]
-    given: Given = ()  # what else says which pairs attend, and the seed of dropout
+    given: Given = ()  # what else says which pairs attend, a bias, and the seed of dropout
     dropout_p: float = 0.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,6 +74,43 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheProblem:
+    """Attention of a few new queries at the end of sequences to the keys of a cache (`pallas_flash.cache`). All arrays
+    are dense.
+    """
+
+    layout: Literal["BLHD", "BHLD"]
+    dtype: Literal["bfloat16", "float16"]
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    capacity: int  # positions of a sequence; of pages, those that a row of the table shows
+    d: int
+    d_v: int
+    pages: tuple[int, int] | None  # how many there are, and the positions of each; None: sequences lie one by one
+    window: tuple[int | None, int | None]  # keys before and after a query's own position; None: no limit
+    scale: float | None
+    softcap: float | None
+    given: Given  # lengths (batch,) int32; page_table (batch, pages), bias and sinks where there are any
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each operand in the layout, by name; of pages, that of all pages."""
+        rows, length = (self.batch, self.capacity) if self.pages is None else self.pages
+        sizes = ((self.batch, self.q_len, self.q_heads, self.d), (rows, length, self.kv_heads, self.d),
+                 (rows, length, self.kv_heads, self.d_v))
+        return {name: (b, n, h, d) if self.layout == "BLHD" else (b, h, n, d)
+                for name, (b, n, h, d) in zip(OPERANDS, sizes, strict=True)}
+
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """The strides of each operand, in elements."""
+        return {name: (b * c * d, c * d, d, 1) for name, (_, b, c, d) in self.shapes().items()}
+
+
+AnyProblem = Problem | CacheProblem
+
+
+@dataclasses.dataclass(frozen=True)
 class Gpu:
     """A GPU as `pallas_flash.device.Device` has it."""
 
@@ -81,12 +122,17 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One pass of a problem, for one kind of GPU, by these versions: all that a plan depends on."""
+    """One pass of a problem, for one kind of GPU, by these versions: all that a plan depends on.
 
-    problem: Problem
+    Attributes:
+      implementation: one of pallas_flash that is named; None: the choice is automatic.
+    """
+
+    problem: AnyProblem
     pass_name: PassName
     gpu: Gpu
     versions: dict[str, str]
+    implementation: str | None = None
 
     @functools.cached_property
     def text(self) -> str:
@@ -105,10 +151,17 @@ class Request:
         problem = fields["problem"]
         problem["window"] = tuple(problem["window"])
         problem["given"] = tuple((name, tuple(shape), dtype) for name, shape, dtype in problem["given"])
-        problem["outer"] = tuple(map(tuple, problem["outer"]))
         gpu = fields["gpu"]
         gpu["capability"] = tuple(gpu["capability"])
-        return cls(Problem(**problem), fields["pass_name"], Gpu(**gpu), fields["versions"])
+        return cls(_problem_of(fields["pass_name"], problem), fields["pass_name"], Gpu(**gpu), fields["versions"],
+                   fields["implementation"])
+
+
+def _problem_of(pass_name: PassName, fields: dict[str, Any]) -> AnyProblem:
+    if pass_name == "decode":
+        pages = fields["pages"]
+        return CacheProblem(**fields | {"pages": None if pages is None else tuple(pages)})
+    return Problem(**fields | {"outer": tuple(map(tuple, fields["outer"]))})
 
 
 @functools.cache

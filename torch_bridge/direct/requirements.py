@@ -12,7 +12,7 @@ from torch_bridge.direct import driver
 
 __all__ = ["FILE", "PACKAGE", "SUPPORTED", "plugin", "why_not", "why_not_version"]
 
-SUPPORTED = ((0, 11),)
+SUPPORTED = ((0, 11), (0, 12))
 """The releases of JAX of which plugin.py knows what they keep to themselves."""
 PACKAGE, FILE = "jax_plugins.xla_cuda13", "xla_cuda_plugin.so"
 

@@ -6,6 +6,7 @@ import torch
 
 from torch_bridge import streams, strides
 from torch_bridge.direct import operations
+from torch_bridge.direct.counters import Counters
 from torch_bridge.direct.launch import ALIGNMENT, Loaded
 from torch_bridge.direct.plan import Kernel, Program
 
@@ -16,11 +17,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _SCRATCH_ALIGNMENT = 256
 
 
+def _places(program: Program[Kernel], numbers: dict[str, int],
+            names: Sequence[str]) -> tuple[list[tuple[int, int]], int]:
+    """Where arrays lie in one piece of memory: the number of each, and its offset; and the bytes of all."""
+    found, end = [], 0
+    for name in names:
+        found.append((numbers[name], end))
+        end += -(-program.buffers[name].num_bytes // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+    return found, end
+
+
 class Runner:
     """Runs a program on tensors.
 
-    Constants live as long as the runner. What is neither given nor returned lies in one allocation of torch's, which is
-    free for others as soon as the launches are queued: torch gives it to work on the same stream.
+    Constants, and what launches count in (`counters.py`), live as long as the runner. What is neither given nor
+    returned lies in one allocation of torch's, which is free for others as soon as the launches are queued: torch gives
+    it to work on the same stream.
     """
 
     def __init__(self, program: Program[Kernel], device: torch.device) -> None:
@@ -31,8 +43,11 @@ class Runner:
                         for name in program.inputs for buffer in (program.buffers[name],)]
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
+        self.num_kernels = program.num_kernels
         self._passed = [numbers[name] for name in (*program.inputs, *program.results)]
         self._given = [(name, program.buffers[name]) for name in program.given]
+        read = {name for step in program.steps for name in step.arrays}
+        self._read = [(i, numbers[name]) for i, name in enumerate(program.given) if name in read]  # by launches
         self._made = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                       for name in program.made]
         self._constants = {
@@ -42,11 +57,9 @@ class Runner:
         self._known = [0] * len(numbers)
         for name, tensor in self._constants.items():
             self._known[numbers[name]] = tensor.data_ptr()
-        self._scratch, self._scratch_bytes = [], 0
-        for name in program.scratch:
-            self._scratch.append((numbers[name], self._scratch_bytes))
-            size = program.buffers[name].num_bytes
-            self._scratch_bytes += -(-size // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+        self._scratch, self._scratch_bytes = _places(program, numbers, program.scratch)
+        self._restored, num_bytes = _places(program, numbers, program.restored)
+        self._counters = Counters(num_bytes, device) if num_bytes else None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
@@ -55,7 +68,7 @@ class Runner:
         `Loaded.launch` says.
 
         Args:
-          given: what operations read, stored anyhow.
+          given: what operations, and launches where they may, read; stored anyhow.
 
         Raises:
           ValueError: a tensor has another shape, dtype or device than the kernels were compiled for, or is stored
@@ -71,6 +84,9 @@ class Runner:
             bits |= address
         assert not bits % ALIGNMENT, [x.data_ptr() % ALIGNMENT for x in tensors]
         made = self._beside(given, addresses)
+        for j, i in self._read:
+            made.append(strides.sharable(given[j], ALIGNMENT))
+            addresses[i] = made[-1].data_ptr()
         results = []
         for i, shape, dtype in self._results:
             results.append(torch.empty(shape, dtype=dtype, device=self._device))
@@ -105,12 +121,17 @@ class Runner:
         return self.program.buffers[name].shape
 
     def _launch(self, addresses: list[int]) -> None:
+        stream = streams.number(self._index)
         if self._scratch_bytes:
             scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
             start = scratch.data_ptr()
             for i, offset in self._scratch:
                 addresses[i] = start + offset
-        self._loaded.launch(addresses, streams.number(self._index))
+        if self._counters is not None:
+            start, _held = self._counters.at(stream)
+            for i, offset in self._restored:
+                addresses[i] = start + offset
+        self._loaded.launch(addresses, stream)
 
     def _misfit(self, name: str, tensor: torch.Tensor) -> ValueError:
         return ValueError(f"{name} must be {self.program.buffers[name]} on {self._device}, got {tuple(tensor.shape)} "

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from torch_bridge import eager, flash
+from torch_bridge.direct import decoding
 from torch_bridge.flash import Keywords, flash_attention
+from torch_bridge.transformers import static
 from torch_bridge.transformers.buckets import padded
 from torch_bridge.transformers.rule import Rule
 
@@ -63,11 +66,30 @@ class Attention:
         numbers: Keywords = dict(softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
         needs_grad = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (query, key, value, s_aux, masked.attn_mask))
+        if (out := self._of_static_cache((query, key, value), attention_mask, position_bias, numbers)) is not None:
+            return out.transpose(1, 2).contiguous(), None
         if self._buckets is None or needs_grad or torch.compiler.is_compiling():
             out = flash_attention(query, key, value, **masked.arguments() | numbers)
         else:
             out = _in_buckets(self._buckets, (query, key, value), masked, numbers)
         return out.transpose(1, 2).contiguous(), None
+
+
+    def _of_static_cache(self, tensors: tuple[Tensor, Tensor, Tensor], attention_mask: Tensor | None,
+                         position_bias: Tensor | None, numbers: Keywords) -> Tensor | None:
+        """Of a query whose mask has a note, by the kernel of caches; None: it takes no such call."""
+        filled = None if torch.compiler.is_compiling() else static.noted(attention_mask)
+        return None if filled is None or position_bias is not None else _decoded(tensors, filled, numbers)
+
+
+def _decoded(tensors: tuple[Tensor, Tensor, Tensor], filled: static.Filled, numbers: Keywords) -> Tensor | None:
+    """(batch, q_heads, 1, d_v) by the kernel of caches; None: it takes no such call."""
+    if numbers["dropout_p"] or not decoding.is_asked(tensors[0].device):
+        return None
+    call = decoding.Call(*tensors, filled.lengths, bias=filled.bias, sinks=numbers["sinks"])
+    softcap = flash.checked_softcap(numbers["softcap"])
+    found = eager.attend_to_cache(call, decoding.Rules(filled.left, None, softcap, numbers["scale"]))
+    return None if found is None else found.out
 
 
 def _check(others: Mapping[str, object], attention_mask: Tensor | None) -> None:
@@ -134,6 +156,11 @@ def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Te
     if q_size < q_len or kv_size < kv_len:
         raise ValueError(f"buckets must give lengths of at least the given ones, got {q_size} for {q_len} and {kv_size}"
                          f" for {kv_len}. Round up.")
+    if q_len == 1 and masked.ids is None and masked.attn_mask is None and (
+            masked.window is None or (masked.window[1] == 0 and masked.offset == kv_len - 1)):
+        found = _of_growing_cache(tensors, kv_size, None if masked.window is None else masked.window[0], numbers)
+        if found is not None:
+            return found
     arguments = _padded_masks(masked, (q_len, kv_len), (q_size, kv_size)).arguments()
     if masked.window is not None and masked.offset:
         arguments["causal_offset"] = torch.full((1,), masked.offset, dtype=torch.int32, device=query.device)
@@ -142,6 +169,16 @@ def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Te
     out = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
                                   **arguments | numbers)
     return out[:, :, :q_len]
+
+
+def _of_growing_cache(tensors: tuple[Tensor, Tensor, Tensor], size: int, left: int | None,
+                      numbers: Keywords) -> Tensor | None:
+    """Of a query at the last key, by the kernel of caches, as if there were room for `size` keys."""
+    query, key, value = tensors
+    if not decoding.is_asked(query.device):
+        return None
+    lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
+    return _decoded((query, padded(key, size, 2), padded(value, size, 2)), static.Filled(lengths, left, None), numbers)
 
 
 def _padded_masks(masked: _Masked, lengths: tuple[int, int], sizes: tuple[int, int]) -> _Masked:

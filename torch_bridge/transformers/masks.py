@@ -25,6 +25,8 @@ from transformers import masking_utils as hf
 from transformers.utils import import_utils
 
 from torch_bridge import records
+from torch_bridge.direct import decoding
+from torch_bridge.transformers import static
 from torch_bridge.transformers.rule import Bounds, Rule
 
 __all__ = ["mask"]
@@ -64,13 +66,15 @@ def mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tens
     """The mask of one forward pass of a model, made once for all layers of a kind: a `Rule` where it has a reading.
 
     A single query has a row of O(kv_len) anyway, and what is traced cannot be read: both get the mask that transformers
-    makes for PyTorch's own function. The arguments are those of `transformers.masking_utils.sdpa_mask`; None: no pair
-    is masked but by the layer's `is_causal`.
+    makes for PyTorch's own function; that of a query to a static cache has a note (`static`). The arguments are those
+    of `transformers.masking_utils.sdpa_mask`; None: no pair is masked but by the layer's `is_causal`.
     """
     arguments = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
                      kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
                      allow_is_bidirectional_skip=allow_is_bidirectional_skip, device=device, **others)
-    if q_length == 1 or _is_traced(attention_mask, q_offset):
+    if q_length == 1:
+        return _of_one_query(arguments)
+    if _is_traced(attention_mask, q_offset):
         return hf.sdpa_mask(**arguments)
     try:
         reading = read(mask_function)
@@ -85,6 +89,26 @@ def mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tens
     if found is None and bounds.left is bounds.right is None and allow_is_bidirectional_skip:
         return None
     return Rule.of((batch_size, 1, q_length, kv_length), device, bounds, found)
+
+
+def _of_one_query(arguments: dict[str, Any]) -> Tensor | None:
+    """With a note where the cache is static, also while a CUDA graph is captured, which transformers takes for tracing.
+    """
+    found = hf.sdpa_mask(**arguments)
+    position, kv_offset = arguments["q_offset"], arguments["kv_offset"]
+    if found is None or torch.compiler.is_compiling() or import_utils.is_jit_tracing() or type(found) is not Tensor:
+        return found
+    is_static = type(position) is Tensor and isinstance(kv_offset, int) and kv_offset == 0
+    if not is_static or not decoding.is_asked(found.device):
+        return found
+    try:
+        reading = read(arguments["mask_function"])
+    except Unread:
+        return found
+    if reading.right is None or reading.right < 0 or reading != Reading(left=reading.left, right=reading.right):
+        return found
+    padding = hf.prepare_padding_mask(arguments["attention_mask"], found.shape[3], 0)
+    return static.note(found, position, reading.left, padding)
 
 
 def _is_traced(*arguments: object) -> bool:

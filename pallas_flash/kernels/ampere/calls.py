@@ -7,29 +7,24 @@ Where a mask holds arrays, or there is a bias, they are arguments like others, a
 (`mask_arrays`, `mosaic.bias`) is made beside the launches: on each device, for its shard and its schedule.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
-from pallas_flash import errors, masks, padding
+from pallas_flash import masks, padding
 from pallas_flash.device import Device
-from pallas_flash.device import default as default_device
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
-from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["backward", "forward"]
-
-_HOPPER = (9, 0)
-"""From here on Mosaic GPU emits an instruction that GPUs before it lack; and what it lowers for where there is no GPU.
-"""
+__all__ = ["backward", "forward", "passes"]
 
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
@@ -65,6 +60,27 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
 
 
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+    """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
+    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies.
+    """
+    if spec.bias is not None or spec.score is not None or padding.copies(spec) is not None:
+        return None
+    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
+
+
+def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
+    """A pass, and what makes those of its inputs that are no arrays of the call."""
+    if not spec.mask.has_arrays and not spec.dropout_rate:
+        return found
+
+    def make(operands: Operands) -> dict[str, jax.Array]:
+        arrays = mask_arrays.make(spec, schedule, operands.mask) if spec.mask.has_arrays else {}
+        return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
+    return dataclasses.replace(found, make=make)
+
+
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
     found: Results[jax.Array] = _run_forward(
@@ -90,23 +106,6 @@ def _without_seed(operands: Operands) -> Operands:
     return operands._replace(dropout_seed=None, dropout_origin=None)
 
 
-@interpreted_as(lambda device: None)
-def _require_its_generation(device: Device) -> None:
-    """Raises UnsupportedError where Mosaic GPU, which asks JAX's default device, would lower for a generation whose
-    instructions `device` lacks: the GPU's compiler would refuse the program, elsewhere and later.
-    """
-    here = default_device()
-    assert device.capability is not None
-    if device.capability < _HOPPER <= (lowered := here.capability or _HOPPER):
-        name = lambda capability: ".".join(map(str, capability))
-        raise errors.unsupported(
-            f'implementation="ampere" cannot be lowered for {device.name} here',
-            [f"needs a default device of JAX before compute capability 9.0, it is {here.name}, for which Mosaic GPU "
-             f"lowers as {name(lowered)}, the target has {name(device.capability)}"],
-            'lower it in a process with such a GPU, by jax.config.update("jax_default_device", ...) if it has several, '
-            'or use implementation="xla"')
-
-
 def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) -> tuple[list[jax.Array], str]:
     """What passes read beside operands, results and cotangents: dropout's keys, a score function's arrays, those of the
     mask, and of a bias; and their roles (`mosaic.call.partitioned`).
@@ -119,22 +118,21 @@ def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) 
 @vmappable
 def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
-    _require_its_generation(device)
     spec, operands = bias.as_mask(spec, operands)
     more, names = _more(spec, operands, keys)
     roles = f"query key key {names}-> query row"
-    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more)
+    out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more,
+                             device=device)
     return Results(out, stats)
 
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
                   cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
-    _require_its_generation(device)
     spec, operands = bias.as_mask(spec, operands)
     more, names = _more(spec, operands, keys)
     saved = "row" if results.out is None else "query row"
     roles = f"query key key {saved} query row {names}-> query key key"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *more
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
+    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

@@ -6,10 +6,17 @@ from pallas_flash.filled import filled_part
 from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["not_measured", "why_not"]
+__all__ = ["is_made_for", "not_measured", "why_not"]
 
 CAPABILITY = (8, 0)
 MAX_DIM = 256
+_HAS_OTHERS = (9, 0)
+"""Of GPUs that run these kernels, too, but have kernels of their own."""
+
+
+def is_made_for(device: Device) -> bool:
+    """Whether it is a GPU that these kernels were written for: of those that run them, all but Hopper."""
+    return not _device_reasons(device) and device.capability != _HAS_OTHERS
 
 
 def why_not(spec: AttentionSpec, device: Device) -> list[str]:
@@ -20,11 +27,13 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
 
 
 def not_measured(spec: AttentionSpec) -> list[str]:
-    """What of `spec` the kernels take, but which was not timed on a GPU beside others, each with what to do: all of it,
-    on the GPUs that it is for.
+    """What of `spec` the kernels take, but have not computed on any GPU in our tests, each with what to do. What they
+    have, they have on an H200 alone.
     """
-    del spec
-    return ['has been timed on an H200 alone, and its forward alone (name implementation="ampere" to try it)']
+    rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
+             (spec.partial, "a part of a sum in float32, as several GPUs share one,"))
+    return [f'{what} has not run on a GPU yet (name implementation="ampere" to try it)'
+            for is_there, what in rules if is_there]
 
 
 def _device_reasons(device: Device) -> list[str]:

@@ -12,6 +12,7 @@ Head dimensions that are no multiples of 8 are padded in front of everything els
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -22,11 +23,12 @@ from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
+from pallas_flash.kernels.mosaic.mask_ranges import ids_of
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -109,30 +111,75 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return build
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
-    """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
-    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies of
-    arrays of the call, or run in clusters (heads above 256), or where the backward is another's.
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | None:
+    """The forward, the backward and the gradient of a bias as lists of launches, which another runtime than JAX can
+    run, and what it makes of a mask's arrays, a bias and a seed before them; None where there is a score function, or a
+    bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256). The
+    last is missing where no kernel makes it, or there is no bias. Against a cache the forward alone, which reads all
+    arrays of the call as they are: the backward is another's.
     """
-    has_scores, in_clusters = spec.bias is not None or spec.score is not None, support.is_wide(spec)
-    if has_scores or in_clusters or support.copies(spec) is not None or support.backward_of(spec) is not None:
+    if filled_part(spec.mask) is not None:
+        return launches.forward(spec, defaults.default_forward(spec, device)), None
+    takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
+    if spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
-    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
-    assert isinstance(first, ForwardSchedule), "what is against a cache has another's backward"
-    return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
+    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
+    first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
+    assert isinstance(first, ForwardSchedule), "keys are in no cache"
+    found = (_making(spec, launches.forward(inner, first), first),
+             _making(spec, launches.backward(inner, second), second))
+    third = None if spec.bias is None else defaults.default_dbias(spec, device)
+    if third is None:
+        return found
+    return *found, _making(spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
+
+
+def _typed(spec: AttentionSpec) -> masks.Mask:
+    """`_by_key` of a spec's mask: types of arrays in their place."""
+    fields: masks.Mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), spec.mask)
+    typed: masks.Mask = jax.eval_shape(functools.partial(_by_key, spec), fields)
+    return typed
+
+
+def _by_key(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
+    """The mask with a boolean for each key in the place of ids, where there is one query: XLA makes ranges of ids in
+    few kernels, another runtime in twice as many as of booleans.
+    """
+    if spec.q_len > 1 or ids_of(mask) is None or defaults.has_mask_kernel(spec):
+        return mask
+    parts = [_pairs(part) if isinstance(part, masks.SegmentIds) else part for part in mask.parts]
+    return functools.reduce(operator.and_, parts)
+
+
+def _pairs(ids: masks.SegmentIds) -> masks.Mask:
+    """The pairs of equal ids; of a canonical mask, (batch or 1, heads or 1, length)."""
+    q_ids, kv_ids = jnp.asarray(ids.q_ids)[..., :, None], jnp.asarray(ids.kv_ids)[..., None, :]
+    return masks.Dense((q_ids == kv_ids) & (q_ids >= 0))
 
 
 def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
     """A pass, and what makes those of its inputs that are no arrays of the call."""
-    if not spec.mask.has_arrays and not spec.dropout_rate:
+    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
+    if not inner.mask.has_arrays and not spec.dropout_rate:
         return found
+    if (makes_keys := defaults.has_keys_kernel(spec)):
+        keys = dropout_keys.launch(spec)
+        types = {name: x for name, x in found.inputs.items() if name not in keys.outputs}
+        seed = {dropout_keys.SEED: jax.ShapeDtypeStruct((2,), jnp.uint32)}
+        found = dataclasses.replace(found, inputs=types | seed, launches=(keys, *found.launches))
 
     def make(operands: Operands) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
+        _, hidden = bias.as_mask(spec, operands._replace(mask=_by_key(spec, operands.mask)))
         if schedule.mask_kernel:  # a launch reads those of the mask as they are
-            arrays = dict(zip(mask_kernel.fields(spec), jax.tree.leaves(operands.mask), strict=True))
-        elif spec.mask.has_arrays:
-            arrays = mask_arrays.make(spec, schedule, operands.mask)
+            arrays = dict(zip(mask_kernel.fields(inner), jax.tree.leaves(hidden.mask), strict=True))
+        elif inner.mask.has_arrays:
+            arrays = mask_arrays.make(inner, schedule, hidden.mask)
+        # Anchored by the mask of the call: what the bias itself hides is no row's largest.
+        arrays |= bias.arrays(spec, schedule.padded_blocks, bias.inputs(spec, operands, spec.q_len))
+        if makes_keys:
+            assert operands.dropout_seed is not None
+            return arrays | {dropout_keys.SEED: operands.dropout_seed}
         return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
     return dataclasses.replace(found, make=make)
 
@@ -172,7 +219,7 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
     more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
     arrays = operands.q, operands.k, operands.v, *own, *fields, *biases
-    out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays)
+    out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays, device=device)
     return Results(out, stats)
 
 
@@ -184,7 +231,7 @@ def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Resu
     key, table = ("key", "") if pages is None else ("pages", "table ")
     roles = f"query {key} {key} {'field ' * len(fields)}{'bias ' * len(added)}{table}-> query row"
     arrays = operands.q, operands.k, operands.v, *fields, *added, *[pages] * (pages is not None)
-    return Results(*partitioned(_forward_on(device), roles, spec, *arrays))
+    return Results(*partitioned(_forward_on(device), roles, spec, *arrays, device=device))
 
 
 def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Array]) -> Results[jax.Array]:
@@ -206,5 +253,5 @@ def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, resul
     saved = "row" if results.out is None else "query row"
     roles = f"query key key {saved} query row {more}-> query key key"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *own, *fields, *biases
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays)
+    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
     return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())

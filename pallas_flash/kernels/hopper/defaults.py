@@ -33,6 +33,7 @@ from pallas_flash.kernels.hopper.work import (
     every_q_range,
     every_row_block,
     has_order,
+    kv_work,
     makespan,
     worst_case,
 )
@@ -40,13 +41,16 @@ from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tiles import cdiv
 
-__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts", "has_keys_kernel",
+           "has_mask_kernel"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MASK_KERNEL_HAS_RUN = False
 _DBIAS_KERNEL_HAS_RUN = False
+_KEYS_KERNEL_HAS_RUN = False
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
@@ -106,7 +110,7 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
     chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes,
-                                 mask_kernel=_has_mask_kernel(spec))
+                                 mask_kernel=has_mask_kernel(spec))
     return _with_bias_ring(spec, chosen, device)
 
 
@@ -121,9 +125,14 @@ def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Devi
     return next((s for s in candidates if not reasons_against(spec, s, device.smem_bytes)), schedule)
 
 
-def _has_mask_kernel(spec: AttentionSpec) -> bool:
+def has_mask_kernel(spec: AttentionSpec) -> bool:
     """Whether a launch makes what is read of a mask's arrays: nowhere, before it has run on a GPU."""
     return _MASK_KERNEL_HAS_RUN and spec.dtype != jnp.float32 and kernel_makes(spec)
+
+
+def has_keys_kernel(spec: AttentionSpec) -> bool:
+    """Whether a launch makes dropout's keys for a runtime without XLA: nowhere, before it has run on a GPU."""
+    return _KEYS_KERNEL_HAS_RUN and bool(spec.dropout_rate) and not spec.dropout_moved
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
@@ -159,7 +168,7 @@ def _default_maxima(spec: AttentionSpec, schedule: ForwardSchedule) -> int:
     # Of arrays, and of what a bias hides, nothing is known: a row may meet its first key at any step.
     if spec.q_len == 0 or spec.mask.has_arrays or spec.bias is not None or spec.score is not None:
         return 0
-    start, *_, stop = every_row_block(spec, schedule)
+    start, *_, stop = (x[:cdiv(spec.q_len, ROWS_PER_WARPGROUP)] for x in every_row_block(spec, schedule))
     shortest, longest = np.min(stop - start), np.max(stop - start)
     if spec.dtype != jnp.bfloat16 or longest * schedule.block_kv <= _SHORT_ROWS:
         return 0
@@ -187,12 +196,12 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
         return BackwardSchedule(dk, dq, dv)
     fused = _default_fused(spec, device) if _may_be_fused(spec) else None
     if fused is not None:
-        return BackwardSchedule(fused, mask_kernel=_has_mask_kernel(spec))
+        return BackwardSchedule(fused, mask_kernel=has_mask_kernel(spec))
     two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
     assert isinstance(two.dq, DqSchedule)
     return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
                                dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
-                               mask_kernel=_has_mask_kernel(spec))
+                               mask_kernel=has_mask_kernel(spec))
 
 
 def default_parts(spec: AttentionSpec, device: Device) -> KvSchedule | None:
@@ -272,7 +281,10 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
     """Returns the fused form in which blocks add to dq in any order."""
     num_sms, capped = device.num_sms, spec.softcap is not None
     if spec.d == 64:
-        return KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+        # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes).
+        may_hold = not (capped or spec.dropout_rate or spec.mask.has_arrays) and bool(kv_work(spec, plain).partial)
+        return dataclasses.replace(plain, held="k") if may_hold else plain
     # Unpinned it would spill with a soft cap.
     return KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
 

@@ -87,7 +87,7 @@ def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
         inputs["page_table"] = jax.ShapeDtypeStruct(spec.page_table_shape, jnp.int32)
     counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
     return Pass(inputs=inputs, constants={"counters": counters}, launches=(decode_kernel.launch(spec, schedule),),
-                results=("out", "stats"))
+                results=("out", "stats"), restored=("counters",))
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:

@@ -113,7 +113,7 @@ def last_pass(whole: AttentionSpec, schedule: KvSchedule) -> Pass:
 def _run(build: Callable[..., Pass], *arrays: Array) -> tuple[Array, ...]:
     """Runs a pass; under vmap one element after the other."""
     def call(*arrays: Array) -> tuple[Array, ...]:
-        return unpartitioned(build(), *arrays)
+        return unpartitioned(build(), device.current(), *arrays)
     found: tuple[Array, ...] = jax.custom_batching.sequential_vmap(call)(*arrays)
     return found
 

@@ -167,6 +167,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
         (s.dq == "none" or whole, f"{s.dq=} needs d to be a multiple of {CHUNK}, not {spec.d}"),
         (s.dq != "shared" or dq_pieces(spec, s) == s.warpgroups, f"{s.dq=} needs a piece of dq for each warpgroup"),
         (1 <= s.dq_slots <= 3, f"{s.dq_slots=} must be 1, 2 or 3"),
+        (set(s.held) <= set("kv"), f"{s.held=} must name keys (k) or values (v)"),
         (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
         (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),

@@ -167,6 +167,10 @@ class KeySchedule(Hashable, Protocol):
     def ordered(self) -> bool: ...
 
     @property
+    def together(self) -> bool:
+        """Whether a slot's query and dout have their barriers in common."""
+
+    @property
     def pinned(self) -> bool: ...
 
     @property
@@ -193,6 +197,8 @@ class KvSchedule:
         with its own.
       pinned: the exponentials stay above the next wait for a product (`ptx.pin`).
       opaque: keys and values are indexed through `ptx.opaque`.
+      held: which of "k" and "v" each compute warpgroup holds its 64 rows of in registers, so that its products read
+        half as much shared memory.
       apart: tiles that need a mask, or exact exponents, have exponentials of their own, so that no branch stands
         between the exponents and the exponentials of the others.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
@@ -210,6 +216,7 @@ class KvSchedule:
     pipelined: bool = False
     pinned: bool = True
     opaque: bool = True
+    held: str = ""
     apart: bool = False
     section_bytes: int = 32 << 20
     num_sms: int = 132
@@ -221,6 +228,11 @@ class KvSchedule:
     @property
     def makes_dq(self) -> bool:
         return self.dq != "none"
+
+    @property
+    def together(self) -> bool:
+        """A pipelined step frees the query and the dout of a slot at the same time, so one barrier says it of both."""
+        return self.pipelined
 
     @property
     def registers(self) -> tuple[int, ...]:
@@ -253,6 +265,7 @@ class SplitSchedule:
     registers: ClassVar[tuple[int, ...]] = (240, 24)
     makes_dq: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
 
@@ -318,6 +331,7 @@ class WideSchedule:
     registers: ClassVar[tuple[int, ...]] = (240, 24)
     makes_dq: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
     opaque: ClassVar[bool] = True

@@ -6,6 +6,7 @@ import numpy as np
 from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
+from pallas_flash.kernels.hopper import compiler
 from pallas_flash.kernels.hopper.wide import copies
 from pallas_flash.kernels.mosaic import mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
@@ -34,7 +35,7 @@ def why_not(spec: AttentionSpec, device: Device) -> list[str]:
     """The reasons why the Hopper kernels cannot run `spec` on `device`, each what is needed and what there is, and in
     parentheses what to change to reach them.
     """
-    return _device_reasons(device) + _spec_reasons(spec)
+    return (_device_reasons(device) or _compiler_reasons()) + _spec_reasons(spec)
 
 
 def not_measured(spec: AttentionSpec) -> list[str]:
@@ -74,6 +75,12 @@ def _device_reasons(device: Device) -> list[str]:
     if device.capability != CAPABILITY:
         return [f"needs compute capability 9.0, device has {'.'.join(map(str, device.capability))}"]
     return []
+
+
+def _compiler_reasons() -> list[str]:
+    """Of the process, not of the device: what compiles here is asked where there is a GPU."""
+    reason = compiler.why_not()
+    return [] if reason is None else [reason]
 
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:

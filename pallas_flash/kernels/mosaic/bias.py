@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -28,9 +29,9 @@ from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.kernels.mosaic import fragments, ptx
 from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment, PerRow
 from pallas_flash.kernels.mosaic.types import Index, Ref
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.spec import ANCHOR_ROWS, AttentionSpec, Operands
 
-__all__ = ["HeadBias", "arrays", "as_mask", "inputs", "names", "place", "types"]
+__all__ = ["HeadBias", "arrays", "as_mask", "hiding", "inputs", "is_anchored_at_once", "names", "place", "types"]
 
 
 # -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
@@ -41,21 +42,70 @@ def as_mask(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Ope
     """
     if operands.bias is None and spec.score is None:
         return spec, operands
-    hides = jnp.ones((1, 1, 1, 1), jnp.bool_)
+    hides = jnp.ones(_EVERYTHING, jnp.bool_)
     if operands.bias is not None and operands.bias.shape[2] == 1:
         hides = jnp.not_equal(operands.bias, -jnp.inf)
     mask = operands.mask & masks.Dense(hides)
     return dataclasses.replace(spec, mask=mask.with_placeholders()), operands._replace(mask=mask)
 
 
-def inputs(spec: AttentionSpec, operands: Operands) -> tuple[Float[Array, "1|b 1|h 1 n"], ...]:
-    """What a pass is made of: the bias and its anchor; nothing if there is no bias."""
+_EVERYTHING = 1, 1, 1, 1
+"""The shape of a dense mask that hides no pair."""
+
+
+def hiding(spec: AttentionSpec) -> AttentionSpec:
+    """The spec that `as_mask` returns, which only needs to know shapes."""
+    if spec.bias is None and spec.score is None:
+        return spec
+    of_keys = spec.bias is not None and spec.bias.shape[2] == 1
+    shape = spec.bias.shape if spec.bias is not None and of_keys else _EVERYTHING
+    mask = spec.mask & masks.Dense(jax.ShapeDtypeStruct(shape, jnp.bool_))
+    return dataclasses.replace(spec, mask=mask.with_placeholders())
+
+
+def is_anchored_at_once(spec: AttentionSpec) -> bool:
+    """Whether the anchor may be made without a loop over rows: what that takes is no more than the bias itself, or of
+    O(kv_len).
+    """
+    assert spec.bias is not None
+    return (spec.bias.shape[2] > 1 or isinstance(spec.mask, masks.Full) or spec.q_len <= ANCHOR_ROWS
+            or _seen_by_first(spec) is not None)
+
+
+def _seen_by_first(spec: AttentionSpec) -> int | None:
+    """How many keys the first query sees, where each sees those from the first key on, and one more than that before
+    it; below 0 for queries in front of the first key. None: the mask is another.
+    """
+    mask = spec.mask
+    if not isinstance(mask, masks.Window) or mask.has_arrays:
+        return None
+    left, right, offset = (int(x) for x in (mask.left, mask.right, mask.offset))
+    return offset + right + 1 if spec.q_len - 1 + offset - left <= 0 else None
+
+
+def _anchor_of_prefixes(spec: AttentionSpec, bias: Array, seen: int) -> Float[Array, "1|b 1|h t 1"]:
+    """`AttentionSpec.anchor` of a bias of keys: the largest of the first `seen` keys, of one more, and so on."""
+    largest = lax.cummax(bias[:, :, 0], axis=2)
+    largest = jnp.concatenate((jnp.full_like(largest[..., :1], -jnp.inf), largest), axis=2)  # of no key first
+    middle = largest[..., max(seen, 0):max(seen + spec.q_len, 0)]
+    before = min(max(-seen, 0), spec.q_len)
+    after = spec.q_len - before - middle.shape[2]
+    shapes = ((*largest.shape[:2], count) for count in (before, after))
+    ends = [jnp.broadcast_to(x, shape) for x, shape in zip((largest[..., :1], largest[..., -1:]), shapes)]
+    return softmax.anchor(jnp.concatenate((ends[0], middle, ends[1]), axis=2)[..., None])
+
+
+def inputs(spec: AttentionSpec, operands: Operands,
+           rows: int = ANCHOR_ROWS) -> tuple[Float[Array, "1|b 1|h 1 n"], ...]:
+    """What a pass is made of: the bias and its anchor, made of so many rows at once; nothing if there is no bias."""
     if operands.bias is None:
         return ()
     bias = operands.bias
     if bias.shape[2] == 1:
         bias = jnp.where(bias == -jnp.inf, 0.0, bias.astype(jnp.float32))
-    anchor = spec.anchor(operands)[..., 0].astype(jnp.float32)
+    seen = _seen_by_first(spec) if rows == spec.q_len and bias.shape[2] == 1 else None
+    anchor = spec.anchor(operands, rows) if seen is None else _anchor_of_prefixes(spec, operands.bias, seen)
+    anchor = anchor[..., 0].astype(jnp.float32)
     anchor = jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))
     return bias, anchor[:, :, None]
 

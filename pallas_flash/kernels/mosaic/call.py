@@ -17,6 +17,7 @@ some axes automatic, and those with a score function, which counts batch and hea
 refused) and for one mesh, and split programs are not found in the persistent compilation cache.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,6 +35,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 
 from pallas_flash import compat, errors, masks
+from pallas_flash.device import Device
+from pallas_flash.kernels.mosaic.target import lowering_for
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["partitioned", "unpartitioned"]
@@ -61,12 +64,13 @@ type Build = Callable[[AttentionSpec], Computation]
 same spec."""
 
 
-def unpartitioned(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def unpartitioned(computation: Computation, device: Device, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Runs a computation as one primitive that is never split; lowered as it is outside `shard_map`."""
-    return tuple(_kernel_p.bind(*arrays, computation=computation, split=None))
+    return tuple(_kernel_p.bind(*arrays, computation=computation, device=device, split=None))
 
 
-def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Array,
+                device: Device) -> tuple[jax.Array, ...]:
     """Runs the computation of a spec as one primitive; where XLA splits it over devices, each device runs that of its
     own shard's spec on its own shard's arrays.
 
@@ -83,8 +87,10 @@ def partitioned(build: Build, roles: str, spec: AttentionSpec, *arrays: jax.Arra
         pages: (any, any, kv_heads, any) in the spec's layout: k and v in pages, of which every device takes all;
         table: (batch, any): of pages;
         whole: anything of which every device takes all.
+      device: the kind of device, for which kernels are lowered, whatever JAX's default device is.
     """
-    return tuple(_kernel_p.bind(*arrays, computation=build(spec), split=Split(build, roles, spec)))
+    return tuple(_kernel_p.bind(*arrays, computation=build(spec), device=device,
+                                split=Split(build, device, roles, spec)))
 
 
 # -- the primitive ---------------------------------------------------------------------------------------------------
@@ -95,9 +101,9 @@ def _without_axes(aval: jax.core.AbstractValue) -> jax.core.ShapedArray:
 
 
 @_kernel_p.def_abstract_eval
-def _abstract(*avals: jax.core.ShapedArray, computation: Computation,
+def _abstract(*avals: jax.core.ShapedArray, computation: Computation, device: Device,
               split: "Split | None") -> list[jax.core.ShapedArray]:
-    del split
+    del device, split
     return [avals[0].update(shape=kind.shape, dtype=kind.dtype) for kind in computation.result_types]
 
 
@@ -107,18 +113,20 @@ def _run(computation: Computation, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return computation(*arrays)
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, computation: Computation,
+def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, computation: Computation, device: Device,
            split: "Split | None") -> Sequence[ir.Value | Sequence[ir.Value]]:
     platforms = ctx.module_context.platforms
     if len(platforms) > 1:
         raise errors.unsupported(f"a kernel in a program for {' and '.join(platforms)}", ["it runs on GPUs alone"],
                                  'export a program for each platform, or name implementation="xla"')
     function: Callable[..., tuple[jax.Array, ...]] = functools.partial(_run, computation)
+    target = lowering_for(device) if platforms == ("cuda",) else contextlib.nullcontext()
     plain = ctx.replace(avals_in=[_without_axes(aval) for aval in ctx.avals_in],
                         avals_out=[_without_axes(aval) for aval in ctx.avals_out])
     if split is not None and split.is_possible and _is_automatic(ctx.module_context):
-        function = _splitting(split)
-    return mlir.lower_fun(function, multiple_results=True)(plain, *args)
+        function, target = _splitting(split), contextlib.nullcontext()  # a shard's computation comes here, too
+    with target:
+        return mlir.lower_fun(function, multiple_results=True)(plain, *args)
 
 
 def _is_automatic(context: mlir.ModuleContext) -> bool:
@@ -150,6 +158,7 @@ class Split:
     """A call of `partitioned`. An axis is "batch", "q_heads", "kv_heads", or "" for those that stay whole."""
 
     build: Build
+    device: Device
     roles: str
     spec: AttentionSpec
 
@@ -255,7 +264,7 @@ class Split:
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             with jax.sharding.use_abstract_mesh(_NO_MESH):
-                found = unpartitioned(self.build(local), *arrays)
+                found = unpartitioned(self.build(local), self.device, *arrays)
                 return tuple(_summed(x, axes, dtype) if axes else x for x, axes, dtype in zip(found, sharers, kinds))
 
         def sharding(role: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -280,7 +289,7 @@ def _dividing(mesh: Mesh, names: tuple[str, ...], count: int) -> tuple[str, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _splitting(split: Split) -> Callable[..., tuple[jax.Array, ...]]:
-    whole = functools.partial(unpartitioned, split.build(split.spec))  # a primitive: it has no constants
+    whole = functools.partial(unpartitioned, split.build(split.spec), split.device)  # a primitive: it has no constants
     call = custom_partitioning(whole)
     call.def_partition(split.partition, sharding_rule=split.rule)
     return call

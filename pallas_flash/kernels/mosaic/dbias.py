@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import softmax
+from pallas_flash import device, softmax
 from pallas_flash.arrays import Array, Float, Int
+from pallas_flash.device import Device
 from pallas_flash.kernels.mosaic import query_tiles
 from pallas_flash.kernels.mosaic.call import Build, Computation, partitioned
 from pallas_flash.spec import AttentionSpec, Operands, Results
@@ -36,16 +37,16 @@ def dbias(spec: AttentionSpec, operands: Operands, results: Results[Array], cota
     assert operands.bias is not None
     fields = jax.tree.leaves(operands.mask)
     roles = f"query key key query row query row {'row ' * len(keys)}{'field ' * len(fields)}bias -> bias"
-    call = _split(spec, roles, walk if build is None else build)
+    call = _split(spec, roles, walk if build is None else build, device.current())
     found: Array = call(operands.q, operands.k, operands.v, *results, *cotangents, *keys, *fields, operands.bias)
     return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _split(spec: AttentionSpec, roles: str, build: Build) -> jax.custom_batching.custom_vmap:
+def _split(spec: AttentionSpec, roles: str, build: Build, where: Device) -> jax.custom_batching.custom_vmap:
     @jax.custom_batching.custom_vmap
     def call(*arrays: Array) -> Array:
-        return partitioned(build, roles, spec, *arrays)[0]
+        return partitioned(build, roles, spec, *arrays, device=where)[0]
 
     @call.def_vmap
     def rule(_: int, in_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:

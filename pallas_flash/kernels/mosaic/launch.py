@@ -50,6 +50,8 @@ class Pass:
       results: the names of what the pass returns.
       make: (the call's operands) -> by name, those of the inputs that are no arrays of the call, for a runtime that
         makes them itself; None: there are none, or JAX makes them (`WithArrays`).
+      restored: those of the constants that launches update and leave as they were. A runtime may keep them from one
+        call to the next; calls that run at the same time need their own.
     """
 
     inputs: dict[str, jax.ShapeDtypeStruct]
@@ -57,6 +59,7 @@ class Pass:
     launches: tuple[Launch, ...]
     results: tuple[str, ...]
     make: Callable[[Operands], dict[str, jax.Array]] | None = None
+    restored: tuple[str, ...] = ()
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_flash import masks
 from pallas_flash.arrays import Array, Bool, Int
 
-__all__ = ["BITS", "ends_at_keys", "flags", "has_bits", "packed"]
+__all__ = ["BITS", "ends_at_keys", "flags", "has_bits", "packed", "words_of_keys", "words_of_queries"]
 
 BITS = 32
 """Of a word: a tile of keys, or of queries, is a whole number of words."""
@@ -41,7 +41,8 @@ def packed(mask: masks.Mask, of_keys: bool, rows: int, columns: int) -> Int[Arra
       of_keys: whether columns are keys.
       rows, columns: their padded numbers, `columns` a multiple of 32.
     """
-    words = (_words(jnp.asarray(part.attend), of_keys, rows, columns) for part in _dense(mask))
+    pack = words_of_keys if of_keys else words_of_queries
+    words = (pack(jnp.asarray(part.attend), rows=rows, columns=columns) for part in _dense(mask))
     return functools.reduce(operator.and_, words)
 
 
@@ -71,6 +72,20 @@ def _in_tiles(x: Array, axis: int, size: int, number: int) -> Array:
 
 def _dense(mask: masks.Mask) -> list[masks.Dense]:
     return [part for part in mask.parts if isinstance(part, masks.Dense)]
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "columns"))
+def words_of_keys(attend: Bool[Array, "1|b 1|h 1|t 1|s"], rows: int,
+                  columns: int) -> Int[Array, "1|b 1|h 1|words 1|rows"]:
+    """Packs one array along keys. A function of JAX by name, for a runtime with an operation for it."""
+    return _words(attend, True, rows, columns)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "columns"))
+def words_of_queries(attend: Bool[Array, "1|b 1|h 1|t 1|s"], rows: int,
+                     columns: int) -> Int[Array, "1|b 1|h 1|words 1|rows"]:
+    """Packs one array along queries; as `words_of_keys`."""
+    return _words(attend, False, rows, columns)
 
 
 def _words(attend: Bool[Array, "1|b 1|h 1|t 1|s"], of_keys: bool, rows: int,

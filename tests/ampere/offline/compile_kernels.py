@@ -4,8 +4,8 @@
 
 CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
 (deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
-does, or of `MASKS`, as "d64-lengths" does: it is causal without. The environment is that of
-`tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported": see there. The
+environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
 import json
@@ -17,12 +17,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
-from pallas_flash import ALiBi, RelativeBias, device, masks, scores
+from pallas_flash import ALiBi, RelativeBias, device, flash_attention, masks, scores
 from pallas_flash.kernels.ampere import defaults, launches
+from pallas_flash.kernels.mosaic.target import lowering_for
 from pallas_flash.spec import AttentionSpec
-from tests.hopper.offline.compile_kernels import compile_module, mosaic_modules
+from tests.hopper.offline.compile_kernels import compile_module, modules_in, mosaic_modules
 
 GPUS = {"8.0": device.A100, "8.9": device.L4, "9.0": device.H200, "10.0": device.B200, "12.0": device.RTX_5090}
 
@@ -63,17 +65,30 @@ def spec_of(name: str) -> AttentionSpec:
                             dropout_rate=0.1 if "dropout" in options else 0.0, deterministic="repeats" in options)
 
 
+def exported(gpu: device.Device) -> list[bytes]:
+    """The Mosaic GPU modules of a program that takes gradients, exported for a GPU that is not there."""
+    q = jax.ShapeDtypeStruct((1, 500, 4, 64), jnp.bfloat16)
+    loss = lambda q, k, v: flash_attention(q, k, v, mask=masks.Causal()).astype(jnp.float32).sum()
+    with device.assume(gpu):
+        program = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"])(q, q, q)
+    with mlir.make_ir_context():
+        return modules_in(ir.Module.parse(program.mlir_module()))
+
+
 def main(capability: str, names: list[str]) -> None:
-    """Lowers for the capability: Mosaic asks JAX's default device for it, and there is none."""
-    major, minor = map(int, capability.split("."))
-    mgpu.utils._infer_arch = lambda: (major, minor)
+    """Lowers for the capability, which is not that of JAX's default device: there is none."""
     gpu, work = GPUS[capability], Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     for name in names:
+        if name == "exported":
+            for module in exported(gpu):
+                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+            continue
         spec = spec_of(name)
         for launched in (launches.forward(spec, defaults.default_forward(spec, gpu)),
                          launches.backward(spec, defaults.default_backward(spec, gpu))):
             function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
-            lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
+            with lowering_for(gpu):
+                lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
             for module in mosaic_modules(lowered):
                 print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
 

@@ -22,6 +22,11 @@ from tests.hopper.offline import sass
 
 def mosaic_modules(lowered) -> list[bytes]:
     """The Mosaic GPU module of each kernel call in a lowered function."""
+    return modules_in(lowered.compiler_ir())
+
+
+def modules_in(program) -> list[bytes]:
+    """The Mosaic GPU module of each kernel call in a program, an MLIR module."""
     found = []
 
     def walk(operation):
@@ -32,7 +37,7 @@ def mosaic_modules(lowered) -> list[bytes]:
                 for inner in block:
                     walk(inner.operation)
 
-    walk(lowered.compiler_ir().operation)
+    walk(program.operation)
     return found
 
 
@@ -166,7 +171,7 @@ def lower(name: str, options: list[str]):
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
     beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
     also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
-    `with_mask_kernel`; merge: see `merged`."""
+    `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
     import dataclasses
 
     import jax
@@ -174,6 +179,7 @@ def lower(name: str, options: list[str]):
 
     from pallas_flash import autodiff, device, flash_attention
     from pallas_flash.kernels.hopper import defaults, support
+    from pallas_flash.kernels.mosaic import dropout_keys
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
     defaults._DBIAS_KERNEL_HAS_RUN, support.FLOAT32_IS_RIGHT = True, True  # what calls do not reach yet
@@ -223,6 +229,8 @@ def lower(name: str, options: list[str]):
         function, arguments = with_mask_kernel(spec)
     if "merge" in options:
         function, arguments = merged(spec)
+    if "keys" in options:
+        function, arguments = dropout_keys.launch(spec).kernel, [jax.ShapeDtypeStruct((2,), jnp.uint32)]
     with device.assume(device.H100):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 

@@ -8,13 +8,13 @@ its other warps add dq to global memory (`backward.ordered_dq`).
 dq = dS K needs the dS of all the block's keys, so dS^T goes through shared memory. Its product is made by the compute
 warpgroups, a 64 x 64 piece each, one step late (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
 
-Barriers. A barrier is named for the state it announces: q_full, q_free, dout_full, dout_free for slots of the rings;
-kv_full for the block's keys and values; ds_full, ds_free for slots of dS; dq_full, dq_free for pieces of slots of dq.
+Barriers. A barrier is named for the state it announces: q_full, q_free, dout_full, dout_free for slots of the rings (if
+pipelined, q_full and q_free are for both); kv_full for the block's keys and values; ds_full, ds_free for slots of dS;
+dq_full, dq_free for pieces of slots of dq.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,17 @@ from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, w
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
+from pallas_flash.kernels.hopper.backward.own_rows import own_rows, with_held_rows
 from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock
-from pallas_flash.kernels.hopper.backward.weights import kept_of, lse_of, score_gradients, start_of_dp, tile_weights
+from pallas_flash.kernels.hopper.backward.weights import (
+    Weights,
+    kept_of,
+    lse_of,
+    rounded,
+    score_gradients,
+    start_of_dp,
+    tile_weights,
+)
 from pallas_flash.kernels.hopper.memory import Memory
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, KeySchedule, KvSchedule, chunks
@@ -67,12 +76,6 @@ type Sums = tuple[Fragment, Fragment]
 """dk and dv of a compute warpgroup, in the layout ACC."""
 
 
-def own_rows(block: Block[KvSchedule], name: str, warpgroup: Index) -> Ref:
-    """Selects a compute warpgroup's 64 rows of the keys or values, (chunks, 64, 64)."""
-    index = ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup
-    return block.smem[name].at[:, pl.ds(index * ROWS_PER_WARPGROUP, ROWS_PER_WARPGROUP)]
-
-
 def issue_scores(block: Block[KvSchedule], warpgroup: Index, slot: Index) -> Fragment:
     """Issues K Q^T of a slot, whose query must have come."""
     return wgmma.multiply_transposed(own_rows(block, "k", warpgroup), block.smem["q"].at[slot], block.spec.d)
@@ -80,7 +83,8 @@ def issue_scores(block: Block[KvSchedule], warpgroup: Index, slot: Index) -> Fra
 
 def issue_dp(block: Block[KvSchedule], warpgroup: Index, slot: Index, start: Fragment) -> Fragment:
     """Issues dP^T - delta of a slot."""
-    plgpu.barrier_wait(block.bars["dout_full"].at[slot])
+    if not block.schedule.together:
+        plgpu.barrier_wait(block.bars["dout_full"].at[slot])
     values, douts = own_rows(block, "v", warpgroup), block.smem["dout"].at[slot]
     return wgmma.multiply_transposed(values, douts, block.spec.d_v, start)
 
@@ -134,13 +138,6 @@ def meeting_barriers(s: KeySchedule) -> dict[str, plgpu.Barrier]:
     return {}
 
 
-class Weights(NamedTuple):
-    """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
-
-    p: Fragment
-    ds: Fragment
-
-
 def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) -> Weights:
     """Computes the weights of a step's tile; nothing is left in flight."""
     slot = step.slot(block.schedule.num_stages)
@@ -151,7 +148,7 @@ def weights_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step) 
     p, slope = tile_weights(block, warpgroup, step, lse, wgmma.ready(s, 1))
     kept = kept_of(block, warpgroup, step)
     ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
-    return Weights(kept.weights(p).astype(block.spec.dtype), ds.astype(block.spec.dtype))
+    return rounded(block, step, kept.weights(p), ds)
 
 
 def step_unpipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, dk: Fragment, dv: Fragment) -> Sums:
@@ -246,8 +243,7 @@ def multiply_weights(block: Block[KvSchedule], w: Weights, slot: Index, dk: Frag
 
 
 def free_slot(block: Block[KvSchedule], slot: Index) -> None:
-    """Frees the query and the dout of a slot."""
-    plgpu.barrier_arrive(block.bars["dout_free"].at[slot])
+    """Frees the query and the dout of a slot, which have their barrier in common."""
     plgpu.barrier_arrive(block.bars["q_free"].at[slot])
 
 
@@ -257,7 +253,7 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
 
     All products are issued at once and none is left in flight: over the loop's back edge ptxas loses count of them.
     """
-    spec, slots = block.spec, block.schedule.num_stages
+    slots = block.schedule.num_stages
     slot, before = step.slot(slots), rem(step.ordinal + slots - 1, slots)
     plgpu.barrier_wait(block.bars["q_full"].at[slot])
     lse, from_delta = lse_of(block, slot), start_of_dp(block, slot)
@@ -270,7 +266,7 @@ def step_pipelined(block: Block[KvSchedule], warpgroup: Index, step: Step, last:
     ds = score_gradients(block, step, slope, kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)))
     if last is not None:
         free_slot(block, before)
-    w = Weights(kept.weights(p).astype(spec.dtype), ds.astype(spec.dtype))
+    w = rounded(block, step, kept.weights(p), ds)
     if block.schedule.dq == "own":
         hand_ds_over(block, warpgroup, step.ordinal, w.ds)
     return w, sums
@@ -304,6 +300,7 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     plgpu.set_max_registers(s.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["kv_full"])
     spoiled = without_bad_rows(block, "kv" if s.makes_dq else "v", warpgroup)
+    block = with_held_rows(block, warpgroup)
     alone = gradients_pipelined if s.pipelined else gradients_unpipelined
     gradients = gradients_with_late_dq if s.dq == "shared" else alone
     dk, dv = gradients(block, warpgroup)

@@ -18,6 +18,7 @@ __all__ = ["load"]
 def load(block: KeyBlock) -> None:
     """Loads keys and values once; then queries with their statistics, and douts, as slots become free."""
     spec, s, gmem, smem, bars = block.spec, block.schedule, block.gmem, block.smem, block.bars
+    names = ("q",) if s.together else ("q", "dout")
     place = locate(gmem, Place.KEY, block.batch)
     keys = (place.batch, block.head, place.row(block.tile * s.block_kv))
     tiles.load_tile(spec, gmem["k"], keys, smem["k"], bars["kv_full"])
@@ -30,8 +31,9 @@ def load(block: KeyBlock) -> None:
         index = (queries.batch, head, first)
 
         def load_next(name: str, stats: bool) -> None:
-            tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
-            full = bars[f"{name}_full"].at[slot]
+            if name in names:
+                tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
+            full = bars[f"{name if name in names else 'q'}_full"].at[slot]
             tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
             if stats:
                 source = gmem["stats"].at[queries.batch, head, pl.ds(0, len(LOADED)), pl.ds(first, s.block_q)]
@@ -42,5 +44,5 @@ def load(block: KeyBlock) -> None:
         return block.walk.next(head, tile)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
-    for name in ("q_free", "dout_free"):
-        tiles.see_last_phases(bars[name], s.num_stages, block.walk.steps)
+    for name in names:
+        tiles.see_last_phases(bars[f"{name}_free"], s.num_stages, block.walk.steps)

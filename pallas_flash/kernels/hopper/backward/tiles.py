@@ -1,7 +1,10 @@
 """What the roles of a backward kernel share: a block."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import DqSchedule, KvSchedule, SplitSchedule, WideSchedule
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -26,6 +29,7 @@ class Block[S](NamedTuple):
     head: Index  # of the tile that it keeps: a key head, or a query head
     tile: Index
     walk: Walk
+    held: Mapping[str, Fragment] = MappingProxyType({})  # rows of a compute warpgroup that it keeps in registers
 
 
 type KeyBlock = Block[KvSchedule] | Block[SplitSchedule] | Block[WideSchedule]

@@ -24,8 +24,8 @@ from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Corrections", "Kept", "Large", "Lse", "Pairs", "kept_of", "lse_of", "score_gradients", "start_of_dp",
-           "tile_weights", "weights"]
+__all__ = ["Corrections", "Kept", "Large", "Lse", "Pairs", "Weights", "kept_of", "lse_of", "rounded", "score_gradients",
+           "start_of_dp", "tile_weights", "weights", "without_overflow"]
 
 
 class Pairs(NamedTuple):
@@ -98,13 +98,48 @@ def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> F
 
     It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
     need the mask pay for it, in a branch; with run-time masks, and with a soft cap, where the branch makes ptxas spill
-    at d 128, all tiles do.
+    at d 128, all tiles do. Where `is_repaired_rounded`, this is left to `without_overflow`.
     """
     partial = partial_of(block, step)
     guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
     if block.spec.mask.has_arrays or (block.spec.softcap is not None and partial is not None):
         return guarded(p, dp)
-    return p * dp if partial is None else lax.cond(partial, guarded, lambda p, dp: p * dp, p, dp)
+    if partial is None or is_repaired_rounded(block):
+        return p * dp
+    return lax.cond(partial, guarded, lambda p, dp: p * dp, p, dp)
+
+
+def is_repaired_rounded(block: KeyBlock) -> bool:
+    """Whether dS is set to 0, where P is, after both were rounded: in the fused form's pipelined step, behind whose
+    rounding stands a branch anyhow; between exponentials and products, one keeps ptxas from interleaving them.
+
+    P must then be that of the scores, without dropout. In bfloat16 it rounds to 0 only where it is 0.
+    """
+    spec, s = block.spec, block.schedule
+    plain = spec.softcap is None and spec.score is None and not spec.dropout_rate and not spec.mask.has_arrays
+    return plain and spec.dtype == jnp.bfloat16 and s.makes_dq and s.together
+
+
+def without_overflow(block: KeyBlock, step: Step, p: Fragment, ds: Fragment) -> Fragment:
+    """Sets dS to 0 where P is, both in the input's type, in tiles that need the mask; see `score_gradients`."""
+    partial = partial_of(block, step)
+    if partial is None or not is_repaired_rounded(block):
+        return ds
+    zeroed = lambda p, ds: jnp.where(p.astype(jnp.float32) == 0, 0.0, ds.astype(jnp.float32)).astype(ds.dtype)
+    return lax.cond(partial, zeroed, lambda p, ds: ds, p, ds)
+
+
+class Weights(NamedTuple):
+    """P^T and dS^T of a tile, in the input's type, not yet multiplied with its dout and its query."""
+
+    p: Fragment
+    ds: Fragment
+
+
+def rounded(block: KeyBlock, step: Step, p: Fragment, ds: Fragment) -> Weights:
+    """Rounds the weights of a step's tile to the input's type."""
+    p, ds = p.astype(block.spec.dtype), ds.astype(block.spec.dtype)
+    return Weights(p, without_overflow(block, step, p, ds))
 
 
 def partial_of(block: KeyBlock, step: Step) -> Flag | None:

@@ -6,10 +6,10 @@ A block keeps tiles of its own rows, 64 of them a warpgroup, and walks over tile
     dk  keeps K, V   walks over Q, dO   S^T = K Q^T, dP^T = V dO^T   dK += dS^T Q
     dv  keeps K      walks over Q, dO   S^T = K Q^T                  dV += P^T dO
 
-with P = exp(S - lse), dS = P * (dP - delta), and products of parts (`products`). The rows that a sum adds up have
-scales of their own; the weights they are added with, P or dS, take these on, and are then scaled so that the largest
-of a row is near 2^14, by a power of two that grows with what comes, as the maximum does in a softmax. So what is lost
-is 2^-39 of a row's largest term. As in the forward, each tile's product starts at zero.
+with P = exp(S - lse), at most 1, dS = P * (dP - delta), and products of parts (`products`). The rows that a sum adds
+up have scales of their own; the weights they are added with, P or dS, take these on, and are then scaled so that the
+largest of a row is near 2^14, by a power of two that grows with what comes, as the maximum does in a softmax. What is
+lost is 2^-39 of a row's largest term. As in the forward, each tile's product starts at zero.
 
 That is 24 products of 16-bit tiles where a kernel for dk and dv would need 21; but that one has no registers left for
 sums apart from dk and dv.
@@ -128,7 +128,7 @@ def weights_of(here: Here, step: Step, s: Fragment, dp: Fragment | None) -> Frag
     kind, spec = here.kind, here.block.spec
     numbers = lambda name: here.numbers(name, step)
     x = scaled(spec, s * numbers("q") * numbers("k"))
-    y = x * score_unit(spec) - numbers("lse") + numbers("rounding")
+    y = jnp.minimum((x - numbers("lse") - numbers("rounding")) * score_unit(spec), 0.0)
     pair = here.first, step.tile * walked_rows(kind, here.block)
     mask, keys_dim = here.block.mask.of_head(step.head), 1 if kind.of_queries else 0
     hide = lambda y: mask.hide(y, pair if kind.of_queries else pair[::-1], keys_dim)

@@ -1,27 +1,44 @@
 """The backward's first kernel of float32 inputs: it computes the statistics of each query, and splits dout.
 
-Queries that attend to nothing get zeros for dout: whatever is there does not meet a weight of 0.
+Queries that attend to nothing get zeros for dout: whatever is there does not meet a weight of 0. Their statistics are
+not those of 16-bit inputs: lse stays in the unit of scores, with its rest beside it (`softmax.statistics`), and weights
+are made of differences of scores. So what lse loses where scores are large reaches no weight, in any row.
 """
-
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import softmax
 from pallas_flash.kernels.hopper import registers, tiles
-from pallas_flash.kernels.hopper.backward.prepare import statistics
-from pallas_flash.kernels.hopper.backward.statistics import Statistics
+from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.float32.split import Rows, factors, load_rows, output_types, size_of, store_parts
 from pallas_flash.kernels.hopper.memory import prepare_float32_memory
+from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
+from pallas_flash.kernels.mosaic.scores import unit
 from pallas_flash.kernels.mosaic.types import KernelArguments
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
+
+
+def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) -> dict[Statistics, PerRow]:
+    """Computes the backward's statistics of 64 queries from the forward's: LSE is lse in the unit of scores, ROUNDING
+    its rest, and DELTA -delta.
+
+    Queries that attend to nothing, and those past the end (whose lse is -inf too), get weights of 0. Where delta is not
+    finite, all weights become NaN: those that the mask hides are set to 0 afterwards.
+    """
+    nothing, known = lse == -jnp.inf, jnp.abs(delta) < jnp.inf
+    reference = softmax.reference_point(jnp.where(known, lse, jnp.nan), unit(spec))
+    return {Statistics.LSE: jnp.where(nothing, IDLE, reference),
+            Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, -delta),
+            Statistics.ROUNDING: jnp.where(nothing, 0.0, rest)}
 
 
 def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:

@@ -1,9 +1,10 @@
 """The online softmax of 64 rows whose values have scales: v_j = v'_j 2^c_j, a power of two for each key.
 
 The weights that meet v' are p_ij 2^c_j: what matters to a row is how large these products are, and so they decide what
-is lost when they are split (`parts`): 2^-39 of the row's largest. `start` is near the largest s_ij + c_j (base 2),
-rounded to a whole number, so that rescaling is exact, and an exponent s_ij + (c_j - start) is rounded once. Weights are
-then at most 2^0.5, or 2 where whole numbers end. l_i adds up exp2(s_ij - start), which is a weight times 2^-c_j.
+is lost when they are split (`parts`): 2^-39 of the row's largest. A weight is exp2((s_ij - m_i) unit + (c_j - e_i)),
+with the row's largest score m_i so far, and a whole number e_i near the largest (s_ij - m_i) unit + c_j: weights are at
+most 2^0.5. The difference of scores comes first, since s_ij unit beyond 2^23 is rounded by more than a weight can bear
+(`pallas_flash.softmax`). l_i adds up exp2((s_ij - m_i) unit - e_i), which is a weight times 2^-c_j.
 """
 
 from typing import NamedTuple
@@ -18,8 +19,8 @@ from pallas_flash.kernels.mosaic import ptx
 
 __all__ = ["Softmax", "Values", "begin", "natural", "weigh"]
 
-_LOWEST = -(2.0**100)
-"""The start of rows that have met no key: its difference from -inf is not NaN."""
+_LOWEST = -3e38
+"""The m_i of rows that have met no key: its difference from -inf is not NaN."""
 _WHOLE = 1.5 * 2.0**23
 """A float32 number plus it is a whole number, if it is below 2^22."""
 
@@ -34,7 +35,8 @@ class Values(NamedTuple):
 class Softmax(NamedTuple):
     """The state of 64 rows."""
 
-    start: PerRow
+    m_i: PerRow  # in the unit of scores
+    start: PerRow  # e_i
     l_i: Fragment  # (64, 8), sums of every eighth column
     alpha: PerRow  # what earlier sums must be multiplied with
 
@@ -42,20 +44,22 @@ class Softmax(NamedTuple):
 def begin() -> Softmax:
     """The state of rows that have met no key."""
     zero = registers.row_zeros()
-    return Softmax(zero + _LOWEST, registers.spread(zero, 8), zero)
+    return Softmax(zero + _LOWEST, zero, registers.spread(zero, 8), zero)
 
 
 def weigh(state: Softmax, s: Fragment, unit: float, values: Values) -> tuple[Softmax, Fragment]:
     """The state after one more tile of scores in a unit of base 2, and its weights, (64, keys) float32."""
     columns = s.shape[1]
     exponent, inverse = (registers.stack(x) for x in values)
-    top = jnp.maximum((s * unit + exponent).max(axis=1), _LOWEST)
-    whole = ptx.multiply_add(top, 1.0, registers.row_zeros() + _WHOLE, registers.ROW_LAYOUT) - _WHOLE
-    start = jnp.maximum(state.start, whole)
-    p = jnp.exp2(jnp.minimum(s * unit + (exponent - registers.spread(start, columns)), 1.0))
-    alpha = jnp.exp2(state.start - start)
+    m_i = jnp.maximum(state.m_i, s.max(axis=1))
+    below = s - registers.spread(m_i, columns)
+    step = (state.m_i - m_i) * unit
+    top = jnp.maximum((below * unit + exponent).max(axis=1), step + state.start)
+    start = ptx.multiply_add(top, 1.0, registers.row_zeros() + _WHOLE, registers.ROW_LAYOUT) - _WHOLE
+    p = jnp.exp2(below * unit + (exponent - registers.spread(start, columns)))
+    alpha = jnp.exp2(step + (state.start - start))
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p * inverse)
-    return Softmax(start, l_i, alpha), p
+    return Softmax(m_i, start, l_i, alpha), p
 
 
 def natural(state: Softmax, score_unit: float) -> tuple[PerRow, tuple[PerRow, PerRow]]:
@@ -68,6 +72,4 @@ def natural(state: Softmax, score_unit: float) -> tuple[PerRow, tuple[PerRow, Pe
     bits = lax.bitcast_convert_type(l_i, jnp.int32) & 0x7F800000
     start = state.start + ((bits >> 23) - 127).astype(jnp.float32)
     inverse = lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
-    m_i = start * (1 / score_unit)
-    rounding = ptx.multiply_add(m_i, -score_unit, start, registers.ROW_LAYOUT)
-    return l_i, softmax.statistics(m_i, l_i * inverse, score_unit / softmax.LOG2E, rounding)
+    return l_i, softmax.statistics(state.m_i, l_i * inverse, score_unit / softmax.LOG2E, start)
