@@ -17,7 +17,7 @@ from pallas_flash.context_parallel.merged_ring import MergedPasses
 from pallas_flash.context_parallel.plan import Chunking
 from pallas_flash.context_parallel.ring import RingPasses, merged
 from pallas_flash.context_parallel.shards import Shards
-from pallas_flash.kernels.hopper import merging, support
+from pallas_flash.kernels.hopper import merging
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -40,7 +40,6 @@ def operands_of(q, k, v, mask=None):
 def alone(monkeypatch):
     """A ring of one device, which has its own keys at each step."""
     monkeypatch.setattr(hops.Ring, "rotated", lambda ring, x, distance: x)
-    monkeypatch.setattr(support, "MERGING_HAS_RUN", True)
 
 
 def passes_of(kind, shards):
