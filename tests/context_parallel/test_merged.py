@@ -155,10 +155,15 @@ def shards(n=4, length=LENGTH, d=128, dtype="bfloat16", **options):
     return shards_of(found, Arrays(q, k, k, None, mask, None, None, None, None), mask, n)
 
 
+IDS = np.zeros((1, 1, LENGTH), np.int32)
+
+
 @pytest.mark.parametrize(("options", "reasons"), [
     (dict(), (None, None)), (dict(mask=pf.Full()), (None, None)),
     (dict(length=2 * LENGTH + 32), ("multiples of",) * 2), (dict(load_balance=None), ("some devices lack pairs",) * 2),
     (dict(mask=pf.Window(left=100, right=0)), ("some devices lack pairs",) * 2),
+    (dict(mask=pf.Causal() & pf.SegmentIds(IDS, IDS)), ("the mask has arrays",) * 2),
+    (dict(mask=pf.Causal() & pf.InBounds(4 * LENGTH, np.array([[300]]))), ("the mask has arrays",) * 2),
     (dict(dropout_rate=0.1, implementation="hopper"), ("dropout",) * 2),
     (dict(deterministic=True), (None, "bit by bit")),
     (dict(implementation="xla"), ("implementation='xla' does not merge",) * 2),

@@ -137,13 +137,16 @@ def with_mask_kernel(spec):
 
 
 def merged(spec):
-    """A part of a problem of twice the lengths, whose results the kernels merge: a function, and its arguments."""
+    """A part of a problem of twice the lengths, whose results the kernels merge, in the backward where they can: a
+    function, and its arguments.
+    """
     import dataclasses
 
     import jax
     import jax.numpy as jnp
 
-    from pallas_flash.kernels.hopper import merging
+    from pallas_flash import device
+    from pallas_flash.kernels.hopper import defaults, merging
     from pallas_flash.spec import Results
     part = dataclasses.replace(spec, partial=True)
     whole = dataclasses.replace(part, q_len=2 * spec.q_len, kv_len=2 * spec.kv_len)
@@ -152,9 +155,12 @@ def merged(spec):
     out, stats = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (whole.out_shape, whole.stats_shape))
 
     def call(q, k, v, dout, places, out, stats):
+        merged = merging.forward(part, q, k, v, places, Results(out, stats))
+        if defaults.default_parts(part, device.current()) is None:
+            return merged
         sums = merging.sums(whole, stats, stats)
         dk, dv, sums = merging.backward(part, (q, k, v, dout), places, sums)
-        return merging.forward(part, q, k, v, places, Results(out, stats)), dk, dv, merging.dq(whole, sums)
+        return merged, dk, dv, merging.dq(whole, sums)
 
     return call, (q, k, v, dout, jax.ShapeDtypeStruct((spec.batch, 4), jnp.int32), out, stats)
 
