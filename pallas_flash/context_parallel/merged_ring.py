@@ -66,6 +66,8 @@ def why_not(shards: Shards) -> tuple[list[str], list[str]]:
         return (["there are no pairs"],) * 2
     if shards.bias is not None:
         return (["there is a bias"],) * 2
+    if shards.spec.mask.has_arrays:
+        return (["the mask has arrays"],) * 2
     found: tuple[list[str], list[str]] = ([], [])
     for call in (call for step in steps for call in step.calls):
         spec = part_of(shards, call)
@@ -79,7 +81,7 @@ def why_not(shards: Shards) -> tuple[list[str], list[str]]:
 
 
 def part_of(shards: Shards, call: Call) -> AttentionSpec:
-    """The spec of a call."""
+    """The spec of a call, of a mask without arrays."""
     rows = shards.chunking.chunk_len * call.num_chunks
     return dataclasses.replace(shards.spec, batch=shards.spec.batch * len(call.picks), q_len=rows, kv_len=rows,
                                mask=call.mask, return_lse=False, partial=True)

@@ -99,7 +99,6 @@ def standing_in(monkeypatch):
             (whole.batch, whole.q_len, whole.q_heads, whole.d), whole.dtype),)))
     for name, build in types.items():
         monkeypatch.setattr(merging, name, functools.cache(build))
-    monkeypatch.setattr(support, "MERGING_HAS_RUN", True)
     with device.assume(device.H200):
         yield
     jax.clear_caches()  # programs do not know what has stood in
@@ -156,10 +155,15 @@ def shards(n=4, length=LENGTH, d=128, dtype="bfloat16", **options):
     return shards_of(found, Arrays(q, k, k, None, mask, None, None, None, None), mask, n)
 
 
+IDS = np.zeros((1, 1, LENGTH), np.int32)
+
+
 @pytest.mark.parametrize(("options", "reasons"), [
     (dict(), (None, None)), (dict(mask=pf.Full()), (None, None)),
     (dict(length=2 * LENGTH + 32), ("multiples of",) * 2), (dict(load_balance=None), ("some devices lack pairs",) * 2),
     (dict(mask=pf.Window(left=100, right=0)), ("some devices lack pairs",) * 2),
+    (dict(mask=pf.Causal() & pf.SegmentIds(IDS, IDS)), ("the mask has arrays",) * 2),
+    (dict(mask=pf.Causal() & pf.InBounds(4 * LENGTH, np.array([[300]]))), ("the mask has arrays",) * 2),
     (dict(dropout_rate=0.1, implementation="hopper"), ("dropout",) * 2),
     (dict(deterministic=True), (None, "bit by bit")),
     (dict(implementation="xla"), ("implementation='xla' does not merge",) * 2),
@@ -169,9 +173,11 @@ def test_what_is_not_merged_in_kernels_has_a_reason(options, reasons, standing_i
         assert (not found) if reason is None else any(reason in text for text in found)
 
 
-def test_kernels_do_not_merge_before_they_have_run_on_a_gpu():
+def test_xla_merges_where_kernels_are_told_not_to(monkeypatch):
     with device.assume(device.H200):
-        assert all("has not been measured" in reasons[0] for reasons in merged_ring.why_not(shards()))
+        assert merged_ring.why_not(shards()) == ([], [])
+        monkeypatch.setattr(support, "KERNELS_MERGE", False)
+        assert all("KERNELS_MERGE is off" in reasons[0] for reasons in merged_ring.why_not(shards()))
 
 
 def test_vmap_computes_one_element_after_the_other(standing_in):

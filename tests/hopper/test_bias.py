@@ -203,15 +203,8 @@ def test_a_bad_value_reaches_the_gradients_of_the_rows_that_see_it_alone():
     np.testing.assert_allclose(found, wanted, rtol=0.03, atol=2e-3)
 
 
-@pytest.fixture
-def has_kernel(monkeypatch):
-    """It is off until it has run on a GPU."""
-    assert defaults.default_dbias(problem_of("pairs", bias=(1, 2, Q_LEN, KV_LEN)).spec(), device.H200) is None
-    monkeypatch.setattr(defaults, "_DBIAS_KERNEL_HAS_RUN", True)
-
-
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_gradient_that_nobody_asks_for_has_no_kernel(learned, has_kernel):
+def test_a_gradient_that_nobody_asks_for_has_no_kernel(learned):
     def loss(q, bias):
         return flash_attention(q, q, q, bias=bias, mask=Causal(), implementation="hopper").astype(jnp.float32).sum()
 
@@ -223,7 +216,7 @@ def test_a_gradient_that_nobody_asks_for_has_no_kernel(learned, has_kernel):
     assert any(b"attention_backward_dq" in module for module in modules)
 
 
-def test_which_gradients_have_a_kernel(has_kernel):
+def test_which_gradients_have_a_kernel():
     pairs = dict(bias=(1, 2, Q_LEN, KV_LEN))
     for options, has_one in (({}, True), (dict(bias_dtype="float32"), True), (dict(bias=(1, 2, 1, KV_LEN)), False),
                              (dict(d=256, d_v=256), False), (dict(d=76, d_v=76), False)):

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_flash import Causal, flash_attention
-from pallas_flash.kernels.hopper import defaults
 
 pytestmark = pytest.mark.gpu
 
-
-@pytest.fixture(autouse=True)
-def has_kernel(monkeypatch):
-    """It is off until it has run."""
-    monkeypatch.setattr(defaults, "_DBIAS_KERNEL_HAS_RUN", True)
 
 BATCH, LENGTH, HEADS, DIM = 3, 500, 2, 128
 

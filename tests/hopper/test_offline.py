@@ -53,6 +53,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"causal-d{d}-s2048+partial" for d in (64, 128)), "causal-d256-s2048+ragged+partial",
          "causal-d128-s2048+partial+dropout",
          "full-d128-s2048+merge", "causal-d128-s2048+merge+softcap",
+         "causal-d64-s2048+merge", "causal-d256-s2048+merge",
          *(f"causal-d{d}-s2048+gradients+dropout" for d in (64, 128, 256)),
          "causal-d128-s2048+gradients+dropout+documents",
          "causal-d128-s2048+gradients+alibi", "causal-d128-s2048+gradients+bent", "causal-d64-s2048+gradients+table",

@@ -126,6 +126,9 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
     assert isinstance(first, ForwardSchedule), "keys are in no cache"
+    has_kernel = defaults.has_mask_kernel(inner)
+    first, second = (dataclasses.replace(first, mask_kernel=has_kernel),
+                     dataclasses.replace(second, mask_kernel=has_kernel))
     found = (_making(spec, launches.forward(inner, first), first),
              _making(spec, launches.backward(inner, second), second))
     third = None if spec.bias is None else defaults.default_dbias(spec, device)

@@ -48,9 +48,6 @@ __all__ = ["assume", "default_backward", "default_dbias", "default_forward", "de
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
-_MASK_KERNEL_HAS_RUN = False
-_DBIAS_KERNEL_HAS_RUN = False
-_KEYS_KERNEL_HAS_RUN = False
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
@@ -109,8 +106,7 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
-    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes,
-                                 mask_kernel=has_mask_kernel(spec))
+    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
     return _with_bias_ring(spec, chosen, device)
 
 
@@ -126,13 +122,15 @@ def _with_bias_ring(spec: AttentionSpec, schedule: ForwardSchedule, device: Devi
 
 
 def has_mask_kernel(spec: AttentionSpec) -> bool:
-    """Whether a launch makes what is read of a mask's arrays: nowhere, before it has run on a GPU."""
-    return _MASK_KERNEL_HAS_RUN and spec.dtype != jnp.float32 and kernel_makes(spec)
+    """Whether another runtime than XLA launches what makes the arrays that are read of a mask's. XLA makes them itself
+    in as little time (docs/notes/hopper_features.md, 2026-11-30); PyTorch would in dozens of small kernels.
+    """
+    return spec.dtype != jnp.float32 and kernel_makes(spec)
 
 
 def has_keys_kernel(spec: AttentionSpec) -> bool:
-    """Whether a launch makes dropout's keys for a runtime without XLA: nowhere, before it has run on a GPU."""
-    return _KEYS_KERNEL_HAS_RUN and bool(spec.dropout_rate) and not spec.dropout_moved
+    """Whether another runtime than XLA launches what makes dropout's keys: PyTorch would in 120 small kernels."""
+    return bool(spec.dropout_rate) and not spec.dropout_moved
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
@@ -196,12 +194,11 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
         return BackwardSchedule(dk, dq, dv)
     fused = _default_fused(spec, device) if _may_be_fused(spec) else None
     if fused is not None:
-        return BackwardSchedule(fused, mask_kernel=has_mask_kernel(spec))
+        return BackwardSchedule(fused)
     two = Float32BackwardSchedule() if spec.dtype == jnp.float32 else _default_two_kernels(spec)
     assert isinstance(two.dq, DqSchedule)
     return dataclasses.replace(two, kv=dataclasses.replace(two.kv, num_sms=device.num_sms),
-                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms),
-                               mask_kernel=has_mask_kernel(spec))
+                               dq=dataclasses.replace(two.dq, num_sms=device.num_sms))
 
 
 def default_parts(spec: AttentionSpec, device: Device) -> KvSchedule | None:
@@ -233,11 +230,10 @@ def _default_wide(spec: AttentionSpec, device: Device, makes: Literal["dk", "dv"
 
 def default_dbias(spec: AttentionSpec, device: Device) -> DbiasSchedule | None:
     """The default schedule of the kernel of the gradient of a bias of pairs; None where there is none, because the bias
-    is another one, or heads are too wide for its tiles, and nowhere before it has run on a GPU: `mosaic.dbias` then
-    walks in plain JAX.
+    is another one, or heads are too wide for its tiles: `mosaic.dbias` then walks in plain JAX.
     """
     schedule = DbiasSchedule()
-    return None if not _DBIAS_KERNEL_HAS_RUN or dbias_reasons(spec, schedule, device.smem_bytes) else schedule
+    return None if dbias_reasons(spec, schedule, device.smem_bytes) else schedule
 
 
 def _default_two_kernels(spec: AttentionSpec) -> BackwardSchedule:

@@ -53,8 +53,8 @@ def why_not(spec: AttentionSpec, where: Device) -> tuple[list[str], list[str]]:
     """
     plain = (not spec.mask.has_arrays and spec.bias is None and spec.score is None and not spec.dropout_rate
              and spec.dtype.itemsize == 2 and spec.d % 8 == 0 == spec.d_v % 8 and not support.is_wide(spec))
-    if not support.MERGING_HAS_RUN:
-        return (["merging in the kernels has not been measured on a GPU yet"],) * 2
+    if not support.KERNELS_MERGE:
+        return (["support.KERNELS_MERGE is off"],) * 2
     if not plain:
         return (["needs numbers of 16 bits, a mask without arrays, and no bias, score function or dropout"],) * 2
     forward, backward = defaults.default_forward(spec, where), defaults.default_parts(spec, where)

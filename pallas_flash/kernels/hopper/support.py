@@ -20,8 +20,8 @@ MAX_NARROW = 256
 MAX_DIM_FLOAT32 = 128
 FLOAT32_IS_RIGHT = False
 """The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
-MERGING_HAS_RUN = False
-"""Whether kernels merge results of parts (`merging`): not before they have run on a GPU."""
+KERNELS_MERGE = True
+"""Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 

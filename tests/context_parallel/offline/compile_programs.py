@@ -45,7 +45,7 @@ MASKS = {"causal": Causal(), "full": Full()}
 
 def compiled(strategy: str, n: int, mask: str):
     """The program, compiled for n devices of one host."""
-    support.MERGING_HAS_RUN = strategy == "merged"
+    support.KERNELS_MERGE = strategy == "merged"
     found = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{n}")
     mesh = jax.make_mesh((n,), (AXIS,), devices=found.devices, axis_types=(jax.sharding.AxisType.Auto,))
     problem, place = sizes.problem(n), NamedSharding(mesh, PLACE)
