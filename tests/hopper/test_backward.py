@@ -403,7 +403,7 @@ def test_idle_queries_are_not_looked_at(name):
     assert max(used.values()) <= 1, used
 
 
-@pytest.mark.parametrize("name", ["fused", "fused-own", "split", "wide"])
+@pytest.mark.parametrize("name", ["fused", "fused-own", "fused-own-held", "split", "wide"])
 def test_hidden_values_may_be_any_number(name):
     """Regression: dP of a value of 3e38 is beyond float32, and dS was 0 * inf where the mask hides it."""
     schedule, problem = problem_of(name)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_flash import AttentionSpec, Causal, device, dispatch
-from pallas_flash.kernels.hopper import compiler
+from pallas_flash.kernels.hopper import compiler, compiler_probe
 from tests.hopper.offline import places
 from tests.hopper.test_offline import ROOT
 
@@ -79,6 +79,33 @@ def test_it_is_asked_once(newer, tmp_path):
     for _ in range(3):
         assert compiler.why_not() is None
     assert (tmp_path / "asked").read_text() == "x"
+
+
+class FullGpu:
+    """A driver of one Hopper GPU, in whose memory, or mode, there is no room for another context."""
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {compiler_probe._MAJOR: 9, compiler_probe._MINOR: 0}[attribute]
+        return 0
+
+    def cuInit(self, *arguments):
+        return 0
+
+    cuDeviceGet = cuCtxSetCurrent = cuInit
+
+    def cuDevicePrimaryCtxRetain(self, *arguments):
+        return 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+def test_a_gpu_that_cannot_be_entered_is_not_taken_for_none(monkeypatch):
+    """Regression: with a GPU whose memory was full the probe said that there is none, and kernels that spill ran."""
+    monkeypatch.setattr(compiler_probe.ctypes, "CDLL", lambda name: FullGpu())
+    with pytest.raises(SystemExit, match=r"context of GPU 0 could not be entered \(CUDA error 2\)"):
+        compiler_probe.enter_context()
 
 
 WHY_NOT = places.why_not()

@@ -12,7 +12,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import device, masks, softmax
-from pallas_flash.kernels.hopper import defaults, launches, merging
+from pallas_flash.kernels.hopper import defaults, launches, merging, work
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Results
@@ -139,13 +139,36 @@ def test_a_tile_that_is_done_again_is_merged_once(scale):
     check_merged(*other, part.scale, rounding=1e-3)  # the two walks round weights in another way
 
 
-def test_backward_adds_to_the_same_sums():
+def test_warpgroups_without_rows_pass_their_steps_by_and_merge_nothing(two_blocks):
+    """Of six warpgroups two have no rows, and take one of two steps: behind those rows lie others, of no part."""
+    whole, (q, k, v, _) = problem(64)
+    part = part_of(whole, 1, chunks=2, mask=masks.Causal())
+    schedule, state = defaults.default_forward(part, device.H100), start(5, 4)
+    assert work.idle_stop_early(part, schedule) and work.steps(part, schedule).skips_below
+    own = [jnp.array([(0, 0, 0, CHUNK)], jnp.int32)]
+    with interpreted(detect_races=True):
+        found = Results(*run(functools.partial(merging.forward_pass, part, schedule), q, k, v, *own, *state))
+        jax.block_until_ready(found)
+    assert not gpu_callbacks.get_races().races_found
+    with interpreted():
+        partial = Results(*launches.forward(part, schedule)(q, k, v))
+    merged = slice(CHUNK, 3 * CHUNK)
+    check_merged(*(Results(x.out[:, merged], x.stats[..., merged]) for x in (found, state)), partial, whole.scale)
+    for kept in (slice(CHUNK), slice(3 * CHUNK, None)):
+        np.testing.assert_array_equal(found.out[:, kept], state.out[:, kept])
+        np.testing.assert_array_equal(found.stats[..., kept], state.stats[..., kept])
+
+
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=str)
+def test_backward_adds_to_the_same_sums(mask):
+    """With a mask keys are held in registers, and dS is mended behind its rounding."""
     whole, (q, k, v, dout) = problem(64)
     rng = np.random.default_rng(4)
     stats, dstats = (jnp.asarray(np.stack([rng.standard_normal((1, 2, 2 * CHUNK)) + shift,
                                            np.zeros((1, 2, 2 * CHUNK))], axis=2), jnp.float32) for shift in (8, 0))
-    part = part_of(whole, 2)
+    part = part_of(whole, 2, mask=mask)
     schedule, pairs = defaults.default_parts(part, device.H100), BOTH_CHUNKS
+    assert schedule is not None and schedule.together and bool(schedule.held) == isinstance(mask, masks.Window)
     stacked = [jnp.concatenate([rows(x, pair[i]) for pair in pairs]) for x, i in ((q, 0), (k, 1), (v, 1), (dout, 0))]
     saved = [jnp.concatenate([rows(x, q_chunk, 3) for q_chunk, *_ in pairs]) for x in (stats, dstats)]
     of_all = dataclasses.replace(whole, partial=True)

@@ -27,7 +27,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MIN
 
 
 def enter_context() -> bool:
-    """Makes the primary context of the first GPU of the Hopper kernels current; False if there is none."""
+    """Makes the primary context of the first GPU of the Hopper kernels current; False if there is no such GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -41,8 +41,10 @@ def enter_context() -> bool:
         for value, attribute in zip(found, (_MAJOR, _MINOR)):
             driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         if tuple(value.value for value in found) == CAPABILITY:
-            return not (driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-                        or driver.cuCtxSetCurrent(context))
+            code = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) or driver.cuCtxSetCurrent(context)
+            if code:  # its memory may be full, or it may be another process' alone
+                raise SystemExit(f"a context of GPU {index} could not be entered (CUDA error {code})")
+            return True
     return False
 
 

@@ -279,8 +279,10 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
     if spec.d == 64:
         plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
         # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes), nor one whose keys
-        # are opaque (4 bytes in the loop).
-        may_hold = not (capped or spec.dropout_rate or spec.mask.has_arrays) and bool(kv_work(spec, plain).partial)
+        # are opaque (4 bytes in the loop). Of a bias or a score function, what it hides is an array of the mask by the
+        # time a kernel is made (`bias.hiding`).
+        reads_arrays = spec.mask.has_arrays or spec.bias is not None or spec.score is not None
+        may_hold = not (capped or spec.dropout_rate or reads_arrays) and bool(kv_work(spec, plain).partial)
         return dataclasses.replace(plain, held="k", opaque=False) if may_hold else plain
     # Unpinned it would spill with a soft cap.
     return KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
