@@ -208,7 +208,7 @@ class Direct:
     def _load(self, pass_name: PassName) -> Runner:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
-        if pass_name != "forward":
+        if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
         return Runner(program, self.device)
 
