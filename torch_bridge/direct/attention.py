@@ -1,6 +1,6 @@
 """Calls of the operators on the direct path: which take it, with which plan, and their tensors in and out.
 
-It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_device` and `requirements.why_not` have no
+It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_gpu` and `requirements.why_not` have no
 reason against. Where the last has one, or a plan cannot be made, a FallbackWarning says why, once for each reason, and
 the call goes through DLPack.
 
@@ -29,8 +29,8 @@ from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Requ
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "direct_of",
-           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared",
-           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
+           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "of_hopper", "prepared",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device", "why_not_gpu"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -41,6 +41,8 @@ _NAMES: dict[PassName, str] = {
     "dbias": "the gradient of scaled_dot_product_attention's attn_mask"}
 _CAPABILITY = (8, 0)
 """From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
+_HOPPER = (9, 0)
+"""Whose kernels alone are launched with a bias, and on a cache: to ask that elsewhere takes a process a problem."""
 _DTYPES = (torch.bfloat16, torch.float16)
 _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
@@ -95,15 +97,31 @@ def _has_rule(operands: Operands, numbers: Numbers) -> bool:
     return numbers.left is not None or operands.mask is not None or any(x is not None for x in operands.places)
 
 
-def why_not_device(device: torch.device) -> str | None:
-    """Why the direct path does not take calls on a GPU; None: it does."""
+def why_not_device(device: torch.device, only: str = "") -> str | None:
+    """Why the direct path does not take calls on a GPU; None: it does.
+
+    Args:
+      only: what of the calls only Hopper's kernels are launched with; empty: nothing.
+    """
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
     gpu = gpu_of(device)
-    if gpu.capability >= _CAPABILITY:
-        return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
-    return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
+    if gpu.capability < _CAPABILITY:
+        return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
+    if only and gpu.capability != _HOPPER:
+        return f"it launches kernels of {only} for compute capability 9.0 alone, {gpu.name} has {found}"
+    return None
+
+
+def why_not_gpu(operands: Operands, device: torch.device) -> str | None:
+    """`why_not_device` of a call with these operands."""
+    return why_not_device(device, of_hopper(operands))
+
+
+def of_hopper(operands: Operands) -> str:
+    """What of a call only Hopper's kernels are launched with; empty: nothing."""
+    return "" if operands.bias is None else "a float attn_mask"
 
 
 def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
@@ -167,6 +185,7 @@ class Direct:
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs: records.Runs  # once a pass is loaded
         self._runners: dict[PassName, Runner] = {}
+        self._chosen: tuple[str, tuple[tuple[str, str], ...]]  # of the last plan: what runs, and what was left for it
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
@@ -203,14 +222,24 @@ class Direct:
         launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                self._runners[pass_name] = apart.run(self._load, pass_name)
+                runner = apart.run(self._load, pass_name)
+                self._warn_of_left()  # before it is kept: if a filter makes it an error, it comes again
+                self._runners[pass_name] = runner
 
     def _load(self, pass_name: PassName) -> Runner:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
+        self._chosen = program.implementation, program.left
         if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
         return Runner(program, self.device)
+
+    def _warn_of_left(self) -> None:
+        """Warns as `pallas_flash.dispatch` does where kernels run that were not written for the GPU."""
+        implementation, left = self._chosen
+        for name, reason in left:
+            _warn_once(f"{implementation=} runs {self.problem} on {gpu_of(self.device).name}, "
+                       f"because {name!r}, written for this device, cannot", reason, f"change that to reach {name!r}")
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
         pending = self._expected.pop(pass_name, None)
@@ -393,7 +422,7 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
 
 def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     """Whether nothing is against it; warns where only the installation is."""
-    if why_not(operands, numbers) is not None or why_not_device(operands.query.device) is not None:
+    if why_not(operands, numbers) is not None or why_not_gpu(operands, operands.query.device) is not None:
         return False
     reason = requirements.why_not()
     if reason is not None:
@@ -462,10 +491,13 @@ _said: set[str] = set()
 
 
 def _warn(subject: str, reason: str) -> None:
+    _warn_once(f"{subject}, because the direct path cannot be taken", reason, f"change that, or set {VARIABLE}=0")
+
+
+def _warn_once(subject: str, reason: str, do: str) -> None:
     if reason in _said:
         return
-    from pallas_flash import errors  # imports JAX, which the call will need now
+    from pallas_flash import errors  # imports JAX, which a call that goes through DLPack will need now
 
-    errors.warn(errors.fallback(f"{subject}, because the direct path cannot be taken", [reason],
-                                f"change that, or set {VARIABLE}=0"))
+    errors.warn(errors.fallback(subject, [reason], do))
     _said.add(reason)
