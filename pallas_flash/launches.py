@@ -17,13 +17,15 @@ class Passes(NamedTuple):
     """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
     `Pass.make` makes, too, if they have it. And the gradient of a bias, of what the backward reads; None where no
     kernel makes it. Against a cache the forward also takes the arrays of the mask, a bias, sinks and the page table,
-    and the backward is no list of launches: None. `implementation` has them.
+    and the backward is no list of launches: None. `implementation` has them; `left` names those written for the device
+    that an automatic choice leaves for it, with each reason (`dispatch.Decision.left`).
     """
 
     forward: Pass
     backward: Pass | None
     dbias: Pass | None
     implementation: str
+    left: tuple[tuple[str, str], ...] = ()
 
 
 @contextlib.contextmanager
@@ -44,12 +46,15 @@ def launches(spec: AttentionSpec, device: Device, requested: str | None = None) 
     decision = dispatch.decide(spec, device, requested)
     passes = None if spec.is_empty else decision.passes()
     if passes is None:
-        found = [f"{row.name!r} {reason}" for row in dispatch.IMPLEMENTATIONS if row.launches
-                 for reason in decision.reasons[row.name]] or [_what_is_beside(spec, decision)]
+        found = [] if decision.implementation.launches else [
+            f"{row.name!r} {reason}" for row in dispatch.IMPLEMENTATIONS if row.launches
+            for reason in decision.reasons[row.name]]
+        found = found or [_what_is_beside(spec, decision)]
         raise errors.unsupported(f"launches of {spec} on {device.name}", found,
                                  f"let JAX run it (implementation={decision.implementation.name!r})")
     forward, backward, *others = passes
-    return Passes(forward, backward, others[0] if others else None, decision.implementation.name)
+    left = ((row.name, reason) for row in decision.left for reason in decision.reasons[row.name])
+    return Passes(forward, backward, others[0] if others else None, decision.implementation.name, tuple(left))
 
 
 def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
@@ -64,5 +69,5 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     if spec.score is not None:
         return f"{name!r} has no launches for the gradients of a score function's arrays"
     if spec.bias is not None:
-        return f"{name!r} makes what it reads of this bias beside the launches, in a loop over rows"
+        return f"{name!r} makes what it reads of this bias beside the launches, by JAX"
     return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

@@ -49,9 +49,16 @@ def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_ca
         if name not in inspect.signature(flash_attn.flash_attn_with_kvcache).parameters:
             raise messages.unknown_keyword(flash_attn.flash_attn_with_kvcache, name)
     call = flash_attn.cached_call(q, k_cache, v_cache, **keywords)
+    from pallas_flash import dispatch
+    from torch_bridge.direct import lower
+
     with torch.no_grad():
         given, rules = call.decoding()
         why_not = decoding.why_not_direct(given, rules)
+        if why_not is None:
+            decision = dispatch.decide(lower.spec_of(decoding.problem_of(given, rules)), _device(q.device))
+            if decision.implementation.launches is None:
+                why_not = "; ".join(decision.reasons["hopper"])
         if not call.is_at_the_end:
             why_not = "queries before the first key would see nothing: causal attention, or as many new keys, is needed"
         if why_not is not None:
@@ -59,14 +66,9 @@ def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_ca
                                                                              "are named are copied"]
             return "\n".join((f"not the kernel of caches ({why_not}), but attention with lengths:", *copies,
                               _explain(*call.with_lengths())))
-    from pallas_flash import dispatch
-    from torch_bridge.direct import lower
-
-    problem = decoding.problem_of(given, rules)
     # The backward that dispatch names is JAX's alone.
-    said = [line for line in dispatch.explain(lower.spec_of(problem), _device(q.device)).splitlines()
-            if not line.startswith("  backward")]
-    copied = storage.copy_reason(given.query, problem.layout)
+    said = [line for line in str(decision).splitlines() if not line.startswith("  backward")]
+    copied = storage.copy_reason(given.query, decoding.problem_of(given, rules).layout)
     return "\n".join((*said, decoding.path(given, rules), "k_cache, v_cache: read where they lie, not copied",
                       f"q: {'shared, not copied' if copied is None else 'copied: ' + copied}",
                       "gradients: none are computed"))
@@ -120,8 +122,9 @@ def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
         return f"tensors are on {query.device}"
     if not attention.is_on():
         return f"{attention.VARIABLE}=0 is set"
-    return (attention.why_not(operands, numbers) or attention.why_not_device(query.device) or requirements.why_not()
-            or cache.why_not() or attention.reason_found(attention.problem_of(operands, numbers), query.device))
+    return (attention.why_not(operands, numbers) or attention.why_not_gpu(operands, query.device)
+            or requirements.why_not() or cache.why_not()
+            or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 
 
 def _as_read(array: torch.Tensor) -> str:
@@ -183,7 +186,7 @@ def precompile(
     if device.type not in attention.DEVICES:
         reason = f"it is for CUDA tensors, query is on {device}"
     elif reason is None:
-        reason = attention.why_not_device(device) or requirements.why_not()
+        reason = attention.why_not_gpu(call.operands, device) or requirements.why_not()
     if reason is not None:
         raise RuntimeError(f"precompile needs a call that the direct path takes: {reason}. Through DLPack, JAX "
                            "compiles in the first call.")

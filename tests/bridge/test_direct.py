@@ -24,7 +24,7 @@ from pallas_flash import FallbackWarning, UnsupportedError, dropout
 from pallas_flash.kernels.hopper import defaults
 from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import attention, cache, driver, launch, lengths, lower, requirements, runner, shortcut
+from torch_bridge.direct import attention, cache, driver, launch, lengths, lower, requirements, runner, said, shortcut
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Buffer, Program, Step
 
@@ -172,7 +172,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(defaults, kernel, lambda spec: False)
     for name in ("_choices", "_directs", "_reasons"):
         monkeypatch.setattr(attention, name, {})
-    monkeypatch.setattr(attention, "_said", set())
+    monkeypatch.setattr(said, "_said", set())
     monkeypatch.setattr(shortcut, "_shortcuts", {})
     monkeypatch.setattr(shortcut, "_recent", [])
     for name in ("_ways", "_own"):
@@ -469,6 +469,35 @@ def test_what_is_no_list_of_launches_is_not_said_twice(launched, monkeypatch):
     assert "up to 256" in attention.reason_found(problem, tensors[0].device)
 
 
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_kernels_that_are_left_are_said_once(launched, monkeypatch, action):
+    """As in JAX: which of them run is chosen where a plan is made, and found in it from then on."""
+    find, reason = cache.find, "needs a compiler that moves registers"
+    def left(request, index):
+        program = find(request, index)
+        other = program._replace(implementation="ampere", left=(("hopper", reason),))
+        FakeGpu.requests[id(other)] = FakeGpu.requests[id(program)]
+        kept.append(other)
+        return other
+    kept = []
+    monkeypatch.setattr(cache, "find", left)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter(action, FallbackWarning)
+        for length in (5, 5, 9):
+            tensors = qkv(*[(1, 2, length, 8)] * 3, dtype=BF16)
+            if action == "error":
+                with pytest.raises(FallbackWarning, match=reason):
+                    OURS(*tensors)
+            else:
+                check(tensors)
+    if action == "always":
+        warning, = seen
+        assert warning.category is FallbackWarning and Path(warning.filename).parent == Path(__file__).parent
+        assert "implementation='ampere' runs Problem(" in str(warning.message)
+        assert f"on NVIDIA H200, because 'hopper', written for this device, cannot: {reason}." in str(warning.message)
+    assert launched == BOTH * 3 * (action == "always")
+
+
 def test_amds_gpus_are_left_alone(launched, monkeypatch):
     """They are of the type "cuda", and some count as 9.0."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -628,7 +657,7 @@ def test_the_caller_may_be_a_package_whose_name_begins_as_torchs(launched, monke
     installed = Path(torch.__file__).parents[1]
     for name, is_the_callers in (("torchtitan/model.py", True), ("torch/autograd/function.py", False)):
         attention._reasons.clear()
-        attention._said.clear()
+        said._said.clear()
         call = compile("attend(*tensors)", path := str(installed / name), "exec")
         with pytest.warns(FallbackWarning) as seen:
             exec(call, dict(attend=OURS, tensors=qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)))

@@ -2,18 +2,20 @@
 arrays that kernels would be given, which the stand-in of test_direct.py reads, against float64 through DLPack.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import torch_bridge
+from bridge.direct import A100, FORWARD, SMALL
 from bridge.problems import OURS, qkv
 from bridge.test_direct import BF16, BOTH, launched  # noqa: F401
-from pallas_flash import spec
+from pallas_flash import UnsupportedError, spec
 from torch_bridge import flash_attn, ops, sdpa
 from torch_bridge.arguments import Attention, Numbers, Operands
-from torch_bridge.direct import attention, cache, lengths
+from torch_bridge.direct import attention, cache, lengths, lower
 
 B, HQ, HKV, L, S, D = 3, 4, 2, 70, 90, 16
 integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
@@ -171,6 +173,27 @@ def test_the_gradient_of_a_bias(launched):  # noqa: F811
     compare(call, [*tensors, torch.randn(L, S).to(BF16).requires_grad_()])
     compare(call, [*tensors, keys])
     assert launched == ["forward", "backward", "dbias"] * 2 + ["forward"]
+
+
+def test_an_a100_is_asked_for_no_launches_with_a_bias(launched, monkeypatch):  # noqa: F811
+    """Regression: each shape started a process that could only say no, and explain said that it goes directly."""
+    pairs = dataclasses.replace(SMALL, given=(("bias", (1, 4, 200, 256), "bfloat16"),))
+    with pytest.raises(UnsupportedError, match="makes what it reads of this bias beside the launches, by JAX"):
+        lower.lower(dataclasses.replace(FORWARD, problem=pairs, gpu=A100))  # else that rule is to go
+    monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
+    tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
+    call = lambda *x: OURS(*x, attn_mask=torch.ones(L, S).tril(), enable_gqa=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "find", None)
+        compare(call, tensors)
+    assert launched == []
+    why = "it launches kernels of a float attn_mask for compute capability 9.0 alone, NVIDIA A100-SXM4-80GB has 8.0"
+    given = dict(attn_mask=torch.ones(L, S), enable_gqa=True)
+    assert f"path: DLPack, JAX's runtime launches ({why})" in torch_bridge.explain(*tensors, **given)
+    with pytest.raises(RuntimeError, match=why):
+        torch_bridge.precompile(*tensors, **given)
+    compare(lambda *x: OURS(*x, attn_mask=torch.ones(L, S).tril() > 0, enable_gqa=True), tensors)
+    assert launched == BOTH, "booleans are launched"
 
 
 def test_many_small_kernels_take_longer_than_dlpack(launched, monkeypatch):  # noqa: F811

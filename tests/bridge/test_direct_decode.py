@@ -3,14 +3,18 @@ stand-in reads in memory, against float64 through the kernels of attention with 
 """
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 
 import torch_bridge
+from bridge.direct import A100, DECODE
 from bridge.test_direct import BF16, FakeGpu, launched  # noqa: F401
+from pallas_flash import UnsupportedError, dispatch
+from pallas_flash.kernels.hopper import compiler
 from torch_bridge import flash, flash_attn
-from torch_bridge.direct import attention, cache, counters, decoding, runner
+from torch_bridge.direct import attention, cache, counters, decoding, lower, runner
 from torch_bridge.flash_attn import flash_attn_with_kvcache
 
 B, HQ, HKV, ROOM, D = 3, 4, 2, 48, 16
@@ -61,6 +65,7 @@ def decoded(launched, monkeypatch):  # noqa: F811
     """The passes that were launched directly."""
     monkeypatch.setattr(runner, "Loaded", DecodeGpu)
     monkeypatch.setattr(decoding, "_known", {})
+    decoding._why_not_gpu.cache_clear()
     monkeypatch.setattr(decoding, "_recent", [])
     monkeypatch.setattr(DecodeGpu, "counted", [])
     return launched
@@ -237,6 +242,29 @@ def test_explain_says_it(decoded, tmp_path, monkeypatch):
     assert text.startswith("not the kernel of caches (queries before the first key would see nothing")
     with pytest.raises(TypeError, match="cache_len"):
         torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_len=3)
+
+
+def test_an_a100_is_asked_for_no_kernel_of_caches(decoded, tmp_path, monkeypatch):
+    """Regression: each kind of cache started a process that could only say no, and explain said that it is launched."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
+    with pytest.raises(UnsupportedError, match="takes no keys in a cache yet"):
+        lower.lower(dataclasses.replace(DECODE, gpu=A100))  # else the rule of attention.why_not_device is to go
+    keys, values = cache_of()
+    compare(new(1), keys, values, cache_seqlens=LENGTHS)
+    assert decoded == ["forward"]
+    text = torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_seqlens=LENGTHS)
+    assert text.startswith("not the kernel of caches (it launches kernels of caches for compute capability 9.0 alone, "
+                           "NVIDIA A100-SXM4-80GB has 8.0), but attention with lengths:")
+    decoding._why_not_gpu.cache_clear()
+
+
+def test_explain_knows_a_compiler_that_is_of_no_use(decoded, monkeypatch):
+    monkeypatch.setattr(compiler, "why_not", lambda: "needs a compiler that moves registers")
+    dispatch._decide.cache_clear()
+    text = torch_bridge.explain_flash_attn_with_kvcache(new(1), *cache_of(), cache_seqlens=LENGTHS)
+    dispatch._decide.cache_clear()
+    assert text.startswith("not the kernel of caches (needs a compiler that moves registers)")
 
 
 @contextlib.contextmanager

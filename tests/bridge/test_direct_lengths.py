@@ -161,6 +161,21 @@ def test_other_lengths_of_masks_share_plans_too(launched, kind):
     assert lengths_of_plans("forward") == lengths_of_plans("backward") == [9, 12, 128, 256]
 
 
+def test_lengths_are_not_asked_one_by_one_for_the_gradient_of_a_bias(launched, monkeypatch):
+    """Regression: while no launches make it, a process was started for each length, to say so."""
+    asked, find = [], cache.find
+
+    def counted(request, index):
+        if request.pass_name == "dbias":
+            asked.append(request.problem.q_len)
+        return find(request, index)
+    monkeypatch.setattr(cache, "find", counted)
+    for length in (9, 12, 13, 30, 31, 31, 130):
+        tensors = qkv(*[(2, 2, length, 16)] * 3, dtype=BF16)
+        OURS(*tensors, attn_mask=torch.randn(length, length).requires_grad_()).sum().backward()
+    assert asked == [9, 12, 128, 256]
+
+
 def test_one_query_stays_one(launched):
     """Regression: the queries of decoding were padded to 128, from the third length of its keys on."""
     for length in (64, 128, 192, 256, 320):

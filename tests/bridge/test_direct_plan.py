@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from bridge.direct import ADD, FORWARD, H200, PROGRAM, SMALL, VERSIONS
-from pallas_flash import UnsupportedError, device, masks
+from pallas_flash import UnsupportedError, device, dispatch, masks
+from pallas_flash.kernels.hopper import compiler
 from pallas_flash.launches import launches
 from pallas_flash.spec import AttentionSpec
 from torch_bridge.direct import lower, plan
@@ -158,6 +159,17 @@ def test_an_implementation_may_be_named(name, deterministic):
     assert plan.read(compiled(program, named), named.text).implementation == "ampere"
     with pytest.raises(UnsupportedError, match=r"'xla' is JAX's own program, not a list of launches\."):
         launches(lower.spec_of(named.problem), device.H200, "xla")
+
+
+def test_a_plan_says_which_kernels_were_left(monkeypatch):
+    """Regression: with JAX 0.12 the kernels of other GPUs were launched on a Hopper GPU, and nothing said so."""
+    assert lower.lower(FORWARD).left == ()
+    monkeypatch.setattr(compiler, "why_not", lambda: "needs a compiler that moves registers")
+    dispatch._decide.cache_clear()
+    program = lower.lower(FORWARD)
+    dispatch._decide.cache_clear()
+    assert program.implementation == "ampere" and program.left == (("hopper", "needs a compiler that moves registers"),)
+    assert plan.read(compiled(program, FORWARD), FORWARD.text).left == program.left
 
 
 def test_another_jax_is_noticed(monkeypatch):

@@ -84,7 +84,7 @@ def test_a_step_reads_no_number_on_the_host(decoded, monkeypatch):  # noqa: F811
             patch.setattr(DecodeGpu, "launch", lambda self, addresses, stream: self.launched.append(self.pass_name))
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # for transformers: traced
             step()
-    assert decoded == ["decode"] * 4
+    assert decoded == ["forward"] * 2 + ["decode"] * 4, "the first knows no cache, and reads its mask"
 
 
 def noted(position, pads=None, function=hf.causal_mask_function, capacity=9):

@@ -1,6 +1,6 @@
 """Calls of the operators on the direct path: which take it, with which plan, and their tensors in and out.
 
-It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_device` and `requirements.why_not` have no
+It is taken unless PALLAS_FLASH_DIRECT=0 is set, by what `why_not`, `why_not_gpu` and `requirements.why_not` have no
 reason against. Where the last has one, or a plan cannot be made, a FallbackWarning says why, once for each reason, and
 the call goes through DLPack.
 
@@ -21,7 +21,7 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import apart, cache, driver, launch, requirements, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, said, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -29,8 +29,8 @@ from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Requ
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "direct_of",
-           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "prepared",
-           "problem_of", "reason_found", "request", "why_not", "why_not_device"]
+           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "of_hopper", "prepared",
+           "problem_of", "reason_found", "request", "why_not", "why_not_device", "why_not_gpu"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -41,6 +41,8 @@ _NAMES: dict[PassName, str] = {
     "dbias": "the gradient of scaled_dot_product_attention's attn_mask"}
 _CAPABILITY = (8, 0)
 """From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
+_HOPPER = (9, 0)
+"""Whose kernels alone are launched with a bias, and on a cache: to ask that elsewhere takes a process a problem."""
 _DTYPES = (torch.bfloat16, torch.float16)
 _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
@@ -95,15 +97,31 @@ def _has_rule(operands: Operands, numbers: Numbers) -> bool:
     return numbers.left is not None or operands.mask is not None or any(x is not None for x in operands.places)
 
 
-def why_not_device(device: torch.device) -> str | None:
-    """Why the direct path does not take calls on a GPU; None: it does."""
+def why_not_device(device: torch.device, only: str = "") -> str | None:
+    """Why the direct path does not take calls on a GPU; None: it does.
+
+    Args:
+      only: what of the calls only Hopper's kernels are launched with; empty: nothing.
+    """
     if torch.version.hip is not None:
         return "it launches through NVIDIA's driver, this PyTorch is built for AMD's GPUs"
     gpu = gpu_of(device)
-    if gpu.capability >= _CAPABILITY:
-        return None
     needed, found = (".".join(map(str, numbers)) for numbers in (_CAPABILITY, gpu.capability))
-    return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
+    if gpu.capability < _CAPABILITY:
+        return f"it launches kernels for compute capability {needed} or higher, {gpu.name} has {found}"
+    if only and gpu.capability != _HOPPER:
+        return f"it launches kernels of {only} for compute capability 9.0 alone, {gpu.name} has {found}"
+    return None
+
+
+def why_not_gpu(operands: Operands, device: torch.device) -> str | None:
+    """`why_not_device` of a call with these operands."""
+    return why_not_device(device, of_hopper(operands))
+
+
+def of_hopper(operands: Operands) -> str:
+    """What of a call only Hopper's kernels are launched with; empty: nothing."""
+    return "" if operands.bias is None else "a float attn_mask"
 
 
 def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
@@ -154,9 +172,8 @@ def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> R
 
 def gpu_of(device: torch.device) -> Gpu:
     """A GPU, as torch's runtime describes it."""
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count,
-               found.shared_memory_per_block_optin)
+    x = torch.cuda.get_device_properties(device)
+    return Gpu(x.name, (x.major, x.minor), x.multi_processor_count, x.shared_memory_per_block_optin)
 
 
 class Direct:
@@ -167,6 +184,7 @@ class Direct:
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs: records.Runs  # once a pass is loaded
         self._runners: dict[PassName, Runner] = {}
+        self._chosen: tuple[str, tuple[tuple[str, str], ...]]  # of the last plan: what runs, and what was left for it
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
@@ -186,9 +204,9 @@ class Direct:
         of one, and compiling it would keep the capture waiting.
         """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{_NAMES[pass_name]} must have run once before it is "
-                               f"captured in a CUDA graph, got a first call of {self.problem} inside a capture. Call "
-                               "it before with tensors of the same shapes and strides.")
+            raise RuntimeError(f"{_NAMES[pass_name]} must have run once before it is captured in a CUDA graph, got a "
+                               f"first call of {self.problem} inside a capture. Call it before with tensors of the "
+                               "same shapes and strides.")
 
     def prepare(self, pass_name: PassName) -> None:
         """Loads the plan of a pass, if that is not done.
@@ -203,12 +221,17 @@ class Direct:
         launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                self._runners[pass_name] = apart.run(self._load, pass_name)
+                runner = apart.run(self._load, pass_name)
+                implementation, left = self._chosen
+                # If a filter makes it an error, nothing is kept, and it comes again.
+                said.warn_of_left(f"{implementation=} runs {self.problem} on {gpu_of(self.device).name}", left)
+                self._runners[pass_name] = runner
 
     def _load(self, pass_name: PassName) -> Runner:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
-        if pass_name in ("backward", "dbias"):
+        self._chosen = program.implementation, program.left
+        if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
         return Runner(program, self.device)
 
@@ -267,7 +290,7 @@ class Direct:
             return False
         except (NoPlanError, driver.DriverError) as error:
             way = "to the kernels of attention with lengths" if pass_name == "decode" else "through DLPack"
-            _warn(f"the {pass_name} of {self.problem} goes {way}", str(error))
+            said.warn_of_fallback(f"the {pass_name} of {self.problem} goes {way}", str(error), VARIABLE)
             _reasons[kind] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
         return True
@@ -393,11 +416,11 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
 
 def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     """Whether nothing is against it; warns where only the installation is."""
-    if why_not(operands, numbers) is not None or why_not_device(operands.query.device) is not None:
+    if why_not(operands, numbers) is not None or why_not_gpu(operands, operands.query.device) is not None:
         return False
     reason = requirements.why_not()
     if reason is not None:
-        _warn("calls go through DLPack", reason)
+        said.warn_of_fallback("calls go through DLPack", reason, VARIABLE)
     return reason is None
 
 
@@ -455,17 +478,3 @@ def _choice(operands: Operands, numbers: Numbers) -> DirectCall:
                for shape, wanted in zip(shapes, (out_strides, *grad_strides), strict=True))
     is_written = all(strides.in_layout(x, layout).is_contiguous() for x in results)
     return DirectCall(direct, out_strides, grad_strides, is_read and is_written)
-
-
-_said: set[str] = set()
-"""The reasons of which a warning was given."""
-
-
-def _warn(subject: str, reason: str) -> None:
-    if reason in _said:
-        return
-    from pallas_flash import errors  # imports JAX, which the call will need now
-
-    errors.warn(errors.fallback(f"{subject}, because the direct path cannot be taken", [reason],
-                                f"change that, or set {VARIABLE}=0"))
-    _said.add(reason)

@@ -6,6 +6,7 @@ they lie, contiguous or in pages; what is not read so, or not by that kernel, is
 that a captured CUDA graph is replayed with others.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,7 +127,13 @@ def _window(rules: Rules, q_len: int) -> tuple[int | None, int | None]:
 
 def is_asked(device: torch.device) -> bool:
     """Whether calls on a device may be taken at all."""
-    return device.type in attention.DEVICES and attention.is_on()
+    return device.type in attention.DEVICES and attention.is_on() and _why_not_gpu(device) is None
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    """Why no cache is read on a GPU; None: it is. Asked in every call."""
+    return attention.why_not_device(device, "caches")
 
 
 def attend(call: Call, rules: Rules) -> Results | None:
@@ -172,8 +179,7 @@ def _found(call: Call, rules: Rules) -> attention.Direct | None:
         return _known[name]
     except KeyError:
         pass
-    is_taken = (why_not(call, rules) is None and attention.why_not_device(call.query.device) is None
-                and requirements.why_not() is None)
+    is_taken = why_not(call, rules) is None and requirements.why_not() is None
     found = attention.direct_of((problem_of(call, rules), call.query.device)) if is_taken else None
     if len(_known) >= _MAX_CALLS:
         _known.clear()
@@ -256,7 +262,7 @@ def why_not_direct(call: Call, rules: Rules) -> str | None:
         return f"tensors are on {device}"
     if not attention.is_on():
         return f"{attention.VARIABLE}=0 is set"
-    return (why_not(call, rules) or attention.why_not_device(device) or requirements.why_not() or cache.why_not()
+    return (why_not(call, rules) or _why_not_gpu(device) or requirements.why_not() or cache.why_not()
             or attention.reason_found(problem_of(call, rules), device, "decode"))
 
 

@@ -85,6 +85,8 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
       wants_bias: whether that of the bias is wanted, too.
     """
     way = _way(operands, numbers, "backward")
+    if way.has_no_dbias and wants_bias:
+        return None
     if way.shares:
         filled = padded(operands, numbers)
         call = _found(filled, numbers, wants_bias)
@@ -100,7 +102,9 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
                 strides.with_strides(_cut(_cut(grad, x.shape[2]), x.shape[3], 3),
                                      torch.empty_like(x, device="meta").stride())
                 for grad, x in zip(grads, operands.differentiable, strict=True)))
-        way.shares = False
+        way.shares, way.has_no_dbias = False, wants_bias
+        if wants_bias:  # nor has this length: to ask takes a process
+            return None
     call = _found(operands, numbers, wants_bias)
     if call is None or call.slow_reason("backward", most):
         return None
@@ -128,6 +132,7 @@ class _Way:
 
     def __init__(self, request: tuple[Problem, PassName, torch.device] | None) -> None:
         self.shares, self._request, self._calls = request is not None, request, 0
+        self.has_no_dbias = False
 
     def count(self) -> None:
         """Counts a call that shares a plan, and ends that where its own is loaded. At OFTEN calls that is asked for,
@@ -159,7 +164,7 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
     name = (pass_name, *attention.name_of(operands, numbers))
     way = _ways.get(name)
     if way is None:
-        if attention.why_not(operands, numbers) is not None or attention.why_not_device(device) is not None:
+        if attention.why_not(operands, numbers) is not None or attention.why_not_gpu(operands, device) is not None:
             return _OWN_WAY
         problem = attention.problem_of(operands, numbers)
         shares = (_shares(problem, _buckets(operands), device)

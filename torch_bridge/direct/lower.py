@@ -14,7 +14,7 @@ from jax.extend.mlir import ir
 
 from pallas_flash import device, errors, masks
 from pallas_flash.filled import Filled
-from pallas_flash.launches import Launch, Pass, launches, tracing
+from pallas_flash.launches import Launch, Pass, Passes, launches, tracing
 from pallas_flash.mask_fields import ArrayField
 from pallas_flash.paging import Pages
 from pallas_flash.spec import AttentionSpec, Operands
@@ -122,7 +122,7 @@ def lower(request: Request) -> Program[Module]:
     spec = spec_of(problem)
     passes = launches(spec, gpu, request.implementation)
     if isinstance(problem, CacheProblem):
-        return _lowered(passes.forward, gpu, {}, {}, beside.Operations((), {}), passes.implementation)
+        return _lowered(passes.forward, gpu, {}, {}, beside.Operations((), {}), passes)
     wanted: Pass | None = getattr(passes, request.pass_name)
     if wanted is None:
         raise errors.unsupported(f"launches of the {request.pass_name} of {spec}", ["there is no kernel for it"],
@@ -134,7 +134,7 @@ def lower(request: Request) -> Program[Module]:
     except beside.UntranslatableError as error:
         raise LoweringError(str(error)) from error
     given = {_PREFIX + name: x for name, x in _given(problem).items()}
-    lowered = _lowered(wanted, gpu, outer, given, operations, passes.implementation)
+    lowered = _lowered(wanted, gpu, outer, given, operations, passes)
     for name, strides in problem.strides().items():
         if outer[name].shape != (shape := wanted.inputs[name].shape):
             lowered.buffers[name] = Buffer(tuple(shape), lowered.buffers[name].dtype, strides)
@@ -142,8 +142,8 @@ def lower(request: Request) -> Program[Module]:
 
 
 def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStruct],
-             given: dict[str, jax.ShapeDtypeStruct], work: beside.Operations, implementation: str) -> Program[Module]:
-    """A pass, of operands that are parts of the arrays `outer`; before its launches `work` is done on what is given."""
+             given: dict[str, jax.ShapeDtypeStruct], work: beside.Operations, passes: Passes) -> Program[Module]:
+    """One of the passes, of operands that are parts of the arrays `outer`; `work` is done on what is given before."""
     as_given = _as_given(work.operations, found)
     operations = beside.needed(work.operations, [name for name in found.inputs if name not in as_given])
     constants, made = found.constants | work.constants, {operation.output for operation in operations} & {*found.inputs}
@@ -164,8 +164,8 @@ def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStr
                             if name not in as_given},
                    inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}), results=found.results,
                    constants={name: x.tobytes() for name, x in constants.items() if name not in found.restored},
-                   steps=tuple(steps), given=tuple(given), operations=operations, implementation=implementation,
-                   restored=found.restored)
+                   steps=tuple(steps), given=tuple(given), operations=operations,
+                   implementation=passes.implementation, restored=found.restored, left=passes.left)
 
 
 def _step(launch: Launch, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

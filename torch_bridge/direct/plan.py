@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 4; numbers are little-endian:
+The file, version 5; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -9,6 +9,7 @@ The file, version 4; numbers are little-endian:
     ...      the header: JSON in UTF-8, an object
                request     the text of the `Request` that it was made for
                implementation  of pallas_flash, whose kernels they are
+               left        [implementation, reason]: those written for the GPU that were left for it, and why
                buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
                inputs      names of the arrays of a call that launches read, in their order
                given       names of those that operations read, and launches where they lie
@@ -39,7 +40,7 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter",
            "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 4
+VERSION = 5
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
     "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
@@ -132,7 +133,8 @@ class Operation(NamedTuple):
 class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
     the buffers, others are not. What is restored is 0 before the launches and after them; launches that may run at the
-    same time need memory of their own for it. The kernels are those of an `implementation` of pallas_flash.
+    same time need memory of their own for it. The kernels are those of an `implementation` of pallas_flash, for which
+    others that were written for the GPU were `left`: (name, reason).
     """
 
     buffers: dict[str, Buffer]
@@ -144,6 +146,7 @@ class Program[K](NamedTuple):
     operations: tuple[Operation, ...] = ()
     implementation: str = ""
     restored: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -174,6 +177,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
         operations=program.operations, implementation=program.implementation, restored=program.restored,
+        left=program.left,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -213,6 +217,7 @@ class _Header(TypedDict):
     operations: list["_Fields"]
     implementation: str
     restored: list[str]
+    left: list[tuple[str, str]]
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
     kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
@@ -265,7 +270,7 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
         operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]),
-        restored=tuple(header["restored"]))
+        restored=tuple(header["restored"]), left=tuple((str(name), str(reason)) for name, reason in header["left"]))
 
 
 def _operation(fields: _Fields) -> Operation:

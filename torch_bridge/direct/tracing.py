@@ -33,13 +33,13 @@ def is_direct(operands: Operands, numbers: Numbers, pass_name: PassName) -> bool
         return False
     if any(isinstance(n, torch.SymInt) for x in operands if x is not None for n in (*x.shape, *x.stride())) or any(
             isinstance(n, torch.SymInt) for n in numbers):
-        return attention.why_not(operands, numbers) is None and apart.run(_takes, device)
+        return attention.why_not(operands, numbers) is None and apart.run(_takes, device, attention.of_hopper(operands))
     stored = [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in operands]
     return apart.run(_is_prepared, stored, numbers, device, pass_name)
 
 
-def _takes(device: torch.device) -> bool:
-    return attention.why_not_device(device) is None and requirements.why_not() is None
+def _takes(device: torch.device, only: str) -> bool:
+    return attention.why_not_device(device, only) is None and requirements.why_not() is None
 
 
 _Stored = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -49,5 +49,5 @@ def _is_prepared(stored: list[_Stored | None], numbers: Numbers, device: torch.d
     """Whether the plan is loaded, now at the latest."""
     operands = Operands._make(
         None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") for x in stored)
-    return attention.why_not(operands, numbers) is None and _takes(device) and attention.prepared(
-        operands, numbers, device, pass_name)
+    return attention.why_not(operands, numbers) is None and _takes(device, attention.of_hopper(operands)) and (
+        attention.prepared(operands, numbers, device, pass_name))

@@ -74,7 +74,6 @@ class Attention:
             out = _in_buckets(self._buckets, (query, key, value), masked, numbers)
         return out.transpose(1, 2).contiguous(), None
 
-
     def _of_static_cache(self, tensors: tuple[Tensor, Tensor, Tensor], attention_mask: Tensor | None,
                          position_bias: Tensor | None, numbers: Keywords) -> Tensor | None:
         """Of a query whose mask has a note, by the kernel of caches; None: it takes no such call."""
@@ -167,7 +166,7 @@ def _in_buckets(buckets: Callable[[int], int], tensors: tuple[Tensor, Tensor, Te
     if _sees_padding(masked, q_len, kv_len):
         arguments["kv_lengths"] = torch.full((1,), kv_len, dtype=torch.int32, device=query.device)
     out = flash_attention(padded(query, q_size, 2), padded(key, kv_size, 2), padded(value, kv_size, 2),
-                                  **arguments | numbers)
+                          **arguments | numbers)
     return out[:, :, :q_len]
 
 
