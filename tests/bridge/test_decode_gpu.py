@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import torch_bridge
 from bridge.test_gpu_streams import kernels_of
-from torch_bridge.direct import attention
+from torch_bridge.direct import attention, decoding
 from torch_bridge.flash_attn import flash_attn_with_kvcache
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +24,8 @@ integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32, device="cud
 @pytest.fixture(autouse=True)
 def default(monkeypatch):
     monkeypatch.delenv(attention.VARIABLE, raising=False)
+    monkeypatch.setenv(decoding.VARIABLE, "1")
+    decoding._why_not_gpu.cache_clear()
     torch_bridge.report(reset=True)
 
 

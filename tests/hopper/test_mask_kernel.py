@@ -90,8 +90,9 @@ def test_a_pass_makes_its_arrays_itself():
     assert max(used.values()) <= 1, used
 
 
-def test_another_runtime_makes_what_the_first_launch_reads():
+def test_another_runtime_makes_what_the_first_launch_reads(monkeypatch):
     """The arrays of the mask, and not what XLA makes of them where there is no such launch."""
+    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     spec, mask = masks_of.spec_of(masks_of.DOCUMENTS), masks_of.canonical(masks_of.DOCUMENTS)
     given = Operands(*(None,) * 5, mask, (), None, None, None)
     for found in calls.passes(spec, device.H100):

@@ -131,7 +131,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
                      dataclasses.replace(second, mask_kernel=has_kernel))
     found = (_making(spec, launches.forward(inner, first), first),
              _making(spec, launches.backward(inner, second), second))
-    third = None if spec.bias is None else defaults.default_dbias(spec, device)
+    third = defaults.default_dbias(spec, device) if spec.bias is not None and defaults.has_dbias_launch(
+        spec, device) else None
     if third is None:
         return found
     return *found, _making(spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
