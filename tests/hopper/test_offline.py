@@ -23,10 +23,10 @@ MOVED_WIDE = 64
 """In a step of `backward.wide`, which has 16 products of 128 cycles and more: as many, one for each four instructions,
 move in their shadow.
 """
-OUTSIDE = {"dropout": 4, "documents+lengths": 20, "d512-s2048+gradients+softcap": 8}
+OUTSIDE = {"dropout": 4, "documents+lengths": 20, "d512-s2048+gradients+softcap": 8, "d64-s2048+partial": 4}
 """Bytes of spills that are allowed outside of the loops that multiply, by a part of a problem's name: dq of d 256 and
 the fused kernel of d 128 with documents; the forward, once a tile of 4,000 clocks and more, by ptxas 13.0 alone; dq
-of d 512, likewise.
+of d 512, likewise; the fused kernel of d 64, which has them at other lengths too, where it was timed, by 13.5 alone.
 """
 INSIDE = {"attention_backward_wide_dq": 1}
 """Accesses to spilled registers that are allowed in a step of 3,000 clocks and more: dq of d 512 with a soft cap loads
@@ -109,7 +109,8 @@ def compiled(work, name, compiler):
     assert (work / "bin" / "ptxas-was-called").exists(), f"another ptxas than {ptxas} was called"
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert reports, "no kernel was lowered"
-    assert any(report["multiplies"] for report in reports), "the machine code is missing"
+    makes_keys = "keys" in name.split("+")  # the launch that makes dropout's, which multiplies nothing
+    assert makes_keys or any(report["multiplies"] for report in reports), "the machine code is missing"
     return reports
 
 
