@@ -59,7 +59,7 @@ def _require_sizes(owner: str, arrays: Mapping[str, Offset], batch: int, heads: 
 
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Score):
-    """score - slopes[head] * |q_pos + offset - kv_pos| (Press et al., 2022, arXiv:2108.12409).
+    """``score - slopes[head] * |q_pos + offset - kv_pos|`` (Press et al., 2022, arXiv:2108.12409).
 
     Attributes:
       slopes: (q_heads,), floating-point; they have a gradient. `alibi_slopes` gives those of the paper.

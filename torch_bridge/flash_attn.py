@@ -10,7 +10,7 @@ NotImplementedError that names the argument.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 
@@ -44,9 +44,9 @@ def flash_attn_func(
       causal: the query at i attends to the keys up to i + seqlen_k - seqlen_q.
       window_size: (left, right): from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right; -1: no limit.
       softcap: scores become softcap * tanh(scores / softcap); 0: as they are.
-      alibi_slopes: (heads,) or (batch, heads): -slope * |i + seqlen_k - seqlen_q - j| is added to the score of query i
-        and key j. Where no key after the aligned one is seen: causal, or a window with right 0. No gradient. In float32
-        scores are off by up to 2^-24 * slope * seqlen_k.
+      alibi_slopes: (heads,) or (batch, heads): ``-slope * |i + seqlen_k - seqlen_q - j|`` is added to the score of query
+        i and key j. Where no key after the aligned one is seen: causal, or a window with right 0. No gradient. In
+        float32 scores are off by up to 2^-24 * slope * seqlen_k.
       deterministic: gradients are bit-equal on every run.
       return_attn_probs: also return softmax_lse, and None in place of the probabilities.
 
@@ -216,7 +216,8 @@ def to_cache(
     return call, None if k is None or v is None else (k, v, before)
 
 
-def cached_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **keywords: Any) -> "Cached":
+def cached_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                **keywords: Unpack[kv_cache.Keywords]) -> "Cached":
     """The checked arguments of `flash_attn_with_kvcache`, which it has by the same names; nothing is appended."""
     bound = inspect.signature(flash_attn_with_kvcache).bind(q, k_cache, v_cache, **keywords)
     bound.apply_defaults()
