@@ -1,11 +1,11 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
-from torch_bridge import flash, flash_attn, messages, sdpa, strides
+from torch_bridge import flash, flash_attn, kv_cache, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import attention, cache, decoding, lengths, requirements, storage
 
@@ -41,7 +41,7 @@ def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch
 
 
 def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-                                    **keywords: Any) -> str:
+                                    **keywords: Unpack[kv_cache.Keywords]) -> str:
     """What `flash_attn.flash_attn_with_kvcache` would do with these arguments, which it has by the same names: the
     kernel that reads the cache, or why another, and what is copied on the way. Nothing is appended or computed.
     """

@@ -44,8 +44,8 @@ def flash_attn_func(
       causal: the query at i attends to the keys up to i + seqlen_k - seqlen_q.
       window_size: (left, right): from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right; -1: no limit.
       softcap: scores become softcap * tanh(scores / softcap); 0: as they are.
-      alibi_slopes: (heads,) or (batch, heads): ``-slope * |i + seqlen_k - seqlen_q - j|`` is added to the score of query
-        i and key j. Where no key after the aligned one is seen: causal, or a window with right 0. No gradient. In
+      alibi_slopes: (heads,) or (batch, heads): ``-slope * |i + seqlen_k - seqlen_q - j|`` is added to the score of
+        query i and key j. Where no key after the aligned one is seen: causal, or a window with right 0. No gradient. In
         float32 scores are off by up to 2^-24 * slope * seqlen_k.
       deterministic: gradients are bit-equal on every run.
       return_attn_probs: also return softmax_lse, and None in place of the probabilities.

@@ -1,13 +1,34 @@
 """A cache of keys and values, contiguous or in pages, as flash-attn has it: rows are appended in place."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
 from torch_bridge import flash, messages
 from torch_bridge.direct import decoding
 
-__all__ = ["KVCache", "Rotary", "again", "usual"]
+__all__ = ["KVCache", "Keywords", "Rotary", "again", "usual"]
+
+
+class Keywords(TypedDict, total=False):
+    """The arguments of `flash_attn.flash_attn_with_kvcache` behind q and the cache, by which others hand them on."""
+
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    rotary_cos: torch.Tensor | None
+    rotary_sin: torch.Tensor | None
+    cache_seqlens: int | torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    block_table: torch.Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    rotary_interleaved: bool
+    alibi_slopes: torch.Tensor | None
+    num_splits: int
+    return_softmax_lse: bool
 
 
 class KVCache(NamedTuple):

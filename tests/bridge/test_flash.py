@@ -17,6 +17,8 @@ from torch_bridge import (
     explain_flash_attention,
     flash,
     flash_attention,
+    flash_attn,
+    kv_cache,
     ops,
     programs,
     scaled_dot_product_attention,
@@ -297,12 +299,15 @@ def test_errors(keywords, error, message):
         flash_attention(X, K, K, **keywords)
 
 
-def test_keywords_that_are_handed_on_are_those_of_the_function():
+@pytest.mark.parametrize(("function", "keywords", "others"), [
+    (flash_attention, flash.Keywords, ("query", "key", "value", "return_lse", "unknown", "return")),
+    (flash_attn.flash_attn_with_kvcache, kv_cache.Keywords, ("q", "k_cache", "v_cache", "return"))])
+def test_keywords_that_are_handed_on_are_those_of_the_function(function, keywords, others):
     """A type checker says what `Keywords` has too much, not what it lacks."""
-    hints = get_type_hints(flash_attention)
-    for name in ("query", "key", "value", "return_lse", "unknown", "return"):
+    hints = get_type_hints(function)
+    for name in others:
         del hints[name]
-    assert get_type_hints(flash.Keywords) == hints
+    assert get_type_hints(keywords) == hints
 
 
 @pytest.mark.parametrize("function", [flash_attention, explain_flash_attention, scaled_dot_product_attention])

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 
-import torch_bridge
 from bridge.test_direct import launched  # noqa: F401
 from bridge.test_direct_decode import DecodeGpu, decoded, no_reads  # noqa: F401
 from torch_bridge.direct import attention, cache
@@ -16,19 +15,10 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils as hf  # noqa: E402
 
 from bridge import test_transformers as models  # noqa: E402
+from bridge.test_transformers import from_zero, registered  # noqa: E402, F401
 from torch_bridge.transformers import masks, static  # noqa: E402
 
 CACHES = "dynamic", "static"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    torch_bridge.transformers.register()
-
-
-@pytest.fixture(autouse=True)
-def from_zero():
-    torch_bridge.report(reset=True)
 
 
 @functools.cache

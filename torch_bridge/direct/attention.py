@@ -184,7 +184,6 @@ class Direct:
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs: records.Runs  # once a pass is loaded
         self._runners: dict[PassName, Runner] = {}
-        self._chosen: tuple[str, tuple[tuple[str, str], ...]]  # of the last plan: what runs, and what was left for it
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
         self._lock = threading.Lock()
@@ -221,19 +220,18 @@ class Direct:
         launch.require_no_fork()
         with self._lock:
             if pass_name not in self._runners:
-                runner = apart.run(self._load, pass_name)
-                implementation, left = self._chosen
+                program, runner = apart.run(self._load, pass_name)
                 # If a filter makes it an error, nothing is kept, and it comes again.
-                said.warn_of_left(f"{implementation=} runs {self.problem} on {gpu_of(self.device).name}", left)
+                what = f"implementation={program.implementation!r} runs {self.problem} on {gpu_of(self.device).name}"
+                said.warn_of_left(what, program.left)
                 self._runners[pass_name] = runner
 
-    def _load(self, pass_name: PassName) -> Runner:
+    def _load(self, pass_name: PassName) -> tuple[Program[Kernel], Runner]:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
-        self._chosen = program.implementation, program.left
         if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
             self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
-        return Runner(program, self.device)
+        return program, Runner(program, self.device)
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
         pending = self._expected.pop(pass_name, None)

@@ -67,7 +67,7 @@ class Problem:
 
     def strides(self) -> dict[str, tuple[int, ...]]:
         """The strides of each operand, in elements: those of the dense array."""
-        return {name: (b * c * d, c * d, d, 1) for name, (_, b, c, d) in self.outer_shapes().items()}
+        return _dense(self.outer_shapes())
 
     def _in_layout(self, length: int, heads: int, dim: int) -> tuple[int, ...]:
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
@@ -104,7 +104,12 @@ class CacheProblem:
 
     def strides(self) -> dict[str, tuple[int, ...]]:
         """The strides of each operand, in elements."""
-        return {name: (b * c * d, c * d, d, 1) for name, (_, b, c, d) in self.shapes().items()}
+        return _dense(self.shapes())
+
+
+def _dense(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The strides of dense arrays, in elements, by name."""
+    return {name: (b * c * d, c * d, d, 1) for name, (_, b, c, d) in shapes.items()}
 
 
 AnyProblem = Problem | CacheProblem

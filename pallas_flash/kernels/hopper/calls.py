@@ -129,13 +129,13 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     has_kernel = defaults.has_mask_kernel(inner)
     first, second = (dataclasses.replace(first, mask_kernel=has_kernel),
                      dataclasses.replace(second, mask_kernel=has_kernel))
-    found = (_making(spec, launches.forward(inner, first), first),
-             _making(spec, launches.backward(inner, second), second))
-    third = defaults.default_dbias(spec, device) if spec.bias is not None and defaults.has_dbias_launch(
-        spec, device) else None
+    found = (_making(spec, inner, launches.forward(inner, first), first),
+             _making(spec, inner, launches.backward(inner, second), second))
+    has_launch = spec.bias is not None and defaults.OTHERS_LAUNCH_THEM
+    third = defaults.default_dbias(spec, device) if has_launch else None
     if third is None:
         return found
-    return *found, _making(spec, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
+    return *found, _making(spec, inner, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)
 
 
 def _typed(spec: AttentionSpec) -> masks.Mask:
@@ -161,9 +161,10 @@ def _pairs(ids: masks.SegmentIds) -> masks.Mask:
     return masks.Dense((q_ids == kv_ids) & (q_ids >= 0))
 
 
-def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Pass:
-    """A pass, and what makes those of its inputs that are no arrays of the call."""
-    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
+def _making(spec: AttentionSpec, inner: AttentionSpec, found: Pass,
+            schedule: ForwardSchedule | BackwardSchedule) -> Pass:
+    """A pass of the spec that kernels run, `inner`, and what makes those of its inputs that are no arrays of the call.
+    """
     if not inner.mask.has_arrays and not spec.dropout_rate:
         return found
     if (makes_keys := defaults.has_keys_kernel(spec)):

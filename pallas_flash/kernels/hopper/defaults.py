@@ -43,7 +43,7 @@ from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import cdiv
 
-__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts", "has_dbias_launch",
+__all__ = ["OTHERS_LAUNCH_THEM", "assume", "default_backward", "default_dbias", "default_forward", "default_parts",
            "has_keys_kernel", "has_mask_kernel"]
 
 _SHORT_ROWS = 1280  # keys
@@ -133,11 +133,6 @@ def has_mask_kernel(spec: AttentionSpec) -> bool:
 def has_keys_kernel(spec: AttentionSpec) -> bool:
     """Whether another runtime than XLA launches what makes dropout's keys: PyTorch would in 120 small kernels."""
     return OTHERS_LAUNCH_THEM and bool(spec.dropout_rate) and not spec.dropout_moved
-
-
-def has_dbias_launch(spec: AttentionSpec, device: Device) -> bool:
-    """Whether another runtime than XLA launches the kernel of a bias's gradient."""
-    return OTHERS_LAUNCH_THEM and default_dbias(spec, device) is not None
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
