@@ -91,7 +91,7 @@ def test_each_batch_entry_and_query_head_has_its_key():
 @pytest.mark.parametrize("seeds_axis", [None, 0])
 def test_under_vmap_elements_have_the_keys_of_their_seeds(seeds_axis, monkeypatch):
     """With as many batch entries as a seed has words, which must not be taken for a batch."""
-    def hand_keys_back(build, roles, spec, q, k, v, keys):
+    def hand_keys_back(build, roles, spec, q, k, v, keys, *, device):
         assert roles == "query key key row -> query row"
         return jnp.zeros(spec.out_shape, spec.dtype), keys
     monkeypatch.setattr(calls, "partitioned", hand_keys_back)
@@ -107,7 +107,7 @@ def test_under_vmap_elements_have_the_keys_of_their_seeds(seeds_axis, monkeypatc
 @pytest.mark.parametrize("batch", [2, 4])
 def test_under_vmap_elements_have_their_origins(batch, monkeypatch):
     """The four numbers of an origin are no batch entries: with another batch vmap took them for some, and failed."""
-    def hand_keys_back(build, roles, spec, q, k, v, keys):
+    def hand_keys_back(build, roles, spec, q, k, v, keys, *, device):
         return jnp.zeros(spec.out_shape, spec.dtype), keys
     monkeypatch.setattr(calls, "partitioned", hand_keys_back)
     q, origins = jnp.zeros((3, batch, 16, 4, 8), jnp.bfloat16), jnp.arange(12, dtype=jnp.int32).reshape(3, 4) * 16
