@@ -15,7 +15,7 @@ from jax import lax
 from pallas_flash.arrays import Array
 from pallas_flash.context_parallel.plan import Call, Pick, Step, as_array
 
-__all__ = ["Chosen", "Compute", "Ring", "around", "pack", "unpack"]
+__all__ = ["Chosen", "Compute", "Ring", "around", "chosen", "pack", "rows", "unpack"]
 
 Chosen = Pick[int | Array]
 """A pair of this device: numbers where all devices and steps agree, else traced."""
@@ -81,7 +81,7 @@ def around[S](ring: Ring, steps: Sequence[Step], compute: Compute[S], travelling
         kind = _kind(steps, t, hop)
         end = next((x for x in range(t + 1, len(steps)) if _kind(steps, x, hop) != kind), len(steps))
         run = _OneStep(ring, compute, travelling, steps[t:end], hop(t - 1), hop(t))
-        carry = run(carry, run.rows(0)) if end == t + 1 else run.repeated(carry)
+        carry = run(carry, rows(steps[t])) if end == t + 1 else run.repeated(carry)
         t = end
     _, state, sums = carry
     home = ring.num_devices - distances[-1]
@@ -109,18 +109,14 @@ class _OneStep[S](NamedTuple):
         coming, sums_here = self._travel(packed, sums)
         arrays, carried = unpack(packed, self.like), (state, sums_here)
         for x, call in enumerate(self.steps[0].calls):
-            carried = self.compute(arrays, carried, call, self._chosen(x, rows[x]))
+            carried = self.compute(arrays, carried, call, chosen(self.ring, self.steps, x, rows[x]))
         return coming, *carried
 
     def repeated(self, carry: tuple[Array, S, list[Array]]) -> tuple[Array, S, list[Array]]:
         """All steps, as a loop."""
-        rows = [jnp.stack(xs) for xs in zip(*(self.rows(t) for t in range(len(self.steps))))]
-        carry, _ = lax.scan(lambda carry, row: (self(carry, row), None), carry, rows)
+        stacked = [jnp.stack(xs) for xs in zip(*map(rows, self.steps))]
+        carry, _ = lax.scan(lambda carry, row: (self(carry, row), None), carry, stacked)
         return carry
-
-    def rows(self, t: int) -> list[Array]:
-        """For each call of a step, the picks of all devices, (pairs, 5, n)."""
-        return [jnp.asarray(as_array(call)) for call in self.steps[t].calls]
 
     def _travel(self, packed: Array, sums: list[Array]) -> tuple[Array, list[Array]]:
         if not sums or self.before != self.after:
@@ -129,12 +125,19 @@ class _OneStep[S](NamedTuple):
         both = self.ring.rotated(jnp.concatenate([packed, pack(sums)]), self.after)
         return both[:packed.size], unpack(both[packed.size:], sums)
 
-    def _chosen(self, call: int, row: Array) -> list[Chosen]:
-        """The pairs of this device; what is the same for all devices and steps is a number."""
-        index = lax.axis_index(self.ring.axis_name)
-        known = np.stack([as_array(step.calls[call]) for step in self.steps])  # (steps, pairs, 5, n)
 
-        def number(x: int, y: int) -> int | Array:
-            first = known[0, x, y, 0]
-            return int(first) if (known[:, x, y] == first).all() else row[x, y][index]
-        return [Chosen(*[number(x, y) for y in range(known.shape[2])]) for x in range(known.shape[1])]
+def rows(step: Step) -> list[Array]:
+    """For each call of a step, the picks of all devices, (pairs, 5, n)."""
+    return [jnp.asarray(as_array(call)) for call in step.calls]
+
+
+def chosen(ring: Ring, steps: Sequence[Step], call: int, row: Array) -> list[Chosen]:
+    """The pairs of this device in a call of one of some equal steps, whose `rows` are given; what is the same for all
+    devices and steps is a number."""
+    index = lax.axis_index(ring.axis_name)
+    known = np.stack([as_array(step.calls[call]) for step in steps])  # (steps, pairs, 5, n)
+
+    def number(x: int, y: int) -> int | Array:
+        first = known[0, x, y, 0]
+        return int(first) if (known[:, x, y] == first).all() else row[x, y][index]
+    return [Chosen(*[number(x, y) for y in range(known.shape[2])]) for x in range(known.shape[1])]

@@ -11,7 +11,7 @@ the sequence. Pieces of the same queries are merged at the end.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ from jax import lax
 
 from pallas_flash import autodiff, compat, device, sharding
 from pallas_flash.arrays import Array, Float
-from pallas_flash.context_parallel import hops
-from pallas_flash.context_parallel.hops import Carried, Chosen
+from pallas_flash.context_parallel import unrolled
+from pallas_flash.context_parallel.hops import Chosen
 from pallas_flash.context_parallel.plan import Call
-from pallas_flash.context_parallel.ring import RingPasses, added, attended, merged, nothing
-from pallas_flash.context_parallel.shards import Shards, pick_rows, split
+from pallas_flash.context_parallel.ring import RingPasses, attended, merged, nothing
+from pallas_flash.context_parallel.shards import Shards, pick_rows
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["MergedPasses", "attend", "why_not"]
@@ -68,15 +68,15 @@ def why_not(shards: Shards) -> tuple[list[str], list[str]]:
         return (["there is a bias"],) * 2
     if shards.spec.mask.has_arrays:
         return (["the mask has arrays"],) * 2
-    found: tuple[list[str], list[str]] = ([], [])
+    of_steps = unrolled.why_not(steps)
+    found = list(of_steps), list(of_steps)
     for call in (call for step in steps for call in step.calls):
         spec = part_of(shards, call)
         row = shards.decide(spec)
         if row is None or (module := row.merging()) is None:
             return ([f"implementation={None if row is None else row.name!r} does not merge"],) * 2
-        lacking = ["some devices lack pairs that others have"] * any(0 in pick.needed for pick in call.picks)
         for reasons, own in zip(found, module.why_not(spec, shards.device), strict=True):
-            reasons += [reason for reason in (*own, *lacking) if reason not in reasons]
+            reasons += [reason for reason in own if reason not in reasons]
     return found
 
 
@@ -146,17 +146,22 @@ class MergedPasses(NamedTuple):
         rows = pieces.number * size
         state = nothing((spec.batch, rows, spec.q_heads, spec.d_v), (spec.batch, spec.q_heads, 2, rows), spec.acc_dtype)
 
-        def compute(travelling: list[Array], carried: Carried[Results[Array]], call: Call,
-                    chosen: list[Chosen]) -> Carried[Results[Array]]:
+        def compute(travelling: list[Array], state: Results[Array], call: Call,
+                    chosen: list[Chosen]) -> tuple[Results[Array], list[Array]]:
             k, v = travelling
-            given = sharding.vary_together((operands.q, k, v, self._places(chosen, pieces), carried[0]))
+            given = sharding.vary_together((operands.q, k, v, self._places(chosen, pieces), state))
             with device.on(self.shards.device):
-                return self.merging.forward(part_of(self.shards, call), *given), carried[1]
+                return self.merging.forward(part_of(self.shards, call), *given), []
 
-        found, _ = self._around(compute, operands, compat.vary_like(state, operands))
+        found, _ = self._around(compute, operands, compat.vary_like(state, operands), [],
+                                functools.partial(self._joined, pieces=pieces))
+        return found
+
+    def _joined(self, state: Results[Array], pieces: Pieces) -> Results[Array]:
+        """The results of all queries, from the pieces of the state."""
         joined = [functools.reduce(functools.partial(merged, unit=self.shards.unit), own)
-                  for own in self._pieces(found, pieces)]
-        return Results(out=jnp.concatenate([x.out.astype(spec.dtype) for x in joined], axis=1),
+                  for own in self._pieces(state, pieces)]
+        return Results(out=jnp.concatenate([x.out.astype(self.shards.spec.dtype) for x in joined], axis=1),
                        stats=jnp.concatenate([x.stats for x in joined], axis=3))
 
     def _pieces(self, state: Results[Array], pieces: Pieces) -> list[list[Results[Array]]]:
@@ -167,7 +172,7 @@ class MergedPasses(NamedTuple):
                 for own in pieces.table]
 
     def backward(self, operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Gradients[Array]:
-        spec, size, pieces = self.shards.spec, self.shards.chunking.chunk_len, Pieces.of(self.shards)
+        spec, pieces = self.shards.spec, Pieces.of(self.shards)
         # Else the first hop is that of the forward, and XLA keeps what it brought.
         k, v, dout = lax.optimization_barrier((operands.k, operands.v, cotangents.out))
         operands, cotangents = operands._replace(k=k, v=v), cotangents._replace(out=dout)
@@ -175,23 +180,21 @@ class MergedPasses(NamedTuple):
         with device.on(self.shards.device):
             first = self.merging.sums(spec, *sharding.vary_together((results.stats, cotangents.stats)))
 
-        def compute(travelling: list[Array], carried: Carried[Array], call: Call,
-                    chosen: list[Chosen]) -> Carried[Array]:
+        def compute(travelling: list[Array], dq: Array, call: Call,
+                    chosen: list[Chosen]) -> tuple[Array, list[Array]]:
             k, v = travelling
             given, places, state = sharding.vary_together(
-                ((operands.q, k, v, dout), self._places(chosen, pieces), first._replace(dq=carried[0])))
+                ((operands.q, k, v, dout), self._places(chosen, pieces), first._replace(dq=dq)))
             with device.on(self.shards.device):
                 dk, dv, found = self.merging.backward(part_of(self.shards, call), given, places, state)
-            sums = carried[1]
-            for pick, *parts in zip(chosen, split(dk, len(chosen)), split(dv, len(chosen))):
-                sums = [added(whole, part, pick, {1: pick.kv_chunk * size},
-                              compat.vary_like(jnp.zeros(x.shape, spec.acc_dtype), operands, results, cotangents))
-                        for whole, part, x in zip(sums or (None, None), parts, (operands.k, operands.v))]
-            return found.dq, sums
+            return found.dq, [dk, dv]
 
-        dq, (dk, dv) = self._around(compute, operands, first.dq)
-        with device.on(self.shards.device):
-            dq = self.merging.dq(spec, first._replace(dq=dq))
+        def finish(dq: Array) -> Array:
+            with device.on(self.shards.device):
+                return self.merging.dq(spec, first._replace(dq=dq))
+
+        zeros = [compat.vary_like(jnp.zeros(x.shape, spec.acc_dtype), operands, results, cotangents) for x in (k, v)]
+        dq, (dk, dv) = self._around(compute, operands, first.dq, zeros, finish)
         return Gradients(dq=dq, dk=dk.astype(k.dtype), dv=dv.astype(v.dtype), dbias=None, dscore=())
 
     def _places(self, chosen: list[Chosen], pieces: Pieces) -> Array:
@@ -202,5 +205,8 @@ class MergedPasses(NamedTuple):
             pick.q_chunk, pick.kv_chunk, pieces.piece(chosen, x)))], axis=1) for x, pick in enumerate(chosen)]
         return jnp.concatenate(found)
 
-    def _around[S](self, compute: hops.Compute[S], operands: Operands, state: S) -> Carried[S]:
-        return hops.around(self.shards.ring, self.shards.steps, compute, self.shards.travelling(operands), state, [])
+    def _around[S, R](self, compute: unrolled.Compute[S], operands: Operands, state: S, sums: list[Array],
+                      finish: Callable[[S], R]) -> tuple[R, list[Array]]:
+        shards = self.shards
+        return unrolled.around(shards.ring, shards.chunking, shards.steps, compute, shards.travelling(operands), state,
+                               sums, finish)

@@ -13,6 +13,7 @@ __all__ = ["Program", "Traffic"]
 
 COLLECTIVES = ("collective-permute", "all-gather", "all-to-all", "reduce-scatter", "all-reduce")
 ITEMSIZE = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, f64=8, s64=8, u64=8)
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "while", "call", "conditional")
 KERNEL = 'custom_call_target="mosaic'
 
 
@@ -100,6 +101,27 @@ class Program:
             return 1
         inside = [sum(map(self.kernels_of, self.computations[name])) for name in operation.called]
         return operation.times * (max(inside) if operation.kind == "conditional" else sum(inside))
+
+    def written(self) -> int:
+        """Bytes that a device writes beside kernels and collectives; of an update in place, what is new."""
+        return sum(times * self._written(operation) for times, operations in self._runs(self.entry, 1)
+                   for operation in operations)
+
+    def _written(self, operation: Operation) -> int:
+        aside = operation.kind in FREE or operation.kind.endswith("-done") or self._collective(operation)
+        if aside or self.kernels_of(operation):
+            return 0
+        if not operation.called:
+            return operation.size
+        inside = {found.name: found for found in self.computations[operation.called[0]]}
+
+        def of(found: Operation) -> int:
+            operands = [inside[name] for name in re.findall(r"%([\w.\-]+)", found.line.split("(", 1)[1])
+                        if name in inside and name != found.name]
+            if found.kind in ("tuple", "bitcast"):
+                return sum(map(of, operands))
+            return operands[1].size if found.kind == "dynamic-update-slice" else found.size
+        return of(list(inside.values())[-1])
 
     def _runs(self, name: str, times: int) -> Iterator[tuple[int, list[Operation]]]:
         """Every computation that is run, with how often; not what an asynchronous pair or a fusion wraps."""
