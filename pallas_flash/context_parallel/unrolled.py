@@ -24,7 +24,7 @@ from pallas_flash.context_parallel.plan import Call, Chunking, Step
 
 __all__ = ["LONGEST", "Compute", "around", "why_not"]
 
-LONGEST = 16
+LONGEST = 8
 """So many equal steps in a row are unrolled; a loop has the others."""
 ROUND = 2
 """Steps in a round of a loop."""
@@ -56,7 +56,7 @@ def around[S, R](ring: Ring, chunking: Chunking, steps: Sequence[Step], compute:
     passing = _Passing(ring, chunking, compute, travelling, sums)
     carry = _in_words(travelling), state
     for run, is_first, is_last in _runs(steps):
-        if len(run) <= LONGEST:
+        if is_first or is_last or len(run) <= LONGEST:
             for step in run:
                 carry = passing.step(carry, [step], hops.rows(step), is_first, is_last)
         else:

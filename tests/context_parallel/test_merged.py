@@ -180,11 +180,43 @@ def test_xla_merges_where_kernels_are_told_not_to(monkeypatch):
         assert all("KERNELS_MERGE is off" in reasons[0] for reasons in merged_ring.why_not(shards()))
 
 
-def test_vmap_computes_one_element_after_the_other(standing_in):
+@pytest.mark.virtual
+def test_elements_of_vmap_are_one_call(standing_in):
+    """Results and gradients of each element, of axes in front and in the middle; keys may be shared. No loop."""
+    n = 2
+    mesh = jax.make_mesh((n,), ("sequence",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
+    attend = functools.partial(pf.context_parallel_attention, axis_name="sequence", strategy="ring", mask=pf.Causal(),
+                               return_lse=True)
+
+    def alone(q, k, v, dout):
+        (out, lse), vjp = jax.vjp(attend, q, k, v)
+        return out, lse, *vjp((dout, jnp.ones_like(lse)))
+
+    def on_mesh(function, q_spec, lse_spec, k_spec):
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, q_spec),
+                                     out_specs=(q_spec, lse_spec, q_spec, q_spec, q_spec)),
+                       compiler_options=conformance._fast_to_compile())
+    q, k, v, dout = arrays(n, batch=2)
+    row, rows_of_lse = P(None, "sequence"), P(None, None, "sequence")
+    stacked = [jnp.stack([x, 2 * x[::-1]], axis=1) for x in (q, dout)]
+    given = stacked[0], k, v, stacked[1]
+    mapped = on_mesh(jax.vmap(alone, in_axes=(1, None, None, 1), out_axes=1), P(None, None, "sequence"),
+                     P(None, None, None, "sequence"), row)
+    found = mapped(*given)
+    each = on_mesh(alone, row, rows_of_lse, row)
+    expected = [jnp.stack(x, axis=1) for x in zip(each(q, k, v, dout), each(2 * q[::-1], k, v, 2 * dout[::-1]))]
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    programs = [str(function.trace(*x).jaxpr) for function, x in ((mapped, given), (each, (q, k, v, dout)))]
+    assert not any("scan" in program for program in programs)
+    kernels = [program.count("pallas_flash_kernel[") for program in programs]
+    assert kernels[0] == kernels[1] == 2 * n + 2
+
+
+def test_an_empty_axis_of_vmap_has_no_launch(standing_in):
     whole = shards().spec
-    sums = jnp.arange(3 * LENGTH * 2 * 128, dtype=jnp.float32).reshape(3, 1, LENGTH, 2, 128)
-    found = jax.vmap(lambda x: merging.dq(whole, merging.Sums(None, x)))(sums)
-    np.testing.assert_array_equal(found, sums.astype(whole.dtype))
+    sums = jnp.zeros((0, 1, LENGTH, 2, 128), jnp.float32)
+    assert jax.vmap(lambda x: merging.dq(whole, merging.Sums(None, x)))(sums).shape == sums.shape
 
 
 def test_queries_that_two_pairs_of_a_call_share_have_two_pieces(standing_in):

@@ -25,6 +25,7 @@ from pallas_flash.kernels.hopper.backward import finish, kv, prepare
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
 from pallas_flash.kernels.hopper.places import Place
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule, KvSchedule
+from pallas_flash.kernels.mosaic import batching
 from pallas_flash.kernels.mosaic.call import unpartitioned
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec, Results
@@ -75,8 +76,11 @@ def why_not(spec: AttentionSpec, where: Device) -> tuple[list[str], list[str]]:
 
 # -- passes ------------------------------------------------------------------------------------------------------------
 
+type _Shapes = tuple[tuple[int, ...], ...]
+
+
 @functools.lru_cache(maxsize=256)
-def forward_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: tuple[tuple[int, ...], ...]) -> Pass:
+def forward_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: _Shapes) -> Pass:
     """The forward of a part, of q, k, v, places and the state's out and statistics, in these shapes."""
     names = "q", "k", "v", "places", "state_out", "state_stats"
     dtypes = *(part.dtype,) * 3, jnp.int32, jnp.float32, jnp.float32
@@ -86,7 +90,7 @@ def forward_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: tuple[t
 
 
 @functools.lru_cache(maxsize=256)
-def backward_pass(part: AttentionSpec, schedule: KvSchedule, shapes: tuple[tuple[int, ...], ...]) -> Pass:
+def backward_pass(part: AttentionSpec, schedule: KvSchedule, shapes: _Shapes) -> Pass:
     """The backward of a part, of q, k, v, dout, statistics, places and dq's sums, in these shapes."""
     names = "q", "k", "v", "dout", "statistics", "places", "dq_sums"
     dtypes = *(part.dtype,) * 4, jnp.float32, jnp.int32, jnp.float32
@@ -110,16 +114,37 @@ def last_pass(whole: AttentionSpec, schedule: KvSchedule) -> Pass:
     return Pass(inputs={"dq_sums": sums}, constants={}, launches=(finish.launch(whole, schedule),), results=("dq",))
 
 
-def _run(build: Callable[..., Pass], *arrays: Array) -> tuple[Array, ...]:
-    """Runs a pass; under vmap one element after the other."""
+def _run(part: AttentionSpec, build: Callable[[AttentionSpec, _Shapes], Pass], *arrays: Array,
+         places: int | None = None) -> tuple[Array, ...]:
+    """Runs the pass of a part, made from it and the shapes of the arrays. Under vmap elements are more entries of the
+    batch: of the part, and of all arrays, whose first axis it is.
+
+    Args:
+      places: which of the arrays says where entries of the part lie in the others.
+    """
+    where = device.current()  # what follows may be traced later, elsewhere
+
+    @jax.custom_batching.custom_vmap
     def call(*arrays: Array) -> tuple[Array, ...]:
-        return unpartitioned(build(), device.current(), *arrays)
-    found: tuple[Array, ...] = jax.custom_batching.sequential_vmap(call)(*arrays)
+        with device.on(where):
+            return unpartitioned(build(part, tuple(x.shape for x in arrays)), where, *arrays)
+
+    @call.def_vmap
+    def mapped(axis_size: int, is_mapped: list[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        if not isinstance(axis_size, int) or not axis_size:
+            return batching.in_turns(call, is_mapped, arrays)  # type: ignore[arg-type]
+        whole = [x if own else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+                 for x, own in zip(arrays, is_mapped, strict=True)]
+        if places is not None:
+            moved = whole[0].shape[1] * jnp.arange(axis_size, dtype=jnp.int32)
+            whole[places] = whole[places].at[:, :, int(Place.ENTRY)].add(moved[:, None])
+        folded = [x.reshape(-1, *x.shape[2:]) for x in whole]
+        with device.on(where):
+            found = _run(dataclasses.replace(part, batch=axis_size * part.batch), build, *folded, places=places)
+        return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in found), (True,) * len(found)
+
+    found: tuple[Array, ...] = call(*arrays)
     return found
-
-
-def _shapes(arrays: tuple[Array, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(x.shape for x in arrays)
 
 
 # -- what a ring calls -------------------------------------------------------------------------------------------------
@@ -133,9 +158,11 @@ def forward(part: AttentionSpec, q: Array, k: Array, v: Array, places: Array, st
       places: int32 (batch, 4), see `places.Place`. No two rows may name the same rows of the state.
       state: out in float32 and statistics, of as many rows as are to be kept apart.
     """
-    schedule = defaults.default_forward(part, device.current())
-    arrays = q, k, v, places, *state
-    return Results(*_run(functools.partial(forward_pass, part, schedule, _shapes(arrays)), *arrays))
+    def build(part: AttentionSpec, shapes: _Shapes) -> Pass:
+        schedule = defaults.default_forward(part, device.current())
+        assert isinstance(schedule, ForwardSchedule)
+        return forward_pass(part, schedule, shapes)
+    return Results(*_run(part, build, q, k, v, places, *state, places=3))
 
 
 def _schedule(spec: AttentionSpec) -> KvSchedule:
@@ -155,7 +182,7 @@ def sums(whole: AttentionSpec, stats: Array, dstats: Array) -> Sums:
       whole: the problem of all queries of the device.
       stats, dstats: as the backward of a partial spec takes them (`autodiff.without_out`).
     """
-    return Sums(*_run(functools.partial(first_pass, _whole(whole), _schedule(whole)), stats, dstats))
+    return Sums(*_run(_whole(whole), lambda spec, _: first_pass(spec, _schedule(spec)), stats, dstats))
 
 
 def backward(part: AttentionSpec, operands: tuple[Any, ...], places: Array, given: Sums) -> tuple[Array, Array, Sums]:
@@ -165,13 +192,13 @@ def backward(part: AttentionSpec, operands: tuple[Any, ...], places: Array, give
       part, places: see `forward`; the state is that of the queries, and its column is not read.
       operands: whole q, k, v and dout.
     """
-    arrays = *operands, given.statistics, places, given.dq
-    dk, dv, dq = _run(functools.partial(backward_pass, part, _schedule(part), _shapes(arrays)), *arrays)
+    dk, dv, dq = _run(part, lambda spec, shapes: backward_pass(spec, _schedule(spec), shapes), *operands,
+                      given.statistics, places, given.dq, places=5)
     return dk, dv, given._replace(dq=dq)
 
 
 def dq(whole: AttentionSpec, given: Sums) -> Array:
     """The gradient of all queries, in the spec's dtype, after the last part."""
     rounded = dataclasses.replace(_whole(whole), partial=False)
-    found, = _run(functools.partial(last_pass, rounded, _schedule(whole)), given.dq)
+    found, = _run(rounded, lambda spec, _: last_pass(spec, _schedule(spec)), given.dq)
     return found

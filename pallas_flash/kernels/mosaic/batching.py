@@ -20,7 +20,7 @@ from pallas_flash.masks import ArrayField
 from pallas_flash.scores import Score
 from pallas_flash.spec import AttentionSpec, Operands
 
-__all__ = ["vmappable"]
+__all__ = ["in_turns", "vmappable"]
 
 
 def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *Arrays], R],
@@ -39,11 +39,11 @@ def vmappable[*Arrays, R](function: Callable[[AttentionSpec, Device, Operands, *
         @call.def_vmap
         def rule(axis_size: int, in_batched: list[object], *args: *tuple[Operands, *Arrays]) -> tuple[R, R]:
             if not isinstance(axis_size, int) or axis_size == 0:
-                return _in_turns(call, in_batched, args)
+                return in_turns(call, in_batched, args)
             given, mapped = args[0], in_batched[0]
             assert isinstance(mapped, Operands)  # a boolean for each array
             if spec.score is not None and not _is_shared(spec.score, mapped):
-                return _in_turns(call, in_batched, args)
+                return in_turns(call, in_batched, args)
             apart = {"score", "score_integers", *(("k", "v", "page_table") if spec.pages is not None else ())}
             names = [name for name in Operands._fields if name not in apart]
             own, flags = ([getattr(x, name) for name in names] for x in (given, mapped))
@@ -69,7 +69,7 @@ def _is_shared(function: Score, mapped: Operands) -> bool:
     return not any((*mapped.score, *mapped.score_integers)) and not traced.uses_batch(function)
 
 
-def _in_turns[R](call: Callable[..., R], in_batched: list[object], args: tuple[object, ...]) -> tuple[R, R]:
+def in_turns[R](call: Callable[..., R], in_batched: list[object], args: tuple[object, ...]) -> tuple[R, R]:
     """The call for one element after the other: an axis of symbolic size has no one launch, and an empty one has none.
     """
     leaves, structure = jax.tree.flatten(args)

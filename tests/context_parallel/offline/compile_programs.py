@@ -2,11 +2,11 @@
 
     python -m tests.context_parallel.offline.compile_programs STRATEGY:N:MASK...
 
-N is the number of devices, MASK "causal" or "full"; STRATEGY "ring", "merged" (a ring whose kernels merge),
-"all_gather" or "all_to_all"; both passes are one program. The environment must have the stand-in
-driver first on LD_LIBRARY_PATH, as `places.environment` sets it. Prints one JSON object for each program: the traffic
-of each kind of collective (`hlo.Traffic`), how many Mosaic kernels a device runs, and the bytes of arguments, results
-and temporary memory on a device.
+N is the number of devices, MASK "causal" or "full"; STRATEGY "ring", "merged" (a ring whose kernels merge), "rounds"
+(the same, but no steps are unrolled), "all_gather" or "all_to_all"; both passes are one program. The environment must
+have the stand-in driver first on LD_LIBRARY_PATH, as `places.environment` sets it. Prints one JSON object for each
+program: the traffic of each kind of collective (`hlo.Traffic`), how many Mosaic kernels a device runs, the bytes that
+it writes beside them, and those of arguments, results and temporary memory.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_flash import Causal, Full, context_parallel_attention, device
+from pallas_flash.context_parallel import unrolled
 from pallas_flash.kernels.hopper import support
 from tests.context_parallel.offline import hlo, sizes
 
@@ -40,12 +41,15 @@ device_description_str: "NVIDIA H200"
 """An H200, as XLA describes it."""
 
 
+UNROLLED = unrolled.LONGEST
 MASKS = {"causal": Causal(), "full": Full()}
 
 
 def compiled(strategy: str, n: int, mask: str):
     """The program, compiled for n devices of one host."""
-    support.KERNELS_MERGE = strategy == "merged"
+    merges = strategy in ("merged", "rounds")
+    support.KERNELS_MERGE = merges
+    unrolled.LONGEST = 0 if strategy == "rounds" else UNROLLED
     found = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{n}")
     mesh = jax.make_mesh((n,), (AXIS,), devices=found.devices, axis_types=(jax.sharding.AxisType.Auto,))
     problem, place = sizes.problem(n), NamedSharding(mesh, PLACE)
@@ -53,7 +57,7 @@ def compiled(strategy: str, n: int, mask: str):
                      for heads, d in ((problem.q_heads, problem.d), (problem.kv_heads, problem.d),
                                       (problem.kv_heads, problem.d_v), (problem.q_heads, problem.d_v)))
     forward = functools.partial(context_parallel_attention, axis_name=AXIS,
-                                strategy="ring" if strategy == "merged" else strategy, mask=MASKS[mask],
+                                strategy="ring" if merges else strategy, mask=MASKS[mask],
                                 mesh=mesh, spec=PLACE)
 
     def both(q, k, v, dout):
@@ -71,7 +75,8 @@ def main(names: list[str]) -> None:
         text, memory = hlo.Program(found.as_text(), int(n)), found.memory_analysis()
         traffic = {kind: counts._asdict() for kind, counts in text.traffic().items()}
         print(json.dumps(dict(
-            program=name, traffic=traffic, kernels=text.kernels(), arguments=memory.argument_size_in_bytes,
+            program=name, traffic=traffic, kernels=text.kernels(), written=text.written(),
+            arguments=memory.argument_size_in_bytes,
             results=memory.output_size_in_bytes, temporary=memory.temp_size_in_bytes)), flush=True)
 
 

@@ -13,7 +13,8 @@ __all__ = ["Program", "Traffic"]
 
 COLLECTIVES = ("collective-permute", "all-gather", "all-to-all", "reduce-scatter", "all-reduce")
 ITEMSIZE = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, f64=8, s64=8, u64=8)
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "while", "call", "conditional")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "while", "call",
+        "conditional")
 KERNEL = 'custom_call_target="mosaic'
 
 
