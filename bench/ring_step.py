@@ -1,16 +1,23 @@
 """One device's share of a causal ring without the hops: `python -m bench.ring_step`, one JSON object a line.
 
 What copies, merging and small kernels add to attention: the n steps of a device, on one device, against plain calls of
-the same pairs, a causal one of the local length and n - 1 of two full squares of half of it. Results are merged by XLA,
-as by default, and by the kernels ("merged_by"); "difference" is the largest one from XLA's. Heads and dims are those of
-a model of 8 billion parameters (32:8 heads of 128). Where there is no history of the code, set BENCH_COMMIT
-(bench/environment.py).
+the same pairs, a causal one of the local length ("diagonal") and n - 1 of two full squares of half of it ("square").
+Results are merged by XLA and, where they can, by the kernels, as by default ("merged_by"); "difference" is the largest
+one from XLA's. Of rings of two sizes, timed in the same rounds, "step_over_square" is what a step more costs over a
+plain square, without what happens once; "part_us" is the kernel of such a step alone, launched again and again. Heads
+and dims are those of a model of 8 billion parameters (32:8 heads of 128).
+
+On one H200, each in under three minutes. Where there is no history of the code, set BENCH_COMMIT
+(bench/environment.py):
+
+    python -m bench.ring_step --lengths 8192 --save
+    python -m bench.ring_step --lengths 32768 --rounds 3 --save
 """
 
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 from unittest import mock
 
@@ -24,14 +31,17 @@ from pallas_flash.arrays import Array
 from pallas_flash.context_parallel import hops, merged_ring
 from pallas_flash.context_parallel.merged_ring import MergedPasses
 from pallas_flash.context_parallel.plan import Chunking
-from pallas_flash.context_parallel.ring import RingPasses
+from pallas_flash.context_parallel.ring import RingPasses, nothing
 from pallas_flash.context_parallel.shards import Shards
+from pallas_flash.kernels.hopper import merging
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
 __all__ = ["main", "measure"]
 
 AXIS = "sequence"
+BURST = 0.1
+"""Seconds of calls in a row: with two rings of 7 ms, the launch of the first was 2 % of their time."""
 
 
 def _operands(batch: int, length: int, heads: tuple[int, int], d: int) -> tuple[Operands, Results[Array]]:
@@ -51,10 +61,11 @@ def _plain(batch: int, length: int, heads: tuple[int, int], d: int, mask: Mask) 
     where = device.current()
     spec = AttentionSpec.of(operands.q, operands.k, operands.v, mask=mask)
     name = dispatch.decide(spec, where).implementation.name
-    results = autodiff.forward(spec, name, operands, where=where)
-    return {"forward": _call(functools.partial(autodiff.forward, spec, name, operands, where=where)),
-            "backward": _call(functools.partial(autodiff.backward, spec, name, operands, results, cotangents,
-                                                where=where))}
+    forward = jax.jit(lambda operands: autodiff.forward(spec, name, operands, where=where))
+    backward = jax.jit(lambda *given: autodiff.backward(spec, name, *given, where=where))
+    results = forward(operands)
+    return {"forward": _call(functools.partial(forward, operands)),
+            "backward": _call(functools.partial(backward, operands, results, cotangents))}
 
 
 type Merger = Literal["xla", "kernels"]
@@ -94,6 +105,21 @@ def _ring(shards: Shards, merged_by: Merger) -> dict[str, timing.Call]:
             "backward": _call(functools.partial(backward, operands, results, cotangents))}
 
 
+def _part(shards: Shards) -> timing.Call:
+    """The kernel of one of the equal steps alone, whose state goes from launch to launch, as in a ring."""
+    spec, size = shards.spec, shards.chunking.chunk_len
+    operands, _ = _operands(spec.batch, spec.q_len, (spec.q_heads, spec.kv_heads), spec.d)
+    part = merged_ring.part_of(shards, shards.steps[1].calls[0])
+    places = jnp.array([[0, 0, 0, 0], [0, size, 0, size]], jnp.int32)
+    launch = jax.jit(lambda state, *given: merging.forward(part, *given, places, state), donate_argnums=0)
+    state = [nothing(spec.out_shape, spec.stats_shape, spec.acc_dtype)]
+
+    def start() -> Results[Array]:
+        state[0] = launch(state[0], operands.q, operands.k, operands.v)
+        return state[0]
+    return _call(start)
+
+
 def _call(function: Callable[[], Any]) -> timing.Call:
     return timing.Call(function, jax.block_until_ready)
 
@@ -106,31 +132,55 @@ def _largest_difference(a: Any, b: Any) -> float:
     return max(map(of_array, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def measure(length: int, num_devices: int, heads: tuple[int, int], d: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each pass and way of merging: the time of the steps, and of the steps over that of plain calls."""
-    diagonal = _plain(1, length, heads, d, masks.Causal())
-    square = _plain(2, length // 2, heads, d, masks.Full())
+def measure(length: int, sizes: Sequence[int], heads: tuple[int, int], d: int,
+            rounds: int) -> Iterator[dict[str, Any]]:
+    """A record for each pass, ring and way of merging: the time of the steps, and that over the time of plain calls.
+
+    Args:
+      length: positions of a device.
+      sizes: of rings, in devices; from the smallest to each of the others the cost of a step more is told.
+    """
+    plain = {"diagonal": _plain(1, length, heads, d, masks.Causal()),
+             "square": _plain(2, length // 2, heads, d, masks.Full())}
     with mock.patch.object(hops.Ring, "rotated", lambda ring, x, distance: x):  # there is one device
-        shards = _shards(length, num_devices, heads, d)
-        rings = {way: _ring(shards, way) for way in _ways(shards)}
+        of_sizes = {n: _shards(length, n, heads, d) for n in sorted(sizes)}
+        ways = _ways(of_sizes[min(sizes)])
+        rings = {(n, way): _ring(shards, way) for n, shards in of_sizes.items() for way in ways}
     for direction in ("forward", "backward"):
-        own = {way: ring[direction] for way, ring in rings.items()}
-        expected = own["xla"].finish()
-        difference = {way: _largest_difference(call.finish(), expected) for way, call in own.items()}
-        times = timing.interleaved({**own, "diagonal": diagonal[direction], "square": square[direction]}, rounds, 0.02)
-        plain = [a + (num_devices - 1) * b for a, b in zip(times["diagonal"], times["square"], strict=True)]
-        for way in rings:
+        own = {(n, way): ring[direction] for (n, way), ring in rings.items()}
+        difference = {(n, way): _largest_difference(call.finish(), own[n, ways[0]].finish())
+                      for (n, way), call in own.items()}
+        calls = {**{f"{n} {way}": call for (n, way), call in own.items()},
+                 **{name: call[direction] for name, call in plain.items()}}
+        if direction == "forward" and "kernels" in ways:
+            calls["part"] = _part(of_sizes[min(sizes)])
+        times = timing.interleaved(calls, rounds, BURST)
+        for n, way in own:
             yield {"environment": environment.describe(), "kind": "ring-step", "merged_by": way, "direction": direction,
-                   "length": length, "devices": num_devices, "heads": heads, "d": d,
-                   "ring_us": timing.spread(times[way]).median * 1e6, "plain_us": timing.spread(plain).median * 1e6,
-                   "over_plain": timing.ratios(plain, times[way])._asdict(), "difference": difference[way]}
+                   "length": length, "devices": n, "heads": heads, "d": d, "difference": difference[n, way],
+                   **_compared(times, n, min(sizes), way)}
+
+
+def _compared(times: dict[str, list[float]], n: int, smallest: int, way: Merger) -> dict[str, Any]:
+    """The time of a ring of n devices beside plain calls and beside the smallest ring, all of the same rounds."""
+    ring, square = times[f"{n} {way}"], times["square"]
+    plain = [a + (n - 1) * b for a, b in zip(times["diagonal"], square, strict=True)]
+    found = {"ring_us": timing.spread(ring).median * 1e6, "plain_us": timing.spread(plain).median * 1e6,
+             "over_plain": timing.ratios(plain, ring)._asdict()}
+    found |= {f"{name}_us": timing.spread(times[name]).median * 1e6 for name in ("diagonal", "square")}
+    if way == "kernels" and "part" in times:
+        found["part_us"] = timing.spread(times["part"]).median * 1e6
+    if n > smallest:
+        step = [(a - b) / (n - smallest) for a, b in zip(ring, times[f"{smallest} {way}"], strict=True)]
+        found["step_over_square"] = timing.ratios(square, step)._asdict()
+    return found
 
 
 def main() -> None:
     """Prints the records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768], help="positions of a device")
-    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--devices", type=int, nargs="+", default=[4, 8], help="sizes of rings")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), help="of queries, of keys")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)

@@ -658,10 +658,23 @@ def test_vary_reaches_into_parts():
     assert tune.vary(Whole(), {"part.columns": 2}) is None
 
 
-def test_the_steps_of_a_ring_are_timed_beside_plain_calls():
-    found = list(ring_step.measure(32, 2, (2, 1), 8, rounds=1))
-    assert [(record["direction"], record["merged_by"]) for record in found] == [("forward", "xla"), ("backward", "xla")]
+def test_the_steps_of_a_ring_are_timed_beside_plain_calls(monkeypatch):
+    monkeypatch.setattr(ring_step, "BURST", 0.001)
+    found = list(ring_step.measure(32, (2, 3), (2, 1), 8, rounds=1))
+    assert [(record["direction"], record["devices"], record["merged_by"]) for record in found] == [
+        (direction, n, "xla") for direction in ("forward", "backward") for n in (2, 3)]
     assert all(record["ring_us"] > 0 and record["over_plain"]["median"] > 0 for record in found)
+    assert ["step_over_square" in record for record in found] == [False, True] * 2
+    json.dumps(found)
+
+
+def test_a_step_more_is_told_from_what_happens_once():
+    """A ring of 10 and 3 a step, beside squares of 2 and a diagonal of 1."""
+    times = {"4 kernels": [22.0], "8 kernels": [34.0], "square": [2.0], "diagonal": [1.0], "part": [2.5]}
+    found = ring_step._compared(times, 8, 4, "kernels")
+    assert found["over_plain"]["median"] == 34 / 15
+    assert found["step_over_square"]["median"] == 1.5
+    assert found["part_us"] == 2.5e6
 
 
 @pytest.mark.virtual

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pallas_flash as pf
+from bench import ring_step, timing
 from pallas_flash import device, softmax
 from pallas_flash.context_parallel import merged_ring
 from pallas_flash.context_parallel.attention import Arrays, Options, shards_of
@@ -211,6 +212,18 @@ def test_elements_of_vmap_are_one_call(standing_in):
     assert not any("scan" in program for program in programs)
     kernels = [program.count("pallas_flash_kernel[") for program in programs]
     assert kernels[0] == kernels[1] == 2 * n + 2
+
+
+def test_the_steps_of_a_merging_ring_are_timed(standing_in, monkeypatch):
+    """And the kernel of a step alone, whose state is donated from launch to launch."""
+    plain = timing.Call(lambda: jnp.ones(1), jax.block_until_ready)
+    monkeypatch.setattr(ring_step, "BURST", 0.001)
+    monkeypatch.setattr(ring_step, "_plain", lambda *_: {"forward": plain, "backward": plain})
+    monkeypatch.setattr(ring_step, "_ways", lambda shards: ["kernels"])
+    found = list(ring_step.measure(LENGTH, (2, 3), (2, 1), 128, rounds=2))
+    assert [record["direction"] for record in found] == ["forward"] * 2 + ["backward"] * 2
+    assert ["part_us" in record for record in found] == [True, True, False, False]
+    assert all(record["difference"] == 0 for record in found)
 
 
 def test_an_empty_axis_of_vmap_has_no_launch(standing_in):
