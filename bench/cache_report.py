@@ -1,12 +1,12 @@
-"""The tables of decoding against a cache and of a sequence over several GPUs, from the records of `python -m
-bench.decode` and `python -m bench.ring`.
+"""The tables of decoding against a cache, of a sequence over several GPUs and of one GPU's share of it, from the
+records of `python -m bench.decode`, `python -m bench.ring` and `python -m bench.ring_step`.
 """
 
 from typing import Any
 
 from bench import records
 
-__all__ = ["Rows", "decoding", "sequences"]
+__all__ = ["Rows", "decoding", "sequences", "steps"]
 
 Record = dict[str, Any]
 Rows = tuple[list[str], list[list[str]]]
@@ -39,3 +39,17 @@ def sequences(found: list[Record]) -> Rows:
             for (devices, length, mask, strategy, direction, flags), record in newest.items()]
     return ["tokens", "mask", "direction", "strategy", "GPUs", "one GPU, ms", "all GPUs, ms", "efficiency",
             "XLA_FLAGS"], rows
+
+
+def steps(found: list[Record]) -> Rows:
+    """One row a length, direction, ring and way of merging, of the latest record."""
+    newest = records.latest([r for r in found if r["kind"] == "ring-step"],
+                            "length", "direction", "devices", "merged_by")
+
+    def cell(ratio: dict[str, float] | None) -> str:
+        return f"{ratio['median']:.3f}" if ratio else "–"
+    rows = [[f"{length:,}", direction, str(devices), merged_by, f"{record['ring_us'] / 1e3:.2f}",
+             cell(record["over_plain"]), cell(record.get("step_over_square"))]
+            for (length, direction, devices, merged_by), record in newest.items()]
+    return ["tokens of a GPU", "direction", "steps", "merged by", "all steps, ms", "over plain calls",
+            "a step more, over a plain call"], rows

@@ -84,7 +84,7 @@ def _gpus(found: list[Record]) -> dict[str, list[Record]]:
     on_gpu = [r for r in found if r["environment"]["platform"] == "gpu"]
     measured = records.by_device([r for r in on_gpu if r["kind"] == "speed"])
     kinds = {"speed", "feature", "left out", "host", "bridge-call", "bridge-part", "decode", "ring",
-             *path_report.KINDS}
+             "ring-step", *path_report.KINDS}
     everything = records.by_device([r for r in on_gpu if r["kind"] in kinds])
     return {name: everything[name] for name in (*measured, *(name for name in everything if name not in measured))}
 
@@ -263,6 +263,8 @@ OF_A_GPU: Blocks = {
                "kernel without its products", _of_kind("decode", cache_report.decoding)),
     "ring": ("A sequence over several GPUs beside the same call on one, 32:8 heads of 128, bfloat16; efficiency: the "
              "time of one over the GPUs' times their number", _of_kind("ring", cache_report.sequences)),
+    "ring-step": ("One GPU's steps of a causal ring without the hops, 32:8 heads of 128, bfloat16, over plain calls of "
+                  "the same pairs", _of_kind("ring-step", cache_report.steps)),
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "bridge": ("Host time of a call from PyTorch", _bridge),
     "paths": ("A call from PyTorch by each way, medians; in brackets over PyTorch's own choice in the same rounds",

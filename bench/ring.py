@@ -3,21 +3,23 @@
 Efficiency is the time of one device's plain call over n times that of n devices, whose sequence is cut by
 `context_parallel_attention`; 1 is perfect, and beside it stands what `context_parallel.model` says. Heads and dims are
 those of a model of 8 billion parameters (32:8 heads of 128), from 512k positions on fewer heads, so that one device
-needs seconds. A group is one length and mask: all strategies and the plain call are timed round by round, the forward
-and then both passes, and its lines are printed as it ends. Programs are compiled side by side. With `--seconds`, no
-group begins later than that; what was left out is said in the last line.
+needs seconds. A group is one length, mask and way in which XLA moves shards: all strategies and the plain call are
+timed round by round, the forward and then both passes, whose lines are printed as each ends. Programs are compiled side
+by side. With `--seconds`, no group begins later than that; what was left out is said in the last line.
 
-Where there is no history of the code, set BENCH_COMMIT (bench/environment.py). On two GPUs, each in under two minutes:
+Where there is no history of the code, set BENCH_COMMIT (bench/environment.py). On two GPUs, each in under four
+minutes, if it is the only user of the machine:
 
-    python -m bench.ring --seconds 60 --lengths 32768 131072 --masks causal
-    python -m bench.ring --seconds 60 --lengths 131072 --masks window documents
-    python -m bench.ring --seconds 60 --lengths 524288 --masks causal --rounds 1    (and 1048576)
-    python -m bench.ring --seconds 60 --lengths 131072 --masks causal --flags copy-engines    (or overlap-2)
+    python -m bench.ring --save --seconds 150 --lengths 32768 131072 --masks causal
+    python -m bench.ring --save --seconds 150 --lengths 131072 --masks window documents
+    python -m bench.ring --save --seconds 150 --lengths 131072 --masks causal --flags copy-engines peer-memory overlap-2
+    python -m bench.ring --save --seconds 150 --lengths 262144 524288 1048576 --masks causal --rounds 1
 """
 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import time
@@ -40,9 +42,12 @@ AXIS = "sequence"
 STRATEGIES = ("ring", "all_gather", "all_to_all")
 MASKS = ("causal", "window", "documents")
 DOCUMENTS, WINDOW = 8, 4096
-FLAGS = {"defaults": "", "copy-engines": "--xla_gpu_use_memcpy_local_p2p=true",
-         "overlap-2": "--xla_gpu_experimental_parallel_collective_overlap_limit=2"}
-"""How XLA moves shards: by NCCL's kernels, by copy engines, or with two collectives in flight."""
+FLAGS: dict[str, dict[str, str | bool | int]] = {
+    "defaults": {}, "copy-engines": {"xla_gpu_use_memcpy_local_p2p": True},
+    "peer-memory": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
+    "overlap-2": {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}}
+"""How XLA moves shards: by NCCL's kernels, by copy engines, by reading the other's memory, or with two collectives in
+flight."""
 LONG = 1.0  # seconds: one round of a call that takes longer
 Function = Callable[..., Array]
 
@@ -129,7 +134,7 @@ class Contestant(NamedTuple):
         return timing.Call(functools.partial(self.programs[direction], *given), jax.block_until_ready)
 
 
-def _contestants(size: Size, strategies: tuple[model.Strategy, ...], kind: str) -> tuple[
+def _contestants(size: Size, strategies: tuple[model.Strategy, ...], kind: str, flags: str) -> tuple[
         dict[str, Contestant], dict[str, Function]]:
     """The plain call and the strategies, compiled side by side; and what takes each strategy's order back."""
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
@@ -141,18 +146,22 @@ def _contestants(size: Size, strategies: tuple[model.Strategy, ...], kind: str) 
     operands = {"alone": plain} | given
     lowered = {name: _lowered(functions[name], operands[name]) for name in functions}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        futures = {name: {direction: pool.submit(program.compile) for direction, program in programs.items()}
-                   for name, programs in lowered.items()}
+        futures = {name: {direction: pool.submit(program.compile, FLAGS[flags])
+                          for direction, program in programs.items()} for name, programs in lowered.items()}
         compiled = {name: {direction: future.result() for direction, future in found.items()}
                     for name, found in futures.items()}
     return ({name: Contestant(operands[name], compiled[name]) for name in functions},
             {strategy: functools.partial(way.reorder, inverse=True) for strategy, way in ways.items()})
 
 
-def measure(size: Size, strategies: tuple[model.Strategy, ...], kind: str, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(size: Size, strategies: tuple[model.Strategy, ...], kind: str, rounds: int,
+            flags: str = "defaults") -> Iterator[dict[str, Any]]:
     """A record of each strategy for the forward, then for both passes."""
     n = jax.device_count()
-    contestants, back = _contestants(size, strategies, kind)
+    contestants, back = _contestants(size, strategies, kind, flags)
+    own = (f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in
+           FLAGS[flags].items())
+    xla_flags = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *own]))
     expected = contestants["alone"].programs["forward"](*contestants["alone"].operands[:3])
     errors = {}
     for strategy in strategies:
@@ -168,7 +177,7 @@ def measure(size: Size, strategies: tuple[model.Strategy, ...], kind: str, round
         for strategy in strategies:
             efficiency = timing.ratios(times[strategy], times["alone"])
             yield {"environment": environment.describe(), "kind": "ring", "direction": direction, "strategy": strategy,
-                   "mask": kind, "devices": n, "xla_flags": os.environ.get("XLA_FLAGS", ""), **size._asdict(),
+                   "mask": kind, "devices": n, "xla_flags": xla_flags, **size._asdict(),
                    "spread_us": timing.spread(times[strategy]).median * 1e6,
                    "alone_us": timing.spread(times["alone"]).median * 1e6, "largest_difference": errors[strategy],
                    "efficiency": {name: x / n for name, x in efficiency._asdict().items()},
@@ -183,15 +192,14 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=MASKS, choices=MASKS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no group begins later than that")
-    parser.add_argument("--flags", choices=FLAGS, default="defaults", help="how XLA moves shards, added to XLA_FLAGS")
+    parser.add_argument("--flags", nargs="+", choices=FLAGS, default=["defaults"], help="how XLA moves shards")
     parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    os.environ["XLA_FLAGS"] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS[arguments.flags]}'.strip()  # JAX starts later
-    groups = [(length, kind) for length in arguments.lengths for kind in arguments.masks]
+    groups = list(itertools.product(arguments.lengths, arguments.masks, arguments.flags))
     while groups and time.perf_counter() - begin < arguments.seconds:
-        length, kind = groups.pop(0)
-        for record in measure(size_of(length), tuple(arguments.strategies), kind, arguments.rounds):
+        length, kind, flags = groups.pop(0)
+        for record in measure(size_of(length), tuple(arguments.strategies), kind, arguments.rounds, flags):
             records.show(record, arguments.save)
     print(json.dumps({"kind": "end", "seconds": round(time.perf_counter() - begin), "not_run": groups}), flush=True)
 

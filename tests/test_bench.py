@@ -559,13 +559,16 @@ def test_all_of_ours_and_the_other_kinds_of_records_have_their_tables():
     found += [dict(environment=where, kind="decode", problem="b1-s1024", us=dict(ours=7.4, reads=7.2, torch=6.6),
                    gbytes=dict(ours=560.0), speed_over=dict(reads=ratio, torch=ratio)),
               dict(environment=where, kind="ring", direction="both", strategy="ring", mask="causal", devices=2,
-                   xla_flags="", length=131_072, alone_us=777e3, spread_us=404e3, efficiency=ratio)]
+                   xla_flags="", length=131_072, alone_us=777e3, spread_us=404e3, efficiency=ratio),
+              dict(environment=where, kind="ring-step", direction="forward", length=8192, devices=8, ring_us=6880.0,
+                   merged_by="kernels", over_plain=ratio, step_over_square=ratio)]
     header, _, first, *_ = report.block("forward", found).splitlines()
     assert "pallas_flash (hopper)" in header and header.endswith("pallas_flash (ampere) |")
     assert first.endswith("| 300 |")
     assert "| `b1-s1024` | 7.4 | 560 | 7.2 (0.95) | 6.6 (0.95) | – |\n" in f"{report.block('decode', found)}\n"
-    later = dict(found[-2], us=dict(ours=7.4, bridge=5.9), speed_over=dict(bridge=ratio))
-    assert "| – | – | – | 5.9 (0.95) |" in report.block("decode", [*found[:-2], later])
+    assert "| 8,192 | forward | 8 | kernels | 6.88 | 0.950 | 0.950 |" in report.block("ring-step", found)
+    later = dict(found[-3], us=dict(ours=7.4, bridge=5.9), speed_over=dict(bridge=ratio))
+    assert "| – | – | – | 5.9 (0.95) |" in report.block("decode", [*found[:-3], later])
     assert "| 131,072 | causal | both | ring | 2 | 777.0 | 404.0 | 0.95 | – |" in report.block("ring", found)
 
 
@@ -679,12 +682,13 @@ def test_a_step_more_is_told_from_what_happens_once():
 
 @pytest.mark.virtual
 def test_a_sequence_over_devices_is_timed_beside_one_device():
-    found = list(ring.measure(ring.Size(64, (2, 1), 8), ("ring", "all_gather"), "causal", rounds=1))
+    found = list(ring.measure(ring.Size(64, (2, 1), 8), ("ring", "all_gather"), "causal", 1, "overlap-2"))
     assert [(record["direction"], record["strategy"]) for record in found] == [
         (direction, strategy) for direction in ("forward", "both") for strategy in ("ring", "all_gather")]
     for record in found:
         assert 0 < record["model"] < 1
         assert record["devices"] == jax.device_count() > 1
+        assert record["xla_flags"].endswith("--xla_gpu_experimental_parallel_collective_overlap_limit=2")
         assert record["largest_difference"] < 0.02
         assert record["efficiency"]["median"] > 0
     json.dumps(found)
