@@ -1,5 +1,5 @@
-"""Attention to a cache in graphs that torch traces: which operators they hold, what is written in place, and numbers, on
-the stand-ins of test_direct_decode.py and on CPU tensors.
+"""Attention to a cache in graphs that torch traces: which operators they hold, what is written in place, and numbers,
+on the stand-ins of test_direct_decode.py.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from bridge.test_direct import BF16, launched  # noqa: F401
-from bridge.test_direct_decode import B, HKV, HQ, LENGTHS, cache_of, decoded, integers, new  # noqa: F401
+from bridge.test_direct_decode import HKV, HQ, LENGTHS, B, cache_of, decoded, integers, new  # noqa: F401
 from torch_bridge import cached
 from torch_bridge.direct import attention, decoding
 from torch_bridge.flash_attn import flash_attn_with_kvcache

@@ -140,6 +140,7 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
         (spec.bias is None or (spec.bias.shape[2] == 1 and spec.bias.dtype.name != "float64"),
          "takes a bias of each key against a cache only, (batch, heads, 1, capacity) in 16 or 32 bits, bias is "
          f"{spec.bias} (give it one query at a time, or cast it)"),
+        (spec.cache_scales is None, "takes no cache in eight bits yet (keep it in bfloat16 or float16)"),
         (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
