@@ -245,7 +245,8 @@ class _Call(NamedTuple):
         query, cache = arguments.array("query", query), storage.require_cache(cache)
         spec = AttentionSpec.of(query, *_all_rows(cache, query), layout=cache.layout, **numbers).paged(cache.pages)
         if cache.scales is not None:
-            spec = dataclasses.replace(spec, cache_scales=tuple(x.shape for x in cache.scales))
+            of_k, of_v = cache.scales
+            spec = dataclasses.replace(spec, cache_scales=(of_k.shape, of_v.shape))
         rule = functools.partial(_rule, q_len=spec.q_len, capacity=cache.capacity)
         mask = masks.checked(mask)
         for part in mask.parts:

@@ -23,7 +23,7 @@ LARGEST = 448.0
 
 def is_quantised(dtype: np.dtype) -> bool:
     """Whether numbers of a dtype are kept with a scale."""
-    return dtype == DTYPE
+    return bool(dtype == DTYPE)
 
 
 def quantise(x: Float[Array, "*a"], scale: Float[Array, "*1"]) -> Array:

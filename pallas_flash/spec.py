@@ -167,7 +167,7 @@ class AttentionSpec:
     partial: bool
     pages: Pages | None
     sinks: ArrayField | None = None
-    cache_scales: tuple[tuple[int, int], tuple[int, int]] | None = None
+    cache_scales: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,

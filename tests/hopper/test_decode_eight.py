@@ -19,6 +19,7 @@ from pallas_flash.kernels.mosaic.interpret import interpreted
 from tests.hopper.test_decode import (
     Case,
     assert_right,
+    assert_sanitized,
     call_of,
     exact,
     in_layout,
@@ -143,11 +144,27 @@ ON_GPU = {
 @pytest.mark.parametrize("name", ON_GPU)
 def test_on_a_gpu(name):
     """And 100 repetitions are equal to the bit."""
-    case = ON_GPU[name]
+    assert_right_on_a_gpu(ON_GPU[name], 100)
+
+
+def assert_right_on_a_gpu(case: Case, repetitions: int) -> None:
     q, held, keys = in_eight_bits(case, of_sequences=not case.page)
     attend = jax.jit(functools.partial(cache.attend, sinks=sinks_of(case), return_lse=True, implementation="hopper",
                                        **case.options))
     found = attend(in_layout(case, q), held)
     assert_right(case, *found, exact(case, q, *keys))
-    for _ in range(100):
+    for _ in range(repetitions):
         jax.tree.map(np.testing.assert_array_equal, attend(in_layout(case, q), held), found)
+
+
+SANITIZED = """
+from tests.hopper import test_decode_eight as t
+t.assert_right_on_a_gpu(t.Case((300, 0, 77), capacity=320, page=32, d=(128, 64)), 0)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_compute_sanitizer_finds_nothing(tool):
+    assert_sanitized(tool, SANITIZED)

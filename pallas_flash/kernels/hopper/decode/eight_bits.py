@@ -73,11 +73,11 @@ def convert(source: Ref, target: Ref) -> None:
         thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
         byte, chunk_size = ir.IntegerType.get_signless(8), registers.chunk_bytes(target) // 2
         moved = lambda pointer, count, kind: mgpu.utils.getelementptr(pointer, [const(count)], kind)
-        first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(source), [arith.muli(thread, const(_UNIT))], byte)
 
-        def places(unit: ir.Value) -> list[ir.Value]:
-            """Of each half of a unit: eight numbers, 16 bytes, which TMA would have swizzled."""
-            row, column = arith.divui(unit, const(across)), arith.remui(unit, const(across))
+        def places(unit: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+            """Where a unit lies, and where its halves go: eight numbers, 16 bytes, which TMA would have swizzled."""
+            row, column = _row_and_column(unit, across)
+            read = arith.muli(arith.addi(arith.muli(row, const(across)), column), const(_UNIT))
             line = arith.addi(arith.muli(arith.divui(column, const(4)), const(chunk_size)),
                               arith.muli(row, const(CHUNK)))
             found, place = [], arith.muli(arith.remui(column, const(4)), const(2))
@@ -85,19 +85,40 @@ def convert(source: Ref, target: Ref) -> None:
                 own = arith.xori(arith.addi(place, const(half)), arith.andi(row, const(7)))
                 at = arith.addi(line, arith.muli(own, const(8)))
                 found.append(mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [at], element))
-            return found
+            return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(source), [read], byte), found
 
-        regular = places(thread)
+        first = places(thread)
         for i in range(rows * across // ptx.WARPGROUP):
             before = i * ptx.WARPGROUP
-            words = llvm.load(four, moved(first, before * _UNIT, byte))
+            if is_regular:
+                stored, to = moved(first[0], before * _UNIT, byte), [
+                    moved(x, before // across * CHUNK, element) for x in first[1]]
+            else:
+                stored, to = places(arith.addi(thread, const(before)))
+            words = llvm.load(four, stored)
             found = [half for j in range(4) for half in _halves(vector.extract(words, [], [j]), str(element))]
-            to = ([moved(x, before // across * CHUNK, element) for x in regular] if is_regular else
-                  places(arith.addi(thread, const(before))))
             for half, address in enumerate(to):
                 llvm.store(vector.from_elements(four, found[4 * half:4 * half + 4]), address)
 
     emit(source, target)
+
+
+def _row_and_column(unit: ir.Value, across: int) -> tuple[ir.Value, ir.Value]:
+    """The row and the column of a thread's unit, of so many across.
+
+    Eight threads read, and write, at a time. Four of an even row and a chunk and four of the odd row after it and
+    another chunk read 128 bytes of different banks, and so they write: the swizzle puts halves of even rows at even
+    places, those of odd rows at odd ones.
+    """
+    const, of = (lambda value: mgpu.utils.c(value, ptx.i32())), across // 4
+    if across % 8:  # 64 columns are so anyway
+        return arith.divui(unit, const(across)), arith.remui(unit, const(across))
+    own = arith.remui(unit, const(2 * across))
+    four = arith.divui(own, const(4))
+    chunk = arith.remui(four, const(of))
+    is_odd = arith.xori(arith.andi(four, const(1)), arith.andi(arith.divui(four, const(of)), const(1)))
+    row = arith.addi(arith.muli(arith.divui(unit, const(2 * across)), const(2)), is_odd)
+    return row, arith.addi(arith.muli(chunk, const(4)), arith.andi(own, const(3)))
 
 
 def _halves(word: ir.Value, element: str) -> list[ir.Value]:
