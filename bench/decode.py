@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import chain, environment, records, timing, torch_contestants
-from pallas_flash import cache, device, dispatch
+from pallas_flash import cache, device, dispatch, quantised
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
 from pallas_flash.masks import Causal
@@ -40,6 +40,7 @@ class Problem:
       page: positions of a page, whose pages lie in any order; 0: contiguous.
       bias: the sequences and query heads (or 1) of a float32 bias of each key; None: there is none.
       sinks: whether each head has a sink.
+      eight: whether the cache is of eight bits, with scales of each head; queries are in bfloat16.
     """
 
     batch: int
@@ -51,6 +52,7 @@ class Problem:
     page: int = 0
     bias: tuple[int, int] | None = None
     sinks: bool = False
+    eight: bool = False
 
     @property
     def lengths(self) -> np.ndarray:
@@ -63,7 +65,7 @@ class Problem:
     @property
     def bytes_read(self) -> int:
         """Of keys and values, each once; not of a bias."""
-        return int(self.lengths.sum()) * self.heads[1] * 2 * self.d * 2
+        return int(self.lengths.sum()) * self.heads[1] * 2 * self.d * (1 if self.eight else 2)
 
     def arrays(self) -> tuple[jax.Array, cache.Cache]:
         """Queries, and the cache, in the layout "BHLD"."""
@@ -76,7 +78,12 @@ class Problem:
         draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
         keys = (draw(seed, count, kv_heads, size, self.d) for seed in (1, 2))
         q = draw(0, self.batch, q_heads, self.q_len, self.d)
-        return q, cache.Cache(*keys, jnp.asarray(self.lengths), table, "BHLD")
+        if not self.eight:
+            return q, cache.Cache(*keys, jnp.asarray(self.lengths), table, "BHLD")
+        scales = jnp.full((2, kv_heads), 2.0**-6)  # of normal numbers none is above 448 of them
+        stored = (jax.jit(quantised.quantise)(x, scale[None, :, None, None])
+                  for x, scale in zip(keys, scales, strict=True))
+        return q, cache.Cache(*stored, jnp.asarray(self.lengths), table, "BHLD", *scales)
 
     def more_arrays(self) -> dict[str, jax.Array]:
         """What else a call takes, by name."""
@@ -100,6 +107,10 @@ PROBLEMS = {
     "b16-s32768-sinks": Problem(16, 32_768, sinks=True), "b1-s1024-sinks": Problem(1, 1024, sinks=True),
     "b16-s32768-bias": Problem(16, 32_768, bias=(16, 1)), "b16-s32768-bias-heads": Problem(16, 32_768, bias=(16, 32)),
     "b16-s16384-d256-bias": Problem(16, 16_384, d=256, bias=(16, 1)),
+    "b16-s32768-eight": Problem(16, 32_768, eight=True), "b16-s32768-d64-eight": Problem(16, 32_768, d=64, eight=True),
+    "b16-s16384-d256-eight": Problem(16, 16_384, d=256, eight=True),
+    "b1-s16384-eight": Problem(1, 16_384, eight=True),
+    "b16-s32768-pages-16-eight": Problem(16, 32_768, page=16, eight=True),
 }
 
 Calls = dict[str, Callable[[int], timing.Call]]
@@ -154,6 +165,9 @@ def _reads(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int
     shape = problem.batch, problem.heads[1], problem.capacity, problem.d
     spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct(shape, q.dtype),) * 2, layout="BHLD").paged(filled.pages)
     spec = spec.masked(Filled(Causal(), filled.lengths, problem.q_len).canonical(), None)
+    if filled.scales is not None:
+        k_scale, v_scale = filled.scales
+        spec = dataclasses.replace(spec, cache_scales=(k_scale.shape, v_scale.shape))
 
     def calls(count: int) -> timing.Call:
         with _reads_alone(spec):
@@ -198,7 +212,7 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     if jax.default_backend() != "gpu":
         return found
     found["reads"] = _reads(problem, q, filled)
-    has_torch = importlib.util.find_spec("torch") is not None
+    has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
     if has_torch and not more:
         found["bridge"] = _bridge(problem, q, filled)
     if has_torch and problem.q_len == 1 and not problem.page and not more and problem.shortest is None:

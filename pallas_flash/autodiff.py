@@ -161,6 +161,10 @@ def _check_operands(spec: AttentionSpec, operands: Operands) -> None:
     _check_shape(spec, "dropout_origin", operands.dropout_origin, (4,) if spec.dropout_moved else None)
     _check_shape(spec, "page_table", operands.page_table, spec.page_table_shape)
     _check_shape(spec, "sinks", operands.sinks, None if spec.sinks is None else spec.sinks.shape)
+    scales = None if operands.cache_scales is None else tuple(x.shape for x in operands.cache_scales)
+    if scales != spec.cache_scales:
+        raise errors.invalid(f"the scales of k and v must have the shapes {spec.cache_scales} in {spec}", f"{scales}",
+                             "pass those that the spec was made from")
 
 
 def _check_results(spec: AttentionSpec, given: Results[Array], prefix: str = "") -> None:

@@ -19,11 +19,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import arguments, autodiff, compat, dispatch, errors, forks, masks, paging, sharding, storage
+from pallas_flash import (
+    arguments,
+    autodiff,
+    compat,
+    dispatch,
+    errors,
+    forks,
+    masks,
+    paging,
+    quantised,
+    sharding,
+    storage,
+)
 from pallas_flash.arrays import Array, Bool, Int, Shaped
 from pallas_flash.device import Device, current
 from pallas_flash.filled import Filled
-from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.spec import AttentionSpec, Operands, check_dtype
 from pallas_flash.storage import Cache, empty, empty_paged
 
 __all__ = ["Cache", "append", "attend", "empty", "empty_paged", "explain"]
@@ -36,15 +48,16 @@ def append(cache: Cache, key: arguments.Array, value: arguments.Array) -> Cache:
     """The cache with n new keys and values after those of each sequence, and lengths that are larger by n.
 
     In place where the cache may be overwritten: an argument in `jax.jit(..., donate_argnums=...)`, the carry of a loop.
-    Outside of `jit` it is copied. Differentiable.
+    Outside of `jit` it is copied. Differentiable, but for a cache in eight bits: into that they are rounded here.
 
     Keys that find no room, past the capacity or where a page is missing, are dropped and never written anywhere else;
     lengths count them all the same, which makes the sequence one of `Cache.overflowed`. Where lengths are known
     (outside of `jit`) that is an error. A negative length counts as 0.
 
     Args:
-      key, value: (batch, n, kv_heads, d or d_v), or heads first, in the cache's layout and dtype. A rotary embedding is
-        the caller's: the new keys are at positions lengths to lengths + n - 1.
+      key, value: (batch, n, kv_heads, d or d_v), or heads first, in the cache's layout and dtype, for a cache in eight
+        bits in any dtype of a query. A rotary embedding is the caller's: the new keys are at positions lengths to
+        lengths + n - 1.
 
     Raises:
       ValueError: wrong shapes or dtypes; outside of `jit`, no room, or a page that another sequence has, too.
@@ -69,10 +82,21 @@ def _append(cache: Cache, key: Array, value: Array) -> Cache:
         start = jnp.maximum(cache.lengths, 0)
         pos = start[:, None] + jnp.arange(key.shape[axis], dtype=jnp.int32)[None]
         write = functools.partial(_write, cache, pos)
+        if cache.scales is not None:
+            key, value = (_quantised(cache, pos, x, scale)
+                          for x, scale in zip((key, value), cache.scales, strict=True))
         return write(cache.key, key), write(cache.value, value), start + key.shape[axis]
     places = tuple(sharding.place(x) for x in (cache.key, cache.value, cache.lengths))
     key, value, lengths = sharding.automatic(run, places, cache, key, value)
     return dataclasses.replace(cache, key=key, value=value, lengths=lengths)
+
+
+def _quantised(cache: Cache, pos: Int[Array, "b n"], new: Array, scale: Array) -> Array:
+    """New keys or values as they are stored at positions, in the cache's layout."""
+    axis, size = cache.layout.index("L"), 0 if cache.pages is None else cache.pages.size
+    pos = jnp.clip(pos, 0, max(cache.capacity - 1, 0))
+    scale = quantised.paged_scales(scale, cache.page_table, pos, size)
+    return quantised.quantise(new, (scale if axis == 1 else scale.swapaxes(1, 2))[..., None])
 
 
 def _write(cache: Cache, pos: Int[Array, "b n"], rows: Array, new: Array) -> Array:
@@ -146,7 +170,8 @@ def attend(
     sequence that has lost keys (`Cache.overflowed`) everything is NaN.
 
     Args:
-      query: (batch, q_len, q_heads, d), or (batch, q_heads, q_len, d) in the layout "BHLD"; the dtype of the cache.
+      query: (batch, q_len, q_heads, d), or (batch, q_heads, q_len, d) in the layout "BHLD"; the dtype of the cache, or
+        any of 16 bits or more beside one in eight bits, whose keys and values are its numbers times their scales.
       mask: which pairs attend, by positions in the sequence: `Causal()`, `Causal() & Window(left=1023)`, a class of
         your own; `None` or `Full()`: all keys that there are. Its numbers may be arrays (batch,); what is an array over
         positions (`Dense`, `SegmentIds`) is not taken: -inf in a bias hides keys.
@@ -218,7 +243,10 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, query: object, cache: object, mask: object, bias: object, numbers: "_Numbers") -> "_Call":
         query, cache = arguments.array("query", query), storage.require_cache(cache)
-        spec = AttentionSpec.of(query, *_all_rows(cache), layout=cache.layout, **numbers).paged(cache.pages)
+        spec = AttentionSpec.of(query, *_all_rows(cache, query), layout=cache.layout, **numbers).paged(cache.pages)
+        if cache.scales is not None:
+            of_k, of_v = cache.scales
+            spec = dataclasses.replace(spec, cache_scales=(of_k.shape, of_v.shape))
         rule = functools.partial(_rule, q_len=spec.q_len, capacity=cache.capacity)
         mask = masks.checked(mask)
         for part in mask.parts:
@@ -230,8 +258,11 @@ class _Call(NamedTuple):
         return cls(query, cache, made, fitted, spec.masked(made, fitted))
 
     def operands(self) -> Operands:
+        key, value, scales = self.cache.key, self.cache.value, self.cache.scales
+        if scales is not None:
+            key, value, scales = jax.lax.stop_gradient((key, value, scales))
         return Operands(
-            q=storage.as_jax(self.query), k=self.cache.key, v=self.cache.value,
+            q=storage.as_jax(self.query), k=key, v=value, cache_scales=scales,
             bias=None if self.bias is None else storage.as_jax(self.bias),
             score=(), mask=jax.tree.map(storage.as_jax, self.mask), score_integers=(), dropout_seed=None,
             dropout_origin=None, page_table=self.cache.page_table)
@@ -257,12 +288,15 @@ def _check_part(part: masks.Mask) -> None:
                              f"mask={part}", "hide keys by -inf in the bias, (batch, 1, 1, capacity)")
 
 
-def _all_rows(cache: Cache) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """What stands for keys and values as if they were contiguous: what the shape of a query is checked against."""
+def _all_rows(cache: Cache, query: Shaped) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """What stands for keys and values as if they were contiguous, and without scales: what the shape of a query is
+    checked against.
+    """
+    dtype = cache.key.dtype if cache.scales is None else query.dtype
     shapes = (list(cache.key.shape), list(cache.value.shape))
     for shape in shapes:
         shape[0], shape[cache.layout.index("L")] = cache.batch, cache.capacity
-    key, value = (jax.ShapeDtypeStruct(tuple(shape), cache.key.dtype) for shape in shapes)
+    key, value = (jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in shapes)
     return key, value
 
 
@@ -294,7 +328,9 @@ def _checked_rows(cache: Cache, name: str, given: object) -> jax.Array:
     if len(x.shape) != 4 or any(size != of for i, (size, of) in enumerate(zip(x.shape, wanted)) if i != length):
         raise errors.invalid(f"{name} must have shape ({', '.join(map(str, wanted))}) ({cache.layout})",
                              f"{name}.shape={tuple(x.shape)}", "give the new tokens of every sequence of the cache")
-    if x.dtype != rows.dtype:
+    if quantised.is_quantised(rows.dtype):
+        check_dtype(name, x)
+    elif x.dtype != rows.dtype:
         raise errors.invalid(f"{name} must have the dtype of the cache", f"{name}.dtype={x.dtype}, not {rows.dtype}",
                              "cast it")
     storage.require_values(**{name: x}, cache=cache)

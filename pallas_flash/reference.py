@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import dropout, masks, paging, scores, softmax
+from pallas_flash import dropout, masks, paging, quantised, scores, softmax
 from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients, Operands, Results
 
@@ -78,11 +78,15 @@ class _Rows(NamedTuple):
 
 
 def _keys(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
-    """k and v as they are without pages, in the spec's layout."""
-    if operands.page_table is None:
+    """k and v as they are without pages and without scales, in the spec's layout."""
+    pos, axis, table = jnp.arange(spec.kv_len, dtype=jnp.int32), spec.layout.index("L"), operands.page_table
+    if operands.cache_scales is not None:
+        of_k, of_v = operands.cache_scales
+        return (quantised.rows(operands.k, of_k, table, pos, axis, spec.acc_dtype),
+                quantised.rows(operands.v, of_v, table, pos, axis, spec.acc_dtype))
+    if table is None:
         return operands.k, operands.v
-    pos, axis = jnp.arange(spec.kv_len, dtype=jnp.int32), spec.layout.index("L")
-    k, v = (paging.rows(x, operands.page_table, pos, axis) for x in (operands.k, operands.v))
+    k, v = (paging.rows(x, table, pos, axis) for x in (operands.k, operands.v))
     return k, v
 
 

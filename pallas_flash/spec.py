@@ -81,6 +81,7 @@ class Operands(NamedTuple):
     dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
     page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
     sinks: Float[Array, "1|b h 1 1"] | None = None  # of a forward that takes them (`AttentionSpec.sinks`); float32
+    cache_scales: tuple[Array, Array] | None = None  # of k and v (`AttentionSpec.cache_scales`); float32
 
     @property
     def differentiable(self) -> Differentiable[Array]:
@@ -91,7 +92,7 @@ class Operands(NamedTuple):
     def others(self) -> "Others":
         """Those that have none."""
         return Others(mask=self.mask, score_integers=self.score_integers, dropout_seed=self.dropout_seed,
-                      dropout_origin=self.dropout_origin, page_table=self.page_table)
+                      dropout_origin=self.dropout_origin, page_table=self.page_table, cache_scales=self.cache_scales)
 
     @classmethod
     def of(cls, differentiable: Differentiable[Array], others: "Others") -> "Operands":
@@ -108,6 +109,7 @@ class Others(NamedTuple):
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
     page_table: Int[Array, "b p"] | None
+    cache_scales: tuple[Array, Array] | None = None
 
 
 class Results[T](NamedTuple):
@@ -139,6 +141,9 @@ class AttentionSpec:
         `Operands.page_table` (batch, kv_len / page_size) says in which; None: they lie one after the other.
       sinks: the shape of `Operands.sinks`, that take part in the softmax, where the forward computes that itself
         (`dispatch.Implementation.takes_sinks`); None: there are none, or `autodiff` adds them to the results.
+      cache_scales: k and v are float8_e4m3fn numbers (`quantised`), to be multiplied with `Operands.cache_scales` of
+        these shapes, each (batch, or pages, or 1; kv_heads or 1); `dtype` is that of q. They have no gradient. None: k
+        and v are in `dtype`.
     """
 
     layout: Layout
@@ -162,6 +167,7 @@ class AttentionSpec:
     partial: bool
     pages: Pages | None
     sinks: ArrayField | None = None
+    cache_scales: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @classmethod
     def of(cls, q: Shaped, k: Shaped, v: Shaped, *, layout: Layout = "BLHD", mask: masks.Mask | None = None,
@@ -317,7 +323,8 @@ class AttentionSpec:
                   f"softcap={self.softcap:g}" if self.softcap is not None else "",
                   f"dropout_rate={self.dropout_rate:g}" if self.dropout_rate else "",
                   "deterministic" if self.deterministic else "", "partial" if self.partial else "",
-                  f"pages={self.pages}" if self.pages is not None else ""]
+                  f"pages={self.pages}" if self.pages is not None else "",
+                  "cache=float8_e4m3fn" if self.cache_scales is not None else ""]
         return ", ".join([f"AttentionSpec({self.layout} {self.dtype.name}", shape, dim, f"mask={self.mask}",
                           *filter(None, extras)]) + ")"
 

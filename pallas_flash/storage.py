@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_flash import arguments, errors, mask_fields, masks, paging
+from pallas_flash import arguments, errors, mask_fields, masks, paging, quantised
 from pallas_flash.arrays import Array, Bool, Int, Shaped
 from pallas_flash.spec import Layout, check_dtype
 
 __all__ = ["Cache", "as_jax", "check_lengths", "empty", "empty_paged", "known", "require_cache", "require_values"]
 
+type Scale = arguments.Array | float | list[float] | None
 PAGE_MULTIPLE = 16
 """What the size of a page is a multiple of: kernels read so many keys at once."""
 
@@ -36,6 +37,10 @@ class Cache:
         are lost: see `overflowed`.
       page_table: (batch, pages of a sequence) integers; None: contiguous.
       layout: the order of the axes, also of what is appended, of queries and of results.
+      key_scale, value_scale: with float8_e4m3fn key and value, what these are multiplied with: float32, positive,
+        (kv_heads,), or (batch, kv_heads) of each sequence's heads, or with a page table (pages, kv_heads); an axis may
+        be 1. `append` divides by them, and what is larger than 448 of them becomes that (`quantised`). Such a cache has
+        no gradient, queries have. None: the numbers themselves.
 
     Raises:
       ValueError: wrong shapes or dtypes, or lengths, in a list or a NumPy array, that are negative or above the
@@ -47,9 +52,13 @@ class Cache:
     lengths: Any
     page_table: Any = None
     layout: Layout = "BLHD"
+    key_scale: Any = None
+    value_scale: Any = None
 
     def __post_init__(self) -> None:
         _check_arrays(self)
+        for name in _SCALES:
+            object.__setattr__(self, name, _checked_scale(self, name))
         given = _integers(self)
         check_lengths(self, mask_fields.on_host, lengths=given["lengths"], page_table=given["page_table"])
         for name, x in (("key", self.key), ("value", self.value)):
@@ -87,6 +96,11 @@ class Cache:
         full: Array = self.lengths > self.capacity
         return full if self.pages is None else full | paging.lack(self.pages, self.page_table, self.lengths)
 
+    @property
+    def scales(self) -> tuple[Array, Array] | None:
+        """key_scale and value_scale, if there are any."""
+        return None if self.key_scale is None else (self.key_scale, self.value_scale)
+
     def room(self, page_table: Shaped | None) -> int | arguments.Array:
         """`capacities` under a table, in NumPy if it is; one number where they are the same for all."""
         if self.pages is None or page_table is None or isinstance(page_table, jax.ShapeDtypeStruct):
@@ -95,14 +109,17 @@ class Cache:
         return there.astype("int32").cumprod(axis=1).sum(axis=1, dtype="int32") * self.pages.size
 
 
+_SCALES = ("key_scale", "value_scale")
+
+
 def _flatten(cache: Cache) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], Layout]:
-    names = ("key", "value", "lengths", "page_table")
+    names = ("key", "value", "lengths", "page_table", *_SCALES)
     return [(jax.tree_util.GetAttrKey(name), getattr(cache, name)) for name in names], cache.layout
 
 
 def _unflatten(layout: Layout, children: Iterable[object]) -> Cache:
     cache = object.__new__(Cache)  # no checks: a tree may hold anything in place of arrays
-    for name, x in zip(("key", "value", "lengths", "page_table", "layout"), (*children, layout), strict=True):
+    for name, x in zip(("key", "value", "lengths", "page_table", *_SCALES, "layout"), (*children, layout), strict=True):
         object.__setattr__(cache, name, x)
     return cache
 
@@ -111,31 +128,35 @@ jax.tree_util.register_pytree_with_keys(Cache, _flatten, _unflatten)
 
 
 def empty(batch: int, capacity: int, kv_heads: int, d: int, *, d_v: int | None = None,
-          dtype: DTypeLike = jnp.bfloat16, layout: Layout = "BLHD") -> Cache:
+          dtype: DTypeLike = jnp.bfloat16, layout: Layout = "BLHD", key_scale: Scale = None,
+          value_scale: Scale = None) -> Cache:
     """A contiguous cache of lengths 0, with room for `capacity` keys of each sequence.
 
     Args:
       d: of a key's head; `d_v` that of a value's, None for the same.
       layout: the order of the axes (batch, length, heads, dim).
+      key_scale, value_scale: with dtype float8_e4m3fn, see `Cache`.
     """
     _check_layout(layout)
     shape = (batch, capacity, kv_heads) if layout == "BLHD" else (batch, kv_heads, capacity)
     key, value = (jnp.zeros((*shape, dim), dtype) for dim in (d, d if d_v is None else d_v))
-    return Cache(key, value, jnp.zeros(batch, jnp.int32), None, layout)
+    return Cache(key, value, jnp.zeros(batch, jnp.int32), None, layout, key_scale, value_scale)
 
 
 def empty_paged(page_table: arguments.Ids, pages: tuple[int, int], kv_heads: int, d: int, *, d_v: int | None = None,
-                dtype: DTypeLike = jnp.bfloat16, layout: Layout = "BLHD") -> Cache:
+                dtype: DTypeLike = jnp.bfloat16, layout: Layout = "BLHD", key_scale: Scale = None,
+                value_scale: Scale = None) -> Cache:
     """A paged cache of lengths 0.
 
     Args:
       page_table: (batch, pages of a sequence) integers, see `Cache`.
       pages: how many there are, and the positions of each.
-      d, d_v, layout: as in `empty`.
+      d, d_v, layout, key_scale, value_scale: as in `empty`.
     """
     number, size = pages
     return dataclasses.replace(
-        empty(number, size, kv_heads, d, d_v=d_v, dtype=dtype, layout=layout),
+        empty(number, size, kv_heads, d, d_v=d_v, dtype=dtype, layout=layout, key_scale=key_scale,
+              value_scale=value_scale),
         lengths=jnp.zeros(len(page_table), jnp.int32), page_table=page_table)
 
 
@@ -159,7 +180,8 @@ def _check_arrays(cache: Cache) -> None:
         if len(x.shape) != 4:
             raise errors.invalid(f"{name} of a cache must have 4 axes ({cache.layout})", f"{name}.shape={x.shape}",
                                  "begin with the batch, or with the pages")
-        check_dtype(name, x)
+        if not quantised.is_quantised(x.dtype):
+            check_dtype(name, x)
     key, value = cache.key, cache.value
     if key.dtype != value.dtype or key.shape[:3] != value.shape[:3]:
         raise errors.invalid("key and value of a cache must be alike but for the last axis",
@@ -169,6 +191,30 @@ def _check_arrays(cache: Cache) -> None:
     if cache.page_table is not None and (not key.shape[0] or not size or size % PAGE_MULTIPLE):
         raise errors.invalid(f"pages must be at least one, of a multiple of {PAGE_MULTIPLE} positions",
                              f"{key.shape[0]} pages of {size} positions", "choose another page size")
+
+
+def _checked_scale(cache: Cache, name: str) -> Any:
+    """A scale as (rows of the arrays or 1, kv_heads or 1) float32; None for a cache without."""
+    given, key = getattr(cache, name), cache.key
+    if (given is not None) != quantised.is_quantised(key.dtype):
+        raise errors.invalid(f"{name} goes with key and value of float8_e4m3fn, and only with these",
+                             f"{name}={'None' if given is None else 'given'}, key.dtype={key.dtype}",
+                             "give both scales, ones for instance, or keep numbers of 16 bits")
+    if given is None:
+        return None
+    x = arguments.array(name, np.asarray(given, np.float32) if isinstance(given, list | tuple | float) else given)
+    shape, wanted = tuple(x.shape), (key.shape[0], key.shape[cache.layout.index("H")])
+    shape = (1,) * (2 - len(shape)) + shape
+    if len(shape) != 2 or any(size not in (1, full) for size, full in zip(shape, wanted)) or x.dtype != np.float32:
+        raise errors.invalid(f"{name} must be float32 of shape {wanted}, (sequences or pages, kv_heads), each may be 1",
+                             f"{name}: {x.dtype}{tuple(x.shape)}", "give one number for each head, say")
+    values = known(x)
+    if values is not None and not (np.isfinite(values) & (values > 0)).all():
+        raise errors.invalid(f"{name} must be positive and finite", f"min({name})={values.min()}",
+                             "divide the largest numbers of each head by 448, or take 1 where there are none")
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    return as_jax(x).reshape(shape)
 
 
 def _integers(cache: Cache) -> dict[str, Shaped | None]:

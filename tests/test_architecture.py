@@ -20,9 +20,9 @@ ARROWS = {
          "spec"},
     "arguments": {*FOUNDATIONS},
     "attention": {"arguments", "autodiff", "compat", "device", "dispatch", "forks", "packed", *FOUNDATIONS},
-    "cache": {"arguments", "autodiff", "compat", "device", "dispatch", "filled", "forks", "paging", "sharding",
-              "storage", *FOUNDATIONS},
-    "storage": {"arguments", "mask_fields", "paging", *FOUNDATIONS},
+    "cache": {"arguments", "autodiff", "compat", "device", "dispatch", "filled", "forks", "paging", "quantised",
+              "sharding", "storage", *FOUNDATIONS},
+    "storage": {"arguments", "mask_fields", "paging", "quantised", *FOUNDATIONS},
     "packed": {"arguments", "mask_fields", *FOUNDATIONS},
     "autodiff": {"device", "dispatch", "filled", "sharding", "sinks", "softmax", *FOUNDATIONS},  # dispatch: the passes
     "sharding": {"compat", "spec"},
@@ -34,12 +34,13 @@ ARROWS = {
     "relative_scores": {"errors", "scores"},
     "padding": {"spec"},
     "paging": set(),
+    "quantised": {"paging"},
     "filled": {"mask_fields", "masks", "paging"},
     "mask_fields": {"errors"},
     "masks": {"arithmetic", "errors", "mask_fields"},
     "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
-    "reference": {"dropout", "paging", "softmax", *FOUNDATIONS},
+    "reference": {"dropout", "paging", "quantised", "softmax", *FOUNDATIONS},
     "flax": {"attention", "context_parallel", "dispatch", "filled", "forks", *FOUNDATIONS},  # dispatch: names
     "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
@@ -51,7 +52,8 @@ ARROWS = {
     "softmax": set(), "dropout": set(), "errors": set(), "compat": set(),
 }
 """Which modules of pallas_flash each may import; those of a package may import each other."""
-FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "padding", "paging", "softmax", "tiles", *FOUNDATIONS}
+FOR_KERNELS = {"compat", "device", "dropout", "filled", "packed", "padding", "paging", "quantised", "softmax", "tiles",
+               *FOUNDATIONS}
 
 ON_MOSAIC = {"ampere", "hopper"}
 """The kernels packages that may import `kernels.mosaic`; no package may import any other one."""
@@ -67,6 +69,7 @@ MANY_PARAMETERS = {
     # public signatures, which name every argument of the problem, and what mirrors them
     "pallas_flash/attention.py": {"flash_attention", "explain", "dot_product_attention"},
     "pallas_flash/cache.py": {"attend", "explain"},
+    "pallas_flash/storage.py": {"empty", "empty_paged"},
     "pallas_flash/spec.py": {"of"},
     "pallas_flash/flax.py": {"__call__"},
     "pallas_flash/context_parallel/attention.py": {"context_parallel_attention"},

@@ -694,15 +694,16 @@ def test_a_sequence_over_devices_is_timed_beside_one_device():
     json.dumps(found)
 
 
-def test_decoding_is_timed_in_bytes_a_second(monkeypatch):
+@pytest.mark.parametrize("more", [dict(bias=(2, 1), sinks=True), dict(eight=True)], ids=str)
+def test_decoding_is_timed_in_bytes_a_second(monkeypatch, more):
     """Without the others that a GPU has: reads alone, and PyTorch."""
     monkeypatch.setattr(decode, "BURST_SECONDS", 0.001)
     monkeypatch.setattr(decode, "_contestants", lambda problem, implementation: {
         "ours": decode._jax_calls(implementation, *problem.arrays(), problem.more_arrays())})
-    problem = decode.Problem(2, 48, (2, 1), 8, shortest=5, page=16, bias=(2, 1), sinks=True)
+    problem = decode.Problem(2, 48, (2, 1), 8, shortest=5, page=16, **more)
     record = decode.measure("small", problem, "xla", rounds=1)
     assert problem.lengths.min() >= 5 and problem.lengths.max() <= 48
-    assert problem.bytes_read == problem.lengths.sum() * 8 * 4
+    assert problem.bytes_read == problem.lengths.sum() * 8 * 2 * (1 if problem.eight else 2)
     assert set(record["us"]) == {"ours"} and record["error"] == 0
     assert record["gbytes"]["ours"] == pytest.approx(problem.bytes_read / record["us"]["ours"] / 1e3)
     json.dumps(record)

@@ -14,7 +14,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 
-from torch_bridge import eager, flash, kv_cache, messages, packed, sdpa
+from torch_bridge import cached, eager, flash, kv_cache, messages, packed, sdpa
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import decoding
 from torch_bridge.kv_cache import KVCache, Rotary
@@ -359,13 +359,15 @@ class Cached(NamedTuple):
 
     def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
-        found = None
-        if not torch.compiler.is_compiling() and decoding.is_asked(self.q.device) and self.is_at_the_end:
+        found, is_asked = None, self.is_at_the_end and decoding.is_asked(self.q.device)
+        if is_asked and not torch.compiler.is_compiling():
             found = eager.attend_to_cache(*self.decoding())
-        if found is None:
-            out, lse = flash.attend(*self.with_lengths(), None, return_lse)
-        else:
+        if found is not None:
             out, lse = found.out, found.stats[:, :, 0] if return_lse else None
+        elif is_asked and torch.compiler.is_compiling():
+            out, lse = cached.attend_traced(*self.decoding(), return_lse)
+        else:
+            out, lse = flash.attend(*self.with_lengths(), None, return_lse)
         slopes = self._slopes()
         if slopes is not None:
             to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)

@@ -4,7 +4,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from torch_bridge import flash, messages
+from torch_bridge import cached, flash, messages
 from torch_bridge.direct import decoding
 
 __all__ = ["KVCache", "Keywords", "Rotary", "again", "usual"]
@@ -75,11 +75,8 @@ class KVCache(NamedTuple):
     def append(self, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> None:
         """Writes (batch, new, heads, dim) in place, from position at (batch,) of each sequence on."""
         places = self._places(at, key.shape[1])
-        for cache, new in ((self.keys, key), (self.values, value)):
-            if cache.is_contiguous():
-                cache.view(-1, *cache.shape[2:]).index_put_((places,), new)
-            else:
-                cache.index_put_((places // cache.shape[1], places % cache.shape[1]), new)
+        cached.append(self.keys, key, places)
+        cached.append(self.values, value, places)
 
     def _places(self, at: torch.Tensor, count: int) -> torch.Tensor:
         """(batch, count) int64: row * length + position in it, of so many positions from `at` on."""

@@ -31,19 +31,19 @@ from torch_bridge.arguments import (
     RowAnchor,
 )
 
-__all__ = ["DIRECT", "attention", "attention_backward", "attention_double_backward", "draw_seed", "dropout_seed",
-           "library", "require_float64", "row_anchor"]
+__all__ = ["DIRECT", "TAGS", "attention", "attention_backward", "attention_double_backward", "draw_seed",
+           "dropout_seed", "library", "require_float64", "row_anchor"]
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")
 # Graphs must pass the strides that the fake version saw, and JAX's streams cannot be captured in a CUDA graph.
-_tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)]
+TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)]
 _OUTSIDE_GRAPHS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _RANDOM = [torch.Tag.nondeterministic_seeded]
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=_tags + _OUTSIDE_GRAPHS + _RANDOM * (_name == "dropout_seed"))
+    library.define(_name + _schema, tags=TAGS + _OUTSIDE_GRAPHS + _RANDOM * (_name == "dropout_seed"))
 for _name in ("attention", "attention_backward"):
-    library.define(f"{_name}_direct{SCHEMAS[_name]}", tags=_tags)
+    library.define(f"{_name}_direct{SCHEMAS[_name]}", tags=TAGS)
 
 type Operator = torch._ops.OpOverload[..., tuple[torch.Tensor, ...]]
 

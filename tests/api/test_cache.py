@@ -403,13 +403,13 @@ def test_xla_reads_each_key_once(pages, q_len, monkeypatch):
     together. The analysis of a compiled program cannot say it: how often the loop runs depends on the lengths.
     """
     seen: list[int] = []
-    load = blocks.Problem.kv_tile
+    load = blocks.Problem._kv_tile
 
     def counted(self, array, tile):
         jax.debug.callback(lambda tile: seen.append(int(tile)), tile)
         return load(self, array, tile)
 
-    monkeypatch.setattr(blocks.Problem, "kv_tile", counted)
+    monkeypatch.setattr(blocks.Problem, "_kv_tile", counted)
     monkeypatch.setattr(schedule, "TARGET_BLOCK", 16)
     number, size = (6, 16) if pages else (1, 96)
     table = jnp.arange(6)[None] if pages else None

@@ -260,3 +260,50 @@ def test_a_step_of_a_static_cache_in_a_cuda_graph():
     assert launches() == 2 * 2, "of the second step, and of the captured one"
     for a, b in zip(found, wanted, strict=True):
         assert ((a - b).abs().max() / b.abs().max()).item() < 1e-2
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_step_is_a_cuda_graph_with_our_kernel(quiet):
+    """Two layers that append and attend, by CUDA graphs of torch's own: lengths that grow, no copy of a cache."""
+    layers, q = [cache_of() for _ in range(2)], random(B, 1, HQ, D)
+    k, v, lengths = random(B, 1, HKV, D), random(B, 1, HKV, D), integers(0, 5, 150)
+    for x in (q, k, v, lengths, *layers[0], *layers[1]):
+        torch._dynamo.mark_static_address(x)
+
+    def step(q, k, v, lengths, layers):
+        return [flash_attn_with_kvcache(q, keys, values, k, v, cache_seqlens=lengths) for keys, values in layers]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for i in range(40):
+            for x in (q, k, v):
+                x.normal_()
+            torch.compiler.cudagraph_mark_step_begin()
+            found = compiled(q, k, v, lengths, layers)
+            lengths.add_(1)
+            if i % 13 == 0:
+                for out, layer in zip(found, layers, strict=True):
+                    near(out, exact(q, *layer, lengths))
+        counted = launches()
+        names = kernels_of(lambda: compiled(q, k, v, lengths, layers))
+    assert launches() == counted, "nothing is launched by the host once there is a graph"
+    assert sum("attention_decode" in name for name in names) == 3 * 2, names
+    assert not any("direct_copy" in name or "Memcpy" in name for name in names), names
+
+
+def test_generate_compiles_a_step_of_a_static_cache(quiet):
+    """As `generate` does by itself: its compiled forward is replayed, and gives eager's logits."""
+    model, ids, found = llama(), torch.randint(1, 63, (2, 11), device="cuda"), {}
+    for implementation in ("eager", "pallas"):
+        model.set_attn_implementation(implementation)
+        found[implementation] = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, min_new_tokens=8,
+            output_logits=True, return_dict_in_generate=True, cache_implementation="static",
+            disable_compile=implementation == "eager")
+    assert launches() > 0
+    for a, b in zip(found["pallas"].logits, found["eager"].logits, strict=True):
+        assert ((a - b).abs().max() / b.abs().max()).item() < 1e-2
+        if not torch.equal(a.argmax(-1), b.argmax(-1)):
+            break

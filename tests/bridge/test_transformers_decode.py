@@ -117,3 +117,28 @@ def test_other_masks_have_no_note(decoded, monkeypatch):  # noqa: F811
         assert static.noted(mask) is None
     monkeypatch.setenv(attention.VARIABLE, "0")
     assert static.noted(noted(5)) is None
+
+
+@pytest.mark.parametrize("name, side", [("Llama", None), ("Llama", "left"), ("GptOss", None), ("Gemma3", "left")])
+def test_a_compiled_step_of_a_static_cache(decoded, quiet, monkeypatch, name, side):  # noqa: F811
+    """What `generate` compiles on a GPU: each layer's attention is the operator of the kernel, sliding layers' too."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append([node.target for node in module.graph.nodes if "pallas_flash." in str(node.target)])
+        return module.forward
+    from torch._dynamo.backends.common import aot_autograd
+    torch._dynamo.reset()
+    model, ids = causal_lm(name), models.tokens()
+    mask = None if side is None else models.padding(side)
+    with torch.no_grad():
+        expected = models.generate(model, "eager", ids, mask, cache_implementation="static", disable_compile=True)
+    compiled = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: compiled)
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda self, *_: True)
+    with torch.no_grad():
+        found = models.generate(model, "pallas", ids, mask, cache_implementation="static")
+    direct = torch.ops.pallas_flash.attention_to_cache_direct.default
+    assert graphs and all(graph == [direct] * 2 for graph in graphs) and decoded.count("decode") == 3 * 2
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert models.distance(a.float(), b.float()) < 2e-2

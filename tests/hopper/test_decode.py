@@ -580,13 +580,17 @@ test_decode.assert_right_as_scheduled(test_decode.{case})
     "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
     "Case((300, 0, 77), 2, capacity=301, d=(64, 64), schedule=dict(workers=2, num_blocks=5))"])
 def test_compute_sanitizer_finds_nothing(tool, case):
+    assert_sanitized(tool, SANITIZED.format(case=case))
+
+
+def assert_sanitized(tool: str, code: str) -> None:
     """Each array is an allocation of its own, so that what lies past its end is not another one's."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
     options = ("--report-api-errors", "no") if tool == "memcheck" else ("--racecheck-report", "all")
     command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=attention_decode", *options,
-               sys.executable, "-c", SANITIZED.format(case=case)]
+               sys.executable, "-c", code]
     here = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True)
     text = done.stdout + done.stderr

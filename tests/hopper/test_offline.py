@@ -63,7 +63,8 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d128-s2048+gradients+float32+lengths+softcap",
          *(f"causal-d128-s2048+gradients+float32+{mask}" for mask in ("documents", "dense", "ragged")),
          "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
-         "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks"]
+         "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks", "causal-d64-s2048+decode+eight",
+         "causal-d128-s2048+decode+eight+pages", "causal-d256-s2048+decode+softcap+eight"]
 DECODING_WITH_A_BIAS = {"causal-d64-s2048+decode+pages+bias+heads+sinks": 0,
                         "causal-d128-s2048+decode+bias+heads+sinks": 0,
                         "causal-d256-s2048+decode+softcap+bias+heads+sinks": 40}

@@ -20,8 +20,8 @@ from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import CacheProblem, Given
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["VARIABLE", "Call", "Known", "Rules", "attend", "is_asked", "learn", "path", "problem_of", "why_not",
-           "why_not_direct"]
+__all__ = ["VARIABLE", "Call", "Known", "Rules", "attend", "is_asked", "is_possible", "learn", "path",
+           "prepared", "problem_of", "why_not", "why_not_direct"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT_DECODE"
 """1 has caches read by a direct launch on a GPU, which nobody has seen there yet."""
@@ -29,6 +29,7 @@ VARIABLE = "PALLAS_FLASH_DIRECT_DECODE"
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT, _MAX_DIM, _MAX_ROWS = 8, 256, 64
 _PAGE_UNIT = 16  # positions: smaller pages would be read in pieces of few bytes
+_WITH_ADDRESS = (torch.Tensor, torch.nn.Parameter)
 _MAX_SCALE = 1e30
 _MAX_CALLS = 4096
 
@@ -103,8 +104,13 @@ def _layout_of(call: Call) -> strides.Layout | None:
     order: tuple[strides.Layout, strides.Layout] = (
         ("BLHD", "BHLD") if strides.is_heads_inside(call.query) else ("BHLD", "BLHD"))
     return next((layout for layout in order if all(
-        strides.in_layout(x, layout).is_contiguous() and not x.is_neg() and not x.data_ptr() % ALIGNMENT
+        strides.in_layout(x, layout).is_contiguous() and not x.is_neg() and _is_aligned(x)
         for x in (call.key, call.value))), None)
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Of a tensor that stands for others while torch traces, which has no address: it may be."""
+    return type(x) not in _WITH_ADDRESS or not x.data_ptr() % ALIGNMENT
 
 
 def problem_of(call: Call, rules: Rules) -> CacheProblem:
@@ -135,12 +141,28 @@ def is_asked(device: torch.device) -> bool:
     return device.type in attention.DEVICES and attention.is_on() and _why_not_gpu(device) is None
 
 
+# What torch.compiler.assume_constant_result does, without importing the compiler: a graph is traced for the answer.
+is_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _why_not_gpu(device: torch.device) -> str | None:
     """Why no cache is read on a GPU; None: it is. Asked in every call."""
     if device.type == "cuda" and os.environ.get(VARIABLE) != "1":
         return f"PyTorch has not launched this kernel on a GPU yet: set {VARIABLE}=1 to try it"
     return attention.why_not_device(device, "caches")
+
+
+def is_possible(device: torch.device) -> bool:
+    """`is_asked`, with what is installed."""
+    return is_asked(device) and requirements.why_not() is None
+
+
+def prepared(call: Call, rules: Rules, device: torch.device) -> bool:
+    """Whether the plan of a call that nothing is against is loaded, now at the latest; where it cannot be, a warning
+    says why. Shapes, strides and dtypes of its tensors count.
+    """
+    return attention.direct_of((problem_of(call, rules), device)).try_prepare("decode")
 
 
 def attend(call: Call, rules: Rules) -> Results | None:

@@ -5,14 +5,15 @@ now: a program that was compiled compiles nothing when it runs.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import apart, attention, requirements
+from torch_bridge.direct import apart, attention, decoding, requirements
 from torch_bridge.direct.problem import PassName
 
-__all__ = ["is_direct", "is_traced"]
+__all__ = ["is_direct", "is_direct_to_cache", "is_traced"]
 
 
 def is_traced() -> bool:
@@ -28,14 +29,35 @@ def is_direct(operands: Operands, numbers: Numbers, pass_name: PassName) -> bool
     warning tells.
     """
     device = operands.query.device
-    if device.type not in attention.DEVICES or not attention.is_on() or (
-            device.type == "cuda" and not torch.cuda.is_available()):
+    if not _is_here(device):
         return False
-    if any(isinstance(n, torch.SymInt) for x in operands if x is not None for n in (*x.shape, *x.stride())) or any(
-            isinstance(n, torch.SymInt) for n in numbers):
+    if _varies(operands, numbers):
         return attention.why_not(operands, numbers) is None and apart.run(_takes, device, attention.of_hopper(operands))
-    stored = [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in operands]
-    return apart.run(_is_prepared, stored, numbers, device, pass_name)
+    return apart.run(_is_prepared, _stored(operands), numbers, device, pass_name)
+
+
+def is_direct_to_cache(call: decoding.Call, rules: decoding.Rules) -> bool:
+    """`is_direct` of a call of the kernel of caches. Addresses are asked for when it runs. False where the capacity is
+    a size that varies: a plan is for one, and a cache that grows would have one made for each token.
+    """
+    device = call.query.device
+    if not _is_here(device) or call.needs_grad or any(x is not None and x.device != device for x in call):
+        return False
+    if _varies(call, rules):
+        return not isinstance(call.capacity, torch.SymInt) and decoding.why_not(call, rules) is None and apart.run(
+            decoding.is_possible, device)
+    return apart.run(_is_prepared_to_cache, _stored(call), rules, device)
+
+
+def _is_here(device: torch.device) -> bool:
+    return device.type in attention.DEVICES and attention.is_on() and (
+        device.type != "cuda" or torch.cuda.is_available())
+
+
+def _varies(tensors: Sequence[torch.Tensor | None], numbers: Sequence[object]) -> bool:
+    """Whether a size stands for several."""
+    return any(isinstance(n, torch.SymInt) for x in tensors if x is not None for n in (*x.shape, *x.stride())) or any(
+        isinstance(n, torch.SymInt) for n in numbers)
 
 
 def _takes(device: torch.device, only: str) -> bool:
@@ -45,9 +67,22 @@ def _takes(device: torch.device, only: str) -> bool:
 _Stored = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
+def _stored(tensors: Sequence[torch.Tensor | None]) -> list[_Stored | None]:
+    return [None if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in tensors]
+
+
+def _like(stored: Sequence[_Stored | None]) -> list[torch.Tensor | None]:
+    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") for x in stored]
+
+
 def _is_prepared(stored: list[_Stored | None], numbers: Numbers, device: torch.device, pass_name: PassName) -> bool:
     """Whether the plan is loaded, now at the latest."""
-    operands = Operands._make(
-        None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") for x in stored)
+    operands = Operands._make(_like(stored))
     return attention.why_not(operands, numbers) is None and _takes(device, attention.of_hopper(operands)) and (
         attention.prepared(operands, numbers, device, pass_name))
+
+
+def _is_prepared_to_cache(stored: list[_Stored | None], rules: decoding.Rules, device: torch.device) -> bool:
+    call = decoding.Call._make(_like(stored))
+    return decoding.is_possible(device) and decoding.why_not(call, rules) is None and decoding.prepared(
+        call, rules, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from torch_bridge import eager, flash
+from torch_bridge import cached, eager, flash
 from torch_bridge.direct import decoding
 from torch_bridge.flash import Keywords, flash_attention
 from torch_bridge.transformers import static
@@ -77,8 +77,12 @@ class Attention:
     def _of_static_cache(self, tensors: tuple[Tensor, Tensor, Tensor], attention_mask: Tensor | None,
                          position_bias: Tensor | None, numbers: Keywords) -> Tensor | None:
         """Of a query whose mask has a note, by the kernel of caches; None: it takes no such call."""
-        filled = None if torch.compiler.is_compiling() else static.noted(attention_mask)
-        return None if filled is None or position_bias is not None else _decoded(tensors, filled, numbers)
+        if position_bias is not None or attention_mask is None:
+            return None
+        if torch.compiler.is_compiling():
+            return _decoded_in_graph(tensors, attention_mask, numbers)
+        filled = static.noted(attention_mask)
+        return None if filled is None else _decoded(tensors, filled, numbers)
 
 
 def _decoded(tensors: tuple[Tensor, Tensor, Tensor], filled: static.Filled, numbers: Keywords) -> Tensor | None:
@@ -89,6 +93,26 @@ def _decoded(tensors: tuple[Tensor, Tensor, Tensor], filled: static.Filled, numb
     softcap = flash.checked_softcap(numbers["softcap"])
     found = eager.attend_to_cache(call, decoding.Rules(filled.left, None, softcap, numbers["scale"]))
     return None if found is None else found.out
+
+
+def _decoded_in_graph(tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor, numbers: Keywords) -> Tensor | None:
+    """`_decoded` of a single query whose mask is traced: what it keeps is read on the GPU.
+
+    Whatever the mask: keys behind the last that any query sees are not read, and others that it hides get a bias of
+    -inf. A note is not asked for: no graph tells whether its mask was written to since.
+    """
+    query, key, _ = tensors
+    if type(mask) is not Tensor or mask.dtype != torch.bool or query.shape[2] != 1 or mask.dim() != 4 or (
+            mask.shape[1:3] != (1, 1) or mask.shape[3] != key.shape[2]):
+        return None
+    if numbers["dropout_p"] or not decoding.is_asked(query.device):
+        return None
+    after = torch.arange(1, key.shape[2] + 1, dtype=torch.int32, device=mask.device)
+    lengths = torch.where(mask[:, 0, 0], after, 0).amax(-1).expand(query.shape[0])
+    bias = torch.where(mask, 0.0, -torch.inf)
+    call = decoding.Call(*tensors, lengths, bias=bias, sinks=numbers["sinks"])
+    rules = decoding.Rules(None, None, flash.checked_softcap(numbers["softcap"]), numbers["scale"])
+    return cached.attend_traced(call, rules, needs_lse=False)[0]
 
 
 def _check(others: Mapping[str, object], attention_mask: Tensor | None) -> None:

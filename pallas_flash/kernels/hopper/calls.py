@@ -233,6 +233,8 @@ def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Resu
     """Against a cache: the kernel reads a bias and sinks as they are, and finds the mask from its arrays."""
     fields, pages = jax.tree.leaves(operands.mask), operands.page_table
     added = [x for x in (operands.bias, operands.sinks) if x is not None]
+    for scale in operands.cache_scales or ():  # of key heads; as a bias is, of query heads
+        added.append((scale if scale.shape[1] == 1 else jnp.repeat(scale, spec.group, axis=1))[..., None, None])
     key, table = ("key", "") if pages is None else ("pages", "table ")
     roles = f"query {key} {key} {'field ' * len(fields)}{'bias ' * len(added)}{table}-> query row"
     arrays = operands.q, operands.k, operands.v, *fields, *added, *[pages] * (pages is not None)

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_flash import quantised
 from pallas_flash.kernels.hopper import mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dbias, dq, finish, kv, kv_split, prepare, wide
-from pallas_flash.kernels.hopper.decode import added
+from pallas_flash.kernels.hopper.decode import added, eight_bits
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
 from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.float32 import forward as forward_float32
@@ -82,7 +83,7 @@ def _in_parts(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
-    inputs = _operands(spec) | fields(spec) | added.types(spec)
+    inputs = _operands(spec) | fields(spec) | added.types(spec) | eight_bits.types(spec)
     if spec.page_table_shape is not None:
         inputs["page_table"] = jax.ShapeDtypeStruct(spec.page_table_shape, jnp.int32)
     counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
@@ -149,4 +150,6 @@ def _gradients_in_parts(spec: AttentionSpec, schedule: BackwardSchedule) -> tupl
 
 def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = spec.operand_shapes
-    return {name: jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in zip("qkv", shapes[:3])}
+    stored = spec.dtype if spec.cache_scales is None else quantised.DTYPE
+    return {name: jax.ShapeDtypeStruct(shape, spec.dtype if name == "q" else stored)
+            for name, shape in zip("qkv", shapes[:3])}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import tiles
+from pallas_flash import quantised, tiles
 from pallas_flash.kernels.hopper.schedule import (
     CHUNK,
     ROWS_PER_WARPGROUP,
@@ -116,17 +116,24 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
 
 def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
     """Of each worker, whose number ends every name: key and value tiles in rings, which come in pieces of a page each
-    where there are pages; and the queries, if they are not in registers.
+    where there are pages; the queries, if they are not in registers; and a key and a value tile as products read them,
+    where they are kept in eight bits.
     """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     pieces = 1 if spec.pages is None else s.block_kv // math.gcd(spec.pages.size, s.block_kv)
-    buffers, barriers = [], []
+    buffers, barriers, loads = [], [], (d, d_v)
     for worker in range(s.workers):
-        buffers += [Buffer(f"k_{worker}", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
-                    Buffer(f"v_{worker}", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+        if spec.cache_scales is None:
+            buffers += [Buffer(f"k_{worker}", (s.num_stages, d, s.block_kv, CHUNK), spec.dtype),
+                        Buffer(f"v_{worker}", (s.num_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
+        else:
+            loads = 1, 1
+            for name, dim, width in (("k", spec.d, d), ("v", spec.d_v, d_v)):
+                buffers += [Buffer(f"{name}_{worker}", (s.num_stages, s.block_kv, dim), quantised.DTYPE, chunked=False),
+                            Buffer(f"wide_{name}_{worker}", (width, s.block_kv, CHUNK), spec.dtype)]
         if not s.q_registers:
             buffers.append(Buffer(f"q_{worker}", (d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
-        rings = *_ring("k", pieces * d, 1, s.num_stages), *_ring("v", pieces * d_v, 1, s.num_stages)
+        rings = *_ring("k", pieces * loads[0], 1, s.num_stages), *_ring("v", pieces * loads[1], 1, s.num_stages)
         barriers += [ring._replace(name=f"{ring.name}_{worker}") for ring in rings]
     return Memory(tuple(buffers), tuple(barriers))
 

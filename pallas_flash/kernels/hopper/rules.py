@@ -29,6 +29,8 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = ["dbias_reasons", "reasons_against"]
 
+CONVERTED = 2048
+"""Numbers of eight bits that the threads of a warpgroup convert at a time (`decode.eight_bits`)."""
 _Rules = tuple[tuple[bool, str], ...]
 """What must hold, and what is said where it does not."""
 
@@ -149,6 +151,9 @@ def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem
         (s.num_stages >= 1, f"{s.num_stages=} must be positive"),
         (s.parts_at_once >= 1, f"{s.parts_at_once=} must be positive"),
         (1 <= s.workers <= 3, f"{s.workers=} must be 1, 2 or 3"),
+        (spec.cache_scales is None or all(s.block_kv * dim % CONVERTED == 0 for dim in (spec.d, spec.d_v)),
+         f"a tile of eight bits must have a multiple of {CONVERTED} numbers, {s.block_kv=}, d={spec.d}, "
+         f"d_v={spec.d_v}"),
         (registers + 32 <= s.registers[0],
          f"scores, weights, queries and accumulator need about {registers + 32} registers a thread, there are "
          f"{s.registers[0]}"),

@@ -22,6 +22,8 @@ FLOAT32_IS_RIGHT = False
 """The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
 KERNELS_MERGE = True
 """Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
+BYTES_UNIT = 32
+"""Of head dimensions where keys and values are of eight bits: what all threads of a warpgroup convert at a time."""
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 
@@ -45,7 +47,8 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
     rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"))
+             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
+             (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
 
@@ -143,4 +146,23 @@ def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
         (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
         (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
     )
-    return [reason for holds, reason in rules if not holds]
+    return [reason for holds, reason in (*rules, *_rules_in_eight_bits(spec)) if not holds]
+
+
+def _rules_in_eight_bits(spec: AttentionSpec) -> tuple[tuple[bool, str], ...]:
+    """What else holds of a cache in eight bits: values that are not finite are told apart in 16 bits alone."""
+    if spec.cache_scales is None:
+        return ()
+    return (
+        (spec.d % BYTES_UNIT == 0 == spec.d_v % BYTES_UNIT,
+         f"needs head dimensions that are multiples of {BYTES_UNIT} against a cache in eight bits, d={spec.d}, "
+         f"d_v={spec.d_v} (keep query and the cache padded with zeros)"),
+        (spec.pages is None or all(rows == 1 for rows, _ in spec.cache_scales),
+         "takes scales of each head alone with pages in eight bits yet, not of each page"),
+        (spec.q_len == 1 and spec.bias is None,
+         f"takes one query of each head and no bias against a cache in eight bits yet, q_len={spec.q_len}, "
+         f"bias={spec.bias}"),
+        (all(type(rule) in mask_rules.INTERVAL_RULES for part in spec.mask.parts
+             for rule in (part.rule.parts if isinstance(part, Filled) else (part,))),
+         f"takes masks that are intervals of keys alone against a cache in eight bits yet, mask={spec.mask}"),
+    )

@@ -114,5 +114,7 @@ def _folded_pages(axis_size: int, spec: AttentionSpec, operands: Operands,
 def _folded_spec(spec: AttentionSpec, axis_size: int, operands: Operands) -> AttentionSpec:
     bias, sinks = (None if x is None else ArrayField.of(x) for x in (operands.bias, operands.sinks))
     pages = None if spec.pages is None else dataclasses.replace(spec.pages, number=operands.k.shape[0])
+    k_scale, v_scale = operands.cache_scales or (None, None)
+    scales = None if k_scale is None or v_scale is None else (k_scale.shape, v_scale.shape)
     return dataclasses.replace(spec, batch=axis_size * spec.batch, mask=operands.mask.with_placeholders(),
-                               pages=pages, bias=bias, sinks=sinks)
+                               pages=pages, bias=bias, sinks=sinks, cache_scales=scales)

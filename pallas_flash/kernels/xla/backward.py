@@ -4,6 +4,7 @@ With P = exp(S - lse): dV = P^T dO; dP = dO V^T; dS = P * (dP - delta); dQ = dS 
 other, so the order of the sums is fixed and the gradients are bit-equal on every run.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import compat, paging, scores, softmax, tiles
+from pallas_flash import compat, paging, quantised, scores, softmax, tiles
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.xla import blocks, schedule
 from pallas_flash.spec import AttentionSpec, Gradients, Operands
@@ -29,8 +30,15 @@ def backward(spec: AttentionSpec, operands: Operands, out: Array | None, stats: 
       stats, dstats: the forward's statistics and their cotangent, of which only that of lse counts
         (`spec.stats_shape`). Without out, dstats hold -delta (`autodiff.without_out`).
 
-    Keys and values in pages are gathered first.
+    Keys and values in pages are gathered first, and those with scales multiplied; these have no gradient: 0.
     """
+    if operands.cache_scales is not None:
+        pos, axis = jnp.arange(spec.kv_len, dtype=jnp.int32), spec.layout.index("L")
+        k, v = (quantised.rows(x, scale, operands.page_table, pos, axis, spec.acc_dtype)
+                for x, scale in zip((operands.k, operands.v), operands.cache_scales, strict=True))
+        found = backward(dataclasses.replace(spec, pages=None, cache_scales=None),
+                         operands._replace(k=k, v=v, page_table=None, cache_scales=None), out, stats, dout, dstats)
+        return found._replace(dk=jnp.zeros_like(operands.k), dv=jnp.zeros_like(operands.v))
     if operands.page_table is not None:
         operands, to_pages = _gathered(spec, operands, operands.page_table)
         found = backward(spec.paged(None), operands, out, stats, dout, dstats)
@@ -119,7 +127,7 @@ def _saved(problem: blocks.Problem, out: Array | None, stats: Array, dout: Array
 def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, sums: _Sums) -> tuple[Array, Array, _Sums]:
     """One key tile's dk and dv, and the sums with what it adds to them."""
     block_q, block_kv = problem.schedule.block_q, problem.schedule.block_kv
-    k, v = problem.kv_tile(problem.k, kv_tile), problem.kv_tile(problem.v, kv_tile)
+    k, v = problem.k_tile(kv_tile), problem.v_tile(kv_tile)
 
     def q_step(q_tile: Array, carry: tuple[Array, Array, _Sums], masked: bool) -> tuple[Array, Array, _Sums]:
         dk, dv, (dq, dbias, dscore) = carry

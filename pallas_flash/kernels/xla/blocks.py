@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import dropout, masks, paging, scores, softmax, tiles
+from pallas_flash import dropout, masks, paging, quantised, scores, softmax, tiles
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.xla import ids
@@ -54,6 +54,7 @@ class Problem:
     dropout_seed: Int[Array, "2"] | None
     dropout_origin: Int[Array, "4"] | None
     page_table: Int[Array, "b p"] | None
+    scales: tuple[Array, Array] | None
     keys_in_place: bool
 
     @property
@@ -95,8 +96,25 @@ class Problem:
         """One tile of q, out or dout."""
         return slice_tile(array, tile, self.schedule.block_q, self.q_axis)
 
-    def kv_tile(self, array: Array, tile: Array) -> Array:
-        """One tile of k or v."""
+    def k_tile(self, tile: Array) -> Array:
+        """One tile of k, without its scales."""
+        return self._without_scales(self._kv_tile(self.k, tile), tile, 0)
+
+    def v_tile(self, tile: Array) -> Array:
+        """One tile of v, without its scales."""
+        return self._without_scales(self._kv_tile(self.v, tile), tile, 1)
+
+    def _without_scales(self, rows: Array, tile: Array, which: int) -> Array:
+        """What is stored with scales times these, in `acc_dtype`: a product of it is one of wide numbers."""
+        if self.scales is None:
+            return rows
+        size, pos = 0 if self.spec.pages is None else self.spec.pages.size, self._kv_positions(tile)[None]
+        if self.page_table is not None:  # a last tile may go past the table
+            pos = jnp.minimum(pos, self.spec.kv_len - 1)
+        scales = quantised.paged_scales(self.scales[which], self.page_table, pos, size)
+        return quantised.dequantised(rows, scales, self.kv_axis, self.spec.acc_dtype)
+
+    def _kv_tile(self, array: Array, tile: Array) -> Array:
         if self.page_table is not None:
             return paging.rows(array, self.page_table, self._kv_positions(tile), self.kv_axis)
         if self.keys_in_place and self.spec.layout == "BLHD":
@@ -115,7 +133,7 @@ class Problem:
         XLA:GPU may compute sums of a few terms in a loop that rounds each term to the type of the operands, so those
         are widened: they are too few for a tensor core.
         """
-        is_wide = self.spec.dtype.itemsize > 2 or _terms(subscripts, a) <= _FEW_TERMS
+        is_wide = max(a.dtype.itemsize, b.dtype.itemsize) > 2 or _terms(subscripts, a) <= _FEW_TERMS
         if is_wide:
             a, b = a.astype(self.spec.acc_dtype), b.astype(self.spec.acc_dtype)
         precision = jax.lax.Precision.HIGHEST if is_wide else None
@@ -272,7 +290,7 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
         score=expanded_score(spec, operands, schedule),
         mask=mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else mask,
         dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin, page_table=operands.page_table,
-        keys_in_place=keys_in_place)
+        scales=operands.cache_scales, keys_in_place=keys_in_place)
 
 
 _FEW_TERMS = 8

@@ -40,11 +40,11 @@ def _attend(problem: blocks.Problem, q_tile: Array) -> tuple[Array, Array]:
 
     def kv_step(kv_tile: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         m_i, l_i, acc = carry
-        tile = problem.tile_of(q, problem.kv_tile(problem.k, kv_tile), q_tile, kv_tile, masked)
+        tile = problem.tile_of(q, problem.k_tile(kv_tile), q_tile, kv_tile, masked)
         m_i, l_i, alpha, p = softmax.update(m_i, l_i, tile.s, problem.unit)
         weights = (p if tile.dropped is None else p * tile.dropped).astype(spec.dtype)
         pv = blocks.masked_product(problem, f"bkgqs,{v_subscripts}->bkgqv", weights, tile.keep,
-                                   problem.kv_tile(problem.v, kv_tile))
+                                   problem.v_tile(kv_tile))
         return m_i, l_i, acc * alpha[..., None] + pv
 
     rows = (spec.batch, spec.kv_heads, spec.group, problem.schedule.block_q)

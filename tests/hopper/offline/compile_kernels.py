@@ -98,15 +98,17 @@ def score_of(problem, options: list[str]):
 
 def decoding(problem, options: list[str]):
     """A query against a cache of a problem's keys, with "pages" in pages of 16: a function, and its arguments. With
-    "bias" there is one of each key, with "heads" of each head, too; with "sinks" there are sinks."""
+    "bias" there is one of each key, with "heads" of each head, too; with "sinks" there are sinks; with "eight" keys and
+    values are of eight bits, with scales of heads."""
     import jax
     import jax.numpy as jnp
 
     from pallas_flash import cache
     spec, size = problem.spec(), 16 if "pages" in options else problem.kv_len
-    q, *keys = (jax.ShapeDtypeStruct((batch, length, heads, d), spec.dtype) for batch, length, heads, d in (
-        (spec.batch, 1, spec.q_heads, spec.d), *((spec.batch * spec.kv_len // size, size, spec.kv_heads, d)
-                                                 for d in (spec.d, spec.d_v))))
+    stored = jnp.float8_e4m3fn if "eight" in options else spec.dtype
+    q = jax.ShapeDtypeStruct((spec.batch, 1, spec.q_heads, spec.d), spec.dtype)
+    keys = (jax.ShapeDtypeStruct((batch, length, heads, d), stored) for batch, length, heads, d in (
+        (spec.batch * spec.kv_len // size, size, spec.kv_heads, d) for d in (spec.d, spec.d_v)))
     lengths, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (
         (spec.batch,), (spec.batch, spec.kv_len // size)))
 
@@ -117,7 +119,8 @@ def decoding(problem, options: list[str]):
     def call(q, cached, more):
         return cache.attend(q, cached, softcap=problem.softcap, return_lse=True, implementation="hopper", **more)
 
-    return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None), more)
+    scales = [jax.ShapeDtypeStruct((1, spec.kv_heads), jnp.float32)] * 2 if "eight" in options else []
+    return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None, "BLHD", *scales), more)
 
 
 def with_mask_kernel(spec):
@@ -170,8 +173,8 @@ def lower(name: str, options: list[str]):
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
     beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
-    also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
-    `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
+    also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks, eight: see `decoding`;
+    mask: see `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
     import dataclasses
 
     import jax

@@ -39,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import added, combine, missing, rows, values
+from pallas_flash.kernels.hopper.decode import added, combine, eight_bits, missing, rows, values
 from pallas_flash.kernels.hopper.decode.combine import Sums
 from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment, workers
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -61,8 +61,8 @@ class Worker(NamedTuple):
     spec: AttentionSpec
     schedule: DecodeSchedule
     number: int  # in its block
-    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, page_table; counters, out, stats, part_acc, part_sums
-    smem: dict[str, Ref]  # k, v, and q where queries are not in registers
+    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, `eight_bits.types`, page_table; counters, out, stats, ...
+    smem: dict[str, Ref]  # k, v, q where queries are not in registers; wide_k, wide_v where those are of eight bits
     bars: dict[str, Ref]  # the barriers
 
     def for_each_segment(self, body: Callable[[Segment], None]) -> Array:
@@ -100,6 +100,9 @@ def load_tile(worker: Worker, segment: Segment, name: str, kv_tile: Index, slot:
     """Starts to load a tile of keys (name "k") or values ("v")."""
     spec, s, full = worker.spec, worker.schedule, worker.bars[f"{name}_full"].at[slot]
     target, first = worker.smem[name].at[slot], kv_tile * s.block_kv
+    if spec.cache_scales is not None:
+        load_bytes(worker, segment, name, (first, target, full), pages)
+        return
     if spec.pages is None:
         tiles.load_tile(spec, worker.gmem[name], (segment.head.batch, segment.head.kv_head, first), target, full)
         return
@@ -109,6 +112,19 @@ def load_tile(worker: Worker, segment: Segment, name: str, kv_tile: Index, slot:
         for chunk in range(target.shape[0]):
             source = tiles.chunk_of(spec, worker.gmem[name], place, count, chunk)
             plgpu.copy_gmem_to_smem(source, target.at[chunk, pl.ds(piece * count, count)], full)
+
+
+def load_bytes(worker: Worker, segment: Segment, name: str, into: tuple[Index, Ref, Ref],
+               pages: tuple[Array, ...]) -> None:
+    """Starts to load a tile of keys or values of eight bits, from a key on, into (rows, columns) of shared memory."""
+    spec, source, (first, target, full) = worker.spec, worker.gmem[name], into
+    places = [(segment.head.batch, first)] if spec.pages is None else [
+        (page, rem(first + i * piece_rows(spec, worker.schedule), spec.pages.size)) for i, page in enumerate(pages)]
+    count = target.shape[0] // len(places)
+    for i, (batch, row) in enumerate(places):
+        keys, columns = pl.ds(row, count), pl.ds(batch * 0, target.shape[1])
+        index = (batch, keys, segment.head.kv_head) if spec.layout == "BLHD" else (batch, segment.head.kv_head, keys)
+        plgpu.copy_gmem_to_smem(source.at[*index, columns], target.at[pl.ds(i * count, count)], full)
 
 
 def load_segment(worker: Worker, segment: Segment) -> None:
@@ -221,15 +237,45 @@ def key_index(worker: Worker, segment: Segment, key: Index) -> tuple[Index, Inde
     return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)
 
 
+def await_tile(worker: Worker, name: str, slot: Index) -> Ref:
+    """Waits for a tile of keys or values; returns it, as products read it."""
+    bars, tile = worker.bars, worker.smem[name].at[slot]
+    plgpu.barrier_wait(bars[f"{name}_full"].at[slot])
+    if worker.spec.cache_scales is None:
+        return tile
+    # Every warp has finished the product that read what is written over: of keys before it met the others for the
+    # values after it, of values for the keys after it.
+    wide = worker.smem[f"wide_{name}"]
+    eight_bits.convert(tile, wide)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(bars[f"{name}_free"].at[slot])
+    return wide
+
+
+def free_tile(worker: Worker, name: str, slot: Index) -> None:
+    """Gives a tile back that a product has read."""
+    if worker.spec.cache_scales is None:
+        plgpu.barrier_arrive(worker.bars[f"{name}_free"].at[slot])
+
+
+def products(worker: Worker, segment: Segment, q: Fragment | Ref, slot: Index) -> Fragment:
+    """S = Q K^T of the key tile in a slot, (64, block_kv) in the layout TILE, in the unit of scores."""
+    spec = worker.spec
+    s = wgmma.multiply_transposed(q, await_tile(worker, "k", slot), spec.d)
+    s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
+    if spec.cache_scales is not None:
+        s = s * eight_bits.scale_of(spec, worker.gmem["k_scale"], segment.head)
+    s = scaled(spec, s)
+    free_tile(worker, "k", slot)
+    return s
+
+
 def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
     """Adds a key tile: S = Q K^T, its softmax, and O += P V."""
-    spec, bars, unit = worker.spec, worker.bars, added.score_unit(worker.spec)
+    spec, unit = worker.spec, added.score_unit(worker.spec)
     kv_tile, slot = segment.first + i, rem(segment.step + i, worker.schedule.num_stages)
     bias = load_bias(worker, segment, kv_tile)
-    plgpu.barrier_wait(bars["k_full"].at[slot])
-    s = wgmma.multiply_transposed(q, worker.smem["k"].at[slot], spec.d)
-    s = scaled(spec, plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE))
-    plgpu.barrier_arrive(bars["k_free"].at[slot])
+    s = products(worker, segment, q, slot)
     hides: bool | Flag = False
     if bias is not None:
         s, hides = added.with_bias(spec, s, bias), added.hides(bias)
@@ -241,13 +287,12 @@ def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: S
     p = jnp.exp2((s - registers.spread(m_i, s.shape[1])) * unit)
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
-    p, tile = p.astype(spec.dtype), worker.smem["v"].at[slot]
-    plgpu.barrier_wait(bars["v_full"].at[slot])
+    p, tile = p.astype(spec.dtype), await_tile(worker, "v", slot)
     clean = functools.partial(with_clean_values, worker, segment, (kv_tile, tile))
     acc = lax.cond(partial | hides, clean, lambda _, acc: acc, p, acc)
     acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
-    plgpu.barrier_arrive(bars["v_free"].at[slot])
+    free_tile(worker, "v", slot)
     return State(m_i, l_i, acc)
 
 
@@ -310,6 +355,8 @@ def compute_segment(worker: Worker, segment: Segment) -> None:
     add_tile = functools.partial(step, worker, segment, q)
     state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, start)
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
+    if worker.spec.cache_scales is not None:
+        acc = acc * eight_bits.scale_of(worker.spec, worker.gmem["v_scale"], segment.head)
     pl.when(segment.is_whole)(functools.partial(finish, worker, segment, sums, acc))
     pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, worker, segment, sums, acc))
 
@@ -331,11 +378,11 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
-    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), and of the page table, where there is one.
-    It updates counters (`counters_shape`,
-    int32), which are 0 before and after.
+    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), of scales (`eight_bits.types`), and of the
+    page table, where there are any. It updates counters (`counters_shape`, int32), which are 0 before and after.
     """
-    inputs = "q", "k", "v", *fields(spec), *added.types(spec), *["page_table"] * (spec.pages is not None), "counters"
+    inputs = ("q", "k", "v", *fields(spec), *added.types(spec), *eight_bits.types(spec),
+              *["page_table"] * (spec.pages is not None), "counters")
     count = workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
