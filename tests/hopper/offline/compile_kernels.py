@@ -6,7 +6,7 @@ own process.
 The environment must have the stand-in driver first on LD_LIBRARY_PATH, the ptxas to compile with first on PATH and the
 compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel: its name,
 registers, spills, ptxas advice, whether it multiplies, how often a step of its hot loop moves part of a descriptor out
-of a vector register and touches a spilled one (`sass`), and whether it compiled.
+of a vector register and touches a spilled one, its loads whose operands are not set (`sass`), and whether it compiled.
 """
 
 import ctypes
@@ -55,6 +55,7 @@ def compile_module(module: bytes, work: Path) -> dict:
     product = "HGMMA" if "HGMMA" in code else "HMMA"
     return dict(kernel=kernel, compiled=compiled, multiplies=product in code,
                 moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code, product),
+                unset_loads=sass.unset_loads(code),
                 registers=number(r"Used (\d+) registers"), spill_bytes=number(r"(\d+) bytes spill stores"),
                 advice=sorted(set(re.findall(r"C75\d\d", text))))
 
