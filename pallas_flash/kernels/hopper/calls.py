@@ -22,6 +22,7 @@ from pallas_flash import device, masks, padding, softmax
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
@@ -205,10 +206,14 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
     """
     results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
     cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
-    found: Gradients[jax.Array] = _run_backward(
+    found: Gradients[jax.Array]
+    found, rows = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
+    if rows is not None:
+        assert operands.sinks is not None
+        found = found._replace(dsinks=_sinks_gradient(spec, rows, stats, dstats, operands.sinks))
     return with_score_gradients(spec, operands, found, results, cotangents, keys, _dbias_on(device.current()))
 
 
@@ -222,8 +227,10 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
-    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
-    arrays = operands.q, operands.k, operands.v, *own, *fields, *biases
+    sinks = () if operands.sinks is None else (operands.sinks,)
+    more = (f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'bias ' * len(sinks)}{'field ' * len(fields)}"
+            f"{'bias ' * len(biases)}")
+    arrays = operands.q, operands.k, operands.v, *own, *sinks, *fields, *biases
     out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays, device=device)
     return Results(out, stats)
 
@@ -251,12 +258,24 @@ def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Arra
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
-                  cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
+                  cotangents: Results[jax.Array],
+                  keys: tuple[jax.Array, ...]) -> tuple[Gradients[jax.Array], jax.Array | None]:
+    """The gradients; and with sinks the statistics of queries (`backward.statistics`)."""
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
     more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
     saved = "row" if results.out is None else "query row"
-    roles = f"query key key {saved} query row {more}-> query key key"
+    roles = f"query key key {saved} query row {more}-> query key key{' row' * (spec.sinks is not None)}"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *own, *fields, *biases
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
-    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
+    dq, dk, dv, *rows = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=()), rows[0] if rows else None
+
+
+def _sinks_gradient(spec: AttentionSpec, rows: jax.Array, stats: jax.Array, dstats: jax.Array,
+                    sinks: jax.Array) -> jax.Array:
+    """The gradient of sinks from the statistics of queries, in which delta is: neither out nor dout is read for it."""
+    of_query = lambda row: rows[:, :, row, :spec.q_len]
+    lse, dlse = stats[:, :, 0], dstats[:, :, 0]
+    delta = -of_query(Statistics.DELTA) * dropout.factor(spec)
+    delta = jnp.where(lse == -jnp.inf, -dlse, jnp.where(jnp.isnan(of_query(Statistics.LSE)), jnp.nan, delta))
+    return softmax.sinks_gradient(sinks, lse, delta)

@@ -56,8 +56,15 @@ def backward_of(spec: AttentionSpec) -> str | None:
 
 
 def takes_sinks(spec: AttentionSpec) -> bool:
-    """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
-    return filled_part(spec.mask) is not None
+    """Whether the forward computes `AttentionSpec.sinks`: against a cache; and in the epilogue, unless a bias moves the
+    scores of a row (`AttentionSpec.anchor`), or inputs are float32.
+    """
+    in_epilogue = SINKS_HAVE_RUN and spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
+    return filled_part(spec.mask) is not None or in_epilogue
+
+
+SINKS_HAVE_RUN = False
+"""Whether sinks in the epilogue of the forward have run on a GPU. Until then a pass over out adds them."""
 
 
 def _is_float32(spec: AttentionSpec) -> bool:

@@ -170,7 +170,7 @@ def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
-    beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
+    beside the problem's), sinks, bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
     also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
     `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
     import dataclasses
@@ -183,7 +183,7 @@ def lower(name: str, options: list[str]):
     from pallas_flash.kernels.mosaic import dropout_keys
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
-    support.FLOAT32_IS_RIGHT = True  # what calls do not reach yet
+    support.FLOAT32_IS_RIGHT = support.SINKS_HAVE_RUN = True  # what calls do not reach yet
     problem, less, times = problems.find(name), 48 if "ragged" in options else 0, 2 if "wide" in options else 1
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
                                   kv_len=problem.kv_len - less, d=times * problem.d, d_v=times * problem.d_v,
@@ -198,7 +198,8 @@ def lower(name: str, options: list[str]):
     biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
     bias_dtype = jnp.float32 if "bias32" in options else spec.dtype
     bias = [jax.ShapeDtypeStruct(shape, bias_dtype) for name, shape in biases.items() if name in options]
-    keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
+    sinks = jnp.zeros(spec.q_heads) if "sinks" in options else None
+    keywords = dict(mask=problem.mask, sinks=sinks, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     score=score_of(problem, options), implementation="hopper")
 
