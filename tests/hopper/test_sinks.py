@@ -43,7 +43,8 @@ def exact(problem, operands, cotangents, sinks):
     def everything(q, k, v, sinks):
         call = lambda *given: flash_attention(
             *given[:3], sinks=given[3], mask=problem.mask, return_lse=True, softcap=problem.softcap,
-            dropout_rate=problem.dropout_rate, dropout_rng=operands.dropout_seed, implementation="reference")
+            dropout_rate=problem.dropout_rate, dropout_rng=operands.dropout_seed, layout=problem.layout,
+            implementation="reference")
         return jax.vjp(call, q, k, v, sinks)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (*operands[:3], sinks)]

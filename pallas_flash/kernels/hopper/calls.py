@@ -6,6 +6,8 @@ in plain JAX (`mosaic.dbias`).
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
 (`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
 
+Masks of other classes that hold arrays become part of the score function (`mask_score`).
+
 Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`), and values of more than
 256 columns are cut into parts (`wide`): below `forward` and `backward` a spec is one that kernels can compute.
 """
@@ -24,7 +26,7 @@ from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, mask_score, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
@@ -122,7 +124,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     if filled_part(spec.mask) is not None:
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
-    if spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
+    has_function = mask_score.hiding(spec).score is not None
+    if has_function or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
     inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
@@ -195,6 +198,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     if filled_part(spec.mask) is not None:
         return _anchored(spec, operands, _run_decode(spec, operands))
     keys = dropout.inputs(spec, operands)
+    spec, operands = mask_score.as_score(spec, operands)
     padded = padding.padded_operands(spec, _without_seed(operands))
     found = [_run_forward(part, given, keys) for part, given in wide.parts(padding.padded(spec), padded)]
     return padding.cut_results(spec, wide.joined(found))
@@ -207,8 +211,9 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
     results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
     cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
     found: Gradients[jax.Array]
+    inner, given = mask_score.as_score(spec, operands)
     found, rows = _run_backward(
-        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
+        padding.padded(inner), padding.padded_operands(inner, _without_seed(given)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
     if rows is not None:

@@ -10,13 +10,16 @@ of a vector register and touches a spilled one, its loads whose operands are not
 """
 
 import ctypes
+import dataclasses
 import glob
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
+from pallas_flash import Mask
 from tests.hopper.offline import sass
 
 
@@ -79,7 +82,23 @@ def with_arrays(problem, options: list[str]):
         mask = packed.Packed(mask, *sides, *sequences, "last")
     if "padding" in options:
         mask = mask & masks.Dense(np.ones((problem.batch, 1, 1, problem.kv_len), bool))
+    if "own" in options:
+        mask = mask & Groups(*(np.zeros((problem.batch, length), np.int32)
+                               for length in (problem.q_len, problem.kv_len)))
     return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups(Mask):
+    """Pairs of one group, within 1,000 positions."""
+
+    position_axes: ClassVar = {"q_groups": ("q",), "kv_groups": ("kv",)}
+
+    q_groups: Any
+    kv_groups: Any
+
+    def keep(self, q_pos, kv_pos):
+        return (self.q_groups[q_pos] == self.kv_groups[kv_pos]) & (kv_pos > q_pos - 1000)
 
 
 def score_of(problem, options: list[str]):
@@ -169,12 +188,11 @@ def merged(spec):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
-    gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
-    beside the problem's), sinks, bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
-    also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks: see `decoding`; mask: see
+    gradients always, and dropout of a part), lengths, documents, packed, dense, padding, own (a mask that holds arrays
+    beside the problem's; own: of a class that kernels do not know), sinks, bias (of each key), pairs (a bias of each
+    pair; bias32: in float32), learned (with gradients also that of the bias), alibi, table, bent (see `score_of`);
+    decode, pages, heads, sinks: see `decoding`; mask: see
     `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
 
