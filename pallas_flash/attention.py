@@ -190,8 +190,7 @@ def explain(
     problem = _problem(inputs, spec, mask=rule, bias=bias, segment_ids=segment_ids, q_lengths=q_lengths,
                        kv_lengths=kv_lengths).with_score(packing.score(score, rule)).with_sinks(sinks)
     where = problem.where(dropout_rng) if device is None else device
-    text = dispatch.explain(problem.spec, where, implementation)
-    return text if sinks is None else f"{text}\nsinks: one more pass over out, in plain JAX"
+    return dispatch.explain(problem.spec, where, implementation, has_sinks=sinks is not None)
 
 
 @overload

@@ -132,8 +132,20 @@ def backward(spec: AttentionSpec, name: str, operands: Operands, results: Result
         if spec.is_empty:
             return operands.differentiable.gradients(lambda x: jnp.zeros_like(x, spec.gradient_dtype(x.dtype)))
         with _on(where):
-            return dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
+            found = dispatch.get(name).backward(spec, operands, out, stats, cotangents.out, cotangents.stats)
+        if operands.sinks is None or found.dsinks is not None:
+            return found
+        return found._replace(dsinks=_sinks_gradient(spec, operands, Results(out, stats), cotangents))
     return sharding.automatic(run, sharding.gradient_places(operands), operands, results, cotangents)
+
+
+def _sinks_gradient(spec: AttentionSpec, operands: Operands, results: Results[Array],
+                    cotangents: Results[Array]) -> Float[Array, "1 h 1 1"]:
+    """The gradient of sinks that the forward takes, from out and its cotangent."""
+    assert operands.sinks is not None
+    out, dout = (x.swapaxes(1, 2) if spec.layout == "BLHD" else x for x in (results.out, cotangents.out))
+    delta = softmax.delta(out, dout, cotangents.stats[:, :, 0], spec.acc_dtype)
+    return softmax.sinks_gradient(operands.sinks, natural_lse(spec, operands, results.stats), delta)
 
 
 def without_out(spec: AttentionSpec, results: Results[Array],
@@ -223,25 +235,6 @@ class _OnOneDevice(NamedTuple):
                                                where=self.target.device, finite=self.is_finite)
         return gradients
 
-    def sinks_gradient(self, operands: Operands, results: Results[Array],
-                       cotangents: Results[Array]) -> Float[Array, "1 h 1 1"]:
-        """The gradient of sinks that the forward takes: each is one more score of its rows, of a key without a value.
-        Nothing comes of a sequence that has lost keys.
-        """
-        spec, sinks = self.spec, operands.sinks
-        assert sinks is not None
-
-        def run(operands: Operands, results: Results[Array], cotangents: Results[Array]) -> Array:
-            results, cotangents = (_marked_lost(spec, operands, x, 0.0) for x in (results, cotangents))
-            assert operands.sinks is not None
-            sinks, lse = operands.sinks[..., 0], natural_lse(spec, operands, results.stats)
-            weight = jnp.where(sinks == -jnp.inf, jnp.zeros_like(lse), jnp.minimum(jnp.exp(sinks - lse), 1))
-            out, dout = (x.swapaxes(1, 2) if spec.layout == "BLHD" else x for x in (results.out, cotangents.out))
-            delta = softmax.delta(out, dout, cotangents.stats[:, :, 0], spec.acc_dtype)
-            return -(weight * delta).sum(axis=(0, 2))[None, :, None, None]
-        found: Array = sharding.automatic(run, sharding.place(sinks), operands, results, cotangents)
-        return found
-
 
 def attend(spec: AttentionSpec, target: Target, operands: Operands, sinks: Float[Array, " h"] | None) -> tuple[
         Float[Array, "b t h v"], Float[Array, "b h t"] | None]:
@@ -292,11 +285,16 @@ def differentiable(passes: Passes, operands: Operands) -> Results[Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def natural_lse(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h t"]:
-    """Turns the statistics of the anchored scores into the lse of the scores themselves."""
+    """Turns the statistics of the anchored scores into the lse of the scores themselves; with sinks, of a row that
+    attends to nothing, its sink.
+    """
     def run(operands: Operands, stats: Array) -> Array:
         lse = stats[:, :, 0]
         if spec.is_empty or spec.bias is None:
-            return lse
+            if operands.sinks is None:
+                return lse
+            own = jnp.broadcast_to(operands.sinks[..., 0], lse.shape)
+            return jnp.where(lse <= jnp.finfo(lse.dtype).min, own, lse)
         anchor = spec.anchor(operands)[..., 0].astype(lse.dtype)
         total = lse + anchor
         if operands.sinks is None:
@@ -368,13 +366,6 @@ def _backward_once(passes: Passes, operands: Operands, results: Results[Array],
     return passes.backward(operands, results, cotangents)
 
 
-@_differentiable_once
-def _sinks_gradient_once(passes: Passes, operands: Operands, results: Results[Array],
-                         cotangents: Results[Array]) -> Array:
-    assert isinstance(passes, _OnOneDevice), "only the forward of one device takes sinks"
-    return passes.sinks_gradient(operands, results, cotangents)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(passes: Passes, differentiable: Differentiable[Array], sinks: Array | None,
             others: Others) -> Results[Array]:
@@ -395,9 +386,8 @@ def _attend_fwd(passes: Passes, differentiable: Differentiable[Array], sinks: Ar
 
 def _attend_bwd(passes: Passes, residuals: _Residuals,
                 cotangents: Results[Array]) -> tuple[Differentiable[Array], Array | None, None]:
-    found = _backward_once(passes, *residuals, cotangents).as_operands()
-    dsinks = None if residuals.operands.sinks is None else _sinks_gradient_once(passes, *residuals, cotangents)
-    return found, dsinks, None
+    found = _backward_once(passes, *residuals, cotangents)
+    return found.as_operands(), found.dsinks, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -216,11 +216,7 @@ def explain(
     call = _Call.of(query, cache, mask, bias, dict(scale=scale, softcap=softcap, return_lse=return_lse))
     given = None if sinks is None else arguments.sinks(call.spec, sinks)
     device = current((call, given)) if device is None else device
-    text = dispatch.explain(call.spec, device, implementation)
-    if sinks is None or text.startswith("UnsupportedError"):
-        return text
-    in_kernel = dispatch.decide(call.spec, device, implementation).implementation.takes_sinks(call.spec)
-    return f"{text}\nsinks: {'in the kernel' if in_kernel else 'one more pass over out, in plain JAX'}"
+    return dispatch.explain(call.spec, device, implementation, has_sinks=sinks is not None)
 
 
 class _Numbers(TypedDict):

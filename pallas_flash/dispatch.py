@@ -329,12 +329,16 @@ def _fallback(decision: Decision, left: str) -> errors.FallbackWarning:
         '(warnings.filterwarnings("ignore", category=pallas_flash.FallbackWarning))')
 
 
-def explain(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None) -> str:
-    """What `decide` chooses and why, or why it refuses, as text."""
+def explain(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None,
+            has_sinks: bool = False) -> str:
+    """What `decide` chooses and why, or why it refuses, as text; and with sinks, where they join."""
     if not isinstance(device, Device):
         raise errors.invalid("device must be a pallas_flash.device.Device", f"device={device!r}",
                              "pass one of those given, such as device.H200, or device.of(a JAX device)")
     try:
-        return str(decide(spec, device, requested))
+        decision = decide(spec, device, requested)
+        in_kernel = decision.implementation.takes_sinks(spec)
+        where = "in the kernel" if in_kernel else "one more pass over out, in plain JAX"
+        return f"{decision}\nsinks: {where}" if has_sinks else str(decision)
     except errors.UnsupportedError as error:
         return f"UnsupportedError: {error}"

@@ -59,7 +59,8 @@ def tile(batch: int, heads: int, q_pos: Int[Array, " q"], kv_pos: Int[Array, " s
 
 def is_static(value: object) -> bool:
     """Whether a field's value is compiled into the program, and not data."""
-    return isinstance(value, np.generic) or not (hasattr(value, "dtype") or isinstance(value, Score))
+    holds_arrays = hasattr(value, "dtype") or hasattr(type(value), "with_placeholders")  # a score function, or a mask
+    return isinstance(value, np.generic) or not holds_arrays
 
 
 class Score:

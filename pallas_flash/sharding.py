@@ -58,7 +58,8 @@ def lse_place(spec: AttentionSpec, operands: Operands) -> PartitionSpec:
 
 def gradient_places(operands: Operands) -> Gradients[PartitionSpec]:
     """Where the gradients lie: each as its operand does."""
-    return operands.differentiable.gradients(place)
+    found = operands.differentiable.gradients(place)
+    return found if operands.sinks is None else found._replace(dsinks=place(operands.sinks))
 
 
 def place(array: jax.Array) -> PartitionSpec:

@@ -202,6 +202,24 @@ def probabilities(s: Array, unit: float, lse: Array, rest: Array) -> Array:
     return jnp.minimum(jnp.exp2(((s - start[..., None]) - rest[..., None]) * (unit * LOG2E)), 1)
 
 
+def sinks_gradient(sinks: Array, lse: Array, delta: Array) -> Array:
+    """The gradient of sinks, each of which is one more score of its rows, of a key without a value.
+
+    Args:
+      sinks: (1 or batch, heads, 1, 1).
+      lse: of the softmax with the sinks in it, (batch, heads, q); -inf (or the smallest number) of a row that attends
+        to nothing, which is all its sink's.
+      delta: see `delta`, (batch, heads, q).
+
+    Returns:
+      (1, heads, 1, 1), summed over the batch, in the dtype of delta.
+    """
+    nothing, own = lse <= jnp.finfo(lse.dtype).min, sinks[..., 0]
+    weight = jnp.minimum(jnp.exp(own - jnp.where(nothing, jnp.zeros_like(lse), lse)), 1)
+    weight = jnp.where(nothing, jnp.ones_like(weight), jnp.where(own == -jnp.inf, jnp.zeros_like(weight), weight))
+    return -(weight * delta).sum(axis=(0, 2))[None, :, None, None]
+
+
 def delta(out: Array, dout: Array, dlse: Array, acc_dtype: np.dtype) -> Array:
     """What the softmax's gradient subtracts from dP: sum(out * dout) - dlse (FlashAttention-2, Dao, 2023).
 

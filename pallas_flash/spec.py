@@ -45,9 +45,10 @@ class Gradients[T](NamedTuple):
     dv: T
     dbias: T | None
     dscore: tuple[T, ...]
+    dsinks: T | None = None  # of `Operands.sinks`, from a backward that has it; `autodiff` computes it for the others
 
     def as_operands(self) -> "Differentiable[T]":
-        """The same in the structure of what they are cotangents of, as JAX wants them."""
+        """The same in the structure of what they are cotangents of, as JAX wants them; but that of sinks."""
         return Differentiable(q=self.dq, k=self.dk, v=self.dv, bias=self.dbias, score=self.dscore)
 
 

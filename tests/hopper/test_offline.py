@@ -59,9 +59,12 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d128-s2048+gradients+alibi", "causal-d128-s2048+gradients+bent", "causal-d64-s2048+gradients+table",
          "causal-d128-s2048+documents+lengths+mask", "causal-d64-s2048+packed+mask",
          "causal-d64-s2048+dropout+keys",
+         *(f"causal-d{d}-s2048+gradients+own" for d in (64, 128)),
+         "causal-d64-s2048+sinks", "causal-d128-s2048+sinks+documents+lengths", "causal-d256-s2048+sinks+dropout",
          *(f"causal-d{d}-s2048+gradients+float32" for d in (64, 96)),
          "causal-d128-s2048+gradients+float32+lengths+softcap",
          *(f"causal-d128-s2048+gradients+float32+{mask}" for mask in ("documents", "dense", "ragged")),
+         *(f"{name}+gradients+float32" for name in ("scale-negative", "mask-window", "shape-heads-first-gqa")),
          "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
          "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks", "causal-d64-s2048+decode+eight",
          "causal-d128-s2048+decode+eight+pages", "causal-d256-s2048+decode+softcap+eight"]
@@ -80,6 +83,7 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
     for report in compiled(tmp_path, name, compiler):
         assert report["compiled"], report
         assert report["registers"], "ptxas' report is missing"
+        assert not report["unset_loads"], report
         assert not REJECTED & set(report["advice"]), report
         allowed = max((size for part, size in OUTSIDE.items() if part in name), default=0)
         inside = INSIDE.get(report["kernel"], 0)
@@ -95,7 +99,7 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
 @pytest.mark.parametrize("name", DECODING_WITH_A_BIAS)
 def test_decoding_with_a_bias_compiles(tmp_path, name, compiler):
     report, = compiled(tmp_path, name, compiler)
-    assert report["compiled"] and report["multiplies"], report
+    assert report["compiled"] and report["multiplies"] and not report["unset_loads"], report
     assert report["registers"], "ptxas' report is missing"
     assert not REJECTED & set(report["advice"]), report
     assert report["spill_bytes"] <= DECODING_WITH_A_BIAS[name], report
@@ -134,6 +138,34 @@ def test_spills_are_told_apart_by_where_they_lie():
     assert sass.spills_inside(LOOP.format("STL [R1+0x4], R5")) == 1
     assert sass.moved_descriptors(LOOP.format("R2UR UR4, R9")) == 1
     assert sass.spills_inside("STL [R1], RZ ;") is None
+
+
+ROLES = """\
+.L_x_0:
+ /*0000*/ UIADD3 UR16, UR4, 0x8000, URZ ;
+ /*0010*/ ULDC.64 UR6, c[0x0][0x198] ;
+ /*0020*/ UIADD3.64 UR20, UR44, 0x2, URZ ;
+ /*0030*/ {}
+ /*0040*/ @P0 BRA `(.L_x_2) ;
+ /*0050*/ UMOV UR18, URZ ;
+.L_x_1:
+ /*0060*/ UMOV UR19, UR5 ;
+ /*0070*/ UTMALDG.4D [UR16], [UR6] ;
+ /*0080*/ @P1 BRA `(.L_x_1) ;
+ /*0090*/ EXIT ;
+.L_x_2:
+ /*00a0*/ UMOV UR19, UR5 ;
+ /*00b0*/ UTMALDG.4D [UR16], [UR6] ;
+ /*00c0*/ UMOV UR18, URZ ;
+ /*00d0*/ BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize("before, unset", [
+    ("UMOV UR17, UR16 ;", ["00b0: [18]"]), ("@UP0 UIADD3 UR17, UR8, 0x1 ;", ["0070: [17]", "00b0: [17, 18]"])])
+def test_a_load_whose_registers_are_not_set_is_found(before, unset):
+    """Regression: ptxas 13.0 wrote a coordinate after the first load that needs it; an illegal instruction."""
+    assert sass.unset_loads(ROLES.format(before)) == unset
 
 
 def test_the_first_ptxas_on_path_is_the_other_compiler(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ in plain JAX (`mosaic.dbias`).
 Where a mask holds arrays, or there is a bias, they are arguments like others, and what kernels read instead of them
 (`mask_arrays`, `bias`) is made beside the launches: on each device, for its shard and its schedule.
 
+Masks of other classes that hold arrays become part of the score function (`mask_score`).
+
 Head dimensions that are no multiples of 8 are padded in front of everything else (`padding`), and values of more than
 256 columns are cut into parts (`wide`): below `forward` and `backward` a spec is one that kernels can compute.
 """
@@ -22,8 +24,9 @@ from pallas_flash import device, masks, padding, softmax
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
+from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, mask_score, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
@@ -121,7 +124,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     if filled_part(spec.mask) is not None:
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
-    if spec.score is not None or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
+    has_function = mask_score.hiding(spec).score is not None
+    if has_function or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
     inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
@@ -194,6 +198,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     if filled_part(spec.mask) is not None:
         return _anchored(spec, operands, _run_decode(spec, operands))
     keys = dropout.inputs(spec, operands)
+    spec, operands = mask_score.as_score(spec, operands)
     padded = padding.padded_operands(spec, _without_seed(operands))
     found = [_run_forward(part, given, keys) for part, given in wide.parts(padding.padded(spec), padded)]
     return padding.cut_results(spec, wide.joined(found))
@@ -205,10 +210,15 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
     """
     results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
     cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
-    found: Gradients[jax.Array] = _run_backward(
-        padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
+    found: Gradients[jax.Array]
+    inner, given = mask_score.as_score(spec, operands)
+    found, rows = _run_backward(
+        padding.padded(inner), padding.padded_operands(inner, _without_seed(given)),
         padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
+    if rows is not None:
+        assert operands.sinks is not None
+        found = found._replace(dsinks=_sinks_gradient(spec, rows, stats, dstats, operands.sinks))
     return with_score_gradients(spec, operands, found, results, cotangents, keys, _dbias_on(device.current()))
 
 
@@ -222,8 +232,10 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
                  keys: tuple[jax.Array, ...]) -> Results[jax.Array]:
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
-    more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
-    arrays = operands.q, operands.k, operands.v, *own, *fields, *biases
+    sinks = () if operands.sinks is None else (operands.sinks,)
+    more = (f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'bias ' * len(sinks)}{'field ' * len(fields)}"
+            f"{'bias ' * len(biases)}")
+    arrays = operands.q, operands.k, operands.v, *own, *sinks, *fields, *biases
     out, stats = partitioned(_forward_on(device), f"query key key {more}-> query row", spec, *arrays, device=device)
     return Results(out, stats)
 
@@ -253,12 +265,24 @@ def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Arra
 
 @vmappable
 def _run_backward(spec: AttentionSpec, device: Device, operands: Operands, results: Results[jax.Array],
-                  cotangents: Results[jax.Array], keys: tuple[jax.Array, ...]) -> Gradients[jax.Array]:
+                  cotangents: Results[jax.Array],
+                  keys: tuple[jax.Array, ...]) -> tuple[Gradients[jax.Array], jax.Array | None]:
+    """The gradients; and with sinks the statistics of queries (`backward.statistics`)."""
     (spec, operands), own = bias.as_mask(spec, operands), (*keys, *score_function.inputs(spec, operands))
     fields, biases = jax.tree.leaves(operands.mask), bias.inputs(spec, operands)
     more = f"{'row ' * len(keys)}{'whole ' * (len(own) - len(keys))}{'field ' * len(fields)}{'bias ' * len(biases)}"
     saved = "row" if results.out is None else "query row"
-    roles = f"query key key {saved} query row {more}-> query key key"
+    roles = f"query key key {saved} query row {more}-> query key key{' row' * (spec.sinks is not None)}"
     arrays = operands.q, operands.k, operands.v, *jax.tree.leaves(results), *cotangents, *own, *fields, *biases
-    dq, dk, dv = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
-    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=())
+    dq, dk, dv, *rows = partitioned(_backward_on(device), roles, spec, *arrays, device=device)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=None, dscore=()), rows[0] if rows else None
+
+
+def _sinks_gradient(spec: AttentionSpec, rows: jax.Array, stats: jax.Array, dstats: jax.Array,
+                    sinks: jax.Array) -> jax.Array:
+    """The gradient of sinks from the statistics of queries, in which delta is: neither out nor dout is read for it."""
+    of_query = lambda row: rows[:, :, row, :spec.q_len]
+    lse, dlse = stats[:, :, 0], dstats[:, :, 0]
+    delta = -of_query(Statistics.DELTA) * dropout.factor(spec)
+    delta = jnp.where(lse == -jnp.inf, -dlse, jnp.where(jnp.isnan(of_query(Statistics.LSE)), jnp.nan, delta))
+    return softmax.sinks_gradient(sinks, lse, delta)

@@ -37,6 +37,7 @@ from pallas_flash.kernels.hopper.work import (
     makespan,
     worst_case,
 )
+from pallas_flash.kernels.mosaic import mask_score
 from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
@@ -78,6 +79,7 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     (`maxima` and sections too). By analogy: other head sizes up to 192. What fits, not measured: above 256
     (docs/notes/hopper_features.md, 2026-11-29), and float32 (2026-11-30).
     """
+    spec = mask_score.hiding(spec)
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
@@ -194,6 +196,7 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 
     Measured: docs/notes/hopper_backward.md, 2026-11-24 and 2026-11-25. By analogy: head sizes between the table's.
     """
+    spec = mask_score.hiding(spec)
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     if max(spec.d, spec.d_v) > _MOST_COLUMNS:

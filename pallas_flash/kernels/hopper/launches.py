@@ -13,8 +13,8 @@ a program that does not ask for it leaves both out.
 
 With dropout all also take its keys (`mosaic.dropout`). Where the mask holds arrays, each has those of `mask_arrays` as
 more inputs, or these arrays themselves, of which its first launch makes them; and the forward no table. With a score
-function or a bias it always does (`bias.as_mask`): the function's arrays come behind dropout's keys, those of
-`mosaic.bias` last.
+function or a bias it always does (`bias.as_mask`): the function's arrays come behind dropout's keys, then a forward's
+sinks; those of `mosaic.bias` last.
 """
 
 import jax
@@ -31,6 +31,7 @@ from pallas_flash.kernels.hopper.float32 import forward as forward_float32
 from pallas_flash.kernels.hopper.float32 import gradients, split
 from pallas_flash.kernels.hopper.float32 import prepare as prepare_float32
 from pallas_flash.kernels.hopper.forward import kernel as forward_kernel
+from pallas_flash.kernels.hopper.forward import sinks
 from pallas_flash.kernels.hopper.memory import in_parts
 from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
@@ -56,7 +57,7 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
     arrays = spec.mask.has_arrays
     if spec.dtype == jnp.float32:
         return _in_parts(spec, schedule)
-    inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec)
+    inputs = _operands(spec) | dropout.input_types(spec) | score_function.input_types(spec) | sinks.input_types(spec)
     of_mask, first = _of_mask(spec, schedule)
     inputs |= of_mask | bias.types(spec, schedule.padded_blocks)
     return Pass(inputs=inputs, constants={} if arrays else {"table": work.forward_table(spec, schedule)},
@@ -95,11 +96,12 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     """The backward: the cotangents of q, k and v, in the spec's layout and `result_dtype`.
 
     Its inputs are the forward's, the forward's results, and the cotangents of these; of the statistics' only that of
-    lse counts. Of a partial spec there is no out, and dstats hold -delta (`autodiff.without_out`).
+    lse counts. Of a partial spec there is no out, and dstats hold -delta (`autodiff.without_out`). With sinks, whose
+    gradient follows from delta, it also returns the statistics (`backward.statistics`).
     """
     launches = (_gradients_in_parts(spec, schedule) if spec.dtype == jnp.float32 else
                 _prepared(spec, schedule, _gradients(spec, schedule)))
-    return _backward(spec, schedule, launches, ("dq", "dk", "dv"))
+    return _backward(spec, schedule, launches, ("dq", "dk", "dv", *["statistics"] * (spec.sinks is not None)))
 
 
 def dbias_pass(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Pass:

@@ -8,7 +8,7 @@ from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper import compiler
 from pallas_flash.kernels.hopper.wide import copies
-from pallas_flash.kernels.mosaic import mask_rules, score_rules
+from pallas_flash.kernels.mosaic import mask_rules, mask_score, score_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
@@ -47,6 +47,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
     rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
+             (bool(mask_score.own_parts(spec)), "a mask of another class that holds arrays"),
              (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
              (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
@@ -59,8 +60,15 @@ def backward_of(spec: AttentionSpec) -> str | None:
 
 
 def takes_sinks(spec: AttentionSpec) -> bool:
-    """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
-    return filled_part(spec.mask) is not None
+    """Whether the forward computes `AttentionSpec.sinks`: against a cache; and in the epilogue, unless a bias moves the
+    scores of a row (`AttentionSpec.anchor`), or inputs are float32.
+    """
+    in_epilogue = SINKS_HAVE_RUN and spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
+    return filled_part(spec.mask) is not None or in_epilogue
+
+
+SINKS_HAVE_RUN = False
+"""Whether sinks in the epilogue of the forward have run on a GPU. Until then a pass over out adds them."""
 
 
 def _is_float32(spec: AttentionSpec) -> bool:
@@ -95,7 +103,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16, float16 or float32, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
-        (spec.score is None or not is_wide(spec), "takes a score function with head dimensions up to "
+        (mask_score.hiding(spec).score is None or not is_wide(spec),
+         "takes a score function, or a mask of another class that holds arrays, with head dimensions up to "
          f"{MAX_NARROW} only, {dims} (in the backward above, P times its derivative finds no room in shared memory)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
@@ -103,8 +112,11 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
     )
     found = [reason for holds, reason in rules if not holds]
     found += _float32_reasons(spec) if _is_float32(spec) else []
-    return found + score_rules.why_not(spec) + (mask_rules.why_not(spec) if (filled := filled_part(spec.mask)) is None
-                    else _cache_reasons(spec, filled))
+    if (filled := filled_part(spec.mask)) is not None:
+        return found + score_rules.why_not(spec) + _cache_reasons(spec, filled)
+    if reasons := mask_score.why_not(spec):
+        return found + score_rules.why_not(spec) + reasons
+    return found + score_rules.why_not(mask_score.hiding(spec)) + mask_rules.why_not(mask_score.hiding(spec))
 
 
 def _float32_reasons(spec: AttentionSpec) -> list[str]:
@@ -117,6 +129,7 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
         (spec.score is None, f"takes no score function in float32 yet, score={spec.score} ({cast})"),
+        (not mask_score.own_parts(spec), f"takes no mask of another class that holds arrays in float32 yet ({cast})"),
         (not spec.dropout_rate, f"takes no dropout in float32 yet, dropout_rate={spec.dropout_rate:g} ({cast})"),
         (filled_part(spec.mask) is None, f"needs bfloat16 or float16 against a cache, dtype is float32 ({cast})"),
     )

@@ -6,7 +6,7 @@ from pallas_flash import masks
 from pallas_flash.packed import Packed
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["INTERVAL_RULES", "kernel_makes", "why_not"]
+__all__ = ["INTERVAL_RULES", "is_known", "kernel_makes", "why_not"]
 
 INTERVAL_RULES = (masks.Full, masks.Window, masks.InBounds, masks.PrefixLM)
 """The masks that keep for each query the keys of one interval, and for each key the queries of one; and whose bounds
@@ -21,7 +21,7 @@ def why_not(spec: AttentionSpec) -> list[str]:
     mask = spec.mask
     if not mask.has_arrays and spec.bias is None and spec.score is None:
         return []
-    own = sorted({type(part).__name__ for part in mask.parts if not _is_known(part)})
+    own = sorted({type(part).__name__ for part in mask.parts if not is_known(part)})
     ids = sum(type(part) is masks.SegmentIds for part in mask.parts)
     rules = (
         (not own, "takes arrays in, and beside, Causal, Window, InBounds, PrefixLM, SegmentIds, Dense and packed "
@@ -49,7 +49,7 @@ def kernel_makes(spec: AttentionSpec) -> bool:
     return spec.mask.has_arrays and known and shared and fits and not why_not(spec)
 
 
-def _is_known(part: masks.Mask) -> bool:
+def is_known(part: masks.Mask) -> bool:
     """Whether a part of a mask keeps the keys of one interval for each query, pairs of equal ids, or what bits say."""
     if type(part) is Packed:
         return all(type(rule) in INTERVAL_RULES for rule in part.rule.parts)

@@ -6,17 +6,20 @@ own process.
 The environment must have the stand-in driver first on LD_LIBRARY_PATH, the ptxas to compile with first on PATH and the
 compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel: its name,
 registers, spills, ptxas advice, whether it multiplies, how often a step of its hot loop moves part of a descriptor out
-of a vector register and touches a spilled one (`sass`), and whether it compiled.
+of a vector register and touches a spilled one, its loads whose operands are not set (`sass`), and whether it compiled.
 """
 
 import ctypes
+import dataclasses
 import glob
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
+from pallas_flash import Mask
 from tests.hopper.offline import sass
 
 
@@ -55,6 +58,7 @@ def compile_module(module: bytes, work: Path) -> dict:
     product = "HGMMA" if "HGMMA" in code else "HMMA"
     return dict(kernel=kernel, compiled=compiled, multiplies=product in code,
                 moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code, product),
+                unset_loads=sass.unset_loads(code),
                 registers=number(r"Used (\d+) registers"), spill_bytes=number(r"(\d+) bytes spill stores"),
                 advice=sorted(set(re.findall(r"C75\d\d", text))))
 
@@ -78,7 +82,23 @@ def with_arrays(problem, options: list[str]):
         mask = packed.Packed(mask, *sides, *sequences, "last")
     if "padding" in options:
         mask = mask & masks.Dense(np.ones((problem.batch, 1, 1, problem.kv_len), bool))
+    if "own" in options:
+        mask = mask & Groups(*(np.zeros((problem.batch, length), np.int32)
+                               for length in (problem.q_len, problem.kv_len)))
     return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups(Mask):
+    """Pairs of one group, within 1,000 positions."""
+
+    position_axes: ClassVar = {"q_groups": ("q",), "kv_groups": ("kv",)}
+
+    q_groups: Any
+    kv_groups: Any
+
+    def keep(self, q_pos, kv_pos):
+        return (self.q_groups[q_pos] == self.kv_groups[kv_pos]) & (kv_pos > q_pos - 1000)
 
 
 def score_of(problem, options: list[str]):
@@ -171,11 +191,11 @@ def merged(spec):
 def lower(name: str, options: list[str]):
     """A catalogue problem, lowered for an H100 with implementation="hopper"; options: gradients, deterministic,
     softcap, ragged (48 positions less), wide (twice the head dimensions), dropout, partial (results in float32; with
-    gradients always, and dropout of a part), lengths, documents, packed, dense, padding (a mask that holds arrays
-    beside the problem's), bias (of each key), pairs (a bias of each pair; bias32: in float32), learned (with gradients
-    also that of the bias), alibi, table, bent (see `score_of`); decode, pages, heads, sinks, eight: see `decoding`;
-    mask: see `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
-    import dataclasses
+    gradients always, and dropout of a part), lengths, documents, packed, dense, padding, own (a mask that holds arrays
+    beside the problem's; own: of a class that kernels do not know), sinks, bias (of each key), pairs (a bias of each
+    pair; bias32: in float32), learned (with gradients also that of the bias), alibi, table, bent (see `score_of`);
+    decode, pages, heads, sinks, eight: see `decoding`; mask: see `with_mask_kernel`; merge: see `merged`; keys: the
+    launch that makes dropout's."""
 
     import jax
     import jax.numpy as jnp
@@ -185,7 +205,7 @@ def lower(name: str, options: list[str]):
     from pallas_flash.kernels.mosaic import dropout_keys
     from pallas_flash.spec import Operands
     from pallas_flash.testing import problems
-    support.FLOAT32_IS_RIGHT = True  # what calls do not reach yet
+    support.FLOAT32_IS_RIGHT = support.SINKS_HAVE_RUN = True  # what calls do not reach yet
     problem, less, times = problems.find(name), 48 if "ragged" in options else 0, 2 if "wide" in options else 1
     problem = dataclasses.replace(problem, deterministic="deterministic" in options, q_len=problem.q_len - less,
                                   kv_len=problem.kv_len - less, d=times * problem.d, d_v=times * problem.d_v,
@@ -200,7 +220,8 @@ def lower(name: str, options: list[str]):
     biases = {"bias": (spec.batch, 1, 1, spec.kv_len), "pairs": (1, spec.q_heads, spec.q_len, spec.kv_len)}
     bias_dtype = jnp.float32 if "bias32" in options else spec.dtype
     bias = [jax.ShapeDtypeStruct(shape, bias_dtype) for name, shape in biases.items() if name in options]
-    keywords = dict(mask=problem.mask, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
+    sinks = jnp.zeros(spec.q_heads) if "sinks" in options else None
+    keywords = dict(mask=problem.mask, sinks=sinks, softcap=problem.softcap, scale=problem.scale, layout=problem.layout,
                     dropout_rate=problem.dropout_rate, deterministic=problem.deterministic, return_lse=True,
                     score=score_of(problem, options), implementation="hopper")
 

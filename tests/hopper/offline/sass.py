@@ -1,9 +1,12 @@
-"""What the machine code of a kernel does in the loops that multiply, read from the text that nvdisasm makes of it."""
+"""What the machine code of a kernel does in the loops that multiply, and whether the loads by TMA have their operands,
+read from the text that nvdisasm makes of it.
+"""
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-__all__ = ["hot_loops", "moved_descriptors", "spills_inside"]
+__all__ = ["hot_loops", "moved_descriptors", "spills_inside", "unset_loads"]
 
 MOVED = re.compile(r"\bR2UR\b")
 SPILLED = re.compile(r"\b(STL|LDL)\b")
@@ -48,3 +51,95 @@ def moved_descriptors(text: str) -> int | None:
 def spills_inside(text: str, product: str = "HGMMA") -> int | None:
     """Loads and stores of spilled registers in a hot loop, the worst if there are several; None without such a loop."""
     return _most(text, SPILLED, product)
+
+
+# -- operands of loads by TMA ----------------------------------------------------------------------------------------
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")
+LABEL = re.compile(r"\s*(\.L_x_\d+):")
+LOAD = re.compile(r"\[UR(\d+)\], \[UR(\d+)\]")
+
+
+class Instruction(NamedTuple):
+    """A line of machine code."""
+
+    address: str
+    predicate: str | None
+    name: str
+    operands: str
+
+    @property
+    def written(self) -> frozenset[int]:
+        """The uniform registers that it writes whatever its predicate is: that of R2UR chooses among threads."""
+        first = next((x for x in self.operands.split(", ") if not re.fullmatch(r"!?U?P[0-9T]", x)), "")
+        found = re.fullmatch(r"UR(\d+)", first)
+        if found is None or (self.predicate and self.name != "R2UR") or self.name.startswith(("UTMA", "SYNCS")):
+            return frozenset()
+        size = 4 if ".128" in self.name else 2 if ".64" in self.name or ".WIDE" in self.name else 1
+        return frozenset(range(int(found[1]), int(found[1]) + size))
+
+    @property
+    def loaded_from(self) -> frozenset[int]:
+        """Of a load by TMA, the uniform registers that say what it loads: the address of the target, the barrier and
+        a coordinate for each axis; and the address of the array's descriptor. None of them for a predicated one, whose
+        registers may be written under another predicate of the same value.
+        """
+        if not self.name.startswith("UTMALDG") or self.predicate:
+            return frozenset()
+        (target, array), axes = map(int, LOAD.match(self.operands).groups()), re.search(r"\.(\d)D", self.name)
+        return frozenset((*range(target, target + 2 + int(axes[1])), array, array + 1))
+
+
+def unset_loads(text: str) -> list[str]:
+    """The loads by TMA, "address: registers", that some path reaches on which a register of theirs is not written."""
+    code, labels = _instructions(text)
+    written = _written_before(code, labels)
+    missing = [(x, sorted(x.loaded_from - before)) for x, before in zip(code, written) if before is not None]
+    return [f"{x.address}: {registers}" for x, registers in missing if registers]
+
+
+def _instructions(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions, and where labels stand among them."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.search(line):
+            code.append(Instruction(*found.groups()))
+    return code, labels
+
+
+def _written_before(code: list[Instruction], labels: dict[str, int]) -> list[frozenset[int] | None]:
+    """The uniform registers that are written before each instruction on every path to it; None of what is not reached.
+
+    A jump by a table (BRX) is taken to lead to each label that nothing else leads to.
+    """
+    before: list[frozenset[int] | None] = [None] * len(code)
+    todo, by_table = [(0, frozenset[int]())], list[frozenset[int]]()
+    while todo:
+        i, known = todo.pop()
+        while i < len(code):
+            seen = before[i]
+            known = known if seen is None else known & seen
+            if known == seen:
+                break
+            before[i], instruction = known, code[i]
+            known |= instruction.written
+            if jump := re.search(r"`\((\.L_x_\d+)\)", instruction.operands):
+                todo.append((labels[jump[1]], known))
+            if instruction.name.startswith("BRX"):
+                by_table.append(known)
+            if _ends(instruction):
+                break
+            i += 1
+        if not todo:
+            left = sorted(place for place in labels.values() if place < len(code) and before[place] is None)
+            todo = [(left[0], known) for known in by_table] if left else []
+    return before
+
+
+def _ends(instruction: Instruction) -> bool:
+    """Whether the next instruction is not reached from it."""
+    jumps = instruction.name.startswith(("BRA", "BRX", "EXIT"))
+    return jumps and not instruction.predicate and not re.match(r"!?U?P\d", instruction.operands)

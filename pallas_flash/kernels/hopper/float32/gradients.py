@@ -193,7 +193,8 @@ def load_role(kind: Kind, block: GradientBlock) -> None:
             (block.smem, ""), (block.bars, "_full"), (block.bars, "_free")))
 
         def step(ordinal: Array, at: HeadAndTile) -> HeadAndTile:
-            slot = tiles.await_free(free, buffer.shape[0], ordinal)
+            # opaque: of one slot LLVM would peel the first step, and ptxas 13.0 sets a coordinate after its load
+            slot = tiles.await_free(free, buffer.shape[0], ptx.opaque(ordinal))
             index = block.batch, other_head(kind, block, at[0]), at[1] * walked_rows(kind, block)
             tiles.load_tile(block.spec, block.gmem[kind.others[i]], index, buffer.at[slot], full.at[slot])
             return block.walk.next(*at)

@@ -40,7 +40,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
+from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.forward import sinks
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.merge import merge
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
@@ -234,6 +236,15 @@ class Sums(NamedTuple):
     m_i: PerRow  # in the unit of scores
     rounding: PerRow  # base 2
     l_i: PerRow
+    left: PerRow | None = None  # with sinks, what acc must be multiplied with
+
+
+def with_sink(block: Block, sink: Float[Array, ""] | None, sums: Sums) -> Sums:
+    """The sums with the sink of the head in them, if there is one."""
+    if sink is None:
+        return sums
+    joined, left = sinks.joined(block.spec, sink, sums[:3])
+    return Sums(*joined, left)
 
 
 def sums_of(block: Block, state: Softmax) -> Sums:
@@ -245,13 +256,15 @@ def sums_of(block: Block, state: Softmax) -> Sums:
 
 def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> None:
     """Writes out = acc / l_i, with the factor of dropout, and the statistics to global memory."""
-    m_i, rounding, l_i = sums
+    m_i, rounding, l_i, left = sums
     stats = softmax.statistics(m_i, l_i, unit(block.spec), rounding)
     if not block.merges:
         head = tile.batch * block.spec.q_heads + tile.head
         for i, x in enumerate(stats):
             registers.store_row_stats(x, block.gmem["stats"], 2 * head + i, rows.first, block.spec.q_len)
     inverse = softmax.rescale(l_i)
+    if left is not None:
+        inverse = inverse * left
     if block.spec.dropout_rate:
         inverse = inverse * dropout.factor(block.spec)
     out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(inverse, acc.shape[1])
@@ -355,13 +368,14 @@ def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
 
     state, acc = lax.fori_loop(jnp.int32(1), ptx.scalar(rows.stop - rows.start), step, (state, acc))
     acc, values_ready = multiply_values(block, tile, rows.start, state, acc)
+    sink = sinks.load(block, tile)  # while the last product runs
     acc = values_ready(acc)
     if seen.skips_below:
         skip(block, tile, warpgroup, rows.start - 1, tile.lo - 1)
     sums, acc = repaired(block, tile, rows, state, acc)
     if block.schedule.out_chunks:
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
-    finish_once(block, tile, rows, sums, acc)
+    finish_once(block, tile, rows, with_sink(block, sink, sums), acc)
     if not block.schedule.out_chunks:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(block.bars["q_free"].at[buffer])
@@ -391,15 +405,15 @@ def compute(block: Block, warpgroup: Index) -> None:
 def launch(spec: AttentionSpec, schedule: ForwardSchedule, merges: bool = False) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
     spec's layout, and of what mask, bias, dropout and score function need: `work.forward_table(spec, schedule)`, or
-    arrays of `mask_arrays`, of which it updates "key_tiles"; those of `mosaic.bias`, dropout's keys, and those of
-    `mosaic.score_function`.
+    arrays of `mask_arrays`, of which it updates "key_tiles"; those of `mosaic.bias`, dropout's keys, those of
+    `mosaic.score_function`, and sinks.
 
     If it `merges`, q, k and v are whole arrays, "places" says where the part's rows lie, and the launch makes nothing:
     it updates "state_out" and "state_stats" (`forward.merge`).
     """
     arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
     inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec),
-              *score_function.input_types(spec))
+              *score_function.input_types(spec), *sinks.input_types(spec))
     outputs = {} if merges else {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.result_dtype),
                                  "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     updates = ("key_tiles",) * bool(arrays)
