@@ -1,8 +1,9 @@
 """Decoding against a cache, in bytes of keys and values a second: `python -m bench.decode`, one JSON object a line.
 
-Beside `cache.attend`: the reads of the Hopper kernel alone, without a product, which nothing that reads the same keys
-can beat by much; `flash_attn_with_kvcache` of our bridge, the same kernel launched from PyTorch; and PyTorch's own
-scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous and sequences fill the cache.
+Beside `cache.attend`: the Hopper kernel, where another one is named; its reads alone, without a product, which nothing
+that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from PyTorch;
+and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous and sequences
+fill the cache.
 Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
@@ -211,6 +212,8 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     found = {"ours": _jax_calls(implementation, q, filled, more)}
     if jax.default_backend() != "gpu":
         return found
+    if implementation != "hopper":
+        found["hopper"] = _jax_calls("hopper", q, filled, more)
     found["reads"] = _reads(problem, q, filled)
     has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
     if has_torch and not more:

@@ -191,7 +191,8 @@ class MergedPasses(NamedTuple):
 
         def finish(dq: Array) -> Array:
             with device.on(self.shards.device):
-                return self.merging.dq(spec, first._replace(dq=dq))
+                found: Array = self.merging.dq(spec, first._replace(dq=dq))
+                return found
 
         zeros = [compat.vary_like(jnp.zeros(x.shape, spec.acc_dtype), operands, results, cotangents) for x in (k, v)]
         dq, (dk, dv) = self._around(compute, operands, first.dq, zeros, finish)

@@ -248,7 +248,7 @@ def test_an_a100_is_asked_for_no_kernel_of_caches(decoded, tmp_path, monkeypatch
     """Regression: each kind of cache started a process that could only say no, and explain said that it is launched."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
-    with pytest.raises(UnsupportedError, match="takes no keys in a cache yet"):
+    with pytest.raises(UnsupportedError, match="attention against a cache has not run on a GPU yet"):
         lower.lower(dataclasses.replace(DECODE, gpu=A100))  # else the rule of attention.why_not_device is to go
     keys, values = cache_of()
     compare(new(1), keys, values, cache_seqlens=LENGTHS)

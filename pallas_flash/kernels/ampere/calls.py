@@ -15,11 +15,13 @@ import jax
 
 from pallas_flash import masks, padding
 from pallas_flash.device import Device
+from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
+from pallas_flash.kernels.mosaic.decode import calls as decode_calls
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
@@ -37,9 +39,12 @@ def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule 
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Computation:
+def _forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Computation:
     """The same object for the same spec and schedule."""
-    return _computation(spec, launches.forward(spec, schedule), schedule)
+    launched = launches.forward(spec, schedule)
+    if isinstance(schedule, DecodeSchedule):  # it reads the arrays of the mask as they are
+        return launched
+    return _computation(spec, launched, schedule)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -60,13 +65,17 @@ def _backward_on(device: Device) -> Callable[[AttentionSpec], Computation]:
     return lambda spec: _backward(spec, defaults.default_backward(spec, device))
 
 
-def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass] | None:
+def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass | None] | None:
     """The forward and the backward as lists of launches, which another runtime than JAX can run, and what it makes of
-    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies.
+    a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies. Against
+    a cache the forward alone, which reads all arrays of the call as they are: the backward is another's.
     """
+    if filled_part(spec.mask) is not None:
+        return launches.forward(spec, defaults.default_forward(spec, device)), None
     if spec.bias is not None or spec.score is not None or padding.copies(spec) is not None:
         return None
     first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    assert isinstance(first, ForwardSchedule), "keys are in no cache"
     return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
 
 
@@ -83,6 +92,8 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
+    if filled_part(spec.mask) is not None:
+        return decode_calls.anchored(spec, operands, _run_decode(spec, operands))
     found: Results[jax.Array] = _run_forward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), dropout.inputs(spec, operands))
     return padding.cut_results(spec, found)
@@ -124,6 +135,13 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
     out, stats = partitioned(_forward_on(device), roles, spec, operands.q, operands.k, operands.v, *more,
                              device=device)
     return Results(out, stats)
+
+
+@vmappable
+def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
+    """Against a cache: the kernel reads a bias and sinks as they are, and finds the mask from its arrays."""
+    arrays, roles = decode_calls.arrays(spec, operands)
+    return Results(*partitioned(_forward_on(device), roles, spec, *arrays, device=device))
 
 
 @vmappable

@@ -10,9 +10,18 @@ import dataclasses
 from collections.abc import Iterator
 
 from pallas_flash.device import Device
-from pallas_flash.kernels.ampere.memory import smem_bytes
+from pallas_flash.filled import filled_part
+from pallas_flash.kernels.ampere.memory import Schedule, smem_bytes
 from pallas_flash.kernels.ampere.rules import dq_fits
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import (
+    ROWS,
+    BackwardSchedule,
+    DecodeSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    chunks,
+)
+from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["assume", "default_backward", "default_forward"]
@@ -24,15 +33,21 @@ which counts as 128.
 _RESERVED = 1024
 """What an SM has beyond the most that one block may ask for."""
 
+_MOST_STAGES = 4
+"""Of tiles of a cache: with three on their way, more bytes are in flight than memory needs (docs/notes/ampere.md)."""
+
+_MOST_HELD = 160
+"""Registers of a thread for queries against a cache and their output."""
+
 _TOGETHER = 320
 """Columns of d and d_v of which one warpgroup keeps dk and dv."""
 
-_assumed: contextvars.ContextVar[ForwardSchedule | BackwardSchedule | None] = contextvars.ContextVar(
+_assumed: contextvars.ContextVar[ForwardSchedule | DecodeSchedule | BackwardSchedule | None] = contextvars.ContextVar(
     "assumed", default=None)
 
 
 @contextlib.contextmanager
-def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
+def assume(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> Iterator[None]:
     """Makes `schedule` the default of its pass, for every spec and device, in this thread: for benchmarks. Programs
     that JAX keeps have the schedules that they were traced with: call `jax.clear_caches` before and after.
     """
@@ -43,7 +58,7 @@ def assume(schedule: ForwardSchedule | BackwardSchedule) -> Iterator[None]:
         _assumed.reset(token)
 
 
-def _sharing(spec: AttentionSpec, device: Device, s: ForwardSchedule | BackwardSchedule | DqSchedule) -> int:
+def _sharing(spec: AttentionSpec, device: Device, s: Schedule) -> int:
     """How many blocks of a schedule the shared memory of an SM holds."""
     return (device.smem_bytes + _RESERVED) // (smem_bytes(spec, s) + _SYSTEM_BYTES)
 
@@ -61,11 +76,13 @@ def _completes(spec: AttentionSpec) -> bool:
     return spec.bias is not None or spec.score is not None
 
 
-def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
+def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | DecodeSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
     128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
-    registers for 16 rows a warp.
+    registers for 16 rows a warp. Of keys in a cache: `_default_decode`.
     """
+    if filled_part(spec.mask) is not None:
+        return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
@@ -74,6 +91,24 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule:
         return narrow
     sharing = _sharing(spec, device, wide)
     return wide if sharing >= 2 or (sharing == 1 and _sharing(spec, device, narrow) == 1) else narrow
+
+
+def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
+    """Returns the schedule of a spec whose keys are in a cache: as many bands as the queries leave room for, and of
+    tiles of 64 keys, or of 32, as many slots as shared memory has room for, up to 4: twice if it has room for two of
+    them twice, as two blocks hide each other's waits, else once. Queries are in registers where the accumulator leaves
+    room for them: heads of 256 would spill 64 bytes.
+    """
+    if isinstance(assumed := _assumed.get(), DecodeSchedule):
+        return assumed
+    bands = next(count for count in (4, 2, 1) if count * rows(spec) <= ROWS)
+    held = spec.d_v // 2 + 16 * chunks(spec.d) <= _MOST_HELD
+    # A bias needs as many registers again as scores: up to 220 bytes were spilled.
+    sizes = (32,) if spec.bias is not None and spec.d_v > 192 and bands < 4 else (64, 32)
+    every = ((DecodeSchedule(min(bands, block_kv // 16), block_kv, num_stages, held), blocks)
+             for block_kv in sizes for blocks in (2, 1) for num_stages in range(_MOST_STAGES, 1, -1))
+    schedule, blocks = next((s, blocks) for s, blocks in every if _sharing(spec, device, s) >= blocks)
+    return dataclasses.replace(schedule, num_blocks=blocks * device.num_sms)
 
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:

@@ -1,6 +1,7 @@
 """The passes of a spec as lists of kernel launches (`mosaic.launch`).
 
-forward: q, k, v -> out, stats. One kernel.
+forward: q, k, v -> out, stats. One kernel. Against a cache, q, k, v, the mask's arrays, a bias, sinks and, if there are
+pages, their table -> out, stats: one kernel, too, whose counters are a constant.
 
 backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes statistics of each query; then
 either one kernel makes dk and dv and adds dq up in float32, and `finish` makes dq of that, or a second kernel makes dq.
@@ -11,23 +12,34 @@ each has those of `mask_arrays` as more inputs, and where there is a bias, those
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash.kernels.ampere import mask_arrays
 from pallas_flash.kernels.ampere.backward import dq, finish, kv, prepare
+from pallas_flash.kernels.ampere.decode import kernel as decode_kernel
 from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
+from pallas_flash.kernels.mosaic.decode.calls import inputs as decode_inputs
 from pallas_flash.kernels.mosaic.launch import Pass
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward", "forward"]
 
 
-def forward(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
+def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> Pass:
     """The forward: out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), float32."""
+    if isinstance(schedule, DecodeSchedule):
+        return _decode(spec, schedule)
     inputs = _operands(spec) | _more(spec, schedule)
     return Pass(inputs=inputs, constants={}, launches=(forward_kernel.launch(spec, schedule),),
                 results=("out", "stats"))
+
+
+def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
+    counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
+    return Pass(inputs=decode_inputs(spec), constants={"counters": counters},
+                launches=(decode_kernel.launch(spec, schedule),), results=("out", "stats"), restored=("counters",))
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:

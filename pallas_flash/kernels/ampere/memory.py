@@ -10,11 +10,25 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_flash import tiles
-from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, BackwardSchedule, DqSchedule, ForwardSchedule, chunks
+from pallas_flash.kernels.ampere.schedule import (
+    CHUNK,
+    ROWS,
+    BackwardSchedule,
+    DecodeSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    chunks,
+)
 from pallas_flash.kernels.ampere.work import may_have_idle_queries
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Buffer", "dq_buffers", "dq_sums_shape", "forward_buffers", "kv_buffers", "prepare_buffers", "smem_bytes"]
+__all__ = [
+    "Buffer", "Schedule", "decode_buffers", "dq_buffers", "dq_sums_shape", "forward_buffers", "kv_buffers",
+    "prepare_buffers", "smem_bytes",
+]
+
+type Schedule = ForwardSchedule | DecodeSchedule | BackwardSchedule | DqSchedule
+"""Of a kernel, or of a backward."""
 
 _ALIGNMENT = 1024
 """Each buffer begins at a multiple of so many bytes."""
@@ -39,6 +53,13 @@ def forward_buffers(spec: AttentionSpec, s: ForwardSchedule) -> tuple[Buffer, ..
     return (Buffer("q", (chunks(spec.d), s.block_q, CHUNK), spec.dtype),
             Buffer("k", (chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
             Buffer("v", (chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
+
+
+def decode_buffers(spec: AttentionSpec, s: DecodeSchedule) -> tuple[Buffer, ...]:
+    """Slots of keys and values, and the queries of a band, if they are not in registers."""
+    q = Buffer("q", (chunks(spec.d), ROWS // s.bands, CHUNK), spec.dtype)
+    return (Buffer("k", (s.num_stages, chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
+            Buffer("v", (s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype), *[q] * (not s.q_registers))
 
 
 def kv_buffers(spec: AttentionSpec, s: BackwardSchedule) -> tuple[Buffer, ...]:
@@ -80,11 +101,13 @@ def dq_sums_shape(spec: AttentionSpec, s: BackwardSchedule) -> tuple[int, ...]:
     return spec.batch, spec.q_heads, count, chunks(spec.d), s.block_q * CHUNK
 
 
-def smem_bytes(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule | DqSchedule) -> int:
+def smem_bytes(spec: AttentionSpec, s: Schedule) -> int:
     """Shared memory of a block; of a backward in two kernels, that of dk and dv."""
     match s:
         case ForwardSchedule():
             buffers = forward_buffers(spec, s)
+        case DecodeSchedule():
+            buffers = decode_buffers(spec, s)
         case DqSchedule():
             buffers = dq_buffers(spec, s)
         case BackwardSchedule():

@@ -1,7 +1,16 @@
 """Reasons against a schedule: what the kernels cannot run, or would not fit."""
 
+from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere.memory import smem_bytes
-from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import (
+    ROWS,
+    BackwardSchedule,
+    DecodeSchedule,
+    DqSchedule,
+    ForwardSchedule,
+    chunks,
+)
+from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.spec import AttentionSpec
 
@@ -15,13 +24,21 @@ _REGISTERS = 255
 _OTHERS = 45
 
 
-def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule, smem_limit: int) -> list[str]:
+def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
+                    smem_limit: int) -> list[str]:
     """Returns why the kernels cannot run a spec with a schedule; an empty list if they can.
 
     Args:
       smem_limit: bytes of shared memory that a block may have.
     """
-    rules = _forward_rules(spec, schedule) if isinstance(schedule, ForwardSchedule) else _backward_rules(spec, schedule)
+    if isinstance(schedule, BackwardSchedule):
+        rules = _backward_rules(spec, schedule)
+    elif filled_part(spec.mask) is not None:
+        rules = _decode_rules(spec, schedule)
+    elif isinstance(schedule, DecodeSchedule):
+        rules = ((False, f"{schedule} is for keys in a cache"),)
+    else:
+        rules = _forward_rules(spec, schedule)
     needed = smem_bytes(spec, schedule)
     if isinstance(schedule, BackwardSchedule) and schedule.dq is not None:
         rules += _dq_rules(spec, schedule.dq)
@@ -38,6 +55,24 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
          f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
+    )
+
+
+def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule) -> _Rules:
+    if isinstance(s, ForwardSchedule):
+        return ((False, f"{s} is not for keys in a cache"),)
+    if s.bands not in (1, 2, 4):
+        return ((False, f"{s.bands=} must be 1, 2 or 4"),)
+    keys = s.block_kv // s.bands
+    held = spec.d_v // 2 + 16 * chunks(spec.d) * s.q_registers + keys * 3 // 4
+    return (
+        (rows(spec) * s.bands <= ROWS, f"{s.bands=} of {rows(spec)} queries must be at most {ROWS} rows"),
+        (s.block_kv % (16 * s.bands) == 0 and 16 <= keys <= 64,
+         f"{s.block_kv=} must be 16, 32, 48 or 64 keys for each of {s.bands=}"),
+        (s.num_stages >= 2, f"{s.num_stages=} must be at least 2"),
+        (s.parts_at_once >= 1, f"{s.parts_at_once=} must be positive"),
+        (held + _OTHERS <= _REGISTERS,
+         f"scores, weights, queries and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
 

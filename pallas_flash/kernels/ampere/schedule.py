@@ -10,7 +10,7 @@ import math
 
 from pallas_flash import tiles
 
-__all__ = ["CHUNK", "ROWS", "BackwardSchedule", "DqSchedule", "ForwardSchedule", "chunks", "kernels"]
+__all__ = ["CHUNK", "ROWS", "BackwardSchedule", "DecodeSchedule", "DqSchedule", "ForwardSchedule", "chunks", "kernels"]
 
 CHUNK = 64
 """Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, once around all banks."""
@@ -119,9 +119,37 @@ class BackwardSchedule:
         return math.lcm(self.block_kv, 1 if self.dq is None else self.dq.block_kv), self.padded_q_block
 
 
-def kernels(schedule: ForwardSchedule | BackwardSchedule) -> tuple[str, ...]:
+@dataclasses.dataclass(frozen=True)
+class DecodeSchedule:
+    """The schedule of the forward against a cache: blocks of one warpgroup take equal runs of all key tiles.
+
+    Attributes:
+      bands: how often a tile of 64 rows holds all queries, each time for other keys of a tile: 1, 2 or 4.
+      block_kv: keys of a tile; a multiple of 16 for each band.
+      num_stages: slots for tiles of keys and values; all but one are loaded ahead.
+      q_registers: the queries are held in registers, else in shared memory.
+      parts_at_once: partial results of a head that are loaded together where they are combined.
+      num_blocks: blocks of the grid: as many as the SMs of the device hold.
+    """
+
+    bands: int = 4
+    block_kv: int = 64
+    num_stages: int = 2
+    q_registers: bool = True
+    parts_at_once: int = 8
+    num_blocks: int = 108
+
+    @property
+    def workers(self) -> int:
+        """Compute warpgroups of a block."""
+        return 1
+
+
+def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
     if isinstance(schedule, ForwardSchedule):
         return ("attention_forward",)
+    if isinstance(schedule, DecodeSchedule):
+        return ("attention_decode",)
     last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
     return "attention_backward_prepare", "attention_backward_kv", last

@@ -1,12 +1,12 @@
 """What the kernels with mma.sync take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-from pallas_flash import dropout
+from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.mosaic import mask_rules, score_rules
+from pallas_flash.kernels.mosaic import cache_rules, mask_rules, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["is_made_for", "not_measured", "why_not"]
+__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (8, 0)
 MAX_DIM = 256
@@ -31,9 +31,25 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     have, they have on an H200 alone.
     """
     rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
+             (filled_part(spec.mask) is not None, "attention against a cache"),
              (spec.partial, "a part of a sum in float32, as several GPUs share one,"))
     return [f'{what} has not run on a GPU yet (name implementation="ampere" to try it)'
             for is_there, what in rules if is_there]
+
+
+def backward_of(spec: AttentionSpec) -> str | None:
+    """The implementation whose backward follows the forward, if it is another one: there is none of a cache here."""
+    return None if filled_part(spec.mask) is None else "xla"
+
+
+def copies(spec: AttentionSpec) -> padding.Copies | None:
+    """What is copied around the kernels: nothing of a cache."""
+    return padding.copies(spec) if filled_part(spec.mask) is None else None
+
+
+def takes_sinks(spec: AttentionSpec) -> bool:
+    """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
+    return filled_part(spec.mask) is not None
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -54,15 +70,12 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
          f"needs bfloat16 or float16, dtype is {spec.dtype.name} (cast query, key and value)"),
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM} (a gradient of 64 keys is in registers), {dims}"),
-        (spec.pages is None, "takes no keys and values in pages yet"),
+        (spec.cache_scales is None,
+         "takes no cache in eight bits yet (keep keys and values in the dtype of query)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
     )
-    return [reason for holds, reason in rules if not holds] + score_rules.why_not(spec) + _mask_reasons(spec)
-
-
-def _mask_reasons(spec: AttentionSpec) -> list[str]:
-    if filled_part(spec.mask) is not None:
-        return ["takes no keys in a cache yet"]
-    return mask_rules.why_not(spec)
+    filled = filled_part(spec.mask)
+    found = [reason for holds, reason in rules if not holds] + score_rules.why_not(spec)
+    return found + (mask_rules.why_not(spec) if filled is None else cache_rules.why_not(spec, filled))

@@ -30,6 +30,7 @@ from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
+from pallas_flash.kernels.mosaic.decode import calls as decode_calls
 from pallas_flash.kernels.mosaic.launch import Pass, WithArrays
 from pallas_flash.kernels.mosaic.mask_ranges import ids_of
 from pallas_flash.kernels.mosaic.score_gradients import with_score_gradients
@@ -196,7 +197,7 @@ def _making(spec: AttentionSpec, inner: AttentionSpec, found: Pass,
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
     if filled_part(spec.mask) is not None:
-        return _anchored(spec, operands, _run_decode(spec, operands))
+        return decode_calls.anchored(spec, operands, _run_decode(spec, operands))
     keys = dropout.inputs(spec, operands)
     spec, operands = mask_score.as_score(spec, operands)
     padded = padding.padded_operands(spec, _without_seed(operands))
@@ -243,24 +244,8 @@ def _run_forward(spec: AttentionSpec, device: Device, operands: Operands,
 @vmappable
 def _run_decode(spec: AttentionSpec, device: Device, operands: Operands) -> Results[jax.Array]:
     """Against a cache: the kernel reads a bias and sinks as they are, and finds the mask from its arrays."""
-    fields, pages = jax.tree.leaves(operands.mask), operands.page_table
-    added = [x for x in (operands.bias, operands.sinks) if x is not None]
-    for scale in operands.cache_scales or ():  # of key heads; as a bias is, of query heads
-        added.append((scale if scale.shape[1] == 1 else jnp.repeat(scale, spec.group, axis=1))[..., None, None])
-    key, table = ("key", "") if pages is None else ("pages", "table ")
-    roles = f"query {key} {key} {'field ' * len(fields)}{'bias ' * len(added)}{table}-> query row"
-    arrays = operands.q, operands.k, operands.v, *fields, *added, *[pages] * (pages is not None)
+    arrays, roles = decode_calls.arrays(spec, operands)
     return Results(*partitioned(_forward_on(device), roles, spec, *arrays, device=device))
-
-
-def _anchored(spec: AttentionSpec, operands: Operands, results: Results[jax.Array]) -> Results[jax.Array]:
-    """The results with the statistics of anchored scores, of those of the scores as they are. XLA computes none of it
-    where nobody reads the statistics.
-    """
-    if spec.bias is None:
-        return results
-    anchor = jnp.broadcast_to(spec.anchor(operands)[..., 0].astype(jnp.float32), spec.lse_shape)
-    return results._replace(stats=softmax.shifted(results.stats, -anchor, 1.0))
 
 
 @vmappable

@@ -24,9 +24,7 @@ import numpy as np
 from pallas_flash import quantised
 from pallas_flash.kernels.hopper import mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dbias, dq, finish, kv, kv_split, prepare, wide
-from pallas_flash.kernels.hopper.decode import added, eight_bits
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
-from pallas_flash.kernels.hopper.decode.work import fields
 from pallas_flash.kernels.hopper.float32 import forward as forward_float32
 from pallas_flash.kernels.hopper.float32 import gradients, split
 from pallas_flash.kernels.hopper.float32 import prepare as prepare_float32
@@ -44,6 +42,7 @@ from pallas_flash.kernels.hopper.schedule import (
     WideSchedule,
 )
 from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
+from pallas_flash.kernels.mosaic.decode.calls import inputs
 from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
@@ -84,11 +83,8 @@ def _in_parts(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
-    inputs = _operands(spec) | fields(spec) | added.types(spec) | eight_bits.types(spec)
-    if spec.page_table_shape is not None:
-        inputs["page_table"] = jax.ShapeDtypeStruct(spec.page_table_shape, jnp.int32)
     counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
-    return Pass(inputs=inputs, constants={"counters": counters}, launches=(decode_kernel.launch(spec, schedule),),
+    return Pass(inputs=inputs(spec), constants={"counters": counters}, launches=(decode_kernel.launch(spec, schedule),),
                 results=("out", "stats"), restored=("counters",))
 
 

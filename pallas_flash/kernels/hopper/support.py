@@ -1,14 +1,13 @@
 """What the Hopper kernels take, as reasons why not; no Mosaic in here, dispatch asks on any machine."""
 
-import jax
 import numpy as np
 
-from pallas_flash import dropout, padding
+from pallas_flash import dropout
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
 from pallas_flash.kernels.hopper import compiler
 from pallas_flash.kernels.hopper.wide import copies
-from pallas_flash.kernels.mosaic import mask_rules, mask_score, score_rules
+from pallas_flash.kernels.mosaic import cache_rules, mask_rules, mask_score, score_rules
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
@@ -16,7 +15,7 @@ __all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "t
 CAPABILITY = (9, 0)
 MAX_DIM = 512
 MAX_NARROW = 256
-"""Of what other kernels run than those of wide heads; also against a cache."""
+"""Of what other kernels run than those of wide heads."""
 MAX_DIM_FLOAT32 = 128
 FLOAT32_IS_RIGHT = False
 """The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
@@ -24,8 +23,6 @@ KERNELS_MERGE = True
 """Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
 BYTES_UNIT = 32
 """Of head dimensions where keys and values are of eight bits: what all threads of a warpgroup convert at a time."""
-MAX_ROWS = 64
-"""Queries that share a key head, q_len * group, against a cache: the rows of one tile."""
 
 
 def is_made_for(device: Device) -> bool:
@@ -113,7 +110,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
     found = [reason for holds, reason in rules if not holds]
     found += _float32_reasons(spec) if _is_float32(spec) else []
     if (filled := filled_part(spec.mask)) is not None:
-        return found + score_rules.why_not(spec) + _cache_reasons(spec, filled)
+        return found + score_rules.why_not(spec) + cache_rules.why_not(spec, filled) + _reasons_in_eight_bits(spec)
     if reasons := mask_score.why_not(spec):
         return found + score_rules.why_not(spec) + reasons
     return found + score_rules.why_not(mask_score.hiding(spec)) + mask_rules.why_not(mask_score.hiding(spec))
@@ -136,37 +133,11 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
     return [reason for holds, reason in rules if not holds]
 
 
-def _cache_reasons(spec: AttentionSpec, filled: Filled) -> list[str]:
-    """Keys in a cache are read by a kernel of their own."""
-    rows, padded = spec.q_len * spec.group, padding.padded(spec)
-    wide = sorted({type(part).__name__ for part in spec.mask.parts if not all(
-        np.dtype(x.dtype) == np.int32 and x.shape[1:] == (1,) for x in jax.tree.leaves(part))})
-    rules = (
-        (not is_wide(spec),
-         f"needs head dimensions from 1 to {MAX_NARROW} against a cache, d={spec.d}, d_v={spec.d_v}"),
-        (padded == spec,
-         f"needs head dimensions that are multiples of {padding.UNIT} (TMA strides of 16 bytes) against a cache, which "
-         f"is not copied in each step, d={spec.d}, d_v={spec.d_v} (keep query and the cache padded with zeros to "
-         f"d={padded.d}, d_v={padded.d_v}, pass scale={spec.scale:g}, and cut out back)"),
-        (rows <= MAX_ROWS, f"takes at most {MAX_ROWS} queries that share a key head (q_len * q_heads / kv_heads) "
-         f"against a cache, there are {rows} (give it fewer at a time)"),
-        (not wide and not filled.rule.has_arrays,
-         "takes masks whose arrays are a number for each sequence against a cache only, mask has "
-         f"{', '.join(wide) or f'arrays in {filled.rule}'}"),
-        (spec.bias is None or (spec.bias.shape[2] == 1 and spec.bias.dtype.name != "float64"),
-         "takes a bias of each key against a cache only, (batch, heads, 1, capacity) in 16 or 32 bits, bias is "
-         f"{spec.bias} (give it one query at a time, or cast it)"),
-        (spec.score is None, f"takes no score function against a cache yet, score={spec.score}"),
-        (not spec.dropout_rate and not spec.partial, "takes no dropout and no partial results against a cache yet"),
-    )
-    return [reason for holds, reason in (*rules, *_rules_in_eight_bits(spec)) if not holds]
-
-
-def _rules_in_eight_bits(spec: AttentionSpec) -> tuple[tuple[bool, str], ...]:
+def _reasons_in_eight_bits(spec: AttentionSpec) -> list[str]:
     """What else holds of a cache in eight bits: values that are not finite are told apart in 16 bits alone."""
     if spec.cache_scales is None:
-        return ()
-    return (
+        return []
+    rules = (
         (spec.d % BYTES_UNIT == 0 == spec.d_v % BYTES_UNIT,
          f"needs head dimensions that are multiples of {BYTES_UNIT} against a cache in eight bits, d={spec.d}, "
          f"d_v={spec.d_v} (keep query and the cache padded with zeros)"),
@@ -179,3 +150,4 @@ def _rules_in_eight_bits(spec: AttentionSpec) -> tuple[tuple[bool, str], ...]:
              for rule in (part.rule.parts if isinstance(part, Filled) else (part,))),
          f"takes masks that are intervals of keys alone against a cache in eight bits yet, mask={spec.mask}"),
     )
+    return [reason for holds, reason in rules if not holds]

@@ -14,7 +14,8 @@ from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "is_large", "largest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "tanh", "unit",
+    "is_large", "largest", "lowest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "tanh",
+    "unit",
 ]
 
 _EXACT_CAP = 128.0
@@ -72,6 +73,13 @@ def tanh(x: Float[Array, "..."], exact: bool) -> Float[Array, "..."]:
     for coefficient in _SERIES[-2::-1]:
         series = series * y + coefficient
     return jnp.where(jnp.abs(x) < _SERIES_END, x + x * y * series, t)
+
+
+def lowest(unit: float) -> float:
+    """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its
+    difference from -inf is not NaN.
+    """
+    return -3e38 / max(unit, 1.0)
 
 
 # -- large scores ------------------------------------------------------------------------------------------------------

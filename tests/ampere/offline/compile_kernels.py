@@ -4,10 +4,11 @@
 
 CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
 (deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
-does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported": see there. The
+does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported", or "d64-cache" (`cached`). The
 environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -21,8 +22,11 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 from pallas_flash import ALiBi, RelativeBias, device, flash_attention, masks, scores
+from pallas_flash.filled import Filled
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.mosaic.target import lowering_for
+from pallas_flash.mask_fields import ArrayField
+from pallas_flash.paging import Pages
 from pallas_flash.spec import AttentionSpec
 from tests.hopper.offline.compile_kernels import compile_module, modules_in, mosaic_modules
 
@@ -65,6 +69,27 @@ def spec_of(name: str) -> AttentionSpec:
                             dropout_rate=0.1 if "dropout" in options else 0.0, deterministic="repeats" in options)
 
 
+def cached(name: str) -> AttentionSpec:
+    """The problem of a name like "d128-cache-pages-r64": of queries against a cache, r (8) of which share a key head,
+    with keys in pages of 16, a bias of each key and head, and sinks.
+    """
+    options = name.split("-")
+    number = lambda letter, other: next((int(x[1:]) for x in options if re.fullmatch(rf"{letter}\d+", x)), other)
+    d, rows, batch, length = number("d", None), number("r", 8), 16, 4096
+    q_len = 1 if rows <= 16 else rows // 4
+    shape = lambda length, heads, dim: jax.ShapeDtypeStruct((batch, length, heads, dim), jnp.bfloat16)
+    spec = AttentionSpec.of(shape(q_len, 2 * rows // q_len, d), shape(length, 2, d), shape(length, 2, number("v", d)),
+                            softcap=30.0 if "softcap" in options else None)
+    if "pages" in options:
+        spec = spec.paged(Pages(batch * length // 16, 16))
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    spec = spec.masked(Filled(masks.Causal(), lengths, q_len).canonical(), None)
+    field = lambda *shape: ArrayField(shape, np.dtype("float32")) if shape[-1] else None
+    return dataclasses.replace(
+        spec, bias=field(batch, spec.q_heads, 1, length * ("bias" in options)),
+        sinks=field(1, spec.q_heads, 1, int("sinks" in options)))
+
+
 def exported(gpu: device.Device) -> list[bytes]:
     """The Mosaic GPU modules of a program that takes gradients, exported for a GPU that is not there."""
     q = jax.ShapeDtypeStruct((1, 500, 4, 64), jnp.bfloat16)
@@ -83,9 +108,11 @@ def main(capability: str, names: list[str]) -> None:
             for module in exported(gpu):
                 print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
             continue
-        spec = spec_of(name)
-        for launched in (launches.forward(spec, defaults.default_forward(spec, gpu)),
-                         launches.backward(spec, defaults.default_backward(spec, gpu))):
+        has_cache = "cache" in name.split("-")
+        spec = cached(name) if has_cache else spec_of(name)
+        passes = [launches.forward(spec, defaults.default_forward(spec, gpu))]
+        passes += [] if has_cache else [launches.backward(spec, defaults.default_backward(spec, gpu))]
+        for launched in passes:
             function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
             with lowering_for(gpu):
                 lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))

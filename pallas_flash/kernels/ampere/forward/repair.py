@@ -16,13 +16,13 @@ from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.ampere import mma, registers, work
 from pallas_flash.kernels.ampere.forward.block import Block
-from pallas_flash.kernels.ampere.forward.softmax import State, lowest
+from pallas_flash.kernels.ampere.forward.softmax import State
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS
 from pallas_flash.kernels.ampere.slow_rows import SlowRows, over_chunks
 from pallas_flash.kernels.mosaic import completion, dropout, ptx
 from pallas_flash.kernels.mosaic.scheduling import div
-from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
+from pallas_flash.kernels.mosaic.scores import lowest, may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 
 __all__ = ["Sums", "repaired"]

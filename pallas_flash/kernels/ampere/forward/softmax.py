@@ -14,8 +14,9 @@ from jax import lax
 from pallas_flash.kernels.ampere import registers
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scores import lowest
 
-__all__ = ["State", "lowest", "next_state", "start"]
+__all__ = ["State", "next_state", "start"]
 
 
 class State(NamedTuple):
@@ -25,13 +26,6 @@ class State(NamedTuple):
     begin: PerRow  # m_i unit, rounded: what is subtracted from s unit
     l_i: Fragment  # (64, 8), sums of every eighth column
     acc: Fragment  # (64, d_v), the sum of weighted values
-
-
-def lowest(unit: float) -> float:
-    """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its
-    difference from -inf is not NaN.
-    """
-    return -3e38 / max(unit, 1.0)
 
 
 def start(unit: float, d_v: int) -> State:

@@ -6,7 +6,6 @@ The scales, one of each head, or of each sequence and head, are multiplied in fl
 values with the sums.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,16 +14,15 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.decode.work import Head
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.decode.work import Head
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["SCALES", "convert", "scale_of", "types"]
+__all__ = ["convert", "scale_of"]
 
-SCALES = ("k_scale", "v_scale")
 _UNIT = 16
 """Numbers of a thread at a time: 16 bytes of what is stored, twice as many of what is written."""
 _HALF_OF = {
@@ -33,13 +31,6 @@ _HALF_OF = {
     "bf16": "cvt.rn.f16x2.e4m3x2 both, {pair}; mov.b32 {{lo, hi}}, both; cvt.f32.f16 a, lo; cvt.f32.f16 b, hi; "
             "cvt.rn.bf16x2.f32 {out}, b, a;",
 }
-
-
-def types(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
-    """The scales as the kernel reads them, (1|b 1|h 1 1) float32, h being query heads: as a bias is sharded."""
-    return {name: jax.ShapeDtypeStruct((spec.batch if rows > 1 else 1, spec.q_heads if heads > 1 else 1, 1, 1),
-                                       jnp.float32)
-            for name, (rows, heads) in zip(SCALES, spec.cache_scales or ())}
 
 
 def scale_of(spec: AttentionSpec, ref: Ref, head: Head) -> Array:

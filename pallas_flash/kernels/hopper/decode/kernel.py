@@ -2,7 +2,7 @@
 
 Reading the keys takes all of the time, so blocks share the keys, not the queries. There is a block for each SM, of one
 or more workers: each is a compute warpgroup and a warp that loads, which takes an equal run of the key tiles of all
-sequences and heads (`decode.work`); one tile of 64 rows holds all queries that share a key head (`decode.rows`). The
+sequences and heads (`work`); one tile of 64 rows holds all queries that share a key head (`rows`). The
 two roles walk the run independently, so loads run ahead as far as the rings allow.
 
 Rings and barriers, of each worker. A barrier is named for the state it announces.
@@ -16,13 +16,15 @@ tile ahead.
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`scores`), which is subtracted before they
 are: next to m_i that is exact however large scores are, and the instruction that it costs is small beside reading. l_i
 (64, 8) is a row sum that is still spread over columns. P is rounded to the input's type, all else is float32. A head
-that several workers share is combined in `decode.combine`; a head that one worker has is written by it.
+that several workers share is combined in `combine`; a head that one worker has is written by it.
 
 What a query does not attend to, what the cache holds past a sequence's length for instance, has weight 0, but 0 * NaN
-is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`decode.values`).
+is NaN: the values of tiles that the mask splits are cleaned in shared memory first (`values`).
 
-Lengths are read as they are, above the capacity too, and the table with missing pages (`decode.missing`): a sequence
+Lengths are read as they are, above the capacity too, and the table with missing pages (`missing`): a sequence
 that has lost keys gets row sums of NaN, of which everything else becomes NaN. So no other kernel runs for them.
+
+Modules that are named without a path are those of `kernels.mosaic.decode`.
 """
 
 import functools
@@ -36,16 +38,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import added, combine, eight_bits, missing, rows, values
-from pallas_flash.kernels.hopper.decode.combine import Sums
-from pallas_flash.kernels.hopper.decode.work import Segment, blocks, fields, for_each_segment, workers
+from pallas_flash.kernels.hopper.decode import eight_bits
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.decode import added, combine, rows, values
+from pallas_flash.kernels.mosaic.decode.calls import scale_types
+from pallas_flash.kernels.mosaic.decode.combine import Sums
+from pallas_flash.kernels.mosaic.decode.missing import has_lost_keys
+from pallas_flash.kernels.mosaic.decode.work import Segment, blocks, fields, for_each_segment, workers
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked, scaled
@@ -61,7 +65,7 @@ class Worker(NamedTuple):
     spec: AttentionSpec
     schedule: DecodeSchedule
     number: int  # in its block
-    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, `eight_bits.types`, page_table; counters, out, stats, ...
+    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, `calls.scale_types`, page_table; counters, out, stats, ...
     smem: dict[str, Ref]  # k, v, q where queries are not in registers; wide_k, wide_v where those are of eight bits
     bars: dict[str, Ref]  # the barriers
 
@@ -210,31 +214,21 @@ def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref],
     if not values.queries_differ(worker.spec):
         @pl.when((lo > 0) | (hi < worker.schedule.block_kv))
         def _() -> None:
-            values.zero_outside(found, lo, hi)
+            values.zero_outside(found, lo, hi, registers.CHUNKED)
             plgpu.commit_smem()
 
         return acc
-    has_bad = values.clean(found, lo, hi)
+    has_bad = values.clean(found, lo, hi, registers.CHUNKED)
     plgpu.commit_smem()
 
     def add_bad(p: Fragment, acc: Fragment) -> Fragment:
         weights = without_hidden(worker, segment, kv_tile, p.astype(jnp.float32))
         bias = load_bias(worker, segment, kv_tile)
         weights = weights if bias is None else added.hidden(weights, bias)
-        index = functools.partial(key_index, worker, segment)
+        index = functools.partial(values.key_index, worker.spec, worker.gmem, segment.head)
         return values.add_bad(weights, acc, worker.gmem["v"], lambda i: index(first + i))
 
     return lax.cond(has_bad, add_bad, lambda _, acc: acc, p, acc)
-
-
-def key_index(worker: Worker, segment: Segment, key: Index) -> tuple[Index, Index, Index]:
-    """Where a key of the segment's head lies in k and v, or some other key if there is none."""
-    spec, (batch, kv_head) = worker.spec, segment.head
-    key = jnp.minimum(key, spec.kv_len - 1)
-    if spec.pages is not None:
-        page = worker.gmem["page_table"][batch, div(key, spec.pages.size)]
-        batch, key = jnp.clip(page, 0, spec.pages.number - 1), rem(key, spec.pages.size)
-    return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)
 
 
 def await_tile(worker: Worker, name: str, slot: Index) -> Ref:
@@ -300,7 +294,8 @@ def first_state(worker: Worker, segment: Segment) -> State:
     """The state before the first tile: nothing, or the sinks. Row sums of NaN stay NaN: nothing else of a lost sequence
     is kept in registers.
     """
-    spec, is_lost = worker.spec, has_lost_keys(worker, segment)
+    spec, s = worker.spec, worker.schedule
+    is_lost = has_lost_keys(spec, s.block_kv, worker.gmem, segment)
     low = jnp.full((ROWS_PER_WARPGROUP,), added.lowest(spec), jnp.float32)
     m_i = plgpu.layout_cast(low, registers.ROW_LAYOUT)
     nothing = jnp.full((ROWS_PER_WARPGROUP, 8), jnp.where(is_lost, jnp.nan, 0.0), jnp.float32)
@@ -312,42 +307,6 @@ def first_state(worker: Worker, segment: Segment) -> State:
     return State(m_i, l_i, registers.zeros(spec.d_v))
 
 
-def finish(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
-    """Writes out = acc / l_i and the statistics of a head that this worker has alone."""
-    head = segment.head
-    out = acc * registers.spread(softmax.rescale(sums.l_i), acc.shape[1])
-    rows.store_out(worker.spec, out.astype(worker.spec.dtype), worker.gmem["out"], head)
-    stats = added.statistics(worker.spec, sums.m_i, sums.l_i)
-    rows.store_statistics(worker.spec, stats, worker.gmem["stats"], head)
-
-
-def share(worker: Worker, segment: Segment, sums: Sums, acc: Fragment) -> None:
-    """Leaves a partial result of a head that several workers share; the last of them combines."""
-    slot = segment.slot(segment.part)
-    rows.store_part(worker.spec, acc, worker.gmem["part_acc"], slot)
-    rows.store_part_statistics(sums, worker.gmem["part_sums"], slot)
-
-    @pl.when(combine.is_last(worker.gmem["counters"], segment.owner, segment.parts))
-    def _() -> None:
-        unit = added.score_unit(worker.spec)
-        combine.combine(worker.spec, worker.gmem, segment, unit, worker.schedule.parts_at_once)
-
-
-def has_lost_keys(worker: Worker, segment: Segment) -> Flag:
-    """Whether the sequence has lost keys, as far as this worker sees it: the length is too large, or a page of the
-    segment's keys is missing. The first segment also looks at the pages before its own, the last at those after.
-    """
-    pages, length = worker.spec.pages, segment.sequence.length
-    is_full: Flag = length > worker.spec.kv_len
-    if pages is None:
-        return is_full
-    used = div(jnp.clip(length, 0, worker.spec.kv_len) + (pages.size - 1), pages.size)
-    start, stop = (tile * worker.schedule.block_kv for tile in (segment.first, segment.first + segment.num_tiles))
-    lo = jnp.where(segment.part == 0, 0, div(start, pages.size))
-    hi = jnp.where(segment.part == segment.parts - 1, used, jnp.minimum(div(stop + (pages.size - 1), pages.size), used))
-    return is_full | missing.any_missing(worker.gmem["page_table"], segment.head.batch, (lo, hi), pages.number)
-
-
 def compute_segment(worker: Worker, segment: Segment) -> None:
     """Computes what this worker has of a head."""
     q = queries(worker, segment)
@@ -357,8 +316,10 @@ def compute_segment(worker: Worker, segment: Segment) -> None:
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
     if worker.spec.cache_scales is not None:
         acc = acc * eight_bits.scale_of(worker.spec, worker.gmem["v_scale"], segment.head)
-    pl.when(segment.is_whole)(functools.partial(finish, worker, segment, sums, acc))
-    pl.when(jnp.logical_not(segment.is_whole))(functools.partial(share, worker, segment, sums, acc))
+    result = worker.spec, worker.gmem, segment, sums, acc
+    pl.when(segment.is_whole)(functools.partial(combine.finish, *result))
+    pl.when(jnp.logical_not(segment.is_whole))(
+        functools.partial(combine.share, *result, worker.schedule.parts_at_once))
 
 
 def compute(worker: Worker) -> None:
@@ -378,16 +339,15 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
-    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), of scales (`eight_bits.types`), and of the
+    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), of scales (`calls.scale_types`), and of the
     page table, where there are any. It updates counters (`counters_shape`, int32), which are 0 before and after.
     """
-    inputs = ("q", "k", "v", *fields(spec), *added.types(spec), *eight_bits.types(spec),
+    inputs = ("q", "k", "v", *fields(spec), *added.types(spec), *scale_types(spec),
               *["page_table"] * (spec.pages is not None), "counters")
     count = workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
-               "part_acc": jax.ShapeDtypeStruct((2 * count, combine.part_size(spec)), jnp.float32),
-               "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS_PER_WARPGROUP, 2), jnp.float32)}
+               **combine.part_types(spec, count)}
 
     def attention_decode(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs

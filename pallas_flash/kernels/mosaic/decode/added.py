@@ -24,12 +24,11 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper.decode.rows import own_rows
-from pallas_flash.kernels.hopper.decode.work import Head, rows
-from pallas_flash.kernels.hopper.forward import softmax as forward_softmax
-from pallas_flash.kernels.hopper.registers import ROW_LAYOUT, TILE, Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic import ptx, scores
+from pallas_flash.kernels.mosaic.cache_rules import rows
+from pallas_flash.kernels.mosaic.decode.rows import in_band, key_positions, own_rows, query_rows
+from pallas_flash.kernels.mosaic.decode.work import Head
+from pallas_flash.kernels.mosaic.fragments import ROW_LAYOUT, ROWS, TILE, Fragment, PerRow
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
@@ -60,7 +59,7 @@ def score_unit(spec: AttentionSpec) -> float:
 
 def lowest(spec: AttentionSpec) -> float:
     """The m_i of rows that have met no key: finite, and below any score."""
-    return forward_softmax.lowest(score_unit(spec)) if spec.bias is None else -9e37
+    return scores.lowest(score_unit(spec)) if spec.bias is None else -9e37
 
 
 def statistics(spec: AttentionSpec, m_i: Array, l_i: Array) -> tuple[Array, Array]:
@@ -84,36 +83,41 @@ def hidden(x: Fragment, bias: Fragment) -> Fragment:
 
 # -- the bias ----------------------------------------------------------------------------------------------------------
 
-def _load_bias_plain(spec: AttentionSpec, ref: Ref, head: Head, first: Index, columns: int) -> Fragment:
+def _load_bias_plain(spec: AttentionSpec, ref: Ref, head: Head, first: Index, columns: int,
+                     bands: int = 1) -> Fragment:
     batch, heads, _, length = ref.shape
-    row = jnp.minimum(jnp.arange(ROWS_PER_WARPGROUP), rows(spec) - 1)
+    row = jnp.minimum(query_rows(1, bands), rows(spec) - 1)
     of = head.kv_head * spec.group + row % spec.group if heads > 1 else jnp.zeros_like(row)
-    key = jnp.minimum(first + jnp.arange(columns), length - 1)
-    return ref[head.batch if batch > 1 else 0][:, 0][of][:, key]
+    key = jnp.minimum(key_positions(columns, first, bands), length - 1)
+    return ref[head.batch if batch > 1 else 0][:, 0][of, key]
 
 
 @interpreted_as(_load_bias_plain)
-def load_bias(spec: AttentionSpec, ref: Ref, head: Head, first: Index, columns: int) -> Fragment:
+def load_bias(spec: AttentionSpec, ref: Ref, head: Head, first: Index, columns: int, bands: int = 1) -> Fragment:
     """Loads the bias of a key head's queries and of the keys from `first` on: (64, columns) of its type in the layout
-    TILE. Rows past the last, and keys past the capacity, hold that of others.
+    TILE, each band with the next columns. Rows past the last, and keys past the capacity, hold that of others.
     """
     batch_count, heads, _, length = ref.shape
     width = 2 if length % 2 == 0 else 1  # elements of a load: pairs begin at even places
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 3),
-                       return_type=plgpu.ShapeDtypeStruct((ROWS_PER_WARPGROUP, columns), ref.dtype, TILE))
+                       return_type=plgpu.ShapeDtypeStruct((ROWS, columns), ref.dtype, TILE))
     def load(_: mgpu.LaunchContext, ref: ir.Value, *scalars: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
         # Opaque, or LLVM would keep what follows from them, addresses first, in registers through the loop.
         batch, kv_head, first = (ptx.moved(x.registers.item()) for x in scalars)
+        start = first
         element, layout = ir.MemRefType(ref.type).element_type, TILE.to_mgpu()
         kind = ir.VectorType.get((width,), element)
-        registers = np.empty(layout.registers_shape((ROWS_PER_WARPGROUP, columns)), dtype=object)
+        registers = np.empty(layout.registers_shape((ROWS, columns)), dtype=object)
         flat = registers.reshape(columns // 8, 2)
         for i, row, quarter in own_rows():
             if i and heads == 1:
                 flat[:, 1] = flat[:, 0]  # the same for all rows
                 continue
+            if bands > 1:
+                band = arith.divui(row, const(ROWS // bands))
+                first, row = arith.addi(start, arith.muli(band, const(columns))), in_band(row, bands)
             own = _head_of(spec, kv_head, row) if heads > 1 else const(0)
             line = _wide_sum(_times(batch, heads) if batch_count > 1 else None, own, length)
             for j in range(columns // 8):
@@ -147,29 +151,35 @@ def hides(bias: Fragment) -> Flag:
 
 # -- sinks -------------------------------------------------------------------------------------------------------------
 
-def _load_sinks_plain(spec: AttentionSpec, ref: Ref, head: Head, part: Index) -> PerRow:
-    row = jnp.minimum(jnp.arange(ROWS_PER_WARPGROUP), rows(spec) - 1)
+def _load_sinks_plain(spec: AttentionSpec, ref: Ref, head: Head, part: Index, bands: int = 1) -> PerRow:
+    row = jnp.minimum(query_rows(1, bands)[:, 0], rows(spec) - 1)
     found = ref[head.batch if ref.shape[0] > 1 else 0][:, 0, 0][head.kv_head * spec.group + row % spec.group]
-    return jnp.where(part == 0, found, -jnp.inf)
+    return jnp.where((part == 0) & (jnp.arange(ROWS) < ROWS // bands), found, -jnp.inf)
 
 
 @interpreted_as(_load_sinks_plain)
-def load_sinks(spec: AttentionSpec, ref: Ref, head: Head, part: Index) -> PerRow:
-    """Loads the sinks of a key head's rows, (64,) float32 in ROW_LAYOUT; -inf in all segments but its first."""
+def load_sinks(spec: AttentionSpec, ref: Ref, head: Head, part: Index, bands: int = 1) -> PerRow:
+    """Loads the sinks of a key head's rows, (64,) float32 in ROW_LAYOUT; -inf in all segments but its first, and in all
+    bands but the first.
+    """
     batch_count, heads, *_ = ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 3),
-                       return_type=plgpu.ShapeDtypeStruct((ROWS_PER_WARPGROUP,), jnp.float32, ROW_LAYOUT))
+                       return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, ROW_LAYOUT))
     def load(_: mgpu.LaunchContext, ref: ir.Value, *scalars: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         batch, kv_head, part = (x.registers.item() for x in scalars)
         layout, f32 = ROW_LAYOUT.to_mgpu(), ir.F32Type.get()
-        registers = np.empty(layout.registers_shape((ROWS_PER_WARPGROUP,)), dtype=object)
+        registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
         is_first = arith.cmpi(arith.CmpIPredicate.eq, part, mgpu.utils.c(0, ptx.i32()))
         for i, row, _quarter in own_rows():
-            own = _head_of(spec, kv_head, row)
+            own = _head_of(spec, kv_head, in_band(row, bands))
             at = _wide_sum(_times(batch, heads) if batch_count > 1 else None, own, 1)
             found = llvm.load(f32, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], f32))
-            found = arith.select(is_first, found, mgpu.utils.c(-math.inf, f32))
+            has_sink = is_first
+            if bands > 1:
+                in_first = arith.cmpi(arith.CmpIPredicate.slt, row, mgpu.utils.c(ROWS // bands, ptx.i32()))
+                has_sink = arith.andi(is_first, in_first)
+            found = arith.select(has_sink, found, mgpu.utils.c(-math.inf, f32))
             registers.reshape(-1)[i] = vector.from_elements(ir.VectorType.get((1,), f32), [found])
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 

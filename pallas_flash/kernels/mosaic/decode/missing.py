@@ -1,4 +1,6 @@
-"""Pages that are not there: whether a sequence has lost keys, looked up by the warpgroup that computes."""
+"""Lengths above the capacity, and pages that are not there: whether a sequence has lost keys,
+looked up by the warpgroup that computes.
+"""
 
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
@@ -7,10 +9,28 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.decode.work import Segment
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
+from pallas_flash.spec import AttentionSpec
 
-__all__ = ["any_missing"]
+__all__ = ["any_missing", "has_lost_keys"]
+
+def has_lost_keys(spec: AttentionSpec, block_kv: int, gmem: dict[str, Ref], segment: Segment) -> Flag:
+    """Whether the sequence has lost keys, as far as a worker sees it: the length is too large, or a page of the
+    segment's keys is missing. The first segment also looks at the pages before its own, the last at those after.
+    """
+    pages, length = spec.pages, segment.sequence.length
+    is_full: Flag = length > spec.kv_len
+    if pages is None:
+        return is_full
+    used = div(jnp.clip(length, 0, spec.kv_len) + (pages.size - 1), pages.size)
+    start, stop = (tile * block_kv for tile in (segment.first, segment.first + segment.num_tiles))
+    lo = jnp.where(segment.part == 0, 0, div(start, pages.size))
+    hi = jnp.where(segment.part == segment.parts - 1, used, jnp.minimum(div(stop + (pages.size - 1), pages.size), used))
+    return is_full | any_missing(gmem["page_table"], segment.head.batch, (lo, hi), pages.number)
+
 
 _AT_ONCE = 4
 """Entries that a thread loads before it looks at one of them."""

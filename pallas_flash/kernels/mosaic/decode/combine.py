@@ -7,6 +7,7 @@ have work however few rows there are.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,16 +19,25 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash import softmax, tiles
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper.decode import added
-from pallas_flash.kernels.hopper.decode.rows import group_of, place_of, statistic_of
-from pallas_flash.kernels.hopper.decode.work import Head, Segment, rows
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.cache_rules import rows
+from pallas_flash.kernels.mosaic.decode import added
+from pallas_flash.kernels.mosaic.decode.rows import (
+    group_of,
+    place_of,
+    statistic_of,
+    store_out,
+    store_part,
+    store_part_statistics,
+    store_statistics,
+)
+from pallas_flash.kernels.mosaic.decode.work import Head, Segment
+from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment, spread
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["PIECE", "Sums", "combine", "is_last", "part_size"]
+__all__ = ["PIECE", "Sums", "combine", "finish", "is_last", "part_size", "part_types", "share"]
 
 PIECE = 512
 """Numbers of O that are combined at a time."""
@@ -121,7 +131,7 @@ def load_piece(spec: AttentionSpec, acc: Ref, sums: Ref, slot: Index, piece: Ind
         slot, first = slot.registers.item(), _elements(piece.registers.item())
         row = arith.divui(first, mgpu.utils.c(spec.d_v, i32))
         at = arith.addi(arith.muli(arith.extui(i64, slot), mgpu.utils.c(size, i64)), arith.extui(i64, first))
-        own = arith.addi(arith.muli(slot, mgpu.utils.c(ROWS_PER_WARPGROUP, i32)), row)
+        own = arith.addi(arith.muli(slot, mgpu.utils.c(ROWS, i32)), row)
         own = arith.muli(arith.extui(i64, own), mgpu.utils.c(2, i64))
         numbers = []
         for ref, index, count in ((acc, at, 4), (sums, own, 2)):
@@ -195,6 +205,33 @@ def store_piece(spec: AttentionSpec, x: _Piece, targets: tuple[Ref, Ref], head: 
                                   predicate=arith.andi(inside, begins), has_side_effects=True)
 
     store(*x, *targets, *map(ptx.scalar, (*head, piece)))
+
+
+# -- one worker's results ----------------------------------------------------------------------------------------------
+
+def finish(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Writes out = acc / l_i and the statistics of a head that a worker has alone."""
+    out = acc * spread(softmax.rescale(sums.l_i), acc.shape[1])
+    store_out(spec, out.astype(spec.dtype), gmem["out"], segment.head)
+    store_statistics(spec, added.statistics(spec, sums.m_i, sums.l_i), gmem["stats"], segment.head)
+
+
+def share(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sums, acc: Fragment,
+          at_once: int) -> None:
+    """Leaves a partial result of a head that several workers share; the last of them combines."""
+    slot = segment.slot(segment.part)
+    store_part(spec, acc, gmem["part_acc"], slot)
+    store_part_statistics(sums, gmem["part_sums"], slot)
+
+    @pl.when(is_last(gmem["counters"], segment.owner, segment.parts))
+    def _() -> None:
+        combine(spec, gmem, segment, added.score_unit(spec), at_once)
+
+
+def part_types(spec: AttentionSpec, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of partial results of `count` workers."""
+    return {"part_acc": jax.ShapeDtypeStruct((2 * count, part_size(spec)), jnp.float32),
+            "part_sums": jax.ShapeDtypeStruct((2 * count, ROWS, 2), jnp.float32)}
 
 
 # -- combining ---------------------------------------------------------------------------------------------------------

@@ -18,21 +18,23 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.arrays import Array
 from pallas_flash.filled import Filled
-from pallas_flash.kernels.hopper import registers
-from pallas_flash.kernels.hopper.registers import Fragment
-from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.decode.rows import CHUNK, key_positions
+from pallas_flash.kernels.mosaic.decode.work import Head
+from pallas_flash.kernels.mosaic.fragments import Fragment, concatenate, load_row, spread, stack
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.mask_rules import INTERVAL_RULES
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["add_bad", "clean", "queries_differ", "zero_outside"]
+__all__ = ["add_bad", "clean", "key_index", "queries_differ", "zero_outside"]
 
 _UNIT = 8
 """Elements of 16 bits that a thread takes at a time: 16 bytes. A row of a chunk is eight of them, in the order of the
 swizzle, which does not matter here.
 """
+_Transforms = tuple[plgpu.SwizzleTransform, ...]
 _EXPONENTS = {"bf16": 0x7F80, "f16": 0x7C00}
 """The bits that are all set in what is not finite."""
 
@@ -54,11 +56,16 @@ def _units(ref: ir.Value, chunks: int, count: int) -> list[tuple[ir.Value, ir.Va
     for first in range(0, count, ptx.WARPGROUP // 8):
         own = arith.addi(row, const(first))
         for chunk in range(chunks):
-            at = arith.addi(arith.addi(arith.muli(own, const(CHUNK)), column),
-                            const(chunk * registers.chunk_bytes(ref) // 2))
+            at = arith.addi(arith.addi(arith.muli(own, const(CHUNK)), column), const(chunk * _stride(ref)))
             element = ir.MemRefType(ref.type).element_type
             found.append((own, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], element)))
     return found
+
+
+def _stride(ref: ir.Value) -> int:
+    """Elements from one chunk of columns to the next."""
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    return strides[0]
 
 
 def _outside(row: ir.Value, lo: mgpu.FragmentedArray, hi: mgpu.FragmentedArray) -> ir.Value:
@@ -66,17 +73,20 @@ def _outside(row: ir.Value, lo: mgpu.FragmentedArray, hi: mgpu.FragmentedArray) 
     return arith.ori(below, arith.cmpi(arith.CmpIPredicate.sge, row, hi.registers.item()))
 
 
-def _zero_outside_plain(ref: Ref, lo: Index, hi: Index) -> None:
+def _zero_outside_plain(ref: Ref, lo: Index, hi: Index, transforms: _Transforms = ()) -> None:
+    del transforms
     row = lax.broadcasted_iota(jnp.int32, ref.shape, 1)
     ref[...] = jnp.where((row >= lo) & (row < hi), ref[...], jnp.zeros((), ref.dtype))
 
 
 @interpreted_as(_zero_outside_plain)
-def zero_outside(ref: Ref, lo: Index, hi: Index) -> None:
-    """Zeroes the rows outside of [lo, hi) of (chunks, rows, 64) in shared memory; `commit_smem` must follow."""
+def zero_outside(ref: Ref, lo: Index, hi: Index, transforms: _Transforms = ()) -> None:
+    """Zeroes the rows outside of [lo, hi) of (chunks, rows, 64) in shared memory, which has the transforms. A barrier
+    of the warpgroup must follow, with a fence if products read as TMA does.
+    """
     chunks, count, _ = ref.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(registers.CHUNKED), ptx.SCALAR, ptx.SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), ptx.SCALAR, ptx.SCALAR))
     def zero(_: mgpu.LaunchContext, ref: ir.Value, lo: mgpu.FragmentedArray, hi: mgpu.FragmentedArray) -> None:
         zero = mgpu.utils.c(0, ptx.i32())
         for row, address in _units(ref, chunks, count):
@@ -86,7 +96,8 @@ def zero_outside(ref: Ref, lo: Index, hi: Index) -> None:
     zero(ref, ptx.scalar(lo), ptx.scalar(hi))
 
 
-def _clean_plain(ref: Ref, lo: Index, hi: Index) -> Flag:
+def _clean_plain(ref: Ref, lo: Index, hi: Index, transforms: _Transforms = ()) -> Flag:
+    del transforms
     _zero_outside_plain(ref, lo, hi)
     is_finite = jnp.isfinite(ref[...])
     ref[...] = jnp.where(is_finite, ref[...], jnp.zeros((), ref.dtype))
@@ -94,13 +105,13 @@ def _clean_plain(ref: Ref, lo: Index, hi: Index) -> Flag:
 
 
 @interpreted_as(_clean_plain)
-def clean(ref: Ref, lo: Index, hi: Index) -> Flag:
-    """Zeroes the rows outside of [lo, hi) of (chunks, rows, 64) in shared memory, and what is not finite in the others;
-    `commit_smem` must follow. Returns whether there was any such element, the same in all threads of the warpgroup.
+def clean(ref: Ref, lo: Index, hi: Index, transforms: _Transforms = ()) -> Flag:
+    """`zero_outside`, and zeroes what is not finite in the other rows. Returns whether there was any such element, the
+    same in all threads of the warpgroup.
     """
     chunks, count, _ = ref.shape
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(registers.CHUNKED), ptx.SCALAR, ptx.SCALAR),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, ptx.SCALAR))
     def scan(_: mgpu.LaunchContext, ref: ir.Value, lo: mgpu.FragmentedArray,
              hi: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
@@ -128,27 +139,37 @@ def clean(ref: Ref, lo: Index, hi: Index) -> Flag:
 
 
 def add_bad(weights: Fragment, acc: Fragment, ref: Ref,
-            index: Callable[[Index], tuple[Index, Index, Index]]) -> Fragment:
+            index: Callable[[Index], tuple[Index, Index, Index]], bands: int = 1) -> Fragment:
     """Adds the values that are not finite to the rows that have weights for them.
 
     Args:
-      weights: (64, keys) float32 in the layout TILE, -inf where a query does not attend to a key.
+      weights: (64, keys of a band) float32 in the layout TILE, -inf where a query does not attend to a key.
       acc: (64, d_v) float32 in the layout TILE.
       ref: the values, in global memory.
       index: where the value of a key lies in it, all axes but the last.
     """
-    key, dim = registers.positions(weights.shape[1], 1, 0), acc.shape[1]
+    key, dim = key_positions(weights.shape[1], 0, bands), acc.shape[1]
 
     def one(i: Array, acc: Fragment) -> Fragment:
         own, place = jnp.where(key == i, weights, -jnp.inf).max(axis=1), index(i)
 
         def added(first: int) -> Fragment:  # few columns at a time: registers are scarce
             stop = min(first + CHUNK, dim)
-            value = registers.load_row(ref, place, first, stop - first).astype(jnp.float32)
+            value = load_row(ref, place, first, stop - first).astype(jnp.float32)
             bad = jnp.where(jnp.abs(value) < jnp.inf, 0.0, value)
-            weight = registers.spread(own, stop - first)
-            return acc[:, first:stop] + jnp.where(weight == -jnp.inf, 0.0, weight * registers.stack(bad))
+            weight = spread(own, stop - first)
+            return acc[:, first:stop] + jnp.where(weight == -jnp.inf, 0.0, weight * stack(bad))
 
-        return registers.concatenate([added(first) for first in range(0, dim, CHUNK)])
+        return concatenate([added(first) for first in range(0, dim, CHUNK)])
 
-    return lax.fori_loop(jnp.int32(0), jnp.int32(weights.shape[1]), one, acc)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(bands * weights.shape[1]), one, acc)
+
+
+def key_index(spec: AttentionSpec, gmem: dict[str, Ref], head: Head, key: Index) -> tuple[Index, Index, Index]:
+    """Where a key of a head lies in k and v, or some other key if there is none."""
+    batch, kv_head = head
+    key = jnp.minimum(key, spec.kv_len - 1)
+    if spec.pages is not None:
+        page = gmem["page_table"][batch, div(key, spec.pages.size)]
+        batch, key = jnp.clip(page, 0, spec.pages.number - 1), rem(key, spec.pages.size)
+    return (batch, key, kv_head) if spec.layout == "BLHD" else (batch, kv_head, key)

@@ -3,6 +3,10 @@
 Row r is query r // group of query head r % group of the group. Rows are few, so they go without shared memory: each
 thread loads the elements of the query that wgmma wants of it, and stores its own of the output. Rows past the last are
 zero where they are loaded, and are not stored.
+
+Rows may come in bands: each of 2 or 4 bands of the tile holds all queries again, for keys of its own of each tile of
+keys. So few queries keep all warps busy, and no two of these read the same keys. Once bands are merged, the first is
+stored as one tile is.
 """
 
 from collections.abc import Iterator
@@ -15,21 +19,37 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_flash.kernels.hopper.decode.work import Head, rows
-from pallas_flash.kernels.hopper.registers import ROW_LAYOUT, TILE, Fragment, PerRow, thread_in_tile
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, chunks
+from pallas_flash import tiles
+from pallas_flash.arrays import Array, Int
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.cache_rules import rows
+from pallas_flash.kernels.mosaic.decode.work import Head
+from pallas_flash.kernels.mosaic.fragments import (
+    ROW_LAYOUT,
+    ROWS,
+    TILE,
+    Fragment,
+    PerRow,
+    positions,
+    thread_in_tile,
+)
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["group_of", "load_queries", "own_rows", "place_of", "statistic_of", "store_out", "store_part",
-           "store_part_statistics", "store_statistics", "width"]
+__all__ = [
+    "CHUNK", "group_of", "in_band", "key_positions", "load_queries", "own_rows", "place_of", "query_rows",
+    "statistic_of", "store_out", "store_part", "store_part_statistics", "store_statistics", "width",
+]
+
+
+CHUNK = 64
+"""Columns of a tile that lie together in shared memory."""
 
 
 def width(spec: AttentionSpec) -> int:
     """The columns of a query in registers: whole chunks, as in shared memory."""
-    return CHUNK * chunks(spec.d)
+    return CHUNK * tiles.cdiv(spec.d, CHUNK)
 
 
 # -- where a row lies --------------------------------------------------------------------------------------------------
@@ -87,6 +107,45 @@ def own_rows() -> Iterator[tuple[int, ir.Value, ir.Value]]:
         yield i, arith.addi(row, _const(8 * i)), quarter
 
 
+def in_band(row: ir.Value, bands: int) -> ir.Value:
+    """A row of the tile as one of its band."""
+    return row if bands == 1 else arith.remui(row, _const(ROWS // bands))
+
+
+def _own_band(bands: int) -> Array:
+    """The band of this warp: the same number in its lanes, not in those of other warps."""
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, ptx.SCALAR))
+    def band(_: mgpu.LaunchContext) -> mgpu.FragmentedArray:
+        warp, _row, _quarter = thread_in_tile()
+        return mgpu.FragmentedArray.splat(arith.divui(warp, _const(4 // bands)), (), is_signed=True)
+
+    return band()
+
+
+def _key_positions_plain(columns: int, first: Index, bands: int) -> Int[Array, "64 n"]:
+    band = jnp.arange(ROWS, dtype=jnp.int32)[:, None] // (ROWS // bands)
+    return first + columns * band + jnp.arange(columns, dtype=jnp.int32)[None]
+
+
+@interpreted_as(_key_positions_plain)
+def key_positions(columns: int, first: Index, bands: int) -> Int[Array, "64 n"]:
+    """The keys of a tile's columns, (64, columns) int32 in the layout TILE: of the tile of keys that begins at `first`,
+    each band has the next `columns`.
+    """
+    return positions(columns, 1, first if bands == 1 else first + _own_band(bands) * columns)
+
+
+def _query_rows_plain(columns: int, bands: int) -> Int[Array, "64 n"]:
+    row = jnp.arange(ROWS, dtype=jnp.int32)[:, None] % (ROWS // bands)
+    return jnp.broadcast_to(row, (ROWS, columns))
+
+
+@interpreted_as(_query_rows_plain)
+def query_rows(columns: int, bands: int) -> Int[Array, "64 n"]:
+    """The packed row of each row of a tile, (64, columns) int32 in the layout TILE."""
+    return positions(columns, 0, 0 if bands == 1 else _own_band(bands) * -(ROWS // bands))
+
+
 def _address(ref: ir.Value, index: ir.Value) -> ir.Value:
     return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ir.MemRefType(ref.type).element_type)
 
@@ -103,17 +162,18 @@ def _put(ptx_code: str, predicate: ir.Value, *args: ir.Value) -> None:
 
 # -- queries -----------------------------------------------------------------------------------------------------------
 
-def _load_queries_plain(spec: AttentionSpec, ref: Ref, head: Head) -> Fragment:
+def _load_queries_plain(spec: AttentionSpec, ref: Ref, head: Head, bands: int = 1) -> Fragment:
     found = group_of(spec, ref, head)[...]
     found = found if spec.layout == "BLHD" else found.swapaxes(0, 1)
     found = found.reshape(rows(spec), spec.d)
-    return jnp.pad(found, ((0, ROWS_PER_WARPGROUP - rows(spec)), (0, width(spec) - spec.d)))
+    found = jnp.pad(found, ((0, ROWS // bands - rows(spec)), (0, width(spec) - spec.d)))
+    return jnp.tile(found, (bands, 1))
 
 
 @interpreted_as(_load_queries_plain)
-def load_queries(spec: AttentionSpec, ref: Ref, head: Head) -> Fragment:
-    """Loads the queries of a key head: (64, `width`) of their type in the layout TILE."""
-    shape = (ROWS_PER_WARPGROUP, width(spec))
+def load_queries(spec: AttentionSpec, ref: Ref, head: Head, bands: int = 1) -> Fragment:
+    """Loads the queries of a key head, for each band: (64, `width`) of their type in the layout TILE."""
+    shape = (ROWS, width(spec))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR, ptx.SCALAR),
                        return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, TILE))
@@ -124,6 +184,7 @@ def load_queries(spec: AttentionSpec, ref: Ref, head: Head) -> Fragment:
         registers = np.empty(TILE.to_mgpu().registers_shape(shape), dtype=object)
         flat = registers.reshape(shape[1] // 8, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
         for i, row, quarter in own_rows():
+            row = in_band(row, bands)
             place = place_of(spec, (batch.registers.item(), kv_head.registers.item()), row)
             start = arith.addi(_times(place, spec.d), _times(_wide(quarter), 2))
             inside = arith.extui(ptx.i32(), _below(row, rows(spec)))
@@ -225,7 +286,7 @@ def store_part_statistics(x: tuple[PerRow, PerRow], ref: Ref, slot: Index) -> No
               *args: *tuple[*tuple[mgpu.FragmentedArray, ...], ir.Value, mgpu.FragmentedArray]) -> None:
         *x, ref, slot = args
         for i, row, quarter in own_rows():
-            index = arith.addi(arith.muli(slot.registers.item(), _const(ROWS_PER_WARPGROUP)), row)
+            index = arith.addi(arith.muli(slot.registers.item(), _const(ROWS)), row)
             values = (vector.extract(values.registers.reshape(-1)[i], [], [0]) for values in x)
             _put("st.global.v2.f32 [$0], {$1, $2};", _below(quarter, 1), _address(ref, _times(_wide(index), 2)),
                  *values)

@@ -10,7 +10,7 @@ head that began before it, and one of a head that goes on after it.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,36 @@ from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.filled import filled_part, within
-from pallas_flash.kernels.hopper.schedule import DecodeSchedule
 from pallas_flash.kernels.mosaic import lanes
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Head", "Segment", "Sequence", "blocks", "fields", "for_each_segment", "rows", "workers"]
+__all__ = ["Head", "Segment", "Sequence", "Sharing", "blocks", "fields", "for_each_segment", "workers"]
 
 
-def rows(spec: AttentionSpec) -> int:
-    """The queries of a key head: row = query * group + query head of the group."""
-    return spec.q_len * spec.group
+class Sharing(Protocol):
+    """What is asked of the schedule of a kernel: how the list is cut, and among how many."""
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of a tile."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the grid at most."""
+
+    @property
+    def workers(self) -> int:
+        """Compute warpgroups of a block."""
 
 
-def blocks(spec: AttentionSpec, s: DecodeSchedule) -> int:
-    """The blocks of the grid: one for each SM, and no more than there are key tiles."""
+def blocks(spec: AttentionSpec, s: Sharing) -> int:
+    """The blocks of the grid: no more than there are key tiles."""
     return min(s.num_blocks, spec.batch * spec.kv_heads * tiles.cdiv(spec.kv_len, s.block_kv))
 
 
-def workers(spec: AttentionSpec, s: DecodeSchedule) -> int:
+def workers(spec: AttentionSpec, s: Sharing) -> int:
     """The compute warpgroups of all blocks. Those of one number in their blocks come before those of the next: few
     tiles have an SM each.
     """
@@ -66,7 +76,7 @@ def fields(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
     return {f"field{i}": jax.ShapeDtypeStruct(field.shape, field.dtype) for i, field in found}
 
 
-def sequence(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref], batch: Index) -> Sequence:
+def sequence(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], batch: Index) -> Sequence:
     """The sequence of a batch entry, whose mask is that of the spec with this entry's numbers."""
     numbers = [gmem[name][batch if field.shape[0] > 1 else 0, 0] for name, field in fields(spec).items()]
     mask: masks.Mask = jax.tree.unflatten(jax.tree.structure(spec.mask), numbers)
@@ -173,7 +183,7 @@ class _List(NamedTuple):
         return found, at.base + before
 
 
-def for_each_segment(spec: AttentionSpec, s: DecodeSchedule, gmem: dict[str, Ref], own: int,
+def for_each_segment(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], own: int,
                      body: Callable[[Segment], None]) -> Array:
     """Runs `body` on every segment of worker number `own` of this block; returns how many steps there were."""
     of, count, zero = functools.partial(sequence, spec, s, gmem), workers(spec, s), jnp.int32(0)

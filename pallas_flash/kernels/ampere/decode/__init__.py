@@ -1,0 +1,1 @@
+"""Decoding against a cache of keys and values: `kernel` is where to begin."""

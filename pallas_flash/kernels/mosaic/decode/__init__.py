@@ -1,0 +1,1 @@
+"""What the kernels of every generation share that decode against a cache: `work` is where to begin."""
