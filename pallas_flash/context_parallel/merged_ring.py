@@ -192,7 +192,7 @@ class MergedPasses(NamedTuple):
         def finish(dq: Array) -> Array:
             with device.on(self.shards.device):
                 found: Array = self.merging.dq(spec, first._replace(dq=dq))
-                return found
+            return found
 
         zeros = [compat.vary_like(jnp.zeros(x.shape, spec.acc_dtype), operands, results, cotangents) for x in (k, v)]
         dq, (dk, dv) = self._around(compute, operands, first.dq, zeros, finish)
@@ -208,6 +208,4 @@ class MergedPasses(NamedTuple):
 
     def _around[S, R](self, compute: unrolled.Compute[S], operands: Operands, state: S, sums: list[Array],
                       finish: Callable[[S], R]) -> tuple[R, list[Array]]:
-        shards = self.shards
-        return unrolled.around(shards.ring, shards.chunking, shards.steps, compute, shards.travelling(operands), state,
-                               sums, finish)
+        return unrolled.around(self.shards, compute, self.shards.travelling(operands), state, sums, finish)

@@ -21,6 +21,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.context_parallel import hops
 from pallas_flash.context_parallel.hops import Chosen, Ring
 from pallas_flash.context_parallel.plan import Call, Chunking, Step
+from pallas_flash.context_parallel.shards import Shards
 
 __all__ = ["LONGEST", "Compute", "around", "why_not"]
 
@@ -43,8 +44,7 @@ def why_not(steps: Sequence[Step]) -> list[str]:
     return [reason for holds, reason in rules if not holds]
 
 
-def around[S, R](ring: Ring, chunking: Chunking, steps: Sequence[Step], compute: Compute[S],
-                 travelling: Sequence[Array], state: S, sums: Sequence[Array],
+def around[S, R](shards: Shards, compute: Compute[S], travelling: Sequence[Array], state: S, sums: Sequence[Array],
                  finish: Callable[[S], R]) -> tuple[R, list[Array]]:
     """What `finish` makes of the state after all steps, while the sums go home; and `sums`, which belong to the
     travelling arrays, back at their device.
@@ -53,7 +53,8 @@ def around[S, R](ring: Ring, chunking: Chunking, steps: Sequence[Step], compute:
       travelling: (batch, length, ...), of one dtype of 16 bits, in pairs of words.
       sums: zeros (batch, length, ...) in float32; none in a forward.
     """
-    passing = _Passing(ring, chunking, compute, travelling, sums)
+    ring, steps = shards.ring, shards.steps
+    passing = _Passing(ring, shards.chunking, compute, travelling, sums)
     carry = _in_words(travelling), state
     for run, is_first, is_last in _runs(steps):
         if is_first or is_last or len(run) <= LONGEST:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_flash as pf
 from bench import ring_step, timing
 from pallas_flash import device, softmax
-from pallas_flash.context_parallel import merged_ring
+from pallas_flash.context_parallel import merged_ring, unrolled
 from pallas_flash.context_parallel.attention import Arrays, Options, shards_of
 from pallas_flash.kernels.hopper import merging, support
 from pallas_flash.kernels.xla import backward as xla_backward
@@ -129,13 +129,15 @@ def on_many(n, **options):
 
 
 CASES = {"causal": dict(n=4, mask=pf.Causal()), "full": dict(n=2, mask=pf.Full(), softcap=5.0),
-         "full-in-one-chunk": dict(n=2, mask=pf.Full(), load_balance=None)}
+         "full-in-one-chunk": dict(n=2, mask=pf.Full(), load_balance=None),
+         "in-rounds-of-a-loop": dict(n=5, mask=pf.Causal(), longest=0)}
 
 
 @pytest.mark.virtual
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_merging_kernels_give_what_xla_merges(case, standing_in, monkeypatch):
-    calls = []
+    case, calls = dict(case), []
+    monkeypatch.setattr(unrolled, "LONGEST", case.pop("longest", unrolled.LONGEST))
     used = merged_ring.MergedPasses.forward
     monkeypatch.setattr(merged_ring.MergedPasses, "forward", lambda *given: calls.append(0) or used(*given))
     found = on_many(**case)

@@ -106,6 +106,19 @@ def test_tiles_that_are_done_again_are_merged_once():
     assert (found.out[:, :2048] == out[:, :2048]).all(), "rows of another piece were written"
 
 
+def test_elements_of_vmap_are_one_launch():
+    """Places of all but the first element are moved."""
+    q, k, v, _ = arrays(2, 512, (2, 1), 128)
+    part = dataclasses.replace(AttentionSpec.of(q, k, v, mask=masks.Causal()), partial=True)
+    places = jnp.array([[0, 0, 0, 0], [1, 0, 0, 0]], jnp.int32)
+    state = Results(jnp.ones((2, 512, 2, 128), jnp.float32), jnp.zeros((2, 2, 2, 512), jnp.float32))
+    forward = jax.jit(lambda q: merging.forward(part, q, k, v, places, state))
+    found = jax.jit(jax.vmap(forward))(jnp.stack([q, 2 * q, q[::-1]]))
+    for i, x in enumerate((q, 2 * q, q[::-1])):
+        for a, b in zip(found, forward(x), strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
 def test_a_chosen_ring_merges_in_the_kernels(alone):
     """What a user's call runs, once it is switched on: traced, not measured."""
     q, k, v, _ = arrays(1, 512, (2, 1), 128)
