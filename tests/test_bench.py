@@ -566,6 +566,8 @@ def test_all_of_ours_and_the_other_kinds_of_records_have_their_tables():
     assert "| `b1-s1024` | 7.4 | 560 | 7.2 (0.95) | 6.6 (0.95) | – |\n" in f"{report.block('decode', found)}\n"
     later = dict(found[-2], us=dict(ours=7.4, bridge=5.9), speed_over=dict(bridge=ratio))
     assert "| – | – | – | 5.9 (0.95) |" in report.block("decode", [*found[:-2], later])
+    later["us"]["torch-flex"], later["speed_over"]["torch-flex"] = 9.1, ratio
+    assert "5.9 (0.95) | 9.1 (0.95) |" in report.block("decode", [*found[:-2], later])
     assert "| 131,072 | causal | both | ring | 2 | 777.0 | 404.0 | 0.95 | – |" in report.block("ring", found)
 
 
