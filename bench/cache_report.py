@@ -11,16 +11,15 @@ __all__ = ["Rows", "decoding", "sequences", "steps"]
 Record = dict[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 NAMES = {"reads": "reads alone", "torch": "PyTorch", "torch-cudnn": "PyTorch (cuDNN)"}
-BRIDGE = "bridge", "torch_bridge"
-"""What decoding is timed beside; the second since records have it."""
+LATER = {"bridge": "torch_bridge", "torch-flex": "PyTorch (flex)"}
+"""What decoding is timed beside; the second where records have them."""
 
 
 def decoding(found: list[Record]) -> Rows:
     """One row a problem, of the latest record: microseconds, GB/s, and how many times faster ours is than others."""
     newest = records.latest([r for r in found if r["kind"] == "decode"], "problem")
-    rows, names = [], NAMES.copy()
-    if any(BRIDGE[0] in record["us"] for record in newest.values()):
-        names |= dict([BRIDGE])
+    there = {name for record in newest.values() for name in record["us"]}
+    rows, names = [], NAMES | {name: label for name, label in LATER.items() if name in there}
     for (problem,), record in newest.items():
         over = {name: record["speed_over"].get(name) for name in names}
         rows.append([f"`{problem}`", f"{record['us']['ours']:.1f}", f"{record['gbytes']['ours']:,.0f}",

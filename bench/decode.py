@@ -2,8 +2,8 @@
 
 Beside `cache.attend`: the Hopper kernel, where another one is named; its reads alone, without a product, which nothing
 that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from PyTorch;
-and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, where keys are contiguous and sequences
-fill the cache.
+and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, and its flex_attention, compiled, which
+splits keys for few queries, where keys are contiguous and sequences fill the cache.
 Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
@@ -190,6 +190,19 @@ def _torch(backend: str | None, problem: Problem, q: jax.Array, filled: cache.Ca
     return lambda count: torch_contestants.graph(lambda: attend, count)
 
 
+def _flex(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+    tensors = [torch.from_dlpack(x) for x in (q, filled.key, filled.value)]
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def attend() -> dict[str, Any]:
+        with torch.no_grad():
+            return {"out": compiled(*tensors, enable_gqa=problem.heads[0] != problem.heads[1])}
+
+    return lambda count: torch_contestants.graph(lambda: attend, count)
+
+
 def _bridge(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
     import torch
 
@@ -221,6 +234,7 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
     if has_torch and problem.q_len == 1 and not problem.page and not more and problem.shortest is None:
         found |= {name: _torch(backend, problem, q, filled)
                   for name, backend in (("torch", None), ("torch-cudnn", "CUDNN_ATTENTION"))}
+        found["torch-flex"] = _flex(problem, q, filled)
     return found
 
 

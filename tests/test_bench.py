@@ -569,6 +569,8 @@ def test_all_of_ours_and_the_other_kinds_of_records_have_their_tables():
     assert "| 8,192 | forward | 8 | kernels | 6.88 | 0.950 | 0.950 |" in report.block("ring-step", found)
     later = dict(found[-3], us=dict(ours=7.4, bridge=5.9), speed_over=dict(bridge=ratio))
     assert "| – | – | – | 5.9 (0.95) |" in report.block("decode", [*found[:-3], later])
+    later["us"]["torch-flex"], later["speed_over"]["torch-flex"] = 9.1, ratio
+    assert "5.9 (0.95) | 9.1 (0.95) |" in report.block("decode", [*found[:-3], later])
     assert "| 131,072 | causal | both | ring | 2 | 777.0 | 404.0 | 0.95 | – |" in report.block("ring", found)
 
 
