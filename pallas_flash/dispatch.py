@@ -338,8 +338,9 @@ def explain(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...
                              "pass one of those given, such as device.H200, or device.of(a JAX device)")
     try:
         decision = decide(spec, device, requested)
-        in_kernel = decision.implementation.takes_sinks(spec)
-        where = "in the kernel" if in_kernel else "one more pass over out, in plain JAX"
-        return f"{decision}\nsinks: {where}" if has_sinks else str(decision)
     except errors.UnsupportedError as error:
         return f"UnsupportedError: {error}"
+    if not has_sinks:
+        return str(decision)
+    in_kernel = decision.implementation.takes_sinks(spec)
+    return f"{decision}\nsinks: {'in the kernel' if in_kernel else 'one more pass over out, in plain JAX'}"

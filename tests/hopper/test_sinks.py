@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from hopper.stand_in import standing_in
 from pallas_flash import Causal, InBounds, Window, autodiff, device, explain, flash_attention
 from pallas_flash.kernels.hopper import calls, rules, support
 from pallas_flash.kernels.hopper.forward import sinks as epilogue
@@ -131,3 +134,53 @@ def test_what_takes_sinks_and_what_explain_says(in_epilogue):
 def test_until_they_have_run_a_pass_over_out_adds_them(monkeypatch):
     monkeypatch.setattr(support, "SINKS_HAVE_RUN", False)
     assert not support.takes_sinks(problem_of("plain").spec())
+
+
+# -- what surrounds the kernels ----------------------------------------------------------------------------------------
+
+def everything(implementation, layout="BLHD"):
+    def run(q, k, v, sinks, dout, dlse):
+        call = lambda *given: flash_attention(*given[:3], sinks=given[3], mask=Causal(), return_lse=True, layout=layout,
+                                              implementation=implementation)
+        results, vjp = jax.vjp(call, q, k, v, sinks)
+        return *results, *vjp((dout, dlse))
+    return run
+
+
+def arrays_of(*lead):
+    shapes = (2, 24, 4, 8), (2, 24, 4, 8), (2, 24, 4, 8), (4,), (2, 24, 4, 8), (2, 4, 24)
+    found = [np.random.default_rng(i).standard_normal((*lead, *shape)).astype(np.float32)
+             for i, shape in enumerate(shapes)]
+    return [jnp.asarray(x, jnp.bfloat16 if i in (0, 1, 2, 4) else jnp.float32) for i, x in enumerate(found)]
+
+
+def assert_near(found, wanted):
+    for x, y in zip(found, wanted, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.03 * np.abs(y).max(), rtol=0.03)
+
+
+@pytest.mark.parametrize("axes", [("batch", "heads"), (None, ("batch", "heads"))], ids=str)
+def test_batch_and_heads_are_split(axes, in_epilogue, monkeypatch):
+    arrays, (batch, heads) = arrays_of(), axes
+    four = P(batch, None, heads)
+    places = four, four, four, P(heads), four, P(batch, heads)
+    mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    with standing_in(monkeypatch):
+        there = [jax.device_put(x, NamedSharding(mesh, place)) for x, place in zip(arrays, places, strict=True)]
+        run = jax.jit(everything("hopper"))
+        found = run(*there)
+        assert "all-gather" not in run.lower(*there).compile().as_text()
+    assert found[0].sharding.is_equivalent_to(there[0].sharding, 4)
+    assert_near(found, jax.jit(everything("xla"))(*arrays))
+
+
+@pytest.mark.parametrize("mapped", [0, None])
+def test_under_vmap_each_element_has_its_sinks(mapped, in_epilogue, monkeypatch):
+    arrays = arrays_of(3)
+    if mapped is None:
+        arrays[3] = arrays[3][0]
+    over = lambda implementation: jax.jit(jax.vmap(everything(implementation), (0, 0, 0, mapped, 0, 0)))(*arrays)
+    with standing_in(monkeypatch):
+        found = over("hopper")
+    assert_near(found, over("xla"))
