@@ -18,7 +18,7 @@ from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.decode import calls as decode_calls
@@ -30,7 +30,7 @@ __all__ = ["backward", "forward", "passes"]
 
 
 def _computation(spec: AttentionSpec, launched: Pass, schedule: ForwardSchedule | BackwardSchedule) -> Computation:
-    if not spec.mask.has_arrays:
+    if not spec.mask.has_arrays or schedule.mask_kernel:
         return launched
 
     def make(mask: masks.Mask, biases: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
@@ -74,8 +74,10 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass | None] | No
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     if spec.bias is not None or spec.score is not None or padding.copies(spec) is not None:
         return None
-    first, second = defaults.default_forward(spec, device), defaults.default_backward(spec, device)
+    first = defaults.default_forward(spec, device)
     assert isinstance(first, ForwardSchedule), "keys are in no cache"
+    first = defaults.with_mask_kernel(spec, first, device)
+    second = defaults.with_mask_kernel(spec, defaults.default_backward(spec, device), device)
     return (_making(spec, launches.forward(spec, first), first), _making(spec, launches.backward(spec, second), second))
 
 
@@ -85,7 +87,11 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
         return found
 
     def make(operands: Operands) -> dict[str, jax.Array]:
-        arrays = mask_arrays.make(spec, schedule, operands.mask) if spec.mask.has_arrays else {}
+        arrays: dict[str, jax.Array] = {}
+        if schedule.mask_kernel:  # a launch reads those of the mask as they are
+            arrays = dict(zip(mask_kernel.fields(spec), jax.tree.leaves(operands.mask), strict=True))
+        elif spec.mask.has_arrays:
+            arrays = mask_arrays.make(spec, schedule, operands.mask)
         return arrays | dict(zip(dropout.input_types(spec), dropout.inputs(spec, operands), strict=True))
     return dataclasses.replace(found, make=make)
 

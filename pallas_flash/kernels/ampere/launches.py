@@ -7,7 +7,8 @@ backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. `prepare` makes stati
 either one kernel makes dk and dv and adds dq up in float32, and `finish` makes dq of that, or a second kernel makes dq.
 
 With dropout both also take its keys (`mosaic.dropout`), with a score function its arrays. Where the mask holds arrays,
-each has those of `mask_arrays` as more inputs, and where there is a bias, those of `mosaic.bias`.
+each has those of `mask_arrays` as more inputs, or these arrays themselves, of which its first launch makes them; and
+where there is a bias, those of `mosaic.bias`.
 """
 
 import jax
@@ -19,9 +20,9 @@ from pallas_flash.kernels.ampere.backward import dq, finish, kv, prepare
 from pallas_flash.kernels.ampere.decode import kernel as decode_kernel
 from pallas_flash.kernels.ampere.forward import kernel as forward_kernel
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
 from pallas_flash.kernels.mosaic.decode.calls import inputs as decode_inputs
-from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["backward", "forward"]
@@ -32,8 +33,8 @@ def forward(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule) -> 
     if isinstance(schedule, DecodeSchedule):
         return _decode(spec, schedule)
     inputs = _operands(spec) | _more(spec, schedule)
-    return Pass(inputs=inputs, constants={}, launches=(forward_kernel.launch(spec, schedule),),
-                results=("out", "stats"))
+    return Pass(inputs=inputs, constants={},
+                launches=(*_of_mask(spec, schedule), forward_kernel.launch(spec, schedule)), results=("out", "stats"))
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
@@ -57,14 +58,21 @@ def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:
     last = (finish.launch(spec, schedule) if schedule.dq is None else
             dq.launch(spec, schedule.dq).reading(clean))
     return Pass(inputs=inputs, constants={},
-                launches=(first, kv.launch(spec, schedule).reading(clean), last),
+                launches=(*_of_mask(spec, schedule), first, kv.launch(spec, schedule).reading(clean), last),
                 results=("dq", "dk", "dv"))
 
 
 def _more(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
     """What dropout, a score function, the mask and a bias need."""
-    return (dropout.input_types(spec) | score_function.input_types(spec) | mask_arrays.types(spec, schedule)
+    of_mask = mask_kernel.fields(spec) if schedule.mask_kernel else mask_arrays.types(spec, schedule)
+    return (dropout.input_types(spec) | score_function.input_types(spec) | of_mask
             | bias.types(spec, schedule.padded_blocks))
+
+
+def _of_mask(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> tuple[Launch, ...]:
+    """The launch that makes what others read of the mask's arrays, if it is not made beside the launches."""
+    made = mask_arrays.launch(spec, schedule)
+    return () if made is None else (made,)
 
 
 def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:

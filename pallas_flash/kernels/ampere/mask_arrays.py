@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from pallas_flash import masks, tiles
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import mask_ranges
+from pallas_flash.kernels.mosaic import mask_kernel, mask_ranges
+from pallas_flash.kernels.mosaic.launch import Launch
+from pallas_flash.kernels.mosaic.mask_kernel import RangesOf
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward", "forward", "forward_names", "make", "types"]
+__all__ = ["backward", "forward", "forward_names", "launch", "make", "types"]
 
 
 def forward_names(spec: AttentionSpec, schedule: ForwardSchedule) -> tuple[str, ...]:
@@ -35,6 +37,21 @@ def types(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> 
     if not spec.mask.has_arrays:
         return {}
     return mask_ranges.types(spec, functools.partial(make, spec, schedule))
+
+
+def launch(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> Launch | None:
+    """The launch that makes the arrays of a pass of `mask_kernel.fields`; None where XLA makes them."""
+    if not schedule.mask_kernel:
+        return None
+    return mask_kernel.launch(spec, types(spec, schedule), _ranges(schedule))
+
+
+def _ranges(s: ForwardSchedule | BackwardSchedule) -> tuple[RangesOf, ...]:
+    if isinstance(s, ForwardSchedule):
+        rows = (RangesOf("row_tiles", ROWS, s.block_kv),) * (s.row_tiles > 1)
+        return RangesOf("key_tiles", s.block_q, s.block_kv), *rows
+    found = (RangesOf("query_tiles", s.block_kv, s.block_q),)
+    return found if s.dq is None else (*found, RangesOf("key_tiles", s.dq.block_q, s.dq.block_kv))
 
 
 def forward(spec: AttentionSpec, schedule: ForwardSchedule, mask: masks.Mask) -> dict[str, Array]:

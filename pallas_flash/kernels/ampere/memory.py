@@ -24,7 +24,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Buffer", "Schedule", "decode_buffers", "dq_buffers", "dq_sums_shape", "forward_buffers", "kv_buffers",
-    "prepare_buffers", "smem_bytes",
+    "mask_bytes", "prepare_buffers", "smem_bytes",
 ]
 
 type Schedule = ForwardSchedule | DecodeSchedule | BackwardSchedule | DqSchedule
@@ -93,6 +93,16 @@ def prepare_buffers(spec: AttentionSpec) -> tuple[Buffer, ...]:
     rows = [Buffer(name, (chunks(spec.d_v), ROWS, CHUNK), spec.dtype) for name in names]
     q = Buffer("q", (chunks(spec.d), ROWS, CHUNK), spec.dtype)
     return *rows, *[q] * copied
+
+
+def mask_bytes(spec: AttentionSpec, s: ForwardSchedule | BackwardSchedule) -> int:
+    """Shared memory of the launch that makes what is read of a mask's arrays, at most: three numbers of each tile."""
+    if not s.mask_kernel:
+        return 0
+    found = [tiles.cdiv(spec.kv_len, s.block_kv)]
+    if isinstance(s, BackwardSchedule):
+        found = [tiles.cdiv(spec.q_len, s.block_q), *([] if s.dq is None else [tiles.cdiv(spec.kv_len, s.dq.block_kv)])]
+    return 12 * 32 * tiles.cdiv(max(found), 32)
 
 
 def dq_sums_shape(spec: AttentionSpec, s: BackwardSchedule) -> tuple[int, ...]:

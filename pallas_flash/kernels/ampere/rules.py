@@ -1,7 +1,7 @@
 """Reasons against a schedule: what the kernels cannot run, or would not fit."""
 
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.ampere.memory import smem_bytes
+from pallas_flash.kernels.ampere.memory import mask_bytes, smem_bytes
 from pallas_flash.kernels.ampere.schedule import (
     ROWS,
     BackwardSchedule,
@@ -12,6 +12,7 @@ from pallas_flash.kernels.ampere.schedule import (
 )
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
+from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["dq_fits", "reasons_against"]
@@ -43,6 +44,10 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
     if isinstance(schedule, BackwardSchedule) and schedule.dq is not None:
         rules += _dq_rules(spec, schedule.dq)
         needed = max(needed, smem_bytes(spec, schedule.dq))
+    if not isinstance(schedule, DecodeSchedule):
+        needed = max(needed, mask_bytes(spec, schedule))
+        rules += ((not schedule.mask_kernel or kernel_makes(spec), f"{schedule.mask_kernel=} needs a mask with arrays, "
+                   "of intervals, ids and packed sequences, the same for all heads"),)
     rules += ((needed <= smem_limit, f"needs {needed} bytes of shared memory, there are {smem_limit}"),)
     return [reason for holds, reason in rules if not holds]
 

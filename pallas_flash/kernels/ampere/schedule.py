@@ -34,6 +34,7 @@ class ForwardSchedule:
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
       num_sms: the SMs of the device.
+      mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
 
     block_kv: int = 64
@@ -41,6 +42,7 @@ class ForwardSchedule:
     slack: float = 2.0
     section_bytes: int = 32 << 20
     num_sms: int = 108
+    mask_kernel: bool = False
 
     @property
     def block_q(self) -> int:
@@ -92,6 +94,7 @@ class BackwardSchedule:
       num_stages: slots for tiles of queries and douts; with 2 the next is loaded while this one is used.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
       num_sms: the SMs of the device.
+      mask_kernel: as of `ForwardSchedule`.
     """
 
     block_q: int = 64
@@ -103,6 +106,7 @@ class BackwardSchedule:
     num_sms: int = 108
     dq: DqSchedule | None = None
     split: bool = False
+    mask_kernel: bool = False
 
     @property
     def block_kv(self) -> int:
@@ -147,9 +151,10 @@ class DecodeSchedule:
 
 def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
     """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
-    if isinstance(schedule, ForwardSchedule):
-        return ("attention_forward",)
     if isinstance(schedule, DecodeSchedule):
         return ("attention_decode",)
+    of_mask = ("attention_mask",) * schedule.mask_kernel
+    if isinstance(schedule, ForwardSchedule):
+        return *of_mask, "attention_forward"
     last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
-    return "attention_backward_prepare", "attention_backward_kv", last
+    return *of_mask, "attention_backward_prepare", "attention_backward_kv", last

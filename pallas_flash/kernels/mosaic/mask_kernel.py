@@ -46,7 +46,7 @@ class RangesOf(NamedTuple):
     """One of the arrays of ranges.
 
     Attributes:
-      name: "key_tiles" or "query_tiles".
+      name: "query_tiles", or another one of tiles of keys.
       own: positions of a tile.
       other: positions of a tile of the other side.
       together: neighbouring tiles whose ranges depend on each other, by `finish`.
@@ -63,7 +63,7 @@ class RangesOf(NamedTuple):
 
     @property
     def of_keys(self) -> bool:
-        return self.name == "key_tiles"
+        return self.name != "query_tiles"
 
 
 def fields(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:

@@ -4,8 +4,9 @@
 
 CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
 (deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
-does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported", or "d64-cache" (`cached`). The
-environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported", or "d64-cache" (`cached`). With
+"launched" a launch makes what is read of a mask's arrays. The environment is that of
+`tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
 """
 
 import dataclasses
@@ -110,8 +111,10 @@ def main(capability: str, names: list[str]) -> None:
             continue
         has_cache = "cache" in name.split("-")
         spec = cached(name) if has_cache else spec_of(name)
-        passes = [launches.forward(spec, defaults.default_forward(spec, gpu))]
-        passes += [] if has_cache else [launches.backward(spec, defaults.default_backward(spec, gpu))]
+        made = [(launches.forward, defaults.default_forward(spec, gpu))]
+        made += [] if has_cache else [(launches.backward, defaults.default_backward(spec, gpu))]
+        changed = dict(mask_kernel=True) if "launched" in name.split("-") else {}
+        passes = [make(spec, dataclasses.replace(schedule, **changed)) for make, schedule in made]
         for launched in passes:
             function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
             with lowering_for(gpu):
