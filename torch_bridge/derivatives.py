@@ -16,7 +16,7 @@ forward mode: tangents would be dropped silently.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -273,16 +273,16 @@ def _computed(operator: ops.Operator, keys: torch._C.DispatchKeySet,
     """A call of which nothing is recorded; where it has been launched directly before, without the rest."""
     again, learn = _REPEATED.get(operator, (None, None))
     if again is not None and not functions_intercept():
-        found: tuple[torch.Tensor, ...] | None = again(args)
+        found = again(*args)
         if found is not None:
             return found
     results = _below_autograd(_recorded(operator, args), keys, args)
     if learn is not None and nothing_intercepts() and not torch.compiler.is_compiling():
-        learn(args)
+        learn(*args)
     return results
 
 
-_REPEATED = {
+_REPEATED: dict[ops.Operator, tuple[Callable[..., tuple[torch.Tensor, ...] | None], Callable[..., None]]] = {
     **dict.fromkeys((ops.attention, ops.attention_direct), (repeated.forward, repeated.learn_forward)),
     **dict.fromkeys((ops.attention_backward, ops.attention_backward_direct),
                     (repeated.backward, repeated.learn_backward))}

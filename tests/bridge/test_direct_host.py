@@ -263,8 +263,8 @@ def again(monkeypatch):
         monkeypatch.setattr(repeated, name, [])
     from torch_bridge import derivatives
     for operator, (answer, learn) in derivatives._REPEATED.items():
-        def noted(args, answer=answer):
-            found = answer(args)
+        def noted(*args, answer=answer):
+            found = answer(*args)
             seen.extend([answer.__name__] * (found is not None))
             return found
         monkeypatch.setitem(derivatives._REPEATED, operator, (noted, learn))

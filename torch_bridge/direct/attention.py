@@ -59,7 +59,7 @@ _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN
 # Where os.environ keeps variables: to ask itself for one that is not set takes 0.6 us. It is private, but for Python
 # to keep them elsewhere only means to be asked itself.
 _VALUES: dict[object, object] = getattr(os.environ, "_data", {})
-_KEY = os.environ.encodekey(VARIABLE) if _VALUES else None  # type: ignore[attr-defined]  # not in its stub
+_KEY = os.environ.encodekey(VARIABLE) if _VALUES else None
 _ON = (None, b"1") if _VALUES else ()
 
 

@@ -65,7 +65,7 @@ class _Backward(NamedTuple):
     has: guards.Guard  # whether tensors are like those of such a backward: what was saved, and the cotangent
     run: Callable[[Sequence[int]], None]
     zeros: int  # the address of the cotangent of the statistics
-    count: Callable[[], None]
+    add: Callable[[], None]  # counts one
 
 
 _NO_BACKWARD = _Backward(guards.never, NotImplemented, 0, NotImplemented)
@@ -149,11 +149,11 @@ class Shortcut:
         if self._index is not None and streams.device() != self._index:
             with torch.cuda.device(self._index):
                 return self._launch_backward(addresses)
-        _, run, zeros, count = self._backward
+        _, run, zeros, add = self._backward
         empty, (of_query, of_key, of_value) = self._empty, self._gradients
         dq, dk, dv = empty(*of_query), empty(*of_key), empty(*of_value)
         run((*addresses, zeros, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
-        count()
+        add()
         return dq, dk, dv
 
 
