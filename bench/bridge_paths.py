@@ -10,7 +10,8 @@ and both, on a problem too small to keep the device busy; what a replay of a CUD
 and its gradients, costs the host and the device, the latter of a large problem too. In processes of their own: the
 first call, with plans on disk and without, GPU memory beside torch's allocator, and whether JAX was imported. Results
 are checked before anything is timed. It needs a Hopper GPU, and takes about two minutes there. With --kinds, of each
-kind of calls (lengths, ids, packed sequences, dropout, masks) what bridge_kinds.py says, and nothing else.
+kind of calls (lengths, ids, packed sequences, dropout, masks) what bridge_kinds.py says, and nothing else; with --hosts
+what bridge_hosts.py says.
 """
 
 import argparse
@@ -325,6 +326,10 @@ def why_not() -> str:
 
 
 def _asked_for(arguments: argparse.Namespace) -> Iterator[Record]:
+    if arguments.hosts:
+        from bench import bridge_hosts  # which is made from this
+
+        return bridge_hosts.measure("cuda", max(arguments.rounds, 31), arguments.repeats)
     if not arguments.kinds:
         return measure(arguments.dims, arguments.rounds, arguments.repeats)
     from bench import bridge_kinds  # which is made from this
@@ -338,6 +343,8 @@ def main() -> None:
     parser.add_argument("--dims", type=lambda text: [int(x) for x in text.split(",")], default=[64, 128],
                         help="head sizes of first calls (default: 64,128)")
     parser.add_argument("--kinds", action="store_true", help="the kinds of calls by both ways, in about 50 s")
+    parser.add_argument("--hosts", action="store_true", help="the host's time alone, of PyTorch and the direct path, "
+                        "eager and compiled, in about 45 s")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=30, help="calls a turn")
     parser.add_argument("--out", type=pathlib.Path, help="also append the records to a file of this folder, such as "

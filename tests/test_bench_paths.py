@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -12,9 +13,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench import bridge_kinds, bridge_paths, first_call, report  # noqa: E402
+import torch_bridge  # noqa: E402
+from bench import bridge_hosts, bridge_kinds, bridge_paths, bridge_standin, first_call, report  # noqa: E402
 from bench.bridge_paths import PATHS, Path  # noqa: E402
-from torch_bridge.direct import attention  # noqa: E402
+from torch_bridge.direct import attention, shortcut  # noqa: E402
 
 WRONG = Path("wrong", "Wrong", lambda q, k, v, is_causal: q + k + v)
 FAILS = Path("fails", "Fails", lambda q, k, v, is_causal: q / {}["no plan"])
@@ -44,6 +46,29 @@ def test_kinds_of_calls_are_timed_once_both_ways_agree(monkeypatch):
     assert timed == [(case, what, path) for case in ("ids, one query", "dropout, causal")
                      for what in bridge_kinds.CALLS for path in ("direct", "dlpack")]
     assert attention.MOST_ALONE < attention.MOST_WITH_GRADIENTS < 1000, "as before"
+
+
+def test_the_parts_of_a_step_and_compiled_calls_are_timed(monkeypatch):
+    monkeypatch.setattr(bridge_paths, "SMALL", (1, 2, 16, 8))
+    monkeypatch.setattr(bridge_paths, "PATHS", (PATHS[0], WRONG, PATHS[0]._replace(name="direct")))
+    found = list(bridge_hosts.measure("cpu", 2, 1, backend="eager"))
+    timed = [r["what"] for r in found if r["path"] == "direct" and r["host_us"] > 0 and r["over_torch"]]
+    assert timed[-8:] == [*(f"in a step, {part}" for part in bridge_hosts.PARTS),
+                          "forward and .backward(), in one thread", "compiled, forward",
+                          "compiled, forward with gradient", "compiled, forward and .backward()"]
+    assert len(found) == 2 * len(timed)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="the stand-in driver is made with gcc")
+def test_calls_before_a_driver_that_does_nothing_take_shortcuts():
+    with bridge_standin.stand_ins():
+        calls = bridge_standin.calls()
+        torch_bridge.report(reset=True)
+        for call in calls.values():
+            for _ in range(3):
+                assert bridge_standin.microseconds(call, 1) > 0
+        counts = [(row.what, row.calls) for row in torch_bridge.report() if "launched directly" in row.problem]
+        assert sorted(counts) == [("backward", 6), ("forward", 12)] and shortcut._recent
 
 
 def test_a_way_is_taken_only_while_it_is_measured(monkeypatch):

@@ -16,7 +16,7 @@ forward mode: tangents would be dropped silently.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -38,7 +38,8 @@ from torch_bridge.arguments import (
     Results,
     RowAnchor,
 )
-from torch_bridge.direct import tracing
+from torch_bridge.direct import repeated, tracing
+from torch_bridge.interception import functions_intercept, nothing_intercepts
 
 __all__ = ["Context", "functional_attention"]
 
@@ -267,6 +268,27 @@ class _DoubleBackward(_SingleLevelFunction):
     jvp = backward
 
 
+def _computed(operator: ops.Operator, keys: torch._C.DispatchKeySet,
+              args: Sequence[object]) -> tuple[torch.Tensor, ...]:
+    """A call of which nothing is recorded; where it has been launched directly before, without the rest."""
+    again, learn = _REPEATED.get(operator, (None, None))
+    if again is not None and not functions_intercept():
+        found = again(*args)
+        if found is not None:
+            return found
+    results = _below_autograd(_recorded(operator, args), keys, args)
+    if learn is not None and nothing_intercepts() and not torch.compiler.is_compiling():
+        learn(*args)
+    return results
+
+
+_REPEATED: dict[ops.Operator, tuple[Callable[..., tuple[torch.Tensor, ...] | None], Callable[..., None]]] = {
+    **dict.fromkeys((ops.attention, ops.attention_direct), (repeated.forward, repeated.learn_forward)),
+    **dict.fromkeys((ops.attention_backward, ops.attention_backward_direct),
+                    (repeated.backward, repeated.learn_backward))}
+"""What answers a call that is known, and what learns one."""
+
+
 def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> None:
     def kernel(keys: torch._C.DispatchKeySet, *args: object) -> tuple[torch.Tensor, ...]:
         sharding.register_if_needed()
@@ -278,7 +300,7 @@ def _register(operator: ops.Operator, function: type[_SingleLevelFunction]) -> N
                 results: tuple[torch.Tensor, ...] = function.apply(  # type: ignore[attr-defined]  # not in torch's stub
                     *args, _Call(operator, keys, *modes))
                 return results
-        return _below_autograd(_recorded(operator, args), keys, args)
+        return _computed(operator, keys, args)
     ops.library.impl(operator, kernel, "Autograd", with_keyset=True)
 
 

@@ -16,21 +16,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch.autograd import forward_ad
 
 from torch_bridge import derivatives, ops, routes
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
 from torch_bridge.direct import decoding, shortcut
+from torch_bridge.interception import functions_intercept, nothing_intercepts
 
 __all__ = ["attend", "attend_again", "attend_recent", "attend_to_cache", "attend_with_lse",
            "recent_cache"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
-# The keys that a thread adds to those of tensors where nothing intercepts calls. Modes, transforms and tracers of every
-# kind add their own.
-_OTHER_KEYS = ~(torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-                | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr()
-_included_keys = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those of the devices
 
@@ -38,10 +33,14 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those o
 def attend_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   *options: object) -> torch.Tensor | None:
     """`attend_again` for one of the last kinds of calls (`shortcut.find_recent`)."""
-    known = shortcut.find_recent(query, key, value, *options)
-    if known is None or not _nothing_intercepts():
+    found = shortcut.find_recent(query, key, value, options)
+    if found is None or functions_intercept():
         return None
-    return _launched(known, query, key, value)
+    known, needs_gradients, addresses = found
+    if needs_gradients and torch.is_grad_enabled():
+        out: torch.Tensor = _apply(query, key, value, known, addresses)
+        return out
+    return known.forward(addresses, False)[0]
 
 
 def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
@@ -49,7 +48,7 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
     """`attend`'s out for a call of plain tensors that the direct path has taken before, where nothing intercepts this
     one; else None.
     """
-    if not _nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
+    if not nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
         return None
     known = shortcut.find(name, query, key, value)
     return None if known is None else _launched(known, query, key, value)
@@ -57,11 +56,12 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
 
 def _launched(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor) -> torch.Tensor | None:
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
     if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
-        return known.forward(query, key, value)[0]
+        return known.forward(addresses, False)[0]
     if _is_excluded(_AUTOGRAD):
         return None
-    out: torch.Tensor = _Launched.apply(query, key, value, known)
+    out: torch.Tensor = _Launched.apply(query, key, value, known, addresses)
     return out
 
 
@@ -95,7 +95,7 @@ def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | Non
 
 def recent_cache(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> decoding.Known | None:
     """What is known of a call to a cache (`decoding.recent`); None: nothing is, or something intercepts it."""
-    if torch.compiler.is_compiling() or not _nothing_intercepts() or torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.compiler.is_compiling() or not nothing_intercepts() or torch.is_autocast_enabled(tensors[0].device.type):
         return None
     return decoding.recent(tensors, options)
 
@@ -129,13 +129,7 @@ def _detached(operands: Operands) -> Operands:
 
 def _is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether operations on these tensors (or None) dispatch to autograd and their device's kernels only."""
-    return _nothing_intercepts() and all(type(x) in _PLAIN_TYPES for x in tensors)
-
-
-def _nothing_intercepts() -> bool:
-    """Whether operations on plain tensors dispatch to autograd and their device's kernels only."""
-    return (not _included_keys().raw_repr() & _OTHER_KEYS and forward_ad._current_level < 0
-            and not torch._C._len_torch_function_stack())
+    return nothing_intercepts() and all(type(x) in _PLAIN_TYPES for x in tensors)
 
 
 class _Context(derivatives.Context, Protocol):
@@ -188,8 +182,8 @@ class _Launched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _LaunchedContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                known: shortcut.Shortcut) -> torch.Tensor:
-        out, stats = known.forward(query, key, value)
+                known: shortcut.Shortcut, addresses: tuple[int, ...]) -> torch.Tensor:
+        out, stats = known.forward(addresses, True)
         ctx.known = known
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, stats)
@@ -198,13 +192,21 @@ class _Launched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _LaunchedContext, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dout is None:
-            return None, None, None, None
-        saved, (*needs, _) = ctx.saved_tensors, ctx.needs_input_grad
-        if not torch.is_grad_enabled() and _nothing_intercepts():
-            found = ctx.known.backward(saved, dout)
+            return (None,) * 5
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not functions_intercept():
+            found = ctx.known.backward(saved, dout, nothing_intercepts)
             if found is not None:
-                return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), None
+                if needs == _ALL_THREE:
+                    return *found, None, None
+                return *(grad if needed else None for grad, needed in zip(found, needs)), None, None
         query, key, value, out, stats = saved
         operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
-        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs, False)))
-        return grads.query, grads.key, grads.value, None
+        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False)))
+        return grads.query, grads.key, grads.value, None, None
+
+
+_ALL_THREE = (True, True, True, False, False)
+# `_Launched.apply` for tensors that no transform of torch.func has wrapped: PyTorch 2.11 unwraps, in Python, what a
+# transform left behind, which takes 1.6 us.
+_apply = super(torch.autograd.Function, _Launched).apply

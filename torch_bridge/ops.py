@@ -31,8 +31,8 @@ from torch_bridge.arguments import (
     RowAnchor,
 )
 
-__all__ = ["DIRECT", "TAGS", "attention", "attention_backward", "attention_double_backward", "draw_seed",
-           "dropout_seed", "library", "require_float64", "row_anchor"]
+__all__ = ["DIRECT", "TAGS", "attention", "attention_backward", "attention_backward_direct", "attention_direct",
+           "attention_double_backward", "draw_seed", "dropout_seed", "library", "require_float64", "row_anchor"]
 
 NAMESPACE = "pallas_flash"
 library = torch.library.Library(NAMESPACE, "DEF")

@@ -5,7 +5,7 @@ made when a plan runs for the first time. Nothing here imports JAX.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 __all__ = ["MAX_ROWS", "Report", "Row", "Runs", "count", "report"]
@@ -54,6 +54,11 @@ class _Tally:
     def __init__(self, name: tuple[str, str, str, tuple[str, ...]]) -> None:
         self.name, self.calls = name, 0
 
+    def add(self) -> None:
+        """Counts one run."""
+        with _lock:
+            self.calls += 1
+
 
 _tallies: dict[tuple[str, str, str, tuple[str, ...]], _Tally] = {}
 _lock = threading.Lock()
@@ -87,12 +92,17 @@ class Runs:
 
     def count(self, what: str) -> None:
         """Counts one run of that pass."""
-        with _lock:
-            tally = self._tallies.get(what)
-            if tally is None:
-                reasons = tuple(f"not {name!r}: {'; '.join(found)}" for name, found in self._reasons.items() if found)
-                tally = self._tallies[what] = _tally(what, self._implementation, str(self._problem), reasons)
-            tally.calls += 1
+        self.counter(what)()
+
+    def counter(self, what: str) -> Callable[[], None]:
+        """What counts one run of that pass."""
+        tally = self._tallies.get(what)
+        if tally is None:
+            reasons = tuple(f"not {name!r}: {'; '.join(found)}" for name, found in self._reasons.items() if found)
+            with _lock:
+                tally = self._tallies.setdefault(
+                    what, _tally(what, self._implementation, str(self._problem), reasons))
+        return tally.add
 
 
 def report(*, reset: bool = False) -> Report:

@@ -63,11 +63,6 @@ def scaled_dot_product_attention(
     """
     if unknown:
         raise messages.unknown_keyword(scaled_dot_product_attention, next(iter(unknown)))
-    if getattr(query, "layout", None) is torch.jagged:
-        from torch_bridge import nested  # which is made from this
-
-        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
-        return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     name = None
     if (attn_mask is None and type(is_causal) is type(enable_gqa) is bool and isinstance(scale, _PLAIN_NUMBERS)
             and isinstance(dropout_p, _PLAIN_NUMBERS) and dropout_p == 0 and not torch.compiler.is_compiling()):
@@ -79,6 +74,11 @@ def scaled_dot_product_attention(
             out = eager.attend_again(name, query, key, value)
             if out is not None:
                 return out
+    if getattr(query, "layout", None) is torch.jagged:
+        from torch_bridge import nested  # which is made from this
+
+        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
+        return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = eager.attend(call.operands, call.numbers)
     if name is not None and call.operands.query is query and call.operands.key is key and call.operands.value is value:

@@ -10,10 +10,12 @@ import collections
 
 import torch
 
-__all__ = ["current", "is_known", "known", "number", "record", "recycle"]
+__all__ = ["current", "device", "is_known", "known", "number", "record", "recycle"]
 
 # The number of the current stream on a device, as the code that inductor generates asks for it.
 _number = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 _streams: dict[int, dict[int, torch.cuda.Stream]] = collections.defaultdict(dict)  # by device's index, by number
 _events: dict[int, collections.deque[torch.cuda.Event]] = collections.defaultdict(collections.deque)  # by index
@@ -37,6 +39,11 @@ def current(index: int) -> torch.cuda.Stream:
 def number(index: int) -> int:
     """The number of torch's current stream on a device, for whoever launches on it; also during CUDA graph capture."""
     return int(_number(index))
+
+
+def device() -> int:
+    """The index of the thread's current GPU, asked of CUDA's runtime."""
+    return int(_device())
 
 
 def is_known(index: int) -> bool:

@@ -24,7 +24,20 @@ from pallas_flash import FallbackWarning, UnsupportedError, dropout
 from pallas_flash.kernels.hopper import defaults
 from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import attention, cache, driver, launch, lengths, lower, requirements, runner, said, shortcut
+from torch_bridge.direct import (
+    attention,
+    cache,
+    driver,
+    launch,
+    lengths,
+    lower,
+    repeated,
+    requirements,
+    runner,
+    said,
+    shortcut,
+)
+from torch_bridge.direct import shared as shared_
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Buffer, Program, Step
 
@@ -175,6 +188,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(said, "_said", set())
     monkeypatch.setattr(shortcut, "_shortcuts", {})
     monkeypatch.setattr(shortcut, "_recent", [])
+    for name in ("_forwards", "_backwards"):
+        monkeypatch.setattr(repeated, name, [])
     for name in ("_ways", "_own"):
         monkeypatch.setattr(lengths, name, {})
     for name in ("MOST_ALONE", "MOST_WITH_GRADIENTS"):
@@ -378,6 +393,7 @@ def test_room_is_made_for_the_process_that_compiles(launched, monkeypatch, tmp_p
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (2**29, 2**37))[1])
     monkeypatch.setattr(attention, "Runner", lambda program, device: program)
+    monkeypatch.setattr(shared_, "MAX_UNREAD_BYTES", 0)
     problem = attention.problem_of(Operands.of(*qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), **NONE), FULL)
     device = torch.device("cuda", 1)
     attention.Direct((problem, device)).prepare("forward")

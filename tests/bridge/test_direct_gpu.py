@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torch_bridge
 from bridge.problems import OURS
 from bridge.test_gpu_streams import kernels_of
-from torch_bridge.direct import attention, lengths, shortcut
+from torch_bridge.direct import attention, driver, lengths, repeated, shortcut
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +58,8 @@ def with_mma(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(shortcut, "_recent", [])
+    for name in ("_forwards", "_backwards"):
+        monkeypatch.setattr(repeated, name, [])
     torch_bridge.report(reset=True)
     yield
     direct = [row for row in torch_bridge.report() if "launched directly" in row.problem]
@@ -192,3 +194,49 @@ def test_where_plans_cannot_be_kept(tmp_path):
     done = alone(PALLAS_FLASH_PLANS=str(tmp_path / "file" / "plans"))
     assert done.stdout.split() == ["True", "False"], done.stderr[-2000:]
     assert done.stderr.count("FallbackWarning") == 1 and "plans must be kept in a directory" in done.stderr
+
+
+def leaves():
+    return [random(B, H, L, D).requires_grad_() for _ in range(3)]
+
+
+def step(function, tensors, dout):
+    out = function(*tensors, is_causal=True)
+    return [out.detach(), *torch.autograd.grad(out, tensors, dout)]
+
+
+def test_a_step_seen_before_asks_the_driver_for_launches_alone(monkeypatch):
+    """Also in autograd's thread, which has no context of CUDA before it is given one."""
+    tensors, dout = leaves(), random(B, H, L, D)
+    wanted = [step(OURS, tensors, dout) for _ in range(3)][-1]
+    asked, call = [], driver.call
+    monkeypatch.setattr(driver, "call", lambda name, *arguments: (asked.append(name), call(name, *arguments))[1])
+    found = step(OURS, tensors, dout)
+    assert asked == []
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found[0], F.scaled_dot_product_attention(*tensors, is_causal=True), atol=0.02, rtol=0.02)
+
+
+def test_forwards_of_two_streams_write_statistics_to_the_same_memory():
+    inputs = [[random(B, H, L, D) for _ in range(3)] for _ in range(2)]
+    wanted = [OURS(*tensors, is_causal=True) for tensors in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    found = [[], []]
+    for _ in range(50):
+        for tensors, stream, outs in zip(inputs, streams, found):
+            with torch.cuda.stream(stream):
+                outs.append(OURS(*tensors, is_causal=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, x) for x, outs in zip(wanted, found) for out in outs)
+
+
+def test_a_compiled_program_calls_operators_that_are_known():
+    tensors, dout = leaves(), random(B, H, L, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x, **options: OURS(*x, **options), fullgraph=True, backend="aot_eager")
+    results = [step(compiled, tensors, dout) for _ in range(4)]
+    assert repeated._forwards and repeated._backwards
+    for a, b in zip(results[-1], step(OURS, tensors, dout), strict=True):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)

@@ -11,17 +11,15 @@ the addresses of their constants.
 
 import contextlib
 import dataclasses
-import math
 import os
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import apart, cache, driver, launch, requirements, said, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, said, shared, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -58,8 +56,17 @@ _CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
+# Where os.environ keeps variables: to ask itself for one that is not set takes 0.6 us. It is private, but for Python
+# to keep them elsewhere only means to be asked itself.
+_VALUES: dict[object, object] = getattr(os.environ, "_data", {})
+_KEY = os.environ.encodekey(VARIABLE) if _VALUES else None
+_ON = (None, b"1") if _VALUES else ()
+
+
 def is_on() -> bool:
     """Whether PALLAS_FLASH_DIRECT is not 0; raises ValueError where it is neither that nor 1 nor empty."""
+    if _VALUES.get(_KEY) in _ON:
+        return True
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {value!r}. Set it to 0 to let JAX's runtime launch kernels.")
@@ -183,15 +190,16 @@ class Direct:
         self.key, (self.problem, self.device) = key, key
         self.strides = (*self.problem.strides().values(),)  # of query, key and value in the layout
         self.runs: records.Runs  # once a pass is loaded
-        self._runners: dict[PassName, Runner] = {}
+        self.runners: dict[PassName, Runner] = {}  # of the passes that are prepared
         self._expected: dict[PassName, cache.Pending | None] = {}
         self._zeros: torch.Tensor | None = None  # the cotangent of statistics that nobody differentiates
+        self.unread: torch.Tensor | None = None  # where statistics go that nobody reads, if a forward is prepared
         self._lock = threading.Lock()
 
     def expect(self, pass_name: PassName) -> None:
         """Has the plan of a pass made meanwhile, if there is none; what cannot be is said when the pass is prepared."""
         wanted = request(self.problem, pass_name, self.device)
-        if pass_name in self._expected or pass_name in self._runners or cache.is_kept(wanted):
+        if pass_name in self._expected or pass_name in self.runners or cache.is_kept(wanted):
             return
         self._expected[pass_name] = None
         _make_room(self.device)
@@ -214,23 +222,25 @@ class Direct:
           RuntimeError: inside a capture (`require_no_capture`), or in a process forked after a plan was loaded.
           NoPlanError, DriverError: it cannot be made, kept or loaded.
         """
-        if pass_name in self._runners:
+        if pass_name in self.runners:
             return
         self.require_no_capture(pass_name)
         launch.require_no_fork()
         with self._lock:
-            if pass_name not in self._runners:
+            if pass_name not in self.runners:
                 program, runner = apart.run(self._load, pass_name)
                 # If a filter makes it an error, nothing is kept, and it comes again.
                 what = f"implementation={program.implementation!r} runs {self.problem} on {gpu_of(self.device).name}"
                 said.warn_of_left(what, program.left)
-                self._runners[pass_name] = runner
+                self.runners[pass_name] = runner
 
     def _load(self, pass_name: PassName) -> tuple[Program[Kernel], Runner]:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
         if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
-            self._zeros = _zeros(program.buffers["dstats"].shape, self.device)
+            self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
+        elif pass_name == "forward":
+            self.unread = shared.unread(program.buffers["stats"].shape, self.device)
         return program, Runner(program, self.device)
 
     def _program(self, pass_name: PassName) -> Program[Kernel]:
@@ -244,7 +254,7 @@ class Direct:
 
     def forward(self, operands: Operands) -> list[torch.Tensor]:
         """out, dense in the layout, and the statistics."""
-        return self._runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
+        return self.runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
 
     def backward(self, operands: Operands, results: Results, dout: torch.Tensor, dstats: torch.Tensor | None,
                  pass_name: PassName = "backward") -> list[torch.Tensor]:
@@ -255,16 +265,16 @@ class Direct:
                    strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
         tensors.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
-        return self._runners[pass_name](tensors, self._given_of(operands))
+        return self.runners[pass_name](tensors, self._given_of(operands))
 
-    def run_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-        """`backward` of query, key, value, out and statistics that fit as they are, into gradients that are there."""
+    def address_of_zeros(self) -> int:
+        """Of the cotangent of statistics that nobody differentiates, if a backward is prepared."""
         assert self._zeros is not None
-        self._runners["backward"].run((*saved, dout, self._zeros), grads)
+        return self._zeros.data_ptr()
 
     def runner(self, pass_name: PassName) -> Runner | None:
         """What runs a pass, if it is prepared."""
-        return self._runners.get(pass_name)
+        return self.runners.get(pass_name)
 
     def try_prepare(self, pass_name: PassName, then: PassName | None = None) -> bool:
         """Prepares a pass, and has that of the next made meanwhile; where it cannot be, warns with the reason, and
@@ -273,7 +283,7 @@ class Direct:
         Raises:
           RuntimeError: as `prepare`.
         """
-        if pass_name in self._runners:
+        if pass_name in self.runners:
             return True
         kind = *self.key, pass_name == "dbias"
         if kind in _reasons:
@@ -302,25 +312,6 @@ class Direct:
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
-
-
-_zero: dict[torch.device, torch.Tensor] = {}
-_zero_lock = threading.Lock()
-
-
-def _zeros(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Zeros to be read, in memory that all problems of a device share. A problem keeps them, as captured graphs hold
-    their address: where they are too few, twice as many are made, so all that were are at most as much again.
-
-    They are there for the stream that makes them; `Runner` waits for the device.
-    """
-    count = math.prod(shape)
-    with _zero_lock:
-        found = _zero.get(device)
-        if found is None or found.numel() < count:
-            before = 0 if found is None else found.numel()
-            found = _zero[device] = torch.zeros(max(count, 2 * before), dtype=torch.float32, device=device)
-    return found[:count].view(*shape)
 
 
 def _make_room(device: torch.device) -> None:

@@ -6,15 +6,14 @@ ctypes, and not `cuda.bindings`: a launch costs the host the same, and nothing h
 import contextlib
 import ctypes
 import functools
-import threading
 from collections.abc import Iterator
 from ctypes import c_int as Int
 from ctypes import c_size_t as Size
 from ctypes import c_uint as UInt
 from ctypes import c_void_p as Pointer
 
-__all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "call", "capability",
-           "check", "context_of", "current", "current_device", "is_current", "library", "version"]
+__all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "adopt", "call",
+           "capability", "check", "context_of", "current", "current_device", "is_current", "library", "version"]
 
 LIBRARY = "libcuda.so.1"
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -114,23 +113,25 @@ def context_of(index: int) -> int:
     return context.value
 
 
-class _Asked(threading.local):
-    """Where cuCtxGetCurrent writes, one place a thread: it is asked before each launch."""
-
-    def __init__(self) -> None:
-        self.context = Pointer()
-        self.place = ctypes.byref(self.context)
-
-
-_asked = _Asked()
+def _current() -> int | None:
+    """The thread's current context; None: it has none."""
+    found = Pointer()
+    call("cuCtxGetCurrent", ctypes.byref(found))
+    return found.value
 
 
 def is_current(index: int) -> bool:
     """Whether the primary context of a device is the thread's current one."""
-    asked = _asked
-    if code := library().cuCtxGetCurrent(asked.place):
-        check(library(), "cuCtxGetCurrent", code)
-    return asked.context.value == context_of(index)
+    return _current() == context_of(index)
+
+
+def adopt(index: int) -> None:
+    """Leaves the primary context of device 0 with a thread that has none, as CUDA's runtime does at its first call
+    there. So what such a thread launches next is not refused. A thread's current device stays what it was: it is 0
+    where no context says otherwise, which is why other devices are left alone.
+    """
+    if index == 0 and _current() is None:
+        call("cuCtxSetCurrent", Pointer(context_of(index)))
 
 
 @contextlib.contextmanager

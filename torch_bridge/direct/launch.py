@@ -2,6 +2,9 @@
 
 One `Loaded` a device: a module belongs to a context. Calls may come from any thread, also from one that has no context
 of CUDA yet; each thread has parameters of its own, into which the addresses are written.
+
+Whether a thread has the right context is not asked before each launch: the driver refuses one in another context than
+its function's, and in none. What it refused is launched again in the right one.
 """
 
 import ctypes
@@ -20,6 +23,8 @@ ALIGNMENT = 16
 """Bytes to which the address of every array must be aligned: the need of tensor maps."""
 _DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _BUFFER, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+_STREAM = driver.LaunchConfig.stream.offset // 8
+_OF_CONTEXTS = (201, 400)  # CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_INVALID_HANDLE
 
 _has_loaded = _was_forked = False
 
@@ -59,7 +64,7 @@ class _Prepared(NamedTuple):
 
     words: "memoryview[int]"
     places: tuple[tuple[int, int], ...]
-    config: driver.LaunchConfig
+    config: "memoryview[int]"
     arguments: tuple[object, ...]  # of cuLaunchKernelEx
     name: str
     kept: tuple[object, ...]  # what the arguments point to
@@ -71,7 +76,9 @@ class _Prepared(NamedTuple):
         start, size = (ctypes.c_char * len(block)).from_buffer(block), Size(len(block))
         extra = (Pointer * 5)(_BUFFER, ctypes.addressof(start), _SIZE, ctypes.addressof(size), None)
         config = driver.LaunchConfig((UInt * 3)(*kernel.grid), (UInt * 3)(*kernel.block), kernel.smem_bytes)
-        return cls(memoryview(block).cast("Q"), step.places, config, (ctypes.byref(config), step.function, None, extra),
+        # Ready pointers: ctypes makes one of any other object in each call.
+        arguments = ctypes.byref(config), Pointer.from_param(step.function.value), None, ctypes.byref(extra)
+        return cls(memoryview(block).cast("Q"), step.places, memoryview(config).cast("B").cast("Q"), arguments,
                    kernel.name, (start, size))
 
 
@@ -124,24 +131,25 @@ class Loaded:
         """
         if _was_forked:
             require_no_fork()
-        if not driver.is_current(self.index):
-            with driver.current(self.index):
-                self.launch(addresses, stream)
-            return
-        for words, places, config, arguments, name, _ in self._prepared():
+        try:
+            steps: list[_Prepared] = self._threads.steps
+        except AttributeError:
+            steps = self._threads.steps = [*map(_Prepared.of, self._steps)]
+        launch = self._launch
+        for words, places, config, arguments, name, _ in steps:
             for place, i in places:
                 words[place] = addresses[i]
-            config.stream = stream
-            code = self._launch(*arguments)
-            if code:
-                driver.check(driver.library(), f"cuLaunchKernelEx of {name}", code)
+            config[_STREAM] = stream
+            if code := launch(*arguments):
+                self._launch_again(arguments, name, code)
 
-    def _prepared(self) -> list[_Prepared]:
-        """The steps of this thread."""
-        found: list[_Prepared] | None = getattr(self._threads, "steps", None)
-        if found is None:
-            found = self._threads.steps = [*map(_Prepared.of, self._steps)]
-        return found
+    def _launch_again(self, arguments: tuple[object, ...], name: str, code: int) -> None:
+        """Launches what was refused with a code, in the context of the device if it was in another or in none."""
+        if code in _OF_CONTEXTS and not driver.is_current(self.index):
+            with driver.current(self.index):
+                code = self._launch(*arguments)
+            driver.adopt(self.index)
+        driver.check(driver.library(), f"cuLaunchKernelEx of {name}", code)
 
     def unload(self) -> None:
         """Gives the modules' memory back, once the device has run what was launched, and no captured graph will."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from torch_bridge import streams, strides
-from torch_bridge.direct import operations
+from torch_bridge.direct import allocation, operations
 from torch_bridge.direct.counters import Counters
 from torch_bridge.direct.launch import ALIGNMENT, Loaded
 from torch_bridge.direct.plan import Kernel, Program
@@ -44,7 +44,7 @@ class Runner:
         self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
                          for name in program.results]
         self.num_kernels = program.num_kernels
-        self._passed = [numbers[name] for name in (*program.inputs, *program.results)]
+        self._passed = tuple(numbers[name] for name in (*program.inputs, *program.results))
         self._given = [(name, program.buffers[name]) for name in program.given]
         read = {name for step in program.steps for name in step.arrays}
         self._read = [(i, numbers[name]) for i, name in enumerate(program.given) if name in read]  # by launches
@@ -60,6 +60,7 @@ class Runner:
         self._scratch, self._scratch_bytes = _places(program, numbers, program.scratch)
         self._restored, num_bytes = _places(program, numbers, program.restored)
         self._counters = Counters(num_bytes, device) if num_bytes else None
+        self._empty = allocation.maker(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
@@ -104,6 +105,13 @@ class Runner:
             addresses[i] = tensor.data_ptr()
         self._launch(addresses)
 
+    def run_at(self, passed: Sequence[int]) -> None:
+        """`run` of the tensors at these addresses, the inputs' before the results', on the thread's current device."""
+        addresses = self._known.copy()
+        for i, address in zip(self._passed, passed):
+            addresses[i] = address
+        self._launch_here(addresses)
+
     def _beside(self, given: Sequence[torch.Tensor], addresses: list[int]) -> list[torch.Tensor]:
         """What operations make for the launches, whose addresses are written down."""
         for (name, kind), tensor in zip(self._given, given, strict=True):
@@ -121,9 +129,16 @@ class Runner:
         return self.program.buffers[name].shape
 
     def _launch(self, addresses: list[int]) -> None:
+        if self._device.type != "cuda" or streams.device() == self._index:
+            self._launch_here(addresses)
+        else:
+            with torch.cuda.device(self._index):
+                self._launch_here(addresses)
+
+    def _launch_here(self, addresses: list[int]) -> None:
         stream = streams.number(self._index)
         if self._scratch_bytes:
-            scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+            scratch = self._empty((self._scratch_bytes,), (1,), torch.uint8)
             start = scratch.data_ptr()
             for i, offset in self._scratch:
                 addresses[i] = start + offset

@@ -6,24 +6,31 @@ read and write them. Of the next such call only the addresses are new. The calls
 look of torch's own at their tensors (guards.py), the others by a key.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from torch_bridge import records
+from torch_bridge import streams
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, guards
+from torch_bridge.direct import allocation, attention, guards
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["Name", "Shortcut", "find", "find_recent", "learn", "may_know", "name_of"]
+__all__ = ["Known", "Name", "Shortcut", "UNALIGNED", "find", "find_recent", "learn", "made", "may_know", "name_of"]
 
 type Name = tuple[object, ...]
 """Everything but the numbers in its tensors that decides how a call is computed."""
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+UNALIGNED = ALIGNMENT - 1
+"""The bits of an address that are 0 where it is aligned."""
+_Addresses = tuple[int, ...]
+# What torch.are_deterministic_algorithms_enabled returns.
+_is_deterministic = getattr(torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
 _MAX_SHORTCUTS = 4096
 _shortcuts: dict[Name, "Shortcut"] = {}
+_made: dict[tuple[object, ...], "Shortcut"] = {}
 
 
 class _Stored(NamedTuple):
@@ -52,85 +59,145 @@ class _Storage(NamedTuple):
     gradients: tuple[_Stored, ...]  # of these
 
 
+class _Backward(NamedTuple):
+    """The backward of a shortcut, prepared."""
+
+    has: guards.Guard  # whether tensors are like those of such a backward: what was saved, and the cotangent
+    run: Callable[[Sequence[int]], None]
+    zeros: int  # the address of the cotangent of the statistics
+    add: Callable[[], None]  # counts one
+
+
+_NO_BACKWARD = _Backward(guards.never, NotImplemented, 0, NotImplemented)
+
+
 class Shortcut:
     """The launches of a problem on tensors that are read, and results that are written, where they lie."""
 
-    def __init__(self, direct: attention.Direct, numbers: Numbers, device: torch.device, forward_runner: Runner,
+    def __init__(self, direct: attention.Direct, numbers: Numbers, device: torch.device, runner: Runner,
                  stored: _Storage) -> None:
         self.direct, self.numbers, self.device = direct, numbers, device
-        self._run_forward, self._run_backward = forward_runner.run, direct.run_backward
-        self._runs: records.Runs = direct.runs
+        self._index = device.index if device.type == "cuda" else None
+        self._run, self._count, self._empty = runner.run_at, direct.runs.counter("forward"), allocation.maker(device)
         self._out, self._stats, self._operands, self._gradients = stored
-        self._are_those_of_a_backward: guards.Guard = guards.never
+        self._unread = None if direct.unread is None else direct.unread.data_ptr()
+        self._backward = _NO_BACKWARD
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows."""
-        device, empty = self.device, torch.empty_strided
-        (shape, wanted, dtype), (of_stats, dense, float32) = self._out, self._stats
-        out = empty(shape, wanted, dtype=dtype, device=device)
-        stats = empty(of_stats, dense, dtype=float32, device=device)
-        self._run_forward((query, key, value), (out, stats))
-        self._runs.count("forward")
+    def forward(self, addresses: _Addresses, saves: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows; where these are not to be
+        saved, None if that takes less.
+
+        Args:
+          addresses: of query, key and value.
+        """
+        if self._index is not None and streams.device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.forward(addresses, saves)
+        out, stats, where = self._empty(*self._out), None, self._unread
+        if saves or where is None:
+            stats = self._empty(*self._stats)
+            where = stats.data_ptr()
+        self._run((*addresses, out.data_ptr(), where))
+        self._count()
         return out, stats
 
-    def backward(self, saved: tuple[torch.Tensor, ...], dout: torch.Tensor) -> list[torch.Tensor] | None:
-        """The gradients of query, key and value, each stored as its tensor; None: there is no plan, one is of a
-        subclass of Tensor, or a hook on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) gave back one that
-        is stored otherwise.
+    def backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor,
+                 may_be_learned: Callable[[], bool]) -> tuple[torch.Tensor, ...] | None:
+        """The gradients of query, key and value, each stored as its tensor; None: there is no plan, something may
+        intercept calls, or a hook on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) gave back one that is
+        stored otherwise.
 
         Args:
           saved: query, key, value, out and the statistics of rows.
+          may_be_learned: says of a kind that is not known whether nothing intercepts calls of plain tensors.
         """
-        given = *saved, dout
-        if not self._are_those_of_a_backward(*given) or not all(map(_is_aligned, given)):
-            if any(type(x) not in _PLAIN for x in given):
+        query, key, value, out, stats = saved
+        addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+                                        stats.data_ptr(), dout.data_ptr())
+        if (a | b | c | d | e | f) & UNALIGNED or not self._backward.has(query, key, value, out, stats, dout):
+            if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
                 return None
-            stored = zip((*self._operands, self._out, self._stats), saved, strict=True)
-            if not all(like.is_like(x, self.device) for like, x in stored) or not self.direct.try_prepare("backward"):
+            if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
                 return None
             if not self._out.is_like(dout, self.device):
                 dout = self._out.make(self.device).copy_(dout)
-            self._are_those_of_a_backward = guards.guard((*saved, dout))
-        grads = [result.make(self.device) for result in self._gradients]
-        self._run_backward(saved, dout, grads)
-        self._runs.count("backward")
-        return grads
+                addresses = (*addresses[:-1], dout.data_ptr())
+            self._learn((*saved, dout))
+        return self._launch_backward(addresses)
+
+    def learn_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor) -> bool:
+        """Has the backwards of tensors like these known to `backward`, if they are read where they lie, and one has
+        run; returns whether they are.
+        """
+        fits = (all(type(x) in _PLAIN for x in (*saved, dout)) and self._are_saved(saved)
+                and self._out.is_like(dout, self.device) and self.direct.runner("backward") is not None)
+        if fits:
+            self._learn((*saved, dout))
+        return fits
+
+    def _are_saved(self, saved: Sequence[torch.Tensor]) -> bool:
+        stored = zip((*self._operands, self._out, self._stats), saved, strict=True)
+        return all(like.is_like(x, self.device) for like, x in stored)
+
+    def _learn(self, tensors: Sequence[torch.Tensor]) -> None:
+        runner = self.direct.runner("backward")
+        assert runner is not None
+        self._backward = _Backward(guards.guard(tensors), runner.run_at, self.direct.address_of_zeros(),
+                                   self.direct.runs.counter("backward"))
+
+    def _launch_backward(self, addresses: _Addresses) -> tuple[torch.Tensor, ...]:
+        if self._index is not None and streams.device() != self._index:
+            with torch.cuda.device(self._index):
+                return self._launch_backward(addresses)
+        _, run, zeros, add = self._backward
+        empty, (of_query, of_key, of_value) = self._empty, self._gradients
+        dq, dk, dv = empty(*of_query), empty(*of_key), empty(*of_value)
+        run((*addresses, zeros, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
+        add()
+        return dq, dk, dv
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A kind of calls that is known at a glance."""
 
-    has: guards.Guard  # whether tensors are like those of such a call
     options: tuple[object, ...]
+    has: guards.Guard  # whether tensors are like those of such a call
+    deterministic: bool
+    needs_gradients: bool  # of a tensor, if gradients are recorded
     shortcut: Shortcut
 
 
 _MAX_RECENT = 4
-_recent: list[_Known] = []
+_recent: list[Known] = []
 """The kinds of the last calls that were found by their keys; never changed, but replaced as a whole."""
 
 
-def find_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: object) -> Shortcut | None:
-    """The shortcut of a call that is known at a glance; None: nothing is, or a tensor must be copied.
+def find_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                options: tuple[object, ...]) -> tuple[Shortcut, bool, _Addresses] | None:
+    """The shortcut of a call that is known at a glance, whether a tensor needs a gradient if they are recorded, and the
+    addresses of query, key and value; None: it is not, or a tensor must be copied. Nothing intercepts such a call that
+    changes dispatch keys, of its tensors or of the thread.
 
     Args:
       options: the arguments of `name_of` that are not tensors, of the types that it takes.
     """
-    for known in _recent:
-        if known.options == options and known.has(query, key, value):
-            if (known.shortcut.numbers.deterministic == torch.are_deterministic_algorithms_enabled()
-                    and _is_aligned(query) and _is_aligned(key) and _is_aligned(value) and attention.is_on()):
-                return known.shortcut
-            return None
+    for its, has, deterministic, needs_gradients, found in _recent:
+        if its == options and has(query, key, value):
+            addresses = a, b, c = query.data_ptr(), key.data_ptr(), value.data_ptr()
+            if (a | b | c) & UNALIGNED or deterministic != _is_deterministic() or not attention.is_on():
+                return None
+            return found, needs_gradients, addresses
     return None
 
 
 def _note(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, found: Shortcut) -> None:
-    """Has calls like this one found at a glance."""
+    """Has calls like this one, which nothing intercepts, found at a glance."""
     global _recent
     has = guards.guard((query, key, value))
     if has is not guards.never and has(query, key, value):  # it is not where two are the same tensor
-        _recent = [_Known(has, name[_OPTIONS], found), *_recent[:_MAX_RECENT - 1]]
+        needs_gradients = query.requires_grad or key.requires_grad or value.requires_grad
+        known = Known(name[_OPTIONS], has, found.numbers.deterministic, needs_gradients, found)
+        _recent = [known, *_recent[:_MAX_RECENT - 1]]
 
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -162,10 +229,6 @@ def find(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return found
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
-    return not tensor.data_ptr() & (ALIGNMENT - 1)
-
-
 def _is_readable(tensor: torch.Tensor) -> bool:
     """Whether what lies at the tensor's address is its numbers: it may be negated, or have no memory, and be zeros."""
     address = tensor.data_ptr()
@@ -174,20 +237,38 @@ def _is_readable(tensor: torch.Tensor) -> bool:
 
 def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
     """Remembers a call that has run, if it took the direct path and nothing of it had to be copied."""
+    found = made(operands, numbers)
+    if found is None:
+        return
+    if len(_shortcuts) >= _MAX_SHORTCUTS:
+        _shortcuts.clear()
+    _shortcuts[name] = found
+
+
+def made(operands: Operands, numbers: Numbers) -> Shortcut | None:
+    """The shortcut of a call that has run; None: it did not take the direct path, or something had to be copied."""
     call = attention.known(operands, numbers)
     if call is None or not call.is_in_place:
-        return
+        return None
     runner = call.direct.runner("forward")
     if runner is None:
-        return
+        return None
+    kind = call, numbers, *(x.stride() for x in operands[:3])
+    found = _made.get(kind)
+    if found is None:
+        if len(_made) >= _MAX_SHORTCUTS:
+            _made.clear()
+        found = _made[kind] = _of(call, runner, operands, numbers)
+    return found
+
+
+def _of(call: attention.DirectCall, runner: Runner, operands: Operands, numbers: Numbers) -> Shortcut:
     query, _, value, *_ = operands
     shape = (*query.shape[:3], value.shape[3])
     given = tuple(_Stored(tuple(x.shape), x.stride(), x.dtype) for x in operands[:3])
     gradients = tuple(like._replace(strides=wanted) for like, wanted in zip(given, call.grad_strides, strict=True))
     stats = runner.shape_of("stats")
-    if len(_shortcuts) >= _MAX_SHORTCUTS:
-        _shortcuts.clear()
-    _shortcuts[name] = Shortcut(
+    return Shortcut(
         call.direct, numbers, query.device, runner, _Storage(
             _Stored(shape, call.out_strides, query.dtype),
             _Stored(stats, torch.empty(stats, device="meta").stride(), torch.float32), given, gradients))
