@@ -189,7 +189,7 @@ def test_who_compiles_imports_no_torch_and_who_launches_no_jax():
     """Within direct/: said.py imports JAX to warn, where a call goes through DLPack after all."""
     direct = lambda *names: {path.rpartition("/")[2] for path in importers(*names) if "/direct/" in path}
     assert direct("torch") == {"attention.py", "counters.py", "decoding.py", "guards.py", "lengths.py", "operations.py",
-                               "runner.py", "shortcut.py", "storage.py", "tracing.py"}
+                               "reasons.py", "room.py", "runner.py", "shortcut.py", "storage.py", "tracing.py"}
     assert direct("jax", "pallas_flash") == {"beside.py", "child.py", "lower.py", "plugin.py", "said.py"}
 
 

@@ -12,7 +12,7 @@ import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from pallas_flash import FallbackWarning
-from torch_bridge.direct import attention, cache, shortcut
+from torch_bridge.direct import attention, cache, room, shortcut
 from torch_bridge.direct import lengths as lengths_
 from torch_bridge.direct.parent import NoPlanError
 
@@ -160,7 +160,7 @@ def test_tensors_without_strides_are_refused_as_ever(short):
 
 def test_problems_share_the_zeros_that_are_nobodys_cotangents(launched, monkeypatch):
     """Each length kept 8 bytes a row of its own for as long as the process lives."""
-    monkeypatch.setattr(attention, "_zero", {})
+    monkeypatch.setattr(room, "_zero", {})
     monkeypatch.setattr(lengths_, "OWN", 99)
     lengths = range(5, 40)
     for _ in range(2):
