@@ -78,7 +78,8 @@ MANY_PARAMETERS = {
         "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
         "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
-    "torch_bridge/activation.py": {"_backward"},
+    "torch_bridge/activation.py": {"_backward"},  # aten's
+    "torch_bridge/varlen.py": {"_forward", "_forward_into", "_backward"},
     # what transformers calls
     "torch_bridge/transformers/attention.py": {"__call__"},
     "torch_bridge/transformers/masks.py": {"mask"},

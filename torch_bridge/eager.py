@@ -100,8 +100,7 @@ def attend_parts(tensors: tuple[torch.Tensor, ...], operands: Operands, numbers:
     """
     is_apart = operands.bias is not None and operands.bias.requires_grad
     if (_needs_grad(operands) and not is_apart and _goes_past_the_operator(operands, True)
-            and all(type(x) in _PLAIN_TYPES for x in tensors)
-            and all(_is_same(*pair) for pair in zip(_parts(tensors), operands[:3], strict=True))):
+            and all(type(x) in _PLAIN_TYPES for x in tensors) and _are_parts(operands[:3], tensors)):
         if numbers.dropout_p > 0:
             operands = operands._replace(seed=ops.draw_seed(operands.query))
         out: torch.Tensor = _OfParts.apply(numbers, operands[3:], *tensors)
@@ -254,8 +253,11 @@ def _packed(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) 
     return [*found[:count], torch.stack(inside, -3) if inside else None]
 
 
-def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
+def _are_parts(found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    with torch.no_grad():
+        parts = _parts(tensors)
+    return all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
+               for a, b in zip(parts, found, strict=True))
 
 
 class _OfParts(torch.autograd.Function):
