@@ -18,7 +18,7 @@ class Passes(NamedTuple):
     `Pass.make` makes, too, if they have it. And the gradient of a bias, of what the backward reads; None where no
     kernel makes it. Against a cache the forward also takes the arrays of the mask, a bias, sinks and the page table,
     and the backward is no list of launches: None. `implementation` has them; `left` names those written for the device
-    that an automatic choice leaves for it, with each reason (`dispatch.Decision.left`).
+    that an automatic choice leaves for it, with each reason (`dispatch.Decision.left`); `reasons` all that cannot.
     """
 
     forward: Pass
@@ -26,6 +26,7 @@ class Passes(NamedTuple):
     dbias: Pass | None
     implementation: str
     left: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
 
 
 @contextlib.contextmanager
@@ -53,8 +54,10 @@ def launches(spec: AttentionSpec, device: Device, requested: str | None = None) 
         raise errors.unsupported(f"launches of {spec} on {device.name}", found,
                                  f"let JAX run it (implementation={decision.implementation.name!r})")
     forward, backward, *others = passes
-    left = ((row.name, reason) for row in decision.left for reason in decision.reasons[row.name])
-    return Passes(forward, backward, others[0] if others else None, decision.implementation.name, tuple(left))
+    reasons = *((name, reason) for name, found in decision.reasons.items() for reason in found),
+    names = {row.name for row in decision.left}
+    return Passes(forward, backward, others[0] if others else None, decision.implementation.name,
+                  tuple(pair for pair in reasons if pair[0] in names), reasons)
 
 
 def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:

@@ -81,7 +81,8 @@ MANY_PARAMETERS = {
         "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
         "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache"},
     "torch_bridge/partial.py": {"partial_attention", "partial_attention_backward"},
-    "torch_bridge/activation.py": {"_backward"},
+    "torch_bridge/activation.py": {"_backward"},  # aten's
+    "torch_bridge/varlen.py": {"_forward", "_forward_into", "_backward"},
     # what transformers calls
     "torch_bridge/transformers/attention.py": {"__call__"},
     "torch_bridge/transformers/masks.py": {"mask"},
@@ -193,7 +194,7 @@ def test_who_compiles_imports_no_torch_and_who_launches_no_jax():
     direct = lambda *names: {path.rpartition("/")[2] for path in importers(*names) if "/direct/" in path}
     assert direct("torch") == {
         "allocation.py", "attention.py", "counters.py", "decoding.py", "guards.py", "lengths.py", "operations.py",
-        "repeated.py", "runner.py", "shared.py", "shortcut.py", "storage.py", "tracing.py"}
+        "reasons.py", "repeated.py", "room.py", "runner.py", "shared.py", "shortcut.py", "storage.py", "tracing.py"}
     assert direct("jax", "pallas_flash") == {"beside.py", "child.py", "lower.py", "plugin.py", "said.py"}
 
 

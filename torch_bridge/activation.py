@@ -1,15 +1,19 @@
 """pallas_flash behind an unchanged `torch.nn.functional.scaled_dot_product_attention`, as its CUDA flash backend.
 
 PyTorch's registry of flash attention implementations lets a library replace the kernels of the flash backend, whose
-calls have no mask: dense or causal, float16 or bfloat16, with dropout. All other calls run as before.
+calls have no mask: dense or causal, float16 or bfloat16, with dropout. All other calls run as before. Five operators
+have such kernels: SDPA's two, here, and three of flash attention itself, which `torch.nn.attention.varlen` and nested
+tensors call (varlen.py); of these, those that this PyTorch has.
 """
 
+import contextvars
 import importlib
 import warnings
+from collections.abc import Callable
 
 import torch
 
-from torch_bridge import ops
+from torch_bridge import kept_lse, ops, varlen
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 
 __all__ = ["activate"]
@@ -18,19 +22,27 @@ NAME = "pallas_flash"
 
 
 class _Handle:
-    """Keeps the registrations alive; PyTorch calls `remove` to restore its own kernels."""
+    """Keeps the registrations alive; PyTorch calls `remove` to restore its own kernels.
 
-    def __init__(self, library: torch.library.Library | None) -> None:
-        self.library = library
+    Args:
+      put_back: restores the order of the backends.
+    """
+
+    def __init__(self, library: torch.library.Library, put_back: Callable[[], None]) -> None:
+        self.library: torch.library.Library | None = library
+        self._put_back = put_back
 
     def remove(self) -> None:
         self.library = None
+        self._put_back()
 
 
 def activate() -> None:
-    """Makes the CUDA flash backend of torch's own scaled_dot_product_attention run pallas_flash.
+    """Makes the CUDA flash backend of torch's own scaled_dot_product_attention run pallas_flash, and PyTorch prefer it
+    to the others, which it does not on Hopper GPUs. So it does for `torch.nn.attention.varlen`, in this thread.
 
-    `torch.nn.attention.restore_flash_attention_impl()` undoes it.
+    A `torch.nn.attention.sdpa_kernel` context still chooses backends. `restore_flash_attention_impl()`, of
+    `torch.nn.attention`, undoes all of it.
 
     Raises:
       RuntimeError: this PyTorch has no registry of flash attention implementations, or no CUDA device.
@@ -47,13 +59,37 @@ def activate() -> None:
     attention.activate_flash_attention_impl(NAME)
 
 
-def _register() -> _Handle:
+def _register(device: str = "cuda") -> _Handle:
     library = torch.library.Library("aten", "IMPL", "CUDA")
     with warnings.catch_warnings():  # that a kernel is overridden is the purpose
         warnings.filterwarnings("ignore", message=r"(?s).*[Oo]verrid")
-        library.impl("_scaled_dot_product_flash_attention", _forward, "CUDA")
-        library.impl("_scaled_dot_product_flash_attention_backward", _backward, "CUDA")
-    return _Handle(library)
+        for name, function in KERNELS.items():
+            if hasattr(torch.ops.aten, name):
+                library.impl(name, function, "CUDA")
+    return _Handle(library, _flash_first(device))
+
+
+def _flash_first(device: str) -> Callable[[], None]:
+    """Has PyTorch prefer its flash backend; returns what puts the order of its backends back.
+
+    It sets that order itself when it first chooses one for CUDA tensors, cuDNN's first on Hopper GPUs: so it does now.
+    PyTorch 2.15's varlen_attn reads it only where a variable of the context says so, else takes cuDNN's first.
+    """
+    x = torch.empty((1, 1, 8, 8), dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(x, x, x)
+    before: list[int] = torch._C._get_sdp_priority_order()
+    flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+    torch._C._set_sdp_priority_order([flash, *(backend for backend in before if backend != flash)])
+    is_read: contextvars.ContextVar[bool] | None = getattr(torch.nn.attention, "_sdpa_kernel_uses_priority", None)
+    was_read = is_read is not None and is_read.get()
+    if is_read is not None:
+        is_read.set(True)
+
+    def put_back() -> None:
+        torch._C._set_sdp_priority_order(before)
+        if is_read is not None:
+            is_read.set(was_read)
+    return put_back
 
 
 def _numbers(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: float | None,
@@ -78,7 +114,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropou
     empty = query.new_empty((0,))
     state = query.new_zeros((2,), dtype=torch.int64) if seed is None else seed.to(torch.int64)
     offset = query.new_empty((), dtype=torch.uint64)
-    return out, _lse(stats), None, None, query.shape[2], key.shape[2], state.view(torch.uint64), offset, empty
+    return out, kept_lse.of(stats), None, None, query.shape[2], key.shape[2], state.view(torch.uint64), offset, empty
 
 
 def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
@@ -90,27 +126,11 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
     operands = Operands.of(query, key, value, mask=None, bias=None, seed=seed)
     numbers = _numbers(query, key, is_causal, scale, dropout_p)
     grads = PerArray(*ops.attention_backward(*AttentionBackward(
-        operands, numbers, Results(out, _stats(logsumexp)), Cotangents(dout=grad_out, dstats=None),
+        operands, numbers, Results(out, kept_lse.stats(logsumexp)), Cotangents(dout=grad_out, dstats=None),
         needs=PerArray(query=True, key=True, value=True, bias=False)).flat()))
     return grads.query, grads.key, grads.value
 
 
-_BEHIND = 3
-"""Unused elements behind the statistics: no other lse has as much memory."""
-
-
-def _lse(stats: torch.Tensor) -> torch.Tensor:
-    """lse (batch, heads, q_len), and after it in the same memory its rest."""
-    batch, heads, _, length = stats.shape
-    size = batch * heads * length
-    memory = stats.new_empty((2 * size + _BEHIND,))
-    memory[:2 * size].view(2, batch, heads, length).copy_(stats.movedim(2, 0))
-    return memory[:size].view(batch, heads, length)
-
-
-def _stats(lse: torch.Tensor) -> torch.Tensor:
-    """The statistics if lse is as `_lse` returned it; lse itself where it is a copy, or that of more keys."""
-    size, memory = lse.numel(), lse.untyped_storage().nbytes() // lse.element_size()
-    if memory != 2 * size + _BEHIND or lse.storage_offset() or not lse.is_contiguous():
-        return lse
-    return lse.as_strided((2, *lse.shape), (size, *lse.stride())).movedim(0, 2).contiguous()
+KERNELS = {"_scaled_dot_product_flash_attention": _forward, "_scaled_dot_product_flash_attention_backward": _backward,
+           **varlen.KERNELS}
+"""By the names of their operators in aten."""

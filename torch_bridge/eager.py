@@ -7,6 +7,7 @@ compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most cal
     the direct path has taken such a call before             _Launched, or its shortcut's forward alone
     nothing intercepts the call, nothing needs a gradient    routes.attend
     nothing intercepts the call                              _Attention, around routes.attend_saving
+    ... and query, key and value are parts of one tensor     _OfParts, around the same and routes.write_gradients
     otherwise                                                the operator
 
 The statistics of rows, which only the backward reads, stay what the route made between the two, an array of JAX mostly.
@@ -22,7 +23,7 @@ from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Opera
 from torch_bridge.direct import decoding, shortcut
 from torch_bridge.interception import functions_intercept, nothing_intercepts
 
-__all__ = ["attend", "attend_again", "attend_recent", "attend_to_cache", "attend_with_lse",
+__all__ = ["attend", "attend_again", "attend_parts", "attend_recent", "attend_to_cache", "attend_with_lse",
            "recent_cache"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
@@ -73,8 +74,7 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
       numbers: its arguments that are not tensors.
     """
     query, needs_grad = operands.query, _needs_grad(operands)
-    if (not torch.compiler.is_compiling() and _is_plain(operands) and (query.is_cuda or query.is_cpu)
-            and query.numel() and operands.value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD))):
+    if _goes_past_the_operator(operands, needs_grad):
         if numbers.dropout_p > 0:
             operands = operands._replace(seed=ops.draw_seed(query))
         if needs_grad:
@@ -82,6 +82,30 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
             return out
         return routes.attend(operands, numbers)
     return _by_operator(operands, numbers, needs_grad).out
+
+
+def _goes_past_the_operator(operands: Operands, needs_grad: bool) -> bool:
+    query = operands.query
+    return bool(not torch.compiler.is_compiling() and _is_plain(operands) and (query.is_cuda or query.is_cpu)
+                and query.numel() and operands.value.numel() and not (needs_grad and _is_excluded(_AUTOGRAD)))
+
+
+def attend_parts(tensors: tuple[torch.Tensor, ...], operands: Operands, numbers: Numbers) -> torch.Tensor:
+    """`attend` of query, key and value that are the parts of tensors (`_parts`): so are their gradients of the tensors'
+    gradients, each one tensor, into which kernels write.
+
+    Args:
+      operands: of `attend`, which computes the call where query, key and value are others, as autocast makes them,
+        or a bias has a gradient, too.
+    """
+    is_apart = operands.bias is not None and operands.bias.requires_grad
+    if (_needs_grad(operands) and not is_apart and _goes_past_the_operator(operands, True)
+            and all(type(x) in _PLAIN_TYPES for x in tensors) and _are_parts(operands[:3], tensors)):
+        if numbers.dropout_p > 0:
+            operands = operands._replace(seed=ops.draw_seed(operands.query))
+        out: torch.Tensor = _OfParts.apply(numbers, operands[3:], *tensors)
+        return out
+    return attend(operands, numbers)
 
 
 def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | None:
@@ -210,3 +234,62 @@ _ALL_THREE = (True, True, True, False, False)
 # `_Launched.apply` for tensors that no transform of torch.func has wrapped: PyTorch 2.11 unwraps, in Python, what a
 # transform left behind, which takes 1.6 us.
 _apply = super(torch.autograd.Function, _Launched).apply
+
+
+# --- query, key and value in one tensor ------------------------------------------------------------------------------
+
+
+def _parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """query, key and value (batch, heads, length, dim) of the tensors that hold them: all three, or a query and the
+    other two. The last holds its own in its third axis from the end; (length, heads, dim) is a batch of one.
+    """
+    *alone, packed = tensors
+    return [(x if x.dim() == 4 else x[None]).transpose(1, 2) for x in (*alone, *packed.unbind(-3))]
+
+
+def _packed(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The tensors that hold these parts, copied; None where these are None."""
+    found = [None if x is None else x.transpose(1, 2) if like[-1].dim() == 5 else x.transpose(1, 2)[0] for x in parts]
+    count = len(like) - 1
+    inside = [x for x in found[count:] if x is not None]
+    return [*found[:count], torch.stack(inside, -3) if inside else None]
+
+
+def _are_parts(found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    with torch.no_grad():
+        parts = _parts(tensors)
+    return all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
+               for a, b in zip(parts, found, strict=True))
+
+
+class _OfParts(torch.autograd.Function):
+    """`_Attention` of query, key and value that are parts of tensors, and a tensor's gradient is one, too."""
+
+    @staticmethod
+    def forward(ctx: _Context, numbers: Numbers, others: tuple[torch.Tensor | None, ...],
+                *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.numbers = numbers
+        operands = Operands._make((*_parts(tensors), *others))
+        are_dense = all(torch.empty_like(x, device="meta").stride() == x.stride() for x in tensors)
+        out, stats = routes.attend_saving(operands, numbers, then="backward_of_parts" if are_dense else "backward")
+        ctx.set_materialize_grads(False)
+        saved, ctx.stats = (stats, None) if isinstance(stats, torch.Tensor) else (None, stats)
+        ctx.save_for_backward(*others, out, saved, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: _Context, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved, count, (_, _, *flags) = ctx.saved_tensors, len(Operands._fields) - 3, ctx.needs_input_grad
+        if dout is None:
+            return (None,) * (2 + len(flags))
+        (*others, out, stats), tensors = saved[:count + 2], saved[count + 2:]
+        results = out, ctx.stats if stats is None else stats
+        operands = Operands._make((*_parts(tensors), *others))
+        needs = PerArray(query=flags[0], key=flags[-1], value=flags[-1], bias=False)
+        if not torch.is_grad_enabled() and _is_plain((*operands, out, dout)):
+            grads: list[torch.Tensor | None] = [torch.empty_like(x) for x in tensors]
+            query, key, value = _parts([x for x in grads if x is not None])
+            routes.write_gradients(operands, ctx.numbers, results, dout, needs, (query, key, value))
+        else:
+            grads = _packed(_gradients(operands, ctx.numbers, results, dout, needs)[:3], tensors)
+        return None, None, *(grad if needed else None for grad, needed in zip(grads, flags, strict=True))

@@ -25,6 +25,7 @@ from pallas_flash import device, dispatch, forks
 from pallas_flash.spec import AttentionSpec, Layout
 from torch_bridge import context, lifetime, programs, records, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.direct import attention, reasons
 from torch_bridge.rules import Rule
 from torch_bridge.strides import in_layout, with_strides
 
@@ -101,7 +102,16 @@ def make_plan(operands: Operands, numbers: Numbers) -> Plan:
     return Plan(program, decision, strides.like_query(query, value.shape[3]),
                 PerArray(*(None if x is None else _strides_like(x) for x in operands.differentiable)),
                 programs.forward(program), programs.backward(program),
-                records.Runs(spec, program.name, decision.reasons))
+                records.Runs(spec, program.name, decision.reasons, _why_not_directly(operands, numbers, decision)))
+
+
+def _why_not_directly(operands: Operands, numbers: Numbers, decision: dispatch.Decision) -> tuple[str, ...]:
+    """Why a call on a GPU is launched by JAX's runtime, as `explain` says it; nothing of one that only is there."""
+    if operands.query.device.type not in attention.DEVICES:
+        return ()
+    reason = reasons.why_not(operands, numbers) or (
+        None if decision.implementation.launches else f"{decision.implementation.name!r} is no list of launches")
+    return () if reason is None else (f"not launched directly: {reason}",)
 
 
 def decide(operands: Operands, numbers: Numbers, where: device.Device | None = None) -> dispatch.Decision:

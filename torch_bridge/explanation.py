@@ -7,7 +7,7 @@ import torch
 
 from torch_bridge import flash, flash_attn, kv_cache, messages, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import attention, cache, decoding, lengths, requirements, storage
+from torch_bridge.direct import attention, cache, decoding, lengths, reasons, requirements, storage
 
 if TYPE_CHECKING:
     from pallas_flash.device import Device
@@ -80,7 +80,7 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
 
-    why_not = _why_not_direct(operands, numbers) or _why_slow(operands, numbers)
+    why_not = reasons.why_not(operands, numbers)
     decision = exchange.decide(operands, numbers, _device(query.device) if why_not is None else None)
     if why_not is None and decision.implementation.launches is None:
         why_not = f"implementation={decision.implementation.name!r} is JAX's own program, not a list of launches"
@@ -91,12 +91,12 @@ def _explain(operands: Operands, numbers: Numbers) -> str:
     order = {"BLHD": "(batch, length, heads, dim)", "BHLD": "(batch, heads, length, dim)"}[layout]
     lines = [str(decision), _path(operands, numbers, why_not),
              f"layout {layout}: read and written as {order} storage"]
-    reasons = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
+    copied = {name: copy_reason(x, layout) for name, x in dict(query=query, key=key, value=value).items()}
     array = mask if bias is None else bias
     if array is not None and why_not is not None:
-        reasons["attn_mask"] = copy_reason(array, "BHLD")
+        copied["attn_mask"] = copy_reason(array, "BHLD")
     lines += [f"{name}: {'shared, not copied' if reason is None else 'copied: ' + reason}"
-              for name, reason in reasons.items()]
+              for name, reason in copied.items()]
     if array is not None and why_not is None:
         lines.append(f"attn_mask: {_as_read(array)}")
     out = torch.empty_strided(query.shape[:3] + value.shape[3:], strides.like_query(query, value.shape[3]),
@@ -115,18 +115,6 @@ def _device(device: torch.device) -> "Device":
     return Device("gpu", **vars(attention.gpu_of(device)))
 
 
-def _why_not_direct(operands: Operands, numbers: Numbers) -> str | None:
-    """Why a call goes through DLPack; None: it takes the direct path, if what computes it is a list of launches."""
-    query = operands.query
-    if query.device.type not in attention.DEVICES:
-        return f"tensors are on {query.device}"
-    if not attention.is_on():
-        return f"{attention.VARIABLE}=0 is set"
-    return (attention.why_not(operands, numbers) or attention.why_not_gpu(operands, query.device)
-            or requirements.why_not() or cache.why_not()
-            or attention.reason_found(attention.problem_of(operands, numbers), query.device))
-
-
 def _as_read(array: torch.Tensor) -> str:
     """What launches read of a mask or a bias."""
     if array.dtype == torch.bool:
@@ -135,17 +123,6 @@ def _as_read(array: torch.Tensor) -> str:
         return "copied: where it is -inf, a mask hides the key"
     return ("shared, where its lengths are whole tiles; else copied and filled up" if array.is_contiguous() else
             f"copied: strides {tuple(array.stride())} of shape {tuple(array.shape)} are not dense")
-
-
-def _why_slow(operands: Operands, numbers: Numbers) -> str | None:
-    """Why an eager call goes through DLPack although it could be launched directly; None: it does
-    not, or its plan is not loaded.
-    """
-    call = attention.known(operands, numbers)
-    if call is None or lengths.shared(operands, numbers, "forward") is not None:
-        return None
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands.differentiable)
-    return call.slow_reason("forward", attention.MOST_WITH_GRADIENTS if needs_grad else attention.MOST_ALONE)
 
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:

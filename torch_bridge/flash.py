@@ -135,11 +135,15 @@ def prepare(
                                       deterministic=numbers.deterministic or deterministic)
 
 
-def attend(operands: Operands, numbers: Numbers, sinks: torch.Tensor | None,
-           return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, lse) of a checked call; lse is None if it is not asked for."""
+def attend(operands: Operands, numbers: Numbers, sinks: torch.Tensor | None, return_lse: bool,
+           whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) of a checked call; lse is None if it is not asked for.
+
+    Args:
+      whole: the tensors that hold query, key and value, as `eager.attend_parts` takes them; None: each is one.
+    """
     if sinks is None and not return_lse:
-        return eager.attend(operands, numbers), None
+        return eager.attend(operands, numbers) if whole is None else eager.attend_parts(whole, operands, numbers), None
     out, found = eager.attend_with_lse(operands, numbers)
     if sinks is not None:
         out, found = lse.with_sinks(out, found, sinks)

@@ -67,9 +67,11 @@ def flash_attn_qkvpacked_func(
     window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
-    """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim); they are copied out of it."""
+    """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
+    read it, and write its gradient, where they lie (docs/torch_bridge.md, "Packed tensors").
+    """
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs))
+    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
 
 def flash_attn_kvpacked_func(
@@ -77,9 +79,9 @@ def flash_attn_kvpacked_func(
     window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
-    """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim); they are copied out of it."""
+    """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs))
+    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
 
 
 def flash_attn_varlen_func(
@@ -118,10 +120,10 @@ def flash_attn_varlen_qkvpacked_func(
     softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
-    """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim); they are copied out of it."""
+    """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_varlen(_parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
-                              return_attn_probs))
+                              return_attn_probs, (qkv,)))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -130,10 +132,10 @@ def flash_attn_varlen_kvpacked_func(
     window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
-    """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim); they are copied out of it."""
+    """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_varlen((q, *_parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
-                              return_attn_probs))
+                              return_attn_probs, (q, kv)))
 
 
 def flash_attn_with_kvcache(
@@ -306,8 +308,8 @@ def _prepared(tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, option
     return sdpa.prepare(query, key, value, bias, options.dropout_p, False, options.softmax_scale, True)
 
 
-def _dense(tensors: Sequence[torch.Tensor], options: _Options,
-           return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _dense(tensors: Sequence[torch.Tensor], options: _Options, return_lse: bool,
+           whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = tensors
     _check_rank(4, "(batch, seqlen, heads, dim)", q=q, k=k, v=v)
     batch, q_len, heads, _ = q.shape
@@ -316,14 +318,14 @@ def _dense(tensors: Sequence[torch.Tensor], options: _Options,
         bias = _key_bias(slopes[..., None], torch.arange(kv_len - 1, -1, -1, device=q.device)[None], q)
     call = _prepared(tensors, bias, options)
     operands, numbers = options.places(kv_len - q_len).within(call.operands, options.applied(call.numbers))
-    out, lse = flash.attend(operands, numbers, None, return_lse)
+    out, lse = flash.attend(operands, numbers, None, return_lse, whole)
     if slopes is not None:
         lse = _with_query_bias(lse, slopes[..., None], torch.arange(q_len - 1, -1, -1, device=q.device)[None])
     return out.transpose(1, 2), lse
 
 
-def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Options,
-            return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Options, return_lse: bool,
+            whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = tensors
     _check_rank(3, "(tokens, heads, dim)", q=q, k=k, v=v)
     packed.check(starts, q.device, (q.shape[0], k.shape[0]))
@@ -332,12 +334,12 @@ def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Op
     left, right = options.places(0).sides(numbers)
     numbers = numbers._replace(left=left, right=right, ends_aligned=True)
     if slopes is None:
-        return packed.attend((q, k, v), starts, numbers, None, return_lse)
+        return packed.attend((q, k, v), starts, numbers, None, return_lse, whole)
     (of_keys, keys_to_last), (of_queries, queries_to_last) = (
         (_of_tokens(slopes, sequence), to_last[None]) for to_last, sequence in (
             packed.positions_from_the_end(starts.key, k.shape[0]),
             packed.positions_from_the_end(starts.query, q.shape[0])))
-    out, lse = packed.attend((q, k, v), starts, numbers, _key_bias(of_keys, keys_to_last, q), return_lse)
+    out, lse = packed.attend((q, k, v), starts, numbers, _key_bias(of_keys, keys_to_last, q), return_lse, whole)
     lse = _with_query_bias(None if lse is None else lse[None], of_queries, queries_to_last)
     return out, None if lse is None else lse[0]
 

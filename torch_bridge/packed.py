@@ -23,7 +23,8 @@ class Starts(NamedTuple):
 
 
 def attend(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
-           bias: torch.Tensor | None, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+           bias: torch.Tensor | None, return_lse: bool,
+           whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out (tokens, q_heads, d_v) and lse (q_heads, tokens), None if it is not asked for.
 
     Args:
@@ -32,12 +33,13 @@ def attend(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
       numbers: those of the call; its sides and offset count within each sequence.
       bias: added to the scores, broadcastable to (1, q_heads, tokens of query, tokens of key).
       return_lse: whether lse is needed.
+      whole: as in `flash.attend`.
     """
     query, key, value = (x[None].transpose(1, 2) for x in tensors)
     call = sdpa.prepare(query, key, value, bias, numbers.dropout_p, False, numbers.scale, True)
     operands = call.operands._replace(q_starts=starts.query.to(torch.int32), kv_starts=starts.key.to(torch.int32))
     numbers = numbers._replace(scale=call.numbers.scale, dropout_p=call.numbers.dropout_p)
-    out, lse = flash.attend(operands, numbers, None, return_lse)
+    out, lse = flash.attend(operands, numbers, None, return_lse, whole)
     return out[0].transpose(0, 1), None if lse is None else lse[0]
 
 

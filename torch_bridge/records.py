@@ -5,7 +5,7 @@ made when a plan runs for the first time. Nothing here imports JAX.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 __all__ = ["MAX_ROWS", "Report", "Row", "Runs", "count", "report"]
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     problem: str
     """Shapes, dtype, mask and options."""
     reasons: tuple[str, ...]
-    """Why not another implementation."""
+    """Why not another implementation; and, on a GPU, why the launches are not direct, as it was in the first call."""
 
 
 class Report(tuple[Row, ...]):
@@ -84,10 +84,12 @@ class Runs:
       problem: its str() is the row's text.
       implementation: its name.
       reasons: of each implementation that cannot run the problem, why.
+      others: what else is a reason, as text.
     """
 
-    def __init__(self, problem: object, implementation: str, reasons: dict[str, list[str]]) -> None:
-        self._problem, self._implementation, self._reasons = problem, implementation, reasons
+    def __init__(self, problem: object, implementation: str, reasons: Mapping[str, Sequence[str]],
+                 others: tuple[str, ...] = ()) -> None:
+        self._problem, self._implementation, self._reasons, self._others = problem, implementation, reasons, others
         self._tallies: dict[str, _Tally] = {}
 
     def count(self, what: str) -> None:
@@ -100,8 +102,8 @@ class Runs:
         if tally is None:
             reasons = tuple(f"not {name!r}: {'; '.join(found)}" for name, found in self._reasons.items() if found)
             with _lock:
-                tally = self._tallies.setdefault(
-                    what, _tally(what, self._implementation, str(self._problem), reasons))
+                tally = self._tallies.setdefault(what, _tally(what, self._implementation, str(self._problem),
+                                                              (*reasons, *self._others)))
         return tally.add
 
 

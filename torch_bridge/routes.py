@@ -13,11 +13,12 @@ import torch
 
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, lengths
+from torch_bridge.direct.problem import PassName
 
 if TYPE_CHECKING:
     from pallas_flash.arrays import Array
 
-__all__ = ["Stats", "attend", "attend_saving", "backward", "forward", "gradients", "stats_tensor"]
+__all__ = ["Stats", "attend", "attend_saving", "backward", "forward", "gradients", "stats_tensor", "write_gradients"]
 
 type Stats = "Array" | torch.Tensor
 """The statistics of rows between a forward and its backward: a tensor, if the forward was launched directly."""
@@ -32,11 +33,15 @@ def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
     return exchange.attend(operands, numbers)
 
 
-def attend_saving(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, Stats]:
-    """`forward`'s results, the statistics being for `gradients` alone."""
+def attend_saving(operands: Operands, numbers: Numbers, then: PassName = "backward") -> tuple[torch.Tensor, Stats]:
+    """`forward`'s results, the statistics being for `gradients` and `write_gradients` alone.
+
+    Args:
+      then: the pass that will follow, if it is launched directly.
+    """
     wants_bias = operands.bias is not None and operands.bias.requires_grad  # whose backward may go through DLPack
     direct = lengths.forward(operands, numbers, most=attention.MOST_WITH_GRADIENTS,
-                             then=None if wants_bias else "backward")
+                             then=None if wants_bias else then)
     if direct is not None:
         return direct
     from torch_bridge import exchange
@@ -60,6 +65,22 @@ def gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor,
         return PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
     from torch_bridge import exchange
     return exchange.gradients(operands, numbers, (out, stats), dout, needs)
+
+
+def write_gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor, Stats], dout: torch.Tensor,
+                    needs: PerArray[bool], grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Writes `gradients` of query, key and value into tensors of their shapes: kernels do, or they are copied.
+
+    Args:
+      needs: those of which others may be left as they are.
+    """
+    out, stats = results
+    if isinstance(stats, torch.Tensor) and lengths.write_gradients(
+            operands, numbers, Results(out, stats), dout, grads, most=attention.MOST_WITH_GRADIENTS):
+        return
+    for found, grad in zip(gradients(operands, numbers, results, dout, needs), grads):
+        if found is not None:
+            grad.copy_(found)
 
 
 def forward(operands: Operands, numbers: Numbers, needs_stats: bool, in_graph: bool = False) -> Results:

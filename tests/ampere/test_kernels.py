@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_within, with_rest
+from hopper.test_backward import assert_parts_are_written
 from hopper.test_scores import Everything, normal
 
 from pallas_flash import ALiBi, autodiff, device, masks
@@ -143,6 +144,18 @@ def test_kernels_agree_with_the_oracle(name):
     given = operands if problem.score is not None else inputs.poisoned(problem.spec(), operands)
     found = run(schedule, problem, given, cotangents)
     assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
+
+
+@pytest.mark.parametrize(("schedule", "layout", "axis"), [(NARROW, "BLHD", 2), (TWO_KERNELS, "BHLD", 3)],
+                         ids=["fused-heads", "two-kernels-columns"])
+def test_gradients_that_are_parts_of_arrays_are_those_of_dense_ones(schedule, layout, axis):
+    problem = Problem("parts", "interpreted", batch=1, q_heads=2, kv_heads=2, q_len=40, kv_len=70, d=64, d_v=64,
+                      mask=masks.Causal(30), dtypes=("bfloat16",), layout=layout)
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    budget = conformance.budget(problem, "bfloat16", operands, (dout, dlse))
+    saved = jnp.asarray(budget.oracle.out, "bfloat16"), with_rest(jnp.asarray(budget.oracle.lse, jnp.float32))
+    arrays = *map(jnp.asarray, operands[:3]), *saved, jnp.asarray(dout), jnp.asarray(with_rest(dlse))
+    assert_parts_are_written(lambda: launches.backward(problem.spec(), schedule), arrays, axis)
 
 
 @pytest.mark.parametrize("name", ["causal-gqa-bhld", "window-idle-float16"])

@@ -21,5 +21,6 @@ PROGRAM = Program(
     buffers={"x": Buffer((2, 3), "bfloat16", (8, 1)), "table": Buffer((4,), "int32"), "sums": Buffer((5, 7), "float32"),
              "more": Buffer((3,), "float16"), "y": Buffer((2, 3), "bfloat16")},
     inputs=("x",), results=("y",), constants={"table": bytes(range(16))},
-    steps=(Step(ADD, ("x", "sums")), Step(SCALE, ("sums", "more")), Step(ADD, ("table", "y"))), implementation="hopper")
+    steps=(Step(ADD, ("x", "sums")), Step(SCALE, ("sums", "more")), Step(ADD, ("table", "y"))), implementation="hopper",
+    reasons=(("ampere", "one thing"), ("ampere", "another")))
 """x -> y over sums and more, with a table; the same kernel twice."""

@@ -10,14 +10,14 @@ __all__ = ["Block", "Gpt"]
 class Block(torch.nn.Module):
     """Causal attention of `heads` heads and a residual connection, of (batch, length, width)."""
 
-    def __init__(self, width=32, heads=4):
+    def __init__(self, width=32, heads=4, dropout=0.0):
         super().__init__()
         self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
 
     def forward(self, x):
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, 2))
-        out = torch_bridge.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = torch_bridge.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
         return x + self.out(out.transpose(1, 2).flatten(2))
 
 

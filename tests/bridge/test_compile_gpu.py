@@ -57,12 +57,14 @@ def test_our_kernels_are_in_the_graphs_of_a_compiled_training_step(dynamic, quie
         assert "cuLaunchKernelEx" not in launches, launches  # ours are launched by no one but the graphs
 
 
-def test_a_whole_training_step_in_a_cuda_graph():
-    """Forward, backward and optimizer: replayed on new inputs, the losses are those of the same steps without a graph.
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_whole_training_step_in_a_cuda_graph(dropout):
+    """Forward, backward and optimizer: replayed on new inputs, the losses are those of the same steps without a graph,
+    whose generator starts at the same seeds.
     """
     def trained(captures):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(Block(128, 2), Block(128, 2)).to("cuda", BF16)
+        model = torch.nn.Sequential(Block(128, 2, dropout), Block(128, 2, dropout)).to("cuda", BF16)
         optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.zeros(2, 200, 128, device="cuda", dtype=BF16)
 
         def step():
@@ -84,6 +86,7 @@ def test_a_whole_training_step_in_a_cuda_graph():
         model.load_state_dict(state)
         for seed in range(10):
             x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+            torch.cuda.manual_seed(seed)
             if captures:
                 graph.replay()
                 yield loss.item()

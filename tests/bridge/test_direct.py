@@ -52,7 +52,8 @@ def program_of(request):
                 b"", (*launch.inputs, *launch.outputs, *launch.updates)))
             return lower.lower(request)
     shapes, wanted = problem.shapes(), problem.strides()
-    dq, dk, dv = (Buffer(shape, problem.dtype) for shape in shapes.values())
+    of_parts = pass_name == "backward_of_parts"
+    dq, dk, dv = (Buffer(shape, problem.dtype, wanted[name] if of_parts else None) for name, shape in shapes.items())
     q, k, v = (Buffer(shape, problem.dtype, wanted[name]) for name, shape in shapes.items())
     out = Buffer((*shapes["q"][:3], problem.d_v), problem.dtype)
     stats = Buffer((problem.batch, problem.q_heads, 2, problem.q_len), "float32")
@@ -67,7 +68,7 @@ def program_of(request):
 class FakeGpu:
     """In the place of `Loaded`: computes in float64 what kernels would, in the memory at the addresses."""
 
-    launched, requests, read = [], {}, []
+    launched, requests, read, written = [], {}, [], []
 
     def __init__(self, program, index):
         self.program, (self.problem, self.pass_name) = program, self.requests[id(program)]
@@ -130,6 +131,7 @@ class FakeGpu:
         assert stream == 78 and all(address and address % 16 == 0 for address in used)
         arrays = {name: self.array(addresses, name) for name in self.program.buffers if name not in beside}
         self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
+        self.written[:] = [arrays[name].data_ptr() for name in self.program.results]
         for name in {*self.program.scratch, *self.program.results}:
             arrays[name].fill_(torch.nan)
         heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x
@@ -313,6 +315,31 @@ def test_the_kernels_of_an_a100_are_launched_directly_too(launched, monkeypatch)
     assert len(launched) == 2
     rows = [row for row in torch_bridge.report() if "launched directly" in row.problem]
     assert {(row.what, row.implementation) for row in rows} == {("forward", "ampere"), ("backward", "ampere")}
+
+
+@pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
+def test_reports_say_why_as_explain_does(launched, monkeypatch, tmp_path, gpu):
+    """Which implementations cannot run what is launched directly, and why DLPack is taken."""
+    monkeypatch.setattr(attention, "gpu_of", lambda device: gpu)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    torch_bridge.report(reset=True)
+    options = dict(kv_lengths=torch.tensor([3]))
+    tensors = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16)
+    torch_bridge.flash_attention(*tensors, **options).sum().backward()
+    said = torch_bridge.explain_flash_attention(*tensors, **options)
+    rows = torch_bridge.report(reset=True)
+    assert {row.what for row in rows} == {*BOTH} and launched == BOTH
+    against = [line.strip() for line in said.splitlines() if line.startswith("  not ") and "it could run" not in line
+               and "only when it is named" not in line]
+    assert [*rows[0].reasons] == [*rows[1].reasons] == against
+    assert gpu == H200 or any("'hopper': needs compute capability 9.0" in reason for reason in rows[0].reasons)
+    wide = [x.detach().float() for x in tensors]
+    OURS(*wide)
+    assert launched == BOTH
+    row, = torch_bridge.report(reset=True)
+    reason = "it takes bfloat16 and float16, query.dtype is torch.float32"
+    assert f"not launched directly: {reason}" in row.reasons
+    assert f"path: DLPack, JAX's runtime launches ({reason})" in torch_bridge.explain(*wide)
 
 
 OTHERWISE = {

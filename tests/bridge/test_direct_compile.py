@@ -141,12 +141,15 @@ def test_a_checkpoint_and_a_compiled_checkpoint(launched, quiet):
 
 
 def package(device, folder, ways=("make", "run")):
-    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first. Tests
-    on a GPU do it: on a CPU it takes minutes.
-    """
+    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for way in ways:
         done = subprocess.run([sys.executable, Path(__file__).with_name("package_worker.py"), way, device,
                                folder / "gpt.pt2"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.split()
+
+
+def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
+    """Of lengths that vary; on a CPU the call goes through DLPack. On a GPU: test_compile_gpu.py."""
+    assert package("cpu", tmp_path) == ["True"]

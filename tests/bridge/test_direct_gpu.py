@@ -13,7 +13,10 @@ import torch.nn.functional as F
 import torch_bridge
 from bridge.problems import OURS
 from bridge.test_gpu_streams import kernels_of
+from torch_bridge import routes
+from torch_bridge.arguments import Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, driver, lengths, repeated, shortcut
+from torch_bridge.flash_attn import flash_attn_qkvpacked_func
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +26,7 @@ B, L, H, D, BF16 = 2, 300, 4, 64, torch.bfloat16
 @pytest.fixture(autouse=True)
 def default(monkeypatch):
     monkeypatch.delenv("PALLAS_FLASH_DIRECT", raising=False)
+    monkeypatch.setattr(attention, "WRITES_PARTS", True)
 
 
 def random(*shape):
@@ -133,6 +137,59 @@ def test_no_copy_kernel_runs_for_a_packed_tensor():
     tensors = parts(random(*shape(D)))
     names = kernels_of(lambda: OURS(*tensors, is_causal=True))
     assert len(names) == 3 and all("mosaic" in name for name in names), names
+
+
+@pytest.mark.parametrize(("d", "dim", "deterministic"), [(64, 2, True), (96, 2, False), (256, 3, True)])
+def test_gradients_that_are_parts_touch_nothing_else(d, dim, deterministic):
+    assert_gradients_that_are_parts_touch_nothing_else(d, dim, deterministic)
+
+
+@pytest.mark.parametrize(("d", "dim"), [(64, 2), (256, 3)])
+def test_kernels_with_mma_write_gradients_that_are_parts(with_mma, d, dim):
+    assert_gradients_that_are_parts_touch_nothing_else(d, dim, True)
+
+
+def assert_gradients_that_are_parts_touch_nothing_else(d, dim, deterministic):
+    """Each is the middle third of a tensor of its own that holds another number, with as much before and behind it;
+    bit by bit the dense gradients, where their order is fixed.
+    """
+    shape, poison = ((B, L, 3, H, d) if dim == 2 else (B, L, H, 3, d)), -777.0
+    query, key, value = (x.transpose(1, 2) for x in random(*shape).unbind(dim))
+    operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
+    numbers = Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)._replace(deterministic=deterministic)
+    out, stats = routes.attend_saving(operands, numbers, then="backward_of_parts")
+    dout, needs, size = torch.randn_like(out), PerArray(True, True, True, False), query.numel() * 3
+    memory = [torch.full((3 * size,), poison, device="cuda", dtype=BF16) for _ in range(3)]
+    grads = [x[size:2 * size].view(shape).select(dim, 1).transpose(1, 2) for x in memory]
+    assert lengths.write_gradients(operands, numbers, Results(out, stats), dout, tuple(grads), most=0)
+    expected = routes.gradients(operands, numbers, (out, stats), dout, needs)[:3]
+    for x, grad, dense in zip(memory, grads, expected, strict=True):
+        assert torch.equal(grad, dense) if deterministic else ((grad - dense).norm() / dense.norm()).item() < 6e-3
+        grad.fill_(poison)
+        assert (x == poison).all()
+
+
+def test_no_copy_kernel_runs_for_the_gradient_of_a_packed_tensor():
+    leaf, dout = random(B, L, 3, H, D).requires_grad_(), random(B, L, H, D)
+    names = kernels_of(lambda: torch.autograd.grad(flash_attn_qkvpacked_func(leaf, causal=True), leaf, dout))
+    assert len(names) == 3 * 4 and all("mosaic" in name for name in names), names
+
+
+def test_the_gradient_of_a_packed_tensor_in_a_graph():
+    """Captured once it has run, and replayed with other numbers."""
+    leaf, dout = random(B, L, 3, H, D).requires_grad_(), random(B, L, H, D)
+    run = lambda: torch.autograd.grad(flash_attn_qkvpacked_func(leaf, causal=True), leaf, dout)[0]
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    with torch.no_grad():
+        leaf.normal_()
+    graph.replay()
+    wide = leaf.detach().double().requires_grad_()
+    exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide.unbind(2)), is_causal=True)
+    (wanted,) = torch.autograd.grad(exact, wide, dout.double().transpose(1, 2))
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < 6e-3
 
 
 def test_modes_of_torch():

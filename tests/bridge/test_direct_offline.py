@@ -28,6 +28,8 @@ BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
 ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deterministic=True, layout="BLHD"))
 PACKED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, layout="BLHD", outer=(
     (12, 64), (2, 64), (2, 192))))  # q of (B, L, 3, H, D), k dense, v of (B, L, H, 3, D)
+PARTS = dataclasses.replace(BACKWARD, pass_name="backward_of_parts", problem=dataclasses.replace(
+    SMALL, layout="BLHD", kv_heads=4, outer=((12, 64),) * 3))  # of (B, L, 3, H, D), whose gradient is another such
 LENGTHS = dataclasses.replace(SMALL, given=(("kv_lengths", (1,), "int32"), ("seed", (2,), "int32")), dropout_p=0.25)
 MASK = dataclasses.replace(SMALL, given=(("mask", (1, 4, 200, 256), "bool"),))
 PAIRS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 4, 200, 256), "bfloat16"),))
@@ -36,7 +38,9 @@ PAGES = dataclasses.replace(
     CACHE, layout="BLHD", d=128, pages=(70, 16), q_len=2, window=(99, 0),
     given=(*CACHE.given, ("page_table", (2, 32), "int32"), ("bias", (2, 1, 1, 512), "float32"),
            ("sinks", (8,), "float32")))
-REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED,
+REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED, "parts": PARTS,
+            "parts, d256": dataclasses.replace(PARTS, problem=dataclasses.replace(
+                PARTS.problem, d=256, d_v=256, outer=((4, 768),) * 3)),  # (B, L, H, 3, D): dq by a kernel of its own
             "mask": dataclasses.replace(BACKWARD, problem=MASK), "bias": dataclasses.replace(BACKWARD, problem=PAIRS),
             "bias, forward": dataclasses.replace(FORWARD, problem=PAIRS),
             "bias of keys": dataclasses.replace(BACKWARD, problem=KEYS),
@@ -44,7 +48,7 @@ REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED,
             "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS), "decode, forward": DECODE,
             "decode of pages, forward": dataclasses.replace(DECODE, problem=PAGES)}
 REQUESTS |= {f"8.0, {name}": dataclasses.replace(request, gpu=A100) for name, request in REQUESTS.items()
-             if "bias" not in name and "decode" not in name}
+             if "bias" not in name and "decode" not in name and "d256" not in name}
 WHY_NOT = places.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
@@ -138,6 +142,8 @@ def test_tensor_maps_span_their_arrays(compiled, name):
     program, seen, packed = compiled[name][0], 0, 0
     problem = REQUESTS[name].problem
     whole = problem.outer_shapes() if isinstance(problem, Problem) else problem.shapes()
+    if "parts" in name:
+        whole |= {f"d{operand}": shape for operand, shape in whole.items()}
     for kernel, arrays in program.steps:
         words = memoryview(kernel.parameters).cast("Q")
         for place, i in kernel.patches:
@@ -157,7 +163,8 @@ def test_tensor_maps_span_their_arrays(compiled, name):
         assert not seen, "kernels with mma.sync take addresses alone"
     else:
         assert seen >= (2 if "decode" in name else 3 if "forward" in name else 4)
-        assert packed == (2 if name == "packed" else 0)
+        assert packed == (2 if name == "packed" else 0) if "parts" not in name else packed >= 6
+        assert "parts" not in name or {*program.results} <= {x for step in program.steps for x in step.arrays}
 
 
 VERSIONS = """

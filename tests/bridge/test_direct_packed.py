@@ -13,7 +13,13 @@ from bridge.direct import FORWARD, SMALL
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, FakeGpu, launched, moved
 from bridge.test_direct_shortcut import short
-from torch_bridge.direct import attention, cache, lower, storage
+from torch_bridge.direct import attention, cache, lengths, lower, storage
+from torch_bridge.flash_attn import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = ["launched", "short"]  # fixtures
 
@@ -114,6 +120,143 @@ def test_each_part_has_a_plan_of_its_own():
     assert program.buffers["q"] == ((1, 200, 4, 64), "bfloat16", (200 * 12 * 64, 12 * 64, 64, 1))
     assert program.buffers["k"] == ((1, 256, 2, 64), "bfloat16", None)
     assert program.buffers["v"] == ((1, 256, 2, 64), "bfloat16", (256 * 2 * 192, 2 * 192, 192, 1))
+
+
+# --- gradients into one packed tensor --------------------------------------------------------------------------------
+
+OF_PARTS = ["forward", "backward_of_parts"]
+BOUNDS = torch.tensor([0, 4, 9], dtype=torch.int32)
+INTO_ONE = {
+    "qkv": (lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True), [(B, L, 3, H, 16)]),
+    "kv": (lambda q, kv: flash_attn_kvpacked_func(q, kv, causal=True, softcap=2.0), [(B, L, H, 16), (B, 12, 2, G, 16)]),
+    "qkv of sequences": (lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, BOUNDS, 5, causal=True), [(L, 3, H, 64)]),
+    "kv of sequences": (lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, BOUNDS, BOUNDS, 5, 5, window_size=(2, 0)),
+                        [(L, H, 64), (L, 2, G, 64)]),
+    "dropout": (lambda qkv: flash_attn_qkvpacked_func(qkv, 0.4), [(B, L, 3, H, 16)]),
+}
+
+
+@pytest.fixture
+def of_parts(launched, monkeypatch):
+    """What is launched where kernels write such gradients."""
+    monkeypatch.setattr(attention, "WRITES_PARTS", True)
+    return launched
+
+
+def leaves(shapes, dtype=BF16, seed=1):
+    torch.manual_seed(seed)
+    return [between(*shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def parts_of(tensors):
+    *alone, packed = tensors
+    return [*alone, *packed.unbind(-3)]
+
+
+def gradients(function, tensors):
+    torch.manual_seed(2)
+    out = function(*tensors)
+    dout = torch.randn(out.shape).to(out.dtype)
+    return torch.autograd.grad(out, tensors, dout)
+
+
+@pytest.mark.parametrize("name", INTO_ONE)
+def test_gradients_are_written_into_one_packed_tensor(of_parts, name):
+    """At the addresses of its parts, in which there was NaN; nothing is copied."""
+    function, shapes = INTO_ONE[name]
+    found = gradients(function, tensors := leaves(shapes))
+    assert of_parts == OF_PARTS
+    assert FakeGpu.written == [x.data_ptr() for x in parts_of(found)]
+    assert [x.stride() for x in found] == [x.stride() for x in tensors]
+    for x, exact in zip(found, gradients(function, leaves(shapes, torch.float64)), strict=True):
+        torch.testing.assert_close(x.double(), exact, atol=8e-2, rtol=5e-2)
+
+
+def test_only_the_gradient_that_is_needed(of_parts):
+    function, shapes = INTO_ONE["kv"]
+    q, kv = leaves(shapes)
+    both, alone = gradients(function, [q, kv]), []
+    for tensors, wanted in (((q.detach(), kv), kv), ((q, kv.detach()), q)):
+        torch.manual_seed(2)
+        out = function(*tensors)
+        alone.append(torch.autograd.grad(out, wanted, torch.randn(out.shape).to(BF16))[0])
+    assert torch.equal(both[1], alone[0]) and torch.equal(both[0], alone[1]) and of_parts == OF_PARTS * 3
+    with torch.no_grad():
+        function(q, kv)
+    assert of_parts == [*OF_PARTS * 3, "forward"]
+
+
+@pytest.mark.parametrize("name", INTO_ONE)
+def test_kernels_that_have_not_run_on_a_gpu_are_not_launched(launched, monkeypatch, name):
+    """Their results, of dense gradients that are copied, are the same."""
+    function, shapes = INTO_ONE[name]
+    found = gradients(function, leaves(shapes))
+    assert launched == BOTH
+    monkeypatch.setattr(attention, "WRITES_PARTS", True)
+    for x, exact in zip(found, gradients(function, leaves(shapes)), strict=True):
+        assert torch.equal(x, exact)
+    assert launched == [*BOTH, *OF_PARTS]
+
+
+@pytest.mark.parametrize("change", [
+    lambda qkv: torch.cat((qkv, qkv), 1)[:, :L], lambda qkv: qkv.transpose(0, 1).contiguous().transpose(0, 1),
+    lambda qkv: torch.cat((qkv, qkv), 4)[..., :16]], ids=["of a longer one", "length first", "columns"])
+def test_other_tensors_get_dense_gradients_that_are_copied(of_parts, change):
+    function, shapes = INTO_ONE["qkv"]
+    leaf = leaves(shapes)
+    expected, = gradients(function, leaf)
+    found, = gradients(function, [change(leaf[0].detach()).requires_grad_()])
+    assert of_parts == [*OF_PARTS, *BOTH]
+    torch.testing.assert_close(found, expected)
+
+
+def test_lengths_that_share_a_plan_are_copied(of_parts):
+    function, _ = INTO_ONE["qkv"]
+    for length in range(5, 5 + lengths.OWN + 1):
+        found, = gradients(function, leaves([(1, length, 3, 2, 64)]))
+        exact, = gradients(function, leaves([(1, length, 3, 2, 64)], torch.float64))
+        torch.testing.assert_close(found.double(), exact, atol=8e-2, rtol=5e-2)
+    assert of_parts == [*OF_PARTS * lengths.OWN, *BOTH]
+
+
+def test_what_intercepts_calls_sees_operators(of_parts):
+    """Second derivatives, transforms, autocast, lse: the gradients of parts are stacked."""
+    wide = leaves([(1, 4, 3, 2, 8)], torch.float64)
+    assert torch.autograd.gradcheck(flash_attn_qkvpacked_func, wide)
+    assert torch.autograd.gradgradcheck(lambda *x: flash_attn_kvpacked_func(*x, causal=True), leaves(
+        [(1, 3, 2, 8), (1, 4, 2, 2, 8)], torch.float64))
+    leaf, = leaves([(1, 4, 3, 2, 8)])
+    found = torch.func.grad(lambda x: flash_attn_qkvpacked_func(x).float().square().sum())(leaf.detach())
+    (expected,) = torch.autograd.grad(flash_attn_qkvpacked_func(leaf).float().square().sum(), leaf)
+    torch.testing.assert_close(found, expected)
+    assert of_parts == [*BOTH, *OF_PARTS]
+    with torch.autocast("cpu", BF16):
+        out = flash_attn_qkvpacked_func(single := leaf.detach().float().requires_grad_())
+    assert out.dtype == BF16 and torch.autograd.grad(out.float().square().sum(), single)[0].dtype == torch.float32
+    out, lse, _ = flash_attn_qkvpacked_func(leaf, return_attn_probs=True)
+    torch.autograd.grad(out.float().square().sum() + lse.sum(), leaf)
+    assert of_parts == [*BOTH, *OF_PARTS, *BOTH, *BOTH]
+
+
+def test_a_plan_that_cannot_be_made_leaves_dlpack(of_parts, monkeypatch):
+    function, shapes = INTO_ONE["qkv"]
+    expected, = gradients(function, tensors := leaves(shapes))
+    monkeypatch.setenv(attention.VARIABLE, "0")
+    found, = gradients(function, tensors)
+    assert of_parts == OF_PARTS
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_the_plan_of_gradients_that_are_parts():
+    outer = (12, 64), (6, 64), (6, 64)
+    problem = dataclasses.replace(SMALL, layout="BLHD", outer=outer)
+    request = dataclasses.replace(FORWARD, pass_name="backward_of_parts", problem=problem)
+    assert lower.Request.of(request.text) == request
+    program, dense = lower.lower(request), lower.lower(dataclasses.replace(request, pass_name="backward"))
+    for name, shape in problem.shapes().items():
+        assert program.buffers[f"d{name}"] == program.buffers[name] == (shape, "bfloat16", problem.strides()[name])
+        assert dense.buffers[f"d{name}"] == (shape, "bfloat16", None)
+    assert program.results == dense.results and len(program.steps) == len(dense.steps)
 
 
 def test_a_compiled_program_reads_them_too(launched, quiet):

@@ -248,10 +248,11 @@ def test_a_plan_rewritten_unchanged_is_read():
     lambda header: header["results"].append("x"), lambda header: header["results"].append("table"),
     lambda header: header.update(buffers=[]), lambda header: header.update(blobs=[float("inf")]),
     lambda header: header["kernels"][0].__setitem__(3, float("inf")),
-    lambda header: header["buffers"].update(y=[[2, 3], "bfloat16", [8, 1]]),
+    lambda header: header["buffers"].update(sums=[[5, 7], "float32", [8, 1]]),
+    lambda header: header["buffers"].update(y=[[2, 3], "bfloat16", [8]]),
     lambda header: header["buffers"].update(x=[[2, 3], "bfloat16", [8]]),
     lambda header: header["buffers"].update(x=[[2, 3], "bfloat16", [-8, 1]]),
-], ids=range(23))
+], ids=range(24))
 def test_a_plan_that_does_not_fit_itself_is_not_read(change):
     """Launched, it would read or write at addresses that nobody gave it."""
     with pytest.raises(plan.UnreadablePlanError):

@@ -619,3 +619,42 @@ def test_activate_replaces_the_flash_backend(jax, path):
         torch.nn.attention.restore_flash_attention_impl()
     for a, b in zip(ours_now, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+
+
+def test_activate_reaches_unchanged_calls(jax, path):
+    """With no sdpa_kernel context: on Hopper GPUs PyTorch prefers cuDNN. And varlen_attn, where this PyTorch has it."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        pytest.skip("this PyTorch has no registry of flash attention implementations")
+    leaves, dout = [x.requires_grad_() for x in fresh()], fresh(1)[0]
+    order = torch._C._get_sdp_priority_order
+    F.scaled_dot_product_attention(*leaves)  # PyTorch sets its own order when it first chooses
+    before, names = order(), {}
+
+    def step():
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+    expected = step()
+    varlen = getattr(torch.nn.attention, "varlen", None) or pytest.importorskip("torch.nn.attention.varlen")
+    tokens = [x.detach()[0].transpose(0, 1).contiguous().requires_grad_() for x in leaves]
+    bounds = torch.tensor([0, 30, tokens[0].shape[0]], device="cuda", dtype=torch.int32)
+    packed = lambda: varlen.varlen_attn(*tokens, bounds, bounds, tokens[0].shape[0], tokens[0].shape[0])
+    theirs = packed()
+    torch_bridge.report(reset=True)
+    torch_bridge.activate()
+    try:
+        found, ours_packed = step(), packed()
+        torch.autograd.grad(ours_packed, tokens, torch.ones_like(ours_packed))
+        names = {(row.what, row.calls) for row in torch_bridge.report(reset=True)}
+        with sdpa_kernel(SDPBackend.MATH):
+            step()
+        assert not torch_bridge.report(reset=True), "an explicit choice is respected"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    assert sum(calls for what, calls in names if what == "forward") == 2, names
+    assert sum(calls for what, calls in names if what == "backward") == 2, names
+    assert order() == before
+    torch.testing.assert_close(ours_packed, theirs, rtol=0.05, atol=0.02)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)

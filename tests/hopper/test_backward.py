@@ -169,6 +169,41 @@ def agree(schedule, problem):
     assert max(used.values()) <= 1, used
 
 
+OF_PARTS = {
+    "fused": (OWN, dict(q_len=40, kv_len=70, d=40, d_v=64, mask=masks.Causal(30))),
+    "split-columns-bhld": (SPLIT, dict(q_len=20, kv_len=20, d=192, d_v=128, layout="BHLD")),
+}
+"""Heads of (B, L, 3, H, D), or columns of (B, H, L, 3 D)."""
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+def test_gradients_that_are_parts_of_arrays_are_those_of_dense_ones(name):
+    """Bit by bit; and what else is in the arrays is not written."""
+    schedule, fields = OF_PARTS[name]
+    problem = Problem(name, "interpreted", **(SMALL | dict(mask=CAUSAL, dtypes=("bfloat16",)) | fields))
+    operands, given, _, saved = truth(problem)
+    arrays = *map(jnp.asarray, operands[:3]), *saved, *cotangents(*given)
+    assert_parts_are_written(lambda: launches.backward(problem.spec(), schedule), arrays, 3 if "columns" in name else 2)
+
+
+def assert_parts_are_written(make, arrays, axis):
+    """By a backward that writes arrays of three times the size along an axis; its buffers hold NaN when it starts.
+
+    Args:
+      make: makes the pass, in which interpreted kernels are others.
+    """
+    with interpret.interpreted():
+        dense = make()
+        types = {name: kind.update(shape=(*kind.shape[:axis], 3 * kind.shape[axis], *kind.shape[axis + 1:]))
+                 for name, kind in zip(dense.results, dense.result_types, strict=True)}
+        expected, found = dense(*arrays), dense.writing(types)(*arrays)
+    for name, part, whole in zip(dense.results, expected, found, strict=True):
+        assert whole.shape == types[name].shape
+        own, others = np.split(np.asarray(whole, np.float32), [part.shape[axis]], axis)
+        np.testing.assert_array_equal(own, np.asarray(part, np.float32))
+        assert np.isfinite(own).all() and np.isnan(others).all(), name
+
+
 def test_a_cluster_of_two_blocks_agrees_with_the_oracle():
     """In a process with more virtual devices: the interpreter runs all threads of a cluster at once, and waits for
     itself where there are eight. What loads by multicast on a GPU is loaded by each block here.

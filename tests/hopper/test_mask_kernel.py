@@ -103,6 +103,28 @@ def test_another_runtime_makes_what_the_first_launch_reads(monkeypatch):
     assert "attention_mask" not in kernels(defaults.default_forward(spec, device.H100)), "XLA makes them itself"
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_query_with_ids_asks_once_whether_a_kernel_makes_its_mask(monkeypatch, has_bias):
+    """Regression: beside a bias, which no kernel hides keys for, one place took ids and the other none: what is made of
+    ids took twice as many operations as what is made of a boolean for each key.
+    """
+    mask = SegmentIds(np.zeros((1, 1), np.int32), (np.arange(256) // 100)[None].astype(np.int32)).canonical()
+    shapes = [jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16) for length in (1, 256, 256)]
+    keys = jnp.zeros((1, 1, 1, 256)) if has_bias else None
+    spec = AttentionSpec.of(*shapes).masked(mask, keys)
+    given, names = Operands(*(None,) * 3, keys, (), mask, (), None, None, None), []
+    for is_on in (False, True):
+        monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", is_on)
+        found = calls.passes(spec, device.H100)[0]
+        made = found.make(given)
+        assert made.keys() <= found.inputs.keys()
+        assert all(x.shape == found.inputs[name].shape for name, x in made.items())
+        names.append({*made})
+    of_kernel = {name for name in names[1] if name.startswith("field")}
+    assert (names[0] == names[1] and not of_kernel) if has_bias else of_kernel == names[1]
+    assert not any("ids" in name for name in names[0]), "of booleans"
+
+
 @pytest.mark.parametrize("name", ["window-of-each-head", "dense", "dense-documents"])
 def test_what_it_does_not_make_is_a_reason(name):
     spec = masks_of.spec_of(masks_of.MASKS[name])

@@ -13,13 +13,15 @@
     driver.py        CUDA's driver
     launch.py        loads a plan on a device, and launches it on addresses
     runner.py        the same on torch's tensors
+    room.py          memory of the GPU for a process that compiles
     counters.py      memory that launches count in, which is 0 between them
     shared.py        memory that all problems of a device share
     allocation.py    new tensors, fast
     operations.py    what torch computes before the launches, of lengths, ids and seeds
     attention.py     which calls take this path; their tensors in and out
     decoding.py      the same of attention to a cache
-    storage.py       which tensors are read where they lie
+    storage.py       which tensors are read where they lie, and in which shapes others are given
+    reasons.py       why a call does not take it
     shortcut.py      calls seen before; guards.py knows them at a glance
     repeated.py      the same of calls of the operators
 

@@ -13,22 +13,24 @@ import contextlib
 import dataclasses
 import os
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import apart, cache, driver, launch, requirements, said, shared, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, shared, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct", "DirectCall", "direct_of",
-           "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known", "name_of", "of_hopper", "prepared",
-           "problem_of", "reason_found", "request", "why_not", "why_not_device", "why_not_gpu"]
+__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "WRITES_PARTS", "Direct",
+           "DirectCall", "direct_of", "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known",
+           "name_of", "of_hopper", "prepared", "problem_of", "reason_found", "request", "why_not", "why_not_device",
+           "why_not_gpu"]
 
 VARIABLE = "PALLAS_FLASH_DIRECT"
 DEVICES = frozenset({"cuda"})
@@ -36,6 +38,7 @@ PASSES: tuple[PassName, ...] = ("forward", "backward")
 _NAMES: dict[PassName, str] = {
     "forward": "the forward of scaled_dot_product_attention", "decode": "attention to a cache",
     "backward": "the backward of scaled_dot_product_attention",
+    "backward_of_parts": "the backward of scaled_dot_product_attention",
     "dbias": "the gradient of scaled_dot_product_attention's attn_mask"}
 _CAPABILITY = (8, 0)
 """From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
@@ -45,14 +48,16 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
-_STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _MAX_CHOICES = 4096
 MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
 """Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
 are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
 20 and 210 (docs/notes/torch_bridge.md, 2026-11-30).
 """
-_CHILD_BYTES = 2**30  # of the GPU, at most, that a process which compiles takes
+WRITES_PARTS = False
+"""Whether kernels write gradients that are parts of arrays (`backward_of_parts`): off until the tests of them in
+tests/bridge/test_direct_gpu.py, which switch it on, have run on a GPU. Dense ones are copied into the parts.
+"""
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
@@ -146,7 +151,7 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
     named = zip(("mask", "bias", *PLACES), (operands.mask, operands.bias, *operands.places), strict=True)
-    given = tuple((name, _shape_given(name, x), str(x.dtype).removeprefix("torch."))
+    given = tuple((name, storage.shape_given(name, x), str(x.dtype).removeprefix("torch."))
                   for name, x in named if x is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
         given = (*given, ("seed", (2,), "int32"))
@@ -156,18 +161,6 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
                    window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
                    softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
                    given=given, dropout_p=numbers.dropout_p)
-
-
-def _shape_given(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of which a plan takes a tensor: of boundaries, that of a power of 2 of them."""
-    count = tensor.shape[0]
-    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(map(int, tensor.shape))
-
-
-def _with_sequences(starts: torch.Tensor, count: int) -> torch.Tensor:
-    """Boundaries with sequences of no tokens at the end, so that there are `count` of them."""
-    missing = count - starts.shape[0]
-    return torch.cat((starts, starts[-1:].expand(missing))) if missing else starts
 
 
 def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
@@ -202,7 +195,7 @@ class Direct:
         if pass_name in self._expected or pass_name in self.runners or cache.is_kept(wanted):
             return
         self._expected[pass_name] = None
-        _make_room(self.device)
+        room.make_room(self.device)
         with contextlib.suppress(RuntimeError):  # no thread can start: it is made when prepared
             self._expected[pass_name] = cache.Pending(wanted, self.device.index or 0)
 
@@ -236,8 +229,8 @@ class Direct:
 
     def _load(self, pass_name: PassName) -> tuple[Program[Kernel], Runner]:
         program = self._program(pass_name)
-        self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, {})
-        if pass_name in ("backward", "dbias"):  # which read a cotangent of the statistics
+        self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, program.reasons_by_name)
+        if "dstats" in program.buffers:  # what reads a cotangent of the statistics
             self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
         elif pass_name == "forward":
             self.unread = shared.unread(program.buffers["stats"].shape, self.device)
@@ -249,7 +242,7 @@ class Direct:
             return pending.result()
         wanted = request(self.problem, pass_name, self.device)
         if not cache.is_kept(wanted):
-            _make_room(self.device)
+            room.make_room(self.device)
         return cache.find(wanted, self.device.index or 0)
 
     def forward(self, operands: Operands) -> list[torch.Tensor]:
@@ -257,15 +250,18 @@ class Direct:
         return self.runners["forward"]([*map(self._operand, operands[:3], self.strides)], self._given_of(operands))
 
     def backward(self, operands: Operands, results: Results, dout: torch.Tensor, dstats: torch.Tensor | None,
-                 pass_name: PassName = "backward") -> list[torch.Tensor]:
-        """The gradients of query, key and value, dense in the layout; or of the bias, padded to whole tiles."""
+                 pass_name: PassName = "backward", grads: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """The gradients of query, key and value, dense in the layout, or in `grads`, if these are given; or of the
+        bias, padded to whole tiles.
+        """
         out, stats = results
         dtype = operands.query.dtype
         tensors = [*map(self._operand, operands[:3], self.strides), self._given(out.to(dtype)),
                    strides.sharable(stats, ALIGNMENT), self._given(dout.to(dtype))]
         assert self._zeros is not None
         tensors.append(self._zeros if dstats is None else strides.sharable(dstats, ALIGNMENT))
-        return self.runners[pass_name](tensors, self._given_of(operands))
+        return self.runners[pass_name](tensors, self._given_of(operands),
+                                       [strides.in_layout(x, self.problem.layout) for x in grads])
 
     def address_of_zeros(self) -> int:
         """Of the cotangent of statistics that nobody differentiates, if a backward is prepared."""
@@ -307,17 +303,10 @@ class Direct:
         return strides.placed(strides.in_layout(tensor, self.problem.layout), wanted, ALIGNMENT)
 
     def _given_of(self, operands: Operands) -> list[torch.Tensor]:
-        return [_with_sequences(getattr(operands, name), *shape) if name in _STARTS else getattr(operands, name)
-                for name, shape, _ in self.problem.given]
+        return [storage.given(name, getattr(operands, name), shape) for name, shape, _ in self.problem.given]
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         return strides.sharable(strides.in_layout(tensor, self.problem.layout), ALIGNMENT)
-
-
-def _make_room(device: torch.device) -> None:
-    """Gives back memory that torch keeps for later, if a process that compiles would find too little of the GPU."""
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _CHILD_BYTES:
-        torch.cuda.empty_cache()
 
 
 # --- which calls -----------------------------------------------------------------------------------------------------
@@ -357,6 +346,19 @@ class DirectCall(NamedTuple):
             dbias = strides.with_strides(found, torch.empty_like(bias, device="meta").stride())
         return PerArray(query=dq, key=dk, value=dv, bias=dbias)
 
+    def may_write(self, grads: Sequence[torch.Tensor]) -> bool:
+        """Whether `write_gradients` takes these: those of operands that are read where they lie, and stored alike."""
+        stored = zip(grads, self.direct.strides, strict=True)
+        return WRITES_PARTS and self.is_in_place and all(
+            strides.same_memory(x.shape, x.stride(), wanted)
+            for x, wanted in ((strides.in_layout(x, self.direct.problem.layout), wanted) for x, wanted in stored))
+
+    def write_gradients(self, operands: Operands, results: Results, dout: torch.Tensor,
+                        grads: Sequence[torch.Tensor]) -> None:
+        """Writes the gradients of query, key and value where `may_write` says that it may, and nothing else."""
+        self.direct.backward(operands, results, dout, None, "backward_of_parts", grads)
+        self.direct.runs.count("backward")
+
     def slow_reason(self, pass_name: PassName, most: float) -> str | None:
         """Why DLPack is faster; None: it is not, or there is no plan, or a capture is under way, which DLPack refuses.
 
@@ -383,7 +385,8 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
     """What runs a pass of a call on the direct path, its plan loaded; None: the call goes through DLPack.
 
     Args:
-      then: a pass that will follow, whose plan may be made at the same time.
+      then: a pass that will follow, whose plan may be made at the same time; the backward in the place of that
+        of parts, where operands are copied.
 
     Raises:
       RuntimeError: as `Direct.prepare`.
@@ -398,6 +401,8 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
+    if then == "backward_of_parts" and choice is not None and not (WRITES_PARTS and choice.is_in_place):
+        then = "backward"
     if choice is None or not choice.direct.try_prepare(pass_name, then):
         return None
     return choice

@@ -51,7 +51,7 @@ def compile_program(program: Program[Module], index: int, report: Callable[[str]
             report(f"compiled {done} of {len(tasks)}")
     steps = tuple(Step(kernels[module], names) for module, names in program.steps)
     return Program(program.buffers, program.inputs, program.results, program.constants, steps, program.given,
-                   program.operations, program.implementation, program.restored, program.left)
+                   program.operations, program.implementation, program.restored, program.left, program.reasons)
 
 
 def _compiled(module: Module, index: int) -> plugin.Compiled:

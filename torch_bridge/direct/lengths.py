@@ -23,7 +23,7 @@ from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Resu
 from torch_bridge.direct import attention
 from torch_bridge.direct.problem import PassName, Problem
 
-__all__ = ["OFTEN", "OWN", "backward", "bucket", "forward", "padded", "shared"]
+__all__ = ["OFTEN", "OWN", "backward", "bucket", "forward", "padded", "shared", "write_gradients"]
 
 OWN = 2
 """So many lengths of a problem have plans of their own at once: training has one, and its evaluation another."""
@@ -61,7 +61,7 @@ def forward(operands: Operands, numbers: Numbers, *, most: float, then: PassName
     way = _way(operands, numbers, "forward")
     if way.shares:
         filled = padded(operands, numbers)
-        call = attention.find(filled, numbers, "forward", then=then)
+        call = attention.find(filled, numbers, "forward", then=None if then is None else "backward")
         if call is not None:
             query, _, value, *_ = operands
             out, stats = call.forward(filled)
@@ -109,6 +109,24 @@ def backward(operands: Operands, numbers: Numbers, results: Results, cotangents:
     if call is None or call.slow_reason("backward", most):
         return None
     return call.backward(operands, results, cotangents, wants_bias)
+
+
+def write_gradients(operands: Operands, numbers: Numbers, results: Results, dout: torch.Tensor,
+                    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *, most: float) -> bool:
+    """Whether the gradients were written into tensors that are there, launched directly: where query, key and value
+    are read where they lie, and these lie alike. Those of a plan that is shared are not.
+
+    Args:
+      most: as in `forward`, whose call is known.
+    """
+    if _way(operands, numbers, "backward_of_parts").shares:
+        return False
+    call = attention.known(operands, numbers)
+    if call is None or not call.may_write(grads) or attention.find(operands, numbers, "backward_of_parts") is None or (
+            call.slow_reason("backward_of_parts", most) is not None):
+        return False
+    call.write_gradients(operands, results, dout, grads)
+    return True
 
 
 def _found(operands: Operands, numbers: Numbers, wants_bias: bool) -> attention.DirectCall | None:

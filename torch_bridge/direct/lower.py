@@ -111,7 +111,7 @@ def lower(request: Request) -> Program[Module]:
 
     Kernels take an operand as the dense array of which it is a part, from the operand's first element on. They touch
     only heads and columns that the spec has, whatever more the array has: of columns, because they read 64 at a time,
-    if that is how many there are, or a multiple.
+    if that is how many there are, or a multiple. So they do with gradients, of a `backward_of_parts`.
 
     Raises:
       UnsupportedError: it is no list of launches on that GPU, with every reason.
@@ -123,21 +123,27 @@ def lower(request: Request) -> Program[Module]:
     passes = launches(spec, gpu, request.implementation)
     if isinstance(problem, CacheProblem):
         return _lowered(passes.forward, gpu, {}, {}, beside.Operations((), {}), passes)
-    wanted: Pass | None = getattr(passes, request.pass_name)
+    of_parts = request.pass_name == "backward_of_parts"
+    wanted: Pass | None = passes.backward if of_parts else getattr(passes, request.pass_name)
     if wanted is None:
         raise errors.unsupported(f"launches of the {request.pass_name} of {spec}", ["there is no kernel for it"],
                                  "let JAX run it")
     outer = {name: jax.ShapeDtypeStruct(shape, wanted.inputs[name].dtype)
              for name, shape in problem.outer_shapes().items()}
+    shapes = {name: tuple(wanted.inputs[name].shape) for name in outer}
+    if of_parts:
+        gradients = {f"d{name}": x for name, x in outer.items()}
+        wanted, outer = wanted.writing(gradients), outer | gradients
+        shapes |= {f"d{name}": shape for name, shape in shapes.items()}
     try:
         operations = _beside(problem, wanted)
     except beside.UntranslatableError as error:
         raise LoweringError(str(error)) from error
     given = {_PREFIX + name: x for name, x in _given(problem).items()}
     lowered = _lowered(wanted, gpu, outer, given, operations, passes)
-    for name, strides in problem.strides().items():
-        if outer[name].shape != (shape := wanted.inputs[name].shape):
-            lowered.buffers[name] = Buffer(tuple(shape), lowered.buffers[name].dtype, strides)
+    for name, shape in shapes.items():
+        if outer[name].shape != shape:
+            lowered.buffers[name] = Buffer(shape, lowered.buffers[name].dtype, problem.strides()[name[-1]])
     return lowered
 
 
@@ -165,7 +171,8 @@ def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStr
                    inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}), results=found.results,
                    constants={name: x.tobytes() for name, x in constants.items() if name not in found.restored},
                    steps=tuple(steps), given=tuple(given), operations=operations,
-                   implementation=passes.implementation, restored=found.restored, left=passes.left)
+                   implementation=passes.implementation, restored=found.restored, left=passes.left,
+                   reasons=passes.reasons)
 
 
 def _step(launch: Launch, given: list[jax.ShapeDtypeStruct]) -> Step[Module]:

@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 5; numbers are little-endian:
+The file, version 6; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -10,7 +10,9 @@ The file, version 5; numbers are little-endian:
                request     the text of the `Request` that it was made for
                implementation  of pallas_flash, whose kernels they are
                left        [implementation, reason]: those written for the GPU that were left for it, and why
-               buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense
+               reasons     [implementation, reason]: all that cannot run the problem, and why
+               buffers     {name: [shape, dtype, strides]}: every array by name; strides are null if it is dense, as all
+                           are but inputs and results
                inputs      names of the arrays of a call that launches read, in their order
                given       names of those that operations read, and launches where they lie
                operations  what is computed before the launches, in order: [one of OPERATIONS, names of arrays and
@@ -40,7 +42,7 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter",
            "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 5
+VERSION = 6
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
     "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
@@ -134,7 +136,7 @@ class Program[K](NamedTuple):
     """A pass: its arrays by name, and its launches in their order. Results of operations that launches read are among
     the buffers, others are not. What is restored is 0 before the launches and after them; launches that may run at the
     same time need memory of their own for it. The kernels are those of an `implementation` of pallas_flash, for which
-    others that were written for the GPU were `left`: (name, reason).
+    others that were written for the GPU were `left`: (name, reason). All that cannot run the problem have `reasons`.
     """
 
     buffers: dict[str, Buffer]
@@ -147,6 +149,15 @@ class Program[K](NamedTuple):
     implementation: str = ""
     restored: tuple[str, ...] = ()
     left: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def reasons_by_name(self) -> dict[str, list[str]]:
+        """The reasons against each implementation that has some."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.reasons:
+            found.setdefault(name, []).append(reason)
+        return found
 
     @property
     def made(self) -> tuple[str, ...]:
@@ -177,7 +188,7 @@ def write(program: Program[Kernel], request: str) -> bytes:
     header = dict(
         request=request, buffers=program.buffers, inputs=program.inputs, results=program.results, given=program.given,
         operations=program.operations, implementation=program.implementation, restored=program.restored,
-        left=program.left,
+        left=program.left, reasons=program.reasons,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
         kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
@@ -218,6 +229,7 @@ class _Header(TypedDict):
     implementation: str
     restored: list[str]
     left: list[tuple[str, str]]
+    reasons: list[tuple[str, str]]
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
     kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
@@ -270,7 +282,11 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         steps=tuple(Step(kernels[i], tuple(arrays)) for i, arrays in header["steps"]),
         given=tuple(header["given"]),
         operations=tuple(map(_operation, header["operations"])), implementation=str(header["implementation"]),
-        restored=tuple(header["restored"]), left=tuple((str(name), str(reason)) for name, reason in header["left"]))
+        restored=tuple(header["restored"]), left=_pairs(header["left"]), reasons=_pairs(header["reasons"]))
+
+
+def _pairs(given: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(name), str(reason)) for name, reason in given)
 
 
 def _operation(fields: _Fields) -> Operation:
@@ -288,8 +304,8 @@ def _check(program: Program[Kernel]) -> None:
              {*program.results}.isdisjoint({*program.inputs, *program.constants, *program.given, *program.made}),
              {*program.restored}.isdisjoint({*program.inputs, *program.results, *program.constants, *program.given,
                                              *program.made}),
-             all(buffer.strides is None or (name in program.inputs and len(buffer.strides) == len(buffer.shape)
-                                            and min(buffer.strides) >= 0)
+             all(buffer.strides is None or (name in (*program.inputs, *program.results) and min(buffer.strides) >= 0
+                                            and len(buffer.strides) == len(buffer.shape))
                  for name, buffer in program.buffers.items())]
     for kernel, arrays in program.steps:
         rules += [all(name in program.buffers for name in arrays), len(kernel.parameters) % 8 == 0,

@@ -14,9 +14,10 @@ from typing import Any, Literal, Self
 __all__ = ["AnyProblem", "CacheProblem", "Given", "Gpu", "OPERANDS", "Outer", "PassName", "Problem", "Request",
            "Window", "versions"]
 
-PassName = Literal["forward", "backward", "dbias", "decode"]
-"""Of a `Problem` the first three, as in `pallas_flash.launches.Passes`: `dbias` is the gradient of a bias. The last is
-the forward of a `CacheProblem`.
+PassName = Literal["forward", "backward", "backward_of_parts", "dbias", "decode"]
+"""Of a `Problem` all but the last, as in `pallas_flash.launches.Passes`: `dbias` is the gradient of a bias; of the
+backward of parts, gradients are parts of arrays as their operands are (`Problem.outer`), of the other one they are
+dense. The last is the forward of a `CacheProblem`.
 """
 Outer = tuple[int, int]
 """(heads, dim) of the dense array in the layout of which an operand is a part, from its first element on."""
@@ -33,7 +34,8 @@ class Problem:
 
     Each operand is a part of a dense array in the layout, `outer`: of all of its batch and length, and of some of its
     heads and columns. So it is in packed tensors, and an operand that is dense is the whole of its own. Other arrays
-    are dense, but those that are `given`, masks, a bias, lengths and ids: these are anyhow.
+    are dense, but the gradients of a `backward_of_parts`, and those that are `given`, masks, a bias, lengths and ids:
+    these are anyhow.
     """
 
     layout: Literal["BLHD", "BHLD"]

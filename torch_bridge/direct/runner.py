@@ -41,8 +41,8 @@ class Runner:
         self._loaded = Loaded(program, self._index)
         self._inputs = [(numbers[name], buffer.shape, buffer.strides, DTYPES[buffer.dtype])
                         for name in program.inputs for buffer in (program.buffers[name],)]
-        self._results = [(numbers[name], program.buffers[name].shape, DTYPES[program.buffers[name].dtype])
-                         for name in program.results]
+        self._results = [(numbers[name], buffer.shape, buffer.strides, DTYPES[buffer.dtype])
+                         for name in program.results for buffer in (program.buffers[name],)]
         self.num_kernels = program.num_kernels
         self._passed = tuple(numbers[name] for name in (*program.inputs, *program.results))
         self._given = [(name, program.buffers[name]) for name in program.given]
@@ -64,19 +64,23 @@ class Runner:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the constants are there for every stream
 
-    def __call__(self, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-        """The results, dense, in new memory, for tensors that are stored as the program's buffers and aligned as
-        `Loaded.launch` says.
+    def __call__(self, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = (),
+                 results: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """The results, in new memory unless they are there, for tensors that are stored as the program's buffers and
+        aligned as `Loaded.launch` says.
 
         Args:
           given: what operations, and launches where they may, read; stored anyhow.
+          results: tensors into which they are written; none: new ones are made.
 
         Raises:
           ValueError: a tensor has another shape, dtype or device than the kernels were compiled for, or is stored
             otherwise: they would read something else, or past its end.
         """
         addresses, bits = self._known.copy(), 0
-        for (i, shape, wanted, dtype), tensor in zip(self._inputs, tensors, strict=True):
+        found = [*results] or [self._new(shape, wanted, dtype) for _, shape, wanted, dtype in self._results]
+        passed = zip((*self._inputs, *self._results), (*tensors, *found), strict=True)
+        for (i, shape, wanted, dtype), tensor in passed:
             if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device or not (
                     tensor.is_contiguous() if wanted is None else
                     strides.same_memory(shape, tensor.stride(), wanted)):
@@ -88,13 +92,14 @@ class Runner:
         for j, i in self._read:
             made.append(strides.sharable(given[j], ALIGNMENT))
             addresses[i] = made[-1].data_ptr()
-        results = []
-        for i, shape, dtype in self._results:
-            results.append(torch.empty(shape, dtype=dtype, device=self._device))
-            addresses[i] = results[-1].data_ptr()
         self._launch(addresses)
         del made  # until here: whoever is given their memory next works on the same stream, after the launches
-        return results
+        return found
+
+    def _new(self, shape: tuple[int, ...], wanted: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
+        if wanted is None:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return torch.empty_strided(shape, wanted, dtype=dtype, device=self._device)
 
     def run(self, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Writes the results into tensors that are there, for calls that are known to fit: shapes, dtypes and devices

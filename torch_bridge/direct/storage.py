@@ -12,8 +12,9 @@ from torch_bridge import strides
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import Outer
 
-__all__ = ["copy_reason", "layout_of", "outer_of"]
+__all__ = ["copy_reason", "given", "layout_of", "outer_of", "shape_given"]
 
+_STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _COLUMNS = 64
 """Kernels read so many at once: of a tensor of fewer, or of no multiple, they would read what is beside it."""
 
@@ -64,3 +65,15 @@ def copy_reason(tensor: torch.Tensor, layout: strides.Layout) -> str | None:
     if offset := tensor.data_ptr() % ALIGNMENT:
         return f"its address is {offset} bytes past a multiple of {ALIGNMENT}"
     return None
+
+
+def shape_given(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of which a plan takes a tensor: of boundaries, that of a power of 2 of them."""
+    count = tensor.shape[0]
+    return (max(_LEAST_STARTS, 1 << (count - 1).bit_length()),) if name in _STARTS else tuple(map(int, tensor.shape))
+
+
+def given(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor as a plan takes it: boundaries with sequences of no tokens at the end, so that there are as many."""
+    missing = shape[0] - tensor.shape[0] if name in _STARTS else 0
+    return torch.cat((tensor, tensor[-1:].expand(missing))) if missing else tensor

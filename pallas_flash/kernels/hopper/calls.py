@@ -128,10 +128,12 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     has_function = mask_score.hiding(spec).score is not None
     if has_function or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
-    inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
+    inner = bias.hiding(spec)
+    has_kernel = defaults.has_mask_kernel(inner)
+    if not has_kernel:
+        inner = bias.hiding(dataclasses.replace(spec, mask=_typed(spec).with_placeholders()))
     first, second = defaults.default_forward(inner, device), defaults.default_backward(inner, device)
     assert isinstance(first, ForwardSchedule), "keys are in no cache"
-    has_kernel = defaults.has_mask_kernel(inner)
     first, second = (dataclasses.replace(first, mask_kernel=has_kernel),
                      dataclasses.replace(second, mask_kernel=has_kernel))
     found = (_making(spec, inner, launches.forward(inner, first), first),
@@ -151,10 +153,10 @@ def _typed(spec: AttentionSpec) -> masks.Mask:
 
 
 def _by_key(spec: AttentionSpec, mask: masks.Mask) -> masks.Mask:
-    """The mask with a boolean for each key in the place of ids, where there is one query: XLA makes ranges of ids in
-    few kernels, another runtime in twice as many as of booleans.
+    """The mask with a boolean for each key in the place of ids, where there is one query, and no kernel makes what is
+    read of a mask: XLA makes ranges of ids in few kernels, another runtime in twice as many as of booleans.
     """
-    if spec.q_len > 1 or ids_of(mask) is None or defaults.has_mask_kernel(spec):
+    if spec.q_len > 1 or ids_of(mask) is None:
         return mask
     parts = [_pairs(part) if isinstance(part, masks.SegmentIds) else part for part in mask.parts]
     return functools.reduce(operator.and_, parts)
@@ -180,7 +182,8 @@ def _making(spec: AttentionSpec, inner: AttentionSpec, found: Pass,
 
     def make(operands: Operands) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
-        _, hidden = bias.as_mask(spec, operands._replace(mask=_by_key(spec, operands.mask)))
+        mask = operands.mask if schedule.mask_kernel else _by_key(spec, operands.mask)
+        _, hidden = bias.as_mask(spec, operands._replace(mask=mask))
         if schedule.mask_kernel:  # a launch reads those of the mask as they are
             arrays = dict(zip(mask_kernel.fields(inner), jax.tree.leaves(hidden.mask), strict=True))
         elif inner.mask.has_arrays:

@@ -5,8 +5,8 @@ Before the first there may be: arrays of a mask become what kernels read (`Pass.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,46 @@ __all__ = ["Launch", "Pass", "WithArrays"]
 class Launch(NamedTuple):
     """A launch of one kernel. Arrays have names, by which launches find them.
 
+    An output may be a part of the array that is described: a kernel writes only heads and columns that its spec has.
+
     Attributes:
       kernel: takes the inputs in their order, and returns the outputs as a tuple in theirs. Inputs that it updates are
         references (`jax.Ref`).
       inputs: the arrays that it reads.
       outputs: shape and dtype of each array that it makes.
       updates: those of the inputs to which it writes in place.
+      build: makes the kernel for other types of its outputs (`writing`), given as `out_type`; None: there are none.
     """
 
-    kernel: Callable[..., tuple[jax.Array, ...]]
+    kernel: "Kernel"
     inputs: tuple[str, ...]
     outputs: dict[str, jax.ShapeDtypeStruct]
     updates: tuple[str, ...] = ()
+    build: Callable[..., "Kernel"] | None = None
+
+    @classmethod
+    def of(cls, build: Callable[..., "Kernel"], inputs: tuple[str, ...], outputs: dict[str, jax.ShapeDtypeStruct],
+           updates: tuple[str, ...] = ()) -> Self:
+        """The launch of what `build` makes for these outputs."""
+        return cls(build(out_type=(*outputs.values(),)), inputs, outputs, updates, build)
 
     def reading(self, names: dict[str, str]) -> "Launch":
         """The launch with other arrays, named by the values, in the place of some of its inputs."""
         return self._replace(inputs=tuple(names.get(name, name) for name in self.inputs))
+
+    def writing(self, types: Mapping[str, jax.ShapeDtypeStruct]) -> "Launch":
+        """The launch whose outputs are parts of arrays of these types, from their first elements on: some heads, or
+        some columns of all heads. What else is in the arrays stays as it is. Raises ValueError where it cannot.
+        """
+        outputs = {name: types.get(name, kind) for name, kind in self.outputs.items()}
+        if outputs == self.outputs:
+            return self
+        if self.build is None:
+            raise ValueError(f"a launch must be made by Launch.of to write parts of arrays, got one of {[*outputs]}")
+        return self._replace(kernel=self.build(out_type=(*outputs.values(),)), outputs=outputs)
+
+
+type Kernel = Callable[..., tuple[jax.Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +84,10 @@ class Pass:
     results: tuple[str, ...]
     make: Callable[[Operands], dict[str, jax.Array]] | None = None
     restored: tuple[str, ...] = ()
+
+    def writing(self, types: Mapping[str, jax.ShapeDtypeStruct]) -> "Pass":
+        """The pass whose results are parts of arrays of these types: see `Launch.writing`."""
+        return dataclasses.replace(self, launches=tuple(launch.writing(types) for launch in self.launches))
 
     @property
     def result_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -8,6 +8,7 @@ dS goes from registers to the product with K. K and V have the products of `back
 exchanged, so weights are the same.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -194,8 +195,8 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         *arrays, smem, _ = refs
         compute(block_of(spec, schedule, dict(zip((*inputs, *outputs), arrays, strict=True)), smem))
 
-    kernel = plgpu.kernel(
-        attention_backward_dq, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_dq,
         scratch_types=allocate(memory.dq_buffers(spec, schedule)), grid=(work.dq_work(spec, schedule).blocks,),
         grid_names=("block",), compiler_params=copies.COMPILER)
-    return Launch(kernel, inputs, outputs)
+    return Launch.of(build, inputs, outputs)

@@ -1,5 +1,7 @@
 """The backward's last kernel: it makes dq of its float32 sums."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +81,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
             registers.store_rows(x.astype(spec.result_dtype), dq, place, axis, chunk * CHUNK)
 
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
-    kernel = plgpu.kernel(
-        attention_backward_finish, out_type=tuple(outputs.values()), scratch_types=allocate(()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_finish, scratch_types=allocate(()),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), compiler_params=copies.COMPILER)
-    return Launch(kernel, ("dq_sums",), outputs)
+    return Launch.of(build, ("dq_sums",), outputs)

@@ -14,6 +14,7 @@ out.
 With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -191,9 +192,9 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         run = kv_split.compute if schedule.split else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
-    kernel = plgpu.kernel(
-        attention_backward_kv, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_kv,
         scratch_types=allocate(memory.kv_buffers(spec, schedule), size), grid=(blocks.blocks,), grid_names=("block",),
         num_threads=size if size > 1 else None, thread_name="warpgroup" if size > 1 else None,
         compiler_params=copies.COMPILER)
-    return Launch(kernel, inputs, outputs, updates)
+    return Launch.of(build, inputs, outputs, updates)

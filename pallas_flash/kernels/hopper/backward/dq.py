@@ -322,9 +322,9 @@ def launch(spec: AttentionSpec, schedule: DqSchedule) -> Launch:
         def _() -> None:
             load_role(block)
 
-    kernel = plgpu.kernel(
-        attention_backward_dq, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_dq,
         scratch_types=allocate(memory.dq_memory(spec, schedule)),
         grid=(work.dq_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER)
-    return Launch(kernel, inputs(spec), outputs)
+    return Launch.of(build, inputs(spec), outputs)

@@ -1,5 +1,7 @@
 """The backward's last kernel in the fused form: it makes dq of its float32 sums."""
 
+import functools
+
 import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -51,9 +53,9 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
             copy_out(spec, smem["dq"], dq, (batch, q_head, rows))
 
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}
-    kernel = plgpu.kernel(
-        attention_backward_finish, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_finish,
         scratch_types=allocate(memory.finish_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, ("dq_sums",), outputs)
+    return Launch.of(build, ("dq_sums",), outputs)

@@ -433,10 +433,10 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
         def _() -> None:
             load_role(block)
 
-    kernel = plgpu.kernel(
-        attention_backward_kv, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_kv,
         scratch_types=scratch(memory.kv_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",),
         num_threads=schedule.warpgroups + len(schedule.registers) - 1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, (*inputs(spec), *["places"] * merges, *updates), outputs, updates)
+    return Launch.of(build, (*inputs(spec), *["places"] * merges, *updates), outputs, updates)

@@ -178,9 +178,9 @@ def launch(spec: AttentionSpec, schedule: SplitSchedule) -> Launch:
             pl.when(warpgroup == i)(functools.partial(compute_role, block, i))
         pl.when(warpgroup == 2)(functools.partial(load_role, block))
 
-    kernel = plgpu.kernel(
-        attention_backward_split, out_type=tuple(outputs.values()),
+    build = functools.partial(
+        plgpu.kernel, attention_backward_split,
         scratch_types=kv.scratch(memory.split_memory(spec, schedule), schedule),
         grid=(work.kv_work(spec, schedule).blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, kv.inputs(spec), outputs)
+    return Launch.of(build, kv.inputs(spec), outputs)
