@@ -267,5 +267,5 @@ def test_explain_says_it(monkeypatch):
     query = jax.ShapeDtypeStruct((2, 1, HEADS, 64), jnp.bfloat16)
     hopper = device.Device("gpu", "NVIDIA H200", (9, 0), 132, 232_448)
     text = cache.explain(query, jax.eval_shape(lambda: held), device=hopper)
-    assert "implementation='xla'" in text and "takes no cache in eight bits yet" in text
+    assert "implementation='xla'" in text and "a cache in eight bits has not been measured" in text
     assert "cache=float8_e4m3fn" in text
