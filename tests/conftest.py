@@ -111,6 +111,15 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> Any:
     return (yield)
 
 
+@pytest.fixture(scope="session")
+def offline_tools(tmp_path_factory):
+    """The processes that compile kernels without a GPU."""
+    from tests.hopper.offline.tools import Tools
+    tools = Tools(tmp_path_factory.mktemp("offline"))
+    yield tools
+    tools.close()
+
+
 @pytest.fixture
 def x64():
     """float64 arrays for the time of a test."""

@@ -1,18 +1,17 @@
-"""Compiles the kernels with mma.sync to the machine code of a GPU; run by `test_offline`, in its own process.
+"""Lowers the kernels with mma.sync for a GPU, and compiles them to its machine code.
 
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
 CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-softcap", "d64-dropout", "d64-repeats"
 (deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
 does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported": see there. The
-environment is that of `tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+environment is that of `tests.hopper.offline.compile_kernels`, and so is what is printed. Without arguments it lowers
+what it is asked for, such as "8.9 d64".
 """
 
 import json
-import os
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,8 @@ from pallas_flash import ALiBi, RelativeBias, device, flash_attention, masks, sc
 from pallas_flash.kernels.ampere import defaults, launches
 from pallas_flash.kernels.mosaic.target import lowering_for
 from pallas_flash.spec import AttentionSpec
-from tests.hopper.offline.compile_kernels import compile_module, modules_in, mosaic_modules
+from tests.hopper.offline import machine_code, tools
+from tests.hopper.offline.compile_kernels import modules_in, mosaic_modules, written
 
 GPUS = {"8.0": device.A100, "8.9": device.L4, "9.0": device.H200, "10.0": device.B200, "12.0": device.RTX_5090}
 
@@ -75,23 +75,30 @@ def exported(gpu: device.Device) -> list[bytes]:
         return modules_in(ir.Module.parse(program.mlir_module()))
 
 
+def modules_of(capability: str, name: str) -> list[bytes]:
+    """Those of a name, lowered for the capability, which is not that of JAX's default device: there is none."""
+    gpu = GPUS[capability]
+    if name == "exported":
+        return exported(gpu)
+    spec, found = spec_of(name), []
+    for launched in (launches.forward(spec, defaults.default_forward(spec, gpu)),
+                     launches.backward(spec, defaults.default_backward(spec, gpu))):
+        function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
+        with lowering_for(gpu):
+            lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
+        found += mosaic_modules(lowered)
+    return found
+
+
 def main(capability: str, names: list[str]) -> None:
-    """Lowers for the capability, which is not that of JAX's default device: there is none."""
-    gpu, work = GPUS[capability], Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    """Compiles what is named."""
     for name in names:
-        if name == "exported":
-            for module in exported(gpu):
-                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
-            continue
-        spec = spec_of(name)
-        for launched in (launches.forward(spec, defaults.default_forward(spec, gpu)),
-                         launches.backward(spec, defaults.default_backward(spec, gpu))):
-            function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
-            with lowering_for(gpu):
-                lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
-            for module in mosaic_modules(lowered):
-                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+        for module in modules_of(capability, name):
+            print(json.dumps(dict(problem=name) | machine_code.compile_module(module)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1:]:
+        main(sys.argv[1], sys.argv[2:])
+    else:
+        tools.answer(lambda question: written(modules_of(*question.split())))
