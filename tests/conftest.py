@@ -61,6 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=lacking[marker]))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are
+    off, but in tests marked `optimised`.
+    """
+    off = jax.default_backend() == "cpu" and item.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", off)
+
+
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 """Ranges of memory of a process: Linux allows 65,530, and each program compiled for a CPU takes a few."""
@@ -136,10 +144,7 @@ def full_precision():
 
 @pytest.fixture(scope="module")
 def small_tiles():
-    """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests.
-
-    On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are off.
-    """
+    """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests."""
     from pallas_flash import autodiff
     from pallas_flash.kernels.xla import schedule
 
@@ -149,7 +154,5 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "TARGET_BLOCK", 8)
         forget()
-        jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
         forget()
