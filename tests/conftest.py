@@ -61,6 +61,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=lacking[marker]))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at it after each few calls of Python.
+
+    It took 7 % of the time of tracing and compiling a problem.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are
+    off, but in tests marked `optimised`.
+    """
+    off = jax.default_backend() == "cpu" and item.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", off)
+
+
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 """Ranges of memory of a process: Linux allows 65,530, and each program compiled for a CPU takes a few."""
@@ -111,6 +129,15 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> Any:
     return (yield)
 
 
+@pytest.fixture(scope="session")
+def offline_tools(tmp_path_factory):
+    """The processes that compile kernels without a GPU."""
+    from tests.hopper.offline.tools import Tools
+    tools = Tools(tmp_path_factory.mktemp("offline"))
+    yield tools
+    tools.close()
+
+
 @pytest.fixture
 def x64():
     """float64 arrays for the time of a test."""
@@ -127,10 +154,7 @@ def full_precision():
 
 @pytest.fixture(scope="module")
 def small_tiles():
-    """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests.
-
-    On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are off.
-    """
+    """The XLA kernels loop over tiles of 8 positions: theirs are larger than the problems of these tests."""
     from pallas_flash import autodiff
     from pallas_flash.kernels.xla import schedule
 
@@ -140,7 +164,5 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "TARGET_BLOCK", 8)
         forget()
-        jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
         forget()

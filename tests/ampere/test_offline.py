@@ -5,13 +5,9 @@ Here too, as in `tests.hopper.test_offline`, ptxas of the pinned wheel says so. 
 the largest schedules use all of them: a few spilled ones cost less than a smaller tile (docs/notes/ampere.md).
 """
 
-import json
-import subprocess
-
 import pytest
 
 from tests.hopper.offline import places
-from tests.hopper.test_offline import ROOT
 
 WHY_NOT = places.why_not()
 IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step; 12 with a soft cap
@@ -33,16 +29,12 @@ NAMES = {"8.0": ["exported", "d128-lengths", "d128-bent-repeats", "d128-cache-pa
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("compiler", ["pinned", "found"])
 @pytest.mark.parametrize("capability", NAMES)
-def test_kernels_compile_for_every_generation(tmp_path, capability, compiler):
+def test_kernels_compile_for_every_generation(offline_tools, capability, compiler):
     if compiler not in places.compilers():
         pytest.skip(f"there is no other ptxas: {', '.join(places.compilers())} alone")
     names, is_older = NAMES[capability], compiler == "found" and capability == "12.0"
-    environment = places.environment(tmp_path, places.compilers()[compiler])
-    done = subprocess.run(
-        [places.interpreter(), "-m", "tests.ampere.offline.compile_kernels", capability, *names], cwd=ROOT, text=True,
-        env=environment | {"STAND_IN_CAPABILITY": capability.replace(".", "")}, capture_output=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = [report for name in names for report in offline_tools.compiled(
+        "tests.ampere.offline.compile_kernels", f"{capability} {name}", compiler, capability)]
     more = sum(2 * ("launched" in name) - 3 * ("cache" in name) for name in names)
     assert len(reports) == 4 * len(names) + more, "a kernel for the forward, three for the backward"
     for report in reports:

@@ -6,6 +6,8 @@ import pytest
 
 from pallas_flash import softmax
 
+pytestmark = pytest.mark.optimised  # rounding and memory are the machine code's
+
 
 def statistics_of(s, unit):
     """Statistics and probabilities of scores (rows, keys), -inf where a pair does not attend."""

@@ -1,8 +1,7 @@
-"""Fixtures of the torch tests: a fixed seed, quick compilation on a CPU, and no warnings from torch's compiler."""
+"""Fixtures of the torch tests: a fixed seed, and no warnings from torch's compiler."""
 
 import warnings
 
-import jax
 import pytest
 import torch
 
@@ -19,14 +18,6 @@ def first_device():
     """tests/conftest.py starts JAX, which leaves the thread on the last GPU (torch_bridge/context.py)."""
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(0)
-
-
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    """On a CPU most of these tests' time is XLA's optimisation of problems that are small; it is switched off."""
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="package")

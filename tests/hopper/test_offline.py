@@ -7,17 +7,12 @@ kernel would still be right, at half the speed; one that moves descriptors in ea
 PATH has, and with the first one outside of the wheels, if there is one of another version (offline/places.py).
 """
 
-import json
-import subprocess
-from pathlib import Path
-
 import jax
 import pytest
 
 from pallas_flash.testing import problems
-from tests.hopper.offline import places, sass
+from tests.hopper.offline import machine_code, places, sass
 
-ROOT = Path(__file__).parents[2]
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
 MOVED_WIDE = 64
 """In a step of `backward.wide`, which has 16 products of 128 cycles and more: as many, one for each four instructions,
@@ -78,9 +73,8 @@ not among the innermost, which say what a step of it spills or moves."""
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.mark.parametrize("compiler", places.compilers() if WHY_NOT is None else ["pinned"])
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
-    """In a process and a folder for each name, so that test processes share the work."""
-    for report in compiled(tmp_path, name, compiler):
+def test_shipped_schedule_compiles_clean(offline_tools, name, compiler):
+    for report in compiled(offline_tools, name, compiler):
         assert report["compiled"], report
         assert report["registers"], "ptxas' report is missing"
         assert not report["unset_loads"], report
@@ -97,26 +91,37 @@ def test_shipped_schedule_compiles_clean(tmp_path, name, compiler):
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 @pytest.mark.parametrize("compiler", places.compilers() if WHY_NOT is None else ["pinned"])
 @pytest.mark.parametrize("name", DECODING_WITH_A_BIAS)
-def test_decoding_with_a_bias_compiles(tmp_path, name, compiler):
-    report, = compiled(tmp_path, name, compiler)
+def test_decoding_with_a_bias_compiles(offline_tools, name, compiler):
+    report, = compiled(offline_tools, name, compiler)
     assert report["compiled"] and report["multiplies"] and not report["unset_loads"], report
     assert report["registers"], "ptxas' report is missing"
     assert not REJECTED & set(report["advice"]), report
     assert report["spill_bytes"] <= DECODING_WITH_A_BIAS[name], report
 
 
-def compiled(work, name, compiler):
-    """The report on each kernel of a problem, compiled with that ptxas and no other."""
-    ptxas = places.compilers()[compiler]
-    done = subprocess.run([places.interpreter(), "-m", "tests.hopper.offline.compile_kernels", name], cwd=ROOT,
-                          env=places.environment(work, ptxas), text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (work / "bin" / "ptxas-was-called").exists(), f"another ptxas than {ptxas} was called"
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def compiled(tools, name, compiler):
+    """The report on each kernel of a problem."""
+    reports = tools.compiled("tests.hopper.offline.compile_kernels", name, compiler)
     assert reports, "no kernel was lowered"
     makes_keys = "keys" in name.split("+")  # the launch that makes dropout's, which multiplies nothing
     assert makes_keys or any(report["multiplies"] for report in reports), "the machine code is missing"
     return reports
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_what_cannot_be_lowered_fails_alone(offline_tools):
+    """With what its process said; another process takes its place."""
+    compiler = next(iter(places.compilers()))
+    with pytest.raises(RuntimeError, match=r"asked for nothing-like-it ended(?s:.*)nothing-like-it"):
+        offline_tools.compiled("tests.hopper.offline.compile_kernels", "nothing-like-it", compiler)
+    assert compiled(offline_tools, "causal-d64-s2048+decode", compiler)[0]["compiled"]
+
+
+def test_what_the_compiler_says_is_taken_apart():
+    """C7510 in machine code is no advice of ptxas', and PTX is no machine code."""
+    ptx, report, code = ".target sm_90a\n.entry f", "ptxas info : Used 8\nptxas info : (C7504)", "\n\t.target\tC7510"
+    assert machine_code.parts(f"{ptx}\n{report}\n{code}") == (ptx, report, code)
+    assert machine_code.parts(ptx) == (ptx, "", "")
 
 
 LOOP = """\

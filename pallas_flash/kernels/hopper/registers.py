@@ -173,7 +173,7 @@ def _linear_shape(columns: int) -> tuple[int, int]:
 def _load_row_stats_plain(ref: Ref, row: Index, first: Index, length: int, otherwise: float) -> PerRow:
     index = _unravelled(row, ref.shape[:-1])
     at = lambda i: jnp.where(first + i < length, ref[*index, jnp.minimum(first + i, length - 1)], otherwise)
-    return jnp.stack([at(i) for i in range(64)])
+    return lax.fori_loop(0, 64, lambda i, rows: rows.at[i].set(at(i)), jnp.zeros(64, jnp.float32))
 
 
 @interpreted_as(_load_row_stats_plain)

@@ -1,4 +1,4 @@
-"""Compiles the kernels with mma.sync to the machine code of a GPU; run by `test_offline`, in its own process.
+"""Lowers the kernels with mma.sync for a GPU, and compiles them to its machine code.
 
     python -m tests.ampere.offline.compile_kernels CAPABILITY SPEC...
 
@@ -6,15 +6,14 @@ CAPABILITY is such as 8.9. A SPEC is "d64", "d192-v128", "d128-ragged", "d64-sof
 (deterministic), "d64-bias" (of each key), "d64-pairs" (a bias of each pair), or has one of `SCORES`, as "d64-alibi"
 does, or of `MASKS`, as "d64-lengths" does: it is causal without. Or it is "exported", or "d64-cache" (`cached`). With
 "launched" a launch makes what is read of a mask's arrays. The environment is that of
-`tests.hopper.offline.compile_kernels`. Prints one JSON object for each kernel.
+`tests.hopper.offline.compile_kernels`, and so is what is printed. Without arguments it lowers what it is asked for,
+such as "8.9 d64".
 """
 
 import dataclasses
 import json
-import os
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,8 @@ from pallas_flash.kernels.mosaic.target import lowering_for
 from pallas_flash.mask_fields import ArrayField
 from pallas_flash.paging import Pages
 from pallas_flash.spec import AttentionSpec
-from tests.hopper.offline.compile_kernels import compile_module, modules_in, mosaic_modules
+from tests.hopper.offline import machine_code, tools
+from tests.hopper.offline.compile_kernels import modules_in, mosaic_modules, written
 
 GPUS = {"8.0": device.A100, "8.9": device.L4, "9.0": device.H200, "10.0": device.B200, "12.0": device.RTX_5090}
 
@@ -101,27 +101,34 @@ def exported(gpu: device.Device) -> list[bytes]:
         return modules_in(ir.Module.parse(program.mlir_module()))
 
 
+def modules_of(capability: str, name: str) -> list[bytes]:
+    """Those of a name, lowered for the capability, which is not that of JAX's default device: there is none."""
+    gpu = GPUS[capability]
+    if name == "exported":
+        return exported(gpu)
+    has_cache, found = "cache" in name.split("-"), []
+    spec = cached(name) if has_cache else spec_of(name)
+    made = [(launches.forward, defaults.default_forward(spec, gpu))]
+    made += [] if has_cache else [(launches.backward, defaults.default_backward(spec, gpu))]
+    changed = dict(mask_kernel=True) if "launched" in name.split("-") else {}
+    for make, schedule in made:
+        launched = make(spec, dataclasses.replace(schedule, **changed))
+        function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
+        with lowering_for(gpu):
+            lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
+        found += mosaic_modules(lowered)
+    return found
+
+
 def main(capability: str, names: list[str]) -> None:
-    """Lowers for the capability, which is not that of JAX's default device: there is none."""
-    gpu, work = GPUS[capability], Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    """Compiles what is named."""
     for name in names:
-        if name == "exported":
-            for module in exported(gpu):
-                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
-            continue
-        has_cache = "cache" in name.split("-")
-        spec = cached(name) if has_cache else spec_of(name)
-        made = [(launches.forward, defaults.default_forward(spec, gpu))]
-        made += [] if has_cache else [(launches.backward, defaults.default_backward(spec, gpu))]
-        changed = dict(mask_kernel=True) if "launched" in name.split("-") else {}
-        passes = [make(spec, dataclasses.replace(schedule, **changed)) for make, schedule in made]
-        for launched in passes:
-            function = jax.jit(lambda *arrays, launched=launched: launched(*arrays))
-            with lowering_for(gpu):
-                lowered = function.trace(*launched.inputs.values()).lower(lowering_platforms=("cuda",))
-            for module in mosaic_modules(lowered):
-                print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+        for module in modules_of(capability, name):
+            print(json.dumps(dict(problem=name) | machine_code.compile_module(module)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1:]:
+        main(sys.argv[1], sys.argv[2:])
+    else:
+        tools.answer(lambda question: written(modules_of(*question.split())))

@@ -1,26 +1,22 @@
-"""Compiles the Mosaic GPU kernels of catalogue problems to sm_90a machine code; run by `test_offline`, in its
-own process.
+"""Lowers the Mosaic GPU kernels of catalogue problems for an H100, and compiles them to sm_90a machine code.
 
     python -m tests.hopper.offline.compile_kernels PROBLEM...
 
 The environment must have the stand-in driver first on LD_LIBRARY_PATH, the ptxas to compile with first on PATH and the
-compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel: its name,
-registers, spills, ptxas advice, whether it multiplies, how often a step of its hot loop moves part of a descriptor out
-of a vector register and touches a spilled one, its loads whose operands are not set (`sass`), and whether it compiled.
+compiler's reports switched on, as `places.environment` sets them. Prints one JSON object for each kernel, see
+`machine_code`. Without a problem it lowers what it is asked for (`tools.answer`), and names a file of each module.
 """
 
-import ctypes
 import dataclasses
-import glob
+import hashlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pallas_flash import Mask
-from tests.hopper.offline import sass
+from tests.hopper.offline import machine_code, tools
 
 
 def mosaic_modules(lowered) -> list[bytes]:
@@ -44,23 +40,13 @@ def modules_in(program) -> list[bytes]:
     return found
 
 
-def compile_module(module: bytes, work: Path) -> dict:
-    """Compiles one module and reads what ptxas said of it."""
-    import jax_plugins.xla_cuda13 as plugin
-    compiler = ctypes.CDLL(str(plugin._get_library_path())).MosaicGpuCompile
-    compiler.argtypes, compiler.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
-    before = set(glob.glob(f"{work}/*"))
-    compiled = bool(compiler(module, len(module)))
-    new = sorted(set(glob.glob(f"{work}/*")) - before)
-    text, code = ("".join(Path(f).read_text() for f in new if f.endswith(kind)) for kind in (".ptxas", ".sass_ctrl"))
-    number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, text)) else None
-    kernel = next((re.sub(r"_\d+$", "", Path(f).stem) for f in new if f.endswith(".ptx")), None)
-    product = "HGMMA" if "HGMMA" in code else "HMMA"
-    return dict(kernel=kernel, compiled=compiled, multiplies=product in code,
-                moved_descriptors=sass.moved_descriptors(code), spills_inside=sass.spills_inside(code, product),
-                unset_loads=sass.unset_loads(code),
-                registers=number(r"Used (\d+) registers"), spill_bytes=number(r"(\d+) bytes spill stores"),
-                advice=sorted(set(re.findall(r"C75\d\d", text))))
+def written(modules: list[bytes]) -> list[str]:
+    """A file for each module in PALLAS_FLASH_DUMPS, the same for equal ones."""
+    work = Path(os.environ["PALLAS_FLASH_DUMPS"])
+    paths = [work / f"{hashlib.sha256(module).hexdigest()}.module" for module in modules]
+    for path, module in zip(paths, modules, strict=True):
+        path.write_bytes(module)
+    return [*map(str, paths)]
 
 
 def with_arrays(problem, options: list[str]):
@@ -259,14 +245,21 @@ def lower(name: str, options: list[str]):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
+def modules_of(name: str) -> list[bytes]:
+    """Those of a name, which may end in options of `lower`: "+gradients", "+softcap", "+documents" and others."""
+    problem, *options = name.split("+")
+    return mosaic_modules(lower(problem, options))
+
+
 def main(names: list[str]) -> None:
-    """Each name may end in options of `lower`: "+gradients", "+softcap", "+documents" and others."""
-    work = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    """Compiles what is named."""
     for name in names:
-        problem, *options = name.split("+")
-        for module in mosaic_modules(lower(problem, options)):
-            print(json.dumps(dict(problem=name) | compile_module(module, work)), flush=True)
+        for module in modules_of(name):
+            print(json.dumps(dict(problem=name) | machine_code.compile_module(module)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:]:
+        main(sys.argv[1:])
+    else:
+        tools.answer(lambda question: written(modules_of(question)))

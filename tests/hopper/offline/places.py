@@ -79,7 +79,7 @@ def compilers() -> dict[str, Path]:
 
 
 def environment(work: Path, ptxas: Path) -> dict[str, str]:
-    """The environment to run `compile_kernels` in; builds the stand-in driver in `work`.
+    """The environment to compile in; builds the stand-in driver in `work`, where PTX and machine code are left.
 
     JAX takes the first ptxas on PATH, whatever its own wheels bring: a wrapper in front of all others calls the one
     wanted and leaves a mark, `ptxas-was-called`.
@@ -89,9 +89,9 @@ def environment(work: Path, ptxas: Path) -> dict[str, str]:
     wrapper.parent.mkdir(exist_ok=True)
     wrapper.write_text(f'#!/bin/sh\n: >"{work}/bin/ptxas-was-called"\nexec "{ptxas}" "$@"\n')
     wrapper.chmod(0o755)
-    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTX", "PTXAS", "RESOURCES", "SASS_CTRL")}
+    dumps = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTX", "PTXAS", "SASS_CTRL")}
     paths = {"PATH": f"{work}/bin:{os.environ.get('PATH', '')}", "PYTHONPATH": str(ROOT),
              "LD_LIBRARY_PATH": f"{work}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     root = {"CUDA_ROOT": str(cuda_root() or ptxas.parent.parent)}  # where JAX takes nvdisasm from
-    return {**os.environ, **dumps, **paths, **root, "MOSAIC_GPU_DUMP_TO": str(work), "JAX_PLATFORMS": "cpu",
+    return {**os.environ, **dumps, **paths, **root, "PALLAS_FLASH_DUMPS": str(work), "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3"}
