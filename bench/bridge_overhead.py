@@ -115,7 +115,7 @@ def _parts(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "import 3 tensors and jitted call", lambda: plan.forward[False](*exchange._arrays((q, k, v), plan.device))
     yield "export and release 1 tensor", lambda: exchange._tensors([out], q)
     result, stats = exchange.attend_saving(problem, numbers)
-    dout, needs = torch.randn_like(result), PerArray(True, True, True, False)
+    dout, needs = torch.randn_like(result), PerArray(True, True, True, False, False)
     yield "exchange, forward that saves lse", lambda: exchange.attend_saving(problem, numbers)
     yield "exchange, backward, in the thread of the call", lambda: exchange.gradients(
         problem, numbers, (result, stats), dout, needs)

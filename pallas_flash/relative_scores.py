@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,25 @@ def _check_offset(owner: str, offset: Offset) -> None:
         return
     if isinstance(offset, int) or is_static(offset):
         given = f"{offset!r}"
-    elif jnp.issubdtype(offset.dtype, jnp.integer) and len(offset.shape) <= 1:
+    elif _is_of(offset, "integer") and len(offset.shape) <= 1:
         return
     else:
-        given = f"{offset.dtype.name} of shape {tuple(offset.shape)}"
+        given = f"{getattr(offset.dtype, 'name', offset.dtype)} of shape {tuple(offset.shape)}"
     raise errors.invalid(f"{owner}.offset must be an integer, or an integer array () or (batch,)", f"offset={given}",
                          "pass the key position that is aligned with query 0")
 
 
+def _is_of(x: Shaped, kind: Literal["floating", "integer"]) -> bool:
+    """Whether an array, or a tensor of PyTorch, which torch_bridge takes, holds such numbers."""
+    if errors.is_torch(x):
+        name = str(x.dtype)
+        return "float" in name if kind == "floating" else "int" in name
+    return bool(jnp.issubdtype(x.dtype, jnp.floating if kind == "floating" else jnp.integer))
+
+
 def _check_array(label: str, x: Shaped, axes: tuple[str, ...]) -> None:
-    is_array = hasattr(x, "shape") and not errors.is_torch(x)
-    if not is_array or len(x.shape) != len(axes) or not jnp.issubdtype(x.dtype, jnp.floating):
+    is_array = hasattr(x, "shape")
+    if not is_array or len(x.shape) != len(axes) or not _is_of(x, "floating"):
         given = f"{x.dtype} of shape {tuple(x.shape)}" if is_array else f"type {type(x).__name__}"
         raise errors.invalid(f"{label} must be a floating-point array ({', '.join(axes)}{',' * (len(axes) == 1)})",
                              given, "pass a JAX or NumPy array")
@@ -138,7 +146,8 @@ class RelativeBias(Score):
         _check_array("embedding", embedding, ("buckets", "q_heads"))
         errors.require_bool("bidirectional", bidirectional)
         columns = _t5_buckets(embedding.shape[0], bidirectional, max_distance)
-        return cls(jnp.asarray(embedding).T[:, columns], offset=offset)
+        table = embedding if errors.is_torch(embedding) else jnp.asarray(embedding)
+        return cls(table.T[:, columns], offset=offset)
 
     @property
     def _zero(self) -> int:

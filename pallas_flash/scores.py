@@ -298,7 +298,7 @@ def _check_field(label: str, value: object) -> None:
             raise errors.invalid(f"{label} must be an array, or be hashable", f"type={type(value).__name__}",
                                  "pass a JAX or NumPy array, or a tuple of numbers") from error
     elif errors.is_torch(value):
-        raise errors.invalid(f"{label} must be a JAX or NumPy array", f"type={type(value).__name__}", "convert it")
+        raise errors.invalid(f"{label} must be a JAX or NumPy array", f"type={type(value).__name__}", "convert it, or call torch_bridge.flash_attention")
 
 
 def _as_data(x: Shaped) -> Shaped:

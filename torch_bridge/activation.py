@@ -127,7 +127,7 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
     numbers = _numbers(query, key, is_causal, scale, dropout_p)
     grads = PerArray(*ops.attention_backward(*AttentionBackward(
         operands, numbers, Results(out, kept_lse.stats(logsumexp)), Cotangents(dout=grad_out, dstats=None),
-        needs=PerArray(query=True, key=True, value=True, bias=False)).flat()))
+        needs=PerArray(query=True, key=True, value=True, bias=False, score_floats=False)).flat()))
     return grads.query, grads.key, grads.value
 
 

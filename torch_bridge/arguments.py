@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = ["SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers",
            "Operands", "PLACES", "PerArray", "Results", "RowAnchor"]
 
-Argument = Tensor | float | Sequence[bool] | None
-"""What an operator takes: tensors, numbers and flags."""
+Argument = Tensor | float | str | Sequence[bool] | None
+"""What an operator takes: tensors, numbers, flags and a name."""
 
 
 class PerArray[T](NamedTuple):
@@ -26,6 +26,7 @@ class PerArray[T](NamedTuple):
     key: T
     value: T
     bias: T
+    score_floats: T
 
     @classmethod
     def among(cls, per_operand: Sequence[T]) -> "PerArray[T]":
@@ -53,6 +54,8 @@ class Operands(NamedTuple):
     kv_ids: Tensor | None  # (batch, kv_len) int32
     q_starts: Tensor | None  # the boundaries of packed sequences, (sequences + 1,) int32; batch is 1
     kv_starts: Tensor | None
+    score_floats: Tensor | None  # the arrays of a score function that have a gradient, one after the other, (count,)
+    score_integers: Tensor | None  # its others, (count,) int32
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, bias: Tensor | None,
@@ -63,12 +66,13 @@ class Operands(NamedTuple):
     @property
     def places(self) -> tuple[Tensor | None, ...]:
         """What says which positions attend, apart from the mask: all None for SDPA."""
-        return self[_PLACES:]
+        return self[_PLACES:_SCORE]
 
     @property
     def differentiable(self) -> PerArray[Tensor | None]:
         """Those that have a gradient."""
-        return PerArray(query=self.query, key=self.key, value=self.value, bias=self.bias)
+        return PerArray(query=self.query, key=self.key, value=self.value, bias=self.bias,
+                        score_floats=self.score_floats)
 
     @property
     def is_empty(self) -> bool:
@@ -77,8 +81,8 @@ class Operands(NamedTuple):
 
 
 _NUM_OPERANDS = len(Operands._fields)
-_PLACES = Operands._fields.index("seed") + 1
-PLACES = Operands._fields[_PLACES:]
+_PLACES, _SCORE = Operands._fields.index("seed") + 1, Operands._fields.index("score_floats")
+PLACES = Operands._fields[_PLACES:_SCORE]
 """The names of `Operands.places`."""
 _NOTHING_ELSE = (None,) * (_NUM_OPERANDS - _PLACES)
 _with_gradient = operator.itemgetter(*map(Operands._fields.index, PerArray._fields))
@@ -96,6 +100,7 @@ class Numbers(NamedTuple):
     offset: int
     ends_aligned: bool  # of packed sequences, the offset counts from kv_len - q_len of each
     softcap: float | None
+    score: str | None  # the name of a score function (score_names.py)
     scale: float | None
     dropout_p: float
     deterministic: bool
@@ -105,8 +110,8 @@ class Numbers(NamedTuple):
     def of(cls, *, causal_offset: int | None, scale: float | None, dropout_p: float) -> "Numbers":
         """Those of SDPA: causal with an offset, or, for None, without a limit; deterministic as torch is told to be."""
         right, offset = (None, 0) if causal_offset is None else (0, causal_offset)
-        return cls(left=None, right=right, offset=offset, ends_aligned=False, softcap=None, scale=scale,
-                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
+        return cls(left=None, right=right, offset=offset, ends_aligned=False, softcap=None, score=None,
+                   scale=scale, dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
 
 
 class Results(NamedTuple):
@@ -202,7 +207,7 @@ class AttentionDoubleBackward(NamedTuple):
 # --- schemas ---------------------------------------------------------------------------------------------------------
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?",
-          float: "float", float | None: "float?", bool: "bool"}
+          float: "float", float | None: "float?", bool: "bool", str | None: "str?"}
 _SHORT = {"query": "q", "key": "k", "value": "v"}
 
 

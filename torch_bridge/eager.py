@@ -142,9 +142,10 @@ def _by_operator(operands: Operands, numbers: Numbers, needs_stats: bool) -> Res
 
 
 def _needs_grad(operands: Operands) -> bool:
-    query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    query, key, value, bias, score = operands.query, operands.key, operands.value, operands.bias, operands.score_floats
     return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad
-                                        or (bias is not None and bias.requires_grad))
+                                        or (bias is not None and bias.requires_grad)
+                                        or (score is not None and score.requires_grad))
 
 
 def _detached(operands: Operands) -> Operands:
@@ -226,7 +227,7 @@ class _Launched(torch.autograd.Function):
                 return *(grad if needed else None for grad, needed in zip(found, needs)), None, None
         query, key, value, out, stats = saved
         operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
-        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False)))
+        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False, False)))
         return grads.query, grads.key, grads.value, None, None
 
 
@@ -285,7 +286,7 @@ class _OfParts(torch.autograd.Function):
         (*others, out, stats), tensors = saved[:count + 2], saved[count + 2:]
         results = out, ctx.stats if stats is None else stats
         operands = Operands._make((*_parts(tensors), *others))
-        needs = PerArray(query=flags[0], key=flags[-1], value=flags[-1], bias=False)
+        needs = PerArray(query=flags[0], key=flags[-1], value=flags[-1], bias=False, score_floats=False)
         if not torch.is_grad_enabled() and _is_plain((*operands, out, dout)):
             grads: list[torch.Tensor | None] = [torch.empty_like(x) for x in tensors]
             query, key, value = _parts([x for x in grads if x is not None])

@@ -23,7 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pallas_flash import device, dispatch, forks
 from pallas_flash.spec import AttentionSpec, Layout
-from torch_bridge import context, lifetime, programs, records, streams, strides, views
+from torch_bridge import context, lifetime, programs, records, score_names, streams, strides, views
 from torch_bridge.arguments import Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import attention, reasons
 from torch_bridge.rules import Rule
@@ -40,7 +40,7 @@ _DTYPES = {
     torch.float64: np.dtype(np.float64), torch.bool: np.dtype(bool), torch.int32: np.dtype(np.int32),
 }
 _MAX_PLANS = 4096
-_LIKE_QUERY = PerArray(query=True, key=True, value=True, bias=False)
+_LIKE_QUERY = PerArray(query=True, key=True, value=True, bias=False, score_floats=False)
 _COTANGENT_LIKE_QUERY = (True, False)  # of dout and dstats
 """Which arrays have their axes in the order of the layout; the others are as the scores."""
 
@@ -129,7 +129,8 @@ def _specified(operands: Operands, numbers: Numbers) -> tuple[AttentionSpec, Rul
             scale=numbers.scale, dropout_rate=numbers.dropout_p, deterministic=numbers.deterministic,
             partial=numbers.partial)
         given = {name: _abstract(getattr(operands, name)) for name in rule.given}
-        return spec.masked(rule.mask(spec, given), None if bias is None else _abstract(bias)), rule
+        spec = spec.masked(rule.mask(spec, given), None if bias is None else _abstract(bias))
+        return (spec if numbers.score is None else spec.scored(score_names.function(numbers.score))), rule
 
 
 def _strides_like(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -345,8 +346,9 @@ def _gradients(operands: Operands, numbers: Numbers, out: torch.Tensor, others: 
     _check_place(query)
     plan = plan_for(operands, numbers)
     plan.runs.count("backward")
-    if given.needs.bias and operands.bias is None:
-        given = given._replace(needs=given.needs._replace(bias=False))
+    needs = PerArray(*(bool(needed and x is not None)
+                       for needed, x in zip(given.needs, operands.differentiable, strict=True)))
+    given = given._replace(needs=needs)
     dout, *others = others
     moved = (in_layout(out, plan.layout), None if dout is None else in_layout(dout, plan.layout))
     grads, _ = _run(plan, plan.backward[given], (query, key, value), (*arrays, *moved, *others), known)

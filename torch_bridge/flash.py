@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Never, TypedDict, overload
 
 import torch
 
-from torch_bridge import eager, lse, messages, sdpa
+from torch_bridge import eager, lse, messages, scoring, sdpa
 from torch_bridge.arguments import Numbers, Operands
 
 __all__ = ["Keywords", "Places", "SegmentIds", "Window", "attend", "checked_softcap", "flash_attention", "integers",
@@ -28,6 +28,7 @@ class Keywords(TypedDict, total=False):
     causal_offset: int | torch.Tensor | None
     window: Window | None
     softcap: float | None
+    score: scoring.Function | None
     sinks: torch.Tensor | None
     segment_ids: SegmentIds | None
     q_lengths: torch.Tensor | None
@@ -41,7 +42,8 @@ class Keywords(TypedDict, total=False):
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor | None = None,
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
-    softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
+    softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
+    segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, return_lse: Literal[False] = False, deterministic: bool = False,
 ) -> torch.Tensor: ...
@@ -51,7 +53,8 @@ def flash_attention(
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor | None = None,
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
-    softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
+    softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
+    segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, return_lse: Literal[True], deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -60,12 +63,13 @@ def flash_attention(
 def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor | None = None,
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
-    softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
+    softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
+    segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, return_lse: bool = False, deterministic: bool = False,
     **unknown: Never,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """out = dropout(softmax(softcap(scale * query key^T) + attn_mask, where the masks keep)) value.
+    """out = dropout(softmax(score(softcap(scale * query key^T)) + attn_mask, where the masks keep)) value.
 
     Never O(L * S) memory. On CPU and CUDA tensors, with autograd, autocast, torch.func, torch.compile and torch.export,
     as `scaled_dot_product_attention`. A query attends to a key that all of attn_mask, is_causal, window, segment_ids
@@ -82,7 +86,10 @@ def flash_attention(
         integers (batch,). None is 0, as in SDPA; S - L aligns the last query with the last key.
       window: (left, right): the query at i attends to the keys from i + causal_offset - left to i + causal_offset +
         right. None in place of a number: no limit.
-      softcap: scores become softcap * tanh(scores / softcap), before attn_mask.
+      softcap: scores become softcap * tanh(scores / softcap), before score and attn_mask.
+      score: what becomes of each score before attn_mask: JAX's score functions, which are (score, batch, head, q_pos,
+        kv_pos) -> score of scalars in jnp, or a `pallas_flash.Score`, such as `ALiBi(slopes)`, whose fields may hold
+        tensors on the device of query; those of floats have a gradient.
       sinks: (Hq,), a logit of each head that joins the softmax of every row like the score of one more key, whose value
         is 0; never masked, capped or dropped. It may require grad.
       segment_ids: integers (batch, length) below 2^31, or a tuple of those of queries and those of keys: tokens attend
@@ -106,7 +113,7 @@ def flash_attention(
         raise messages.unknown_keyword(flash_attention, next(iter(unknown)))
     operands, numbers = prepare(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, causal_offset=causal_offset, window=window,
-        softcap=softcap, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
+        softcap=softcap, score=score, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
         dropout_p=dropout_p, scale=scale, deterministic=deterministic)
     out, found = attend(operands, numbers, sinks, return_lse)
     return out if found is None else (out, found)
@@ -118,7 +125,8 @@ flash_attention.__signature__ = messages.without_unknown(flash_attention)  # typ
 def prepare(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: torch.Tensor | None = None,
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
-    softcap: float | None = None, sinks: torch.Tensor | None = None, segment_ids: SegmentIds | None = None,
+    softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
+    segment_ids: SegmentIds | None = None,
     q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
     scale: float | None = None, deterministic: bool = False,
 ) -> tuple[Operands, Numbers]:
@@ -131,8 +139,11 @@ def prepare(
         lse.check_sinks(sinks, query)
     places = Places(is_causal, causal_offset, window, segment_ids, q_lengths, kv_lengths)
     operands, numbers = places.within(call.operands, call.numbers)
-    return operands, numbers._replace(softcap=checked_softcap(softcap),
-                                      deterministic=numbers.deterministic or deterministic)
+    numbers = numbers._replace(softcap=checked_softcap(softcap), deterministic=numbers.deterministic or deterministic)
+    if score is None:
+        return operands, numbers
+    name, floats, integers = scoring.named(score, operands.query)
+    return operands._replace(score_floats=floats, score_integers=integers), numbers._replace(score=name)
 
 
 def attend(operands: Operands, numbers: Numbers, sinks: torch.Tensor | None, return_lse: bool,

@@ -22,10 +22,9 @@ _INSTEAD = {
     "segment_ids": f"{_OURS}(segment_ids=...)",
     "return_lse": f"{_OURS}(return_lse=True)",
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), "torch_bridge.flash_attn.flash_attn_varlen_func"),
-    "alibi_slopes": "attn_mask=..., the slopes times the distances",
+    "alibi_slopes": f"{_OURS}(score=pallas_flash.ALiBi(slopes))",
     "deterministic": "torch.use_deterministic_algorithms(True)",
-    **dict.fromkeys(("score", "score_mod"), "attn_mask=... for what is added to the scores, or in JAX "
-                    "pallas_flash.flash_attention(score=...)"),
+    **dict.fromkeys(("score", "score_mod"), f"{_OURS}(score=...)"),
     **dict.fromkeys(("dropout_rng", "generator"), "torch.manual_seed"),
     "layout": "tensors (batch, heads, length, dim): x.transpose(1, 2) of the other order is not copied",
 }

@@ -1,7 +1,7 @@
 """The operators: schemas, fake versions and vmap rules, all registered at import and without importing JAX.
 
     pallas_flash::attention                  (out, stats): of each row lse and its rest, which the backward needs
-    pallas_flash::attention_backward         (dq, dk, dv, dbias)
+    pallas_flash::attention_backward         (dq, dk, dv, dbias, dscore_floats)
     pallas_flash::attention_double_backward  the derivative of that; float64 only
     pallas_flash::row_anchor                 what a bias was anchored at, which lse of stats leaves out; no derivative
     pallas_flash::dropout_seed               two numbers from torch's generator
@@ -26,6 +26,7 @@ from torch_bridge.arguments import (
     Attention,
     AttentionBackward,
     AttentionDoubleBackward,
+    Numbers,
     Operands,
     PerArray,
     RowAnchor,
@@ -198,9 +199,9 @@ def _one_by_one(operator: Operator, size: int, args: Sequence[object]) -> tuple[
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
 
-def _share_no_batch(operands: Operands) -> bool:
-    """Random bits depend on the batch index, and packed sequences have no batch."""
-    return operands.seed is not None or operands.q_starts is not None
+def _share_no_batch(operands: Operands, numbers: Numbers) -> bool:
+    """Random bits and score functions depend on the batch index, and packed sequences have no batch."""
+    return operands.seed is not None or operands.q_starts is not None or numbers.score is not None
 
 
 class _VmapInfo(Protocol):
@@ -214,8 +215,8 @@ _Mapped = tuple[tuple[torch.Tensor, ...], tuple[int, ...]]
 def _vmap_attention(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     size = info.batch_size
     args = tuple(_mapped_first(args, in_dims, size))
-    operands = Attention.of(args).operands
-    if _share_no_batch(operands):
+    operands, numbers, _ = Attention.of(args)
+    if _share_no_batch(operands, numbers):
         return _one_by_one(attention, size, args), (0, 0)
     batch = operands.query.shape[1]
     out, stats = attention(*(_into_batch(arg, batch) for arg in args))
@@ -226,8 +227,8 @@ def _vmap_attention(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: obj
 def _vmap_attention_backward(info: _VmapInfo, in_dims: tuple[int | None, ...], *args: object) -> _Mapped:
     size, axes = info.batch_size, (0,) * len(PerArray._fields)
     args = tuple(_mapped_first(args, (*in_dims[:-1], None), size))  # torch has one for each of the flags in `needs`
-    operands = AttentionBackward.of(args).operands
-    if _share_no_batch(operands):
+    operands, numbers, *_ = AttentionBackward.of(args)
+    if _share_no_batch(operands, numbers):
         return _one_by_one(attention_backward, size, args), axes
     batch = operands.query.shape[1]
     grads = attention_backward(*(_into_batch(arg, batch) for arg in args))
@@ -239,8 +240,8 @@ def _vmap_row_anchor(info: _VmapInfo, in_dims: tuple[int | None, ...],
                      *args: object) -> tuple[torch.Tensor, int]:
     size = info.batch_size
     args = tuple(_mapped_first(args, in_dims, size))
-    operands = RowAnchor.of(args).operands
-    if _share_no_batch(operands):
+    operands, numbers = RowAnchor.of(args)
+    if _share_no_batch(operands, numbers):
         each = [[arg[i] if isinstance(arg, torch.Tensor) else arg for arg in args] for i in range(size)]
         return torch.stack([row_anchor(*one) for one in each]), 0
     batch = operands.query.shape[1]

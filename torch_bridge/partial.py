@@ -83,9 +83,9 @@ def partial_attention_backward(
     _check("grad_out", grad_out, shape, (query.dtype, wide), query.device)
     _check("out", out, shape, (query.dtype, wide), query.device)
     _check("logsumexp", logsumexp, shape[:3], (wide,), query.device)
-    dq, dk, dv, _ = ops.attention_backward(*AttentionBackward(
+    dq, dk, dv, *_ = ops.attention_backward(*AttentionBackward(
         call.operands, call.numbers, Results(out, logsumexp), Cotangents(grad_out, None),
-        needs=PerArray(query=True, key=True, value=True, bias=False)).flat())
+        needs=PerArray(query=True, key=True, value=True, bias=False, score_floats=False)).flat())
     return dq, dk, dv
 
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import autodiff, softmax
+from pallas_flash import autodiff, scores, softmax
 from pallas_flash import spec as specs
 from pallas_flash.spec import AttentionSpec, Differentiable, Gradients
+from torch_bridge import score_names
 from torch_bridge.arguments import Operands, PerArray
 from torch_bridge.rules import Rule
 
@@ -36,11 +37,14 @@ class Program(NamedTuple):
         there = {*self.rule.given, "query", "key", "value"}
         there |= {"bias"} if spec.bias is not None else set()
         there |= {"seed"} if spec.dropout_rate else set()
+        there |= score_names.flat(spec.score)
         given = {name: next(arrays) for name in Operands._fields if name in there}
         seed = jax.lax.bitcast_convert_type(given["seed"], jnp.uint32) if spec.dropout_rate else None
         return specs.Operands(
-            q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"), score=(),
-            mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}), score_integers=(),
+            q=given["query"], k=given["key"], v=given["value"], bias=given.get("bias"),
+            score=score_names.split(scores.floats(spec.score), given.get("score_floats")),
+            mask=self.rule.mask(spec, {name: given[name] for name in self.rule.given}),
+            score_integers=score_names.split(scores.integers(spec.score), given.get("score_integers")),
             dropout_seed=seed, dropout_origin=None, page_table=None)
 
 
@@ -113,8 +117,9 @@ def _whole_stats(spec: AttentionSpec, stats: jax.Array) -> jax.Array:
     return jnp.stack(softmax.from_lse(stats, softmax.unit(spec.scale, spec.softcap)), axis=2)
 
 
-def _per_array[T](grads: Gradients[T]) -> PerArray[T | None]:
-    return PerArray(query=grads.dq, key=grads.dk, value=grads.dv, bias=grads.dbias)
+def _per_array(grads: Gradients[jax.Array]) -> PerArray[jax.Array | None]:
+    return PerArray(query=grads.dq, key=grads.dk, value=grads.dv, bias=grads.dbias,
+                    score_floats=score_names.joined(grads.dscore))
 
 
 @functools.lru_cache(maxsize=_MAX_PROGRAMS)
@@ -136,7 +141,8 @@ def double_backward(program: Program) -> Variants[tuple[bool, ...]]:
             return grads
         found, vjp = jax.vjp(first, operands.differentiable, dout, dstats)
         of_x, of_dout, of_dstats = vjp(_tangents(PerArray(*tangents), found))
-        return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias), of_dout, of_dstats)
+        return [x for x in (*PerArray(query=of_x.q, key=of_x.k, value=of_x.v, bias=of_x.bias,
+                                        score_floats=score_names.joined(of_x.score)), of_dout, of_dstats)
                 if x is not None]
     return Variants(derivative, program.where)
 
@@ -145,7 +151,8 @@ def _tangents(given: PerArray[jax.Array | None], grads: Gradients[jax.Array]) ->
     """The tangents of gradients, zeros for those that are None."""
     return Gradients(dq=_given_or_zero(given.query, grads.dq), dk=_given_or_zero(given.key, grads.dk),
                      dv=_given_or_zero(given.value, grads.dv),
-                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias), dscore=())
+                     dbias=None if grads.dbias is None else _given_or_zero(given.bias, grads.dbias),
+                     dscore=score_names.split(grads.dscore, given.score_floats))
 
 
 def _given_or_zero(array: jax.Array | None, like: jax.Array) -> jax.Array:

@@ -6,8 +6,9 @@
     heads,    query, out Shard(1),     likewise                       likewise                 of key and value partial
     one of kv key and value whole                                                              sums
 
-The gradient of a bias that is shared by the shards is a partial sum. Dropout draws by the position in the whole, so
-that a call with it, and one of another sharding, is computed whole on every device, from tensors that are gathered.
+The gradient of a bias that is shared by the shards is a partial sum. Dropout draws by the position in the whole, and a
+score function asks for it, so that a call with one of them, and one of another sharding, is computed whole on every
+device, from tensors that are gathered.
 """
 
 import math
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from torch_bridge import ops
-from torch_bridge.arguments import Attention, AttentionBackward, Operands, PerArray
+from torch_bridge.arguments import Attention, AttentionBackward, Numbers, Operands, PerArray
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -75,7 +76,7 @@ class _Split(NamedTuple):
         from torch.distributed.tensor import Replicate
 
         by_name = {name: self.of(x) for name, x in operands._asdict().items()}
-        whole = ["seed", "q_starts", "kv_starts"]
+        whole = ["seed", "q_starts", "kv_starts", "score_floats", "score_integers"]
         if self.axis == 1:
             whole += ["offsets", "q_lengths", "kv_lengths", "q_ids", "kv_ids"]
         if self.shares_kv:
@@ -91,11 +92,11 @@ class _Split(NamedTuple):
                 for needed, x in zip(needs, placed, strict=True)]
 
 
-def _splits(operands: Operands) -> list[_Split]:
+def _splits(operands: Operands, numbers: Numbers) -> list[_Split]:
     """The ways in which a call can be shared out."""
     query, value = operands.query, operands.value
     found, sizes = [_Split(None)], tuple(query.mesh.shape)  # type: ignore[attr-defined]  # a DTensorSpec
-    if operands.seed is not None:
+    if operands.seed is not None or numbers.score is not None:
         return found
     if query.shape[0] > 1 and operands.q_starts is None:
         found.append(_Split(0))
@@ -114,7 +115,7 @@ type _Rule = tuple[list[Placement | None], list[Placement | None]]
 def _of_forward(*args: object) -> Sequence[_Rule]:
     operands, numbers, needs_stats = Attention.of(args)
     rules = []
-    for split in _splits(operands):
+    for split in _splits(operands, numbers):
         placed = split.operands(operands)
         results = [placed[0], placed[0] if needs_stats else _Split(None).of(operands.query)]
         rules.append((results, [*placed, *(None for _ in numbers), None]))
@@ -124,7 +125,7 @@ def _of_forward(*args: object) -> Sequence[_Rule]:
 def _of_backward(*args: object) -> Sequence[_Rule]:
     operands, numbers, results, cotangents, needs = AttentionBackward.of(args)
     rules = []
-    for split in _splits(operands):
+    for split in _splits(operands, numbers):
         given = [split.of(x) for x in (*results, *cotangents)]
         rules.append((split.gradients(operands, needs),
                       [*split.operands(operands), *(None for _ in numbers), *given, None]))

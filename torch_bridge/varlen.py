@@ -95,7 +95,7 @@ def _backward(grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
     lse = logsumexp if query.dim() == 4 else logsumexp[None]
     grads = ops.attention_backward(*AttentionBackward(
         operands, numbers, Results(_with_batch(out), kept_lse.stats(lse)), Cotangents(_with_batch(grad_out), None),
-        PerArray(query=True, key=True, value=True, bias=False)).flat())[:3]
+        PerArray(query=True, key=True, value=True, bias=False, score_floats=False)).flat())[:3]
     found = (x.transpose(1, 2) for x in grads)
     return tuple(found if query.dim() == 4 else (x[0] for x in found))
 

@@ -457,7 +457,7 @@ def test_what_does_not_fit_is_never_read(launched):
     assert launched == []
     operands = Operands.of(q, k, v, **NONE)
     out, stats = ops.attention(*Attention(operands, FULL, True).flat())
-    needs = PerArray(True, True, True, False)
+    needs = PerArray(True, True, True, False, False)
     for results, dout in ((Results(out[:, :, :4], stats), out), (Results(out, stats[..., :4]), out),
                           (Results(out, stats.double()), out), (Results(out, stats), out[:, :1])):
         with pytest.raises(ValueError, match=r"must be Buffer\(shape=.*, got .*Pass the tensors of the forward"):

@@ -158,7 +158,7 @@ def assert_gradients_that_are_parts_touch_nothing_else(d, dim, deterministic):
     operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
     numbers = Numbers.of(causal_offset=0, scale=None, dropout_p=0.0)._replace(deterministic=deterministic)
     out, stats = routes.attend_saving(operands, numbers, then="backward_of_parts")
-    dout, needs, size = torch.randn_like(out), PerArray(True, True, True, False), query.numel() * 3
+    dout, needs, size = torch.randn_like(out), PerArray(True, True, True, False, False), query.numel() * 3
     memory = [torch.full((3 * size,), poison, device="cuda", dtype=BF16) for _ in range(3)]
     grads = [x[size:2 * size].view(shape).select(dim, 1).transpose(1, 2) for x in memory]
     assert lengths.write_gradients(operands, numbers, Results(out, stats), dout, tuple(grads), most=0)

@@ -271,7 +271,7 @@ def again(monkeypatch):
     return seen
 
 
-def calls(q, k, v, numbers=CAUSAL, needs=(True, True, True, False), dstats=None, **operands):
+def calls(q, k, v, numbers=CAUSAL, needs=(True, True, True, False, False), dstats=None, **operands):
     """Both operators: out, stats and the gradients."""
     operands = Operands.of(q, k, v, **(NONE | operands))
     results = ops.attention(*Attention(operands, numbers, True).flat())
@@ -303,7 +303,7 @@ def test_another_call_of_an_operator_is_not_known(again, launched, monkeypatch):
         del again[:]
         calls(q, k, v, **change)
         assert again == [], change
-    for change in (dict(needs=(True, False, True, False)), dict(dstats=stats)):
+    for change in (dict(needs=(True, False, True, False, False)), dict(dstats=stats)):
         del again[:]
         calls(q, k, v, **change)
         assert again == ["forward"], change

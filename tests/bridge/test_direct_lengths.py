@@ -229,7 +229,7 @@ def test_what_is_padded_changes_nothing(name):
     wide, more = exchange.forward(filled, numbers, True)
     torch.testing.assert_close(wide[:, :, :9], out)
     torch.testing.assert_close(more[..., 0, :9], stats[..., 0, :])
-    dout, dstats, needs = torch.randn_like(out), torch.randn_like(stats), PerArray(True, True, True, False)
+    dout, dstats, needs = torch.randn_like(out), torch.randn_like(stats), PerArray(True, True, True, False, False)
     dstats[:, :, 1] = 0
     dstats[torch.isinf(stats)] = 0
     wanted = exchange.backward(operands, numbers, Results(out, stats), Cotangents(dout, dstats), needs)

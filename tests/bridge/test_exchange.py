@@ -129,7 +129,8 @@ def test_nothing_is_moved_around_the_hopper_kernels(layout, shape):
     where = jax.devices("cpu")[0]
     rule = Rule(left=None, right=0, offset=0, ends_aligned=False, given=())
     program = programs.Program(problem, rule, "hopper", where)
-    given = programs.Given(PerArray(query=True, key=True, value=True, bias=False), has_dout=True, has_dstats=False)
+    needs = PerArray(query=True, key=True, value=True, bias=False, score_floats=False)
+    given = programs.Given(needs, has_dout=True, has_dstats=False)
     functions = [(programs.forward(program)[True], (x, x, x)),
                  (programs.backward(program)[given], (x, x, x, x, x, stats))]
     for function, arguments in functions:

@@ -196,7 +196,7 @@ def test_opcheck(quiet):
     torch.library.opcheck(ops.attention, (*call, True), test_utils=tests)
     torch.library.opcheck(ops.row_anchor, call, test_utils=tests)
     out, stats = ops.attention(*call, True)
-    torch.library.opcheck(ops.attention_backward, (*call, out, stats, torch.randn_like(out), None, [True] * 4),
+    torch.library.opcheck(ops.attention_backward, (*call, out, stats, torch.randn_like(out), None, [True] * 5),
                           test_utils=tests)
 
 
@@ -291,7 +291,7 @@ X, K = torch.zeros(Q), torch.zeros(KV)
     (dict(window=(-1, 0)), ValueError, "None, not -1, is no limit"),
     (dict(causal=True), TypeError, r"flash_attention\(\) got an unexpected .*'causal'. Use is_causal=True. It takes"),
     (dict(window_size=(3, 0)), TypeError, r"Use window=\(left, right\)\. It takes query, .* and deterministic"),
-    (dict(score=abs), TypeError, r"in JAX pallas_flash.flash_attention\(score=\.\.\.\)\. It takes"),
+    (dict(score_mod=abs), TypeError, r"Use score=\.\.\.\. It takes"),
     (dict(attn_mask=np.ones((L, S), bool)), TypeError, r"attn_mask must be a Tensor or None, got .*ndarray\. Pass"),
 ])
 def test_errors(keywords, error, message):

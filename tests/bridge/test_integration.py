@@ -152,7 +152,7 @@ def test_opcheck(kind, quiet):
 def test_opcheck_of_the_backward(quiet):
     args = [x.detach() if torch.is_tensor(x) else x for x in problem("masked")]
     out, lse = ops.attention(*args, True)
-    for needs in ([True] * 4, [False, True, False, False]):
+    for needs in ([True] * 5, [False, True, False, False, False]):
         torch.library.opcheck(KERNELS.attention_backward.default, (*args, out, lse, torch.randn_like(out), None, needs))
 
 

@@ -28,13 +28,19 @@ def kept(shape, device, *, is_causal=False, causal_offset=0, window=(None, None)
     return keep[:, None]
 
 
-def attention(query, key, value, *, attn_mask=None, softcap=None, sinks=None, scale=None, **places):
-    """(out, lse) of (batch, heads, length, dim), with the scores in memory; pairs that do not attend contribute 0."""
+def attention(query, key, value, *, attn_mask=None, softcap=None, score=None, sinks=None, scale=None, **places):
+    """(out, lse) of (batch, heads, length, dim), with the scores in memory; pairs that do not attend contribute 0.
+
+    score: a function of the scores and of the numbers of batch, head, query and key, in torch.
+    """
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     scores = query @ key.mT * (query.shape[3]**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if score is not None:
+        axes = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+        scores = score(scores, *(x.to(query.device) for x in axes))
     keep = kept((query.shape[0], *scores.shape[2:]), query.device, **places).expand_as(scores)
     if attn_mask is not None:
         keep = keep & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)

@@ -97,6 +97,7 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
+        (numbers.score is None, "it takes no score functions yet"),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
@@ -344,7 +345,7 @@ class DirectCall(NamedTuple):
             (found,) = self.direct.backward(operands, results, dout, dstats, "dbias")
             found = found[:, :, :bias.shape[2], :bias.shape[3]].to(bias.dtype)
             dbias = strides.with_strides(found, torch.empty_like(bias, device="meta").stride())
-        return PerArray(query=dq, key=dk, value=dv, bias=dbias)
+        return PerArray(query=dq, key=dk, value=dv, bias=dbias, score_floats=None)
 
     def may_write(self, grads: Sequence[torch.Tensor]) -> bool:
         """Whether `write_gradients` takes these: those of operands that are read where they lie, and stored alike."""

@@ -14,7 +14,7 @@ from torch_bridge.direct import attention, guards, shortcut
 __all__ = ["backward", "forward", "learn_backward", "learn_forward"]
 
 _NUM_ARRAYS, _MAX_RECENT = 3, 8
-_ALL = [True, True, True, False]  # the gradients that are needed
+_ALL = [True, True, True, False, False]  # the gradients that are needed
 _NUM_RESULTS = 5  # the last arguments of a backward: out, stats, dout, dstats and `needs`
 
 
@@ -58,7 +58,7 @@ def learn_forward(*args: object) -> None:
 
 def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
              *others: object) -> tuple[torch.Tensor, ...] | None:
-    """dq, dk, dv and dbias, which there is none of, of the arguments of `attention_backward`; None: as `forward`."""
+    """dq, dk, dv, and of dbias and dscore_floats, that there are none, of the arguments of `attention_backward`; None: as `forward`."""
     out, stats, dout, dstats, needs = others[-_NUM_RESULTS:]
     if dstats is not None or needs != _ALL or not attention.is_on() or not (
             isinstance(out, torch.Tensor) and isinstance(stats, torch.Tensor) and isinstance(dout, torch.Tensor)):
@@ -67,7 +67,7 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     for has, its, found in _backwards:
         if has(query, key, value) and its == others:
             grads = found.backward((query, key, value, out, stats), dout, _never)
-            return None if grads is None else (*grads, query.new_empty((0,)))
+            return None if grads is None else (*grads, query.new_empty((0,)), query.new_empty((0,)))
     return None
 
 
