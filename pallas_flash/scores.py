@@ -15,6 +15,7 @@ Kernels ask this file for a tile of scores at a time: `applied`, `value_and_slop
 """
 
 import dataclasses
+import dis
 import functools
 import inspect
 import numbers
@@ -237,11 +238,17 @@ def _held(function: object, seen: frozenset[int] = frozenset()) -> Iterator[tupl
         function = function.__func__
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return
-    outside = inspect.getclosurevars(function)
-    for name, value in (*outside.nonlocals.items(), *outside.globals.items()):
+    outside, read = inspect.getclosurevars(function), _globals_read(function.__code__)
+    of_module = ((name, value) for name, value in outside.globals.items() if name in read)  # not of like attributes
+    for name, value in (*outside.nonlocals.items(), *of_module):
         yield name, value
         if getattr(value, "__module__", None) == function.__module__ and callable(value):
             yield from _held(value, seen | {id(function)})
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_read(code: types.CodeType) -> frozenset[str]:
+    return frozenset(x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL")
 
 
 def _require_no_arrays(name: str, function: Callable[..., object]) -> tuple[tuple[str, object], ...]:
@@ -298,7 +305,8 @@ def _check_field(label: str, value: object) -> None:
             raise errors.invalid(f"{label} must be an array, or be hashable", f"type={type(value).__name__}",
                                  "pass a JAX or NumPy array, or a tuple of numbers") from error
     elif errors.is_torch(value):
-        raise errors.invalid(f"{label} must be a JAX or NumPy array", f"type={type(value).__name__}", "convert it, or call torch_bridge.flash_attention")
+        raise errors.invalid(f"{label} must be a JAX or NumPy array", f"type={type(value).__name__}",
+                             "convert it, or call torch_bridge.flash_attention")
 
 
 def _as_data(x: Shaped) -> Shaped:

@@ -110,8 +110,8 @@ class Numbers(NamedTuple):
     def of(cls, *, causal_offset: int | None, scale: float | None, dropout_p: float) -> "Numbers":
         """Those of SDPA: causal with an offset, or, for None, without a limit; deterministic as torch is told to be."""
         right, offset = (None, 0) if causal_offset is None else (0, causal_offset)
-        return cls(left=None, right=right, offset=offset, ends_aligned=False, softcap=None, score=None,
-                   scale=scale, dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
+        return cls(left=None, right=right, offset=offset, ends_aligned=False, softcap=None, score=None, scale=scale,
+                   dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), partial=False)
 
 
 class Results(NamedTuple):

@@ -121,14 +121,20 @@ def _name(score: scores.Score, dtype: np.dtype, is_plain: bool) -> str:
         except (TypeError, ValueError, NotImplementedError):  # there is no such derivative: who asks for it is told
             break
     name = digest.hexdigest()[:32]
-    if name not in _functions and is_plain:  # what the function reads may change, what was traced does not
-        for each in {dtype, np.dtype(np.float32)}:  # in which kernels look at a function, to say that they take no float64
-            with jax.enable_x64(each == np.float64):
-                closed = jax.make_jaxpr(lambda *given: value((), (), *given))(jax.ShapeDtypeStruct((), each), *args[3:])
-            _traced[name, str(each)] = jax.extend.core.jaxpr_as_fun(closed)
-        score = _Traced(name, str(score))
-    _functions.setdefault(name, score)
+    if name not in _functions:
+        _functions[name] = _as_traced(name, score, dtype) if is_plain else score
     return name
+
+
+def _as_traced(name: str, score: scores.Score, dtype: np.dtype) -> "_Traced":
+    """A plain function as it is now: what it reads may change. In float32, too, in which kernels look at any."""
+    value = _of_scalars(score)
+    for each in {dtype, np.dtype(np.float32)}:
+        number, place = jax.ShapeDtypeStruct((), each), jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.enable_x64(each == np.float64):
+            closed = jax.make_jaxpr(lambda *given: value((), (), *given))(number, place, place, place, place)
+        _traced[name, str(each)] = jax.extend.core.jaxpr_as_fun(closed)
+    return _Traced(name, str(score))
 
 
 def _of_scalars(score: scores.Score) -> Callable[..., Array]:

@@ -125,7 +125,7 @@ def _from_jax(array: object) -> torch.Tensor:
 @_constant
 def _name_of(score: object, kinds: tuple[tuple[tuple[int, ...], str], ...], is_float64: bool) -> str:
     from torch_bridge import score_names
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and _field_names(type(score)) is None:
         _compiled.append(score)
     return score_names.name_of(score, [score_names.ArrayKind(*x) for x in kinds], is_float64)
 
@@ -138,7 +138,7 @@ def _name_from(kind: type, static: tuple[tuple[str, object], ...], names: tuple[
 
 
 _compiled: list[object] = []
-"""The functions that programs were compiled for, which know them by their addresses: no other may get these."""
+"""The plain functions that programs were compiled for, which know them by their addresses: no other may get these."""
 
 
 def _hold_for_this_function(context: "ComptimeContext") -> None:

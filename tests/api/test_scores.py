@@ -436,6 +436,19 @@ def test_refused(score, message):
         explain(Q, KEY, V, score=score())
 
 
+@dataclasses.dataclass(frozen=True)
+class Shadowing(pf.Score):
+    GLOBAL: jax.Array
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        return score + self.GLOBAL[head]
+
+
+def test_a_field_is_no_global_of_its_name():
+    """A script whose class had a field called like an array of the script was told that it reads that array."""
+    assert "Shadowing" in explain(Q, KEY, V, score=Shadowing(SLOPES))
+
+
 def test_arrays_of_a_program_are_refused_in_functions():
     for transform in (jax.jit, jax.grad):
         with pytest.raises(ValueError, match="must not hold arrays"):

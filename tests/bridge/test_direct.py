@@ -350,9 +350,10 @@ OTHERWISE = {
     "q_ids": torch.zeros(1, 5, dtype=torch.int32), "kv_ids": torch.zeros(1, 5, dtype=torch.int32),
     "q_starts": torch.zeros(2, dtype=torch.int32), "kv_starts": torch.zeros(2, dtype=torch.int32),
     "left": 1, "right": None, "offset": 1, "softcap": 2.0, "scale": 0.5, "dropout_p": 0.5, "deterministic": True,
-    "partial": True, "ends_aligned": True,
+    "partial": True, "ends_aligned": True, "score": "a name",
 }
-WITHOUT_EFFECT = {"seed": "its numbers are read, and there is one wherever there is dropout"}
+WITHOUT_EFFECT = {"seed": "its numbers are read, and there is one wherever there is dropout",
+                  **dict.fromkeys(("score_floats", "score_integers"), "there are none without a score")}
 
 
 def test_every_argument_is_in_the_problem_or_refused():
@@ -383,6 +384,17 @@ def test_windows_and_soft_caps(launched, arguments):
     assert launched == BOTH
     for x, exact in zip(found, (out, *torch.autograd.grad(out, wide, torch.ones_like(out))), strict=True):
         torch.testing.assert_close(x.double(), exact, atol=3e-2, rtol=3e-2)
+
+
+def test_a_score_function_goes_through_dlpack(launched):
+    tensors = qkv((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16)
+    torch_bridge.report(reset=True)
+    out = torch_bridge.flash_attention(*tensors, score=lambda score, *_: score * 0.5)
+    same = torch_bridge.flash_attention(*tensors, scale=0.5 * 8**-0.5)
+    assert launched == ["forward"]
+    torch.testing.assert_close(out, same, atol=2e-2, rtol=2e-2)
+    (row,) = (row for row in torch_bridge.report() if "score=" in row.problem)
+    assert "not launched directly: it takes no score functions yet" in row.reasons
 
 
 def test_a_scale_that_is_no_number_is_refused_as_elsewhere(launched):

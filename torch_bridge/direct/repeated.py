@@ -58,7 +58,7 @@ def learn_forward(*args: object) -> None:
 
 def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
              *others: object) -> tuple[torch.Tensor, ...] | None:
-    """dq, dk, dv, and of dbias and dscore_floats, that there are none, of the arguments of `attention_backward`; None: as `forward`."""
+    """dq, dk, dv, and no dbias and dscore_floats, of the arguments of `attention_backward`; None: as `forward`."""
     out, stats, dout, dstats, needs = others[-_NUM_RESULTS:]
     if dstats is not None or needs != _ALL or not attention.is_on() or not (
             isinstance(out, torch.Tensor) and isinstance(stats, torch.Tensor) and isinstance(dout, torch.Tensor)):
