@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from pallas_flash import dropout
+from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
-from pallas_flash.kernels.hopper import compiler
-from pallas_flash.kernels.hopper.wide import copies
-from pallas_flash.kernels.mosaic import cache_rules, mask_rules, mask_score, score_rules
+from pallas_flash.kernels.hopper import compiler, wide
+from pallas_flash.kernels.mosaic import cache_rules, mask_rules, mask_score, prefill, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
+__all__ = ["backward_of", "copies", "finds_lost", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 512
@@ -43,7 +42,11 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
+    of_prefill: list[str] = []
+    if prefill.is_needed(spec):
+        of_prefill, spec = prefill.not_measured(spec), prefill.ordinary(spec)
+    rules = (*((True, what) for what in of_prefill),
+             (bool(spec.dropout_moved), "dropout of a part of a problem"),
              (bool(mask_score.own_parts(spec)), "a mask of another class that holds arrays"),
              (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
              (spec.cache_scales is not None, "a cache in eight bits"))
@@ -56,10 +59,24 @@ def backward_of(spec: AttentionSpec) -> str | None:
     return None if filled_part(spec.mask) is None else "xla"
 
 
+def copies(spec: AttentionSpec) -> padding.Copies | None:
+    """What is copied around the kernels, because they compute another problem."""
+    if prefill.is_needed(spec):
+        return prefill.copies(spec, wide.copies(prefill.ordinary(spec)))
+    return wide.copies(spec)
+
+
+def finds_lost(spec: AttentionSpec) -> bool:
+    """Whether the forward is the kernel against a cache, which gives NaN for sequences that have lost keys."""
+    return filled_part(spec.mask) is not None and not prefill.is_needed(spec)
+
+
 def takes_sinks(spec: AttentionSpec) -> bool:
     """Whether the forward computes `AttentionSpec.sinks`: against a cache; and in the epilogue, unless a bias moves the
     scores of a row (`AttentionSpec.anchor`), or inputs are float32.
     """
+    if prefill.is_needed(spec):
+        return takes_sinks(prefill.ordinary(spec))
     in_epilogue = SINKS_HAVE_RUN and spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
     return filled_part(spec.mask) is not None or in_epilogue
 
@@ -92,6 +109,8 @@ def _compiler_reasons() -> list[str]:
 
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
+    if prefill.is_needed(spec):
+        return prefill.why_not(spec, _spec_reasons)
     dims = f"d={spec.d}, d_v={spec.d_v}"
     rules = (
         (isinstance(spec.batch, int),
