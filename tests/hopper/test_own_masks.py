@@ -62,6 +62,17 @@ class Sorted(Mask):
         return jnp.sort(jnp.asarray(self.ids))[kv_pos] > jnp.searchsorted(jnp.asarray(self.ids), q_pos)
 
 
+@dataclasses.dataclass(frozen=True)
+class OfTiles(Mask):
+    """Wants arrays of positions, not one pair."""
+
+    length: Any
+
+    def keep(self, q_pos, kv_pos):
+        assert kv_pos.ndim > 0
+        return kv_pos < jnp.asarray(self.length)
+
+
 def groups(length, shift=0):
     return (np.arange(length, dtype=np.int32) // 7 + shift) % 3
 
@@ -145,6 +156,8 @@ def reasons(**options):
 def test_what_is_refused_says_what_to_do():
     refused, = reasons(mask=Sorted(np.arange(KV_LEN, dtype=np.int32)))
     assert "Sorted" in refused and "Dense" in refused
+    refused, = reasons(mask=OfTiles(np.array([33], np.int32)))  # whatever it raises, others run it
+    assert "keep must work on one pair, AssertionError" in refused
     refused, = reasons(mask=MINE, bias=(1, 1, 1, KV_LEN))
     assert "Groups" in refused and "beside" in refused
     refused, = reasons(mask=MINE, d=264, d_v=264)
