@@ -178,7 +178,7 @@ def flash_attn_with_kvcache(
     """
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
-    numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
+    numbers = softmax_scale, causal, window_size, softcap, k is None, v is None, block_table is None
     usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
         if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
