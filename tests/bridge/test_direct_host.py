@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_calls_are_right_where_torch_makes_tensors_otherwise(way, short, launche
     for again in range(2):
         check(qkv((2, 4, 9, 16), (2, 4, 12, 16), (2, 4, 12, 8), dtype=BF16), **OPTIONS)
         assert short == BOTH * again
+
+
+def test_memory_is_first_tried_on_the_device_alone(monkeypatch):
+    """Regression: threads that load a plan are on the first GPU, where each process then had a context."""
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    def make(shape, strides, dtype):
+        return SimpleNamespace(shape=shape, stride=lambda: strides, dtype=dtype, device=entered[-1])
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", SimpleNamespace(_empty_strided_cuda=make))
+    device = torch.device("cuda", 1)
+    assert allocation.maker(device) is make and entered == [device, None]
 
 
 def test_a_variable_is_asked_for_where_python_keeps_variables_elsewhere(monkeypatch):
