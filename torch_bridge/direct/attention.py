@@ -231,7 +231,8 @@ class Direct:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, program.reasons_by_name)
         if "dstats" in program.buffers:  # what reads a cotangent of the statistics
-            self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
+            if self._zeros is None:  # its address is known to shortcuts, and to captured graphs
+                self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
         elif pass_name == "forward":
             self.unread = shared.unread(program.buffers["stats"].shape, self.device)
         return program, Runner(program, self.device)

@@ -112,18 +112,19 @@ class Shortcut:
           may_be_learned: says of a kind that is not known whether nothing intercepts calls of plain tensors.
         """
         query, key, value, out, stats = saved
-        addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-                                        stats.data_ptr(), dout.data_ptr())
-        if (a | b | c | d | e | f) & UNALIGNED or not self._backward.has(query, key, value, out, stats, dout):
-            if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
-                return None
-            if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
-                return None
-            if not self._out.is_like(dout, self.device):
-                dout = self._out.make(self.device).copy_(dout)
-                addresses = (*addresses[:-1], dout.data_ptr())
-            self._learn((*saved, dout))
-        return self._launch_backward(addresses)
+        if self._backward.has(query, key, value, out, stats, dout):  # first: what is not plain may have no address
+            addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+                                            stats.data_ptr(), dout.data_ptr())
+            if not (a | b | c | d | e | f) & UNALIGNED:
+                return self._launch_backward(addresses)
+        if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
+            return None
+        if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
+            return None
+        if not self._out.is_like(dout, self.device):
+            dout = self._out.make(self.device).copy_(dout)
+        self._learn((*saved, dout))
+        return self._launch_backward((*(x.data_ptr() for x in saved), dout.data_ptr()))
 
     def learn_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor) -> bool:
         """Has the backwards of tensors like these known to `backward`, if they are read where they lie, and one has
