@@ -336,6 +336,31 @@ def test_another_call_of_an_operator_is_not_known(again, launched, monkeypatch):
     assert again == []
 
 
+def test_calls_that_are_copied_leave_the_known_ones_known(again, launched):
+    """Regression: each call of a misaligned tensor was one more of the few kinds that are kept."""
+    tensors = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16, requires_grad=False)
+    calls(*tensors)
+    for _ in range(9):
+        calls(*(moved(x).detach() for x in tensors))
+    assert again == [] and len(repeated._forwards) == len(repeated._backwards) == 1
+    calls(*tensors)
+    assert again == BOTH
+
+
+@pytest.mark.parametrize("change", [torch._neg_view, lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype)],
+                         ids=["negative", "zeros"])
+@pytest.mark.parametrize("which", range(3))
+def test_numbers_that_are_not_in_memory_are_not_read_there(again, launched, change, which):
+    """Regression: of the second call of an operator, the opposite numbers were read, and zeros at address 0."""
+    tensors = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16, requires_grad=False)
+    tensors[which] = change(tensors[which])
+    wanted = calls(*(x.resolve_neg() + 0 for x in tensors))
+    del again[:]
+    for _ in range(3):
+        assert all(map(torch.equal, calls(*tensors), wanted))
+    assert again == []
+
+
 def test_modes_and_records_see_a_call_that_is_known(again, launched):
     q, k, v = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16, requires_grad=False)
     wanted = calls(q, k, v)

@@ -13,7 +13,7 @@ import torch
 
 from torch_bridge import streams
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import allocation, attention, guards
+from torch_bridge.direct import allocation, attention, guards, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
@@ -47,7 +47,7 @@ class _Stored(NamedTuple):
     def is_like(self, tensor: torch.Tensor, device: torch.device) -> bool:
         """Whether a tensor is stored like this, and can be read at its address."""
         return (tensor.stride() == self.strides and tensor.shape == self.shape and tensor.dtype == self.dtype
-                and tensor.device == device and _is_readable(tensor))
+                and tensor.device == device and storage.is_readable(tensor))
 
 
 class _Storage(NamedTuple):
@@ -224,16 +224,10 @@ _OPTIONS = slice(-4, -1)  # of a name: is_causal, scale, enable_gqa
 def find(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Shortcut | None:
     """The shortcut of a call; None: there is none yet, or a tensor must be copied."""
     found = _shortcuts.get(name)
-    if found is None or not all(map(_is_readable, (query, key, value))):
+    if found is None or not all(map(storage.is_readable, (query, key, value))):
         return None
     _note(name, query, key, value, found)
     return found
-
-
-def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether what lies at the tensor's address is its numbers: it may be negated, or have no memory, and be zeros."""
-    address = tensor.data_ptr()
-    return bool(address) and not address % ALIGNMENT and not tensor.is_neg()
 
 
 def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
