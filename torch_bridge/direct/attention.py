@@ -140,7 +140,7 @@ def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName 
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
-    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, pass_name == "dbias"))
+    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, _alone(pass_name)))
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -282,7 +282,7 @@ class Direct:
         """
         if pass_name in self.runners:
             return True
-        kind = *self.key, pass_name == "dbias"
+        kind = *self.key, _alone(pass_name)
         if kind in _reasons:
             return False
         self.require_no_capture(pass_name)
@@ -294,7 +294,7 @@ class Direct:
             _reasons[kind] = str(error)
             return False
         except (NoPlanError, driver.DriverError) as error:
-            way = "to the kernels of attention with lengths" if pass_name == "decode" else "through DLPack"
+            way = _INSTEAD.get(pass_name, "through DLPack")
             said.warn_of_fallback(f"the {pass_name} of {self.problem} goes {way}", str(error), VARIABLE)
             _reasons[kind] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
@@ -314,8 +314,15 @@ class Direct:
 
 _Key = tuple[AnyProblem, torch.device]
 _directs: dict[_Key, Direct] = {}
-_reasons: dict[tuple[AnyProblem, torch.device, bool], str] = {}
-"""Why there is no plan, of the problems of which one could not be made; of the gradient of a bias by itself (True)."""
+_reasons: dict[tuple[AnyProblem, torch.device, PassName | None], str] = {}
+"""Why there is no plan, of the problems of which one could not be made; by itself of the passes that `_alone` names."""
+_INSTEAD: dict[PassName, str] = {"decode": "to the kernels of attention with lengths",
+                                 "backward_of_parts": "to that of dense gradients, which are copied"}
+
+
+def _alone(pass_name: PassName) -> PassName | None:
+    """The pass, if others of its problem may have plans where it has none."""
+    return pass_name if pass_name in ("dbias", "backward_of_parts") else None
 
 
 class DirectCall(NamedTuple):
