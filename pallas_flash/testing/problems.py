@@ -445,6 +445,8 @@ def features(length: int = 4096, heads: int = 16, d: int = 128) -> list[Problem]
         "padding-full": ("booleans (batch, 1, 1, length)", dict(mask=padding, plain=Plain(Full()))),
         "dropout": ("one weight in ten is dropped", dict(dropout_rate=0.1)),
         "sinks": ("a learned sink of each head", dict(sinks=True, learned=("sinks",))),
+        "window-sinks": ("a window of a quarter of the keys, and a learned sink of each head",
+                         dict(mask=window, sinks=True, learned=("sinks",))),
         "window-softcap": ("a window of a quarter of the keys, and a soft cap", dict(mask=window, softcap=2.0)),
     }
     common: _Fields = dict(batch=4, q_heads=heads, kv_heads=heads, mask=Causal(), plain=Plain(Causal()),
