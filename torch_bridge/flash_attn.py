@@ -71,7 +71,7 @@ def flash_attn_qkvpacked_func(
     read it, and write its gradient, where they lie (docs/torch_bridge.md, "Packed tensors").
     """
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
+    return _returned(*_dense(packed.parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
 
 def flash_attn_kvpacked_func(
@@ -81,7 +81,7 @@ def flash_attn_kvpacked_func(
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
+    return _returned(*_dense((q, *packed.parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
 
 
 def flash_attn_varlen_func(
@@ -122,7 +122,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen(_parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
+    return _returned(*_varlen(packed.parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
                               return_attn_probs, (qkv,)))
 
 
@@ -134,7 +134,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen((q, *_parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
+    return _returned(*_varlen((q, *packed.parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
                               return_attn_probs, (q, kv)))
 
 
@@ -464,15 +464,6 @@ def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: to
 
 def _returned(out: torch.Tensor, lse: torch.Tensor | None) -> Returned:
     return out if lse is None else (out, lse, None)
-
-
-def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
-    """The tensors that are packed in the third axis from the end."""
-    if tensor.dim() != axes or tensor.shape[-3] != count:
-        shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
-        raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",
-                            "Stack the tensors in that axis")
-    return tensor.unbind(-3)
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:

@@ -140,7 +140,7 @@ def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName 
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
-    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, _alone(pass_name)))
+    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, _ALONE.get(pass_name)))
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -282,7 +282,7 @@ class Direct:
         """
         if pass_name in self.runners:
             return True
-        kind = *self.key, _alone(pass_name)
+        kind = *self.key, _ALONE.get(pass_name)
         if kind in _reasons:
             return False
         self.require_no_capture(pass_name)
@@ -315,14 +315,10 @@ class Direct:
 _Key = tuple[AnyProblem, torch.device]
 _directs: dict[_Key, Direct] = {}
 _reasons: dict[tuple[AnyProblem, torch.device, PassName | None], str] = {}
-"""Why there is no plan, of the problems of which one could not be made; by itself of the passes that `_alone` names."""
+"""Why there is no plan, of the problems of which one could not be made; by itself of a pass of `_ALONE`."""
+_ALONE: dict[PassName, PassName] = {"dbias": "dbias", "backward_of_parts": "backward_of_parts"}
 _INSTEAD: dict[PassName, str] = {"decode": "to the kernels of attention with lengths",
                                  "backward_of_parts": "to that of dense gradients, which are copied"}
-
-
-def _alone(pass_name: PassName) -> PassName | None:
-    """The pass, if others of its problem may have plans where it has none."""
-    return pass_name if pass_name in ("dbias", "backward_of_parts") else None
 
 
 class DirectCall(NamedTuple):
