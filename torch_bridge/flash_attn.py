@@ -69,7 +69,7 @@ def flash_attn_qkvpacked_func(
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim): see docs/torch_bridge.md."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
+    return _returned(*_dense(packed.parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
 
 def flash_attn_kvpacked_func(
@@ -79,7 +79,7 @@ def flash_attn_kvpacked_func(
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
+    return _returned(*_dense((q, *packed.parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
 
 
 def flash_attn_varlen_func(
@@ -120,7 +120,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen(_parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
+    return _returned(*_varlen(packed.parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
                               return_attn_probs, (qkv,)))
 
 
@@ -132,7 +132,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen((q, *_parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
+    return _returned(*_varlen((q, *packed.parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
                               return_attn_probs, (q, kv)))
 
 
@@ -176,7 +176,7 @@ def flash_attn_with_kvcache(
     """
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
-    numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
+    numbers = softmax_scale, causal, window_size, softcap, k is None, v is None, block_table is None
     usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
         if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
@@ -462,15 +462,6 @@ def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: to
 
 def _returned(out: torch.Tensor, lse: torch.Tensor | None) -> Returned:
     return out if lse is None else (out, lse, None)
-
-
-def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
-    """The tensors that are packed in the third axis from the end."""
-    if tensor.dim() != axes or tensor.shape[-3] != count:
-        shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
-        raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",
-                            "Stack the tensors in that axis")
-    return tensor.unbind(-3)
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:
