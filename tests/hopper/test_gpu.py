@@ -458,8 +458,10 @@ def test_gradients_of_a_long_sequence(deterministic):
 ONE_CALL = """
 import json, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from pallas_flash import Causal, SegmentIds, flash_attention
+from pallas_flash import Causal, Dense, SegmentIds, flash_attention
+from pallas_flash.kernels.hopper import support
 
+support.SINKS_HAVE_RUN = True
 direction, implementation, options, length, d = *sys.argv[1:4], *map(int, sys.argv[4:])
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
@@ -467,11 +469,15 @@ draw = lambda seed: np.random.default_rng(seed).standard_normal((1, length, 2, d
 arrays = jax.block_until_ready([jax.device_put(draw(seed)) for seed in range(4)])
 ids = np.arange(length)[None] // 70
 options = {"plain": dict(mask=Causal()), "documents": dict(mask=Causal() & SegmentIds(ids, ids)),
-           "dropout": dict(mask=Causal(), dropout_rate=0.1, dropout_rng=jax.random.key(0))}[options]
-attend = lambda *qkv: flash_attention(*qkv, **options, implementation=implementation)
+           "dropout": dict(mask=Causal(), dropout_rate=0.1, dropout_rng=jax.random.key(0)),
+           "dense": dict(mask=Dense(np.random.default_rng(0).random((length, length)) < 0.3)),
+           "bias": dict(mask=Causal(), bias=jax.device_put(np.ones((1, 2, length, length), jnp.bfloat16))),
+           "sinks": dict(mask=Causal(), sinks=jax.device_put(np.ones(2, np.float32)))}[options]
+learned = {name: options.pop(name) for name in ("bias", "sinks") if name in options}  # their gradients, too
+attend = lambda q, k, v, learned: flash_attention(q, k, v, **options, **learned, implementation=implementation)
 
 def run(q, k, v, dout):
-    return attend(q, k, v) if direction == "forward" else jax.vjp(attend, q, k, v)[1](dout)
+    return attend(q, k, v, learned) if direction == "forward" else jax.vjp(attend, q, k, v, learned)[1](dout)
 
 start = time.perf_counter()
 found = jax.block_until_ready(jax.jit(run).lower(*arrays).compile()(*arrays))
@@ -481,9 +487,9 @@ assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves
 
 
 def one_call(direction: str, length: int, d: int, *prefix: str, options: str = "plain",
-             **environment: str) -> subprocess.CompletedProcess:
+             implementation: str = IMPLEMENTATION, **environment: str) -> subprocess.CompletedProcess:
     """A causal call in a process of its own, which prints the seconds it took and how often the cache had it."""
-    command = [*prefix, sys.executable, "-c", ONE_CALL, direction, IMPLEMENTATION, options, str(length), str(d)]
+    command = [*prefix, sys.executable, "-c", ONE_CALL, direction, implementation, options, str(length), str(d)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
@@ -505,13 +511,10 @@ def test_a_cold_call_takes_five_seconds_and_the_cache_serves_the_next_process(di
     assert warm["hits"] > 0, warm
 
 
-@pytest.mark.timeout(240)
-@each_direction
-@pytest.mark.parametrize(("tool", "options"), (
-    ("memcheck", "plain"), ("memcheck", "documents"), ("memcheck", "dropout"), ("initcheck", "plain"),
-    ("initcheck", "dropout")))  # initcheck takes minutes for what XLA does beside the kernels for documents
-def test_compute_sanitizer_finds_nothing(direction, tool, options):
-    """Each array is an allocation of its own, so that what lies past its end is not another one's.
+def check(direction: str, tool: str, options: str, implementation: str) -> None:
+    """Runs a small call under a tool of `compute-sanitizer`, of which nothing may be found in our kernels.
+
+    Each array is an allocation of its own, so that what lies past its end is not another one's.
 
     initcheck does not see what TMA writes: to it, a result copied to the host was never written, nor were dq's sums,
     which the last kernel reads. So it is asked about what our other kernels read.
@@ -519,11 +522,25 @@ def test_compute_sanitizer_finds_nothing(direction, tool, options):
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ""}/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
-    check = (program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no")
-    done = one_call(direction, 200, 64, *check, options=options, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
+    of_tool = (("--racecheck-report", "all", "--kernel-regex", "kns=attention_") if tool == "racecheck" else
+               ("--report-api-errors", "no"))
+    command = program, "--tool", tool, "--error-exitcode", "9", *of_tool
+    done = one_call(direction, 200, 64, *command, options=options, implementation=implementation,
+                    XLA_PYTHON_CLIENT_ALLOCATOR="platform")
     text = done.stdout + done.stderr
     if tool == "initcheck":
         assert "ERROR SUMMARY" in text and "\"hits\"" in text, text[-4000:]
         assert not re.search(r"Uninitialized[^\n]*\n[^\n]*attention_(?!backward_finish)", text), text[-4000:]
     else:
-        assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in text, text[-4000:]
+        summary = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+        assert done.returncode == 0 and summary in text, text[-4000:]
+
+
+@pytest.mark.timeout(240)
+@each_direction
+@pytest.mark.parametrize(("tool", "options"), (
+    *(("memcheck", options) for options in ("plain", "documents", "dropout", "dense", "bias", "sinks")),
+    *(("racecheck", options) for options in ("plain", "documents", "dense", "bias", "sinks")),
+    ("initcheck", "plain"), ("initcheck", "dropout")))  # initcheck takes minutes for what XLA does for documents
+def test_compute_sanitizer_finds_nothing(direction, tool, options):
+    check(direction, tool, options, IMPLEMENTATION)
