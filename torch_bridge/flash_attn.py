@@ -370,8 +370,7 @@ class Cached(NamedTuple):
             out, lse = cached.attend_traced(*self.decoding(), return_lse)
         else:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
-        slopes = self._slopes()
-        if slopes is not None:
+        if (slopes := self._slopes()) is not None:
             to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
             lse = _with_query_bias(lse, slopes[..., None], to_last[None])
         return out.transpose(1, 2), lse
