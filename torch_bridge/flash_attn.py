@@ -68,7 +68,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
-    read it, and write its gradient, where they lie (docs/torch_bridge.md, "Packed tensors").
+    read it where it lies; of its gradient see docs/torch_bridge.md, "Packed tensors".
     """
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
