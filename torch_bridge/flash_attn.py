@@ -67,7 +67,9 @@ def flash_attn_qkvpacked_func(
     window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
-    """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim): see docs/torch_bridge.md."""
+    """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
+    read it where it lies; of its gradient see docs/torch_bridge.md, "Packed tensors".
+    """
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_dense(packed.parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
@@ -368,8 +370,7 @@ class Cached(NamedTuple):
             out, lse = cached.attend_traced(*self.decoding(), return_lse)
         else:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
-        slopes = self._slopes()
-        if slopes is not None:
+        if (slopes := self._slopes()) is not None:
             to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
             lse = _with_query_bias(lse, slopes[..., None], to_last[None])
         return out.transpose(1, 2), lse
