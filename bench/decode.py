@@ -3,7 +3,8 @@
 Beside `cache.attend`: the Hopper kernel, where another one is named; its reads alone, without a product, which nothing
 that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from PyTorch;
 and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, and its flex_attention, compiled, which
-splits keys for few queries, where keys are contiguous and sequences fill the cache.
+splits keys for few queries, where keys are contiguous and sequences fill the cache. Where more queries share a key
+head than the kernel takes, the ordinary kernels run in its place, beside `xla`, and there are no reads alone.
 Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
@@ -24,6 +25,7 @@ from bench import chain, environment, records, timing, torch_contestants
 from pallas_flash import cache, device, dispatch, quantised
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
+from pallas_flash.kernels.mosaic.cache_rules import MAX_ROWS
 from pallas_flash.masks import Causal
 from pallas_flash.spec import AttentionSpec
 
@@ -112,6 +114,10 @@ PROBLEMS = {
     "b16-s16384-d256-eight": Problem(16, 16_384, d=256, eight=True),
     "b1-s16384-eight": Problem(1, 16_384, eight=True),
     "b16-s32768-pages-16-eight": Problem(16, 32_768, page=16, eight=True),
+    "b1-s8192-q8192": Problem(1, 8192, q_len=8192), "b1-s32768-q17": Problem(1, 32_768, q_len=17),
+    **{f"b16-s4096-q{count}": Problem(16, 4096, q_len=count) for count in (17, 64, 512)},
+    "b16-s4096-q9-64-heads": Problem(16, 4096, (64, 8), q_len=9), "b16-s4096-mqa-71": Problem(16, 4096, (71, 1), d=64),
+    **{f"b16-s4096-pages-16-q{count}": Problem(16, 4096, q_len=count, page=16) for count in (17, 512)},
 }
 
 Calls = dict[str, Callable[[int], timing.Call]]
@@ -227,7 +233,10 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
         return found
     if implementation != "hopper":
         found["hopper"] = _jax_calls("hopper", q, filled, more)
-    found["reads"] = _reads(problem, q, filled)
+    if problem.q_len * problem.heads[0] // problem.heads[1] > MAX_ROWS:
+        found["xla"] = _jax_calls("xla", q, filled, more)
+    else:
+        found["reads"] = _reads(problem, q, filled)
     has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
     if has_torch and not more:
         found["bridge"] = _bridge(problem, q, filled)

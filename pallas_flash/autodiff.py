@@ -59,7 +59,7 @@ def forward(spec: AttentionSpec, name: str, operands: Operands, *, where: Device
 
     def run(operands: Operands) -> Results[Array]:
         implementation = dispatch.get(name)
-        if implementation.finds_lost and not spec.is_empty:
+        if implementation.finds_lost(spec) and not spec.is_empty:
             with _on(where):
                 return implementation.forward(spec, operands)
         return _marked_lost(spec, operands, _forward_within(spec, implementation, where, operands))

@@ -55,7 +55,7 @@ def _itself(spec: AttentionSpec) -> None:
     del spec
 
 
-def _no_sinks(spec: AttentionSpec) -> bool:
+def _never(spec: AttentionSpec) -> bool:
     del spec
     return False
 
@@ -88,8 +88,8 @@ class Implementation:
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
         its own.
       copies: (spec) -> what is copied around the kernels, because they compute another problem; None: nothing.
-      finds_lost: its forward takes lengths of a cache as they are, also above the capacity, and gives NaN for sequences
-        that have lost keys; for the others `autodiff` does.
+      finds_lost: (spec) -> whether its forward takes lengths of a cache as they are, also above the capacity, and
+        gives NaN for sequences that have lost keys; for the others `autodiff` does.
       takes_sinks: (spec) -> whether its forward computes `AttentionSpec.sinks`; for the others `autodiff` adds them to
         the results.
       merges: the module that merges results of parts of a problem in its kernels; None: XLA does, beside them.
@@ -107,8 +107,8 @@ class Implementation:
     not_measured: Callable[[AttentionSpec], list[str]] = _all_measured
     backward_of: Callable[[AttentionSpec], str | None] = _itself
     copies: Callable[[AttentionSpec], padding.Copies | None] = _no_copies
-    finds_lost: bool = False
-    takes_sinks: Callable[[AttentionSpec], bool] = _no_sinks
+    finds_lost: Callable[[AttentionSpec], bool] = _never
+    takes_sinks: Callable[[AttentionSpec], bool] = _never
     merges: str | None = None
 
     def merging(self) -> ModuleType | None:
@@ -150,7 +150,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.hopper.defaults:assume",
                               "pallas_flash.kernels.hopper.schedule:kernels")), hopper.is_made_for,
                    "pallas_flash.kernels.hopper.calls:passes", hopper.not_measured, hopper.backward_of, hopper.copies,
-                   finds_lost=True, takes_sinks=hopper.takes_sinks, merges="pallas_flash.kernels.hopper.merging"),
+                   hopper.finds_lost, hopper.takes_sinks, merges="pallas_flash.kernels.hopper.merging"),
     Implementation("ampere", "Mosaic GPU kernels with mma.sync, for compute capability 8.0 and higher", ampere.why_not,
                    True, False, ("pallas_flash.kernels.ampere.calls", "pallas_flash.kernels.ampere.calls"),
                    (Schedules("pallas_flash.kernels.ampere.defaults:default_forward",
@@ -162,7 +162,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
                               "pallas_flash.kernels.ampere.defaults:assume",
                               "pallas_flash.kernels.ampere.schedule:kernels")), ampere.is_made_for,
                    "pallas_flash.kernels.ampere.calls:passes", ampere.not_measured, ampere.backward_of, ampere.copies,
-                   finds_lost=True, takes_sinks=ampere.takes_sinks),
+                   ampere.finds_lost, ampere.takes_sinks),
     Implementation("xla", "blockwise attention in plain JAX, O(length) memory", _anything, True, False,
                    ("pallas_flash.kernels.xla.forward", "pallas_flash.kernels.xla.backward"),
                    (Schedules("pallas_flash.kernels.xla.schedule:default"),
@@ -224,6 +224,8 @@ class Decision:
             kernels = pkgutil.resolve_name(schedules.kernels)(schedule) if schedules.kernels else ()
             of = () if row is self.implementation else (f"that of {row.name!r}",)
             lines.append(f"  {name}: " + ", ".join((*of, *kernels, str(schedule))))
+            if copies is not None and i == 0 and copies.instead:
+                lines.append(f"    runs {copies.instead}")
             if copies is not None and (said := getattr(copies, name)):
                 lines.append(f"    copies: {said}")
         return lines

@@ -1,6 +1,8 @@
 """The mask of a cache: keys fill it up to lengths known when a program runs, and queries stand at their end."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from pallas_flash.arrays import Array, Bool, Int
 from pallas_flash.mask_fields import ArrayField, as_array
 from pallas_flash.masks import UNBOUNDED, Bounds
 
-__all__ = ["Filled", "filled_part", "lost", "within", "without"]
+__all__ = ["Filled", "by_number", "filled_part", "lost", "within", "without"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,26 @@ class Filled(masks.Mask):
 def filled_part(mask: masks.Mask) -> Filled | None:
     """The part of a mask that says that keys are in a cache; None if they are not."""
     return next((part for part in mask.parts if isinstance(part, Filled)), None)
+
+
+def by_number(mask: masks.Mask, capacity: int) -> masks.Mask:
+    """The same mask of queries and keys by number alone, without `Filled`: its rule, moved, among the first keys.
+
+    Queries at negative positions are not left out: they see what the moved rule shows them.
+
+    Args:
+      mask: canonical, lengths as they come.
+
+    Raises:
+      UnsupportedError: the rule is of a class that does not define `moved`.
+    """
+    def numbered(part: masks.Mask) -> masks.Mask:
+        if not isinstance(part, Filled):
+            return part
+        lengths = minimum(maximum(part.lengths, 0), capacity)
+        return part.rule.moved(lengths - part.q_len, 0) & masks.InBounds(kv_len=lengths)
+
+    return functools.reduce(operator.and_, map(numbered, mask.parts))
 
 
 def within(mask: masks.Mask, capacity: int) -> masks.Mask:

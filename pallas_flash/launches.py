@@ -67,6 +67,8 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     if decision.implementation.launches is None:
         return f"{decision.implementation.name!r} is JAX's own program, not a list of launches"
     name, copies = decision.implementation.name, decision.implementation.copies(spec)
+    if copies is not None and copies.instead:
+        return f"{name!r} runs another problem, which JAX makes of this one before the launches: {copies.instead}"
     if copies is not None:
         return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
     if spec.score is not None:

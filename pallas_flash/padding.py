@@ -71,12 +71,14 @@ class Copies(NamedTuple):
     Attributes:
       run: the problem that the forward's kernels compute, whose schedule they have.
       backward_run: the one of the backward's.
+      instead: which other problem the forward runs, and why, if it is not the copied one alone.
     """
 
     run: AttentionSpec
     backward_run: AttentionSpec
     forward: str
     backward: str  # empty: nothing is copied
+    instead: str = ""
 
 
 def copies(spec: AttentionSpec) -> Copies | None:

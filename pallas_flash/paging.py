@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_flash.arrays import Array, Bool, Float, Int
 
-__all__ = ["Pages", "lack", "page_at", "rows"]
+__all__ = ["Pages", "contiguous", "lack", "page_at", "rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,17 @@ def lack(pages: Pages, page_table: Int[Array, "b p"], lengths: Int[Array, " b"])
     is_there = (page_table >= 0) & (page_table < pages.number)
     lacking: Array = jnp.any(~is_there & (first < lengths[:, None]), axis=1)
     return lacking
+
+
+def contiguous(pages: Float[Array, "n_pages page_size k d"], page_table: Int[Array, "b p"],
+               axis: int) -> Float[Array, "b s k d"]:
+    """A copy of all keys that the table shows, one after the other; in the layout of the pages. See `rows` for `axis`
+    and for missing pages.
+    """
+    found: Array = pages.at[jnp.clip(page_table, 0, pages.shape[0] - 1)].get(mode="promise_in_bounds")
+    found = jnp.moveaxis(found, 1, axis)  # the pages of a sequence, in front of the positions in one
+    shape = found.shape
+    return found.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2:])
 
 
 def rows(pages: Float[Array, "n_pages page_size k d"], page_table: Int[Array, "b p"], pos: Int[Array, " n"],

@@ -202,7 +202,7 @@ def _checked_scale(cache: Cache, name: str) -> Any:
                              "give both scales, ones for instance, or keep numbers of 16 bits")
     if given is None:
         return None
-    x = arguments.array(name, np.asarray(given, np.float32) if isinstance(given, list | tuple | float) else given)
+    x = arguments.array(name, np.asarray(given, np.float32) if isinstance(given, list | tuple | float | int) else given)
     shape, wanted = tuple(x.shape), (key.shape[0], key.shape[cache.layout.index("H")])
     shape = (1,) * (2 - len(shape)) + shape
     if len(shape) != 2 or any(size not in (1, full) for size, full in zip(shape, wanted)) or x.dtype != np.float32:

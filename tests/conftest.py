@@ -75,8 +75,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """On a CPU nearly all the time goes into compiling, and the machine code need not be fast: most optimisations are
     off, but in tests marked `optimised`.
     """
-    off = jax.default_backend() == "cpu" and item.get_closest_marker("optimised") is None
-    jax.config.update("jax_disable_most_optimizations", off)
+    optimise(jax.default_backend() != "cpu" or item.get_closest_marker("optimised") is not None)
+
+
+def optimise(on: bool) -> None:
+    """Whether XLA optimises from now on. JAX keeps programs whatever the flag was: those made without are forgotten."""
+    if on and jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", not on)
 
 
 MAPS = Path("/proc/self/maps")

@@ -21,6 +21,15 @@ def test_programs_are_freed_before_there_are_too_many():
     assert program._cache_size() == 0
 
 
+def test_optimised_tests_run_no_program_of_other_tests():
+    """Regression: JAX took up what another test had compiled without optimisations."""
+    program = jax.jit(lambda x: x + 1)
+    conftest.optimise(False)
+    program(jnp.ones(3))
+    conftest.optimise(True)
+    assert program._cache_size() == 0
+
+
 def test_a_worker_that_runs_out_of_time_says_where_it_is(tmp_path):
     """Regression: on an H200 a test took too long, and all that was said was that its worker had crashed."""
     own = tmp_path / "test_slow.py"

@@ -53,3 +53,16 @@ def test_links_lead_to_files(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\((?!https?:|#)([^)\s#]+)", text)
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("docs/notes/*.md"))],
+                         ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_into_pages_lead_to_headings(page):
+    """Regression: `make docs` warned, which is an error there, of a link to a heading deeper than it looks."""
+    deepest = int(re.search(r"^myst_heading_anchors = (\d)", (ROOT / "docs/conf.py").read_text(), re.MULTILINE)[1])
+
+    def anchors(path):
+        headings = re.findall(rf"^#{{1,{deepest}}} (.+)$", path.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\((?!https?:)([^)\s#]*\.md)?#([^)\s]+)\)", page.read_text())
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []

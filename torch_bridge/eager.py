@@ -39,6 +39,8 @@ def attend_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         return None
     known, needs_gradients, addresses = found
     if needs_gradients and torch.is_grad_enabled():
+        if _is_excluded(_AUTOGRAD):
+            return None
         out: torch.Tensor = _apply(query, key, value, known, addresses)
         return out
     return known.forward(addresses, False)[0]

@@ -68,10 +68,10 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
-    read it, and write its gradient, where they lie (docs/torch_bridge.md, "Packed tensors").
+    read it where it lies; of its gradient see docs/torch_bridge.md, "Packed tensors".
     """
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense(_parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
+    return _returned(*_dense(packed.parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
 
 def flash_attn_kvpacked_func(
@@ -81,7 +81,7 @@ def flash_attn_kvpacked_func(
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_dense((q, *_parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
+    return _returned(*_dense((q, *packed.parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
 
 
 def flash_attn_varlen_func(
@@ -122,7 +122,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen(_parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
+    return _returned(*_varlen(packed.parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
                               return_attn_probs, (qkv,)))
 
 
@@ -134,7 +134,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
     options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _returned(*_varlen((q, *_parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
+    return _returned(*_varlen((q, *packed.parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
                               return_attn_probs, (q, kv)))
 
 
@@ -178,7 +178,7 @@ def flash_attn_with_kvcache(
     """
     options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
-    numbers = softmax_scale, causal, window_size, softcap, k is None, block_table is None
+    numbers = softmax_scale, causal, window_size, softcap, k is None, v is None, block_table is None
     usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
     with torch.no_grad():
         if usual is not None and (known := eager.recent_cache(usual, numbers)) is not None:
@@ -370,8 +370,7 @@ class Cached(NamedTuple):
             out, lse = cached.attend_traced(*self.decoding(), return_lse)
         else:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
-        slopes = self._slopes()
-        if slopes is not None:
+        if (slopes := self._slopes()) is not None:
             to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
             lse = _with_query_bias(lse, slopes[..., None], to_last[None])
         return out.transpose(1, 2), lse
@@ -464,15 +463,6 @@ def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: to
 
 def _returned(out: torch.Tensor, lse: torch.Tensor | None) -> Returned:
     return out if lse is None else (out, lse, None)
-
-
-def _parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
-    """The tensors that are packed in the third axis from the end."""
-    if tensor.dim() != axes or tensor.shape[-3] != count:
-        shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
-        raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",
-                            "Stack the tensors in that axis")
-    return tensor.unbind(-3)
 
 
 def _check_rank(axes: int, shape: str, **tensors: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch_bridge import flash, messages, sdpa
 from torch_bridge.arguments import Numbers
 
-__all__ = ["Starts", "attend", "check", "positions_from_the_end"]
+__all__ = ["Starts", "attend", "check", "parts", "positions_from_the_end"]
 
 
 class Starts(NamedTuple):
@@ -41,6 +41,15 @@ def attend(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
     numbers = numbers._replace(scale=call.numbers.scale, dropout_p=call.numbers.dropout_p)
     out, lse = flash.attend(operands, numbers, None, return_lse, whole)
     return out[0].transpose(0, 1), None if lse is None else lse[0]
+
+
+def parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
+    """The tensors that are packed in the third axis from the end."""
+    if tensor.dim() != axes or tensor.shape[-3] != count:
+        shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
+        raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",
+                            "Stack the tensors in that axis")
+    return tensor.unbind(-3)
 
 
 def positions_from_the_end(starts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,7 +117,6 @@ def test_it_runs_where_it_is_named():
 @pytest.mark.parametrize(("options", "keywords", "reason"), [
     (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
     (dict(d=20), {}, "multiples of 8 (16 bytes, the unit of copies) against a cache, which is not copied in each step"),
-    (dict(q_len=17), {}, "takes at most 64 queries that share a key head"),
     (dict(), dict(mask=Causal() & Window(left=np.full((2, 8), 3))), "a number for each sequence against a cache only"),
     (dict(q_len=2), dict(bias=np.zeros((1, 1, 2, 256), "float32")), "takes a bias of each key against a cache only"),
 ])

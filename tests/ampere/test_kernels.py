@@ -90,13 +90,6 @@ CASES |= {
 }
 
 
-@pytest.fixture(autouse=True)
-def fast_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def problem_of(name):
     schedule, fields = CASES[name]
     small = dict(batch=1, q_heads=1, kv_heads=1, mask=masks.Causal(), dtypes=("bfloat16",))

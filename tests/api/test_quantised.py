@@ -245,6 +245,11 @@ def test_over_devices():
     assert_agree(found, wanted)
 
 
+def test_a_scale_may_be_a_whole_number():
+    whole, same = (cache.empty(2, 40, KV_HEADS, DIM, dtype=F8, key_scale=one, value_scale=one) for one in (2, 2.0))
+    np.testing.assert_array_equal(whole.key_scale, same.key_scale)
+
+
 def test_what_does_not_fit_is_an_error():
     key = jnp.zeros((2, 40, KV_HEADS, DIM), F8)
     make = lambda **scales: cache.Cache(key, key, [0, 0], **scales)

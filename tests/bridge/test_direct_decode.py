@@ -207,12 +207,23 @@ def test_calls_like_one_before_are_known_by_their_tensors(decoded, monkeypatch, 
     with pytest.raises(RuntimeError, match="k must be"):
         flash_attn_with_kvcache(new(1), keys, values, new(1, HKV)[:, :, :1], new(1, HKV), cache_seqlens=LENGTHS,
                                 window_size=(9, 0), **given)
+    with pytest.raises(RuntimeError, match="k, v and cache_seqlens go together"):  # regression: "wrong length"
+        flash_attn_with_kvcache(new(1), keys, values, new(1, HKV), cache_seqlens=LENGTHS, window_size=(9, 0), **given)
     compare(new(1), keys, values, cache_seqlens=LENGTHS.long(), window_size=(9, 0), **given)
     compare(new(1), keys, values, cache_seqlens=LENGTHS, window_size=(8, 0), **given)
-    assert len(checked) == before + 5
+    assert len(checked) == before + 6
     monkeypatch.setenv(attention.VARIABLE, "0")
     compare(new(1), keys, values, cache_seqlens=LENGTHS, window_size=(9, 0), **given)
     assert decoded == ["decode"] * 8
+
+
+def test_queries_that_are_not_in_memory_are_not_read_there(decoded):
+    """Regression: of the second call, the opposite numbers were read, and zeros at address 0."""
+    keys, values = cache_of()
+    for q in (torch._neg_view(new(1)), torch._efficientzerotensor((B, 1, HQ, D), dtype=BF16)):
+        for _ in range(3):
+            out = flash_attn_with_kvcache(q, keys, values, cache_seqlens=LENGTHS)
+            assert torch.equal(out, flash_attn_with_kvcache(q.resolve_neg() + 0, keys, values, cache_seqlens=LENGTHS))
 
 
 def test_the_report_says_it(decoded):

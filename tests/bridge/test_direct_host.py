@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_calls_are_right_where_torch_makes_tensors_otherwise(way, short, launche
     for again in range(2):
         check(qkv((2, 4, 9, 16), (2, 4, 12, 16), (2, 4, 12, 8), dtype=BF16), **OPTIONS)
         assert short == BOTH * again
+
+
+def test_memory_is_first_tried_on_the_device_alone(monkeypatch):
+    """Regression: threads that load a plan are on the first GPU, where each process then had a context."""
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    def make(shape, strides, dtype):
+        return SimpleNamespace(shape=shape, stride=lambda: strides, dtype=dtype, device=entered[-1])
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", SimpleNamespace(_empty_strided_cuda=make))
+    device = torch.device("cuda", 1)
+    assert allocation.maker(device) is make and entered == [device, None]
 
 
 def test_a_variable_is_asked_for_where_python_keeps_variables_elsewhere(monkeypatch):
@@ -314,6 +333,31 @@ def test_another_call_of_an_operator_is_not_known(again, launched, monkeypatch):
     del again[:]
     monkeypatch.setenv(attention.VARIABLE, "0")
     calls(q, k, v)
+    assert again == []
+
+
+def test_calls_that_are_copied_leave_the_known_ones_known(again, launched):
+    """Regression: each call of a misaligned tensor was one more of the few kinds that are kept."""
+    tensors = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16, requires_grad=False)
+    calls(*tensors)
+    for _ in range(9):
+        calls(*(moved(x).detach() for x in tensors))
+    assert again == [] and len(repeated._forwards) == len(repeated._backwards) == 1
+    calls(*tensors)
+    assert again == BOTH
+
+
+@pytest.mark.parametrize("change", [torch._neg_view, lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype)],
+                         ids=["negative", "zeros"])
+@pytest.mark.parametrize("which", range(3))
+def test_numbers_that_are_not_in_memory_are_not_read_there(again, launched, change, which):
+    """Regression: of the second call of an operator, the opposite numbers were read, and zeros at address 0."""
+    tensors = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16, requires_grad=False)
+    tensors[which] = change(tensors[which])
+    wanted = calls(*(x.resolve_neg() + 0 for x in tensors))
+    del again[:]
+    for _ in range(3):
+        assert all(map(torch.equal, calls(*tensors), wanted))
     assert again == []
 
 

@@ -3,6 +3,7 @@
 On the stand-ins of test_direct.py.
 """
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -13,7 +14,9 @@ from bridge.direct import FORWARD, SMALL
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, FakeGpu, launched, moved
 from bridge.test_direct_shortcut import short
+from pallas_flash import FallbackWarning
 from torch_bridge.direct import attention, cache, lengths, lower, storage
+from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -184,6 +187,21 @@ def test_only_the_gradient_that_is_needed(of_parts):
     with torch.no_grad():
         function(q, kv)
     assert of_parts == [*OF_PARTS * 3, "forward"]
+
+
+@pytest.mark.parametrize("error", [NoPlanError, NoLaunchesError])
+def test_where_parts_cannot_be_written_dense_gradients_are_launched(of_parts, monkeypatch, error):
+    """Regression: they went through DLPack, and without a word where there are no such launches."""
+    def fails(request, index, *, find=cache.find):
+        if request.pass_name == "backward_of_parts":
+            raise error("it broke")
+        return find(request, index)
+    monkeypatch.setattr(cache, "find", fails)
+    function, shapes = INTO_ONE["qkv"]
+    is_told = pytest.warns(FallbackWarning, match="the backward_of_parts of .* goes to that of dense gradients")
+    with is_told if error is NoPlanError else contextlib.nullcontext():
+        found = [gradients(function, leaves(shapes)) for _ in range(2)]
+    assert of_parts == BOTH * 2 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", INTO_ONE)

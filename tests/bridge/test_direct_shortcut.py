@@ -12,6 +12,7 @@ import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from pallas_flash import FallbackWarning
+from pallas_flash.kernels.hopper import defaults
 from torch_bridge.direct import attention, cache, shared, shortcut
 from torch_bridge.direct import lengths as lengths_
 from torch_bridge.direct.parent import NoPlanError
@@ -123,6 +124,45 @@ def test_a_hook_may_give_back_saved_tensors_stored_otherwise(short):
             out = OURS(*tensors, **options)
         assert all(map(torch.equal, torch.autograd.grad(out, tensors, dout), wanted))
     assert short == ["forward"] * 3 + ["backward"]  # a clone is stored as before
+
+
+def test_batches_of_cotangents_have_no_address(short, launched):
+    """Regression: a known backward asked for that of a batched tensor, which has none, and raised."""
+    tensors = qkv(*[(2, 2, 5, 8)] * 3, dtype=BF16)
+    OURS(*tensors)
+    out = OURS(*tensors)
+    douts = torch.randn(3, *out.shape).to(BF16)
+    wanted = [torch.autograd.grad(out, tensors, dout, retain_graph=True) for dout in douts]
+    found = torch.autograd.grad(out, tensors, douts, is_grads_batched=True)
+    assert short == ["forward", *["backward"] * 3] and launched[-1] == "backward"
+    assert all(torch.equal(x[i], y) for i, grads in enumerate(wanted) for x, y in zip(found, grads, strict=True))
+
+
+def test_nothing_is_recorded_below_autograd(short):
+    """Regression: in the kernel of an operator, of tensors that require a gradient, the second call was recorded."""
+    tensors = qkv(*[(2, 2, 5, 8)] * 3, dtype=BF16)
+    wanted = OURS(*tensors)
+    for _ in range(3):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = OURS(*tensors)
+        assert not out.requires_grad and torch.equal(out, wanted)
+    with torch.inference_mode():
+        OURS(*tensors)
+        OURS(*tensors)
+    assert short == ["forward"] * 2 and OURS(*tensors).requires_grad
+
+
+def test_the_zeros_of_a_problem_stay_where_they_are(launched, monkeypatch):
+    """Regression: a pass that was loaded later took others, and left what shortcuts and graphs read to be freed."""
+    monkeypatch.setattr(shared, "_zeros", {})
+    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
+    tensors, bias = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), torch.zeros(1, 2, 5, 5, dtype=BF16)
+    OURS(*tensors, bias).sum().backward()
+    (direct,) = attention._directs.values()
+    before = direct.address_of_zeros()
+    check(qkv(*[(4, 2, 40, 8)] * 3, dtype=BF16))  # for which there is too little
+    OURS(*tensors, bias.requires_grad_()).sum().backward()
+    assert launched == [*BOTH * 3, "dbias"] and direct.address_of_zeros() == before
 
 
 def test_the_first_call_in_a_checkpoint_saves_what_its_repetition_saves(short):

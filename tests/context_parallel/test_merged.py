@@ -117,14 +117,16 @@ def with_gradients(attend, q, k, v, dout):
 
 
 def on_many(n, **options):
-    """out, lse and gradients on n devices, in the order of the sequence."""
+    """out, lse and gradients on n devices, in the order of the sequence: put into it by NumPy, because the gathers that
+    `reorder` would be, one program after another, sometimes wait for each other until XLA ends the process.
+    """
     mesh = jax.make_mesh((n,), ("sequence",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
     attend = functools.partial(pf.context_parallel_attention, axis_name="sequence", strategy="ring", return_lse=True,
                                mesh=mesh, spec=P(None, "sequence"), **options)
     balance = options.get("load_balance", "zigzag")
     order = functools.partial(pf.reorder, n=n, load_balance=balance)
     run = jax.jit(functools.partial(with_gradients, attend), compiler_options=conformance._fast_to_compile())
-    found = run(*map(order, arrays(n)))
+    found = jax.device_get(run(*map(order, arrays(n))))
     return [order(x, axis=2 if name == "lse" else 1, inverse=True) for name, x in zip(NAMES, found, strict=True)]
 
 

@@ -5,6 +5,7 @@ The oracle is that of test_decode.py, of the numbers that are stored times their
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -112,6 +113,18 @@ def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
     text = cache.explain(q, held, device=device.H200, implementation="hopper", **keywords)
     assert text.startswith("UnsupportedError") == (reason is not None)
     assert reason is None or re.search(reason, text), text
+
+
+@pytest.mark.parametrize(("d", "d_v"), [*itertools.product(range(32, 257, 32), repeat=2)])
+def test_what_it_takes_has_a_schedule(d, d_v):
+    """Of wide values tiles had 32 keys, which are no whole number of conversions of 96 or 224 columns: none was legal.
+    """
+    q, held = eight_bits(d=d)
+    held = dataclasses.replace(held, value=jax.ShapeDtypeStruct((*held.value.shape[:3], d_v), F8))
+    spec = cache._Call.of(q, held, Causal(), None, {}).spec
+    schedule = defaults.default_forward(spec, device.H200)
+    assert rules.reasons_against(spec, schedule, device.H200.smem_bytes) == []
+    assert schedule.block_kv == (32 if d_v == 256 and d % 64 == 0 else 64)
 
 
 @pytest.mark.parametrize("pages", [None, (9, 16)])

@@ -43,14 +43,7 @@ def problem_of(name, fields):
 
 
 @pytest.fixture
-def fast_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def kernels(monkeypatch, fast_to_compile):
+def kernels(monkeypatch):
     """The passes of both packages run their kernels at once, in the interpreter, which fits into no program."""
     def arrays(operands):
         return operands.q, operands.k, operands.v
@@ -93,7 +86,7 @@ def test_kernels_agree_with_the_oracle(name, kernels):
 
 
 @pytest.mark.interpreted
-def test_kernels_of_ampere_agree_with_the_oracle(monkeypatch, fast_to_compile):
+def test_kernels_of_ampere_agree_with_the_oracle(monkeypatch):
     problem = problem_of("ampere", dict(q_len=20, kv_len=20, d=20, d_v=9, mask=Causal()))
     forward, backward = ampere_schedule.ForwardSchedule(), ampere_schedule.BackwardSchedule()
 
@@ -116,7 +109,7 @@ def test_kernels_of_ampere_agree_with_the_oracle(monkeypatch, fast_to_compile):
 # What surrounds them --------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def stand_in(monkeypatch, fast_to_compile):
+def stand_in(monkeypatch):
     with standing_in(monkeypatch):
         yield
 

@@ -92,13 +92,6 @@ def test_calls_do_not_reach_them_yet(monkeypatch):
     assert any("needs bfloat16 or float16 yet" in reason for reason in support.why_not(spec_of(), device.H200))
 
 
-@pytest.fixture
-def fast_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run(spec, operands, cotangents, schedules):
     """Everything that the passes compute, by name."""
     for schedule in schedules:
@@ -115,7 +108,7 @@ def run(spec, operands, cotangents, schedules):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", CASES)
-def test_errs_at_most_twice_as_much_as_float32(name, fast_to_compile):
+def test_errs_at_most_twice_as_much_as_float32(name):
     """With NaN in what the mask hides, but where that is the case's own."""
     fields, change, schedules = CASES[name]
     problem = problem_of(**fields)
@@ -132,7 +125,7 @@ def test_errs_at_most_twice_as_much_as_float32(name, fast_to_compile):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("row", [3e4, 1e3], ids=["large", "small"])
-def test_ties_share_their_weight(row, fast_to_compile):
+def test_ties_share_their_weight(row):
     """On an H200 dv was 4e21 where all keys weigh the same: scores of 5e9 in base 2 are rounded by 256, which is no
     small factor of a weight.
     """
@@ -146,7 +139,7 @@ def test_ties_share_their_weight(row, fast_to_compile):
 
 
 @pytest.mark.interpreted
-def test_partial_gradients_from_delta_alone(fast_to_compile):
+def test_partial_gradients_from_delta_alone():
     """The backward of a part of the keys reads no out; some queries see none of its keys."""
     problem = problem_of(q_len=70, kv_len=90, d=72, d_v=40, mask=Causal(-20))
     spec = dataclasses.replace(problem.spec(), partial=True)
@@ -163,7 +156,7 @@ def test_partial_gradients_from_delta_alone(fast_to_compile):
 
 
 @pytest.mark.interpreted
-def test_what_is_not_finite_reaches_whom_it_concerns(fast_to_compile):
+def test_what_is_not_finite_reaches_whom_it_concerns():
     """A key and a value that are not finite make NaN of the queries that attend to them, and of nothing else."""
     problem = problem_of(mask=Window(10, 0), q_len=140, kv_len=140)
     operands, cotangents = conformance.random_case(problem, "float32")

@@ -7,11 +7,14 @@ kernel would still be right, at half the speed; one that moves descriptors in ea
 PATH has, and with the first one outside of the wheels, if there is one of another version (offline/places.py).
 """
 
+import os
+import time
+
 import jax
 import pytest
 
 from pallas_flash.testing import problems
-from tests.hopper.offline import machine_code, places, sass
+from tests.hopper.offline import machine_code, places, sass, tools
 
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
 MOVED_WIDE = 64
@@ -115,6 +118,28 @@ def test_what_cannot_be_lowered_fails_alone(offline_tools):
     with pytest.raises(RuntimeError, match=r"asked for nothing-like-it ended(?s:.*)nothing-like-it"):
         offline_tools.compiled("tests.hopper.offline.compile_kernels", "nothing-like-it", compiler)
     assert compiled(offline_tools, "causal-d64-s2048+decode", compiler)[0]["compiled"]
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_a_process_that_ends_before_it_is_asked_fails_alone(tmp_path):
+    """Regression: neither what it said was raised, nor could it be closed, so that the next test failed, too."""
+    process = tools.Process("tests.hopper.offline.nothing_like_it", {**os.environ}, tmp_path)
+    while not process.ended():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=r"asked for anything ended(?s:.*)nothing_like_it"):
+        process.ask("anything")
+    process.close()
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_few_processes_wait(tmp_path):
+    """Regression: each GPU of each generation kept three, and each worker all of them."""
+    own, compiler = tools.Tools(tmp_path), next(iter(places.compilers()))
+    found = [own._process("tests.hopper.offline.machine_code", compiler, f"{n}.0")[0] for n in range(tools.MOST + 1)]
+    assert own._process("tests.hopper.offline.machine_code", compiler, "1.0")[0] is found[1]
+    assert [process.ended() for process in found] == [True] + [False] * tools.MOST
+    own.close()
+    assert all(process.ended() for process in found)
 
 
 def test_what_the_compiler_says_is_taken_apart():

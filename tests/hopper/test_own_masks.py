@@ -62,6 +62,17 @@ class Sorted(Mask):
         return jnp.sort(jnp.asarray(self.ids))[kv_pos] > jnp.searchsorted(jnp.asarray(self.ids), q_pos)
 
 
+@dataclasses.dataclass(frozen=True)
+class OfTiles(Mask):
+    """Wants arrays of positions, not one pair."""
+
+    length: Any
+
+    def keep(self, q_pos, kv_pos):
+        assert kv_pos.ndim > 0
+        return kv_pos < jnp.asarray(self.length)
+
+
 def groups(length, shift=0):
     return (np.arange(length, dtype=np.int32) // 7 + shift) % 3
 
@@ -145,6 +156,8 @@ def reasons(**options):
 def test_what_is_refused_says_what_to_do():
     refused, = reasons(mask=Sorted(np.arange(KV_LEN, dtype=np.int32)))
     assert "Sorted" in refused and "Dense" in refused
+    refused, = reasons(mask=OfTiles(np.array([33], np.int32)))  # whatever it raises, others run it
+    assert "keep must work on one pair, AssertionError" in refused
     refused, = reasons(mask=MINE, bias=(1, 1, 1, KV_LEN))
     assert "Groups" in refused and "beside" in refused
     refused, = reasons(mask=MINE, d=264, d_v=264)
@@ -154,7 +167,9 @@ def test_what_is_refused_says_what_to_do():
 def test_an_automatic_choice_waits_for_a_gpu_and_the_name_gets_it():
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (Q_LEN, KV_LEN))
     say = functools.partial(pf.explain, q, k, k, mask=MINE, device=device.H200)
-    assert "a mask of another class that holds arrays has not been measured" in say()
+    assert "a mask of another class, asked pair by pair, has not been measured" in say()
+    no_arrays = say(mask=Strided(3), score=pf.ALiBi(np.ones(2, np.float32)))
+    assert "asked pair by pair, has not been measured" in no_arrays
     named = say(implementation="hopper")
     assert "forward" in named and not named.startswith("UnsupportedError")
     spec = problem_of("own", mask=MINE).spec()

@@ -18,10 +18,11 @@ Maker = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 def maker(device: torch.device) -> Maker:
-    """What makes tensors on a device. A GPU must be the thread's current one."""
+    """What makes tensors on a device. A GPU must be the thread's current one when it is called."""
     with contextlib.suppress(ImportError, AttributeError, TypeError, RuntimeError):
         found: Maker = getattr(importlib.import_module("torch._C._dynamo.guards"), f"_empty_strided_{device.type}")
-        x = found((2, 3), (1, 2), torch.bfloat16)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            x = found((2, 3), (1, 2), torch.bfloat16)
         if (x.shape, x.stride(), x.dtype, x.device.type) == ((2, 3), (1, 2), torch.bfloat16, device.type):
             return found
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -141,7 +141,7 @@ def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName 
     """Why a plan could not be made in this process; None: it could, or was not asked for. It holds for each pass
     that is not loaded: a forward that is goes directly, though its backward cannot.
     """
-    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, pass_name == "dbias"))
+    return None if is_loaded(problem, pass_name, device) else _reasons.get((problem, device, _ALONE.get(pass_name)))
 
 
 def problem_of(operands: Operands, numbers: Numbers) -> Problem:
@@ -232,7 +232,8 @@ class Direct:
         program = self._program(pass_name)
         self.runs = records.Runs(f"{self.problem}, launched directly", program.implementation, program.reasons_by_name)
         if "dstats" in program.buffers:  # what reads a cotangent of the statistics
-            self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
+            if self._zeros is None:  # its address is known to shortcuts, and to captured graphs
+                self._zeros = shared.zeros(program.buffers["dstats"].shape, self.device)
         elif pass_name == "forward":
             self.unread = shared.unread(program.buffers["stats"].shape, self.device)
         return program, Runner(program, self.device)
@@ -282,7 +283,7 @@ class Direct:
         """
         if pass_name in self.runners:
             return True
-        kind = *self.key, pass_name == "dbias"
+        kind = *self.key, _ALONE.get(pass_name)
         if kind in _reasons:
             return False
         self.require_no_capture(pass_name)
@@ -294,7 +295,7 @@ class Direct:
             _reasons[kind] = str(error)
             return False
         except (NoPlanError, driver.DriverError) as error:
-            way = "to the kernels of attention with lengths" if pass_name == "decode" else "through DLPack"
+            way = _INSTEAD.get(pass_name, "through DLPack")
             said.warn_of_fallback(f"the {pass_name} of {self.problem} goes {way}", str(error), VARIABLE)
             _reasons[kind] = str(error)  # after the warning: if a filter makes it an error, it comes again
             return False
@@ -314,8 +315,11 @@ class Direct:
 
 _Key = tuple[AnyProblem, torch.device]
 _directs: dict[_Key, Direct] = {}
-_reasons: dict[tuple[AnyProblem, torch.device, bool], str] = {}
-"""Why there is no plan, of the problems of which one could not be made; of the gradient of a bias by itself (True)."""
+_reasons: dict[tuple[AnyProblem, torch.device, PassName | None], str] = {}
+"""Why there is no plan, of the problems of which one could not be made; by itself of a pass of `_ALONE`."""
+_ALONE: dict[PassName, PassName] = {"dbias": "dbias", "backward_of_parts": "backward_of_parts"}
+_INSTEAD: dict[PassName, str] = {"decode": "to the kernels of attention with lengths",
+                                 "backward_of_parts": "to that of dense gradients, which are copied"}
 
 
 class DirectCall(NamedTuple):

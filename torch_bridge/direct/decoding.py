@@ -15,7 +15,7 @@ import torch
 
 from torch_bridge import strides
 from torch_bridge.arguments import Results
-from torch_bridge.direct import attention, cache, guards, requirements
+from torch_bridge.direct import attention, cache, guards, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import CacheProblem, Given
 from torch_bridge.direct.runner import Runner
@@ -272,7 +272,8 @@ def learn(tensors: Sequence[torch.Tensor], options: tuple[object, ...], call: Ca
     if direct is None or runner is None or direct.problem.layout != "BLHD" or call.bias is not None:
         return
     if not strides.in_layout(call.query, "BLHD").is_contiguous() or not all(
-            x is None or x.is_contiguous() for x in (call.lengths, call.table)):
+            x is None or x.is_contiguous() for x in (call.lengths, call.table)) or not all(
+            map(storage.is_readable, tensors)):
         return
     has = guards.guard(tensors)
     if has is not guards.never and has(*tensors):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge.arguments import Attention, AttentionBackward, Numbers, Operands
-from torch_bridge.direct import attention, guards, shortcut
+from torch_bridge.direct import attention, guards, shortcut, storage
 
 __all__ = ["backward", "forward", "learn_backward", "learn_forward"]
 
@@ -85,7 +85,8 @@ def learn_backward(*args: object) -> None:
 def _kind(others: tuple[object, ...], operands: Operands, numbers: Numbers) -> _Kind | None:
     """Of a call with these arguments; None: it did not take the direct path, or a tensor had to be copied."""
     query, key, value, *rest = operands
-    if any(x is not None for x in rest) or not shortcut.may_know(query, key, value):
+    if any(x is not None for x in rest) or not shortcut.may_know(query, key, value) or not all(
+            map(storage.is_readable, (query, key, value))):
         return None
     found, has = shortcut.made(operands, numbers), guards.guard((query, key, value))
     return _Kind(has, others, found) if found is not None and has(query, key, value) else None

@@ -13,7 +13,7 @@ import torch
 
 from torch_bridge import streams
 from torch_bridge.arguments import Numbers, Operands
-from torch_bridge.direct import allocation, attention, guards
+from torch_bridge.direct import allocation, attention, guards, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
@@ -47,7 +47,7 @@ class _Stored(NamedTuple):
     def is_like(self, tensor: torch.Tensor, device: torch.device) -> bool:
         """Whether a tensor is stored like this, and can be read at its address."""
         return (tensor.stride() == self.strides and tensor.shape == self.shape and tensor.dtype == self.dtype
-                and tensor.device == device and _is_readable(tensor))
+                and tensor.device == device and storage.is_readable(tensor))
 
 
 class _Storage(NamedTuple):
@@ -112,18 +112,19 @@ class Shortcut:
           may_be_learned: says of a kind that is not known whether nothing intercepts calls of plain tensors.
         """
         query, key, value, out, stats = saved
-        addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-                                        stats.data_ptr(), dout.data_ptr())
-        if (a | b | c | d | e | f) & UNALIGNED or not self._backward.has(query, key, value, out, stats, dout):
-            if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
-                return None
-            if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
-                return None
-            if not self._out.is_like(dout, self.device):
-                dout = self._out.make(self.device).copy_(dout)
-                addresses = (*addresses[:-1], dout.data_ptr())
-            self._learn((*saved, dout))
-        return self._launch_backward(addresses)
+        if self._backward.has(query, key, value, out, stats, dout):  # first: what is not plain may have no address
+            addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+                                            stats.data_ptr(), dout.data_ptr())
+            if not (a | b | c | d | e | f) & UNALIGNED:
+                return self._launch_backward(addresses)
+        if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
+            return None
+        if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
+            return None
+        if not self._out.is_like(dout, self.device):
+            dout = self._out.make(self.device).copy_(dout)
+        self._learn((*saved, dout))
+        return self._launch_backward((*(x.data_ptr() for x in saved), dout.data_ptr()))
 
     def learn_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor) -> bool:
         """Has the backwards of tensors like these known to `backward`, if they are read where they lie, and one has
@@ -223,16 +224,10 @@ _OPTIONS = slice(-4, -1)  # of a name: is_causal, scale, enable_gqa
 def find(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Shortcut | None:
     """The shortcut of a call; None: there is none yet, or a tensor must be copied."""
     found = _shortcuts.get(name)
-    if found is None or not all(map(_is_readable, (query, key, value))):
+    if found is None or not all(map(storage.is_readable, (query, key, value))):
         return None
     _note(name, query, key, value, found)
     return found
-
-
-def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether what lies at the tensor's address is its numbers: it may be negated, or have no memory, and be zeros."""
-    address = tensor.data_ptr()
-    return bool(address) and not address % ALIGNMENT and not tensor.is_neg()
 
 
 def learn(name: Name, operands: Operands, numbers: Numbers) -> None:

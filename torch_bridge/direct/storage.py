@@ -12,7 +12,7 @@ from torch_bridge import strides
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import Outer
 
-__all__ = ["copy_reason", "given", "layout_of", "outer_of", "shape_given"]
+__all__ = ["copy_reason", "given", "is_readable", "layout_of", "outer_of", "shape_given"]
 
 _STARTS, _LEAST_STARTS = {"q_starts", "kv_starts"}, 16
 _COLUMNS = 64
@@ -52,6 +52,12 @@ def layout_of(tensors: Sequence[torch.Tensor]) -> strides.Layout:
     copied = [sum(x.numel() for x in (*tensors, out) if outer_of(x, layout) is None
                   or (x is out and not strides.in_layout(out, layout).is_contiguous())) for layout in order]
     return order[0] if copied[0] <= copied[1] else order[1]
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether what lies at the tensor's address is its numbers: it may be negated, or have no memory, and be zeros."""
+    address = tensor.data_ptr()
+    return bool(address) and not address % ALIGNMENT and not tensor.is_neg()
 
 
 def copy_reason(tensor: torch.Tensor, layout: strides.Layout) -> str | None:

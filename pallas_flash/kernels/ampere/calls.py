@@ -18,7 +18,7 @@ from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere import defaults, launches, mask_arrays
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, mask_kernel, prefill, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.decode import calls as decode_calls
@@ -70,6 +70,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass, Pass | None] | No
     a mask's arrays and a seed before them; None where there is a bias or a score function, or they read copies. Against
     a cache the forward alone, which reads all arrays of the call as they are: the backward is another's.
     """
+    if prefill.is_needed(spec):
+        return None
     if filled_part(spec.mask) is not None:
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     if spec.bias is not None or spec.score is not None or padding.copies(spec) is not None:
@@ -98,6 +100,8 @@ def _making(spec: AttentionSpec, found: Pass, schedule: ForwardSchedule | Backwa
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
+    if prefill.is_needed(spec):
+        return prefill.run(forward, spec, operands)
     if filled_part(spec.mask) is not None:
         return decode_calls.anchored(spec, operands, _run_decode(spec, operands))
     found: Results[jax.Array] = _run_forward(

@@ -3,10 +3,10 @@
 from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
-from pallas_flash.kernels.mosaic import cache_rules, mask_rules, score_rules
+from pallas_flash.kernels.mosaic import cache_rules, mask_rules, prefill, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "copies", "is_made_for", "not_measured", "takes_sinks", "why_not"]
+__all__ = ["backward_of", "copies", "finds_lost", "is_made_for", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (8, 0)
 MAX_DIM = 256
@@ -30,7 +30,11 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     """What of `spec` the kernels take, but have not computed on any GPU in our tests, each with what to do. What they
     have, they have on an H200 alone.
     """
-    rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
+    of_prefill: list[str] = []
+    if prefill.is_needed(spec):
+        of_prefill, spec = prefill.not_measured(spec), prefill.ordinary(spec)
+    rules = (*((True, what) for what in of_prefill),
+             (bool(spec.dropout_moved), "dropout of a part of a problem"),
              (filled_part(spec.mask) is not None, "attention against a cache"),
              (spec.partial, "a part of a sum in float32, as several GPUs share one,"))
     return [f'{what} has not run on a GPU yet (name implementation="ampere" to try it)'
@@ -43,13 +47,20 @@ def backward_of(spec: AttentionSpec) -> str | None:
 
 
 def copies(spec: AttentionSpec) -> padding.Copies | None:
-    """What is copied around the kernels: nothing of a cache."""
+    """What is copied around the kernels: nothing for the kernel against a cache."""
+    if prefill.is_needed(spec):
+        return prefill.copies(spec, padding.copies(prefill.ordinary(spec)))
     return padding.copies(spec) if filled_part(spec.mask) is None else None
 
 
+def finds_lost(spec: AttentionSpec) -> bool:
+    """Whether the forward is the kernel against a cache, which gives NaN for sequences that have lost keys."""
+    return filled_part(spec.mask) is not None and not prefill.is_needed(spec)
+
+
 def takes_sinks(spec: AttentionSpec) -> bool:
-    """Whether the forward computes `AttentionSpec.sinks`: against a cache."""
-    return filled_part(spec.mask) is not None
+    """Whether the forward computes `AttentionSpec.sinks`: that against a cache does."""
+    return finds_lost(spec)
 
 
 def _device_reasons(device: Device) -> list[str]:
@@ -62,6 +73,8 @@ def _device_reasons(device: Device) -> list[str]:
 
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
+    if prefill.is_needed(spec):
+        return prefill.why_not(spec, _spec_reasons)
     dims = f"d={spec.d}, d_v={spec.d_v}"
     rules = (
         (isinstance(spec.batch, int),

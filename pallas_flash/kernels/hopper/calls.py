@@ -26,7 +26,7 @@ from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper import defaults, launches, mask_arrays, support, wide
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DbiasSchedule, DecodeSchedule, ForwardSchedule
-from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, mask_score, score_function
+from pallas_flash.kernels.mosaic import bias, dropout, dropout_keys, mask_kernel, mask_score, prefill, score_function
 from pallas_flash.kernels.mosaic.batching import vmappable
 from pallas_flash.kernels.mosaic.call import Computation, partitioned
 from pallas_flash.kernels.mosaic.dbias import operands_of, result_type, walk
@@ -122,6 +122,8 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
     last is missing where no kernel makes it, or there is no bias. Against a cache the forward alone, which reads all
     arrays of the call as they are: the backward is another's.
     """
+    if prefill.is_needed(spec):
+        return None
     if filled_part(spec.mask) is not None:
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
@@ -199,6 +201,8 @@ def _making(spec: AttentionSpec, inner: AttentionSpec, found: Pass,
 
 def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
     """out, in the spec's layout and `result_dtype`, and the statistics (`spec.stats_shape`), fp32."""
+    if prefill.is_needed(spec):
+        return prefill.run(forward, spec, operands)
     if filled_part(spec.mask) is not None:
         return decode_calls.anchored(spec, operands, _run_decode(spec, operands))
     keys = dropout.inputs(spec, operands)

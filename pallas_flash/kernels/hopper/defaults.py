@@ -146,13 +146,13 @@ def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
     if isinstance(assumed := _assumed.get(), DecodeSchedule):
         return assumed
     # A bias needs as many registers again as scores: in tiles of 64 keys, 136 bytes were spilled; and what converts
-    # keys of eight bits 36.
+    # keys of eight bits 36: those alone of which 32 are no whole number of conversions, of 224 columns say.
     needs_more = spec.bias is not None or spec.cache_scales is not None
-    block_kv = 32 if needs_more and spec.d_v > 192 else DecodeSchedule.block_kv
     # Half the bytes: what one warpgroup converts and computes takes longer than to read them.
     candidates = (
         DecodeSchedule(block_kv=block_kv, q_registers=held, num_stages=stages, num_blocks=device.num_sms,
                        workers=workers)
+        for block_kv in ([32] if needs_more and spec.d_v > 192 else []) + [DecodeSchedule.block_kv]
         for workers in ([1] if spec.cache_scales is None else [2, 1])
         for held in ([True, False] if spec.d <= 192 else [False])
         for stages in range(DecodeSchedule.num_stages, 0, -1))

@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from pallas_flash import dropout
+from pallas_flash import dropout, padding
 from pallas_flash.device import Device
 from pallas_flash.filled import Filled, filled_part
-from pallas_flash.kernels.hopper import compiler
-from pallas_flash.kernels.hopper.wide import copies
-from pallas_flash.kernels.mosaic import cache_rules, mask_rules, mask_score, score_rules
+from pallas_flash.kernels.hopper import compiler, wide
+from pallas_flash.kernels.mosaic import cache_rules, mask_rules, mask_score, prefill, score_rules
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["backward_of", "copies", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
+__all__ = ["backward_of", "copies", "finds_lost", "is_made_for", "is_wide", "not_measured", "takes_sinks", "why_not"]
 
 CAPABILITY = (9, 0)
 MAX_DIM = 512
@@ -43,8 +42,12 @@ def not_measured(spec: AttentionSpec) -> list[str]:
 
     A new kind of kernel enters here, and leaves when its tests and its benchmark have run.
     """
-    rules = ((bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (bool(mask_score.own_parts(spec)), "a mask of another class that holds arrays"),
+    of_prefill: list[str] = []
+    if prefill.is_needed(spec):
+        of_prefill, spec = prefill.not_measured(spec), prefill.ordinary(spec)
+    rules = (*((True, what) for what in of_prefill),
+             (bool(spec.dropout_moved), "dropout of a part of a problem"),
+             (bool(mask_score.own_parts(spec)), "a mask of another class, asked pair by pair,"),
              (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
              (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
@@ -56,10 +59,24 @@ def backward_of(spec: AttentionSpec) -> str | None:
     return None if filled_part(spec.mask) is None else "xla"
 
 
+def copies(spec: AttentionSpec) -> padding.Copies | None:
+    """What is copied around the kernels, because they compute another problem."""
+    if prefill.is_needed(spec):
+        return prefill.copies(spec, wide.copies(prefill.ordinary(spec)))
+    return wide.copies(spec)
+
+
+def finds_lost(spec: AttentionSpec) -> bool:
+    """Whether the forward is the kernel against a cache, which gives NaN for sequences that have lost keys."""
+    return filled_part(spec.mask) is not None and not prefill.is_needed(spec)
+
+
 def takes_sinks(spec: AttentionSpec) -> bool:
     """Whether the forward computes `AttentionSpec.sinks`: against a cache; and in the epilogue, unless a bias moves the
     scores of a row (`AttentionSpec.anchor`), or inputs are float32.
     """
+    if prefill.is_needed(spec):
+        return takes_sinks(prefill.ordinary(spec))
     in_epilogue = SINKS_HAVE_RUN and spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
     return filled_part(spec.mask) is not None or in_epilogue
 
@@ -92,6 +109,8 @@ def _compiler_reasons() -> list[str]:
 
 
 def _spec_reasons(spec: AttentionSpec) -> list[str]:
+    if prefill.is_needed(spec):
+        return prefill.why_not(spec, _spec_reasons)
     dims = f"d={spec.d}, d_v={spec.d_v}"
     rules = (
         (isinstance(spec.batch, int),
@@ -101,7 +120,7 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
         (mask_score.hiding(spec).score is None or not is_wide(spec),
-         "takes a score function, or a mask of another class that holds arrays, with head dimensions up to "
+         "takes a score function, or a mask of another class asked pair by pair, with head dimensions up to "
          f"{MAX_NARROW} only, {dims} (in the backward above, P times its derivative finds no room in shared memory)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
@@ -126,7 +145,7 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
         (spec.score is None, f"takes no score function in float32 yet, score={spec.score} ({cast})"),
-        (not mask_score.own_parts(spec), f"takes no mask of another class that holds arrays in float32 yet ({cast})"),
+        (not mask_score.own_parts(spec), f"takes no mask of another class asked pair by pair in float32 yet ({cast})"),
         (not spec.dropout_rate, f"takes no dropout in float32 yet, dropout_rate={spec.dropout_rate:g} ({cast})"),
         (filled_part(spec.mask) is None, f"needs bfloat16 or float16 against a cache, dtype is float32 ({cast})"),
     )

@@ -95,7 +95,7 @@ def why_not(spec: AttentionSpec) -> list[str]:
     names = ", ".join(sorted({type(part).__name__ for part in parts}))
     try:
         reasons = traced.why_not(Masked(_joined(parts), None).with_placeholders())
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:  # what keep raises: it was promised positions, not one pair
         reasons = (f"keep must work on one pair, {type(error).__name__}: {error}",)
     return [f"reads masks of other classes pair by pair, as score functions, {names} is none ({reason}; or give its "
             "pairs as Dense)" for reason in reasons]

@@ -1,6 +1,7 @@
 """Lowers problems and compiles their kernels in processes that wait for the next problem, so that a session starts JAX
 and its plugin once; each problem is lowered once for all compilers."""
 
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,9 @@ from typing import Any
 from tests.hopper.offline import places
 
 __all__ = ["Tools", "answer"]
+
+MOST = 4
+"""Processes of a session at a time, of 200 MB each: what lowers, each compiler, and one more."""
 
 
 def answer(function: Callable[[str], Any]) -> None:
@@ -36,7 +40,7 @@ class Process:
 
     def ask(self, question: str) -> Any:
         """The answer; raises with what the process wrote to stderr where it ended instead."""
-        if self._process.poll() is None:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(question + "\n")
             self._process.stdin.flush()
             if answer := self._process.stdout.readline():
@@ -50,7 +54,8 @@ class Process:
 
     def close(self) -> None:
         """Waits until it has ended."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it has not read
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
@@ -87,13 +92,18 @@ class Tools:
         """The process of a program, started where there is none or it has ended, and its folder."""
         key = program, compiler, capability
         work = self._folder / "-".join(key)
-        if key in self._processes and self._processes[key].ended():
-            self._processes.pop(key).close()
-        if key not in self._processes:
+        process = self._processes.pop(key, None)
+        if process is not None and process.ended():
+            process.close()
+            process = None
+        if process is None:
+            while len(self._processes) >= MOST:
+                self._processes.pop(next(iter(self._processes))).close()
             work.mkdir(exist_ok=True)
             environment = places.environment(work, places.compilers()[compiler])
             environment["STAND_IN_CAPABILITY"] = capability.replace(".", "")
-            self._processes[key] = Process(program, environment, work)
+            process = Process(program, environment, work)
+        self._processes[key] = process  # the last used is the last
         return self._processes[key], work
 
     def close(self) -> None:
