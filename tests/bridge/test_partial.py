@@ -114,7 +114,7 @@ def test_opcheck(quiet):
     torch.library.opcheck(ops.attention, (*call, True), test_utils=tests)
     out, stats = ops.attention(*call, True)
     torch.library.opcheck(ops.attention_backward, (*call, out, stats[:, :, 0], torch.randn_like(out), None,
-                                                   [True] * 3 + [False]), test_utils=tests)
+                                                   [True] * 3 + [False] * 2), test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
