@@ -81,4 +81,11 @@ def require_bool(name: str, value: object) -> None:
 
 def is_torch(value: object) -> bool:
     """Whether `value` is a PyTorch tensor; does not import PyTorch."""
-    return any(kind.__module__.split(".")[0] == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)
+    return _is_tensor(type(value))
+
+
+def _is_tensor(kind: type) -> bool:
+    return any(base.__module__.split(".")[0] == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
+
+
+_is_tensor._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, not traces it

@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +17,19 @@ import torch
 import pallas_flash as pf
 from bridge import textbook
 from bridge.problems import UNIT, assert_within_budget, heads_inside, operator_call, qkv
-from torch_bridge import exchange, explain_flash_attention, flash_attention, ops, programs, report, score_names
+from torch_bridge import (
+    exchange,
+    explain_flash_attention,
+    flash_attention,
+    ops,
+    programs,
+    report,
+    score_names,
+    sharding,
+)
 from torch_bridge.direct import attention
 
+ROOT = Path(__file__).parents[2]
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
 Q, KV = (B, H, L, E), (B, G, S, E)
 LINES = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 2, 3]])
@@ -206,6 +221,14 @@ def test_what_a_function_is_differentiated_by_is_in_its_name():
     assert not torch.equal(*grads)
 
 
+def test_another_process_has_the_same_names():
+    program = ("from torch_bridge import score_names\n"
+               "print(score_names.name_of(lambda s, b, h, i, j: s * 2.0, (), False))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert done.stdout.strip() == name(times(2.0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Scaled(pf.Score):
     by: torch.Tensor
@@ -270,7 +293,9 @@ class Biased(torch.nn.Module):
         self.slopes = torch.nn.Parameter(torch.rand(H))
 
     def forward(self, q, k, v, lines):
-        return flash_attention(q, k, v, score=Fading(self.slopes + 1, self.slopes, lines, SHOWN, 3.0), is_causal=True)
+        v = flash_attention(q, k, v, score=pf.ALiBi(self.slopes, offset=1))
+        score = Fading(self.slopes + 1, self.slopes, lines[:, :L], SHOWN[:L], 3.0)
+        return flash_attention(q, q, v, score=score, is_causal=True)
 
 
 def same_results(run, plain, tensors, *others):
@@ -367,6 +392,14 @@ def test_the_reason_for_dlpack():
     report(reset=True)
     flash_attention(q, k, v, score=leaky)
     assert any("score=leaky" in row.problem for row in report())
+
+
+def test_distributed_tensors_are_gathered():
+    """A function asks for numbers of batch and head in the whole."""
+    tensors = [SimpleNamespace(shape=shape, mesh=SimpleNamespace(shape=(2,))) for shape in (Q, KV, KV)]
+    operands, numbers = operator_call(*tensors)
+    assert len(sharding._splits(operands, numbers)) == 3
+    assert sharding._splits(operands, numbers._replace(score=name(leaky))) == [sharding._Split(None)]
 
 
 X, K = torch.zeros(Q), torch.zeros(KV)
