@@ -67,7 +67,8 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     for has, its, found in _backwards:
         if has(query, key, value) and its == others:
             grads = found.backward((query, key, value, out, stats), dout, _never)
-            return None if grads is None else (*grads, query.new_empty((0,)), query.new_empty((0,)))
+            nothing = query.new_empty((0,))  # one for both, which have no element to share
+            return None if grads is None else (*grads, nothing, nothing)
     return None
 
 
