@@ -58,7 +58,7 @@ def kernels(monkeypatch):
         assert rules.reasons_against(spec, BACKWARD, 232_448) == []
         given = *arrays(operands), *results, *cotangents, *keys, *jax.tree.leaves(operands.mask)
         with interpreted():
-            return Gradients(*calls._backward(spec, BACKWARD)(*given), dbias=None, dscore=())
+            return Gradients(*calls._backward(spec, BACKWARD)(*given), dbias=None, dscore=()), None  # no sinks
     monkeypatch.setattr(calls, "_run_forward", forward)
     monkeypatch.setattr(calls, "_run_backward", backward)
 
