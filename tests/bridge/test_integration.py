@@ -158,7 +158,7 @@ def test_opcheck_of_the_backward(quiet):
 
 def test_opcheck_of_the_double_backward(quiet):
     args = [x.detach() if torch.is_tensor(x) else x for x in problem("causal", torch.float64)]
-    tensors = (*[torch.randn_like(x) for x in args[:3]], None, torch.randn(Q, dtype=torch.float64), None)
+    tensors = (*[torch.randn_like(x) for x in args[:3]], None, None, torch.randn(Q, dtype=torch.float64), None)
     torch.library.opcheck(KERNELS.attention_double_backward.default, (*args, *tensors),
                           test_utils=("test_schema", "test_faketensor"))
 
