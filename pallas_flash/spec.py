@@ -81,8 +81,8 @@ class Operands(NamedTuple):
     dropout_seed: Int[Array, "2"] | None  # uint32
     dropout_origin: Int[Array, "4"] | None  # int32: (batch, head, query, key) of the first pair; if `dropout_moved`
     page_table: Int[Array, "b p"] | None  # int32; with `AttentionSpec.pages`, where k and v are pages (see paging.py)
-    sinks: Float[Array, "1|b h 1 1"] | None = None  # of a forward that takes them (`AttentionSpec.sinks`); float32
     cache_scales: tuple[Array, Array] | None = None  # of k and v (`AttentionSpec.cache_scales`); float32
+    sinks: Float[Array, "1|b h 1 1"] | None = None  # of a forward that takes them (`AttentionSpec.sinks`); float32
 
     @property
     def differentiable(self) -> Differentiable[Array]:
