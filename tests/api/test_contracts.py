@@ -21,9 +21,11 @@ def case():
 
 
 def test_an_operand_has_a_gradient_or_has_none():
-    """Sinks are handed to a forward alone: their gradient is made beside the backward, of lse and delta."""
+    """Sinks are handed to a forward that takes them, and their gradient comes of a backward that has delta at hand;
+    others get and make them beside their own.
+    """
     assert Operands._fields == (*Differentiable._fields, *Others._fields, "sinks")
-    assert Gradients._fields == tuple(f"d{name}" for name in Differentiable._fields)
+    assert Gradients._fields == (*(f"d{name}" for name in Differentiable._fields), "dsinks")
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "dropout_seed", "dropout_origin",
