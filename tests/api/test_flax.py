@@ -127,6 +127,7 @@ def default_layer(module, padded):
     return args, run(*args), in_float64(run, *args)
 
 
+@pytest.mark.optimised  # rounding is compared
 @both_modules
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
