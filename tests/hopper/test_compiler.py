@@ -12,7 +12,6 @@ import pytest
 from pallas_flash import AttentionSpec, Causal, device, dispatch
 from pallas_flash.kernels.hopper import compiler, compiler_probe
 from tests.hopper.offline import places
-from tests.hopper.test_offline import ROOT
 
 Q = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
 SPEC = AttentionSpec.of(Q, Q, Q, mask=Causal())
@@ -116,12 +115,12 @@ VERSION = "import jax; print(*jax.__version_info__[:2])"
 @pytest.mark.timeout(300)
 def test_the_compiler_at_hand_is_read_rightly(tmp_path):
     """By the stand-in driver. That of 0.11 moves registers; of others the report of a real kernel says the same."""
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", ROOT / "tests/bridge/driver.c", "-ldl",
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", places.ROOT / "tests/bridge/driver.c", "-ldl",
                     "-lpthread"], check=True)
     ptxas = places.compilers()["pinned" if "pinned" in places.compilers() else "found"]
     environment = os.environ | {
         "PATH": f"{ptxas.parent}:{os.environ.get('PATH', '')}", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu",
-        "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}", "PYTHONPATH": str(ROOT),
+        "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}", "PYTHONPATH": str(places.ROOT),
         "MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1",
         "CUDA_ROOT": str(places.cuda_root() or ptxas.parent.parent)}
     run = lambda *what: subprocess.run([places.interpreter(), *what], env=environment, text=True, capture_output=True)
