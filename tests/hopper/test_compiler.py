@@ -115,8 +115,8 @@ VERSION = "import jax; print(*jax.__version_info__[:2])"
 @pytest.mark.timeout(300)
 def test_the_compiler_at_hand_is_read_rightly(tmp_path):
     """By the stand-in driver. That of 0.11 moves registers; of others the report of a real kernel says the same."""
-    source = places.ROOT / "tests/bridge/driver.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source, "-ldl", "-lpthread"], check=True)
+    source, made = places.ROOT / "tests/bridge/driver.c", tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", made, source, "-ldl", "-lpthread"], check=True)
     ptxas = places.compilers()["pinned" if "pinned" in places.compilers() else "found"]
     environment = os.environ | {
         "PATH": f"{ptxas.parent}:{os.environ.get('PATH', '')}", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu",
