@@ -55,7 +55,7 @@ def copies(spec: AttentionSpec) -> padding.Copies | None:
 
 def finds_lost(spec: AttentionSpec) -> bool:
     """Whether the forward is the kernel against a cache, which gives NaN for sequences that have lost keys."""
-    return filled_part(spec.mask) is not None and not prefill.is_needed(spec)
+    return prefill.is_decoding(spec)
 
 
 def takes_sinks(spec: AttentionSpec) -> bool:

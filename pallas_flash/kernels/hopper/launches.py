@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash import quantised
 from pallas_flash.kernels.hopper import mask_arrays, work
 from pallas_flash.kernels.hopper.backward import dbias, dq, finish, kv, kv_split, prepare, wide
 from pallas_flash.kernels.hopper.decode import kernel as decode_kernel
@@ -147,7 +146,4 @@ def _gradients_in_parts(spec: AttentionSpec, schedule: BackwardSchedule) -> tupl
 
 
 def _operands(spec: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = spec.operand_shapes
-    stored = spec.dtype if spec.cache_scales is None else quantised.DTYPE
-    return {name: jax.ShapeDtypeStruct(shape, spec.dtype if name == "q" else stored)
-            for name, shape in zip("qkv", shapes[:3])}
+    return {name: jax.ShapeDtypeStruct(shape, spec.dtype) for name, shape in zip("qkv", spec.operand_shapes[:3])}

@@ -22,7 +22,7 @@ from pallas_flash.filled import by_number, filled_part
 from pallas_flash.kernels.mosaic.cache_rules import MAX_ROWS, rows
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
-__all__ = ["FEW_QUERIES", "copies", "is_needed", "not_measured", "ordinary", "run", "why_not"]
+__all__ = ["FEW_QUERIES", "copies", "is_decoding", "is_needed", "not_measured", "ordinary", "run", "why_not"]
 
 FEW_QUERIES = 16
 """Of each head. A tile has 64 rows a warpgroup for the queries of one head: with fewer than 16, most are idle, and
@@ -34,6 +34,11 @@ def is_needed(spec: AttentionSpec) -> bool:
     bits is left to those: no ordinary kernel reads it.
     """
     return filled_part(spec.mask) is not None and rows(spec) > MAX_ROWS and spec.cache_scales is None
+
+
+def is_decoding(spec: AttentionSpec) -> bool:
+    """Whether keys are in a cache, and a kernel of decoding takes the queries."""
+    return filled_part(spec.mask) is not None and not is_needed(spec)
 
 
 @functools.lru_cache(maxsize=1024)

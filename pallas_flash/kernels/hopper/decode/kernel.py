@@ -46,10 +46,10 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSched
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.decode import added, combine, rows, values
-from pallas_flash.kernels.mosaic.decode.calls import scale_types
+from pallas_flash.kernels.mosaic.decode.calls import inputs as inputs_of
 from pallas_flash.kernels.mosaic.decode.combine import Sums
 from pallas_flash.kernels.mosaic.decode.missing import has_lost_keys
-from pallas_flash.kernels.mosaic.decode.work import Segment, blocks, fields, for_each_segment, workers
+from pallas_flash.kernels.mosaic.decode.work import Segment, blocks, for_each_segment, workers
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked, scaled
@@ -65,7 +65,7 @@ class Worker(NamedTuple):
     spec: AttentionSpec
     schedule: DecodeSchedule
     number: int  # in its block
-    gmem: dict[str, Ref]  # q, k, v, `fields`, `added.types`, `calls.scale_types`, page_table; counters, out, stats, ...
+    gmem: dict[str, Ref]  # `calls.inputs`; counters, out, stats, ...
     smem: dict[str, Ref]  # k, v, q where queries are not in registers; wide_k, wide_v where those are of eight bits
     bars: dict[str, Ref]  # the barriers
 
@@ -338,12 +338,10 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
-    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v, of
-    the mask's arrays (`work.fields`), of a bias and sinks (`added.types`), of scales (`calls.scale_types`), and of the
-    page table, where there are any. It updates counters (`counters_shape`, int32), which are 0 before and after.
+    """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of the arrays of
+    `calls.inputs`. It updates counters (`counters_shape`, int32), which are 0 before and after.
     """
-    inputs = ("q", "k", "v", *fields(spec), *added.types(spec), *scale_types(spec),
-              *["page_table"] * (spec.pages is not None), "counters")
+    inputs = (*inputs_of(spec), "counters")
     count = workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
