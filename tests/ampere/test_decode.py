@@ -4,16 +4,12 @@ oracle of the Hopper kernel's tests (`tests.hopper.test_decode`): float64, and N
 
 import dataclasses
 import functools
-import os
-import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_agree, normal
+import sanitizer
 from jax import lax
 
 from pallas_flash import Causal, Full, Window, autodiff, cache, device
@@ -25,7 +21,6 @@ from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.mask_fields import ArrayField
 from pallas_flash.spec import AttentionSpec, Operands, Results
 from tests.hopper import test_decode, test_decode_lost
-from tests.hopper.offline.places import cuda_root
 from tests.hopper.test_decode import Case, assert_right, call_of, exact, in_layout, rows, shapes, sinks_of, stored
 
 GPUS = [device.A100, device.L4, device.H200, device.B200, device.RTX_5090]
@@ -273,22 +268,7 @@ def test_sequences_that_have_lost_keys_are_nan_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.timeout(120)
 def test_a_decoding_loop_is_right_on_a_gpu():
-    """Appended in place and read in the next step, under one `jit`; and gradients of it are those of `xla`."""
-    case = Case((0, 40, 100), capacity=160, heads=(4, 2))
-    q, k, v = rows(dataclasses.replace(case, q_len=20))
-    start = jax.tree.map(jnp.asarray, stored(case, k, v))
-    new = tuple(jnp.asarray(normal(seed, case.batch, 20, 2, 128), case.dtype) for seed in (7, 8))
-
-    def loop(implementation, q, new):
-        def one(at, rows):
-            at = cache.append(at, *(x[:, None] for x in rows[1:]))
-            return at, cache.attend(rows[0][:, None], at, implementation=implementation)[:, 0]
-        return lax.scan(one, start, tuple(x.swapaxes(0, 1) for x in (q, *new)))[1].astype(jnp.float32)
-
-    found, wanted = (jax.jit(functools.partial(loop, name))(q, new) for name in ("ampere", "xla"))
-    np.testing.assert_allclose(found, wanted, atol=2.0**-6)
-    gradient = lambda name: jax.jit(jax.grad(lambda q, new: loop(name, q, new).sum(), (0, 1)))(q, new)
-    assert_agree(gradient("ampere"), gradient("xla"))
+    test_decode.assert_a_loop_is_right("ampere")
 
 
 SANITIZED = """
@@ -304,15 +284,4 @@ test_decode.assert_right_as_scheduled(test_decode.{case})
     "Case((300, 0, 77), 2, capacity=320, page=32, bias=(3, 4), sinks=True, bad=(1, 2))",
     "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')"])
 def test_compute_sanitizer_finds_nothing(tool, case):
-    """Each array is an allocation of its own, so that what lies past its end is not another one's."""
-    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
-    if program is None:
-        pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
-    options = ("--report-api-errors", "no") if tool == "memcheck" else ("--racecheck-report", "all")
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=attention_decode", *options,
-               sys.executable, "-c", SANITIZED.format(case=case)]
-    here = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    summary = "ERROR SUMMARY: 0 errors" if tool == "memcheck" else "RACECHECK SUMMARY: 0 hazards"
-    assert done.returncode == 0 and summary in text, text[-4000:]
+    sanitizer.check(tool, SANITIZED.format(case=case), "attention_decode")

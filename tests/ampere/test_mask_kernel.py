@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper import test_array_masks as masks_of
-from hopper.test_mask_kernel import GPU_MASKS, HEADS, LENGTH
+from hopper.test_mask_kernel import GPU_MASKS, HEADS, LENGTH, check, made_by_xla
 
 from pallas_flash import device
 from pallas_flash.kernels.ampere import calls, defaults, launches, mask_arrays, rules
@@ -22,19 +22,6 @@ FORWARD = ForwardSchedule(block_kv=32, mask_kernel=True)
 BACKWARD = BackwardSchedule(block_q=32, dq=DqSchedule(block_kv=32, row_tiles=1), mask_kernel=True)
 
 
-def made_by_xla(spec, schedule, mask):
-    return jax.jit(lambda mask: mask_arrays.make(spec, schedule, mask))(mask)
-
-
-def check(spec, schedule, mask):
-    """Every number that the launch makes is XLA's."""
-    launch, wanted = mask_arrays.launch(spec, schedule), made_by_xla(spec, schedule, mask)
-    found = dict(zip(launch.outputs, jax.jit(launch.kernel)(*jax.tree.leaves(mask)), strict=True))
-    assert found.keys() == wanted.keys()
-    for name, x in wanted.items():
-        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(x), name)
-
-
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("name", "schedule"), [
     ("lengths-offsets", FORWARD), ("documents-causal", BACKWARD), ("sequences-at-their-ends", FORWARD)])
@@ -44,7 +31,7 @@ def test_numbers_are_those_that_xla_makes(name, schedule):
     assert mask_rules.kernel_makes(spec) and rules.reasons_against(spec, schedule, 101_376) == []
     assert ("row_tiles" in mask_arrays.types(spec, schedule)) == (schedule is FORWARD)
     with interpreted():
-        check(spec, schedule, mask)
+        check(spec, schedule, mask, mask_arrays)
 
 
 def test_another_runtime_makes_what_the_first_launch_reads(monkeypatch):
@@ -87,12 +74,12 @@ def test_passes_are_the_same_bit_by_bit_on_a_gpu(name):
     def run(make, schedule, *arrays):
         found = make(spec, schedule)
         made = dict(zip(mask_kernel.fields(spec), jax.tree.leaves(mask))) if schedule.mask_kernel else (
-            made_by_xla(spec, schedule, mask))
+            made_by_xla(spec, schedule, mask, mask_arrays))
         return jax.jit(lambda *given: found(*given))(*arrays, *(made[x] for x in found.inputs if x in made))
 
     results = (q, k, v)
     for make, schedule in ((launches.forward, FORWARD), (launches.backward, BACKWARD)):
-        check(spec, schedule, mask)
+        check(spec, schedule, mask, mask_arrays)
         found, wanted = (run(make, dataclasses.replace(schedule, mask_kernel=x), *results) for x in (True, False))
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, wanted, strict=True))
         results = q, k, v, *wanted[:2], dout, jnp.zeros_like(wanted[1])

@@ -7,17 +7,14 @@ rings are those of all.
 
 import dataclasses
 import functools
-import os
 import re
-import shutil
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sanitizer
 from agreement import assert_agree, normal
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
@@ -34,7 +31,6 @@ from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.masks import ArrayField
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Operands, Results
-from tests.hopper.offline.places import cuda_root
 
 EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 REPETITIONS = 1000
@@ -546,23 +542,27 @@ def test_repeated_runs_are_equal_bit_by_bit(name):
 @pytest.mark.gpu
 @pytest.mark.timeout(120)
 def test_a_decoding_loop_is_right_on_a_gpu():
+    assert_a_loop_is_right("hopper")
+
+
+def assert_a_loop_is_right(implementation: str) -> None:
     """Appended in place and read in the next step, under one `jit`; and gradients of it are those of `xla`."""
     case = Case((0, 40, 100), capacity=160, heads=(4, 2))
     q, k, v = rows(dataclasses.replace(case, q_len=20))
     start = jax.tree.map(jnp.asarray, stored(case, k, v))
     new = tuple(jnp.asarray(normal(seed, case.batch, 20, 2, 128), case.dtype) for seed in (7, 8))
 
-    def loop(implementation, q, new, start):
+    def loop(name, q, new, start):
         def one(at, rows):
             at = cache.append(at, *(x[:, None] for x in rows[1:]))
-            return at, cache.attend(rows[0][:, None], at, implementation=implementation)[:, 0]
+            return at, cache.attend(rows[0][:, None], at, implementation=name)[:, 0]
         by_step = tuple(x.swapaxes(0, 1) for x in (q, *new))
         return lax.scan(one, start, by_step)[1].astype(jnp.float32)
 
-    found, wanted = (jax.jit(functools.partial(loop, name))(q, new, start) for name in ("hopper", "xla"))
+    found, wanted = (jax.jit(functools.partial(loop, name))(q, new, start) for name in (implementation, "xla"))
     np.testing.assert_allclose(found, wanted, atol=2.0**-6)
     gradient = lambda name: jax.jit(jax.grad(lambda q, new: loop(name, q, new, start).sum(), (0, 1)))(q, new)
-    assert_agree(gradient("hopper"), gradient("xla"))
+    assert_agree(gradient(implementation), gradient("xla"))
 
 
 SANITIZED = """
@@ -579,19 +579,4 @@ test_decode.assert_right_as_scheduled(test_decode.{case})
     "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
     "Case((300, 0, 77), 2, capacity=301, d=(64, 64), schedule=dict(workers=2, num_blocks=5))"])
 def test_compute_sanitizer_finds_nothing(tool, case):
-    assert_sanitized(tool, SANITIZED.format(case=case))
-
-
-def assert_sanitized(tool: str, code: str) -> None:
-    """Each array is an allocation of its own, so that what lies past its end is not another one's."""
-    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
-    if program is None:
-        pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
-    options = ("--report-api-errors", "no") if tool == "memcheck" else ("--racecheck-report", "all")
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=attention_decode", *options,
-               sys.executable, "-c", code]
-    here = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    summary = "ERROR SUMMARY: 0 errors" if tool == "memcheck" else "RACECHECK SUMMARY: 0 hazards"
-    assert done.returncode == 0 and summary in text, text[-4000:]
+    sanitizer.check(tool, SANITIZED.format(case=case), "attention_decode")

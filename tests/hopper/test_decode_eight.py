@@ -11,6 +11,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import sanitizer
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import Causal, PrefixLM, Window, cache, device, quantised
@@ -20,7 +21,6 @@ from pallas_flash.kernels.mosaic.interpret import interpreted
 from tests.hopper.test_decode import (
     Case,
     assert_right,
-    assert_sanitized,
     call_of,
     exact,
     in_layout,
@@ -180,4 +180,4 @@ t.assert_right_on_a_gpu(t.Case((300, 0, 77), capacity=320, page=32, d=(128, 64))
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
 def test_compute_sanitizer_finds_nothing(tool):
-    assert_sanitized(tool, SANITIZED)
+    sanitizer.check(tool, SANITIZED, "attention_decode")

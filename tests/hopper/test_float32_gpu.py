@@ -1,7 +1,6 @@
 """Float32 inputs on a Hopper GPU: everything within the budget of float32, and beside the XLA path's own error."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sanitizer
 
-from hopper.offline.places import cuda_root
 from hopper.test_sweep import budget_of, problem_of
 from pallas_flash import Causal, Dense, Full, InBounds, SegmentIds, Window
 from pallas_flash.kernels.hopper import support
@@ -103,12 +102,8 @@ print("both passes have run", flush=True)
 def test_memcheck_finds_nothing_in_heads_of_16(name):
     """Regression: a load's coordinate was not set under ptxas 13.0 (docs/notes/hopper_features.md). In a process of its
     own, which an illegal instruction ends; what the sanitizer says names the kernel."""
-    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{cuda_root() or ''}/bin")
-    if program is None:
-        pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
-    command = [program, "--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no", sys.executable,
-               "-c", IN_A_PROCESS, name]
+    command = [*sanitizer.command("memcheck"), sys.executable, "-c", IN_A_PROCESS, name]
     done = subprocess.run(command, capture_output=True, text=True, check=False,
-                          env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+                          env=os.environ | sanitizer.ENVIRONMENT)
     text = done.stdout + done.stderr
     assert done.returncode == 0 and "both passes have run" in text, text[:4000]

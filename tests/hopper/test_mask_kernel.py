@@ -26,13 +26,13 @@ FORWARD = dataclasses.replace(masks_of.FORWARD, mask_kernel=True)
 BACKWARD = dataclasses.replace(masks_of.BACKWARD, mask_kernel=True)
 
 
-def made_by_xla(spec, schedule, mask):
-    return jax.jit(lambda mask: mask_arrays.make(spec, schedule, mask))(mask)
+def made_by_xla(spec, schedule, mask, package=mask_arrays):
+    return jax.jit(lambda mask: package.make(spec, schedule, mask))(mask)
 
 
-def check(spec, schedule, mask, launch):
-    """Every number that the launch makes is XLA's."""
-    wanted = made_by_xla(spec, schedule, mask)
+def check(spec, schedule, mask, package=mask_arrays):
+    """Every number that a package's launch makes is XLA's."""
+    launch, wanted = package.launch(spec, schedule), made_by_xla(spec, schedule, mask, package)
     found = dict(zip(launch.outputs, jax.jit(launch.kernel)(*jax.tree.leaves(mask)), strict=True))
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
@@ -47,9 +47,8 @@ def test_numbers_are_those_that_xla_makes(name, schedule):
     """Also behind the last position, and for tiles behind the last one."""
     spec, mask = masks_of.spec_of(masks_of.MASKS[name]), masks_of.canonical(masks_of.MASKS[name])
     assert mask_rules.kernel_makes(spec)
-    launch = mask_arrays.launch(spec, schedule)
     with interpreted(detect_races=True):
-        check(spec, schedule, mask, launch)
+        check(spec, schedule, mask)
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -173,7 +172,7 @@ def test_numbers_are_those_that_xla_makes_on_a_gpu(name, schedule):
     mask, schedule = masks_of.canonical(GPU_MASKS[name]), SCHEDULES[schedule]
     array = jax.ShapeDtypeStruct((1 if name == "sequences" else 2, LENGTH, HEADS, 64), jnp.bfloat16)
     spec = AttentionSpec.of(array, array, array, mask=GPU_MASKS[name])
-    check(spec, schedule, mask, mask_arrays.launch(spec, schedule))
+    check(spec, schedule, mask)
 
 
 @pytest.mark.gpu

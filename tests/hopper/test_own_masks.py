@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 
 import pallas_flash as pf
+from hopper import test_scores
 from pallas_flash import Causal, InBounds, Mask, SegmentIds, Window, autodiff, device, masks, scores
-from pallas_flash.kernels.hopper import calls, defaults, rules, support
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, SplitSchedule
-from pallas_flash.kernels.mosaic import bias, mask_score, score_function, traced
-from pallas_flash.kernels.mosaic.interpret import interpreted
+from pallas_flash.kernels.hopper import calls, defaults, support
+from pallas_flash.kernels.mosaic import mask_score, traced
 from pallas_flash.testing import conformance, inputs
 from pallas_flash.testing.problems import Problem
 
 Q_LEN, KV_LEN = 40, 80
-FORWARD = ForwardSchedule(block_kv=32, warpgroups=1, num_blocks=2)
-BACKWARD = BackwardSchedule(SplitSchedule(), DqSchedule(block_kv=32, warpgroups=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +94,7 @@ def run_interpreted(spec, given, cotangents):
     """out, the statistics, and the gradients of q, k and v, as `calls` has them but for schedules."""
     inner, operands = mask_score.as_score(spec, given)
     assert inner == mask_score.hiding(spec) and mask_score.hiding(inner) == inner
-    masked, operands = bias.as_mask(inner, operands)
-    for schedule in (FORWARD, BACKWARD):
-        assert rules.reasons_against(masked, schedule, 232_448) == []
-    more = *score_function.inputs(masked, operands), *jax.tree.leaves(operands.mask)
-    dout, dstats = cotangents
-    with interpreted():
-        out, stats = jax.block_until_ready(calls._forward(masked, FORWARD)(*given[:3], *more))
-        arrays = *given[:3], out, stats, dout, dstats, *more
-        return out, stats, *jax.block_until_ready(calls._backward(masked, BACKWARD)(*arrays))
+    return test_scores.run_interpreted(inner, operands, cotangents)
 
 
 @pytest.mark.interpreted
