@@ -11,7 +11,7 @@ __all__ = ["Rows", "decoding", "sequences", "steps"]
 Record = dict[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 NAMES = {"reads": "reads alone", "torch": "PyTorch", "torch-cudnn": "PyTorch (cuDNN)"}
-LATER = {"bridge": "torch_bridge", "torch-flex": "PyTorch (flex)"}
+LATER = {"bridge": "torch_bridge", "torch-flex": "PyTorch (flex)", "fa3": "FlashAttention-3"}
 """What decoding is timed beside; the second where records have them."""
 
 

@@ -3,8 +3,10 @@
 Beside `cache.attend`: the Hopper kernel, where another one is named; its reads alone, without a product, which nothing
 that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from PyTorch;
 and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, and its flex_attention, compiled, which
-splits keys for few queries, where keys are contiguous and sequences fill the cache. Where more queries share a key
-head than the kernel takes, the ordinary kernels run in its place, beside `xla`, and there are no reads alone.
+splits keys for few queries, where keys are contiguous and sequences fill the cache; there also FlashAttention-3, if it
+was got (`python -m bench peers`), which in this form does not split keys, with keys in the layout that it takes. Where
+more queries share a key head than the kernel takes, the ordinary kernels run in its place, beside `xla`, and there are
+no reads alone.
 Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -21,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import chain, environment, records, timing, torch_contestants
+from bench import chain, cli, environment, records, timing, torch_contestants
 from pallas_flash import cache, device, dispatch, quantised
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
@@ -130,8 +133,10 @@ def _attend(implementation: dispatch.Requested) -> Callable[[jax.Array, cache.Ca
 
 def _jax_calls(implementation: dispatch.Requested, q: jax.Array, filled: cache.Cache,
                more: dict[str, jax.Array]) -> Callable[[int], timing.Call]:
-    attend, given = _attend(implementation), (q, filled, more)
+    return _calls_of(_attend(implementation), (q, filled, more))
 
+
+def _calls_of(attend: Callable[..., Any], given: tuple[Any, ...]) -> Callable[[int], timing.Call]:
     def calls(count: int) -> timing.Call:
         function = attend if count == 1 else chain.chained(attend, count)
         program = jax.jit(function).lower(*given).compile()
@@ -209,6 +214,15 @@ def _flex(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int]
     return lambda count: torch_contestants.graph(lambda: attend, count)
 
 
+def _fa3(problem: Problem, q: jax.Array, filled: cache.Cache, sinks: jax.Array | None) -> Callable[[int], timing.Call]:
+    import dew_flash_attn
+    heads_last = [jnp.swapaxes(x, 1, 2) for x in (q, filled.key, filled.value)]  # made once, not timed
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return dew_flash_attn.flash_mha(*arrays, is_causal=problem.q_len > 1, sinks=sinks)
+    return _calls_of(attend, tuple(heads_last))
+
+
 def _bridge(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
     import torch
 
@@ -237,6 +251,9 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
         found["xla"] = _jax_calls("xla", q, filled, more)
     else:
         found["reads"] = _reads(problem, q, filled)
+    is_plain = not problem.page and not problem.eight and problem.bias is None and problem.shortest is None
+    if is_plain and importlib.util.find_spec("dew_flash_attn") is not None:
+        found["fa3"] = _fa3(problem, q, filled, more.get("sinks"))
     has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
     if has_torch and not more:
         found["bridge"] = _bridge(problem, q, filled)
@@ -286,6 +303,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", action="store_true", help="also append the records to a file of bench/results")
     arguments = parser.parse_args()
+    if (cli.PEERS_FOLDER / "site").is_dir():
+        sys.path.append(str(cli.PEERS_FOLDER / "site"))
     for name in arguments.problems:
         record = measure(name, PROBLEMS[name], arguments.implementation, arguments.rounds)
         records.show(record, arguments.save)

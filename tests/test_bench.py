@@ -7,8 +7,11 @@ import json
 import os
 import pkgutil
 import re
+import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -709,3 +712,23 @@ def test_decoding_is_timed_in_bytes_a_second(monkeypatch, more):
     assert set(record["us"]) == {"ours"} and record["error"] == 0
     assert record["gbytes"]["ours"] == pytest.approx(problem.bytes_read / record["us"]["ours"] / 1e3)
     json.dumps(record)
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_decoding_of_a_peer_that_takes_heads_last_is_the_same(monkeypatch, q_len):
+    """FlashAttention-3, in whose place jax.nn's attention stands: as its own, a causal rule ends at the last key."""
+    def flash_mha(q, k, v, is_causal, sinks):
+        assert sinks is None
+        rows, columns = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
+        last = (columns <= rows + k.shape[1] - q.shape[1])[None, None]
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, mask=last if is_causal else None)
+
+    monkeypatch.setitem(sys.modules, "dew_flash_attn", types.SimpleNamespace(flash_mha=flash_mha))
+    problem = decode.Problem(2, 48, (4, 2), 8, q_len=q_len)
+    q, filled = problem.arrays()
+    call = decode._fa3(problem, q, filled, None)(2)
+    wanted = np.asarray(decode._attend("xla")(q, filled, {}), np.float32)
+    assert call.count == 2
+    for out in call.start():
+        np.testing.assert_allclose(np.asarray(out.swapaxes(1, 2), np.float32), wanted, atol=0.02)

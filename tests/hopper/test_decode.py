@@ -207,6 +207,16 @@ INTERPRETED = {
                                 softcap=9.0, bad=tuple(range(9)), schedule=dict(num_blocks=1, num_stages=2)),
     "a bias of finfo.min": Case((70, 33), 2, (4, 1), (16, 16), 70, bias=(1, 4), least=float(np.finfo("float32").min),
                                 schedule=dict(num_blocks=2, block_kv=32)),
+    "four bands": Case((0, 130, 77), 3, d=(64, 40), capacity=140, layout="BHLD", dtype="float16", softcap=5.0,
+                       sinks=True, bad=(0,), schedule=dict(num_blocks=4, num_stages=2, bands=4)),
+    "two bands, pages, a bias": Case((90, 144, 0), 9, (4, 2), (16, 16), 144, 16, scale=-0.2, bias=(3, 4), sinks=True,
+                                     bad=(3, 40, 41, 42, 43), schedule=dict(num_blocks=1, block_kv=96, bands=2)),
+    "queries come ahead": Case((3, 0, 32, 9, 1), 2, (6, 2), (16, 8), capacity=32, layout="BHLD",
+                               schedule=dict(num_blocks=2, block_kv=16, query_slots=2)),
+    "queries come ahead, one block": Case((77, 60), 3, d=(72, 64), capacity=77, schedule=dict(
+        num_blocks=1, num_stages=2, query_slots=1)),
+    "pieces of partial results at once": Case((0, 130, 77), 4, (6, 2), d=(64, 64), capacity=140, schedule=dict(
+        num_blocks=5, num_stages=2, parts_at_once=2, pieces_at_once=4)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
                        schedule=dict(num_blocks=2, block_kv=32)),
 }

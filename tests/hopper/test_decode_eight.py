@@ -56,6 +56,8 @@ INTERPRETED = {
                                 schedule=dict(num_blocks=4, num_stages=2, workers=2)),
     "queries in shared memory": Case((40, 70), 1, d=(256, 128), capacity=80, schedule=dict(
         num_blocks=2, num_stages=1, workers=1, q_registers=False)),
+    "four bands": Case((0, 130, 77), 1, (8, 2), d=(64, 32), capacity=144, sinks=True,
+                       schedule=dict(num_blocks=4, num_stages=2, workers=2, bands=4)),
 }
 
 

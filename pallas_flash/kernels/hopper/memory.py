@@ -27,13 +27,15 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import may_have_idle_queries
+from pallas_flash.kernels.mosaic.decode.bands import MERGED_BYTES
 from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "KINDS", "PARTS", "Barrier", "Buffer", "Kind", "Memory", "dbias_memory", "decode_memory", "dq_acc_shape",
     "dq_memory", "dq_pieces", "finish_memory", "forward_memory", "gradient_memory", "in_parts", "kv_memory",
-    "prepare_float32_memory", "prepare_memory", "smem_bytes", "split_memory", "split_rows_memory", "wide_memory",
+    "prepare_float32_memory", "prepare_memory", "product_dtype", "smem_bytes", "split_memory", "split_rows_memory",
+    "wide_memory",
 ]
 
 _ALIGNMENT = 1024
@@ -114,10 +116,17 @@ def forward_memory(spec: AttentionSpec, s: ForwardSchedule) -> Memory:
     return Memory(tuple(buffers), tuple(barriers))
 
 
+def product_dtype(spec: AttentionSpec) -> np.dtype:
+    """The type of the numbers that decoding multiplies: float16 where keys are kept in eight bits, of which one
+    instruction makes two of it, and six make two of bfloat16.
+    """
+    return spec.dtype if spec.cache_scales is None else np.dtype("float16")
+
+
 def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
     """Of each worker, whose number ends every name: key and value tiles in rings, which come in pieces of a page each
-    where there are pages; the queries, if they are not in registers; and a key and a value tile as products read them,
-    where they are kept in eight bits.
+    where there are pages; the queries, if they are not in registers; where bands are merged; and a key and a value
+    tile as products read them, where they are kept in eight bits.
     """
     d, d_v = chunks(spec.d), chunks(spec.d_v)
     pieces = 1 if spec.pages is None else s.block_kv // math.gcd(spec.pages.size, s.block_kv)
@@ -130,10 +139,16 @@ def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
             loads = 1, 1
             for name, dim, width in (("k", spec.d, d), ("v", spec.d_v, d_v)):
                 buffers += [Buffer(f"{name}_{worker}", (s.num_stages, s.block_kv, dim), quantised.DTYPE, chunked=False),
-                            Buffer(f"wide_{name}_{worker}", (width, s.block_kv, CHUNK), spec.dtype)]
+                            Buffer(f"wide_{name}_{worker}", (width, s.block_kv, CHUNK), product_dtype(spec))]
+        if s.bands > 1:
+            buffers.append(Buffer(f"merging_{worker}", (MERGED_BYTES // 4,), _FLOAT32, chunked=False))
         if not s.q_registers:
-            buffers.append(Buffer(f"q_{worker}", (d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype))
-        rings = *_ring("k", pieces * loads[0], 1, s.num_stages), *_ring("v", pieces * loads[1], 1, s.num_stages)
+            buffers.append(Buffer(f"q_{worker}", (d, ROWS_PER_WARPGROUP, CHUNK), product_dtype(spec)))
+        rings = [*_ring("k", pieces * loads[0], 1, s.num_stages), *_ring("v", pieces * loads[1], 1, s.num_stages)]
+        if s.query_slots:
+            of_head = (spec.q_len, spec.group) if spec.layout == "BLHD" else (spec.group, spec.q_len)
+            buffers.append(Buffer(f"queries_{worker}", (s.query_slots, *of_head, spec.d), spec.dtype, chunked=False))
+            rings += _ring("queries", 1, 1, s.query_slots)
         barriers += [ring._replace(name=f"{ring.name}_{worker}") for ring in rings]
     return Memory(tuple(buffers), tuple(barriers))
 

@@ -23,6 +23,7 @@ from pallas_flash.kernels.hopper.schedule import (
 )
 from pallas_flash.kernels.hopper.work import has_order
 from pallas_flash.kernels.mosaic import mask_rules
+from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.padding import UNIT
 from pallas_flash.spec import AttentionSpec
@@ -149,8 +150,13 @@ def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 256, f"{s.block_kv=} must be a multiple of 16 and at most 256"),
         (s.num_stages >= 1, f"{s.num_stages=} must be positive"),
-        (s.parts_at_once >= 1, f"{s.parts_at_once=} must be positive"),
+        (min(s.parts_at_once, s.pieces_at_once) >= 1,
+         f"{s.parts_at_once=} and {s.pieces_at_once=} must be positive"),
         (1 <= s.workers <= 3, f"{s.workers=} must be 1, 2 or 3"),
+        (s.query_slots >= 0, f"{s.query_slots=} must not be negative"),
+        (s.bands in (1, 2, 4) and s.bands * rows(spec) <= ROWS_PER_WARPGROUP,
+         f"{s.bands=} must be 1, 2 or 4, and so many times {rows(spec)} queries at most {ROWS_PER_WARPGROUP}"),
+        (s.block_kv % (16 * s.bands) == 0, f"{s.block_kv=} must be a multiple of 16 for each of {s.bands} bands"),
         (spec.cache_scales is None or all(s.block_kv * dim % CONVERTED == 0 for dim in (spec.d, spec.d_v)),
          f"a tile of eight bits must have a multiple of {CONVERTED} numbers, {s.block_kv=}, d={spec.d}, "
          f"d_v={spec.d_v}"),

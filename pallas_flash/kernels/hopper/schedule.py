@@ -117,8 +117,11 @@ class DecodeSchedule:
       block_kv: keys of a tile; a multiple of 16.
       num_stages: slots of a worker's ring of key tiles, and of that of value tiles.
       workers: compute warpgroups of a block. Each has a run of its own, and rings and a warp that loads.
+      bands: how often a tile of 64 rows holds all queries, each time for other keys of a tile: 1, 2 or 4.
+      query_slots: slots of a worker's ring of the queries of segments; 0: threads load their own as a segment begins.
       q_registers: the queries are held in registers, else in shared memory.
       parts_at_once: partial results of a head that are loaded together where they are combined.
+      pieces_at_once: pieces of them, of 512 numbers each, that are.
       num_blocks: blocks of the grid: the SMs of the device.
     """
 
@@ -128,6 +131,9 @@ class DecodeSchedule:
     parts_at_once: int = 8
     num_blocks: int = 132
     workers: int = 1
+    bands: int = 1
+    query_slots: int = 0
+    pieces_at_once: int = 1
 
     @property
     def registers(self) -> tuple[int, int]:

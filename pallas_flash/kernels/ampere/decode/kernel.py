@@ -31,12 +31,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash.kernels.ampere import copies, memory, mma, registers
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.decode import load, products
-from pallas_flash.kernels.ampere.decode.bands import merged
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, DecodeSchedule, chunks
 from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.decode import added, combine, rows, values
+from pallas_flash.kernels.mosaic.decode.bands import merged
 from pallas_flash.kernels.mosaic.decode.calls import inputs as inputs_of
 from pallas_flash.kernels.mosaic.decode.combine import Sums
 from pallas_flash.kernels.mosaic.decode.missing import has_lost_keys

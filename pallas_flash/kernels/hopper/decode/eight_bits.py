@@ -1,12 +1,17 @@
-"""Keys and values that are kept in eight bits (`pallas_flash.quantised`): from float8_e4m3fn to the queries' type.
+"""Keys and values that are kept in eight bits (`pallas_flash.quantised`): from float8_e4m3fn to float16.
 
 TMA brings tiles as they are stored, (rows, columns) bytes, dense. The compute warpgroup converts one in registers, 16
-numbers of a thread at a time, and writes it to shared memory as wgmma reads it; every e4m3 number is one of 16 bits.
+numbers of a thread at a time, and writes it to shared memory as wgmma reads it; every e4m3 number is one of float16.
 The scales, one of each head, or of each sequence and head, are multiplied in float32: that of keys with scores, that of
 values with the sums.
+
+Products are of float16, whatever the queries' type: one instruction converts two numbers, where bfloat16 takes six.
+So queries are scaled by a power of two of each row, to below 2^15: what is above 2^-22 of the largest of a row stays
+what it is, and the others lose less than 2^-39 of it. Weights are raised by 2^14: those above 2^-39 do not vanish.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -14,6 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import registers
+from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.decode.work import Head
@@ -21,16 +27,24 @@ from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["convert", "scale_of"]
+__all__ = ["RAISED", "convert", "narrowed", "scale_of"]
 
 _UNIT = 16
 """Numbers of a thread at a time: 16 bytes of what is stored, twice as many of what is written."""
-_HALF_OF = {
-    "f16": "cvt.rn.f16x2.e4m3x2 {out}, {pair};",
-    # There is no conversion to bfloat16 on Hopper. Each of the numbers is one of float16, too.
-    "bf16": "cvt.rn.f16x2.e4m3x2 both, {pair}; mov.b32 {{lo, hi}}, both; cvt.f32.f16 a, lo; cvt.f32.f16 b, hi; "
-            "cvt.rn.bf16x2.f32 {out}, b, a;",
-}
+RAISED = 14
+"""Weights are 2^14 times what they are elsewhere, and so are their sums."""
+_EXPONENT, _BIAS = 23, 127  # of float32
+
+
+def narrowed(q: Fragment) -> tuple[Fragment, PerRow]:
+    """Queries in float16, and the power of two, (64,) float32, that each row of them is to be multiplied with."""
+    if q.dtype == jnp.float16:
+        return q, registers.row_zeros() + 1.0
+    q = q.astype(jnp.float32)
+    of_largest = lax.bitcast_convert_type(jnp.abs(q).max(axis=1), jnp.int32) >> _EXPONENT
+    raised = jnp.minimum(2 * _BIAS + RAISED - of_largest, 2 * _BIAS - 1)  # exponents; both powers are normal numbers
+    factor, inverse = (lax.bitcast_convert_type(x << _EXPONENT, jnp.float32) for x in (raised, 2 * _BIAS - raised))
+    return (q * registers.spread(factor, q.shape[1])).astype(jnp.float16), inverse
 
 
 def scale_of(spec: AttentionSpec, ref: Ref, head: Head) -> Array:
@@ -49,7 +63,7 @@ def _convert_plain(source: Ref, target: Ref) -> None:
 
 @interpreted_as(_convert_plain)
 def convert(source: Ref, target: Ref) -> None:
-    """Writes a tile (rows, columns) of float8_e4m3fn as (chunks, rows, 64) of 16 bits, both in shared memory, by a
+    """Writes a tile (rows, columns) of float8_e4m3fn as (chunks, rows, 64) of float16, both in shared memory, by a
     warpgroup; `commit_smem` must follow. There are a multiple of 2,048 numbers.
     """
     rows, columns = source.shape
@@ -87,7 +101,7 @@ def convert(source: Ref, target: Ref) -> None:
             else:
                 stored, to = places(arith.addi(thread, const(before)))
             words = llvm.load(four, stored)
-            found = [half for j in range(4) for half in _halves(vector.extract(words, [], [j]), str(element))]
+            found = [half for j in range(4) for half in _halves(vector.extract(words, [], [j]))]
             for half, address in enumerate(to):
                 llvm.store(vector.from_elements(four, found[4 * half:4 * half + 4]), address)
 
@@ -112,11 +126,10 @@ def _row_and_column(unit: ir.Value, across: int) -> tuple[ir.Value, ir.Value]:
     return row, arith.addi(arith.muli(chunk, const(4)), arith.andi(own, const(3)))
 
 
-def _halves(word: ir.Value, element: str) -> list[ir.Value]:
-    """Four numbers of eight bits as two words of two numbers of 16."""
-    code = " ".join(_HALF_OF[element].format(out=f"${i}", pair=pair) for i, pair in enumerate(("first", "second")))
+def _halves(word: ir.Value) -> list[ir.Value]:
+    """Four numbers of eight bits as two words of two numbers of float16."""
     result = llvm.inline_asm(
         llvm.StructType.get_literal([ptx.i32()] * 2), [word],
-        "{ .reg .b16 first, second, lo, hi; .reg .b32 both; .reg .f32 a, b; mov.b32 {first, second}, $2; "
-        f"{code} }}", "=r,=r,r")
+        "{ .reg .b16 first, second; mov.b32 {first, second}, $2; "
+        "cvt.rn.f16x2.e4m3x2 $0, first; cvt.rn.f16x2.e4m3x2 $1, second; }", "=r,=r,r")
     return [llvm.extractvalue(ptx.i32(), result, [i]) for i in range(2)]

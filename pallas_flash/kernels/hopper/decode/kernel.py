@@ -9,6 +9,8 @@ Rings and barriers, of each worker. A barrier is named for the state it announce
 
     k_full, k_free    a slot of the ring of key tiles has been loaded / has been read
     v_full, v_free    the same for value tiles
+    queries_full, queries_free    the same for the queries of a segment, which may come by TMA ahead of it: behind all
+                                  tiles in flight a load by a thread itself takes microseconds
 
 Pages. A tile is loaded in pieces of as many keys as surely lie in one page. Their numbers are loaded from the table one
 tile ahead.
@@ -40,12 +42,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.decode import eight_bits
+from pallas_flash.kernels.hopper.decode import columns, eight_bits
+from pallas_flash.kernels.hopper.memory import product_dtype
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.decode import added, combine, rows, values
+from pallas_flash.kernels.mosaic.decode.bands import merged
 from pallas_flash.kernels.mosaic.decode.calls import inputs as inputs_of
 from pallas_flash.kernels.mosaic.decode.combine import Sums
 from pallas_flash.kernels.mosaic.decode.missing import has_lost_keys
@@ -66,11 +70,11 @@ class Worker(NamedTuple):
     schedule: DecodeSchedule
     number: int  # in its block
     gmem: dict[str, Ref]  # `calls.inputs`; counters, out, stats, ...
-    smem: dict[str, Ref]  # k, v, q where queries are not in registers; wide_k, wide_v where those are of eight bits
+    smem: dict[str, Ref]  # k, v, and others that `memory.decode_memory` lists
     bars: dict[str, Ref]  # the barriers
 
-    def for_each_segment(self, body: Callable[[Segment], None]) -> Array:
-        """Runs `body` on every segment of this worker; returns how many steps there were."""
+    def for_each_segment(self, body: Callable[[Segment], None]) -> tuple[Array, Array]:
+        """Runs `body` on every segment of this worker; returns how many steps and segments there were."""
         return for_each_segment(self.spec, self.schedule, self.gmem, self.number, body)
 
 
@@ -131,8 +135,19 @@ def load_bytes(worker: Worker, segment: Segment, name: str, into: tuple[Index, R
         plgpu.copy_gmem_to_smem(source.at[*index, columns], target.at[pl.ds(i * count, count)], full)
 
 
+def load_queries(worker: Worker, segment: Segment) -> None:
+    """Starts to load the queries of a segment."""
+    bars, slots = worker.bars, worker.schedule.query_slots
+    slot = tiles.await_free(bars["queries_free"], slots, segment.number)
+    source = rows.group_of(worker.spec, worker.gmem["q"], segment.head)
+    plgpu.copy_gmem_to_smem(source, worker.smem["queries"].at[slot], bars["queries_full"].at[slot])
+
+
 def load_segment(worker: Worker, segment: Segment) -> None:
-    """Loads the key and value tiles of a segment as slots become free."""
+    """Loads the key and value tiles of a segment as slots become free, and its queries, if they come ahead."""
+    if worker.schedule.query_slots:
+        load_queries(worker, segment)
+
     def load(i: Index, pages: tuple[Array, ...]) -> tuple[Array, ...]:
         for name in ("k", "v"):
             slot = tiles.await_free(worker.bars[f"{name}_free"], worker.schedule.num_stages, segment.step + i)
@@ -154,9 +169,11 @@ def load(workers: list[Worker]) -> None:
 
 def load_all(worker: Worker) -> None:
     """Loads all tiles of a worker, and waits until they have been read."""
-    steps = worker.for_each_segment(functools.partial(load_segment, worker))
+    steps, segments = worker.for_each_segment(functools.partial(load_segment, worker))
     for name in ("k", "v"):
         tiles.drain(worker.bars[f"{name}_free"], steps)
+    if worker.schedule.query_slots:
+        tiles.drain(worker.bars["queries_free"], segments)
 
 
 # -- computing ---------------------------------------------------------------------------------------------------------
@@ -169,33 +186,51 @@ class State(NamedTuple):
     acc: Fragment  # (64, d_v) in the layout ACC
 
 
-def queries(worker: Worker, segment: Segment) -> Fragment | Ref:
-    """The segment's queries: in registers, or in shared memory where they are wide."""
-    q = rows.load_queries(worker.spec, worker.gmem["q"], segment.head)
+class Queries(NamedTuple):
+    """The queries of a segment."""
+
+    tile: Fragment | Ref  # in registers, or in shared memory where they are wide
+    unit: PerRow | None  # what their products with keys are to be multiplied with, if the cache is of eight bits
+
+
+def queries(worker: Worker, segment: Segment) -> Queries:
+    """The segment's queries."""
+    spec, unit = worker.spec, None
+    if slots := worker.schedule.query_slots:
+        slot = rem(segment.number, slots)
+        plgpu.barrier_wait(worker.bars["queries_full"].at[slot])
+        q = rows.queries_of(spec, worker.smem["queries"].at[slot], worker.schedule.bands)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(worker.bars["queries_free"].at[slot])
+    else:
+        q = rows.load_queries(spec, worker.gmem["q"], segment.head, worker.schedule.bands)
+    if spec.cache_scales is not None:
+        q, unit = eight_bits.narrowed(q)
+        unit = unit * eight_bits.scale_of(spec, worker.gmem["k_scale"], segment.head)
     if "q" not in worker.smem:
-        return q
+        return Queries(q, unit)
     # Every warp has multiplied the queries of the segment before.
     ptx.named_sync(ptx.first_free(worker.schedule.workers + 1) + worker.number, ptx.WARPGROUP)
     registers.store_chunks(q, worker.smem["q"])
     plgpu.commit_smem()
-    return worker.smem["q"]
+    return Queries(worker.smem["q"], unit)
 
 
 def without_hidden(worker: Worker, segment: Segment, kv_tile: Index, s: Fragment) -> Fragment:
     """Sets scores of a key tile to -inf where the mask does not keep a pair."""
-    q_pos = jnp.int32(0)
+    q_pos, bands = jnp.int32(0), worker.schedule.bands
     if worker.spec.q_len > 1:
-        q_pos = div(registers.positions(s.shape[1], 0, 0), worker.spec.group)
-    kv_pos = registers.positions(s.shape[1], 1, kv_tile * worker.schedule.block_kv)
+        q_pos = div(rows.query_rows(s.shape[1], bands), worker.spec.group)
+    kv_pos = rows.key_positions(s.shape[1], kv_tile * worker.schedule.block_kv, bands)
     return masked(s, segment.sequence.mask, q_pos, kv_pos)
 
 
 def load_bias(worker: Worker, segment: Segment, kv_tile: Index) -> Fragment | None:
-    """Loads the bias of a key tile, (64, block_kv) in the layout TILE; None if there is none."""
+    """Loads the bias of a key tile, (64, keys of a band) in the layout TILE; None if there is none."""
     if worker.spec.bias is None:
         return None
-    block_kv = worker.schedule.block_kv
-    return added.load_bias(worker.spec, worker.gmem["bias"], segment.head, kv_tile * block_kv, block_kv)
+    block_kv, bands = worker.schedule.block_kv, worker.schedule.bands
+    return added.load_bias(worker.spec, worker.gmem["bias"], segment.head, kv_tile * block_kv, block_kv // bands, bands)
 
 
 def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref], p: Fragment,
@@ -206,7 +241,7 @@ def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref],
 
     Args:
       tile: the key tile, and its values.
-      p: (64, block_kv) of the input's type, in the layout TILE; acc: (64, d_v), in the layout TILE.
+      p: (64, keys of a band) of the input's type, in the layout TILE; acc: (64, d_v), in the layout TILE.
     """
     kv_tile, found = tile
     first = kv_tile * worker.schedule.block_kv
@@ -226,7 +261,7 @@ def with_clean_values(worker: Worker, segment: Segment, tile: tuple[Index, Ref],
         bias = load_bias(worker, segment, kv_tile)
         weights = weights if bias is None else added.hidden(weights, bias)
         index = functools.partial(values.key_index, worker.spec, worker.gmem, segment.head)
-        return values.add_bad(weights, acc, worker.gmem["v"], lambda i: index(first + i))
+        return values.add_bad(weights, acc, worker.gmem["v"], lambda i: index(first + i), worker.schedule.bands)
 
     return lax.cond(has_bad, add_bad, lambda _, acc: acc, p, acc)
 
@@ -252,24 +287,24 @@ def free_tile(worker: Worker, name: str, slot: Index) -> None:
         plgpu.barrier_arrive(worker.bars[f"{name}_free"].at[slot])
 
 
-def products(worker: Worker, segment: Segment, q: Fragment | Ref, slot: Index) -> Fragment:
-    """S = Q K^T of the key tile in a slot, (64, block_kv) in the layout TILE, in the unit of scores."""
+def products(worker: Worker, q: Queries, slot: Index) -> Fragment:
+    """S = Q K^T of the key tile in a slot, (64, keys of a band) in the layout TILE, in the unit of scores."""
     spec = worker.spec
-    s = wgmma.multiply_transposed(q, await_tile(worker, "k", slot), spec.d)
-    s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
-    if spec.cache_scales is not None:
-        s = s * eight_bits.scale_of(spec, worker.gmem["k_scale"], segment.head)
+    s = wgmma.multiply_transposed(q.tile, await_tile(worker, "k", slot), spec.d)
+    s = columns.own(plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE), worker.schedule.bands)
+    if q.unit is not None:
+        s = s * registers.spread(q.unit, s.shape[1])
     s = scaled(spec, s)
     free_tile(worker, "k", slot)
     return s
 
 
-def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: State) -> State:
+def step(worker: Worker, segment: Segment, q: Queries, i: Index, state: State) -> State:
     """Adds a key tile: S = Q K^T, its softmax, and O += P V."""
     spec, unit = worker.spec, added.score_unit(worker.spec)
     kv_tile, slot = segment.first + i, rem(segment.step + i, worker.schedule.num_stages)
     bias = load_bias(worker, segment, kv_tile)
-    s = products(worker, segment, q, slot)
+    s = products(worker, q, slot)
     hides: bool | Flag = False
     if bias is not None:
         s, hides = added.with_bias(spec, s, bias), added.hides(bias)
@@ -278,12 +313,14 @@ def step(worker: Worker, segment: Segment, q: Fragment | Ref, i: Index, state: S
     s = lax.cond(partial, functools.partial(without_hidden, worker, segment, kv_tile), lambda s: s, s)
     m_i = jnp.maximum(state.m_i, s.max(axis=1))
     alpha = jnp.exp2((state.m_i - m_i) * unit)
-    p = jnp.exp2((s - registers.spread(m_i, s.shape[1])) * unit)
+    exponents = (s - registers.spread(m_i, s.shape[1])) * unit
+    p = jnp.exp2(exponents if spec.cache_scales is None else exponents + eight_bits.RAISED)
     l_i = state.l_i * registers.spread(alpha, 8) + registers.column_sums(p)
     acc = plgpu.layout_cast(state.acc, registers.TILE) * registers.spread(alpha, spec.d_v)
-    p, tile = p.astype(spec.dtype), await_tile(worker, "v", slot)
+    p, tile = p.astype(product_dtype(spec)), await_tile(worker, "v", slot)
     clean = functools.partial(with_clean_values, worker, segment, (kv_tile, tile))
     acc = lax.cond(partial | hides, clean, lambda _, acc: acc, p, acc)
+    p = columns.placed(p, worker.schedule.bands)
     acc = wgmma.accumulate(plgpu.layout_cast(acc, registers.ACC), p, tile)
     acc = wgmma.ready(acc, 0)
     free_tile(worker, "v", slot)
@@ -302,8 +339,8 @@ def first_state(worker: Worker, segment: Segment) -> State:
     l_i = plgpu.layout_cast(nothing, registers.TILE)
     if spec.sinks is not None:
         m_i, share = added.start_of(
-            spec, added.load_sinks(spec, worker.gmem["sinks"], segment.head, segment.part))
-        l_i = l_i + registers.spread(share, 8)
+            spec, added.load_sinks(spec, worker.gmem["sinks"], segment.head, segment.part, s.bands))
+        l_i = l_i + registers.spread(share if spec.cache_scales is None else share * 2.0**eight_bits.RAISED, 8)
     return State(m_i, l_i, registers.zeros(spec.d_v))
 
 
@@ -314,12 +351,17 @@ def compute_segment(worker: Worker, segment: Segment) -> None:
     add_tile = functools.partial(step, worker, segment, q)
     state = lax.fori_loop(jnp.int32(0), segment.num_tiles, add_tile, start)
     sums, acc = Sums(state.m_i, state.l_i.sum(axis=1)), plgpu.layout_cast(state.acc, registers.TILE)
-    if worker.spec.cache_scales is not None:
-        acc = acc * eight_bits.scale_of(worker.spec, worker.gmem["v_scale"], segment.head)
-    result = worker.spec, worker.gmem, segment, sums, acc
+    if (spec := worker.spec).cache_scales is not None:
+        lowered = 2.0**-eight_bits.RAISED
+        acc = acc * (eight_bits.scale_of(spec, worker.gmem["v_scale"], segment.head) * lowered)
+        sums = sums._replace(l_i=sums.l_i * lowered)
+    if (bands := worker.schedule.bands) > 1:
+        sums, acc = merged(sums, acc, added.score_unit(spec), bands, worker.smem["merging"], is_alone=False)
+    result = spec, worker.gmem, segment, sums, acc
     pl.when(segment.is_whole)(functools.partial(combine.finish, *result))
     pl.when(jnp.logical_not(segment.is_whole))(
-        functools.partial(combine.share, *result, worker.schedule.parts_at_once))
+        functools.partial(combine.share, *result, worker.schedule.parts_at_once,
+                          worker.schedule.pieces_at_once))
 
 
 def compute(worker: Worker) -> None:

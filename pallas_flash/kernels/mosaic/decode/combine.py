@@ -5,6 +5,7 @@ are kept that there are. The combining warpgroup takes 512 numbers of O at a tim
 have work however few rows there are.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -217,7 +218,7 @@ def finish(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Su
 
 
 def share(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sums, acc: Fragment,
-          at_once: int) -> None:
+          at_once: int, pieces: int = 1) -> None:
     """Leaves a partial result of a head that several workers share; the last of them combines."""
     slot = segment.slot(segment.part)
     store_part(spec, acc, gmem["part_acc"], slot)
@@ -225,7 +226,7 @@ def share(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sum
 
     @pl.when(is_last(gmem["counters"], segment.owner, segment.parts))
     def _() -> None:
-        combine(spec, gmem, segment, added.score_unit(spec), at_once)
+        combine(spec, gmem, segment, added.score_unit(spec), at_once, pieces)
 
 
 def part_types(spec: AttentionSpec, count: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -256,14 +257,18 @@ def _added(total: _Total, parts: list[tuple[Array, Sums]], unit: float) -> _Tota
     return _Total(acc, Sums(m_i, l_i))
 
 
-def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: float, at_once: int) -> None:
+def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: float, at_once: int,
+            pieces: int = 1) -> None:
     """Combines the partial results of a head, and stores out and statistics.
 
     Args:
       gmem: part_acc, part_sums, out, stats.
       unit: of scores, times log2(e) (`added.score_unit`).
       at_once: partial results that are loaded together.
+      pieces: of O that are, too: a load behind those of keys takes microseconds, and many rows are many pieces.
     """
+    count = part_size(spec) // PIECE
+    pieces = math.gcd(pieces, count)
     splat = lambda x: plgpu.layout_cast(jnp.full((PIECE,), x, jnp.float32), STRIP)
 
     def load_some(piece: Index, first: Index) -> list[tuple[Array, Sums]]:
@@ -275,15 +280,25 @@ def combine(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, unit: f
             found.append((jnp.where(there, x, 0.0), own))
         return found
 
-    @pl.loop(jnp.int32(0), jnp.int32(part_size(spec) // PIECE))
-    def _(piece: Index) -> None:
-        nothing = _Total(splat(0.0), Sums(splat(LOWEST), splat(0.0)))
-        rounds = lax.div(segment.parts + (at_once - 1), jnp.int32(at_once))
-        acc, sums = lax.fori_loop(
-            jnp.int32(0), rounds, lambda i, total: _added(total, load_some(piece, i * at_once), unit), nothing)
+    def finish_piece(piece: Index, total: _Total) -> None:
+        acc, sums = total
         out = (acc * softmax.rescale(sums.l_i)).astype(gmem["out"].dtype)
         stats = added.statistics(spec, sums.m_i, sums.l_i)
         store_piece(spec, _Piece(out, *stats), (gmem["out"], gmem["stats"]), segment.head, piece)
+
+    @pl.loop(jnp.int32(0), jnp.int32(count // pieces))
+    def _(some: Index) -> None:
+        nothing = _Total(splat(0.0), Sums(splat(LOWEST), splat(0.0)))
+        rounds = lax.div(segment.parts + (at_once - 1), jnp.int32(at_once))
+        own = [some * pieces + i if pieces > 1 else some for i in range(pieces)]
+
+        def add_some(i: Index, totals: list[_Total]) -> list[_Total]:
+            loaded = [load_some(piece, i * at_once) for piece in own]
+            return [_added(total, parts, unit) for total, parts in zip(totals, loaded, strict=True)]
+
+        totals = lax.fori_loop(jnp.int32(0), rounds, add_some, [nothing] * pieces)
+        for piece, total in zip(own, totals, strict=True):
+            finish_piece(piece, total)
 
 
 LOWEST = -3e38

@@ -9,7 +9,7 @@ keys. So few queries keep all warps busy, and no two of these read the same keys
 stored as one tile is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "CHUNK", "group_of", "in_band", "key_positions", "load_queries", "own_rows", "place_of", "query_rows",
+    "CHUNK", "group_of", "in_band", "key_positions", "load_queries", "own_rows", "place_of", "queries_of", "query_rows",
     "statistic_of", "store_out", "store_part", "store_part_statistics", "store_statistics", "width",
 ]
 
@@ -164,10 +164,46 @@ def _put(ptx_code: str, predicate: ir.Value, *args: ir.Value) -> None:
 
 def _load_queries_plain(spec: AttentionSpec, ref: Ref, head: Head, bands: int = 1) -> Fragment:
     found = group_of(spec, ref, head)[...]
-    found = found if spec.layout == "BLHD" else found.swapaxes(0, 1)
+    return _in_bands(spec, found if spec.layout == "BLHD" else found.swapaxes(0, 1), bands)
+
+
+def _in_bands(spec: AttentionSpec, found: Array, bands: int) -> Fragment:
+    """(q_len, group, columns) as each band of a tile has it, for plain meanings."""
     found = found.reshape(rows(spec), spec.d)
     found = jnp.pad(found, ((0, ROWS // bands - rows(spec)), (0, width(spec) - spec.d)))
     return jnp.tile(found, (bands, 1))
+
+
+def _words(ref: ir.Value, spec: AttentionSpec, bands: int, start_of: Callable[[ir.Value], ir.Value],
+           load: Callable[[ir.Value, ir.Value], ir.Value]) -> mgpu.FragmentedArray:
+    """The queries of each band, (64, `width`) of their type in the layout TILE.
+
+    Args:
+      start_of: from a row to its first element in ref, 64 bits wide.
+      load: from the address of two elements, and whether they are there (int32), to their word, or 0.
+    """
+    shape = (ROWS, width(spec))
+    pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+    word = ir.VectorType.get((1,), ptx.i32())
+    registers = np.empty(TILE.to_mgpu().registers_shape(shape), dtype=object)
+    flat = registers.reshape(shape[1] // 8, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
+    for i, row, quarter in own_rows():
+        row = in_band(row, bands)
+        start = arith.addi(start_of(row), _times(_wide(quarter), 2))
+        inside = arith.extui(ptx.i32(), _below(row, rows(spec)))
+        for j in range(flat.shape[0]):
+            x = _const(0)
+            if 8 * j < spec.d:
+                at = arith.addi(start, mgpu.utils.c(8 * j, ir.IntegerType.get_signless(64)))
+                x = load(_address(ref, at), inside)
+            flat[j, i] = vector.bitcast(pair, vector.broadcast(word, x))
+    return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
+
+
+def _word_of(kind: str, address: str) -> Callable[[ir.Value, ir.Value], ir.Value]:
+    code = f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b32 $0, 0; @p ld.{kind}.b32 $0, [$1]; }}"
+    return lambda at, inside: llvm.inline_asm(
+        ptx.i32(), [at, inside], code, f"=&r,{address},r", has_side_effects=True)
 
 
 @interpreted_as(_load_queries_plain)
@@ -179,27 +215,32 @@ def load_queries(spec: AttentionSpec, ref: Ref, head: Head, bands: int = 1) -> F
                        return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, TILE))
     def load(_: mgpu.LaunchContext, ref: ir.Value, batch: mgpu.FragmentedArray,
              kv_head: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
-        word = ir.VectorType.get((1,), ptx.i32())
-        registers = np.empty(TILE.to_mgpu().registers_shape(shape), dtype=object)
-        flat = registers.reshape(shape[1] // 8, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
-        for i, row, quarter in own_rows():
-            row = in_band(row, bands)
-            place = place_of(spec, (batch.registers.item(), kv_head.registers.item()), row)
-            start = arith.addi(_times(place, spec.d), _times(_wide(quarter), 2))
-            inside = arith.extui(ptx.i32(), _below(row, rows(spec)))
-            for j in range(flat.shape[0]):
-                x = _const(0)
-                if 8 * j < spec.d:
-                    at = arith.addi(start, mgpu.utils.c(8 * j, ir.IntegerType.get_signless(64)))
-                    x = llvm.inline_asm(
-                        ptx.i32(), [_address(ref, at), inside],
-                        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
-                        "=&r,l,r", has_side_effects=True)
-                flat[j, i] = vector.bitcast(pair, vector.broadcast(word, x))
-        return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
+        of = batch.registers.item(), kv_head.registers.item()
+        return _words(ref, spec, bands, lambda row: _times(place_of(spec, of, row), spec.d), _word_of("global.nc", "l"))
 
     return load(ref, ptx.scalar(head.batch), ptx.scalar(head.kv_head))
+
+
+def _queries_of_plain(spec: AttentionSpec, ref: Ref, bands: int = 1) -> Fragment:
+    found = ref[...] if spec.layout == "BLHD" else ref[...].swapaxes(0, 1)
+    return _in_bands(spec, found, bands)
+
+
+@interpreted_as(_queries_of_plain)
+def queries_of(spec: AttentionSpec, ref: Ref, bands: int = 1) -> Fragment:
+    """What `load_queries` loads, from a head's part of q in shared memory (`group_of`)."""
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),),
+                       return_type=plgpu.ShapeDtypeStruct((ROWS, width(spec)), ref.dtype, TILE))
+    def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
+        def start_of(row: ir.Value) -> ir.Value:
+            if spec.layout == "BHLD":
+                query, head = arith.divui(row, _const(spec.group)), arith.remui(row, _const(spec.group))
+                row = arith.addi(arith.muli(head, _const(spec.q_len)), query)
+            return _times(_wide(row), spec.d)
+
+        return _words(ref, spec, bands, start_of, _word_of("shared", "l"))
+
+    return load(ref)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

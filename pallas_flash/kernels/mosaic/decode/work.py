@@ -107,6 +107,7 @@ class Segment(NamedTuple):
     first: Index  # key tile
     num_tiles: Index
     step: Index  # how many steps of the rings came before it
+    number: Index  # how many segments came before it
     part: Array  # its number among the segments of its head
     parts: Array  # how many segments its head has
     owner: Index  # the worker of the first of them
@@ -148,6 +149,7 @@ class _Walk(NamedTuple):
     group: Array  # its first sequence
     base: Array  # its first tile
     step: Array
+    segments: Array
 
 
 class _List(NamedTuple):
@@ -184,8 +186,10 @@ class _List(NamedTuple):
 
 
 def for_each_segment(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], own: int,
-                     body: Callable[[Segment], None]) -> Array:
-    """Runs `body` on every segment of worker number `own` of this block; returns how many steps there were."""
+                     body: Callable[[Segment], None]) -> tuple[Array, Array]:
+    """Runs `body` on every segment of worker number `own` of this block; returns how many steps and how many segments
+    there were.
+    """
     of, count, zero = functools.partial(sequence, spec, s, gmem), workers(spec, s), jnp.int32(0)
     every = _List(spec.batch, lambda batch: of(batch).num_tiles * spec.kv_heads)
     total = every.total()
@@ -201,8 +205,9 @@ def for_each_segment(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], own:
         taken = jnp.minimum(found.num_tiles - offset, stop - at.tile)
         first = base + kv_head * found.num_tiles
         owner, last = shares.owner(first), shares.owner(first + found.num_tiles - 1)
-        body(Segment(Head(batch, kv_head), found, found.tiles.start + offset, taken, at.step, worker - owner,
-                     last - owner + 1, owner))
-        return at._replace(tile=at.tile + taken, step=at.step + taken)
+        body(Segment(Head(batch, kv_head), found, found.tiles.start + offset, taken, at.step, at.segments,
+                     worker - owner, last - owner + 1, owner))
+        return at._replace(tile=at.tile + taken, step=at.step + taken, segments=at.segments + 1)
 
-    return lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(worker), zero, zero, zero)).step
+    end = lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(worker), zero, zero, zero, zero))
+    return end.step, end.segments
