@@ -215,6 +215,12 @@ INTERPRETED = {
                                schedule=dict(num_blocks=2, block_kv=16, query_slots=2)),
     "queries come ahead, one block": Case((77, 60), 3, d=(72, 64), capacity=77, schedule=dict(
         num_blocks=1, num_stages=2, query_slots=1)),
+    "a cluster for a head": Case((0, 130, 77), 3, (2, 1), d=(64, 40), capacity=140, layout="BHLD", dtype="float16",
+                                 sinks=True, bad=(0,), schedule=dict(num_stages=2, cluster=2)),
+    "more blocks of a cluster than tiles": Case((16, 40), 1, (4, 2), d=(64, 64), capacity=48, page=16,
+                                                schedule=dict(block_kv=16, num_stages=2, cluster=4)),
+    "combined late": Case((0, 130, 77), 2, (6, 2), d=(64, 64), capacity=144, page=48, sinks=True, schedule=dict(
+        num_blocks=5, num_stages=2, combines_late=True, query_slots=2)),
     "pieces of partial results at once": Case((0, 130, 77), 4, (6, 2), d=(64, 64), capacity=140, schedule=dict(
         num_blocks=5, num_stages=2, parts_at_once=2, pieces_at_once=4)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
@@ -512,9 +518,20 @@ def test_right_on_a_gpu(name):
     dict(num_blocks=1), dict(num_blocks=3, num_stages=1), dict(num_blocks=1000), dict(block_kv=32, parts_at_once=1),
     dict(block_kv=128, num_stages=2), dict(block_kv=80, num_stages=4), dict(q_registers=False),
     dict(workers=2, num_stages=3), dict(workers=2, num_stages=2, num_blocks=1, q_registers=False),
-    dict(workers=3, num_stages=2, block_kv=32)], ids=str)
+    dict(workers=3, num_stages=2, block_kv=32), dict(query_slots=2), dict(pieces_at_once=4, parts_at_once=2)], ids=str)
 def test_every_schedule_is_right_on_a_gpu(schedule):
     assert_right_as_scheduled(dataclasses.replace(ON_A_GPU["64-rows"], layout="BHLD", schedule=schedule))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("schedule", [
+    dict(bands=4), dict(bands=2), dict(bands=4, workers=2, num_stages=2), dict(bands=4, block_kv=128, num_stages=2),
+    dict(bands=4, query_slots=1, num_blocks=3), dict(query_slots=2, workers=2, num_stages=2),
+    dict(combines_late=True, query_slots=2), dict(cluster=8), dict(cluster=2, bands=4)], ids=str)
+def test_every_schedule_of_few_queries_is_right_on_a_gpu(schedule):
+    assert_right_as_scheduled(Case((300, 0, 77, 640, 1), 2, (8, 2), capacity=640, bias=(5, 8), sinks=True,
+                                   bad=(0, 1, 70), schedule=schedule))
 
 
 def assert_right_as_scheduled(case: Case) -> None:
@@ -587,6 +604,8 @@ test_decode.assert_right_as_scheduled(test_decode.{case})
 @pytest.mark.parametrize("case", [
     "Case((300, 0, 77), 2, capacity=320, page=32, bias=(3, 4), sinks=True, bad=(1, 2))",
     "Case((300, 5), 3, d=(256, 72), capacity=301, layout='BHLD')",
+    "Case((300, 0, 77), 2, capacity=301, schedule=dict(bands=4, query_slots=2, num_blocks=5, num_stages=2, "
+    "combines_late=True))", "Case((300, 0, 77), 2, capacity=301, schedule=dict(cluster=4))",
     "Case((300, 0, 77), 2, capacity=301, d=(64, 64), schedule=dict(workers=2, num_blocks=5))"])
 def test_compute_sanitizer_finds_nothing(tool, case):
     sanitizer.check(tool, SANITIZED.format(case=case), "attention_decode")

@@ -82,9 +82,12 @@ def _in_parts(spec: AttentionSpec, schedule: ForwardSchedule) -> Pass:
 
 
 def _decode(spec: AttentionSpec, schedule: DecodeSchedule) -> Pass:
+    launches = (decode_kernel.launch(spec, schedule),)
+    if schedule.cluster > 1:
+        return Pass(inputs=inputs(spec), constants={}, launches=launches, results=("out", "stats"))
     counters = np.zeros(decode_kernel.counters_shape(spec, schedule), np.int32)
-    return Pass(inputs=inputs(spec), constants={"counters": counters}, launches=(decode_kernel.launch(spec, schedule),),
-                results=("out", "stats"), restored=("counters",))
+    return Pass(inputs=inputs(spec), constants={"counters": counters}, launches=launches, results=("out", "stats"),
+                restored=("counters",))
 
 
 def backward(spec: AttentionSpec, schedule: BackwardSchedule) -> Pass:

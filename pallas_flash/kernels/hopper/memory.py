@@ -145,6 +145,8 @@ def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
         if not s.q_registers:
             buffers.append(Buffer(f"q_{worker}", (d, ROWS_PER_WARPGROUP, CHUNK), product_dtype(spec)))
         rings = [*_ring("k", pieces * loads[0], 1, s.num_stages), *_ring("v", pieces * loads[1], 1, s.num_stages)]
+        if s.cluster > 1:
+            rings.append(Barrier("parts_there", 1, 1, shared=True))
         if s.query_slots:
             of_head = (spec.q_len, spec.group) if spec.layout == "BLHD" else (spec.group, spec.q_len)
             buffers.append(Buffer(f"queries_{worker}", (s.query_slots, *of_head, spec.d), spec.dtype, chunked=False))

@@ -153,6 +153,8 @@ def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem
         (min(s.parts_at_once, s.pieces_at_once) >= 1,
          f"{s.parts_at_once=} and {s.pieces_at_once=} must be positive"),
         (1 <= s.workers <= 3, f"{s.workers=} must be 1, 2 or 3"),
+        (s.cluster in (1, 2, 4, 8, 16) and (s.cluster == 1 or (s.workers == 1 and not s.combines_late)),
+         f"{s.cluster=} must be 1, 2, 4, 8 or 16, and 1 if {s.workers=} is not 1 or {s.combines_late=}"),
         (s.query_slots >= 0, f"{s.query_slots=} must not be negative"),
         (s.bands in (1, 2, 4) and s.bands * rows(spec) <= ROWS_PER_WARPGROUP,
          f"{s.bands=} must be 1, 2 or 4, and so many times {rows(spec)} queries at most {ROWS_PER_WARPGROUP}"),

@@ -122,6 +122,9 @@ class DecodeSchedule:
       q_registers: the queries are held in registers, else in shared memory.
       parts_at_once: partial results of a head that are loaded together where they are combined.
       pieces_at_once: pieces of them, of 512 numbers each, that are.
+      combines_late: a worker counts itself, and combines, once all of its keys are read: not while other loads wait
+        behind those of keys, for microseconds, and its rings are full.
+      cluster: blocks of a cluster, which share a head and meet to combine it; 1: all blocks share all tiles, and count.
       num_blocks: blocks of the grid: the SMs of the device.
     """
 
@@ -134,6 +137,8 @@ class DecodeSchedule:
     bands: int = 1
     query_slots: int = 0
     pieces_at_once: int = 1
+    combines_late: bool = False
+    cluster: int = 1
 
     @property
     def registers(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ The scales, one of each head, or of each sequence and head, are multiplied in fl
 values with the sums.
 
 Products are of float16, whatever the queries' type: one instruction converts two numbers, where bfloat16 takes six.
-So queries are scaled by a power of two of each row, to below 2^15: what is above 2^-22 of the largest of a row stays
+So queries are scaled by a power of two of each row, to below 2^15: what is above 2^-31 of the largest of a row stays
 what it is, and the others lose less than 2^-39 of it. Weights are raised by 2^14: those above 2^-39 do not vanish.
 """
 

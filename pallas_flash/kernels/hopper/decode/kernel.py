@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
@@ -46,14 +47,21 @@ from pallas_flash.kernels.hopper.decode import columns, eight_bits
 from pallas_flash.kernels.hopper.memory import product_dtype
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DecodeSchedule
-from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.hopper.scratch import CLUSTER_AXIS, allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.decode import added, combine, rows, values
 from pallas_flash.kernels.mosaic.decode.bands import merged
 from pallas_flash.kernels.mosaic.decode.calls import inputs as inputs_of
 from pallas_flash.kernels.mosaic.decode.combine import Sums
 from pallas_flash.kernels.mosaic.decode.missing import has_lost_keys
-from pallas_flash.kernels.mosaic.decode.work import Segment, blocks, for_each_segment, workers
+from pallas_flash.kernels.mosaic.decode.work import (
+    Segment,
+    blocks,
+    for_each_segment,
+    for_own_part,
+    workers,
+)
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import masked, scaled
@@ -75,6 +83,8 @@ class Worker(NamedTuple):
 
     def for_each_segment(self, body: Callable[[Segment], None]) -> tuple[Array, Array]:
         """Runs `body` on every segment of this worker; returns how many steps and segments there were."""
+        if self.schedule.cluster > 1:
+            return for_own_part(self.spec, self.schedule, self.gmem, (CLUSTER_AXIS, self.schedule.cluster), body)
         return for_each_segment(self.spec, self.schedule, self.gmem, self.number, body)
 
 
@@ -344,6 +354,26 @@ def first_state(worker: Worker, segment: Segment) -> State:
     return State(m_i, l_i, registers.zeros(spec.d_v))
 
 
+def _meet_cluster_plain(there: Ref) -> None:
+    plgpu.barrier_arrive(there)
+    plgpu.barrier_wait(there)
+
+
+@interpreted_as(_meet_cluster_plain)
+def meet_cluster(there: Ref) -> None:
+    """Waits for the compute warpgroups of all blocks of the cluster; what they wrote to global memory before is seen by
+    loads after it. Threads that have come to their end count as there: the loading warpgroup does, at last.
+    """
+    del there
+
+    @plgpu.inline_mgpu()
+    def meet(_: mgpu.LaunchContext) -> None:
+        mgpu.utils.inline_ptx("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
+                              has_side_effects=True, convergent=True)
+
+    meet()
+
+
 def compute_segment(worker: Worker, segment: Segment) -> None:
     """Computes what this worker has of a head."""
     q = queries(worker, segment)
@@ -358,16 +388,33 @@ def compute_segment(worker: Worker, segment: Segment) -> None:
     if (bands := worker.schedule.bands) > 1:
         sums, acc = merged(sums, acc, added.score_unit(spec), bands, worker.smem["merging"], is_alone=False)
     result = spec, worker.gmem, segment, sums, acc
+    if worker.schedule.cluster > 1:
+        combine.leave(*result)
+        combine_segment(worker, segment)
+        return
     pl.when(segment.is_whole)(functools.partial(combine.finish, *result))
-    pl.when(jnp.logical_not(segment.is_whole))(
-        functools.partial(combine.share, *result, worker.schedule.parts_at_once,
-                          worker.schedule.pieces_at_once))
+
+    @pl.when(jnp.logical_not(segment.is_whole))
+    def _() -> None:
+        combine.leave(*result)
+        if not worker.schedule.combines_late:
+            combine_segment(worker, segment)
+
+
+def combine_segment(worker: Worker, segment: Segment) -> None:
+    """Combines a head, if all other workers that share it have left their results."""
+    s = worker.schedule
+    meet = functools.partial(meet_cluster, worker.bars["parts_there"]) if s.cluster > 1 else None
+    combine.arrive(worker.spec, worker.gmem, segment, s.parts_at_once, s.pieces_at_once, meet)
 
 
 def compute(worker: Worker) -> None:
     """Runs the compute warpgroup of a worker."""
     plgpu.set_max_registers(worker.schedule.registers[0], action="increase")
     worker.for_each_segment(functools.partial(compute_segment, worker))
+    if worker.schedule.combines_late:
+        worker.for_each_segment(lambda segment: pl.when(jnp.logical_not(segment.is_whole))(
+            functools.partial(combine_segment, worker, segment)))
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
@@ -381,10 +428,13 @@ def counters_shape(spec: AttentionSpec, schedule: DecodeSchedule) -> tuple[int]:
 
 def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of the arrays of
-    `calls.inputs`. It updates counters (`counters_shape`, int32), which are 0 before and after.
+    `calls.inputs`. It updates counters (`counters_shape`, int32), which are 0 before and after; where blocks of a
+    cluster share a head there are none.
     """
-    inputs = (*inputs_of(spec), "counters")
-    count = workers(spec, schedule)
+    clustered = schedule.cluster > 1
+    counters = () if clustered else ("counters",)
+    inputs = (*inputs_of(spec), *counters)
+    count = spec.batch * spec.kv_heads * schedule.cluster if clustered else workers(spec, schedule)
     outputs = {"out": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype),
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32),
                **combine.part_types(spec, count)}
@@ -398,9 +448,12 @@ def launch(spec: AttentionSpec, schedule: DecodeSchedule) -> Launch:
             pl.when(warpgroup == worker.number)(functools.partial(compute, worker))
         pl.when(warpgroup == schedule.workers)(functools.partial(load, all_))
 
+    smem, bars = allocate(memory.decode_memory(spec, schedule))
+    if clustered:
+        bars["parts_there_0"] = plgpu.ClusterBarrier(collective_axes=(CLUSTER_AXIS,), num_arrivals=1)
     kernel = plgpu.kernel(
-        attention_decode, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.decode_memory(spec, schedule)),
-        grid=(blocks(spec, schedule),), grid_names=("block",), num_threads=schedule.workers + 1,
-        thread_name="warpgroup", compiler_params=tiles.COMPILER)
-    return Launch(kernel, inputs, outputs, ("counters",))
+        attention_decode, out_type=tuple(outputs.values()), scratch_types=(smem, bars),
+        grid=(spec.batch * spec.kv_heads if clustered else blocks(spec, schedule),), grid_names=("block",),
+        num_threads=schedule.workers + 1, thread_name="warpgroup", compiler_params=tiles.COMPILER,
+        cluster=(schedule.cluster,) if clustered else (), cluster_names=(CLUSTER_AXIS,) if clustered else ())
+    return Launch(kernel, inputs, outputs, counters)

@@ -6,6 +6,7 @@ have work however few rows there are.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,8 @@ from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["PIECE", "Sums", "combine", "finish", "is_last", "part_size", "part_types", "share"]
+__all__ = ["PIECE", "Sums", "arrive", "combine", "finish", "is_last", "leave", "part_size", "part_types",
+           "share"]
 
 PIECE = 512
 """Numbers of O that are combined at a time."""
@@ -218,13 +220,29 @@ def finish(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Su
 
 
 def share(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sums, acc: Fragment,
-          at_once: int, pieces: int = 1) -> None:
+          at_once: int) -> None:
     """Leaves a partial result of a head that several workers share; the last of them combines."""
+    leave(spec, gmem, segment, sums, acc)
+    arrive(spec, gmem, segment, at_once)
+
+
+def leave(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, sums: Sums, acc: Fragment) -> None:
+    """Leaves a partial result of a head that several workers share."""
     slot = segment.slot(segment.part)
     store_part(spec, acc, gmem["part_acc"], slot)
     store_part_statistics(sums, gmem["part_sums"], slot)
 
-    @pl.when(is_last(gmem["counters"], segment.owner, segment.parts))
+
+def arrive(spec: AttentionSpec, gmem: dict[str, Ref], segment: Segment, at_once: int, pieces: int = 1,
+           meet: Callable[[], None] | None = None) -> None:
+    """Says that a partial result is there. The last worker that does combines them; or the first, if all `meet`."""
+    def combines() -> Flag:
+        if meet is None:
+            return is_last(gmem["counters"], segment.owner, segment.parts)
+        meet()
+        return ptx.scalar(segment.part) == 0
+
+    @pl.when(combines())
     def _() -> None:
         combine(spec, gmem, segment, added.score_unit(spec), at_once, pieces)
 

@@ -25,7 +25,8 @@ from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["Head", "Segment", "Sequence", "Sharing", "blocks", "fields", "for_each_segment", "workers"]
+__all__ = ["Head", "Segment", "Sequence", "Sharing", "blocks", "fields", "for_each_segment",
+           "for_own_part", "workers"]
 
 
 class Sharing(Protocol):
@@ -211,3 +212,20 @@ def for_each_segment(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], own:
 
     end = lax.while_loop(lambda at: at.tile < stop, one, _Walk(shares.start(worker), zero, zero, zero, zero))
     return end.step, end.segments
+
+
+def for_own_part(spec: AttentionSpec, s: Sharing, gmem: dict[str, Ref], cluster: tuple[str, int],
+                 body: Callable[[Segment], None]) -> tuple[Array, Array]:
+    """`for_each_segment` where each cluster of blocks has a head: blocks have equal runs of its tiles, perhaps none.
+
+    Args:
+      cluster: the name of the axis along which the blocks of a cluster lie, and how many there are.
+    """
+    axis, count = cluster
+    head, part = lax.axis_index("block"), lax.axis_index(axis)
+    batch, kv_head = (f(head, jnp.int32(spec.kv_heads)) for f in (lax.div, lax.rem))
+    found = sequence(spec, s, gmem, batch)
+    first, stop = (lax.div(found.num_tiles * i, jnp.int32(count)) for i in (part, part + 1))
+    body(Segment(Head(batch, kv_head), found, found.tiles.start + first, stop - first, jnp.int32(0), jnp.int32(0),
+                 part, jnp.int32(count), head * count))
+    return stop - first, jnp.int32(1)
