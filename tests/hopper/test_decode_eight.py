@@ -9,6 +9,7 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sanitizer
@@ -16,6 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from pallas_flash import Causal, PrefixLM, Window, cache, device, quantised
 from pallas_flash.kernels.hopper import defaults, launches, rules
+from pallas_flash.kernels.hopper.decode import eight_bits
 from pallas_flash.kernels.mosaic import lanes
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from tests.hopper.test_decode import (
@@ -83,9 +85,25 @@ def test_the_kernel_agrees_with_the_oracle(name, monkeypatch):
     assert not (one_block and gpu_callbacks.get_races().races_found)
 
 
+def test_queries_of_any_size_are_numbers_of_float16():
+    """Rows of 2^-80 to 2^120, of zeros, and with what is not finite; columns fall to 2^-40 of the first."""
+    rows_, columns = 2.0 ** np.linspace(-80, 120, 64), 2.0 ** -np.linspace(0, 40, 64)
+    q = np.array(np.outer(rows_, columns) * (1 + np.abs(normal(3, 64, 64))), jnp.bfloat16)
+    q[5], q[6, 3], q[7, 3] = 0, np.nan, np.inf
+    found, unit = jax.jit(eight_bits.narrowed)(q)
+    assert found.dtype == jnp.float16
+    back, q = np.asarray(found, np.float64) * np.asarray(unit, np.float64)[:, None], q.astype(np.float64)
+    assert np.isnan(back[6, 3]) and np.isposinf(back[7, 3]) and not back[5].any()
+    finite = np.isfinite(q).all(1)
+    q, back = q[finite], back[finite]
+    largest = q.max(1, keepdims=True)
+    assert (np.abs(back - q) <= largest * 2.0**-39).all()
+    assert (back == q)[q >= largest * 2.0**-31].all()
+
+
 # -- who gets it -------------------------------------------------------------------------------------------------------
 
-def eight_bits(scales=((1, 2), (1, 2)), **options):
+def of_eight_bits(scales=((1, 2), (1, 2)), **options):
     """`shapes`, the cache in eight bits."""
     q, held = shapes(**options)
     key = jax.ShapeDtypeStruct(held.key.shape, F8)
@@ -95,7 +113,7 @@ def eight_bits(scales=((1, 2), (1, 2)), **options):
 
 
 def test_it_is_taken_by_name_until_it_was_measured():
-    q, held = eight_bits()
+    q, held = of_eight_bits()
     text = cache.explain(q, held, device=device.H200)
     assert "implementation='xla'" in text
     assert 'a cache in eight bits has not been measured on a GPU yet (name implementation="hopper" to try it)' in text
@@ -111,7 +129,7 @@ def test_it_is_taken_by_name_until_it_was_measured():
     (dict(), dict(mask=PrefixLM(3)), None),
 ])
 def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
-    q, held = eight_bits(**options)
+    q, held = of_eight_bits(**options)
     text = cache.explain(q, held, device=device.H200, implementation="hopper", **keywords)
     assert text.startswith("UnsupportedError") == (reason is not None)
     assert reason is None or re.search(reason, text), text
@@ -121,7 +139,7 @@ def test_what_it_does_not_take_has_a_reason(options, keywords, reason):
 def test_what_it_takes_has_a_schedule(d, d_v):
     """Of wide values tiles had 32 keys, which are no whole number of conversions of 96 or 224 columns: none was legal.
     """
-    q, held = eight_bits(d=d)
+    q, held = of_eight_bits(d=d)
     held = dataclasses.replace(held, value=jax.ShapeDtypeStruct((*held.value.shape[:3], d_v), F8))
     spec = cache._Call.of(q, held, Causal(), None, {}).spec
     schedule = defaults.default_forward(spec, device.H200)
@@ -135,7 +153,7 @@ def test_it_is_mapped(pages, scales):
     """One launch for all elements, which have scales of their own."""
     if pages is not None and scales[0][0] > 1:
         pytest.skip("scales of pages are not taken")
-    q, held = eight_bits(scales, pages=pages)
+    q, held = of_eight_bits(scales, pages=pages)
     mapped = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (q, held))
     with device.assume(device.H200):
         attend = functools.partial(cache.attend, implementation="hopper")

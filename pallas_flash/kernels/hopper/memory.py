@@ -27,7 +27,7 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import may_have_idle_queries
-from pallas_flash.kernels.mosaic.decode.bands import MERGED_BYTES
+from pallas_flash.kernels.mosaic.cache_rules import MERGED_BYTES
 from pallas_flash.kernels.mosaic.traced import is_additive
 from pallas_flash.spec import AttentionSpec
 

@@ -122,8 +122,7 @@ class DecodeSchedule:
       q_registers: the queries are held in registers, else in shared memory.
       parts_at_once: partial results of a head that are loaded together where they are combined.
       pieces_at_once: pieces of them, of 512 numbers each, that are.
-      combines_late: a worker counts itself, and combines, once all of its keys are read: not while other loads wait
-        behind those of keys, for microseconds, and its rings are full.
+      combines_late: a worker combines once all of its keys are read, not while other loads wait behind those of keys.
       cluster: blocks of a cluster, which share a head and meet to combine it; 1: all blocks share all tiles, and count.
       num_blocks: blocks of the grid: the SMs of the device.
     """

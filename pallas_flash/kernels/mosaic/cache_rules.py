@@ -7,11 +7,13 @@ from pallas_flash import padding
 from pallas_flash.filled import Filled
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["MAX_DIM", "MAX_ROWS", "rows", "why_not"]
+__all__ = ["MAX_DIM", "MAX_ROWS", "MERGED_BYTES", "rows", "why_not"]
 
 MAX_DIM = 256
 MAX_ROWS = 64
 """Queries that share a key head, q_len * group: the rows of one tile."""
+MERGED_BYTES = 8192
+"""Shared memory through which bands are merged (`decode.bands`)."""
 
 
 def rows(spec: AttentionSpec) -> int:

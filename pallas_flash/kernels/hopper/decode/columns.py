@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.registers import TILE, Fragment, thread_in_tile
@@ -77,9 +77,8 @@ def placed(x: Fragment, bands: int) -> Fragment:
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, TILE))
     def spread_out(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        kind = x.registers.flat[0].type
-        zero = arith.constant(kind, ir.DenseElementsAttr.get_splat(
-            kind, ir.FloatAttr.get(ir.VectorType(kind).element_type, 0.0)))
+        kind = ir.VectorType(x.registers.flat[0].type)
+        zero = vector.broadcast(kind, mgpu.utils.c(0.0, kind.element_type))
         found = [arith.select(is_own, value, zero) for is_own in _is_band(bands) for value in x.registers.flat]
         registers = np.array(found, dtype=object).reshape(TILE.to_mgpu().registers_shape(shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)

@@ -14,6 +14,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.cache_rules import MERGED_BYTES
 from pallas_flash.kernels.mosaic.decode.combine import Sums
 from pallas_flash.kernels.mosaic.fragments import (
     ROW_LAYOUT,
@@ -27,11 +28,10 @@ from pallas_flash.kernels.mosaic.fragments import (
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 
-__all__ = ["COLUMNS", "MERGED_BYTES", "merged"]
+__all__ = ["COLUMNS", "merged"]
 
-COLUMNS = 32
+COLUMNS = MERGED_BYTES // (4 * ROWS)
 """Columns of O that are merged at a time: 16 words of each thread."""
-MERGED_BYTES = 4 * 16 * ptx.WARPGROUP
 
 type _Fold = Callable[[ir.Value, ir.Value], ir.Value]
 
