@@ -65,7 +65,9 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          *(f"{name}+gradients+float32" for name in ("scale-negative", "mask-window", "shape-heads-first-gqa")),
          "causal-d64-s2048+decode", "causal-d128-s2048+decode+pages", "causal-d256-s2048+decode+softcap",
          "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks", "causal-d64-s2048+decode+eight",
-         "causal-d128-s2048+decode+eight+pages", "causal-d256-s2048+decode+softcap+eight"]
+         "causal-d128-s2048+decode+eight+pages", "causal-d256-s2048+decode+softcap+eight",
+         "causal-d64-s2048+decode+bands+late", "causal-d128-s2048+decode+pages+bands",
+         "causal-d128-s2048+decode+pages+late", "causal-d128-s2048+decode+sinks+cluster"]
 DECODING_WITH_A_BIAS = {"causal-d64-s2048+decode+pages+bias+heads+sinks": 0,
                         "causal-d128-s2048+decode+bias+heads+sinks": 0,
                         "causal-d256-s2048+decode+softcap+bias+heads+sinks": 40}

@@ -129,6 +129,25 @@ def decoding(problem, options: list[str]):
     return call, (q, cache.Cache(*keys, lengths, table if "pages" in options else None, "BLHD", *scales), more)
 
 
+SCHEDULED = {"bands": dict(bands=4), "late": dict(combines_late=True, query_slots=2, pieces_at_once=4),
+             "cluster": dict(cluster=8)}
+"""How schedules of decoding differ from the default, by option."""
+
+
+def scheduled(arguments, options: list[str]):
+    """A context in which `decoding`'s arguments have the schedule of the options."""
+    import contextlib
+
+    from pallas_flash import Causal, cache, device
+    from pallas_flash.kernels.hopper import defaults
+    fields = {name: value for option in options for name, value in SCHEDULED.get(option, {}).items()}
+    if not fields:
+        return contextlib.nullcontext()
+    q, cached, _ = arguments  # sinks change no schedule
+    spec = cache._Call.of(q, cached, Causal(), None, {}).spec
+    return defaults.assume(dataclasses.replace(defaults.default_forward(spec, device.H100), **fields))
+
+
 def with_mask_kernel(spec):
     """Both passes with schedules that have the mask's arrays made by a launch: a function, and its arguments."""
     import dataclasses
@@ -180,7 +199,7 @@ def lower(name: str, options: list[str]):
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding, own (a mask that holds arrays
     beside the problem's; own: of a class that kernels do not know), sinks, bias (of each key), pairs (a bias of each
     pair; bias32: in float32), learned (with gradients also that of the bias), alibi, table, bent (see `score_of`);
-    decode, pages, heads, sinks, eight: see `decoding`; mask: see `with_mask_kernel`; merge: see `merged`; keys: the
+    decode, pages, heads, sinks, eight: see `decoding`, bands, late, cluster: see `scheduled`; mask: see `with_mask_kernel`; merge: see `merged`; keys: the
     launch that makes dropout's."""
 
     import jax
@@ -235,6 +254,8 @@ def lower(name: str, options: list[str]):
         function = partial_call
     if "decode" in options:
         function, arguments = decoding(problem, options)
+        with device.assume(device.H100), scheduled(arguments, options):
+            return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     if "mask" in options:
         function, arguments = with_mask_kernel(spec)
     if "merge" in options:
