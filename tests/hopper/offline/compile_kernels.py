@@ -199,8 +199,8 @@ def lower(name: str, options: list[str]):
     gradients always, and dropout of a part), lengths, documents, packed, dense, padding, own (a mask that holds arrays
     beside the problem's; own: of a class that kernels do not know), sinks, bias (of each key), pairs (a bias of each
     pair; bias32: in float32), learned (with gradients also that of the bias), alibi, table, bent (see `score_of`);
-    decode, pages, heads, sinks, eight: see `decoding`, bands, late, cluster: see `scheduled`; mask: see `with_mask_kernel`; merge: see `merged`; keys: the
-    launch that makes dropout's."""
+    decode, pages, heads, sinks, eight: see `decoding`; bands, late, cluster: see `scheduled`; mask: see
+    `with_mask_kernel`; merge: see `merged`; keys: the launch that makes dropout's."""
 
     import jax
     import jax.numpy as jnp
