@@ -46,7 +46,9 @@ REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED, "parts":
             "bias of keys": dataclasses.replace(BACKWARD, problem=KEYS),
             "lengths": dataclasses.replace(BACKWARD, problem=LENGTHS),
             "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS), "decode, forward": DECODE,
-            "decode of pages, forward": dataclasses.replace(DECODE, problem=PAGES)}
+            "decode of pages, forward": dataclasses.replace(DECODE, problem=PAGES),
+            "decode in long runs, forward": dataclasses.replace(DECODE, problem=dataclasses.replace(
+                CACHE, capacity=67_584))}
 REQUESTS |= {f"8.0, {name}": dataclasses.replace(request, gpu=A100) for name, request in REQUESTS.items()
              if "bias" not in name and "decode" not in name and "d256" not in name}
 WHY_NOT = places.why_not()

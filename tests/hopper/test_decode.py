@@ -21,10 +21,12 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.decode import Problem
 from pallas_flash import Causal, Full, Mask, PrefixLM, Window, autodiff, cache, device, paging, softmax
 from pallas_flash.dispatch import get
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper import calls, defaults, launches, rules
+from pallas_flash.kernels.hopper.schedule import DecodeSchedule
 from pallas_flash.kernels.mosaic import batching, lanes
 from pallas_flash.kernels.mosaic.call import partitioned
 from pallas_flash.kernels.mosaic.interpret import interpreted
@@ -280,6 +282,30 @@ def test_an_automatic_choice_takes_it():
     assert "backward: that of 'xla', Schedule(" in text
     text = cache.explain(*shapes(q_len=16), device=device.H200)
     assert "forward: attention_decode, DecodeSchedule(" in text and "ordinary" not in text  # of more: test_prefill
+
+
+@pytest.mark.parametrize(("problem", "fields"), [
+    (Problem(1, 16_384), dict(num_stages=6)),  # short runs
+    (Problem(16, 32_768), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),
+    (Problem(16, 32_768, d=64), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),
+    (Problem(16, 16_384, d=256), dict(num_stages=2, q_registers=False, query_slots=2, combines_late=True,
+                                      pieces_at_once=4, parts_at_once=2)),
+    (Problem(64, 32_768, (32, 1)), dict(num_stages=6, query_slots=2, combines_late=True, pieces_at_once=4,
+                                        parts_at_once=2)),
+    (Problem(128, 2048), dict(num_stages=6, query_slots=2)),  # 1,024 heads are found once
+    (Problem(16, 32_768, bias=(16, 1)), dict(num_stages=6, query_slots=2, combines_late=True)),
+    (Problem(16, 32_768, eight=True), dict(num_stages=4, workers=2, bands=4, query_slots=2, combines_late=True)),
+], ids=str)
+def test_long_runs_wait_for_nothing(problem, fields):
+    """What was measured: docs/notes/hopper_decode.md, 2026-11-30."""
+    size = problem.batch, problem.heads[1], problem.capacity, problem.d
+    key = jax.ShapeDtypeStruct(size, "float8_e4m3fn" if problem.eight else "bfloat16")
+    scales = [jax.ShapeDtypeStruct((1, problem.heads[1]), "float32")] * 2 if problem.eight else []
+    q = jax.ShapeDtypeStruct((problem.batch, problem.heads[0], problem.q_len, problem.d), "bfloat16")
+    held = cache.Cache(key, key, jax.ShapeDtypeStruct((problem.batch,), "int32"), None, "BHLD", *scales)
+    bias = None if problem.bias is None else jax.ShapeDtypeStruct((*problem.bias, 1, size[2]), "float32")
+    spec = cache._Call.of(q, held, Causal(), bias, {}).spec
+    assert defaults.default_forward(spec, device.H200) == DecodeSchedule(**fields)
 
 
 @pytest.mark.parametrize(("options", "keywords", "reason"), [

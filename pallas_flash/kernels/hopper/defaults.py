@@ -38,6 +38,7 @@ from pallas_flash.kernels.hopper.work import (
     worst_case,
 )
 from pallas_flash.kernels.mosaic import mask_score
+from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
@@ -139,22 +140,41 @@ def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
     """Returns the schedule of a spec whose keys are in a cache: queries in registers up to 192, where they and the
     accumulator fit; and as many stages as fit, up to 6.
 
-    Measured of a proof, heads of 64, 128 and 256: docs/notes/hopper_decode.md, 2026-11-29. By analogy: the others.
+    Measured: heads of 64, 128 and 256, docs/notes/hopper_decode.md, 2026-11-30. By analogy: the others.
     """
     if isinstance(assumed := _assumed.get(), DecodeSchedule):
         return assumed
     # A bias needs as many registers again as scores: in tiles of 64 keys, 136 bytes were spilled; and what converts
     # keys of eight bits 36: those alone of which 32 are no whole number of conversions, of 224 columns say.
     needs_more = spec.bias is not None or spec.cache_scales is not None
+    base = _of_long_runs(spec, device)
     # Half the bytes: what one warpgroup converts and computes takes longer than to read them.
     candidates = (
-        DecodeSchedule(block_kv=block_kv, q_registers=held, num_stages=stages, num_blocks=device.num_sms,
-                       workers=workers)
+        dataclasses.replace(base, block_kv=block_kv, q_registers=held, num_stages=stages, workers=workers)
         for block_kv in ([32] if needs_more and spec.d_v > 192 else []) + [DecodeSchedule.block_kv]
         for workers in ([1] if spec.cache_scales is None else [2, 1])
         for held in ([True, False] if spec.d <= 192 else [False])
         for stages in range(DecodeSchedule.num_stages, 0, -1))
     return next(schedule for schedule in candidates if not reasons_against(spec, schedule, device.smem_bytes))
+
+
+_LONG_RUN = 32
+"""Tiles of a worker from which on its loads are so far ahead that all others wait behind them."""
+
+
+def _of_long_runs(spec: AttentionSpec, device: Device) -> DecodeSchedule:
+    """A decoding schedule, of which some fields hold where a full cache gives each worker many tiles: nobody waits for
+    the queries of the next segment, nor to combine the last one unless there are so many that to find them again takes
+    longer. Of few queries, each warp computes the weights of its own keys.
+    """
+    schedule, heads = DecodeSchedule(num_blocks=device.num_sms), spec.batch * spec.kv_heads
+    if heads * cdiv(spec.kv_len, schedule.block_kv) < _LONG_RUN * device.num_sms:
+        return schedule
+    schedule = dataclasses.replace(schedule, query_slots=2, combines_late=heads <= 2 * device.num_sms)
+    if rows(spec) * spec.d_v > 512:
+        schedule = dataclasses.replace(schedule, pieces_at_once=4, parts_at_once=2)
+    is_few = 4 * rows(spec) <= ROWS_PER_WARPGROUP and spec.bias is None and max(spec.d, spec.d_v) <= 128
+    return dataclasses.replace(schedule, bands=4 if schedule.combines_late and is_few else 1)
 
 
 @functools.lru_cache(maxsize=256)
