@@ -266,7 +266,22 @@ class AttentionSpec:
         """The shape of an array of this problem, in its layout."""
         return (self.batch, length, heads, dim) if self.layout == "BLHD" else (self.batch, heads, length, dim)
 
+    @property
+    def is_anchored(self) -> bool:
+        """Whether an anchor is taken from scores behind the bias. Not from those of a bias of pairs in 16 bits: making
+        it reads all of the bias once more, and where a score is so large that lse does not hold its sum, it is the bias
+        to the bit, of which 16 bits leave room for the rest (`softmax.statistics`).
+        """
+        return self.bias is not None and not (self.bias.shape[2] > 1 and self.bias.dtype.itemsize == 2)
+
     def anchor(self, operands: Operands, at_once: int = ANCHOR_ROWS) -> Float[Array, "1|b 1|h 1|t 1"]:
+        """What is taken from scores behind the bias: `largest_bias`, or 0 if the spec `is_anchored` not."""
+        assert operands.bias is not None
+        if not self.is_anchored:
+            return jnp.zeros((1, 1, 1, 1), operands.bias.dtype)
+        return self.largest_bias(operands, at_once)
+
+    def largest_bias(self, operands: Operands, at_once: int = ANCHOR_ROWS) -> Float[Array, "1|b 1|h 1|t 1"]:
         """`softmax.anchor` of the bias where the mask keeps it, which is made for so many rows at once."""
         assert operands.bias is not None
         bias: Array = jax.lax.stop_gradient(operands.bias)

@@ -87,6 +87,91 @@ def test_tiles_of_pairs_come_through_a_ring(dtype):
     assert max(used.values()) <= 1, used
 
 
+RINGS = {
+    "shared": (128, KvSchedule(dq="shared", pinned=False, apart=True, bias_ring=True), dict(mask=Window(100, 20))),
+    "own": (64, KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=True, pinned=False, bias_ring=True),
+            dict(mask=Causal(30), bias_dtype="float16", q_heads=4, kv_heads=2)),
+}
+
+
+@pytest.mark.interpreted
+def with_rings(spec, operands, dout, dlse, kv):
+    """out, dq, dk, dv and lse of kernels that have rings for a bias."""
+    biased, given = bias.as_mask(spec, jax.tree.map(jnp.asarray, operands))
+    forward = ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, bias_slots=2, num_blocks=2)
+    for schedule in (forward, BackwardSchedule(kv)):
+        assert rules.reasons_against(biased, schedule, 232_448) == []
+    fields = *jax.tree.leaves(given.mask), *bias.inputs(biased, given)
+    dstats = jnp.stack([jnp.asarray(dlse), jnp.zeros_like(dlse)], axis=2)
+    with interpreted(detect_races=True):
+        out, stats = jax.block_until_ready(calls._forward(biased, forward)(*given[:3], *fields))
+        arrays = *given[:3], out, stats, jnp.asarray(dout), dstats, *fields
+        dq, dk, dv = jax.block_until_ready(calls._backward(biased, BackwardSchedule(kv))(*arrays))
+    assert not gpu_callbacks.get_races().races_found
+    return dict(out=out, dq=dq, dk=dk, dv=dv, lse=autodiff.natural_lse(spec, given, stats))
+
+
+def ring_case(name):
+    d, kv, options = RINGS[name]
+    options = dict(bias=(1, options.get("q_heads", 2), 140, 200), q_len=140, kv_len=200, d=d, d_v=d) | options
+    problem = problem_of(f"ring-{name}", batch=1, **options)
+    return problem, kv, *conformance.random_case(problem, "bfloat16")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", RINGS)
+def test_tiles_of_pairs_come_with_the_queries(name):
+    """Both passes; keys that are far below all others; lengths that are no whole tiles."""
+    problem, kv, operands, (dout, dlse) = ring_case(name)
+    operands = operands._replace(bias=with_far_rows(operands.bias, -3e3))
+    budget = conformance.budget(problem, "bfloat16", operands, (dout, dlse))
+    found = with_rings(problem.spec(), operands, dout, dlse, kv)
+    used = budget.used(budget.baseline._replace(**found))
+    assert max(used.values()) <= 1, used
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("far", [-1e9, "smallest"])
+def test_pairs_hidden_by_the_smallest_number_weigh_alike(far):
+    """Both passes, without an anchor, beside the reference: rows that see nothing else, and others."""
+    problem, kv, operands, (dout, _) = ring_case("shared")
+    array = with_far_rows(operands.bias, float(jnp.finfo(jnp.bfloat16).min) if far == "smallest" else far)
+    array[:, :, 20:30] = np.where(array[:, :, 20:30] == -np.inf, -np.inf, array[0, 0, 0, 0])
+    given = jax.tree.map(jnp.asarray, operands._replace(bias=array))
+    found = with_rings(problem.spec(), given, dout, np.zeros(problem.spec().lse_shape, np.float32), kv)
+
+    def attend(q, k, v):
+        return flash_attention(q, k, v, bias=given.bias, mask=problem.mask, implementation="reference", return_lse=True)
+
+    (out, lse), pull = jax.vjp(attend, *given[:3])
+    np.testing.assert_allclose(np.float32(found["out"]), np.float32(out), atol=0.03)
+    np.testing.assert_allclose(found["lse"], lse, rtol=1e-5, atol=1e-3)
+    for name, expected in zip(("dq", "dk", "dv"), pull((jnp.asarray(dout), jnp.zeros_like(lse))), strict=True):
+        np.testing.assert_allclose(np.float32(found[name]), np.float32(expected), atol=0.06, err_msg=name)
+
+
+@pytest.mark.interpreted
+def test_a_score_that_the_bias_hides_may_be_anything():
+    """Of a row that is NaN in the tile's arithmetic the forward takes no number: it computes it once more."""
+    problem = problem_of("hidden", batch=1, q_heads=1, bias=(1, 1, 64, 100), q_len=64, kv_len=100)
+    operands, _ = conformance.random_case(problem, "bfloat16")
+    array = operands.bias.copy()
+    array[..., 30:40] = -np.inf
+    operands = operands._replace(bias=array)
+    bad = operands._replace(k=operands.k.copy(), v=operands.v.copy())
+    bad.k[:, 33], bad.v[:, 37] = np.nan, np.inf
+    forward = ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=0, bias_slots=2, num_blocks=1)
+    found = []
+    for case in (operands, bad):
+        biased, given = bias.as_mask(problem.spec(), jax.tree.map(jnp.asarray, case))
+        fields = *jax.tree.leaves(given.mask), *bias.inputs(biased, given)
+        with interpreted():
+            found.append(jax.block_until_ready(calls._forward(biased, forward)(*given[:3], *fields)))
+    (out, stats), (bad_out, bad_stats) = found
+    np.testing.assert_allclose(np.float32(bad_out), np.float32(out), atol=0.01)
+    np.testing.assert_allclose(bad_stats[:, :, 0], stats[:, :, 0], atol=1e-4)
+
+
 def test_a_ring_needs_tiles_of_pairs_in_16_bits():
     ring = dataclasses.replace(FORWARD, block_kv=64, bias_slots=2)
     for case, options in (("keys", dict(bias=(1, 2, 1, KV_LEN))), ("none", {}),
@@ -98,6 +183,19 @@ def test_a_ring_needs_tiles_of_pairs_in_16_bits():
         assert defaults.default_forward(spec, device.H200).bias_slots == expected
     spec = problem_of("float32", bias=(1, 2, Q_LEN, KV_LEN), bias_dtype="float32").spec()
     assert defaults.default_forward(spec, device.H200).bias_slots == 0
+
+
+def test_the_fused_backward_has_tiles_of_pairs_where_it_spills_nothing():
+    pairs = dict(bias=(1, 2, Q_LEN, KV_LEN))
+    ids = masks.SegmentIds(np.zeros((2, Q_LEN), np.int32), np.zeros((2, KV_LEN), np.int32))
+    for d, options, expected in ((64, {}, True), (128, {}, True), (64, dict(mask=ids), True),
+                                 (128, dict(mask=ids), False),
+                                 (128, dict(softcap=2.0), False), (128, dict(dropout_rate=0.1), False),
+                                 (128, dict(bias_dtype="float32"), False), (256, {}, False)):
+        spec = bias.hiding(problem_of("fused", d=d, d_v=d, **(pairs | options)).spec())
+        schedule = defaults.default_backward(spec, device.H200)
+        assert rules.reasons_against(spec, schedule, device.H200.smem_bytes) == []
+        assert (schedule.fused, schedule.kv.bias_ring) == (expected, expected), (d, options)
 
 
 @pytest.mark.interpreted
@@ -213,7 +311,7 @@ def test_a_gradient_that_nobody_asks_for_has_no_kernel(learned):
         gradients = jax.jit(jax.grad(loss, (0, 1) if learned else 0)).trace(*kinds)
         modules = mosaic_modules(gradients.lower(lowering_platforms=("cuda",)))
     assert any(b"attention_backward_dbias" in module for module in modules) == learned
-    assert any(b"attention_backward_dq" in module for module in modules)
+    assert any(b"attention_backward_kv" in module for module in modules)
 
 
 def test_which_gradients_have_a_kernel():

@@ -143,9 +143,11 @@ def test_biases_agree_with_the_oracle(name, dims):
     assert_within(budget, run(problem, inputs.poisoned(problem.spec(), operands), cotangents))
 
 
-def test_a_bias_of_the_smallest_number_masks_as_in_other_libraries():
+@pytest.mark.parametrize("rows", [1, Q_LEN])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_bias_of_the_smallest_number_masks_as_in_other_libraries(d, rows):
     """Rows that see no other key weigh all keys alike, and their gradients are finite."""
-    problem = problem_of("bias-smallest", (128, 128), q_len=Q_LEN, kv_len=KV_LEN, bias=(BATCH, 1, 1, KV_LEN))
+    problem = problem_of("bias-smallest", (d, d), q_len=Q_LEN, kv_len=KV_LEN, bias=(BATCH, 1, rows, KV_LEN))
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     smallest = np.where(np.arange(KV_LEN) < 70, float(jnp.finfo(jnp.bfloat16).min), 0.0)
     bias = np.broadcast_to(smallest, problem.bias).astype(operands.bias.dtype)

@@ -106,7 +106,8 @@ def forward(spec: AttentionSpec, operands: Operands) -> Results[jax.Array]:
         return decode_calls.anchored(spec, operands, _run_decode(spec, operands))
     found: Results[jax.Array] = _run_forward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)), dropout.inputs(spec, operands))
-    return padding.cut_results(spec, found)
+    found = padding.cut_results(spec, found)
+    return found._replace(stats=bias.without_anchor(spec, operands, found.stats))
 
 
 def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, stats: jax.Array, dout: jax.Array,
@@ -115,9 +116,10 @@ def backward(spec: AttentionSpec, operands: Operands, out: jax.Array | None, sta
     """
     results: Results[jax.Array] = Results(out, stats)  # type: ignore[arg-type]
     cotangents, keys = Results(dout, dstats), dropout.inputs(spec, operands)
+    saved = results._replace(stats=bias.with_anchor(spec, operands, stats))
     found: Gradients[jax.Array] = _run_backward(
         padding.padded(spec), padding.padded_operands(spec, _without_seed(operands)),
-        padding.padded_results(spec, results), padding.padded_results(spec, cotangents), keys)
+        padding.padded_results(spec, saved), padding.padded_results(spec, cotangents), keys)
     found = padding.cut_gradients(spec, found)
     return with_score_gradients(spec, operands, found, results, cotangents, keys)
 
@@ -132,7 +134,7 @@ def _more(spec: AttentionSpec, operands: Operands, keys: tuple[jax.Array, ...]) 
     mask, and of a bias; and their roles (`mosaic.call.partitioned`).
     """
     parts = {"row": keys, "whole": score_function.inputs(spec, operands), "field": jax.tree.leaves(operands.mask),
-             "bias": bias.inputs(spec, operands)}
+             "bias": bias.anchored_inputs(spec, operands)}
     return [x for own in parts.values() for x in own], "".join(f"{role} " * len(own) for role, own in parts.items())
 
 

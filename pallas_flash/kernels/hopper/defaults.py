@@ -37,9 +37,10 @@ from pallas_flash.kernels.hopper.work import (
     makespan,
     worst_case,
 )
-from pallas_flash.kernels.mosaic import mask_score
+from pallas_flash.kernels.mosaic import mask_score, scores
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import has_bits
+from pallas_flash.kernels.mosaic.mask_ranges import ids_of
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
 from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
@@ -95,7 +96,7 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     many = (_is_tight(spec) and spec.bias is not None) or not is_light(spec.score)
     rows = (
         (64, ForwardSchedule(block_kv=128, warpgroups=2 if many else 3, held_columns=0)),
-        (128, ForwardSchedule(block_kv=128, q_registers=not completed)),
+        (128, ForwardSchedule(block_kv=128, q_registers=not completed or scores.is_far(spec))),
         (192, ForwardSchedule(block_kv=128, query_buffers=1, out_chunks=1) if narrow_values else
               ForwardSchedule(block_kv=96, query_buffers=1, out_chunks=0 if over_query else 2)),
         (256, ForwardSchedule(block_kv=64, query_buffers=1, out_chunks=2, slack=0.75)),
@@ -239,10 +240,11 @@ def default_parts(spec: AttentionSpec, device: Device) -> KvSchedule | None:
 def _may_be_fused(spec: AttentionSpec) -> bool:
     """Whether there is a fused form, and it spills no registers."""
     # In the loop: with 128, 208 bytes with soft cap and dropout, 28 with a bias of keys, 104 with that and a soft cap;
-    # with 64 or 128, 52 to 96 with a bias of pairs, and 8 to 324 with a score function that is not light,
-    # or beside a soft cap.
+    # with 64 or 128, 52 to 96 with a bias of pairs from global memory, and 8 to 324 with a score function that is not
+    # light, or beside a soft cap.
     capped_with_dropout = spec.softcap is not None and spec.dropout_rate > 0
-    spills = (spec.d == 128 and (capped_with_dropout or spec.bias is not None)) or _has_bias_of_pairs(spec)
+    biased = (spec.d == 128 and spec.bias is not None) or _has_bias_of_pairs(spec)
+    spills = (spec.d == 128 and capped_with_dropout) or (biased and not _takes_bias_ring(spec))
     spills = spills or not is_light(spec.score) or (spec.score is not None and spec.softcap is not None)
     return max(spec.d, spec.d_v) == spec.d and spec.d in (64, 128) and not spills and spec.dtype != jnp.float32
 
@@ -301,11 +303,21 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     return None if spec.deterministic else plain
 
 
+def _takes_bias_ring(spec: AttentionSpec) -> bool:
+    """Whether tiles of a bias of pairs come with the queries of the fused form, and it spills no registers: with 128
+    and segment ids 12 bytes, in the loop; a soft cap and dropout were not tried.
+    """
+    more = spec.softcap is not None or spec.dropout_rate or spec.score is not None
+    return scores.is_far(spec) and not more and (spec.d == 64 or ids_of(spec.mask) is None)
+
+
 def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
     """Returns the fused form in which blocks add to dq in any order."""
+    ring = _takes_bias_ring(spec)
     num_sms, capped = device.num_sms, spec.softcap is not None
     if spec.d == 64:
-        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms)
+        plain = KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=not capped, pinned=False, num_sms=num_sms,
+                           bias_ring=ring)
         # Others have no registers left; nor has a kernel without a mask, with ptxas 13.5 (12 bytes), nor one whose keys
         # are opaque (4 bytes in the loop). Of a bias or a score function, what it hides is an array of the mask by the
         # time a kernel is made (`bias.hiding`).
@@ -313,7 +325,8 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
         may_hold = not (capped or spec.dropout_rate or reads_arrays) and bool(kv_work(spec, plain).partial)
         return dataclasses.replace(plain, held="k", opaque=False) if may_hold else plain
     # Unpinned it would spill with a soft cap.
-    return KvSchedule(dq="shared", dq_slots=2, pinned=capped, apart=True, num_sms=num_sms)
+    return KvSchedule(dq="shared", dq_slots=1 if ring else 2, pinned=capped, apart=True, num_sms=num_sms,
+                      bias_ring=ring)
 
 
 def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:

@@ -184,11 +184,16 @@ def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
 def _kv_memory(spec: AttentionSpec, s: KeySchedule, readers: int) -> Memory:
     """What all kernels have that keep a key tile. The queries' statistics come with them, in a load of their own."""
     d, d_v = chunks(spec.d), chunks(spec.d_v)
-    rings = (_ring("q", d + 1 + d_v, readers, s.num_stages) if s.together else
-             (*_ring("q", d + 1, readers, s.num_stages), *_ring("dout", d_v, readers, s.num_stages)))
+    biases: tuple[Buffer, ...] = ()
+    if s.bias_ring:
+        assert spec.bias is not None
+        biases = (Buffer("bias", (s.num_stages, s.block_kv // CHUNK, s.block_q, CHUNK), spec.bias.dtype),)
+    with_q = d + 1 + (s.block_kv // CHUNK) * s.bias_ring
+    rings = (_ring("q", with_q + d_v, readers, s.num_stages) if s.together else
+             (*_ring("q", with_q, readers, s.num_stages), *_ring("dout", d_v, readers, s.num_stages)))
     return Memory(
         (Buffer("q", (s.num_stages, d, s.block_q, CHUNK), spec.dtype),
-         Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype),
+         Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype), *biases,
          Buffer("k", (d, s.block_kv, CHUNK), spec.dtype), Buffer("v", (d_v, s.block_kv, CHUNK), spec.dtype),
          Buffer("stats", (s.num_stages, _STATISTICS, s.block_q), _FLOAT32, chunked=False)),
         (Barrier("kv_full", d + d_v), *rings))

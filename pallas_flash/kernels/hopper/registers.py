@@ -43,9 +43,9 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
-    "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_row",
-    "load_row_stats", "load_rows", "positions", "row_zeros", "spread", "stack", "store_chunks", "store_linear",
-    "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
+    "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_matrices",
+    "load_row", "load_row_stats", "load_rows", "load_transposed", "positions", "row_zeros", "spread", "stack",
+    "store_chunks", "store_linear", "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
@@ -124,6 +124,61 @@ def load_chunk(ref: Ref) -> Fragment:
         rows = mgpu.memref_unfold(mgpu.memref_unfold(ref, 0, (None, 8)), 2, (None, CHUNK))
         matrices = mgpu.memref_transpose(rows, (0, 2, 1, 3))
         return mgpu.FragmentedArray.load_tiled(matrices, swizzle=SWIZZLE_BYTES, layout=TILE.to_mgpu())
+
+    return load(ref)
+
+
+@interpreted_as(lambda ref: jnp.swapaxes(ref[...], 0, 1).reshape(64, -1))
+def load_matrices(ref: Ref) -> Fragment:
+    """Loads 64 rows of shared memory by ldmatrix, (chunks, 64, 64): (64, columns) in the layout TILE."""
+    return _load_matrices(ref, ref.shape[0] * CHUNK, is_transposed=False)
+
+
+@interpreted_as(lambda ref: ref[0].T)
+def load_transposed(ref: Ref) -> Fragment:
+    """Loads a chunk of shared memory by ldmatrix, (1, rows, 64), transposed: (64, rows) in the layout TILE.
+
+    The number of rows is a multiple of 16.
+    """
+    return _load_matrices(ref, ref.shape[1], is_transposed=True)
+
+
+def _load_matrices(ref: Ref, columns: int, is_transposed: bool) -> Fragment:
+    """A fragment, four matrices of 8 x 8 at a time, of 16 columns; each lane names the 16 bytes of one row of one of
+    them. The second is of the rows 8 to 15 of a warp, the third and fourth of the columns 8 to 15.
+    """
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(CHUNKED),),
+                       return_type=plgpu.ShapeDtypeStruct((64, columns), ref.dtype, TILE))
+    def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
+        i32, const = ptx.i32(), lambda value: mgpu.utils.c(value, ptx.i32())
+        thread = arith.remui(ptx.moved(mgpu.utils.thread_idx()), const(ptx.WARPGROUP))
+        warp, lane = arith.divui(thread, const(32)), arith.remui(thread, const(32))
+        matrix, row = arith.divui(lane, const(8)), arith.remui(lane, const(8))
+        across, below = arith.divui(matrix, const(2)), arith.remui(matrix, const(2))
+        start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
+        if is_transposed:  # 16 rows of memory are 16 columns; a unit of 16 bytes is 8 rows
+            first = arith.addi(arith.muli(across, const(8)), row)
+            unit = arith.xori(arith.addi(arith.muli(warp, const(2)), below), row)
+            start = arith.addi(start, arith.muli(unit, const(16)))
+            addresses = [(0, SWIZZLE_BYTES * i) for i in range(0, columns, 16)]
+        else:  # a unit is 8 columns
+            first = arith.addi(arith.muli(warp, const(16)), arith.addi(arith.muli(below, const(8)), row))
+            unit = arith.muli(arith.xori(across, row), const(16))
+            addresses = [(16 * (i % CHUNK // 8), i // CHUNK * chunk_bytes(ref)) for i in range(0, columns, 16)]
+        start = arith.addi(start, arith.muli(first, const(SWIZZLE_BYTES)))
+        layout, words = TILE.to_mgpu(), ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+        registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
+        flat = registers.reshape(columns // 16, 4)
+        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+        asm = f"ldmatrix.sync.aligned.m8n8.x4{'.trans' * is_transposed}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+        for i, (flipped, offset) in enumerate(addresses):
+            address = start if is_transposed else arith.addi(start, arith.xori(unit, const(flipped)))
+            found = llvm.inline_asm(words, [arith.addi(address, const(offset))], asm, "=r,=r,=r,=r,r",
+                                    has_side_effects=True)
+            for j in range(4):
+                word = vector.from_elements(ir.VectorType.get((1,), i32), [llvm.extractvalue(i32, found, [j])])
+                flat[i, j] = vector.bitcast(pair, word)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return load(ref)
 

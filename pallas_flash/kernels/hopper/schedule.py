@@ -186,6 +186,9 @@ class KeySchedule(Hashable, Protocol):
     @property
     def apart(self) -> bool: ...
 
+    @property
+    def bias_ring(self) -> bool: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class KvSchedule:
@@ -213,6 +216,8 @@ class KvSchedule:
         between the exponents and the exponentials of the others.
       section_bytes: bytes of q, dout and dq of the heads that are worked on at a time, so that they stay in L2.
       num_sms: the SMs of the device.
+      bias_ring: tiles of a bias of pairs, in 16 bits, come to shared memory with the queries. Else they are read from
+        global memory.
     """
 
     block_q: int = 64
@@ -230,6 +235,7 @@ class KvSchedule:
     apart: bool = False
     section_bytes: int = 32 << 20
     num_sms: int = 132
+    bias_ring: bool = False
 
     @property
     def block_kv(self) -> int:
@@ -278,6 +284,7 @@ class SplitSchedule:
     together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
+    bias_ring: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +351,7 @@ class WideSchedule:
     together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
+    bias_ring: ClassVar[bool] = False
     opaque: ClassVar[bool] = True
 
     @property

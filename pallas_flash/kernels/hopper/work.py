@@ -30,9 +30,9 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Steps", "additions_before", "dq_work", "every_loaded", "every_q_range", "every_row_block",
+    "Steps", "additions_before", "batch_and_head", "dq_work", "every_loaded", "every_q_range", "every_row_block",
     "forward_blocks", "forward_table", "has_order", "idle_stop_early", "kv_range", "kv_work", "loaded_tiles",
-    "makespan", "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "steps", "tile_order",
+    "makespan", "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "shares_bias", "steps", "tile_order",
     "worst_case",
 ]
 
@@ -249,6 +249,20 @@ def tile_order(spec: AttentionSpec, schedule: ForwardSchedule) -> Work:
     lo, hi = every_loaded(spec, schedule)
     heads = _heads_of_section(spec, schedule) * spec.group
     return scheduling.work(spec.batch * spec.q_heads, tiles.TileRange(lo, lo, hi, hi), heads, schedule.num_blocks)
+
+
+def shares_bias(spec: AttentionSpec) -> bool:
+    """Whether batch entries share a bias of pairs."""
+    return spec.bias is not None and spec.bias.shape[2] > 1 and spec.bias.shape[0] == 1 and isinstance(spec.batch, int)
+
+
+def batch_and_head(spec: AttentionSpec, pair: Index, heads: int) -> tuple[Index, Index]:
+    """The batch entry and the head, of so many, of a pair of both in the order of work. Batch entries that share a bias
+    come one after the other, so that L2 still has what the first of them has read of it.
+    """
+    if shares_bias(spec):
+        return scheduling.rem(pair, spec.batch), scheduling.div(pair, spec.batch)
+    return scheduling.div(pair, heads), scheduling.rem(pair, heads)
 
 
 def forward_blocks(spec: AttentionSpec, schedule: ForwardSchedule) -> int:

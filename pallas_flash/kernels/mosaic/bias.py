@@ -3,8 +3,8 @@
 
 With a bias, scores are in the unit 1: (s * unit + bias) - anchor, in this order, as in `xla`: a score added to
 finfo.min rounds to it, so that keys that a library hides by it weigh alike where a query sees no other. The anchor
-(`AttentionSpec.anchor`) is the largest bias of a row, where that is far from 0. Kernels read, padded to whole tiles
-where they are not whole:
+(`AttentionSpec.anchor`) is the largest bias of a row, where that is far from 0; there is none beside a bias of pairs in
+16 bits (`scores.is_far`). Kernels read, padded to whole tiles where they are not whole:
 
     bias    (batch or 1, heads or 1, 1, kv_len) float32, zeros where it is -inf; or as it came, with an axis of queries
     anchor  (batch or 1, heads or 1, 1, q_len) float32, of each query
@@ -15,7 +15,6 @@ in every tile, and skips none.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,8 @@ from pallas_flash.kernels.mosaic.fragments import ROWS, Fragment, PerRow
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import ANCHOR_ROWS, AttentionSpec, Operands
 
-__all__ = ["HeadBias", "arrays", "as_mask", "hiding", "inputs", "is_anchored_at_once", "names", "place", "types"]
+__all__ = ["HeadBias", "anchored_inputs", "arrays", "as_mask", "hiding", "inputs", "is_anchored_at_once", "names",
+           "place", "types", "with_anchor", "with_pairs", "without_anchor"]
 
 
 # -- the arrays, which XLA makes ---------------------------------------------------------------------------------------
@@ -100,14 +100,42 @@ def inputs(spec: AttentionSpec, operands: Operands,
     """What a pass is made of: the bias and its anchor, made of so many rows at once; nothing if there is no bias."""
     if operands.bias is None:
         return ()
+    if not spec.is_anchored:
+        return operands.bias, jnp.zeros((1, 1, 1, spec.q_len), jnp.float32)
     bias = operands.bias
     if bias.shape[2] == 1:
         bias = jnp.where(bias == -jnp.inf, 0.0, bias.astype(jnp.float32))
     seen = _seen_by_first(spec) if rows == spec.q_len and bias.shape[2] == 1 else None
     anchor = spec.anchor(operands, rows) if seen is None else _anchor_of_prefixes(spec, operands.bias, seen)
+    return bias, _of_rows(spec, anchor)
+
+
+def anchored_inputs(spec: AttentionSpec, operands: Operands) -> tuple[Float[Array, "1|b 1|h 1 n"], ...]:
+    """`inputs` of kernels that take an anchor from scores also where the spec does not."""
+    found = inputs(spec, operands)
+    if operands.bias is None or spec.is_anchored:
+        return found
+    return found[0], _of_rows(spec, spec.largest_bias(operands))
+
+
+def _of_rows(spec: AttentionSpec, anchor: Float[Array, "1|b 1|h 1|t 1"]) -> Float[Array, "1|b 1|h 1 t"]:
+    """The anchor of each query, float32."""
     anchor = anchor[..., 0].astype(jnp.float32)
-    anchor = jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))
-    return bias, anchor[:, :, None]
+    return jnp.broadcast_to(anchor, (*anchor.shape[:2], spec.q_len))[:, :, None]
+
+
+def without_anchor(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h 2 t"]:
+    """The statistics of the spec, of those that such kernels return."""
+    if operands.bias is None or spec.is_anchored:
+        return stats
+    return softmax.shifted(stats, _of_rows(spec, spec.largest_bias(operands))[:, :, 0], 1.0)
+
+
+def with_anchor(spec: AttentionSpec, operands: Operands, stats: Float[Array, "b h 2 t"]) -> Float[Array, "b h 2 t"]:
+    """The statistics that such kernels take, of those of the spec."""
+    if operands.bias is None or spec.is_anchored:
+        return stats
+    return softmax.shifted(stats, -_of_rows(spec, spec.largest_bias(operands))[:, :, 0], 1.0)
 
 
 def names(spec: AttentionSpec) -> tuple[str, ...]:
@@ -167,6 +195,11 @@ def column_of_pairs(ref: Ref, head: tuple[Index, Index], first: Index, key: Inde
     return plgpu.load(column, layout=fragments.ROW_LAYOUT, optimized=False).astype(jnp.float32)
 
 
+def with_pairs(spec: AttentionSpec, s: Fragment, bias: Fragment) -> Fragment:
+    """Scores with the bias of each pair, in 16 bits, in the unit 1: -inf where that is, unless the score is NaN."""
+    return s * softmax.unit(spec.scale, spec.softcap) + bias.astype(jnp.float32)
+
+
 class HeadBias(NamedTuple):
     """The bias of one batch entry and query head."""
 
@@ -196,13 +229,6 @@ class HeadBias(NamedTuple):
             bias, anchor = (columns, rows) if keys_dim == 1 else (rows, columns)
             parts.append(s[:, i:i + 8] * self._unit + bias - anchor)
         return fragments.concatenate(parts)
-
-    def added_from(self, s: Fragment, load: Callable[[int], Fragment], first: Index) -> Fragment:
-        """Scores of 64 queries from position `first` on, with a bias of pairs whose columns i to i + 8 `load` gives."""
-        here = self._replace(batch=ptx.opaque(self.batch), head=ptx.opaque(self.head))
-        anchor = fragments.spread(here._rows("anchor", ptx.opaque(first)), 8)
-        return fragments.concatenate([self._with_pairs(s[:, i:i + 8], load(i), anchor)
-                                      for i in range(0, s.shape[1], 8)])
 
     def _with_pairs(self, s: Fragment, bias: Fragment, anchor: Fragment) -> Fragment:
         """Scores with the bias of each pair; -inf where that is, whatever the score."""

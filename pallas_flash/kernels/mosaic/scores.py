@@ -14,8 +14,8 @@ from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "is_large", "largest", "lowest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope", "tanh",
-    "unit",
+    "is_far", "is_large", "largest", "lowest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope",
+    "tanh", "unit",
 ]
 
 _EXACT_CAP = 128.0
@@ -80,6 +80,13 @@ def lowest(unit: float) -> float:
     difference from -inf is not NaN.
     """
     return -3e38 / max(unit, 1.0)
+
+
+def is_far(spec: AttentionSpec) -> bool:
+    """Whether scores may be as far from 0 as float32 reaches, because no anchor is taken from them (`AttentionSpec.
+    anchor`): differences are then taken before they are multiplied with the unit.
+    """
+    return spec.bias is not None and not spec.is_anchored
 
 
 # -- large scores ------------------------------------------------------------------------------------------------------

@@ -161,9 +161,8 @@ def completed_by(block: Block[DbiasSchedule], rows: dq.Rows, kv_first: Index) ->
     """What adds the bias to scores: from shared memory, or from global memory."""
     if "bias" not in block.smem:
         return completion(block.spec, block.gmem, (block.batch, block.head), (rows.first, kv_first), 1)
-    load = functools.partial(bias_columns, block, rows.warpgroup)
-    own = bias.HeadBias(block.spec, block.gmem, block.batch, block.head)
-    return lambda s: (own.added_from(s, lambda i: load(i, 8), rows.first), None)
+    held = own(block, rows.warpgroup, block.smem["bias"])
+    return lambda s: (bias.with_pairs(block.spec, s, registers.load_matrices(held)), None)
 
 
 def bias_columns(block: Block[DbiasSchedule], warpgroup: Index, first: int, columns: int) -> Fragment:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
@@ -29,7 +30,7 @@ from pallas_flash.kernels.mosaic.completion import Exponents
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, scaled
+from pallas_flash.kernels.mosaic.scores import is_far, is_large, may_be_large, scaled
 from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
@@ -99,7 +100,11 @@ def any_large_in_warp(spec: AttentionSpec, lse_log2: PerRow) -> Flag | None:
     if not may_be_large(spec):
         return None
     size = jnp.abs(lse_log2)
-    return ptx.any_in_warp(is_large(spec, size) & (size < IDLE / 2), registers.ROW_LAYOUT)
+    if is_far(spec):  # lse itself, of which finfo.min is none of an idle query
+        large = is_large(spec, size * softmax.LOG2E) & (lse_log2 < IDLE / 2)
+    else:
+        large = is_large(spec, size) & (size < IDLE / 2)
+    return ptx.any_in_warp(large, registers.ROW_LAYOUT)
 
 
 def without_rounding(block: QueryBlock | Block[DbiasSchedule], rows: Rows, y: Exponents) -> Exponents:

@@ -391,7 +391,7 @@ def block_of[S: KeySchedule](spec: AttentionSpec, s: S,
       refs: arrays in global memory, buffers in shared memory and barriers, by name.
     """
     head, kv_tile = work.kv_work(spec, s).head_and_tile(lax.axis_index("block"))
-    batch, kv_head = div(head, spec.kv_heads), rem(head, spec.kv_heads)
+    batch, kv_head = work.batch_and_head(spec, head, spec.kv_heads)
     gmem, smem, bars = refs
     mask, q_tiles = mask_of(spec, s, gmem, (batch, kv_head, kv_tile))
     walk = Walk(kv_head * spec.group, spec.group, *q_tiles)

@@ -9,10 +9,22 @@ from pallas_flash.kernels.hopper import tiles
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.places import Place, locate
+from pallas_flash.kernels.hopper.schedule import CHUNK
+from pallas_flash.kernels.mosaic import bias
 from pallas_flash.kernels.mosaic.scheduling import rem
+from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.kernels.mosaic.walk import HeadAndTile
 
 __all__ = ["load"]
+
+
+def load_bias(block: KeyBlock, at: HeadAndTile, slot: Index) -> None:
+    """Loads the tile of a bias of pairs of a step with its queries: a chunk of 64 keys for each compute warpgroup."""
+    s, source, (head, tile) = block.schedule, block.gmem["bias"], at
+    place, rows = bias.place(source, block.batch, head), pl.ds(tile * s.block_q, s.block_q)
+    for chunk in range(s.block_kv // CHUNK):
+        piece = source.at[*place, rows, pl.ds(block.tile * s.block_kv + chunk * CHUNK, CHUNK)]
+        plgpu.copy_gmem_to_smem(piece, block.smem["bias"].at[slot, chunk], block.bars["q_full"].at[slot])
 
 
 def load(block: KeyBlock) -> None:
@@ -35,6 +47,8 @@ def load(block: KeyBlock) -> None:
                 tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
             full = bars[f"{name if name in names else 'q'}_full"].at[slot]
             tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
+            if stats and s.bias_ring:
+                load_bias(block, (head, tile), slot)
             if stats:
                 source = gmem["stats"].at[queries.batch, head, pl.ds(0, len(LOADED)), pl.ds(first, s.block_q)]
                 plgpu.copy_gmem_to_smem(source, smem["stats"].at[slot], full)

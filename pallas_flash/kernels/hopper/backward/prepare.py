@@ -20,7 +20,7 @@ from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.scores import is_large, may_be_large, score_unit, unit
+from pallas_flash.kernels.mosaic.scores import is_far, is_large, may_be_large, score_unit, unit
 from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -36,11 +36,16 @@ def statistics(spec: AttentionSpec, lse: PerRow, rest: PerRow, delta: PerRow) ->
     """
     nothing, known = lse == -jnp.inf, jnp.abs(delta) < jnp.inf
     lse = jnp.where(known, lse, jnp.nan)
-    lse_log2 = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
-    reference = softmax.reference_point(lse, unit(spec))
-    rounding = ptx.multiply_add(reference, -score_unit(spec), lse_log2, registers.ROW_LAYOUT) - rest * score_unit(spec)
-    start = -delta / dropout.factor(spec) if spec.dropout_rate else -delta
-    return {Statistics.LSE: lse_log2, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, start),
+    if is_far(spec):
+        start = with_mark(jnp.where(nothing, IDLE, lse), any_large(spec, lse))
+        rounding = -rest * score_unit(spec)  # the reference point is lse without the mark
+    else:
+        start = with_mark(jnp.where(nothing, IDLE, lse * softmax.LOG2E), any_large(spec, lse))
+        reference = softmax.reference_point(lse, unit(spec))
+        rounding = (ptx.multiply_add(reference, -score_unit(spec), start, registers.ROW_LAYOUT)
+                    - rest * score_unit(spec))
+    from_delta = -delta / dropout.factor(spec) if spec.dropout_rate else -delta
+    return {Statistics.LSE: start, Statistics.DELTA: jnp.where(nothing | jnp.logical_not(known), 0.0, from_delta),
             Statistics.ROUNDING: jnp.where(nothing, 0.0, rounding)}
 
 

@@ -11,19 +11,21 @@ import enum
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.registers import PerColumn, PerRow
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag
 
-__all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark"]
+__all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark", "without_mark"]
 
 
 class Statistics(enum.IntEnum):
     """The rows of the statistics, (batch, q_heads, 3, padded length) float32."""
 
-    LSE = 0  # lse log2(e), IDLE where a query attends to nothing; the last bit is 1 if one of 64 queries is large
+    LSE = 0  # lse log2(e), IDLE where a query attends to nothing; the last bit is 1 if one of 64 queries is large.
+    # Where scores may be far (`scores.is_far`) it is lse itself, of which the differences are taken.
     DELTA = 1  # -delta; with dropout -delta / factor
-    ROUNDING = 2  # how much more LSE is than it should be
+    ROUNDING = 2  # how much more LSE is than it should be, base 2
 
 
 IDLE = 3e38
@@ -37,6 +39,11 @@ def with_mark(lse_log2: PerRow, large: Flag) -> PerRow:
     """Sets the last bit of lse log2(e) if `large`, else clears it."""
     bits = lax.bitcast_convert_type(lse_log2, jnp.int32)
     return lax.bitcast_convert_type(jnp.where(large, bits | 1, bits & -2), jnp.float32)
+
+
+def without_mark(lse: Array) -> Array:
+    """Clears the last bit."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(lse, jnp.int32) & -2, jnp.float32)
 
 
 def is_marked(lse_log2: PerColumn, layout: ptx.Layout) -> Flag:

@@ -11,15 +11,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, wgmma, work
-from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked
+from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked, without_mark
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
-from pallas_flash.kernels.mosaic import dropout, ptx
+from pallas_flash.kernels.mosaic import bias, dropout, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, Exponents, completion
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
-from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.mosaic.scores import is_far, may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
@@ -78,18 +78,22 @@ class Corrections(NamedTuple):
         return self.pairs.masked(y)
 
 
-def weights(spec: AttentionSpec, x: Exponents, lse_log2: Exponents, corrections: Corrections,
+def weights(spec: AttentionSpec, x: Exponents, lse: Exponents, corrections: Corrections,
             shift: float = 0.0, completed: Completed | None = None) -> tuple[Exponents, Exponents]:
     """Computes P, and P times the slope of scores, from products of queries and keys; both times 2^shift.
 
     Args:
       x: in the layout TILE.
-      lse_log2: in the shape of x.
+      lse: in the shape of x, as `Statistics.LSE` has it.
       completed: applies the score function, or adds the bias; None: there is none.
     """
     s, unit = scaled(spec, x), score_unit(spec)
     complete, own_slope = (s, None) if completed is None else completed(s)
-    p = corrections.weights(complete, lambda s: s * unit - lse_log2, lambda y: jnp.exp2(y + shift if shift else y))
+    if is_far(spec):
+        exponents = lambda s: (s - without_mark(lse)) * unit
+    else:
+        exponents = lambda s: s * unit - lse
+    p = corrections.weights(complete, exponents, lambda y: jnp.exp2(y + shift if shift else y))
     return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
 
 
@@ -222,6 +226,23 @@ def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
     return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
+def completed_by(block: KeyBlock, warpgroup: Index, step: Step, first: tuple[Index, Index]) -> Completed | None:
+    """What completes the scores of a step's tile: a bias of pairs that came with the queries, or what `completion`
+    finds.
+    """
+    if not block.schedule.bias_ring:
+        return completion(block.spec, block.gmem, (block.batch, step.head), first, 0)
+    held = block.smem["bias"].at[step.slot(block.schedule.num_stages), pl.ds(ptx.opaque(warpgroup), 1)]
+
+    def completed(s: Exponents) -> tuple[Exponents, None]:
+        found = bias.with_pairs(block.spec, s, registers.load_transposed(held))
+        if not block.schedule.makes_dq:  # else dS is handed over, behind a fence, before the slot is freed
+            ptx.fence_async_proxy()
+        return found, None
+
+    return completed
+
+
 def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fragment,
                  shift: float = 0.0) -> tuple[Fragment, Fragment]:
     """Computes P^T, and P^T times the slope of scores, from s = K Q^T; both times 2^shift."""
@@ -231,7 +252,7 @@ def tile_weights(block: KeyBlock, warpgroup: Index, step: Step, lse: Lse, s: Fra
     large = Large(lse.is_large, functools.partial(without_rounding, block, step))
     corrections = Corrections(large, pairs, schedule.apart)
     x = plgpu.layout_cast(s, registers.TILE)
-    completed = completion(spec, block.gmem, (block.batch, step.head), first, 0)
+    completed = completed_by(block, warpgroup, step, first)
     p, sloped = weights(spec, x, registers.stack(lse.log2), corrections, shift, completed)
     if schedule.pinned:
         ptx.pin(registers.column_sums(p), registers.TILE)

@@ -108,7 +108,10 @@ def next_tile(block: Block) -> list[list[Array]]:
     order = work.tile_order(spec, s)
     number = count_up(block.gmem["key_tiles"], order.blocks + work.forward_blocks(spec, s))
     pair, q_tile = order.head_and_tile(jnp.minimum(number, order.blocks - 1))
-    mask = ArrayMask(block.gmem, div(pair, spec.q_heads), rem(pair, spec.q_heads))
+    batch, head = work.batch_and_head(spec, pair, spec.q_heads)
+    mask = ArrayMask(block.gmem, batch, head)
+    if work.shares_bias(spec):
+        pair = jnp.asarray(batch * spec.q_heads + head)
     needed = [[ptx.scalar(x) for x in mask.tiles("key_tiles", q_tile * s.warpgroups + warpgroup)]
               for warpgroup in range(s.warpgroups)]
     start, _, _, stop = zip(*needed)

@@ -49,6 +49,7 @@ from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, r
 from pallas_flash.kernels.hopper.forward.softmax import (
     NextMaximum,
     Softmax,
+    exponents_of,
     first_softmax,
     is_heavy,
     maximum_at_times,
@@ -63,7 +64,7 @@ from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import rem
-from pallas_flash.kernels.mosaic.scores import scaled, score_unit, unit
+from pallas_flash.kernels.mosaic.scores import is_far, scaled, unit
 from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments
 from pallas_flash.spec import AttentionSpec
 
@@ -130,7 +131,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     s = completed(block, tile, rows, kv_tile, scaled(block.spec, s))
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
-    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, score_unit(block.spec), block.spec.dtype))
+    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, exponents_of(block.spec), block.spec.dtype))
 
 
 def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -142,16 +143,21 @@ def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment)
 
 
 def with_bias_tile(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
-    """Adds the tile of a bias of pairs that its ring holds, and frees it."""
+    """Adds the tile of a bias of pairs that its ring holds, which `free_bias` frees."""
     slot = tile.slot(kv_tile, block.schedule.bias_slots)
     plgpu.barrier_wait(block.bars["bias_full"].at[slot])
     first = ptx.opaque(rows.warpgroup) * ROWS_PER_WARPGROUP
     held = block.smem["bias"].at[slot, :, pl.ds(first, ROWS_PER_WARPGROUP)]
-    load = lambda i: registers.load_chunks(held, i, 8, held.dtype)
-    s = bias.HeadBias(block.spec, block.gmem, tile.batch, tile.head).added_from(s, load, rows.first)
-    ptx.fence_async_proxy()
-    plgpu.barrier_arrive(block.bars["bias_free"].at[slot])
-    return s
+    return bias.with_pairs(block.spec, s, registers.load_matrices(held))
+
+
+def free_bias(block: Block, tile: Tile, kv_tile: Index) -> None:
+    """Frees the tile of a bias of pairs of an earlier step, where the warpgroup waits anyhow: behind the products that
+    it has issued. The fence takes time, and TMA, which writes the slot, is a proxy of its own.
+    """
+    if block.schedule.bias_slots:
+        ptx.fence_async_proxy()
+        plgpu.barrier_arrive(block.bars["bias_free"].at[tile.slot(kv_tile, block.schedule.bias_slots)])
 
 
 def without_hidden(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -213,6 +219,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
     s = wgmma.multiply_transposed(rows.queries, block.smem["k"].at[slot], block.spec.d)
     acc, values_ready = multiply_values(block, tile, kv_tile + 1, state, acc)
     pass_turn(block, rows.warpgroup)
+    free_bias(block, tile, kv_tile + 1)
     maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
@@ -226,7 +233,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
             await_keys(block, tile, rows, kv_tile - 1)
         return values_ready(acc)
 
-    state, acc = next_softmax(state, (s, score_unit(block.spec)), maximum, block.schedule.held_columns, wait)
+    state, acc = next_softmax(state, (s, exponents_of(block.spec)), maximum, block.schedule.held_columns, wait)
     return without_dropped(block, tile, rows, kv_tile, state), acc
 
 
@@ -250,7 +257,7 @@ def with_sink(block: Block, sink: Float[Array, ""] | None, sums: Sums) -> Sums:
 def sums_of(block: Block, state: Softmax) -> Sums:
     """Adds up l_i after the last tile, and finds how far start was rounded."""
     m_i, start = state.maximum
-    rounding = ptx.multiply_add(m_i, -score_unit(block.spec), start, registers.ROW_LAYOUT)
+    rounding = exponents_of(block.spec).rounding(m_i, start)
     return Sums(m_i, rounding, state.l_i.sum(axis=1))
 
 
@@ -332,10 +339,14 @@ def repaired(block: Block, tile: Tile, rows: Rows, state: Softmax, acc: Fragment
         spoiled = spoiled & (tile.is_redone != 0)
 
     def repair(sums: Sums, acc: Fragment) -> tuple[Sums, Fragment]:
-        l_i, acc = recompute(block, tile, rows)
+        m_i, l_i, acc = recompute(block, tile, rows)
         # m_i stays: the backward computes the same product, with the same rounding; a sum in another order differs.
-        lost = overflowed(block.spec, state.maximum)
-        new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
+        if is_far(block.spec):  # unless it is NaN, of a score that the bias hides
+            lost = jnp.isnan(sums.l_i)
+            new = sums._replace(m_i=jnp.where(lost, m_i, sums.m_i), l_i=jnp.where(lost, l_i, sums.l_i))
+        else:
+            lost = overflowed(block.spec, state.maximum)
+            new = Sums(sums.m_i, jnp.where(lost, 0.0, sums.rounding), jnp.where(lost, l_i, sums.l_i))
         return new, acc * registers.spread(new.l_i * softmax.rescale(l_i), acc.shape[1])
 
     sums, acc = lax.cond(spoiled, repair, lambda *whole: whole, sums, plgpu.layout_cast(acc, registers.TILE))
@@ -368,6 +379,7 @@ def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
 
     state, acc = lax.fori_loop(jnp.int32(1), ptx.scalar(rows.stop - rows.start), step, (state, acc))
     acc, values_ready = multiply_values(block, tile, rows.start, state, acc)
+    free_bias(block, tile, rows.start)
     sink = sinks.load(block, tile)  # while the last product runs
     acc = values_ready(acc)
     if seen.skips_below:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, work
-from pallas_flash.kernels.hopper.forward.softmax import Maximum, given_up, lowest
+from pallas_flash.kernels.hopper.forward.softmax import Maximum, exponents_of, given_up
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
@@ -22,7 +22,7 @@ from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.bias import HeadBias
 from pallas_flash.kernels.mosaic.scheduling import div
 from pallas_flash.kernels.mosaic.score_function import HeadScore
-from pallas_flash.kernels.mosaic.scores import may_be_large, overflows, scaled, score_unit
+from pallas_flash.kernels.mosaic.scores import is_far, may_be_large, overflows, scaled, score_unit
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.spec import AttentionSpec
 
@@ -43,6 +43,8 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: PerRow, acc: Fragment) -> Fl
     if not (partial or may_be_large(spec)):
         return None
     none = l_i < 0  # a sum of weights is never negative
+    if is_far(spec):  # nothing overflows; a score may be NaN where the bias hides the pair
+        return ptx.any_nonfinite_in_warpgroup(plgpu.layout_cast(acc, registers.TILE), registers.TILE)
     too_large = overflowed(spec, maximum) if may_be_large(spec) else none
     if maxima:
         too_large = too_large | given_up(maximum.m_i, l_i)
@@ -57,7 +59,7 @@ def is_spoiled(block: Block, maximum: Maximum, l_i: PerRow, acc: Fragment) -> Fl
 
 def overflowed(spec: AttentionSpec, maximum: Maximum) -> Bool[Array, "64"]:
     """Flags of rows whose weights may have overflowed because their start is rounded."""
-    return overflows(spec, maximum.start) & (maximum.m_i != lowest(score_unit(spec)))
+    return overflows(spec, maximum.start) & (maximum.m_i != exponents_of(spec).lowest)
 
 
 def kept_pairs(block: Block, tile: Tile, columns: int, place: tuple[Index, Index]) -> Bool[Array, "64 n"]:
@@ -72,11 +74,11 @@ def kept_pairs(block: Block, tile: Tile, columns: int, place: tuple[Index, Index
     return HeadBias(block.spec, block.gmem, tile.batch, tile.head).keep(kept, *place)
 
 
-def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
+def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, PerRow, Fragment]:
     """Runs the online softmax over the keys that each row attends to, one by one.
 
     Returns:
-      l_i, (64,), and the sum of weighted values, (64, d_v).
+      m_i and l_i, (64,), and the sum of weighted values, (64, d_v).
     """
     spec, unit = block.spec, score_unit(block.spec)
     own = SlowRows(spec, {"q": rows.q()}, block.gmem, (tile.batch, div(tile.head, spec.group)))
@@ -106,5 +108,5 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, Fragment]:
     block_kv = block.schedule.block_kv
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, spec.d_v), jnp.float32), registers.TILE)
-    start = registers.row_zeros() + lowest(unit), registers.row_zeros(), zeros
-    return lax.fori_loop(ptx.scalar(first), ptx.scalar(stop), add, start)[1:]
+    start = registers.row_zeros() + exponents_of(spec).lowest, registers.row_zeros(), zeros
+    return lax.fori_loop(ptx.scalar(first), ptx.scalar(stop), add, start)

@@ -24,11 +24,13 @@ from pallas_flash.arrays import Array, Bool, Float
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
 from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.scores import is_far, lowest, score_unit
 from pallas_flash.kernels.mosaic.types import Flag
+from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Maximum", "NextMaximum", "Softmax", "first_softmax", "given_up", "is_heavy", "lowest", "maximum_at_times",
-    "maximum_of", "maximum_within", "next_softmax", "rescaled",
+    "Exponents", "Maximum", "NextMaximum", "Softmax", "exponents_of", "first_softmax", "given_up", "is_heavy",
+    "maximum_at_times", "maximum_of", "maximum_within", "next_softmax", "rescaled",
 ]
 
 HEAVY = 2.0**14
@@ -43,12 +45,51 @@ class Maximum(NamedTuple):
     """The row maximum of 64 rows."""
 
     m_i: PerRow  # in the unit of scores
-    start: PerRow  # m_i unit, rounded: what is subtracted from s unit
+    start: PerRow  # see `Exponents`
 
 
-def maximum_of(m_i: PerRow, unit: float) -> Maximum:
-    """Adds the start to m_i. It is rounded here, once, so that alpha is exactly 1 where m_i stays."""
-    return Maximum(m_i, ptx.multiply(m_i, unit, registers.ROW_LAYOUT))
+class Exponents(NamedTuple):
+    """How exponents of base 2 are made of scores: s unit - start, in one instruction, where start is m_i unit, rounded;
+    or (s - start) unit, where start is m_i. That is for scores as far from 0 as float32 reaches (`scores.is_far`).
+    """
+
+    unit: float
+    of_differences: bool
+
+    def start(self, m_i: PerRow) -> PerRow:
+        """The start of a maximum. It is rounded here, once, so that alpha is exactly 1 where m_i stays."""
+        return m_i if self.of_differences else ptx.multiply(m_i, self.unit, registers.ROW_LAYOUT)
+
+    def of(self, s: Fragment, start: PerRow) -> Fragment:
+        """Exponents of scores."""
+        start = registers.spread(start, s.shape[1])
+        return (s - start) * self.unit if self.of_differences else s * self.unit - start
+
+    def between(self, old: PerRow, new: PerRow) -> PerRow:
+        """How much exponents from one start are larger than those from another."""
+        return (old - new) * self.unit if self.of_differences else old - new
+
+    def rounding(self, m_i: PerRow, start: PerRow) -> PerRow:
+        """How much more start is than it should be, base 2."""
+        return jnp.zeros_like(m_i) if self.of_differences else ptx.multiply_add(m_i, -self.unit, start,
+                                                                                registers.ROW_LAYOUT)
+
+    @property
+    def lowest(self) -> float:
+        """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its difference
+        from -inf is not NaN.
+        """
+        return float(np.finfo(np.float32).min) if self.of_differences else lowest(self.unit)
+
+
+def exponents_of(spec: AttentionSpec) -> Exponents:
+    """Those of a spec."""
+    return Exponents(score_unit(spec), is_far(spec))
+
+
+def maximum_of(m_i: PerRow, exponents: Exponents) -> Maximum:
+    """Adds the start to m_i."""
+    return Maximum(m_i, exponents.start(m_i))
 
 
 class Softmax(NamedTuple):
@@ -61,28 +102,21 @@ class Softmax(NamedTuple):
     grew: Flag  # whether alpha is not 1 in some row of this warp
 
 
-type NextMaximum = Callable[[Softmax, Fragment, float], tuple[Maximum, Flag]]
-"""The new maximum, and whether it may be another one in some row of this warp, from the state and a tile of scores and
-their unit.
+type NextMaximum = Callable[[Softmax, Fragment, Exponents], tuple[Maximum, Flag]]
+"""The new maximum, and whether it may be another one in some row of this warp, from the state, a tile of scores and how
+exponents are made of them.
 """
 
 
-def lowest(unit: float) -> float:
-    """The m_i of rows that have met no key: low, but finite, and so is its product with the unit: its
-    difference from -inf is not NaN.
-    """
-    return -3e38 / max(unit, 1.0)
-
-
-def first_softmax(s: Fragment, unit: float, dtype: np.dtype) -> Softmax:
+def first_softmax(s: Fragment, exponents: Exponents, dtype: np.dtype) -> Softmax:
     """The state after the first tile of scores."""
-    first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
-    p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
+    first = maximum_of(jnp.maximum(s.max(axis=1), exponents.lowest), exponents)
+    p = jnp.exp2(exponents.of(s, first.start))
     alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
     return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 
 
-def maximum_within(state: Softmax, s: Fragment, unit: float,
+def maximum_within(state: Softmax, s: Fragment, exponents: Exponents,
                    slack: float | Float[Array, ""]) -> tuple[Maximum, Flag]:
     """The new maximum, at most `slack` (base 2) too low, and whether it is another one in some row of this warp.
 
@@ -90,10 +124,10 @@ def maximum_within(state: Softmax, s: Fragment, unit: float,
     needing one soon.
     """
     (m_i, start), row_max = state.maximum, s.max(axis=1)
-    within = row_max - m_i <= slack * (1 / unit)
+    within = row_max - m_i <= slack * (1 / exponents.unit)
     grew = ptx.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
     everywhere = plgpu.layout_cast(lax.broadcast_in_dim(grew, m_i.shape, []), registers.ROW_LAYOUT)
-    new = maximum_of(jnp.maximum(m_i, row_max), unit)
+    new = maximum_of(jnp.maximum(m_i, row_max), exponents)
     return Maximum(jnp.where(everywhere, new.m_i, m_i), jnp.where(everywhere, new.start, start)), grew
 
 
@@ -102,7 +136,7 @@ def is_heavy(state: Softmax) -> Flag:
     return ptx.any_in_warp(state.l_i > HEAVY, registers.TILE)
 
 
-def maximum_at_times(state: Softmax, s: Fragment, unit: float, due: Flag, heavy: Flag) -> tuple[Maximum, Flag]:
+def maximum_at_times(state: Softmax, s: Fragment, exponents: Exponents, due: Flag, heavy: Flag) -> tuple[Maximum, Flag]:
     """The new maximum, and whether it may be another one: the rows' maximum if it is `due`, the old one if not.
 
     Args:
@@ -112,12 +146,12 @@ def maximum_at_times(state: Softmax, s: Fragment, unit: float, due: Flag, heavy:
     """
     def lifted(m_i: PerRow, l_i: Fragment) -> PerRow:
         l_i = l_i.max(axis=1)
-        return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i) * (1 / unit), m_i))
+        return jnp.where(l_i > FULL, jnp.inf, jnp.where(l_i > HEAVY, m_i + jnp.log2(l_i) * (1 / exponents.unit), m_i))
 
     def take(s: Fragment, maximum: Maximum, l_i: Fragment) -> Maximum:
         m_i = lax.cond(heavy, lifted, lambda m_i, _: m_i, maximum.m_i, l_i)
         m_i = jnp.maximum(m_i, s.max(axis=1))
-        return maximum_of(m_i, unit)
+        return maximum_of(m_i, exponents)
 
     return lax.cond(due, take, lambda _, maximum, __: maximum, s, state.maximum, state.l_i), due
 
@@ -127,24 +161,24 @@ def given_up(m_i: PerRow, l_i: PerRow) -> Bool[Array, "64"]:
     return (m_i == jnp.inf) | (l_i > FULL)
 
 
-def next_softmax(state: Softmax, scores: tuple[Fragment, float], maximum: NextMaximum, held_columns: int,
+def next_softmax(state: Softmax, scores: tuple[Fragment, Exponents], maximum: NextMaximum, held_columns: int,
                  wait: Callable[[], Fragment]) -> tuple[Softmax, Fragment]:
     """The state after another tile of scores, and what `wait` returns: it waits for the product that this overlaps.
 
     Args:
-      scores: and their unit, see `scores`.
+      scores: and how exponents are made of them.
       maximum: `maximum_within` or `maximum_at_times`.
       held_columns: see `ForwardSchedule`.
     """
-    s, unit = scores
-    new, grew = maximum(state, s, unit)
-    weights = lambda s: jnp.exp2(s * unit - registers.spread(new.start, s.shape[1]))
+    s, exponents = scores
+    new, grew = maximum(state, s, exponents)
+    weights = lambda s: jnp.exp2(exponents.of(s, new.start))
     dtype, split = state.p.dtype, held_columns or s.shape[1]
     parts = [weights(s[:, :split])]
     acc = wait()
     if split < s.shape[1]:
         parts.append(weights(s[:, split:]))
-    alpha = jnp.exp2(state.maximum.start - new.start)
+    alpha = jnp.exp2(exponents.between(state.maximum.start, new.start))
     l_i = state.l_i * registers.spread(alpha, 8) + functools.reduce(jnp.add, map(registers.column_sums, parts))
     return Softmax(new, l_i, registers.concatenate([p.astype(dtype) for p in parts]), alpha, grew), acc
 
