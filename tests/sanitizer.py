@@ -30,7 +30,8 @@ def command(tool: str, kernels: str | None = None) -> tuple[str, ...]:
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: pip install nvidia-cuda-sanitizer-api, or the CUDA toolkit")
     chosen = () if kernels is None else ("--kernel-regex", f"kns={kernels}")
-    return program, "--tool", tool, "--error-exitcode", "9", *chosen, *OPTIONS[tool]
+    ports = "--max-connections", "256"  # ten of its own are too few for all tests that run at a time, and their ptxas
+    return program, "--tool", tool, *ports, "--error-exitcode", "9", *chosen, *OPTIONS[tool]
 
 
 def assert_nothing_found(tool: str, done: subprocess.CompletedProcess) -> None:
