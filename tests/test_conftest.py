@@ -1,4 +1,4 @@
-"""What conftest does beside the tests."""
+"""What conftest and .ci/task do beside the tests."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests import conftest
 
@@ -39,3 +40,16 @@ def test_a_worker_that_runs_out_of_time_says_where_it_is(tmp_path):
                           env=os.environ | {"PYTHONPATH": str(Path(conftest.__file__).parents[1])})
     assert done.returncode == 1, done.stdout
     assert "test_slow.py" in done.stderr and "in test_slow" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("words", "everything"), [("", True), ("-k window -x", True), ("tests/ampere -x", False),
+                                                   ("-x tests/test_docs.py::test_links", False)])
+def test_make_runs_the_tests_that_args_names(words, everything):
+    """Regression: `make test-newest-jax ARGS=PATH` ran all tests, and those of the path with them."""
+    functions = 'source <(sed -n "/^read -ra/p; /^has()/p; /^run_pytest()/,/^}/p" .ci/task)'
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", f"{functions}; python=echo; run_pytest -m 'not gpu'"],
+                          env=os.environ | {"ARGS": words}, cwd=Path(conftest.__file__).parents[1], text=True,
+                          capture_output=True, check=True)
+    said = done.stdout.splitlines()[-1].split()
+    assert said[:2] == ["-m", "pytest"] and ("tests" in said) == everything, said
+    assert said[-len(words.split()):] == words.split() or not words, said

@@ -5,6 +5,7 @@ A Hopper GPU has these instructions, too. Masks, dtypes and defects of other lib
 test_conformance, large scores in test_large_scores.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -70,6 +71,13 @@ def everything(case: Case):
     return found
 
 
+def assert_repeats(run, case, names, count):
+    """What is named is the same in each of so many runs."""
+    first = run(*case.arrays)
+    differs = jax.jit(lambda a, b: jnp.any(jnp.stack([jnp.any(a[name] != b[name]) for name in names])))
+    assert sum(differs(first, run(*case.arrays)).astype(int) for _ in range(count)) == 0, names
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
     d, options = SHAPES[name]
@@ -102,6 +110,54 @@ def test_schedules_of_smaller_gpus(name):
     jax.clear_caches()
 
 
+HALVES = BackwardSchedule(warpgroups=2, halves=True)
+DOCUMENTS = Causal() & SegmentIds(*[np.arange(450) // 130] * 2)
+TWO_SLOTS = ForwardSchedule(num_stages=2)
+NO_DEFAULTS = {
+    "halves": (HALVES, dict(d=128, kv_heads=1)),
+    "halves-dropout-ragged": (HALVES, dict(d=104, kv_len=333, dropout_rate=0.2, dtypes=("float16",), layout="BHLD")),
+    "halves-documents": (dataclasses.replace(HALVES, wide_adds=True), dict(d=128, mask=DOCUMENTS)),
+    "halves-rows-of-lse-200": (HALVES, dict(d=128, row_lse=200.0)),
+    "halves-two-kernels": (dataclasses.replace(HALVES, dq=DqSchedule(32, 2, 2)), dict(d=128, deterministic=True)),
+    "halves-d256": (dataclasses.replace(HALVES, row_tiles=1, wide_adds=True), dict(d=256)),
+    "halves-d256-one-slot-window": (dataclasses.replace(HALVES, row_tiles=1, num_stages=1), dict(
+        d=256, kv_len=300, mask=Window(100, 20))),
+    "wide-adds": (BackwardSchedule(wide_adds=True), dict(d=64)),
+    "wide-adds-32-queries": (BackwardSchedule(block_q=32, num_stages=1, wide_adds=True), dict(d=64, mask=Full())),
+    "two-slots": (TWO_SLOTS, dict(d=128)),
+    "two-slots-gqa": (TWO_SLOTS, dict(d=64, q_heads=8)),
+    "two-slots-documents": (TWO_SLOTS, dict(d=64, mask=DOCUMENTS)),
+    "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
+    "two-slots-32-keys": (dataclasses.replace(TWO_SLOTS, block_kv=32), dict(d=128, kv_len=700, mask=Full())),
+}
+
+
+@pytest.mark.parametrize("name", NO_DEFAULTS)
+def test_schedules_that_are_no_defaults(name):
+    schedule, options = NO_DEFAULTS[name]
+    case = case_of(problem_of("other schedules", **dict(q_len=450, kv_len=450) | options))
+    assert rules.reasons_against(case.problem.spec(), schedule, device.H200.smem_bytes) == []
+    with defaults.assume(schedule):
+        jax.clear_caches()
+        assert_right(case, everything(case))
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("d", "schedule"), [
+    (128, HALVES), (256, dataclasses.replace(HALVES, row_tiles=1)), (64, TWO_SLOTS)],
+    ids=["halves", "halves-d256", "two-slots"])
+def test_other_schedules_repeat(d, schedule):
+    """All but dq is the same in each of 300 runs: a race would show."""
+    case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4))
+    with defaults.assume(schedule):
+        jax.clear_caches()
+        first = everything(case)
+        assert_right(case, first)
+        direction, names = ("forward", ("out",)) if schedule is TWO_SLOTS else ("backward", ("dk", "dv"))
+        assert_repeats(jax.jit(ours(direction, case)), case, names, 300)
+    jax.clear_caches()
+
+
 def test_parts_of_a_sum_are_not_rounded():
     """As several GPUs add them up."""
     case = conformance.random_case(test_partial.PROBLEM, "bfloat16")
@@ -120,10 +176,7 @@ def test_runs_repeat(d, deterministic):
     assert_right(case, everything(case))
     run = {direction: jax.jit(ours(direction, case)) for direction in ("forward", "backward")}
     for direction, names in (("forward", ("out", "lse")), ("backward", ("dk", "dv", *["dq"] * deterministic))):
-        first = run[direction](*case.arrays)
-        differs = jax.jit(lambda a, b, names=names: jnp.any(jnp.stack([jnp.any(a[name] != b[name]) for name in names])))
-        runs = sum(differs(first, run[direction](*case.arrays)).astype(int) for _ in range(1000))
-        assert runs == 0, direction
+        assert_repeats(run[direction], case, names, 1000)
 
 
 @pytest.mark.timeout(240)

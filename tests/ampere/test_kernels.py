@@ -70,11 +70,20 @@ def everything(length):
 WIDE = ForwardSchedule(block_kv=32, row_tiles=1)
 SPLIT = BackwardSchedule(block_q=32, warpgroups=2, row_tiles=1, num_stages=1, split=True,
                          dq=DqSchedule(block_kv=32, row_tiles=1))
+HALVES = BackwardSchedule(warpgroups=2, halves=True)
 CASES |= {
     "d256": (SPLIT, dict(q_len=70, kv_len=100, d=256, d_v=256, mask=masks.Causal(30), dropout_rate=0.2)),
     "d200-v168-gqa-documents": (dataclasses.replace(SPLIT, num_stages=2), dict(
         q_len=40, kv_len=70, d=200, d_v=168, q_heads=2, softcap=3.0, layout="BHLD", dtypes=("float16",),
         mask=masks.Causal(30) & masks.SegmentIds(np.arange(40) // 25, np.arange(70) // 25))),
+    "halves-gqa-dropout": (HALVES, dict(q_len=140, kv_len=150, d=128, d_v=104, q_heads=2, dropout_rate=0.2,
+                                        mask=masks.Causal(-20))),
+    "halves-d256": (dataclasses.replace(HALVES, row_tiles=1, num_stages=1), dict(
+        q_len=130, kv_len=100, d=256, d_v=200, layout="BHLD", softcap=3.0)),
+    "halves-two-kernels-documents": (dataclasses.replace(HALVES, row_tiles=1, dq=DqSchedule(32, 1)), dict(
+        q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
+        mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
+    "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
     "bias-of-keys": (TWO_KERNELS, dict(q_len=70, kv_len=100, d=64, d_v=64, mask=masks.Causal(30), q_heads=2,
                                        bias=(1, 2, 1, 100), softcap=2.0)),
     "bias-of-pairs": (TWO_WARPGROUPS, dict(q_len=70, kv_len=90, d=64, d_v=64, mask=masks.Causal(20), layout="BHLD",
@@ -139,6 +148,35 @@ def test_kernels_agree_with_the_oracle(name):
     assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
 
 
+FORWARDS = {
+    "two-slots-more-keys": (ForwardSchedule(block_kv=32, num_stages=2), dict(q_len=140, kv_len=150, d=64, d_v=96)),
+    "two-slots-causal-gqa": (ForwardSchedule(block_kv=32, num_stages=2), dict(
+        q_len=200, kv_len=150, d=64, d_v=64, q_heads=2, mask=masks.Causal(-10))),
+    "two-slots-window-idle": (ForwardSchedule(num_stages=2), dict(
+        q_len=150, kv_len=100, d=40, d_v=64, layout="BHLD", mask=masks.Window(30, 5, -70), softcap=2.0)),
+    "two-slots-full-one-tile": (ForwardSchedule(row_tiles=1, num_stages=2), dict(
+        q_len=70, kv_len=40, d=128, d_v=72, mask=masks.Full(), dropout_rate=0.2)),
+    "two-slots-documents-large": (ForwardSchedule(block_kv=32, num_stages=2), dict(
+        q_len=130, kv_len=130, d=64, d_v=64, row_lse=5000.0,
+        mask=masks.Causal() & masks.SegmentIds(*[np.arange(130) // 55] * 2))),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forward_with_two_slots_agrees_with_the_oracle(name):
+    """With NaN in keys and values that nothing attends to, too."""
+    schedule, fields = FORWARDS[name]
+    problem = Problem(name, "interpreted", **dict(batch=1, q_heads=1, kv_heads=1, mask=masks.Causal(),
+                                                  dtypes=("bfloat16",)) | fields)
+    operands, cotangents = conformance.random_case(problem, "bfloat16")
+    spec, given = problem.spec(), jax.tree.map(jnp.asarray, inputs.poisoned(problem.spec(), operands))
+    assert rules.reasons_against(spec, schedule, 166_912) == []
+    with interpreted():
+        out, stats = launched(schedule, problem, given, *given[:3])
+    found = dict(out=out, lse=autodiff.natural_lse(spec, given, stats))
+    assert_within(conformance.budget(problem, "bfloat16", operands, cotangents), found)
+
+
 @pytest.mark.parametrize(("schedule", "layout", "axis"), [(NARROW, "BLHD", 2), (TWO_KERNELS, "BHLD", 3)],
                          ids=["fused-heads", "two-kernels-columns"])
 def test_gradients_that_are_parts_of_arrays_are_those_of_dense_ones(schedule, layout, axis):
@@ -169,13 +207,14 @@ def test_partial_gradients_from_delta_alone(name):
     assert max(used.values()) <= 1, used
 
 
-@pytest.mark.parametrize("schedule", [NARROW, TWO_KERNELS, SPLIT], ids=["fused", "two-kernels", "split"])
-def test_a_hidden_key_that_is_not_finite_reaches_nothing(schedule):
+@pytest.mark.parametrize(("schedule", "d"), [(NARROW, 64), (TWO_KERNELS, 64), (SPLIT, 64), (HALVES, 128)],
+                         ids=["fused", "two-kernels", "split", "halves"])
+def test_a_hidden_key_that_is_not_finite_reaches_nothing(schedule, d):
     """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key.
 
     Regression: a hidden value was finite, but its product with dout was not, and all of dq became NaN.
     """
-    problem = Problem("hidden", "interpreted", batch=1, q_heads=1, kv_heads=1, q_len=40, kv_len=70, d=64, d_v=64,
+    problem = Problem("hidden", "interpreted", batch=1, q_heads=1, kv_heads=1, q_len=40, kv_len=70, d=d, d_v=d,
                       mask=masks.Causal(10), dtypes=("bfloat16",))
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     k, v, seen = operands.k.copy(), operands.v.copy(), 48

@@ -70,6 +70,8 @@ def test_as_many_blocks_share_an_sm_as_registers_allow(gpu, d, forward, backward
     (BackwardSchedule(row_tiles=1, part_q=48), "s.part_q=48 must be a multiple of 16 that divides s.block_q=64"),
     (BackwardSchedule(row_tiles=1, num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2, split=True), "s.split=True needs two kernels, two warpgroups and one"),
+    (BackwardSchedule(halves=True), "s.halves=True needs two warpgroups and tiles of 64 queries in two parts, "),
+    (ForwardSchedule(num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2), "needs 148480 bytes of shared memory, there are 101376"),
 ])
 def test_reasons_against_a_schedule(schedule, reason):
@@ -80,7 +82,7 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
     spec, assumed = spec_of(64), BackwardSchedule(block_q=32)
     with defaults.assume(assumed):
         assert defaults.default_backward(spec, device.A100) is assumed
-        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(num_sms=108)
+        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(num_stages=2, num_sms=108)
     assert defaults.default_backward(spec, device.A100) != assumed
 
 

@@ -486,7 +486,8 @@ assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves
 def one_call(direction: str, length: int, d: int, *prefix: str, options: str = "plain",
              implementation: str = IMPLEMENTATION, **environment: str) -> subprocess.CompletedProcess:
     """A causal call in a process of its own, which prints the seconds it took and how often the cache had it."""
-    command = [*prefix, sys.executable, "-c", ONE_CALL, direction, implementation, options, str(length), str(d)]
+    program = sanitizer.WATCH + ONE_CALL
+    command = [*prefix, sys.executable, "-c", program, direction, implementation, options, str(length), str(d)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 

@@ -14,6 +14,7 @@ from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere.memory import Schedule, smem_bytes
 from pallas_flash.kernels.ampere.rules import dq_fits, reasons_against
 from pallas_flash.kernels.ampere.schedule import (
+    CHUNK,
     ROWS,
     BackwardSchedule,
     DecodeSchedule,
@@ -79,7 +80,8 @@ def _completes(spec: AttentionSpec) -> bool:
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | DecodeSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
     128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
-    registers for 16 rows a warp. Of keys in a cache: `_default_decode`.
+    registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster (docs/notes/ampere.md). Of keys in
+    a cache: `_default_decode`.
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
@@ -89,6 +91,9 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     narrow = dataclasses.replace(wide, block_kv=32)
     if _keeps_less(spec, device):
         return narrow
+    two_slots = dataclasses.replace(wide, num_stages=2)
+    if max(spec.d, spec.d_v) <= 64 and _sharing(spec, device, two_slots) >= 2:
+        return two_slots
     sharing = _sharing(spec, device, wide)
     return wide if sharing >= 2 or (sharing == 1 and _sharing(spec, device, narrow) == 1) else narrow
 
@@ -121,7 +126,7 @@ def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
 
 def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     """Returns the backward's schedule of a spec, the first for which shared memory has room (twice, if blocks have one
-    warpgroup): tiles of 64 queries in two slots, in one slot; of 32 queries; and of 64 keys a block, not 128.
+    warpgroup): halves; tiles of 64 queries in two slots, in one slot; of 32 queries; and of 64 keys a block, not 128.
 
     dk and dv of 64 keys are half a register a column; with more than 320 columns together two warpgroups keep them.
     """
@@ -134,12 +139,28 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
     if spec.d + spec.d_v > _TOGETHER:
         wide = dataclasses.replace(wide, split=True, dq=_default_dq(spec, device))
+    assert device.capability is not None
+    wide = dataclasses.replace(wide, wide_adds=device.capability >= (9, 0))
     one_slot = dataclasses.replace(wide, num_stages=1)
     narrow = dataclasses.replace(one_slot, block_q=32, part_q=32)
     few_keys = dataclasses.replace(narrow, row_tiles=1, warpgroups=1)
-    fitting = (s for s in (wide, one_slot, narrow) if _sharing(spec, device, s) >= blocks)
+    fitting = (s for s in (*_halves(spec, wide), wide, one_slot, narrow) if _sharing(spec, device, s) >= blocks)
     found = next(fitting, few_keys)
-    return dataclasses.replace(found, dq=_default_dq(spec, device)) if spec.deterministic else found
+    if spec.deterministic:
+        found = dataclasses.replace(found, dq=_default_dq(spec, device))
+    return found if found.dq is None else dataclasses.replace(found, wide_adds=False)
+
+
+def _halves(spec: AttentionSpec, wide: BackwardSchedule) -> list[BackwardSchedule]:
+    """Schedules whose warpgroups have halves of the columns of dk and dv, in two slots and in one, if both heads are
+    halves of whole chunks, or nearly, and no bias or score function needs registers of its own.
+    """
+    columns = CHUNK * (chunks(spec.d) + chunks(spec.d_v))
+    if chunks(spec.d) % 2 or chunks(spec.d_v) % 2 or columns - spec.d - spec.d_v >= CHUNK // 2 or _completes(spec):
+        return []
+    two = dataclasses.replace(wide, block_q=64, part_q=32, warpgroups=2, row_tiles=2 if columns <= 256 else 1,
+                              num_stages=2, split=False, dq=None, halves=True)
+    return [two, dataclasses.replace(two, num_stages=1)]
 
 
 def _default_dq(spec: AttentionSpec, device: Device) -> DqSchedule:

@@ -49,10 +49,10 @@ class Buffer(NamedTuple):
 
 
 def forward_buffers(spec: AttentionSpec, s: ForwardSchedule) -> tuple[Buffer, ...]:
-    """A tile of queries, of keys and of values."""
+    """A tile of queries, and slots of keys and of values."""
     return (Buffer("q", (chunks(spec.d), s.block_q, CHUNK), spec.dtype),
-            Buffer("k", (chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
-            Buffer("v", (chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
+            Buffer("k", (s.num_stages, chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
+            Buffer("v", (s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
 
 
 def decode_buffers(spec: AttentionSpec, s: DecodeSchedule) -> tuple[Buffer, ...]:
@@ -64,15 +64,16 @@ def decode_buffers(spec: AttentionSpec, s: DecodeSchedule) -> tuple[Buffer, ...]
 
 def kv_buffers(spec: AttentionSpec, s: BackwardSchedule) -> tuple[Buffer, ...]:
     """Tiles of keys and values, slots of queries and douts with their statistics, and in the fused form dS^T on its way
-    to dq.
+    to dq; where warpgroups have halves, P^T and dS^T on their way to the other one, too.
 
-    dS^T is in chunks of 64 queries, or of 32.
+    These are in chunks of 64 queries, or of 32.
     """
-    d, d_v, width = chunks(spec.d), chunks(spec.d_v), min(CHUNK, s.block_q)
-    ds = Buffer("ds", (s.block_q // width, s.block_kv, width), spec.dtype)
+    d, d_v, width = chunks(spec.d), chunks(spec.d_v), s.part_q if s.halves else min(CHUNK, s.block_q)
+    weights = Buffer("ds", (s.block_q // width, s.block_kv, width), spec.dtype)
+    passed = (weights, weights._replace(name="p")) if s.halves else (weights,) * (s.dq is None)
     return (Buffer("k", (d, s.block_kv, CHUNK), spec.dtype), Buffer("v", (d_v, s.block_kv, CHUNK), spec.dtype),
             Buffer("q", (s.num_stages, d, s.block_q, CHUNK), spec.dtype),
-            Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype), *[ds] * (s.dq is None),
+            Buffer("dout", (s.num_stages, d_v, s.block_q, CHUNK), spec.dtype), *passed,
             Buffer("stats", (s.num_stages, _STATISTICS, s.block_q), _FLOAT32))
 
 

@@ -123,19 +123,19 @@ def _load_rows_plain(ref: Ref, first: int, chunk: int) -> Fragment:
 
 @interpreted_as(_load_rows_plain)
 def load_rows(ref: Ref, first: int, chunk: int) -> Fragment:
-    """Loads 64 rows of one chunk of shared memory, from row `first` on: (64, 64) of a 16-bit type. Of a tile of 32 rows
-    it loads each twice.
+    """Loads 64 rows of one chunk of shared memory, of 64 or 32 columns, from row `first` on: (64, columns) of a 16-bit
+    type. Of a tile of 32 rows it loads each twice.
     """
-    rows = min(64, ref.shape[1])
+    rows, columns = min(64, ref.shape[1]), ref.shape[2]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, CHUNK), ref.dtype, TILE))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, columns), ref.dtype, TILE))
     def load(_: mgpu.LaunchContext, ref: ir.Value) -> mgpu.FragmentedArray:
         pair, layout = ir.VectorType.get((2,), element_of(ref)), TILE.to_mgpu()
         piece = pieces(ref, True, own_rows(rows))
-        words = [word for column in range(0, CHUNK, K) for word in piece(chunk, first, column, False)]
+        words = [word for column in range(0, columns, K) for word in piece(chunk, first, column, False)]
         registers = np.array([mgpu.utils.bitcast(word, pair) for word in words], dtype=object)
-        return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape((64, CHUNK))), _layout=layout,
-                                    _is_signed=None)
+        return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape((64, columns))),
+                                    _layout=layout, _is_signed=None)
 
     return load(ref)
 
@@ -181,29 +181,34 @@ def _warp_in_square() -> tuple[ir.Value, ir.Value]:
     return arith.shrui(warp, const(1)), arith.andi(warp, const(1))
 
 
-def _add_outer_plain(a_ref: Ref, b_ref: Ref, target: Ref) -> None:
+def _add_outer_plain(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
+    del wide
     a = jnp.swapaxes(a_ref[...], 0, 1).reshape(a_ref.shape[1], -1)
     target[...] = target[...] + jnp.dot(a.T, b_ref[0], preferred_element_type=jnp.float32).reshape(-1)
 
 
 @interpreted_as(_add_outer_plain)
-def add_outer(a_ref: Ref, b_ref: Ref, target: Ref) -> None:
+def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
     """Adds a^T b, (columns of a, 64), to float32 sums in global memory, in any order, in the order of threads: each
-    instruction adds 128 bytes a warp that lie together. The warps share the product as 2 x 2.
+    instruction adds 128 bytes a warp that lie together, or 512. The warps share the product as 2 x 2.
 
     Args:
-      a_ref: (1, keys, 64 or 32) in shared memory.
+      a_ref: (1, keys, 64 or 32), or (2, keys, 32), in shared memory.
       b_ref: (1, keys, 64) in shared memory.
       target: (columns of a * 64,) in global memory.
+      wide: a thread adds four numbers at a time, which compute capability 9.0 has.
     """
-    (_, keys, rows), f32 = a_ref.shape, ir.F32Type
-    count = rows // 32  # pieces of 16 rows of a warp
+    (chunks, keys, rows), f32, at_once = a_ref.shape, ir.F32Type, 4 if wide else 1
+    count = chunks * rows // 32  # pieces of 16 rows of a warp
+    narrow = "red.global.add.f32 [$0+{}], $1;"
+    add_text = "red.relaxed.gpu.global.add.v4.f32 [$0+{}], {{$1, $2, $3, $4}};" if wide else narrow
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def add(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value, target: ir.Value) -> None:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
         down, beside = _warp_in_square()
-        a_piece = pieces(a, False, column=arith.muli(down, const(rows // 2)))
+        own = {"row": const(keys)} if chunks == 2 else {"column": const(rows // 2)}
+        a_piece = pieces(a, False, **{axis: arith.muli(down, size) for axis, size in own.items()})
         b_piece = pieces(b, True, column=arith.muli(beside, const(32)))
         sums = [zeros(32) for _ in range(count)]
         for key in range(0, keys, K):
@@ -213,9 +218,9 @@ def add_outer(a_ref: Ref, b_ref: Ref, target: Ref) -> None:
                 for acc, words in zip(sums, left):
                     multiply(acc[column // 8:column // 8 + 2], words, right, element_of(b))
         thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
-        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [thread], f32.get())
-        for i, x in enumerate(np.concatenate(sums).flat):
-            mgpu.utils.inline_ptx(f"red.global.add.f32 [$0+{4 * ptx.WARPGROUP * i}], $1;", base, x,
-                                  has_side_effects=True)
+        first = arith.muli(thread, const(at_once)) if wide else thread
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [first], f32.get())
+        for i, xs in enumerate(np.concatenate(sums).reshape(-1, at_once)):
+            mgpu.utils.inline_ptx(add_text.format(4 * at_once * ptx.WARPGROUP * i), base, *xs, has_side_effects=True)
 
     add(a_ref, b_ref, target)

@@ -3,6 +3,7 @@
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.ampere.memory import mask_bytes, smem_bytes
 from pallas_flash.kernels.ampere.schedule import (
+    CHUNK,
     ROWS,
     BackwardSchedule,
     DecodeSchedule,
@@ -59,6 +60,7 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
         (s.block_kv % BITS == 0 or not has_bits(spec.mask),
          f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
+        (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
@@ -97,10 +99,17 @@ def _dq_rules(spec: AttentionSpec, s: DqSchedule) -> _Rules:
 
 def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
     sums = max(spec.d, spec.d_v) if s.split else spec.d + spec.d_v
+    if s.halves:
+        sums = CHUNK * (chunks(spec.d) + chunks(spec.d_v)) // 2
     held = s.row_tiles * (sums + 2 * s.part_q) // 2
     return (
         (not s.split or (s.dq is not None and s.warpgroups == 2 and s.row_tiles == 1),
          f"{s.split=} needs two kernels, two warpgroups and one tile of 64 keys, {s.warpgroups=}, {s.row_tiles=}"),
+        (not s.halves or (not s.split and s.warpgroups == 2 and 2 * s.part_q == s.block_q == CHUNK),
+         f"{s.halves=} needs two warpgroups and tiles of 64 queries in two parts, {s.warpgroups=}, {s.block_q=}, "
+         f"{s.part_q=}, {s.split=}"),
+        (not s.halves or not (chunks(spec.d) % 2 or chunks(spec.d_v) % 2),
+         f"{s.halves=} needs heads of 65 to 128, or 193 to 256, d={spec.d} and d_v={spec.d_v}"),
         (s.block_q in (32, 64), f"{s.block_q=} must be 32 or 64"),
         (s.part_q % 16 == 0 and 0 < s.part_q <= s.block_q and s.block_q % max(s.part_q, 1) == 0,
          f"{s.part_q=} must be a multiple of 16 that divides {s.block_q=}"),

@@ -31,6 +31,8 @@ class ForwardSchedule:
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
       row_tiles: tiles of 64 query rows in registers: each loaded piece of keys or values serves all of them.
+      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used, and blocks meet
+        once a tile, not twice.
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
       num_sms: the SMs of the device.
@@ -39,6 +41,7 @@ class ForwardSchedule:
 
     block_kv: int = 64
     row_tiles: int = 2
+    num_stages: int = 1
     slack: float = 2.0
     section_bytes: int = 32 << 20
     num_sms: int = 108
@@ -87,6 +90,9 @@ class BackwardSchedule:
     Attributes:
       dq: of the second kernel; None: the form is fused.
       split: one warpgroup keeps dk and the other dv.
+      halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
+        columns of dk and dv.
+      wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
       warpgroups: of a block.
@@ -106,11 +112,18 @@ class BackwardSchedule:
     num_sms: int = 108
     dq: DqSchedule | None = None
     split: bool = False
+    halves: bool = False
+    wide_adds: bool = False
     mask_kernel: bool = False
 
     @property
+    def shares_keys(self) -> bool:
+        """Whether all warpgroups have the same keys."""
+        return self.split or self.halves
+
+    @property
     def block_kv(self) -> int:
-        return ROWS * self.row_tiles * (1 if self.split else self.warpgroups)
+        return ROWS * self.row_tiles * (1 if self.shares_keys else self.warpgroups)
 
     @property
     def padded_q_block(self) -> int:

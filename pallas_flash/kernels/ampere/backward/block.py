@@ -36,7 +36,7 @@ class Block(NamedTuple):
     @property
     def own(self) -> Index:
         """The first of the warpgroup's rows in the key tile."""
-        return 0 if self.schedule.split else self.team.warpgroup * (ROWS * self.schedule.row_tiles)
+        return 0 if self.schedule.shares_keys else self.team.warpgroup * (ROWS * self.schedule.row_tiles)
 
     def own_rows(self, name: str) -> Ref:
         """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
@@ -56,12 +56,12 @@ class Block(NamedTuple):
             index = self.batch, self.head, self.tile * self.schedule.block_kv
             copies.load_tile(self.team, self.spec, self.gmem[name], index, self.smem[name])
 
-    def store(self, name: str, row_tile: int, x: Fragment) -> None:
-        """Stores the gradient of 64 of the warpgroup's keys, "dk", or values, "dv"."""
+    def store(self, name: str, row_tile: int, x: Fragment, column: int = 0) -> None:
+        """Stores the gradient of 64 of the warpgroup's keys, "dk", or values, "dv", from a column on."""
         first = self.first_key(row_tile)
         axis, place = (1, (self.batch, first, self.head)) if self.spec.layout == "BLHD" else (
             2, (self.batch, self.head, first))
-        registers.store_rows(x.astype(self.spec.result_dtype), self.gmem[name], place, axis)
+        registers.store_rows(x.astype(self.spec.result_dtype), self.gmem[name], place, axis, column)
 
     def load_first(self) -> None:
         """Starts to load the first step, if there is one."""

@@ -26,18 +26,20 @@ from pallas_flash.spec import AttentionSpec
 __all__ = ["launch"]
 
 
-def _load_sums_plain(sums: Ref, chunk: int) -> Fragment:
+def _load_sums_plain(sums: Ref, chunk: int, wide: bool) -> Fragment:
+    del wide
     return sums[:, chunk].reshape(ROWS, CHUNK)
 
 
 @interpreted_as(_load_sums_plain)
-def load_sums(sums: Ref, chunk: int) -> Fragment:
+def load_sums(sums: Ref, chunk: int, wide: bool) -> Fragment:
     """Loads 64 rows and 64 columns of dq, which `mma.add_outer` has left in the order of threads.
 
     Args:
       sums: (query tiles of 64 queries, chunks, numbers) in global memory.
+      wide: as they were added.
     """
-    tiles, count, numbers = sums.shape
+    (tiles, count, numbers), at_once = sums.shape, 4 if wide else 1
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),),
                        return_type=plgpu.ShapeDtypeStruct((ROWS, CHUNK), jnp.float32, TILE))
@@ -49,14 +51,16 @@ def load_sums(sums: Ref, chunk: int) -> Fragment:
         low = arith.andi(arith.divui(thread, const(32)), const(1))
         # Warp (low, high) has 16 rows. In a tile of 64 queries, they are piece `low` of the warps in row `high`; one of
         # 32 is tile `high`, and they are those of the warps in row `low`.
-        steps = (16 * ptx.WARPGROUP, 64) if tiles == 1 else (64, count * numbers)
+        steps = (16 * ptx.WARPGROUP, 64 * at_once) if tiles == 1 else (64 * at_once, count * numbers)
         own = arith.addi(arith.muli(low, const(steps[0])), arith.muli(high, const(steps[1])))
-        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [arith.addi(own, lane)], f32)
+        first = arith.addi(own, arith.muli(lane, const(at_once)) if wide else lane)
+        base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [first], f32)
         registers = np.empty((CHUNK // 8, 2), dtype=object)
+        pair, step = ir.VectorType.get((2,), f32), 1 if wide else ptx.WARPGROUP  # from one number to the next
         for j, i in np.ndindex(registers.shape):
-            at = chunk * numbers + 32 * (j // 4) + ptx.WARPGROUP * (4 * (j % 4) + 2 * i)
-            pair = [llvm.load(f32, mgpu.utils.getelementptr(base, [at + ptx.WARPGROUP * e], f32)) for e in (0, 1)]
-            registers[j, i] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+            at = chunk * numbers + 32 * at_once * (j // 4) + 4 * ptx.WARPGROUP * (j % 4) + 2 * i * step
+            found = [llvm.load(f32, mgpu.utils.getelementptr(base, [at + step * e], f32)) for e in (0, 1)]
+            registers[j, i] = vector.from_elements(pair, found)
         shape = layout.registers_shape((ROWS, CHUNK))
         return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
 
@@ -77,7 +81,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         own = sums.at[batch, head, pl.ds(rows * per_rows, per_rows)]
         for chunk in range(shape[3]):
             columns = min(CHUNK, spec.d - chunk * CHUNK)
-            x = load_sums(own, chunk)[:, :columns] * unit
+            x = load_sums(own, chunk, schedule.wide_adds)[:, :columns] * unit
             registers.store_rows(x.astype(spec.result_dtype), dq, place, axis, chunk * CHUNK)
 
     outputs = {"dq": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)}

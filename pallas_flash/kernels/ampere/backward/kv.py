@@ -11,11 +11,11 @@ through shared memory, where all warpgroups meet after each tile; each then make
 2 x 2, and adds them to float32 sums in global memory. Where another kernel makes dq (`backward.dq`), all that is left
 out.
 
-With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied.
+With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied. Other roles of
+two warpgroups: `kv_split`, `kv_halves`.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import tiles
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
-from pallas_flash.kernels.ampere.backward import kv_split
+from pallas_flash.kernels.ampere.backward import kv_halves, kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
+from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.copies import Team
-from pallas_flash.kernels.ampere.registers import Fragment
-from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, chunks
+from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.mosaic import bias, dropout, mask_ranges, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
@@ -46,16 +46,10 @@ from pallas_flash.spec import AttentionSpec
 __all__ = ["launch"]
 
 
-class Sums(NamedTuple):
-    """dk and dv of a warpgroup's keys, of each 64."""
-
-    dk: tuple[Fragment, ...]
-    dv: tuple[Fragment, ...]
-
-
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     """Adds a part of a query tile to dk and dv, and in the fused form writes its dS^T to shared memory."""
     spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
+    assert isinstance(part.start, int), "all warpgroups have the same queries"
     q, dout = part.tiles(block)
     scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
     start = [statistic(block, part, Statistics.DELTA)] * count
@@ -97,22 +91,6 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
         return add(sums)
     own = work.own_q_range(block.spec, s, (block.first_key(0), block.first_key(s.row_tiles)))
     return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
-
-
-def add_dq(block: Block, step: Step) -> None:
-    """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written."""
-    size, count = block.team.size, chunks(block.spec.d)
-    for first in range(0, count, size):
-        chunk = first + block.team.warpgroup
-
-        def add(chunk: Index = chunk) -> None:
-            target = block.gmem["dq_sums"].at[block.batch, step.head, step.tile, chunk]
-            mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target)
-
-        if first + size <= count:
-            add()
-        else:
-            pl.when(chunk < count)(add)
 
 
 def one_step(block: Block, step: Step, sums: Sums) -> Sums:
@@ -189,7 +167,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         gmem = dict(zip(names, arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
         walk = Walk(head * spec.group, spec.group, *needed)
-        run = kv_split.compute if schedule.split else compute
+        run = kv_split.compute if schedule.split else kv_halves.compute if schedule.halves else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 
     build = functools.partial(

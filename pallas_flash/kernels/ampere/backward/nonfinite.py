@@ -40,13 +40,14 @@ def without_shared_bad_rows(block: Block) -> Flag | None:
     """
     if not work.kv_work(block.spec, block.schedule).partial:
         return None
-    refs = [block.smem[name] for name in "kv"]
-    marks = [_bad_rows(ref, 0) for ref in refs]
+    places = [(owner, block.smem[name], first) for owner, name in enumerate("kv")
+              for first in range(0, block.schedule.block_kv, ROWS)]
+    marks = [_bad_rows(ref, first) for _, ref, first in places]
     flags = [ptx.any_in_warp(bad > 0, registers.ROW_LAYOUT) for bad in marks]
     copies.meet(block.team)
-    for owner, (ref, bad, flag) in enumerate(zip(refs, marks, flags)):
-        pl.when(flag & (block.team.warpgroup == owner))(functools.partial(_overwrite, ref, 0, bad))
-    return flags[0] | flags[1]
+    for (owner, ref, first), bad, flag in zip(places, marks, flags, strict=True):
+        pl.when(flag & (block.team.warpgroup == owner))(functools.partial(_overwrite, ref, first, bad))
+    return functools.reduce(jnp.logical_or, flags)
 
 
 def clean_rows(ref: Ref) -> Flag:

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
     step: Step
     slot: Index
-    start: int  # of the tile
+    start: Index  # of the tile
     flags: tuple[Flag | None, Flag | None]  # whether the tile needs the mask, and exact exponents; None: none does
 
     def tiles(self, block: Block) -> tuple[Ref, Ref]:

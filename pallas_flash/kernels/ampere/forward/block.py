@@ -10,7 +10,7 @@ from pallas_flash.kernels.ampere import copies, work
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
-from pallas_flash.kernels.mosaic.scheduling import div
+from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
@@ -44,4 +44,8 @@ class Block(NamedTuple):
     def load(self, name: str, kv_tile: Index) -> None:
         """Starts to load a tile of keys ("k") or values ("v")."""
         index = self.batch, div(self.head, self.spec.group), kv_tile * self.schedule.block_kv
-        copies.load_tile(self.team, self.spec, self.gmem[name], index, self.smem[name])
+        copies.load_tile(self.team, self.spec, self.gmem[name], index, self.tile(name, kv_tile))
+
+    def tile(self, name: str, kv_tile: Index) -> Ref:
+        """The slot of a tile of keys ("k") or values ("v")."""
+        return self.smem[name].at[rem(kv_tile, self.schedule.num_stages) if self.schedule.num_stages > 1 else 0]

@@ -8,7 +8,8 @@ last to the first. There is one buffer for keys and one for values:
     values   | O += P V   |  load V(j)   |       softmax of S, O += P V(j) |  load V(j - 1)
              ^ sync       ^ sync         ^ sync                            ^ sync
 
-Two blocks share an SM where registers and shared memory allow it, and hide each other's waits.
+Two blocks share an SM where registers and shared memory allow it, and hide each other's waits. With two slots for keys
+and for values blocks meet once a tile.
 
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`mosaic.scores`); l_i (64, 8) a row sum
 that is still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is
@@ -47,9 +48,9 @@ type States = tuple[State, ...]
 """Of each 64 rows."""
 
 
-def products(block: Block, meets: list[Flag] | None) -> tuple[Fragment, ...]:
+def products(block: Block, meets: list[Flag] | None, k: Ref) -> tuple[Fragment, ...]:
     """S = Q K^T of each 64 rows; of rows that do not meet the tile, any finite numbers."""
-    q, k, spec = block.smem["q"], block.smem["k"], block.spec
+    q, spec = block.smem["q"], block.spec
     if meets is None:
         return mma.multiply_transposed(q, k, spec.d)
 
@@ -61,9 +62,9 @@ def products(block: Block, meets: list[Flag] | None) -> tuple[Fragment, ...]:
                  for i, meets_it in enumerate(meets))
 
 
-def add_values(block: Block, meets: list[Flag] | None, states: list[State], weights: list[Fragment]) -> States:
+def add_values(v: Ref, meets: list[Flag] | None, states: list[State], weights: list[Fragment]) -> States:
     """O += P V of each 64 rows; rows that do not meet the tile have no weights."""
-    accs, v = [state.acc for state in states], block.smem["v"]
+    accs = [state.acc for state in states]
     if meets is None:
         new = mma.accumulate(accs, weights, v)
     else:
@@ -80,29 +81,45 @@ def kept(block: Block, first: tuple[Index, Index], p: Fragment) -> Fragment:
     return dropout.without_dropped(draws, p)
 
 
+def weights_of(block: Block, row_tile: int, first: Index, state: State, x: Fragment,
+               masked: bool) -> tuple[State, Fragment]:
+    """The next state of 64 rows, and P, from S of the keys from `first` on."""
+    spec, place = block.spec, (block.first + row_tile * ROWS, first)
+    x = completion.applied(spec, block.gmem, (block.batch, block.head), scaled(spec, x), place)
+    if masked:
+        x = block.mask.hide(x, place, 1)
+    state, p = next_state(state, x, score_unit(spec), block.schedule.slack, spec.dtype)
+    return state, kept(block, place, p)
+
+
 def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
     """Adds a tile of keys, which is on its way, and starts to load the one before it."""
-    spec, s, first = block.spec, block.schedule, kv_tile * block.schedule.block_kv
+    s, first = block.schedule, kv_tile * block.schedule.block_kv
     meets = [block.meets(i, kv_tile) for i in range(s.row_tiles)] if masked and s.row_tiles > 1 else None
     copies.sync(block.team)
-    block.load("v", kv_tile)
-    scores = products(block, meets)
-    copies.sync(block.team)
+    k, v = (block.tile(name, kv_tile) for name in "kv")
 
-    @pl.when(kv_tile > block.needed.start)
-    def _() -> None:
-        block.load("k", kv_tile - 1)
+    def load_next(*names: str) -> None:
+        @pl.when(kv_tile > block.needed.start)
+        def load() -> None:
+            for name in names:
+                block.load(name, kv_tile - 1)
+
+    if s.num_stages > 1:
+        load_next("k", "v")
+        scores = products(block, meets, k)
+    else:
+        block.load("v", kv_tile)
+        scores = products(block, meets, k)
+        copies.sync(block.team)
+        load_next("k")
 
     new, weights = [], []
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
-        place = block.first + i * ROWS, first
-        x = completion.applied(spec, block.gmem, (block.batch, block.head), scaled(spec, x), place)
-        if masked:
-            x = block.mask.hide(x, place, 1)
-        state, p = next_state(state, x, score_unit(spec), s.slack, spec.dtype)
+        state, p = weights_of(block, i, first, state, x, masked)
         new.append(state)
-        weights.append(kept(block, place, p))
-    return add_values(block, meets, new, weights)
+        weights.append(p)
+    return add_values(v, meets, new, weights)
 
 
 def walk(block: Block) -> States:
@@ -141,7 +158,8 @@ def compute(block: Block) -> None:
     """Runs a block."""
     spec = block.spec
     copies.load_tile(block.team, spec, block.gmem["q"], (block.batch, block.head, block.first), block.smem["q"])
-    block.load("k", jnp.maximum(block.needed.stop - 1, 0))
+    for name in "kv" if block.schedule.num_stages > 1 else "k":
+        block.load(name, jnp.maximum(block.needed.stop - 1, 0))
     for i, state in enumerate(walk(block)):
         finish(block, i, *repaired(block, i, state))
 
