@@ -126,8 +126,8 @@ class Sum(NamedTuple):
     scale: PerRow  # a power of two
 
 
-def probabilities(here: Here, step: Step, s: Fragment) -> tuple[Fragment, Fragment]:
-    """Scores from products of parts, and P, in the layout TILE."""
+def probabilities(here: Here, step: Step, s: Fragment) -> Fragment:
+    """P from products of parts, in the layout TILE; for dS times the slope of a soft cap."""
     kind, spec = here.kind, here.block.spec
     numbers = lambda name: here.numbers(name, step)
     x = scaled(spec, s * numbers("q") * numbers("k"))
@@ -135,16 +135,16 @@ def probabilities(here: Here, step: Step, s: Fragment) -> tuple[Fragment, Fragme
     pair = here.first, step.tile * walked_rows(kind, here.block)
     mask, keys_dim = here.block.mask.of_head(step.head), 1 if kind.of_queries else 0
     hide = lambda y: mask.hide(y, pair if kind.of_queries else pair[::-1], keys_dim)
-    return x, jnp.exp2(lax.cond(here.block.walk.partial(step.tile), hide, lambda y: y, y))
+    p = jnp.exp2(lax.cond(here.block.walk.partial(step.tile), hide, lambda y: y, y))
+    return p if len(kind.own) == 1 else slope(spec, x, p)
 
 
-def weights_of(here: Here, step: Step, x: Fragment, p: Fragment, dp: Fragment | None) -> Fragment:
+def weights_of(here: Here, step: Step, p: Fragment, dp: Fragment | None) -> Fragment:
     """The weights of the rows to be added, with their scales: P or dS, from products of parts."""
-    kind, spec = here.kind, here.block.spec
     numbers = lambda name: here.numbers(name, step)
-    w = p * numbers(kind.others[kind.added])
+    w = p * numbers(here.kind.others[here.kind.added])
     if dp is not None:
-        w = slope(spec, x, w) * (dp * numbers("dout") * numbers("v") + numbers("delta"))
+        w = w * (dp * numbers("dout") * numbers("v") + numbers("delta"))
     return jnp.where(p == 0, 0.0, w)  # whatever the mask hides may be NaN
 
 
@@ -173,11 +173,11 @@ def one_step(here: Here, place: Place, step: Step, total: Sum) -> Sum:
     kind, last = here.kind, len(here.kind.own) - 1
     here.await_other(0, step)
     s = products.multiply_transposed(here.own(0), here.other(0, step), swapped=not kind.of_queries)
-    x, p = probabilities(here, step, s)
+    p = probabilities(here, step, s)
     here.await_other(1, step)
     dp = products.multiply_transposed(here.own(1), here.other(1, step), in_flight=1) if last else None
     here.free_other(1 - kind.added, step)
-    total = added(total, weights_of(here, step, x, p, dp), here.other(kind.added, step))
+    total = added(total, weights_of(here, step, p, dp), here.other(kind.added, step))
     here.free_other(kind.added, step)
     put = lambda total: store(here, place, step.ordinal >= sums.SECTION, total)
     return lax.cond(sums.is_full(step.ordinal), put, lambda total: total, total)
