@@ -30,7 +30,8 @@ float32 with arrays, of steps of 3,000 clocks.
 """
 INSIDE = {"attention_backward_wide_dq": 1, "attention_forward_float32": 2, "attention_gradient_float32": 6}
 """Accesses to spilled registers that are allowed in a step of 3,000 clocks and more: dq of d 512 with a soft cap loads
-8 bytes, by ptxas 13.0 alone; float32 with arrays loads two addresses, its gradients with a soft cap beside them six words.
+8 bytes, by ptxas 13.0 alone; float32 with arrays loads two addresses, and its gradients touch six words with a soft
+cap beside them.
 """
 REJECTED = {"C7504", "C7507", *(f"C75{n}" for n in range(10, 16)), "C7520"}
 WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 12) else places.why_not()
