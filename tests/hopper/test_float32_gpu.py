@@ -52,15 +52,30 @@ def test_is_within_the_budget_of_float32(name):
     assert all(share <= 1 for share in shares.values()), shares
 
 
-@pytest.mark.parametrize("values", [
-    "normal", pytest.param("positive", marks=pytest.mark.xfail(reason="out errs 2.6 times as much as xla on an H200"))])
-def test_errs_at_most_twice_as_much_as_xla(values):
-    """Of positive values every addition of a long sum rounds the same way where sums are truncated."""
-    problem = problem_of("beside-xla", (128, 128), batch=1, q_heads=1, kv_heads=1, q_len=2048, kv_len=2048,
+def normal(operands, cotangents):
+    return operands, cotangents
+
+
+def positive(operands, cotangents):
+    return operands._replace(v=jnp.abs(operands.v) + 1), cotangents
+
+
+def uniform(operands, cotangents):
+    draw = lambda i, x: jax.random.uniform(jax.random.key(i), x.shape, x.dtype)
+    return operands._replace(**{name: draw(i, getattr(operands, name)) for i, name in enumerate("qkv")}), (
+        draw(3, cotangents[0]), 0 * cotangents[1])
+
+
+@pytest.mark.parametrize("length", [2048, 4096])
+@pytest.mark.parametrize("values", [normal, positive, uniform])
+def test_errs_at_most_twice_as_much_as_xla(values, length):
+    """Of positive values every addition of a long sum rounds the same way where sums are truncated: out erred 2.6 times
+    as much when tensor cores added up 64 keys. Of numbers between 0 and 1 only, dP - delta cancels, and so must the
+    errors of dP.
+    """
+    problem = problem_of("beside-xla", (128, 128), batch=1, q_heads=1, kv_heads=1, q_len=length, kv_len=length,
                          dtypes=("float32",))
-    operands, cotangents = conformance.random_case(problem, "float32")
-    if values == "positive":
-        operands = operands._replace(v=jnp.abs(operands.v) + 1)
+    operands, cotangents = values(*conformance.random_case(problem, "float32"))
     exact = budget_of(problem, operands, cotangents).oracle
     ours, theirs = (conformance.compiled(problem, name)(operands, cotangents) for name in ("hopper", "xla"))
     error = lambda found, name: np.linalg.norm(np.asarray(getattr(found, name), np.float64) - getattr(exact, name))

@@ -44,8 +44,8 @@ from pallas_flash.kernels.mosaic.types import Index, Ref
 __all__ = [
     "ACC", "CHUNKED", "COLUMN_LAYOUT", "ROW_LAYOUT", "SWIZZLE_BYTES", "TILE", "Fragment", "PerColumn", "PerRow",
     "chunk_bytes", "column_sums", "concatenate", "load_chunk", "load_chunks", "load_linear", "load_matrices",
-    "load_row", "load_row_stats", "load_rows", "load_transposed", "positions", "row_zeros", "spread", "stack",
-    "store_chunks", "store_linear", "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
+    "load_row", "load_row_stats", "load_rows", "load_transposed", "own_element", "positions", "row_zeros", "spread",
+    "stack", "store_chunks", "store_linear", "store_row_stats", "store_rows", "store_zeros", "thread_in_tile", "zeros",
 ]
 
 SWIZZLE_BYTES = 128
@@ -324,7 +324,7 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
     def store(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, ref: ir.Value, *index: mgpu.FragmentedArray) -> None:
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
         const = lambda value: mgpu.utils.c(value, ptx.i32())
-        start, places = _own_element(index, axis, strides, column)
+        start, places = own_element(index, axis, strides, column)
         flat = x.registers.reshape(-1, 2)  # rows 16 warp + 8 i + row, columns 8 j + 2 quarter + 0, 1
         for i in range(2):
             position = arith.addi(places[axis], const(8 * i))
@@ -339,7 +339,7 @@ def store_rows(x: Fragment, ref: Ref, index: tuple[Index, Index, Index], axis: i
     store(x, ref, *map(ptx.scalar, index))
 
 
-def _own_element(index: tuple[mgpu.FragmentedArray, ...], axis: int, strides: list[int],
+def own_element(index: tuple[mgpu.FragmentedArray, ...], axis: int, strides: list[int],
                  column: int) -> tuple[ir.Value, list[ir.Value]]:
     """The first element that this thread holds of rows in the layout TILE: its number in the array, 64 bits, and its
     index but for the column; of rows along `axis`, whose first is at `index`.
@@ -370,7 +370,7 @@ def load_rows(ref: Ref, index: tuple[Index, Index, Index], axis: int, column: in
                        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, TILE))
     def load(_: mgpu.LaunchContext, ref: ir.Value, *index: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
-        start, _places = _own_element(index, axis, strides, column)
+        start, _places = own_element(index, axis, strides, column)
         layout = TILE.to_mgpu()
         registers = np.empty(layout.registers_shape((64, columns)), dtype=object)
         flat = registers.reshape(columns // 8, 2)

@@ -67,7 +67,7 @@ def store_rows(spec: AttentionSpec, x: Fragment, target: Ref, index: tuple[Index
     Args:
       index: (batch, head, first row, first chunk) of x in the target.
     """
-    registers.store_rows(x, target, *_rows_at(spec, index))
+    registers.store_rows(x, target, *rows_at(spec, index))
 
 
 def load_rows(spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index, int], columns: int) -> Fragment:
@@ -76,10 +76,10 @@ def load_rows(spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index
     Args:
       index: (batch, head, first row, first chunk).
     """
-    return registers.load_rows(source, *_rows_at(spec, index), columns)
+    return registers.load_rows(source, *rows_at(spec, index), columns)
 
 
-def _rows_at(spec: AttentionSpec,
+def rows_at(spec: AttentionSpec,
              index: tuple[Index, Index, Index, int]) -> tuple[tuple[Index, Index, Index], int, int]:
     """The index of the first row, the axis of rows and the first column, as `registers.store_rows` takes them."""
     batch, head, rows, first = index

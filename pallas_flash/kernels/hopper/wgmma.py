@@ -26,8 +26,11 @@ from pallas_flash.kernels.mosaic import interpret, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Ref
 
-__all__ = ["STEP", "accumulate", "descriptors", "fence", "finish", "issue_steps", "multiply_transposed", "outer",
-           "ready", "settled", "transposed_descriptors", "words"]
+__all__ = ["STEP", "Steps", "accumulate", "awaited", "descriptors", "fence", "finish", "issue_steps",
+           "multiply_transposed", "outer", "ready", "settled", "transposed_descriptors", "words"]
+
+type Steps = list[tuple[list[ir.Value], ir.Value]]
+"""Left and right operands of instructions, as `_wgmma` takes them."""
 
 STEP = 16
 """Columns of a, or rows of b, that one instruction multiplies."""
@@ -166,8 +169,7 @@ def ready(x: Fragment, pending: int) -> Fragment:
     """
     @plgpu.inline_mgpu(arg_types=(ACC,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC))
     def wait(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        registers = _tied(list(x.registers.flat), f"wgmma.wait_group.sync.aligned {pending};")
-        return _as_accumulator(registers, x.shape[1])
+        return awaited(x, pending)
 
     return wait(x)
 
@@ -237,20 +239,27 @@ def transposed_descriptors(ref: ir.Value) -> Callable[[int, int], ir.Value]:
     return lambda chunk, row: _advance(base, chunk * stride + row * SWIZZLE_BYTES)
 
 
-def issue_steps(steps: list[tuple[list[ir.Value], ir.Value]], columns: int, b: ir.Value,
-                transposed: tuple[int, int]) -> mgpu.FragmentedArray:
+def issue_steps(steps: Steps, columns: int, b: ir.Value,
+                transposed: tuple[int, int], over: mgpu.FragmentedArray | None = None) -> mgpu.FragmentedArray:
     """Issues the sum of products of a step each, (64, columns), as one commit group.
 
     Args:
       steps: what `_wgmma` takes as a and b.
       b: the buffer, for its type.
+      over: the registers in which the sum is made; what is in them does not count.
     """
     nvvm.wgmma_fence_aligned()
-    acc: list[ir.Value] = []
-    for a_step, b_step in steps:
-        acc = _wgmma(acc, a_step, b_step, columns, _element(b), transposed=transposed)
+    acc: list[ir.Value] = [] if over is None else list(over.registers.flat)
+    for i, (a_step, b_step) in enumerate(steps):
+        acc = _wgmma(acc, a_step, b_step, columns, _element(b), transposed=transposed, adds=i > 0)
     _commit()
     return _as_accumulator(acc, columns)
+
+
+def awaited(x: mgpu.FragmentedArray, pending: int) -> mgpu.FragmentedArray:
+    """What `ready` does, of an array in the layout ACC."""
+    registers = _tied(list(x.registers.flat), f"wgmma.wait_group.sync.aligned {pending};")
+    return _as_accumulator(registers, x.shape[1])
 
 
 def words(x: mgpu.FragmentedArray, first: int) -> list[ir.Value]:
@@ -279,8 +288,8 @@ def _commit() -> None:
 
 
 def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element: str, *,
-           transposed: tuple[int, int]) -> list[ir.Value]:
-    """Emits one m64 n k16 instruction: acc + a b, or a b where acc is empty.
+           transposed: tuple[int, int], adds: bool = True) -> list[ir.Value]:
+    """Emits one m64 n k16 instruction: acc + a b, or a b where acc is empty or unless it `adds`.
 
     Args:
       a: a descriptor, or four words of registers.
@@ -292,8 +301,9 @@ def _wgmma(acc: list[ir.Value], a: list[ir.Value], b: ir.Value, n: int, element:
     a_text = f"${next(numbers)}" if len(a) == 1 else "{" + ",".join(f"${next(numbers)}" for _ in a) + "}"
     out = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     flags = ", ".join(str(flag) for flag in (transposed if len(a) == 1 else transposed[1:]))
-    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc))}, 0; wgmma.mma_async.sync.aligned.m64n{n}k{STEP}.f32."
-           f"{element}.{element} {out}, {a_text}, ${next(numbers)}, p, 1, 1, {flags}; }}")
+    asm = (f"{{ .reg .pred p; setp.ne.b32 p, {int(bool(acc) and adds)}, 0; "
+           f"wgmma.mma_async.sync.aligned.m64n{n}k{STEP}.f32.{element}.{element} {out}, {a_text}, "
+           f"${next(numbers)}, p, 1, 1, {flags}; }}")
     kind_of_a = "l" if len(a) == 1 else "r"
     constraints = ",".join(["=f"] * count + [str(i) for i in range(len(acc))] + [kind_of_a] * len(a) + ["l"])
     result = llvm.inline_asm(llvm.StructType.get_literal([vec] * count), [*acc, *a, b], asm, constraints,

@@ -9,7 +9,9 @@ A block keeps tiles of its own rows, 64 of them a warpgroup, and walks over tile
 with P = exp(S - lse), at most 1, dS = P * (dP - delta), and products of parts (`products`). The rows that a sum adds
 up have scales of their own; the weights they are added with, P or dS, take these on, and are then scaled so that the
 largest of a row is near 2^14, by a power of two that grows with what comes, as the maximum does in a softmax. What is
-lost is 2^-39 of a row's largest term. As in the forward, each tile's product starts at zero.
+lost is 2^-39 of a row's largest term. Of many tiles the sums are those of `sums`, in the gradient's own rows.
+
+P is made before dP is multiplied, of which one sum is in flight: all at once takes more registers than there are.
 
 That is 24 products of 16-bit tiles where a kernel for dk and dv would need 21; but that one has no registers left for
 sums apart from dk and dv.
@@ -26,23 +28,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward import dq as dq_kernel
 from pallas_flash.kernels.hopper.backward import kv as kv_kernel
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
-from pallas_flash.kernels.hopper.float32 import products
+from pallas_flash.kernels.hopper.float32 import products, sums
 from pallas_flash.kernels.hopper.float32.parts import TOP, WEIGHTS
 from pallas_flash.kernels.hopper.float32.split import scale_of, split
+from pallas_flash.kernels.hopper.float32.sums import Place
 from pallas_flash.kernels.hopper.memory import KINDS, Kind, in_parts
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DqSchedule, KvSchedule, chunks
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, DqSchedule, KvSchedule
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.scores import scaled, score_unit, slope
-from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
@@ -117,14 +120,14 @@ def other_head(kind: Kind, block: GradientBlock, head: Index) -> Index:
 
 
 class Sum(NamedTuple):
-    """A sum of rows: acc scale 2^-14."""
+    """A gradient: acc scale unit, and the rows that are stored (`sums`)."""
 
     acc: Fragment  # (64, columns) in the layout TILE
     scale: PerRow  # a power of two
 
 
-def weights_of(here: Here, step: Step, s: Fragment, dp: Fragment | None) -> Fragment:
-    """The weights of the rows to be added, with their scales: P or dS from products of parts, in the layout TILE."""
+def probabilities(here: Here, step: Step, s: Fragment) -> Fragment:
+    """P from products of parts, in the layout TILE; for dS times the slope of a soft cap."""
     kind, spec = here.kind, here.block.spec
     numbers = lambda name: here.numbers(name, step)
     x = scaled(spec, s * numbers("q") * numbers("k"))
@@ -132,11 +135,16 @@ def weights_of(here: Here, step: Step, s: Fragment, dp: Fragment | None) -> Frag
     pair = here.first, step.tile * walked_rows(kind, here.block)
     mask, keys_dim = here.block.mask.of_head(step.head), 1 if kind.of_queries else 0
     hide = lambda y: mask.hide(y, pair if kind.of_queries else pair[::-1], keys_dim)
-    y = lax.cond(here.block.walk.partial(step.tile), hide, lambda y: y, y)
-    p = jnp.exp2(y)
-    w = p * numbers(kind.others[kind.added])
+    p = jnp.exp2(lax.cond(here.block.walk.partial(step.tile), hide, lambda y: y, y))
+    return p if len(kind.own) == 1 else slope(spec, x, p)
+
+
+def weights_of(here: Here, step: Step, p: Fragment, dp: Fragment | None) -> Fragment:
+    """The weights of the rows to be added, with their scales: P or dS, from products of parts."""
+    numbers = lambda name: here.numbers(name, step)
+    w = p * numbers(here.kind.others[here.kind.added])
     if dp is not None:
-        w = slope(spec, x, w) * (dp * numbers("dout") * numbers("v") + numbers("delta"))
+        w = w * (dp * numbers("dout") * numbers("v") + numbers("delta"))
     return jnp.where(p == 0, 0.0, w)  # whatever the mask hides may be NaN
 
 
@@ -144,26 +152,35 @@ def added(total: Sum, weights: Fragment, rows: Ref) -> Sum:
     """Adds weights times rows."""
     top = jnp.maximum(jnp.abs(weights).max(axis=1), total.scale)
     scale, inverse = scale_of(top, WEIGHTS)
-    hi, lo = split(weights * registers.spread(inverse, weights.shape[1]) * 2.0**TOP)
-    part = plgpu.layout_cast(wgmma.ready(products.multiply(hi, lo, rows), 0), registers.TILE)
-    return Sum(total.acc * registers.spread(total.scale * inverse, part.shape[1]) + part, scale)
+    parts = split(weights * registers.spread(inverse, weights.shape[1]) * 2.0**TOP)
+    return Sum(products.add(total.acc, total.scale * inverse, parts, rows), scale)
 
 
-def one_step(here: Here, step: Step, total: Sum) -> Sum:
+def store(here: Here, place: Place, stored: bool | Flag, total: Sum) -> Sum:
+    """Moves a sum to the rows of the gradient, so that what is in registers is zero.
+
+    Args:
+      stored: whether that was done before.
+    """
+    unit = 2.0**-TOP * (1.0 if here.kind is KINDS["dv"] else here.block.spec.scale)
+    before = place.stored(registers.row_zeros() + jnp.where(stored, 1.0, 0.0))
+    place.store(total.acc * registers.spread(total.scale * unit, place.columns) + before)
+    return Sum(sums.zeros(place.columns), total.scale)
+
+
+def one_step(here: Here, place: Place, step: Step, total: Sum) -> Sum:
     """Adds the product of a step's tile."""
     kind, last = here.kind, len(here.kind.own) - 1
     here.await_other(0, step)
     s = products.multiply_transposed(here.own(0), here.other(0, step), swapped=not kind.of_queries)
+    p = probabilities(here, step, s)
     here.await_other(1, step)
-    dp = None
-    if last:
-        dp = products.multiply_transposed(here.own(1), here.other(1, step))
-        dp = plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE)
-    s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
+    dp = products.multiply_transposed(here.own(1), here.other(1, step), in_flight=1) if last else None
     here.free_other(1 - kind.added, step)
-    total = added(total, weights_of(here, step, s, dp), here.other(kind.added, step))
+    total = added(total, weights_of(here, step, p, dp), here.other(kind.added, step))
     here.free_other(kind.added, step)
-    return total
+    put = lambda total: store(here, place, step.ordinal >= sums.SECTION, total)
+    return lax.cond(sums.is_full(step.ordinal), put, lambda total: total, total)
 
 
 def compute_role(here: Here, columns: int, target: Ref) -> None:
@@ -171,17 +188,15 @@ def compute_role(here: Here, columns: int, target: Ref) -> None:
     block, spec = here.block, here.block.spec
     plgpu.set_max_registers(block.schedule.registers[0], action="increase")
     plgpu.barrier_wait(block.bars["own_full"])
-    acc = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, CHUNK * chunks(columns)), jnp.float32), registers.TILE)
+    place = Place(spec, target, (block.batch, block.head, here.first, 0), columns)
 
     def step(i: Array, carry: tuple[HeadAndTile, Sum]) -> tuple[HeadAndTile, Sum]:
         at, total = carry
-        return block.walk.next(*at), one_step(here, Step(i, *at), total)
+        return block.walk.next(*at), one_step(here, place, Step(i, *at), total)
 
-    start = block.walk.first, Sum(acc, registers.row_zeros() + 2.0**WEIGHTS[0])
-    _, (acc, scale) = lax.fori_loop(0, block.walk.steps, step, start)
-    unit = 2.0**-TOP * (1.0 if here.kind is KINDS["dv"] else spec.scale)
-    out = acc[:, :columns] * registers.spread(scale * unit, columns)
-    tiles.store_rows(spec, out, target, (block.batch, block.head, here.first, 0))
+    start = block.walk.first, Sum(sums.zeros(columns), registers.row_zeros() + 2.0**WEIGHTS[0])
+    _, total = lax.fori_loop(0, block.walk.steps, step, start)
+    store(here, place, block.walk.steps >= sums.SECTION, total)
 
 
 def load_role(kind: Kind, block: GradientBlock) -> None:

@@ -14,7 +14,7 @@ __all__ = ["FACTORS", "PRODUCTS", "TOP", "VALUES", "WEIGHTS", "padded_rows"]
 
 PRODUCTS = ((1, 0), (0, 1), (0, 0))
 """Which parts of two operands are multiplied, in this order: small ones first, since sums of tensor cores are
-truncated.
+truncated (`products`).
 """
 
 TOP = 14
