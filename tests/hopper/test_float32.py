@@ -82,17 +82,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def shipped(monkeypatch):
-    """Calls do not reach the kernels yet: they are not right for all scores on a GPU."""
-    monkeypatch.setattr(support, "FLOAT32_IS_RIGHT", True)
-
-
-def test_calls_do_not_reach_them_yet(monkeypatch):
-    monkeypatch.setattr(support, "FLOAT32_IS_RIGHT", False)
-    assert any("needs bfloat16 or float16 yet" in reason for reason in support.why_not(spec_of(), device.H200))
-
-
 def run(spec, operands, cotangents, schedules):
     """Everything that the passes compute, by name."""
     for schedule in schedules:

@@ -16,8 +16,6 @@ MAX_DIM = 512
 MAX_NARROW = 256
 """Of what other kernels run than those of wide heads."""
 MAX_DIM_FLOAT32 = 128
-FLOAT32_IS_RIGHT = False
-"""The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
 KERNELS_MERGE = True
 """Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
 BYTES_UNIT = 32
@@ -135,8 +133,6 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
     """Float32 inputs have kernels of their own, which lack some features."""
     cast = "cast query, key and value to bfloat16 or float16"
     rules = (
-        (FLOAT32_IS_RIGHT, f"needs bfloat16 or float16 yet, dtype is float32: its kernels are not right for all scores "
-         f"({cast})"),
         (max(spec.d, spec.d_v) <= MAX_DIM_FLOAT32,
          f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
