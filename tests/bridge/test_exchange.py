@@ -223,16 +223,16 @@ def test_a_cpu_call_waits_for_its_results_before_it_drops_its_tensors(monkeypatc
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_a_fallback_warns_when_a_call_is_planned(monkeypatch, needs_grad):
     """Once a reason, with the caller's line (regression: PyTorch's own, from within autograd), and not in `explain`: a
-    GPU with kernels that take no float32.
+    GPU with kernels that take no float64.
     """
     from pallas_flash import FallbackWarning, device, dispatch
     monkeypatch.setattr(device, "of", lambda _: device.H100)
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(exchange, "_plans", {})
-    q, mask = torch.randn(SHAPE), torch.ones(L, L, dtype=torch.bool)
+    q, mask = torch.randn(SHAPE, dtype=torch.float64), torch.ones(L, L, dtype=torch.bool)
     q.requires_grad_(needs_grad)
-    assert "not 'hopper': needs bfloat16 or float16 yet" in torch_bridge.explain(q, q, q, mask)
-    with pytest.warns(FallbackWarning, match="dtype is float32") as found:
+    assert "not 'hopper': needs bfloat16, float16 or float32" in torch_bridge.explain(q, q, q, mask)
+    with pytest.warns(FallbackWarning, match="dtype is float64") as found:
         OURS(q, q, q, mask)
     assert len(found) == 1 and found[0].filename == __file__
     OURS(q, q, q, mask[:1])  # another plan, the same reason

@@ -82,17 +82,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def shipped(monkeypatch):
-    """Calls do not reach the kernels yet: they are not right for all scores on a GPU."""
-    monkeypatch.setattr(support, "FLOAT32_IS_RIGHT", True)
-
-
-def test_calls_do_not_reach_them_yet(monkeypatch):
-    monkeypatch.setattr(support, "FLOAT32_IS_RIGHT", False)
-    assert any("needs bfloat16 or float16 yet" in reason for reason in support.why_not(spec_of(), device.H200))
-
-
 def run(spec, operands, cotangents, schedules):
     """Everything that the passes compute, by name."""
     for schedule in schedules:
@@ -207,10 +196,9 @@ def test_what_they_lack_has_a_reason(fields, reason):
     assert [found for found in reasons if reason in found and "cast query, key and value" in found] == reasons
 
 
-def test_an_automatic_choice_leaves_them_alone_until_they_are_measured():
-    decision = dispatch.decide(spec_of(), device.H200)
-    assert decision.implementation.name == "xla"
-    assert "an input of float32 has not been measured on a GPU yet" in str(decision)
+def test_an_automatic_choice_takes_them():
+    assert dispatch.decide(spec_of(), device.H200).implementation.name == "hopper"
+    assert dispatch.decide(spec_of(d=136), device.H200).implementation.name == "xla"
 
 
 @pytest.mark.parametrize(("dtype", "schedule", "reason"), [

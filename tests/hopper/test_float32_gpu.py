@@ -12,16 +12,9 @@ import sanitizer
 
 from hopper.test_sweep import budget_of, problem_of
 from pallas_flash import Causal, Dense, Full, InBounds, SegmentIds, Window
-from pallas_flash.kernels.hopper import support
 from pallas_flash.testing import conformance, inputs
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def shipped(monkeypatch):
-    """Calls do not reach the kernels yet: see `support.FLOAT32_IS_RIGHT`."""
-    monkeypatch.setattr(support, "FLOAT32_IS_RIGHT", True)
 
 
 LEN = 300
@@ -98,9 +91,7 @@ def test_ties_share_their_weight(row):
 IN_A_PROCESS = """
 import sys
 import jax
-from pallas_flash.kernels.hopper import support
 from pallas_flash.testing import conformance, problems
-support.FLOAT32_IS_RIGHT = True
 problem = problems.find(sys.argv[1])
 operands, cotangents = conformance.random_case(problem, "float32")
 from pallas_flash import flash_attention

@@ -16,8 +16,6 @@ MAX_DIM = 512
 MAX_NARROW = 256
 """Of what other kernels run than those of wide heads."""
 MAX_DIM_FLOAT32 = 128
-FLOAT32_IS_RIGHT = False
-"""The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
 KERNELS_MERGE = True
 """Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
 BYTES_UNIT = 32
@@ -48,7 +46,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     rules = (*((True, what) for what in of_prefill),
              (bool(spec.dropout_moved), "dropout of a part of a problem"),
              (bool(mask_score.own_parts(spec)), "a mask of another class, asked pair by pair,"),
-             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
+             (is_wide(spec), f"a head dimension above {MAX_NARROW}"),
              (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
@@ -135,8 +133,6 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
     """Float32 inputs have kernels of their own, which lack some features."""
     cast = "cast query, key and value to bfloat16 or float16"
     rules = (
-        (FLOAT32_IS_RIGHT, f"needs bfloat16 or float16 yet, dtype is float32: its kernels are not right for all scores "
-         f"({cast})"),
         (max(spec.d, spec.d_v) <= MAX_DIM_FLOAT32,
          f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
