@@ -74,9 +74,9 @@ def lowest(unit: float) -> float:
     return -3e38 / max(unit, 1.0)
 
 
-def first_softmax(s: Fragment, unit: float, dtype: np.dtype) -> Softmax:
-    """The state after the first tile of scores."""
-    first = maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
+def first_softmax(s: Fragment, unit: float, dtype: np.dtype, maximum: Maximum | None = None) -> Softmax:
+    """The state after the first tile of scores; `maximum`: that of the tile's rows, if it is known."""
+    first = maximum or maximum_of(jnp.maximum(s.max(axis=1), lowest(unit)), unit)
     p = jnp.exp2(s * unit - registers.spread(first.start, s.shape[1]))
     alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
     return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
