@@ -21,6 +21,7 @@ import torch_bridge
 from bridge.direct import A100, H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning, UnsupportedError, dropout
+from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.hopper import defaults
 from torch_bridge import exchange, ops, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
@@ -185,6 +186,7 @@ def launched(monkeypatch):
     kept = []
     for kernel in ("has_mask_kernel", "has_keys_kernel"):  # what they make is not read by what stands in
         monkeypatch.setattr(defaults, kernel, lambda spec: False)
+    monkeypatch.setattr(ampere_defaults, "with_mask_kernel", lambda spec, schedule, device: schedule)
     for name in ("_choices", "_directs", "_reasons"):
         monkeypatch.setattr(attention, name, {})
     monkeypatch.setattr(said, "_said", set())
