@@ -15,7 +15,7 @@ from pallas_flash import masks
 from pallas_flash.arithmetic import Positions
 
 __all__ = [
-    "TileRange", "attended_pairs", "cdiv", "div", "id_extremes", "interval", "kv_tiles", "q_tiles",
+    "TileRange", "all_partial", "attended_pairs", "cdiv", "div", "id_extremes", "interval", "kv_tiles", "q_tiles",
     "smallest_covering", "sweep", "tile_range", "union",
 ]
 
@@ -119,16 +119,36 @@ def q_tiles(mask: masks.Mask, kv_interval: tuple[Positions, Positions], block_q:
     return tile_range(bounds, block_q, cdiv(q_len, block_q))
 
 
+def all_partial(tiles: TileRange[Positions]) -> TileRange[Positions]:
+    """The same tiles, all of which need a mask."""
+    return tiles._replace(full_start=tiles.stop, full_stop=tiles.stop)
+
+
 def sweep(tiles: TileRange[Positions], step: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
-    """Runs `step(tile, carry, masked)` over a range, with masked=False over its full tiles."""
-    segments = ((tiles.start, tiles.full_start, True), (tiles.full_start, tiles.full_stop, False),
-                (tiles.full_stop, tiles.stop, True))
-    for lo, hi, masked in segments:
-        if isinstance(lo, int | np.integer) and isinstance(hi, int | np.integer) and lo >= hi:
-            continue
-        carry = jax.lax.fori_loop(
-            jnp.int32(lo), jnp.int32(hi), lambda tile, carry, masked=masked: step(tile, carry, masked), carry)
+    """Runs `step(tile, carry, masked)` over the partial tiles of a range, on both sides of the full ones, then with
+    masked=False over the full ones.
+
+    Two loops, or one where a side is known to be empty: each holds a copy of the step, and compiling those is most of
+    what compiling takes.
+    """
+    before, full = tiles.full_start - tiles.start, tiles.full_stop - tiles.full_start
+
+    def partial(i: jax.Array, carry: Carry) -> Carry:
+        return step(jnp.int32(tiles.start) + i + jnp.where(i < before, 0, jnp.int32(full)), carry, True)
+
+    def whole(tile: jax.Array, carry: Carry) -> Carry:
+        return step(tile, carry, False)
+    count = before + (tiles.stop - tiles.full_stop)
+    if not _is_known_empty(0, count):
+        carry = jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), partial, carry)
+    if not _is_known_empty(tiles.full_start, tiles.full_stop):
+        carry = jax.lax.fori_loop(jnp.int32(tiles.full_start), jnp.int32(tiles.full_stop), whole, carry)
     return carry
+
+
+def _is_known_empty(lo: Positions, hi: Positions) -> bool:
+    """Whether [lo, hi) is empty without looking at a traced number."""
+    return lo is hi or (isinstance(lo, int | np.integer) and isinstance(hi, int | np.integer) and lo >= hi)
 
 
 def smallest_covering(begin: np.ndarray, end: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:

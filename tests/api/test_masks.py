@@ -454,7 +454,7 @@ def test_traced_ranges_equal_plain_ones(mask):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_sweep_visits_every_tile_once_in_order(traced):
+def test_sweep_visits_every_tile_once_partial_ones_first(traced):
     def visit(ranges):
         def step(tile, carry, masked):
             log, count = carry
@@ -466,7 +466,8 @@ def test_sweep_visits_every_tile_once_in_order(traced):
         start, full_start, full_stop, stop = ranges
         log, count = run(ranges)
         assert int(count) == stop - start
-        expected = [[tile, not full_start <= tile < full_stop] for tile in range(start, stop)]
+        expected = sorted(([tile, not full_start <= tile < full_stop] for tile in range(start, stop)),
+                          key=lambda visit: not visit[1])
         assert np.array_equal(np.asarray(log)[: stop - start], np.array(expected, int).reshape(-1, 2))
         if not traced and sum(ranges) > 8:
             break  # each plain range compiles its own loops
@@ -489,6 +490,18 @@ def test_sweep_of_a_plain_empty_range_traces_nothing():
         assert not masked, "the partial segments are empty"
         return carry + tile
     assert int(tiles.sweep(tiles.TileRange(1, 1, 4, 4), step, jnp.int32(0))) == 6
+
+
+def test_sweep_of_partial_tiles_alone_traces_no_other_step():
+    def step(tile, carry, masked):
+        assert masked, "all tiles are partial"
+        return carry + tile
+
+    @jax.jit
+    def traced(start, full_start, full_stop, stop):
+        needed = tiles.all_partial(tiles.TileRange(start, full_start, full_stop, stop))
+        return tiles.sweep(needed, step, jnp.int32(0))
+    assert int(traced(1, 2, 3, 5)) == 10
 
 
 @pytest.mark.parametrize("kind", ["Full", "Window", "InBounds", "PrefixLM"])

@@ -55,6 +55,7 @@ class Case:
 
 TIMES = dict(warpgroups=1, block_kv=64, maxima=4)
 """A schedule in which maxima are not taken at the steps 5, 7, 9, 10 and 11 of twelve: key tiles 6, 4, 2, 1 and 0."""
+BOUNDED = dict(warpgroups=2, block_kv=64, bounded=True)
 CASES = {
     "two-blocks": Case(200, 200, dict(warpgroups=2, block_kv=64), heads=(2, 2)),
     "one-row": Case(1, 1, dict(warpgroups=1, block_kv=64)),
@@ -67,6 +68,13 @@ CASES = {
     "over-the-query": Case(130, 130, dict(warpgroups=2, block_kv=64, out_chunks=0, query_buffers=1)),
     "one-stage": Case(300, 300, dict(warpgroups=2, block_kv=32, num_stages=1, query_buffers=1)),
     "softcap": Case(100, 100, dict(warpgroups=1, block_kv=64), softcap=3.0),
+    "bounded-window": Case(130, 300, BOUNDED, masks.Window(90, 5, 100), softcap=3.0),
+    "bounded-empty-rows-ragged": Case(150, 40, BOUNDED, masks.Window(0, 3, -70), scale=-0.7, softcap=1.0),
+    "bounded-low": Case(64, 300, BOUNDED, masks.Full(), jumps=((0, 300, -300.0),), softcap=55.0),
+    "bounded-high-and-low": Case(64, 300, BOUNDED, masks.Causal(236), jumps=((0, 100, 300.0), (100, 300, -300.0)),
+                                 softcap=55.0),
+    "bounded-nan-key": Case(130, 130, BOUNDED, softcap=3.0, bad_keys=(5, 100)),
+    "bounded-dropout": Case(110, 110, BOUNDED, heads=(2, 1), d=(64, 112), softcap=3.0, dropout_rate=0.3),
     "negative-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=-0.2),
     "tiny-scale": Case(100, 100, dict(warpgroups=1, block_kv=64), scale=1e-46),
     "large-scores": Case(300, 300, dict(warpgroups=2, block_kv=32), scale=3.0),

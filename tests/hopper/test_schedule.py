@@ -225,6 +225,21 @@ def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
     assert defaults.default_forward(make_spec(1000, 2048, masks.Causal(1048)), device.H100).section_bytes == 32 << 20
 
 
+@pytest.mark.parametrize("changed", [
+    {}, dict(softcap=None), dict(softcap=60.0), dict(bias=jax.ShapeDtypeStruct((1, 2, 64, 64), np.float32)),
+    dict(score=lambda s, batch, head, q_pos, kv_pos: s), dict(dtype=np.float16)], ids=str)
+def test_scores_without_a_maximum_are_between_bounds(changed):
+    """A larger weight would be infinite in float16, a smaller one 0 in either type."""
+    options = dict(dtype=np.dtype("bfloat16"), softcap=50.0) | changed
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), options.pop("dtype"))
+    spec = AttentionSpec.of(x, x, x, **options)
+    schedule = dataclasses.replace(defaults.default_forward(spec, device.H100), bounded=True, maxima=0)
+    against = rules.reasons_against(spec, schedule, H100_SMEM)
+    assert any("s.bounded=True needs" in reason for reason in against) == bool(changed)
+    assert any("s.bounded=True needs" in reason for reason in rules.reasons_against(
+        spec, dataclasses.replace(schedule, maxima=4), H100_SMEM))
+
+
 def assert_smem_bytes(described, smem_bytes):
     """Shared memory as described is what the kernel allocates, and `smem_bytes` adds it up."""
     smem, bars = scratch.allocate(described)

@@ -25,7 +25,9 @@ from pallas_flash.kernels.hopper.work import has_order
 from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
+from pallas_flash.kernels.mosaic.scores import MOST_BOUNDED, are_bounded
 from pallas_flash.padding import UNIT
+from pallas_flash.softmax import LOG2E
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["dbias_reasons", "reasons_against"]
@@ -107,6 +109,9 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule, smem_limit: int) -> 
         (s.bias_slots >= 0, f"{s.bias_slots=} must not be negative"),
         (s.bias_slots == 0 or (_is_bias_of_pairs_in_16_bits(spec) and s.block_kv % CHUNK == 0),
          f"{s.bias_slots=} needs a bias of pairs in 16 bits, and {s.block_kv=} to be a multiple of {CHUNK}"),
+        (not s.bounded or (are_bounded(spec) and s.maxima == 0),
+         f"{s.bounded=} needs {s.maxima=} to be 0, bfloat16, and a soft cap of at most {MOST_BOUNDED / LOG2E:.0f} "
+         "without a bias or a score function"),
         (s.maxima != 1, f"{s.maxima=} must be 0 or at least 2: step 1 takes the maximum"),
         (s.maxima == 0 or s.block_kv >= ROWS_PER_WARPGROUP,
          f"{s.maxima=} needs {s.block_kv=} of at least {ROWS_PER_WARPGROUP}: a row meets its first key in the first "

@@ -74,6 +74,7 @@ class ForwardSchedule:
       q_registers: the query is held in registers.
       bias_slots: slots of the ring of tiles of a bias of pairs, in 16 bits. 0: it is read from global memory.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
+      bounded: a soft cap bounds the scores: no row has a maximum, and tanh no division (`forward.bounded`).
     """
 
     block_kv: int
@@ -93,6 +94,7 @@ class ForwardSchedule:
     q_registers: bool = False
     bias_slots: int = 0
     mask_kernel: bool = False
+    bounded: bool = False
 
     @property
     def block_q(self) -> int:

@@ -23,7 +23,7 @@ from pallas_flash.kernels.mosaic.types import Flag, Index
 __all__ = [
     "SCALAR", "WARPGROUP", "Layout", "any_in_warp", "any_nonfinite_in_warpgroup", "fence_async_proxy", "first_free",
     "i32", "moved", "multiply", "multiply_add", "named_arrive", "named_sync", "opaque", "or_in_warpgroup", "pin",
-    "scalar", "uniform",
+    "reciprocal", "scalar", "uniform",
 ]
 
 WARPGROUP = 128
@@ -174,6 +174,24 @@ def multiply(a: Array, b: float, layout: Layout) -> Array:
     uses it, and then does not round it.
     """
     return _each("mul.rn.f32 $0, $1, $2;", layout, b, a)
+
+
+@interpreted_as(lambda x, layout: 1 / x)
+def reciprocal(x: Array, layout: Layout) -> Array:
+    """Returns 1 / x of a float32 array of numbers that are not subnormal, off by at most one unit of the last place:
+    one instruction, where a plain 1 / x takes four, and a / x six. 0 of infinity.
+    """
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout))
+    def emit(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        registers = np.empty(x.registers.shape, dtype=object)
+        for i, register in enumerate(x.registers.flat):
+            kind = ir.VectorType(register.type)
+            found = [mgpu.utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", vector.extract(register, [], [j]),
+                                           result_types=ir.F32Type.get()) for j in range(kind.shape[0])]
+            registers.reshape(-1)[i] = vector.from_elements(kind, found)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return emit(x)
 
 
 def _each(instruction: str, layout: Layout, factor: float, a: Array, *others: Array) -> Array:

@@ -14,12 +14,15 @@ from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "is_far", "is_large", "largest", "lowest", "masked", "may_be_large", "overflows", "scaled", "score_unit", "slope",
-    "tanh", "unit",
+    "MOST_BOUNDED", "are_bounded", "is_far", "is_large", "largest", "lowest", "masked", "may_be_large", "overflows",
+    "scaled", "score_unit", "slope", "tanh", "unit",
 ]
 
 _EXACT_CAP = 128.0
 """A larger soft cap needs a tanh whose relative error is small: 1 - 2 / (e^2x + 1) errs by about 2^-22."""
+
+MOST_BOUNDED = 80.0
+"""Base 2: a soft cap of 55."""
 
 _SERIES = (-0.333332993, 0.133319582, -0.0537866835, 0.0208053842, -0.00590586795)
 """tanh(x) = x + x^3 P(x^2) on [0, 0.6], with a relative error of 3e-9: a minimax fit."""
@@ -103,6 +106,14 @@ def may_be_large(spec: AttentionSpec) -> bool:
     """Whether a row may be large: a soft cap keeps scores below it, but not a bias, nor what a score function makes."""
     is_free = spec.bias is not None or spec.score is not None
     return spec.softcap is None or is_free or spec.softcap * softmax.LOG2E > largest(spec) / 2
+
+
+def are_bounded(spec: AttentionSpec) -> bool:
+    """Whether a soft cap bounds the scores by `MOST_BOUNDED`: exp2 of each, and sums of them, are bfloat16 and float32
+    numbers between 2^-80 and 2^111, without a maximum that is subtracted first.
+    """
+    alone = spec.softcap is not None and spec.bias is None and spec.score is None
+    return alone and score_unit(spec) <= MOST_BOUNDED and spec.dtype == jnp.bfloat16
 
 
 def is_large(spec: AttentionSpec, size_log2: Float[Array, "..."]) -> Bool[Array, "..."]:

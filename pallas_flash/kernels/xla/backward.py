@@ -144,7 +144,7 @@ def _key_tile(problem: blocks.Problem, saved: _Saved, kv_tile: Array, sums: _Sum
     # Not clamped to the real length: the last key tile's padding must be masked, its products would not be finite.
     interval = (kv_tile * block_kv, (kv_tile + 1) * block_kv)
     q_tiles = tiles.q_tiles(problem.mask, interval, block_q, problem.spec.q_len)
-    return tiles.sweep(q_tiles, q_step, start)
+    return tiles.sweep(problem.needed(q_tiles), q_step, start)
 
 
 def _tile_gradients(problem: blocks.Problem, saved: _Saved, k: Array, v: Array, q_tile: Array, kv_tile: Array,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import dropout, masks, paging, quantised, scores, softmax, tiles
+from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array, Bool, Float, Int
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.xla import ids
@@ -121,6 +122,15 @@ class Problem:
             # XLA wants what it multiplies heads first: of a slice it would copy the whole cache into that layout.
             return jnp.take(array, self._kv_positions(tile), axis=self.kv_axis, mode="clip")
         return slice_tile(array, tile, self.schedule.block_kv, self.kv_axis)
+
+    @property
+    def masks_all_tiles(self) -> bool:
+        """Whether a pair may be hidden in any tile, whatever the mask says: by -inf in a bias, or from a function."""
+        return self.bias is not None or self.score is not None
+
+    def needed(self, found: tiles.TileRange[Positions]) -> tiles.TileRange[Positions]:
+        """The tiles that a mask needs, in as few loops as their steps allow (`tiles.sweep`)."""
+        return tiles.all_partial(found) if self.masks_all_tiles else found
 
     @property
     def reaches_back(self) -> bool:
@@ -270,10 +280,11 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
     """Pads the operands to whole tiles (nothing is copied where they already are) and splits the heads; what has keys
     is not padded if they are to stay in place.
 
-    Queries and keys pass a barrier: if they are constants, XLA would multiply some of them at compile time with another
-    order of summation, and scores would differ between forward and backward (`softmax`).
+    Operands pass a barrier: of constants, XLA would compute what it can while it compiles, for seconds, on one core,
+    and put a copy of each into every loop. Products of queries and keys would have another order of summation, too, and
+    scores would differ between forward and backward (`softmax`).
     """
-    q, k = jax.lax.optimization_barrier((operands.q, operands.k))
+    operands = jax.lax.optimization_barrier(operands)
     axis = spec.layout.index("L")
     q_len, kv_len = _padded(spec, schedule)
     ragged = q_len != spec.q_len or kv_len != spec.kv_len
@@ -283,10 +294,10 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
     if operands.bias is not None:
         bias, anchor = (_pad_bias(x, q_len, kv_len) for x in (operands.bias, spec.anchor(operands)))
     mask = ids.with_tiles(operands.mask, schedule)
-    k, v = (k, operands.v) if keys_in_place else (pad(x, kv_len, axis) for x in (k, operands.v))
+    k, v = (x if keys_in_place else pad(x, kv_len, axis) for x in (operands.k, operands.v))
     return Problem(
         spec=spec, schedule=schedule,
-        q=split_q_heads(pad(q, q_len, axis), spec), k=k, v=v, bias=bias, anchor=anchor,
+        q=split_q_heads(pad(operands.q, q_len, axis), spec), k=k, v=v, bias=bias, anchor=anchor,
         score=expanded_score(spec, operands, schedule),
         mask=mask & masks.InBounds(spec.q_len, spec.kv_len) if ragged else mask,
         dropout_seed=operands.dropout_seed, dropout_origin=operands.dropout_origin, page_table=operands.page_table,
@@ -294,7 +305,10 @@ def prepare(spec: AttentionSpec, operands: Operands, schedule: Schedule, keys_in
 
 
 _FEW_TERMS = 8
-_MINUS = 4096.0  # more than the keys of a tile, so that counts of +inf and -inf share one fp32 number exactly
+_MINUS, _NAN = 2.0**12, 2.0**40
+"""What -inf and NaN count, beside 1 for +inf: more than the keys of a tile, so that float32 holds the counts of both
+infinities exactly; no count of them comes near that of NaN. Powers of two are exact in bfloat16, so the product is one
+of 16 bits where the values are."""
 
 
 def _terms(subscripts: str, a: Array) -> int:
@@ -313,11 +327,12 @@ def masked_product(problem: Problem, subscripts: str, weights: Array, keep: Arra
         return problem.einsum(subscripts, weights, values)
     finite = jnp.isfinite(values)
     product = problem.einsum(subscripts, weights, jnp.where(finite, values, jnp.zeros_like(values)))
-    infinite = jnp.where(values > 0, 1.0, jnp.where(values < 0, _MINUS, 1.0 + _MINUS))  # NaN counts as both
+    dtype = jnp.bfloat16 if values.dtype.itemsize == 2 else problem.spec.acc_dtype
+    infinite = jnp.where(values > 0, 1.0, jnp.where(values < 0, _MINUS, _NAN))
     code = jnp.where(finite, 0.0, infinite)
-    pairs = jnp.broadcast_to(keep, weights.shape).astype(jnp.float32)
-    count = jnp.einsum(subscripts, pairs, code.astype(jnp.float32),
-                       precision=jax.lax.Precision.HIGHEST)
+    pairs = jnp.broadcast_to(keep, weights.shape)
+    count = problem.einsum(subscripts, pairs.astype(dtype), code.astype(dtype))
     minus = jnp.floor(count / _MINUS)
     extra = jnp.where(count - minus * _MINUS > 0, jnp.inf, 0.0) + jnp.where(minus > 0, -jnp.inf, 0.0)
+    extra = jnp.where(count >= _NAN, jnp.nan, extra)
     return product + extra.astype(product.dtype)

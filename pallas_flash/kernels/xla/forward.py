@@ -52,7 +52,8 @@ def _attend(problem: blocks.Problem, q_tile: Array) -> tuple[Array, Array]:
              jnp.zeros((*rows, spec.d_v), spec.acc_dtype))
     kv_tiles = tiles.kv_tiles(problem.mask, tiles.interval(q_tile, problem.schedule.block_q, spec.q_len),
                               problem.schedule.block_kv, spec.kv_len)
-    m_i, l_i, acc = tiles.sweep(kv_tiles, kv_step, compat.vary_like(start, q, problem.k, problem.v, problem.mask))
+    start = compat.vary_like(start, q, problem.k, problem.v, problem.mask)
+    m_i, l_i, acc = tiles.sweep(problem.needed(kv_tiles), kv_step, start)
     out = acc * softmax.rescale(l_i)[..., None]
     stats = jnp.stack(softmax.statistics(m_i, l_i, problem.unit), axis=3)
     return jnp.einsum(f"bkgqd->{problem.q_subscripts}", out), stats

@@ -42,7 +42,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
-from pallas_flash.kernels.hopper.forward import sinks
+from pallas_flash.kernels.hopper.forward import bounded, sinks
 from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.merge import merge
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
@@ -128,10 +128,19 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     pass_turn(block, rows.warpgroup)
     s = plgpu.layout_cast(wgmma.ready(s, 0), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s = completed(block, tile, rows, kv_tile, scaled(block.spec, s))
+    s = scores_of(block, tile, rows, kv_tile, s)
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
-    return without_dropped(block, tile, rows, kv_tile, first_softmax(s, exponents_of(block.spec), block.spec.dtype))
+    known = bounded.zero() if block.schedule.bounded else None
+    state = first_softmax(s, exponents_of(block.spec), block.spec.dtype, known)
+    return without_dropped(block, tile, rows, kv_tile, state)
+
+
+def scores_of(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
+    """The scores of a key tile, but for the mask, of products of queries and keys."""
+    if block.schedule.bounded:
+        return bounded.capped(block.spec, s)
+    return completed(block, tile, rows, kv_tile, scaled(block.spec, s))
 
 
 def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -200,6 +209,8 @@ def multiply_values(block: Block, tile: Tile, kv_tile: Index, state: Softmax,
 def next_maximum(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softmax) -> NextMaximum:
     """Chooses how this step finds m_i, see `next_softmax`."""
     maxima = block.schedule.maxima
+    if block.schedule.bounded:
+        return bounded.no_maximum
     if not maxima:
         return functools.partial(maximum_within, slack=rows.slack)
     i, is_redone = rows.stop - 1 - kv_tile, tile.is_redone != 0
@@ -223,7 +234,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
     maximum = next_maximum(block, tile, rows, kv_tile, state)
     s = plgpu.layout_cast(wgmma.ready(s, 1), registers.TILE)
     plgpu.barrier_arrive(bars["k_free"].at[slot])
-    s = completed(block, tile, rows, kv_tile, scaled(block.spec, s))
+    s = scores_of(block, tile, rows, kv_tile, s)
     if work.steps(block.spec, block.schedule).later_masked:
         partial = (kv_tile < rows.full_start) | (kv_tile >= rows.full_stop)
         s = lax.cond(partial, functools.partial(without_hidden, block, tile, rows, kv_tile), lambda s: s, s)

@@ -108,9 +108,9 @@ exponents are made of them.
 """
 
 
-def first_softmax(s: Fragment, exponents: Exponents, dtype: np.dtype) -> Softmax:
-    """The state after the first tile of scores."""
-    first = maximum_of(jnp.maximum(s.max(axis=1), exponents.lowest), exponents)
+def first_softmax(s: Fragment, exponents: Exponents, dtype: np.dtype, maximum: Maximum | None = None) -> Softmax:
+    """The state after the first tile of scores; `maximum`: that of the tile's rows, if it is known."""
+    first = maximum or maximum_of(jnp.maximum(s.max(axis=1), exponents.lowest), exponents)
     p = jnp.exp2(exponents.of(s, first.start))
     alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
     return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
