@@ -58,6 +58,10 @@ WRITES_PARTS = False
 """Whether kernels write gradients that are parts of arrays (`backward_of_parts`): off until the tests of them in
 tests/bridge/test_direct_gpu.py, which switch it on, have run on a GPU. Dense ones are copied into the parts.
 """
+TAKES_SCORES = False
+"""Whether calls with score functions are launched directly on a GPU: off until the tests of them in
+tests/bridge/test_direct_gpu.py, which switch it on, have run on one.
+"""
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
@@ -97,12 +101,25 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
-        (numbers.score is None, "it takes no score functions yet"),
+        *(() if numbers.score is None else _rules_of_score(numbers.score)),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
     )
     return next((reason for holds, reason in rules if not holds), None)
+
+
+def _rules_of_score(name: str) -> tuple[tuple[bool, str], ...]:
+    if not TAKES_SCORES:
+        return (False, "it takes no score functions: those launches have not run on a GPU yet"),
+    text, reason = _score_as_data(name)
+    return (text is not None, f"the process that compiles is not told of this score function: {reason}"),
+
+
+def _score_as_data(name: str) -> tuple[str | None, str]:
+    """`score_names.as_data`; JAX is imported, as it was in this process to name the function."""
+    from torch_bridge import score_names
+    return score_names.as_data(name)
 
 
 def _has_rule(operands: Operands, numbers: Numbers) -> bool:
@@ -127,14 +144,14 @@ def why_not_device(device: torch.device, only: str = "") -> str | None:
     return None
 
 
-def why_not_gpu(operands: Operands, device: torch.device) -> str | None:
-    """`why_not_device` of a call with these operands."""
-    return why_not_device(device, of_hopper(operands))
+def why_not_gpu(operands: Operands, numbers: Numbers, device: torch.device) -> str | None:
+    """`why_not_device` of such a call."""
+    return why_not_device(device, of_hopper(operands, numbers))
 
 
-def of_hopper(operands: Operands) -> str:
+def of_hopper(operands: Operands, numbers: Numbers) -> str:
     """What of a call only Hopper's kernels are launched with; empty: nothing."""
-    return "" if operands.bias is None else "a float attn_mask"
+    return "a score function" if numbers.score is not None else "" if operands.bias is None else "a float attn_mask"
 
 
 def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
@@ -151,7 +168,8 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    named = zip(("mask", "bias", *PLACES), (operands.mask, operands.bias, *operands.places), strict=True)
+    names = "mask", "bias", *PLACES, "score_floats", "score_integers"
+    named = ((name, getattr(operands, name)) for name in names)
     given = tuple((name, storage.shape_given(name, x), str(x.dtype).removeprefix("torch."))
                   for name, x in named if x is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
@@ -161,7 +179,8 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
                    window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
                    softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
-                   given=given, dropout_p=numbers.dropout_p)
+                   given=given, dropout_p=numbers.dropout_p, score=numbers.score,
+                   score_ir=None if numbers.score is None else _score_as_data(numbers.score)[0])
 
 
 def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
@@ -415,7 +434,8 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
 
 def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     """Whether nothing is against it; warns where only the installation is."""
-    if why_not(operands, numbers) is not None or why_not_gpu(operands, operands.query.device) is not None:
+    if why_not(operands, numbers) is not None or why_not_gpu(
+            operands, numbers, operands.query.device) is not None:
         return False
     reason = requirements.why_not()
     if reason is not None:
