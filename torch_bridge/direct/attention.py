@@ -60,7 +60,7 @@ tests/bridge/test_direct_gpu.py, which switch it on, have run on a GPU. Dense on
 """
 TAKES_SCORES = False
 """Whether calls with score functions are launched directly on a GPU: off until the tests of them in
-tests/bridge/test_direct_gpu.py, which switch it on, have run on one.
+tests/bridge/test_direct_scores_gpu.py, which switch it on, have run on one.
 """
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
