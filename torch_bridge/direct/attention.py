@@ -20,7 +20,7 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, shared, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, scored, shared, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -49,6 +49,7 @@ _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _MAX_CHOICES = 4096
+_GIVEN = "mask", "bias", *PLACES, "score_floats", "score_integers"
 MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
 """Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
 are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
@@ -57,10 +58,6 @@ are asked for. At 3 us of the host each, more take it longer than DLPack does: 1
 WRITES_PARTS = False
 """Whether kernels write gradients that are parts of arrays (`backward_of_parts`): off until the tests of them in
 tests/bridge/test_direct_gpu.py, which switch it on, have run on a GPU. Dense ones are copied into the parts.
-"""
-TAKES_SCORES = False
-"""Whether calls with score functions are launched directly on a GPU: off until the tests of them in
-tests/bridge/test_direct_scores_gpu.py, which switch it on, have run on one.
 """
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
@@ -101,25 +98,12 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
-        *(() if numbers.score is None else _rules_of_score(numbers.score)),
+        *scored.rules(numbers.score),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
     )
     return next((reason for holds, reason in rules if not holds), None)
-
-
-def _rules_of_score(name: str) -> tuple[tuple[bool, str], ...]:
-    if not TAKES_SCORES:
-        return (False, "it takes no score functions: those launches have not run on a GPU yet"),
-    text, reason = _score_as_data(name)
-    return (text is not None, f"the process that compiles is not told of this score function: {reason}"),
-
-
-def _score_as_data(name: str) -> tuple[str | None, str]:
-    """`score_names.as_data`; JAX is imported, as it was in this process to name the function."""
-    from torch_bridge import score_names
-    return score_names.as_data(name)
 
 
 def _has_rule(operands: Operands, numbers: Numbers) -> bool:
@@ -168,10 +152,8 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    names = "mask", "bias", *PLACES, "score_floats", "score_integers"
-    named = ((name, getattr(operands, name)) for name in names)
     given = tuple((name, storage.shape_given(name, x), str(x.dtype).removeprefix("torch."))
-                  for name, x in named if x is not None)
+                  for name in _GIVEN if (x := getattr(operands, name)) is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
         given = (*given, ("seed", (2,), "int32"))
     return Problem(layout=layout,
@@ -180,7 +162,7 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
                    window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
                    softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
                    given=given, dropout_p=numbers.dropout_p, score=numbers.score,
-                   score_ir=None if numbers.score is None else _score_as_data(numbers.score)[0])
+                   score_ir=scored.text(numbers.score))
 
 
 def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
@@ -434,8 +416,7 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
 
 def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     """Whether nothing is against it; warns where only the installation is."""
-    if why_not(operands, numbers) is not None or why_not_gpu(
-            operands, numbers, operands.query.device) is not None:
+    if why_not(operands, numbers) or why_not_gpu(operands, numbers, operands.query.device):
         return False
     reason = requirements.why_not()
     if reason is not None:
