@@ -112,7 +112,8 @@ class _Writer:
         name = str(equation.primitive.name)
         if name in _CALLS:
             inner = next(equation.params[x] for x in _INLINED if x in equation.params)
-            return self._inline(*(inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ()), given)
+            closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+            return self._inline(closed.jaxpr, closed.consts, given)
         if _PRIMITIVES.get(name) is not equation.primitive:
             raise UnserializableError(f"it computes {name!r}, which is none of jax.extend.core.primitives")
         params = {key: _parameter(name, x) for key, x in equation.params.items()}
