@@ -24,7 +24,7 @@ from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning, UnsupportedError, dropout, scores
 from pallas_flash.kernels.hopper import defaults
 from pallas_flash.kernels.mosaic import traced
-from torch_bridge import exchange, ops, streams, strides
+from torch_bridge import exchange, ops, score_names, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import (
     attention,
@@ -38,6 +38,7 @@ from torch_bridge.direct import (
     runner,
     said,
     score_ir,
+    scored,
     shortcut,
 )
 from torch_bridge.direct import shared as shared_
@@ -374,7 +375,7 @@ OTHERWISE = {
     "q_ids": torch.zeros(1, 5, dtype=torch.int32), "kv_ids": torch.zeros(1, 5, dtype=torch.int32),
     "q_starts": torch.zeros(2, dtype=torch.int32), "kv_starts": torch.zeros(2, dtype=torch.int32),
     "left": 1, "right": None, "offset": 1, "softcap": 2.0, "scale": 0.5, "dropout_p": 0.5, "deterministic": True,
-    "partial": True, "ends_aligned": True, "score": "a name",
+    "partial": True, "ends_aligned": True, "score": score_names.name_of(lambda score, *_: score * 0.5, (), False),
 }
 WITHOUT_EFFECT = {"seed": "its numbers are read, and there is one wherever there is dropout",
                   **dict.fromkeys(("score_floats", "score_integers"), "there are none without a score")}
@@ -410,7 +411,9 @@ def test_windows_and_soft_caps(launched, arguments):
         torch.testing.assert_close(x.double(), exact, atol=3e-2, rtol=3e-2)
 
 
-def test_a_score_function_goes_through_dlpack_by_default(launched):
+def test_score_functions_go_through_dlpack_where_none_are_taken(launched, monkeypatch):
+    """On: test_direct_scores.py."""
+    monkeypatch.setattr(scored, "TAKES_SCORES", False)
     tensors = qkv((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16)
     torch_bridge.report(reset=True)
     out = torch_bridge.flash_attention(*tensors, score=lambda score, *_: score * 0.5)
