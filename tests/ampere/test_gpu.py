@@ -103,7 +103,7 @@ def test_schedules_of_smaller_gpus(name):
 
 
 def test_parts_of_a_sum_are_not_rounded():
-    """As several GPUs add them up. Once this has run, they need not be left to `xla` (`support.not_measured`)."""
+    """As several GPUs add them up."""
     case = conformance.random_case(test_partial.PROBLEM, "bfloat16")
     found = test_partial.gradients(test_partial.partial(), "ampere", *case)
     assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}

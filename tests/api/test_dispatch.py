@@ -119,10 +119,10 @@ def test_on_a_hopper_gpu_mma_kernels_come_second(monkeypatch):
 
 
 def test_what_mma_kernels_have_not_computed_on_a_gpu_runs_when_named():
-    part = dataclasses.replace(spec(), partial=True)
+    part = dataclasses.replace(spec(), dropout_rate=0.1, dropout_moved=64)
     decision = dispatch.decide(part, device.A100)
     assert decision.implementation.name == "xla" and [row.name for row in decision.left] == ["ampere"]
-    assert "not 'ampere': a part of a sum in float32, as several GPUs share one, has not run on a GPU" in str(decision)
+    assert "not 'ampere': dropout of a part of a problem has not run on a GPU" in str(decision)
     assert dispatch.decide(part, device.A100, "ampere").implementation.name == "ampere"
 
 

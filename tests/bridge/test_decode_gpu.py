@@ -2,6 +2,7 @@
 that grow, over streams, and in Hugging Face's static cache.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,8 +25,6 @@ integers = lambda *numbers: torch.tensor(numbers, dtype=torch.int32, device="cud
 @pytest.fixture(autouse=True)
 def default(monkeypatch):
     monkeypatch.delenv(attention.VARIABLE, raising=False)
-    monkeypatch.setenv(decoding.VARIABLE, "1")
-    decoding._why_not_gpu.cache_clear()
     torch_bridge.report(reset=True)
 
 
@@ -35,6 +34,19 @@ def random(*shape, dtype=BF16):
 
 def cache_of(rows=B, room=ROOM):
     return [random(rows, room, HKV, D) for _ in range(2)]
+
+
+@pytest.fixture
+def with_mma(monkeypatch):
+    """Calls launch the kernel with mma.sync, which is not the first choice on this GPU."""
+    real = attention.request
+    monkeypatch.setattr(attention, "request", lambda *given: dataclasses.replace(
+        real(*given), implementation="ampere"))
+    for module, name, empty in ((attention, "_directs", {}), (attention, "_reasons", {}), (decoding, "_known", {}),
+                                (decoding, "_recent", [])):
+        monkeypatch.setattr(module, name, empty)
+    yield
+    assert {row.implementation for row in torch_bridge.report() if row.what == "decode"} == {"ampere"}
 
 
 def launches():
@@ -135,6 +147,17 @@ def test_a_graph_is_replayed_with_lengths_that_grow():
     lengths.copy_(integers(100, 2, 400))
     graph.replay()
     near(found[0], exact(q, *layers[0], lengths))
+
+
+def test_the_kernel_with_mma(with_mma, monkeypatch):
+    """What a GPU runs that has these kernels alone: rows, pages, biases, and a graph."""
+    test_a_graph_is_replayed_with_lengths_that_grow()
+    torch_bridge.report(reset=True)
+    test_pages_and_rows()
+    torch_bridge.report(reset=True)
+    test_alibi_and_padding()
+    torch_bridge.report(reset=True)
+    test_contiguous(monkeypatch, 4, 100)
 
 
 def test_graphs_and_streams_at_a_time():
@@ -287,7 +310,11 @@ def test_a_compiled_step_is_a_cuda_graph_with_our_kernel(quiet):
                 for out, layer in zip(found, layers, strict=True):
                     near(out, exact(q, *layer, lengths))
         counted = launches()
-        names = kernels_of(lambda: compiled(q, k, v, lengths, layers))
+
+        def replay():
+            torch.compiler.cudagraph_mark_step_begin()  # else it records what follows on the last step's results
+            compiled(q, k, v, lengths, layers)
+        names = kernels_of(replay)
     assert launches() == counted, "nothing is launched by the host once there is a graph"
     assert sum("attention_decode" in name for name in names) == 3 * 2, names
     assert not any("direct_copy" in name or "Memcpy" in name for name in names), names

@@ -13,7 +13,6 @@ from bridge.direct import A100, FORWARD, SMALL
 from bridge.problems import OURS, qkv
 from bridge.test_direct import BF16, BOTH, launched  # noqa: F401
 from pallas_flash import UnsupportedError, spec
-from pallas_flash.kernels.hopper import defaults
 from torch_bridge import flash_attn, ops, sdpa
 from torch_bridge.arguments import Attention, Numbers, Operands
 from torch_bridge.direct import attention, cache, lengths, lower
@@ -165,9 +164,8 @@ def test_explain_says_what_is_read_of_a_mask(launched):  # noqa: F811
         assert "path: direct" in str(lines) and any(line.startswith(f"attn_mask: {said}") for line in lines), lines
 
 
-def test_the_gradient_of_a_bias(launched, monkeypatch):  # noqa: F811
+def test_the_gradient_of_a_bias(launched):  # noqa: F811
     """By its kernel; of a bias of keys through DLPack, after a direct forward."""
-    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     tensors = qkv((B, HQ, L, D), (B, HKV, S, D), (B, HKV, S, D), dtype=BF16)
     call = lambda *x: OURS(*x[:3], attn_mask=x[3], enable_gqa=True)
     pairs, keys = (torch.randn(1, HQ, n, S).requires_grad_() for n in (L, 1))

@@ -144,10 +144,9 @@ def test_the_numbers_are_jaxs(name, pass_name, monkeypatch):
     assert all(torch.equal(x, tensor_of(y)) for x, y in zip(tensors, given.values(), strict=True))
 
 
-def test_launches_read_what_is_given_where_it_lies(monkeypatch):
+def test_launches_read_what_is_given_where_it_lies():
     """With kernels that make what is read of masks and seeds, operations only limit lengths, so that no sum overflows.
     """
-    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     lengths, seed = ("kv_lengths", (1,), "int32"), ("seed", (2,), "int32")
     for given, wanted in (((lengths,), ["field0"]), ((("q_ids", (1, 200), "int32"), ("kv_ids", (1, 256), "int32")), []),
                           ((seed,), []), ((lengths, seed), ["field0"])):

@@ -3,18 +3,17 @@ stand-in reads in memory, against float64 through the kernels of attention with 
 """
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
 
 import torch_bridge
-from bridge.direct import A100, DECODE
+from bridge.direct import A100
 from bridge.test_direct import BF16, FakeGpu, launched  # noqa: F401
-from pallas_flash import UnsupportedError, dispatch
+from pallas_flash import dispatch
 from pallas_flash.kernels.hopper import compiler
 from torch_bridge import flash, flash_attn
-from torch_bridge.direct import attention, cache, counters, decoding, lower, runner
+from torch_bridge.direct import attention, cache, counters, decoding, runner
 from torch_bridge.flash_attn import flash_attn_with_kvcache
 
 B, HQ, HKV, ROOM, D = 3, 4, 2, 48, 16
@@ -255,19 +254,16 @@ def test_explain_says_it(decoded, tmp_path, monkeypatch):
         torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_len=3)
 
 
-def test_an_a100_is_asked_for_no_kernel_of_caches(decoded, tmp_path, monkeypatch):
-    """Regression: each kind of cache started a process that could only say no, and explain said that it is launched."""
+def test_an_a100_reads_caches_by_its_own_kernel(decoded, tmp_path, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(attention, "gpu_of", lambda device: A100)
-    with pytest.raises(UnsupportedError, match="attention against a cache has not run on a GPU yet"):
-        lower.lower(dataclasses.replace(DECODE, gpu=A100))  # else the rule of attention.why_not_device is to go
+    torch_bridge.report(reset=True)
     keys, values = cache_of()
     compare(new(1), keys, values, cache_seqlens=LENGTHS)
-    assert decoded == ["forward"]
+    assert decoded == ["decode"]
+    assert {row.implementation for row in torch_bridge.report() if row.what == "decode"} == {"ampere"}
     text = torch_bridge.explain_flash_attn_with_kvcache(new(1), keys, values, cache_seqlens=LENGTHS)
-    assert text.startswith("not the kernel of caches (it launches kernels of caches for compute capability 9.0 alone, "
-                           "NVIDIA A100-SXM4-80GB has 8.0), but attention with lengths:")
-    decoding._why_not_gpu.cache_clear()
+    assert "path: direct, launched on torch's stream" in text and "implementation='ampere'" in text, text
 
 
 def test_explain_knows_a_compiler_that_is_of_no_use(decoded, monkeypatch):
@@ -275,7 +271,8 @@ def test_explain_knows_a_compiler_that_is_of_no_use(decoded, monkeypatch):
     dispatch._decide.cache_clear()
     text = torch_bridge.explain_flash_attn_with_kvcache(new(1), *cache_of(), cache_seqlens=LENGTHS)
     dispatch._decide.cache_clear()
-    assert text.startswith("not the kernel of caches (needs a compiler that moves registers)")
+    assert "implementation='ampere'" in text and "not 'hopper': needs a compiler that moves registers" in text, text
+    assert "path: direct" in text
 
 
 @contextlib.contextmanager

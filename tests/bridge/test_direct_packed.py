@@ -139,13 +139,6 @@ INTO_ONE = {
 }
 
 
-@pytest.fixture
-def of_parts(launched, monkeypatch):
-    """What is launched where kernels write such gradients."""
-    monkeypatch.setattr(attention, "WRITES_PARTS", True)
-    return launched
-
-
 def leaves(shapes, dtype=BF16, seed=1):
     torch.manual_seed(seed)
     return [between(*shape).to(dtype).requires_grad_() for shape in shapes]
@@ -164,18 +157,18 @@ def gradients(function, tensors):
 
 
 @pytest.mark.parametrize("name", INTO_ONE)
-def test_gradients_are_written_into_one_packed_tensor(of_parts, name):
+def test_gradients_are_written_into_one_packed_tensor(launched, name):
     """At the addresses of its parts, in which there was NaN; nothing is copied."""
     function, shapes = INTO_ONE[name]
     found = gradients(function, tensors := leaves(shapes))
-    assert of_parts == OF_PARTS
+    assert launched == OF_PARTS
     assert FakeGpu.written == [x.data_ptr() for x in parts_of(found)]
     assert [x.stride() for x in found] == [x.stride() for x in tensors]
     for x, exact in zip(found, gradients(function, leaves(shapes, torch.float64)), strict=True):
         torch.testing.assert_close(x.double(), exact, atol=8e-2, rtol=5e-2)
 
 
-def test_only_the_gradient_that_is_needed(of_parts):
+def test_only_the_gradient_that_is_needed(launched):
     function, shapes = INTO_ONE["kv"]
     q, kv = leaves(shapes)
     both, alone = gradients(function, [q, kv]), []
@@ -183,14 +176,14 @@ def test_only_the_gradient_that_is_needed(of_parts):
         torch.manual_seed(2)
         out = function(*tensors)
         alone.append(torch.autograd.grad(out, wanted, torch.randn(out.shape).to(BF16))[0])
-    assert torch.equal(both[1], alone[0]) and torch.equal(both[0], alone[1]) and of_parts == OF_PARTS * 3
+    assert torch.equal(both[1], alone[0]) and torch.equal(both[0], alone[1]) and launched == OF_PARTS * 3
     with torch.no_grad():
         function(q, kv)
-    assert of_parts == [*OF_PARTS * 3, "forward"]
+    assert launched == [*OF_PARTS * 3, "forward"]
 
 
 @pytest.mark.parametrize("error", [NoPlanError, NoLaunchesError])
-def test_where_parts_cannot_be_written_dense_gradients_are_launched(of_parts, monkeypatch, error):
+def test_where_parts_cannot_be_written_dense_gradients_are_launched(launched, monkeypatch, error):
     """Regression: they went through DLPack, and without a word where there are no such launches."""
     def fails(request, index, *, find=cache.find):
         if request.pass_name == "backward_of_parts":
@@ -201,16 +194,16 @@ def test_where_parts_cannot_be_written_dense_gradients_are_launched(of_parts, mo
     is_told = pytest.warns(FallbackWarning, match="the backward_of_parts of .* goes to that of dense gradients")
     with is_told if error is NoPlanError else contextlib.nullcontext():
         found = [gradients(function, leaves(shapes)) for _ in range(2)]
-    assert of_parts == BOTH * 2 and all(map(torch.equal, *found))
+    assert launched == BOTH * 2 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", INTO_ONE)
-def test_kernels_that_have_not_run_on_a_gpu_are_not_launched(launched, monkeypatch, name):
-    """Their results, of dense gradients that are copied, are the same."""
+def test_dense_gradients_that_are_copied_are_the_same(launched, monkeypatch, name):
     function, shapes = INTO_ONE[name]
-    found = gradients(function, leaves(shapes))
+    with monkeypatch.context() as without:
+        without.setattr(attention.DirectCall, "may_write", lambda *given: False)
+        found = gradients(function, leaves(shapes))
     assert launched == BOTH
-    monkeypatch.setattr(attention, "WRITES_PARTS", True)
     for x, exact in zip(found, gradients(function, leaves(shapes)), strict=True):
         assert torch.equal(x, exact)
     assert launched == [*BOTH, *OF_PARTS]
@@ -219,25 +212,25 @@ def test_kernels_that_have_not_run_on_a_gpu_are_not_launched(launched, monkeypat
 @pytest.mark.parametrize("change", [
     lambda qkv: torch.cat((qkv, qkv), 1)[:, :L], lambda qkv: qkv.transpose(0, 1).contiguous().transpose(0, 1),
     lambda qkv: torch.cat((qkv, qkv), 4)[..., :16]], ids=["of a longer one", "length first", "columns"])
-def test_other_tensors_get_dense_gradients_that_are_copied(of_parts, change):
+def test_other_tensors_get_dense_gradients_that_are_copied(launched, change):
     function, shapes = INTO_ONE["qkv"]
     leaf = leaves(shapes)
     expected, = gradients(function, leaf)
     found, = gradients(function, [change(leaf[0].detach()).requires_grad_()])
-    assert of_parts == [*OF_PARTS, *BOTH]
+    assert launched == [*OF_PARTS, *BOTH]
     torch.testing.assert_close(found, expected)
 
 
-def test_lengths_that_share_a_plan_are_copied(of_parts):
+def test_lengths_that_share_a_plan_are_copied(launched):
     function, _ = INTO_ONE["qkv"]
     for length in range(5, 5 + lengths.OWN + 1):
         found, = gradients(function, leaves([(1, length, 3, 2, 64)]))
         exact, = gradients(function, leaves([(1, length, 3, 2, 64)], torch.float64))
         torch.testing.assert_close(found.double(), exact, atol=8e-2, rtol=5e-2)
-    assert of_parts == [*OF_PARTS * lengths.OWN, *BOTH]
+    assert launched == [*OF_PARTS * lengths.OWN, *BOTH]
 
 
-def test_what_intercepts_calls_sees_operators(of_parts):
+def test_what_intercepts_calls_sees_operators(launched):
     """Second derivatives, transforms, autocast, lse: the gradients of parts are stacked."""
     wide = leaves([(1, 4, 3, 2, 8)], torch.float64)
     assert torch.autograd.gradcheck(flash_attn_qkvpacked_func, wide)
@@ -247,21 +240,21 @@ def test_what_intercepts_calls_sees_operators(of_parts):
     found = torch.func.grad(lambda x: flash_attn_qkvpacked_func(x).float().square().sum())(leaf.detach())
     (expected,) = torch.autograd.grad(flash_attn_qkvpacked_func(leaf).float().square().sum(), leaf)
     torch.testing.assert_close(found, expected)
-    assert of_parts == [*BOTH, *OF_PARTS]
+    assert launched == [*BOTH, *OF_PARTS]
     with torch.autocast("cpu", BF16):
         out = flash_attn_qkvpacked_func(single := leaf.detach().float().requires_grad_())
     assert out.dtype == BF16 and torch.autograd.grad(out.float().square().sum(), single)[0].dtype == torch.float32
     out, lse, _ = flash_attn_qkvpacked_func(leaf, return_attn_probs=True)
     torch.autograd.grad(out.float().square().sum() + lse.sum(), leaf)
-    assert of_parts == [*BOTH, *OF_PARTS, *BOTH, *BOTH]
+    assert launched == [*BOTH, *OF_PARTS, *BOTH, *BOTH]
 
 
-def test_a_plan_that_cannot_be_made_leaves_dlpack(of_parts, monkeypatch):
+def test_a_plan_that_cannot_be_made_leaves_dlpack(launched, monkeypatch):
     function, shapes = INTO_ONE["qkv"]
     expected, = gradients(function, tensors := leaves(shapes))
     monkeypatch.setenv(attention.VARIABLE, "0")
     found, = gradients(function, tensors)
-    assert of_parts == OF_PARTS
+    assert launched == OF_PARTS
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 

@@ -12,7 +12,6 @@ import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from pallas_flash import FallbackWarning
-from pallas_flash.kernels.hopper import defaults
 from torch_bridge.direct import attention, cache, shared, shortcut
 from torch_bridge.direct import lengths as lengths_
 from torch_bridge.direct.parent import NoPlanError
@@ -155,7 +154,6 @@ def test_nothing_is_recorded_below_autograd(short):
 def test_the_zeros_of_a_problem_stay_where_they_are(launched, monkeypatch):
     """Regression: a pass that was loaded later took others, and left what shortcuts and graphs read to be freed."""
     monkeypatch.setattr(shared, "_zeros", {})
-    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     tensors, bias = qkv(*[(1, 2, 5, 8)] * 3, dtype=BF16), torch.zeros(1, 2, 5, 5, dtype=BF16)
     OURS(*tensors, bias).sum().backward()
     (direct,) = attention._directs.values()

@@ -621,7 +621,7 @@ def test_activate_replaces_the_flash_backend(jax, path):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
 
 
-def test_activate_reaches_unchanged_calls(jax, path):
+def test_activate_reaches_unchanged_calls(jax, asked):
     """With no sdpa_kernel context: on Hopper GPUs PyTorch prefers cuDNN. And varlen_attn, where this PyTorch has it."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -630,7 +630,7 @@ def test_activate_reaches_unchanged_calls(jax, path):
     leaves, dout = [x.requires_grad_() for x in fresh()], fresh(1)[0]
     order = torch._C._get_sdp_priority_order
     F.scaled_dot_product_attention(*leaves)  # PyTorch sets its own order when it first chooses
-    before, names = order(), {}
+    before = order()
 
     def step():
         out = F.scaled_dot_product_attention(*leaves, is_causal=True)
@@ -646,14 +646,15 @@ def test_activate_reaches_unchanged_calls(jax, path):
     try:
         found, ours_packed = step(), packed()
         torch.autograd.grad(ours_packed, tokens, torch.ones_like(ours_packed))
-        names = {(row.what, row.calls) for row in torch_bridge.report(reset=True)}
+        rows = torch_bridge.report(reset=True)
         with sdpa_kernel(SDPBackend.MATH):
             step()
         assert not torch_bridge.report(reset=True), "an explicit choice is respected"
     finally:
         torch.nn.attention.restore_flash_attention_impl()
-    assert sum(calls for what, calls in names if what == "forward") == 2, names
-    assert sum(calls for what, calls in names if what == "backward") == 2, names
+    for what in ("forward", "backward"):
+        assert sum(row.calls for row in rows if row.what == what) == 2, rows
+    assert {"launched directly" in row.problem for row in rows} == {asked == "direct"}, rows
     assert order() == before
     torch.testing.assert_close(ours_packed, theirs, rtol=0.05, atol=0.02)
     for a, b in zip(found, expected, strict=True):

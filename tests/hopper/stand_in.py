@@ -64,10 +64,11 @@ class StandIn:
 
 
 def with_sinks(spec, results, sinks):
-    """The results with sinks, (1|b h 1 1), in them, for rows that attend to something."""
+    """The results with sinks, (1|b h 1 1), in them, for rows that attend to something: others keep lse, and out 0."""
     out, stats = results
-    lse = jnp.logaddexp(stats[:, :, 0], sinks[..., 0])
-    share = jnp.exp(stats[:, :, 0] - lse)
+    is_empty = stats[:, :, 0] <= jnp.finfo(stats.dtype).min
+    lse = jnp.where(is_empty, stats[:, :, 0], jnp.logaddexp(stats[:, :, 0], sinks[..., 0]))
+    share = jnp.where(is_empty, 0, jnp.exp(stats[:, :, 0] - lse))
     share = share if spec.layout == "BHLD" else share.swapaxes(1, 2)
     return (out.astype(share.dtype) * share[..., None]).astype(out.dtype), stats.at[:, :, 0].set(lse)
 

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the interpreter says whether it saw a race
 
 from pallas_flash import device
-from pallas_flash.kernels.hopper import calls, defaults
+from pallas_flash.kernels.hopper import calls
 from pallas_flash.kernels.mosaic import dropout, dropout_keys
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.spec import AttentionSpec, Operands
@@ -42,9 +42,8 @@ def test_its_words_on_a_gpu(shape):
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
-def test_another_runtime_launches_it_first(monkeypatch):
+def test_another_runtime_launches_it_first():
     """In both passes."""
-    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     spec, _, _ = case(3, 5)
     for found in calls.passes(spec, device.H200):
         assert "dropout_keys" not in found.inputs and found.launches[0].inputs == ("dropout_seed",)

@@ -176,8 +176,11 @@ def test_sinks_agree_with_those_of_the_reference(name, dims):
     wide = [np.asarray(x, np.float32) for x in operands[:3]]
     with jax.default_matmul_precision("highest"):
         wanted = jax.jit(everything, static_argnums=0)("reference", *wide, sinks)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    names = "out", "lse", "dq", "dk", "dv", "dsinks"
+    for what, a, b in zip(names, *map(jax.tree.leaves, (found, wanted)), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         finite = np.isfinite(b)
         assert np.array_equal(finite, np.isfinite(a))
-        assert np.abs(a - b)[finite].max() <= 0.02 * np.abs(b[finite]).max()
+        # dsinks adds up all queries' delta, rounded as out is, of either sign: so far from 0 and so uncertain
+        size = np.sqrt(problem.batch * problem.q_len) / 10 if what == "dsinks" else np.abs(b[finite]).max()
+        assert np.abs(a - b)[finite].max() <= 0.02 * size, what

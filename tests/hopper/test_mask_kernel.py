@@ -89,9 +89,8 @@ def test_a_pass_makes_its_arrays_itself():
     assert max(used.values()) <= 1, used
 
 
-def test_another_runtime_makes_what_the_first_launch_reads(monkeypatch):
+def test_another_runtime_makes_what_the_first_launch_reads():
     """The arrays of the mask, and not what XLA makes of them where there is no such launch."""
-    monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", True)
     spec, mask = masks_of.spec_of(masks_of.DOCUMENTS), masks_of.canonical(masks_of.DOCUMENTS)
     given = Operands(*(None,) * 5, mask, (), None, None, None)
     for found in calls.passes(spec, device.H100):
@@ -112,8 +111,8 @@ def test_one_query_with_ids_asks_once_whether_a_kernel_makes_its_mask(monkeypatc
     keys = jnp.zeros((1, 1, 1, 256)) if has_bias else None
     spec = AttentionSpec.of(*shapes).masked(mask, keys)
     given, names = Operands(*(None,) * 3, keys, (), mask, (), None, None, None), []
-    for is_on in (False, True):
-        monkeypatch.setattr(defaults, "OTHERS_LAUNCH_THEM", is_on)
+    for asked in (lambda spec: False, defaults.has_mask_kernel):
+        monkeypatch.setattr(defaults, "has_mask_kernel", asked)
         found = calls.passes(spec, device.H100)[0]
         made = found.make(given)
         assert made.keys() <= found.inputs.keys()
@@ -131,7 +130,7 @@ def test_what_it_does_not_make_is_a_reason(name):
         assert any("mask_kernel" in reason for reason in rules.reasons_against(spec, schedule, 232_448))
 
 
-def test_nothing_is_launched_before_it_has_run_on_a_gpu():
+def test_xla_makes_the_arrays_itself():
     spec = masks_of.spec_of(masks_of.DOCUMENTS)
     for schedule in (defaults.default_forward(spec, device.H100), defaults.default_backward(spec, device.H100)):
         assert not schedule.mask_kernel

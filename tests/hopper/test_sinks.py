@@ -31,11 +31,6 @@ SINKS = np.array([0.5, 6.0], np.float32)
 SHAPES = {"q": (1, 16, 2, 64), "k": (1, 16, 1, 64)}
 
 
-@pytest.fixture
-def in_epilogue(monkeypatch):
-    monkeypatch.setattr(support, "SINKS_HAVE_RUN", True)
-
-
 def problem_of(name, **options):
     fields = dict(batch=1, q_heads=2, kv_heads=1, q_len=Q_LEN, kv_len=KV_LEN, d=64, d_v=64, dtypes=("bfloat16",))
     return Problem(name, "sinks", **(fields | options))
@@ -87,7 +82,7 @@ CASES = {
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", CASES)
-def test_the_epilogue_agrees_with_the_reference(name, in_epilogue):
+def test_the_epilogue_agrees_with_the_reference(name):
     problem = problem_of(name, **CASES[name])
     operands, cotangents = conformance.random_case(problem, "bfloat16")
     found = run_interpreted(problem, operands, cotangents, SINKS)
@@ -119,7 +114,7 @@ def test_sums_take_a_sink_of_any_size(sink):
         np.testing.assert_allclose(left[i] / total[i], share, rtol=2e-6 * max(1, abs(own[i])), atol=1e-37)
 
 
-def test_what_takes_sinks_and_what_explain_says(in_epilogue):
+def test_what_takes_sinks_and_what_explain_says():
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in SHAPES.values())
     heads, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2,), (1, 1, 1, 16)))
     say = lambda implementation, **options: explain(q, k, k, sinks=heads, device=device.H200, mask=Causal(),
@@ -129,11 +124,6 @@ def test_what_takes_sinks_and_what_explain_says(in_epilogue):
     assert say("xla").endswith("sinks: one more pass over out, in plain JAX")
     refused = explain(q, k, k, sinks=heads, device=device.A100, implementation="hopper")
     assert refused.startswith("UnsupportedError") and "sinks:" not in refused
-
-
-def test_until_they_have_run_a_pass_over_out_adds_them(monkeypatch):
-    monkeypatch.setattr(support, "SINKS_HAVE_RUN", False)
-    assert not support.takes_sinks(problem_of("plain").spec())
 
 
 # -- what surrounds the kernels ----------------------------------------------------------------------------------------
@@ -161,7 +151,7 @@ def assert_near(found, wanted):
 
 
 @pytest.mark.parametrize("axes", [("batch", "heads"), (None, ("batch", "heads"))], ids=str)
-def test_batch_and_heads_are_split(axes, in_epilogue, monkeypatch):
+def test_batch_and_heads_are_split(axes, monkeypatch):
     arrays, (batch, heads) = arrays_of(), axes
     four = P(batch, None, heads)
     places = four, four, four, P(heads), four, P(batch, heads)
@@ -176,7 +166,7 @@ def test_batch_and_heads_are_split(axes, in_epilogue, monkeypatch):
 
 
 @pytest.mark.parametrize("mapped", [0, None])
-def test_under_vmap_each_element_has_its_sinks(mapped, in_epilogue, monkeypatch):
+def test_under_vmap_each_element_has_its_sinks(mapped, monkeypatch):
     arrays = arrays_of(3)
     if mapped is None:
         arrays[3] = arrays[3][0]

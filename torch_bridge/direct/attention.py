@@ -27,7 +27,7 @@ from torch_bridge.direct.plan import Kernel, Program
 from torch_bridge.direct.problem import AnyProblem, Gpu, PassName, Problem, Request, versions
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "WRITES_PARTS", "Direct",
+__all__ = ["DEVICES", "MOST_ALONE", "MOST_WITH_GRADIENTS", "PASSES", "VARIABLE", "Direct",
            "DirectCall", "direct_of", "expect", "find", "gpu_of", "is_at_hand", "is_loaded", "is_on", "known",
            "name_of", "of_hopper", "prepared", "problem_of", "reason_found", "request", "why_not", "why_not_device",
            "why_not_gpu"]
@@ -43,7 +43,7 @@ _NAMES: dict[PassName, str] = {
 _CAPABILITY = (8, 0)
 """From here on GPUs have kernels; `parent.NoLaunchesError` says of which problems they have none."""
 _HOPPER = (9, 0)
-"""Whose kernels alone are launched with a bias, and on a cache: to ask that elsewhere takes a process a problem."""
+"""Whose kernels alone are launched with a bias: to ask that elsewhere takes a process a problem."""
 _DTYPES = (torch.bfloat16, torch.float16)
 _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
@@ -54,10 +54,6 @@ MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
 """Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
 are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
 20 and 210 (docs/notes/torch_bridge.md, 2026-11-30).
-"""
-WRITES_PARTS = False
-"""Whether kernels write gradients that are parts of arrays (`backward_of_parts`): off until the tests of them in
-tests/bridge/test_direct_gpu.py, which switch it on, have run on a GPU. Dense ones are copied into the parts.
 """
 _MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
@@ -355,7 +351,7 @@ class DirectCall(NamedTuple):
     def may_write(self, grads: Sequence[torch.Tensor]) -> bool:
         """Whether `write_gradients` takes these: those of operands that are read where they lie, and stored alike."""
         stored = zip(grads, self.direct.strides, strict=True)
-        return WRITES_PARTS and self.is_in_place and all(
+        return self.is_in_place and all(
             strides.same_memory(x.shape, x.stride(), wanted)
             for x, wanted in ((strides.in_layout(x, self.direct.problem.layout), wanted) for x, wanted in stored))
 
@@ -407,7 +403,7 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
         if len(_choices) >= _MAX_CHOICES:
             _choices.clear()
         _choices[name] = choice
-    if then == "backward_of_parts" and choice is not None and not (WRITES_PARTS and choice.is_in_place):
+    if then == "backward_of_parts" and choice is not None and not choice.is_in_place:
         then = "backward"
     if choice is None or not choice.direct.try_prepare(pass_name, then):
         return None

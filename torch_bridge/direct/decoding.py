@@ -7,7 +7,6 @@ that a captured CUDA graph is replayed with others.
 """
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,11 +19,8 @@ from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import CacheProblem, Given
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["VARIABLE", "Call", "Known", "Rules", "attend", "is_asked", "is_possible", "learn", "path",
+__all__ = ["Call", "Known", "Rules", "attend", "is_asked", "is_possible", "learn", "path",
            "prepared", "problem_of", "why_not", "why_not_direct"]
-
-VARIABLE = "PALLAS_FLASH_DIRECT_DECODE"
-"""1 has caches read by a direct launch on a GPU, which nobody has seen there yet."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT, _MAX_DIM, _MAX_ROWS = 8, 256, 64
@@ -148,9 +144,7 @@ is_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _why_not_gpu(device: torch.device) -> str | None:
     """Why no cache is read on a GPU; None: it is. Asked in every call."""
-    if device.type == "cuda" and os.environ.get(VARIABLE) != "1":
-        return f"PyTorch has not launched this kernel on a GPU yet: set {VARIABLE}=1 to try it"
-    return attention.why_not_device(device, "caches")
+    return attention.why_not_device(device)
 
 
 def is_possible(device: torch.device) -> bool:

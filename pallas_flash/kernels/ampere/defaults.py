@@ -24,7 +24,7 @@ from pallas_flash.kernels.ampere.schedule import (
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["OTHERS_LAUNCH_THEM", "assume", "default_backward", "default_forward", "with_mask_kernel"]
+__all__ = ["assume", "default_backward", "default_forward", "with_mask_kernel"]
 
 _SYSTEM_BYTES = 1024 + 128
 """Shared memory of each block that is not its own: CUDA takes 1,024 bytes, and Mosaic has one byte of static memory,
@@ -32,9 +32,6 @@ which counts as 128.
 """
 _RESERVED = 1024
 """What an SM has beyond the most that one block may ask for."""
-
-OTHERS_LAUNCH_THEM = False
-"""Whether PyTorch launches the kernel of masks: it has not run on a GPU."""
 
 _MOST_STAGES = 4
 """Of tiles of a cache: with three on their way, more bytes are in flight than memory needs (docs/notes/ampere.md)."""
@@ -101,8 +98,7 @@ def with_mask_kernel[S: (ForwardSchedule, BackwardSchedule)](spec: AttentionSpec
     that fits: XLA makes them itself in as little time, PyTorch would in dozens of small kernels.
     """
     found = dataclasses.replace(schedule, mask_kernel=True)
-    fits = OTHERS_LAUNCH_THEM and not reasons_against(spec, found, device.smem_bytes)
-    return found if fits else schedule
+    return schedule if reasons_against(spec, found, device.smem_bytes) else found
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:

@@ -34,9 +34,7 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     if prefill.is_needed(spec):
         of_prefill, spec = prefill.not_measured(spec), prefill.ordinary(spec)
     rules = (*((True, what) for what in of_prefill),
-             (bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (filled_part(spec.mask) is not None, "attention against a cache"),
-             (spec.partial, "a part of a sum in float32, as several GPUs share one,"))
+             (bool(spec.dropout_moved), "dropout of a part of a problem"))
     return [f'{what} has not run on a GPU yet (name implementation="ampere" to try it)'
             for is_there, what in rules if is_there]
 

@@ -140,8 +140,7 @@ def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | Non
                      dataclasses.replace(second, mask_kernel=has_kernel))
     found = (_making(spec, inner, launches.forward(inner, first), first),
              _making(spec, inner, launches.backward(inner, second), second))
-    has_launch = spec.bias is not None and defaults.OTHERS_LAUNCH_THEM
-    third = defaults.default_dbias(spec, device) if has_launch else None
+    third = None if spec.bias is None else defaults.default_dbias(spec, device)
     if third is None:
         return found
     return *found, _making(spec, inner, launches.dbias_pass(inner, third, result_type(spec).dtype), third.tiles)

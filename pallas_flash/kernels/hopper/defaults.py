@@ -44,14 +44,12 @@ from pallas_flash.kernels.mosaic.traced import is_additive, is_light
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tiles import cdiv
 
-__all__ = ["OTHERS_LAUNCH_THEM", "assume", "default_backward", "default_dbias", "default_forward", "default_parts",
-           "has_keys_kernel", "has_mask_kernel"]
+__all__ = ["assume", "default_backward", "default_dbias", "default_forward", "default_parts", "has_keys_kernel",
+           "has_mask_kernel"]
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
-OTHERS_LAUNCH_THEM = False
-"""Whether PyTorch launches the kernels of masks, dropout and a bias's gradient: on a GPU they ran under XLA alone."""
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
@@ -129,12 +127,12 @@ def has_mask_kernel(spec: AttentionSpec) -> bool:
     """Whether another runtime than XLA launches what makes the arrays that are read of a mask's. XLA makes them itself
     in as little time (docs/notes/hopper_features.md, 2026-11-30); PyTorch would in dozens of small kernels.
     """
-    return OTHERS_LAUNCH_THEM and spec.dtype != jnp.float32 and kernel_makes(spec)
+    return spec.dtype != jnp.float32 and kernel_makes(spec)
 
 
 def has_keys_kernel(spec: AttentionSpec) -> bool:
     """Whether another runtime than XLA launches what makes dropout's keys: PyTorch would in 120 small kernels."""
-    return OTHERS_LAUNCH_THEM and bool(spec.dropout_rate) and not spec.dropout_moved
+    return bool(spec.dropout_rate) and not spec.dropout_moved
 
 
 def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:

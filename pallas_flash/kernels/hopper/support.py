@@ -20,8 +20,6 @@ FLOAT32_IS_RIGHT = False
 """The kernels of float32 inputs gave wrong numbers on an H200 (docs/notes/hopper_features.md): only tests set this."""
 KERNELS_MERGE = True
 """Whether kernels merge results of parts (`merging`): off only to compare them with XLA's merging."""
-SINKS_HAVE_RUN = False
-"""Whether sinks in the epilogue of the forward have run on a GPU. Until then a pass over out adds them."""
 BYTES_UNIT = 32
 """Of head dimensions where keys and values are of eight bits: what all threads of a warpgroup convert at a time."""
 
@@ -79,7 +77,7 @@ def takes_sinks(spec: AttentionSpec) -> bool:
     """
     if prefill.is_needed(spec):
         return takes_sinks(prefill.ordinary(spec))
-    in_epilogue = SINKS_HAVE_RUN and spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
+    in_epilogue = spec.bias is None and not (_is_float32(spec) or is_wide(spec) or spec.partial)
     return filled_part(spec.mask) is not None or in_epilogue
 
 
