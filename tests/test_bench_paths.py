@@ -48,6 +48,7 @@ def test_kinds_of_calls_are_timed_once_both_ways_agree(monkeypatch):
     assert attention.MOST_ALONE < attention.MOST_WITH_GRADIENTS < 1000, "as before"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch 2.11 itself
 def test_the_parts_of_a_step_and_compiled_calls_are_timed(monkeypatch):
     monkeypatch.setattr(bridge_paths, "SMALL", (1, 2, 16, 8))
     monkeypatch.setattr(bridge_paths, "PATHS", (PATHS[0], WRONG, PATHS[0]._replace(name="direct")))

@@ -40,7 +40,7 @@ def named(score: Function, query: torch.Tensor) -> Named:
         return Named(_name_of(score, (), is_float64), None, None)
     arrays = _arrays(score, query)
     kinds = tuple((tuple(map(operator.index, x.shape)), _kind(x)) for x in arrays)
-    if _is_made(score):
+    if not torch.compiler.is_dynamo_compiling() or (_has_scores(score, fields) and _is_made(score)):
         name = _name_of(score, kinds, is_float64)
     else:
         static = tuple((field, _number(getattr(score, field))) for field in fields
@@ -51,6 +51,11 @@ def named(score: Function, query: torch.Tensor) -> Named:
     floats = [x.reshape(-1).to(dtype) for x in arrays if x.is_floating_point()]
     integers = [x.reshape(-1).to(torch.int32) for x in arrays if not x.is_floating_point()]
     return Named(name, torch.cat(floats) if floats else None, torch.cat(integers) if integers else None)
+
+
+def _has_scores(score: object, fields: tuple[str, ...]) -> bool:
+    """Whether a `Score` has others in its fields, of which no constant is made one by one."""
+    return any(_field_names(type(getattr(score, name))) is not None for name in fields)
 
 
 def _arrays(score: object, query: torch.Tensor) -> list[torch.Tensor]:
@@ -106,7 +111,9 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
 
 @_constant
 def _is_made(score: object) -> bool:
-    """Whether the object is there: not one that PyTorch will make when the program runs."""
+    """Whether the object is there: not one that PyTorch will make when the program runs. PyTorch 2.11 cannot tell, and
+    raises.
+    """
     return not _field_names(type(score)) or bool(vars(score))
 
 

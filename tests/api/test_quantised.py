@@ -230,8 +230,11 @@ def test_a_loop_under_jit_and_vmap():
         np.testing.assert_array_equal(np.asarray(held.key[i]).view(np.uint8), np.asarray(one.key).view(np.uint8))
 
 
+@pytest.mark.virtual
 def test_over_devices():
     """Of batch and heads, scales with their heads."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
     held = cache.empty(2, 40, KV_HEADS, DIM, dtype=F8, key_scale=OF_HEADS, value_scale=OF_HEADS)
     held = cache.append(held, K[:, :20], V[:, :20])

@@ -230,13 +230,15 @@ def test_a_remat_policy_keeps_what_the_backward_needs():
     assert not [x for x in jax.tree.leaves(vjp) if x.dtype == jnp.float32 and x.shape == Q.shape]
 
 
-def test_explain_names_the_pass():
+@pytest.mark.parametrize(("where", "name", "said"), [(device.H100, "hopper", "in the kernel"),
+                                                     (device.A100, "ampere", "one more pass over out, in plain JAX")])
+def test_explain_says_where_they_are_computed(where, name, said):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "bfloat16")
     arrays = shape(B, T, H, 64), shape(B, S, K, 64), shape(B, S, K, 64)
-    with device.assume(device.H100):
+    with device.assume(where):
         text, without = explain(*arrays, sinks=shape(H)), explain(*arrays)
-    assert "implementation='hopper'" in text
-    assert text == f"{without}\nsinks: one more pass over out, in plain JAX"
+    assert f"implementation={name!r}" in text
+    assert text == f"{without}\nsinks: {said}"
 
 
 # Several devices ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch_bridge
 from bridge.direct import A100, H200
 from bridge.problems import OURS, check, heads_inside, qkv
 from pallas_flash import FallbackWarning, UnsupportedError, dropout, scores
+from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.hopper import defaults
 from pallas_flash.kernels.mosaic import traced
 from torch_bridge import exchange, ops, score_names, streams, strides
@@ -210,6 +211,7 @@ def launched(monkeypatch):
     kept = []
     for kernel in ("has_mask_kernel", "has_keys_kernel"):  # what they make is not read by what stands in
         monkeypatch.setattr(defaults, kernel, lambda spec: False)
+    monkeypatch.setattr(ampere_defaults, "with_mask_kernel", lambda spec, schedule, device: schedule)
     for name in ("_choices", "_directs", "_reasons"):
         monkeypatch.setattr(attention, name, {})
     monkeypatch.setattr(said, "_said", set())
