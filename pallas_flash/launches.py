@@ -16,9 +16,10 @@ __all__ = ["Launch", "Pass", "Passes", "launches", "tracing"]
 class Passes(NamedTuple):
     """The forward: q, k, v -> out, stats; the backward: q, k, v, out, stats, dout, dstats -> dq, dk, dv. Both read what
     `Pass.make` makes, too, if they have it. And the gradient of a bias, of what the backward reads; None where no
-    kernel makes it. Against a cache the forward also takes the arrays of the mask, a bias, sinks and the page table,
-    and the backward is no list of launches: None. `implementation` has them; `left` names those written for the device
-    that an automatic choice leaves for it, with each reason (`dispatch.Decision.left`); `reasons` all that cannot.
+    kernel makes it. The gradients of a score function's arrays are none of these. Against a cache the forward also
+    takes the arrays of the mask, a bias, sinks and the page table, and the backward is no list of launches: None.
+    `implementation` has them; `left` names those written for the device that an automatic choice leaves for it, with
+    each reason (`dispatch.Decision.left`); `reasons` all that cannot.
     """
 
     forward: Pass
@@ -72,7 +73,7 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     if copies is not None:
         return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
     if spec.score is not None:
-        return f"{name!r} has no launches for the gradients of a score function's arrays"
+        return f"{name!r} has no launches of what reads a score function, or a mask that is asked pair by pair"
     if spec.bias is not None:
         return f"{name!r} makes what it reads of this bias beside the launches, by JAX"
     return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

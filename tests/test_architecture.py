@@ -195,7 +195,7 @@ def test_who_compiles_imports_no_torch_and_who_launches_no_jax():
     assert direct("torch") == {
         "allocation.py", "attention.py", "counters.py", "decoding.py", "guards.py", "lengths.py", "operations.py",
         "reasons.py", "repeated.py", "room.py", "runner.py", "shared.py", "shortcut.py", "storage.py", "tracing.py"}
-    assert direct("jax", "pallas_flash") == {"beside.py", "child.py", "lower.py", "plugin.py", "said.py"}
+    assert direct("jax", "pallas_flash") == {"beside.py", "child.py", "lower.py", "plugin.py", "said.py", "score_ir.py"}
 
 
 def test_the_bridge_imports_no_kernel():

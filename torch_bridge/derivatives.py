@@ -69,8 +69,10 @@ def _recorded(operator: ops.Operator, args: Sequence[object]) -> ops.Operator:
         is_direct = tracing.is_direct(operands, numbers, "forward")
     else:
         call = AttentionBackward.of(args)
-        is_whole = call.results.stats.dim() == 4  # else lse alone, which goes through DLPack
-        is_direct = is_whole and tracing.is_direct(operands, numbers, "backward") and (
+        # Else lse alone, or with the gradients of a score function's arrays, which goes through DLPack.
+        is_launched = call.results.stats.dim() == 4 and not (
+            call.needs.score_floats and operands.score_floats is not None)
+        is_direct = is_launched and tracing.is_direct(operands, numbers, "backward") and (
             operands.bias is None or not call.needs.bias or tracing.is_direct(operands, numbers, "dbias"))
     return ops.DIRECT[operator] if is_direct else operator
 

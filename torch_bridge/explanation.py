@@ -163,7 +163,7 @@ def precompile(
     if device.type not in attention.DEVICES:
         reason = f"it is for CUDA tensors, query is on {device}"
     elif reason is None:
-        reason = attention.why_not_gpu(call.operands, device) or requirements.why_not()
+        reason = attention.why_not_gpu(call.operands, call.numbers, device) or requirements.why_not()
     if reason is not None:
         raise RuntimeError(f"precompile needs a call that the direct path takes: {reason}. Through DLPack, JAX "
                            "compiles in the first call.")

@@ -39,9 +39,10 @@ def attend_saving(operands: Operands, numbers: Numbers, then: PassName = "backwa
     Args:
       then: the pass that will follow, if it is launched directly.
     """
-    wants_bias = operands.bias is not None and operands.bias.requires_grad  # whose backward may go through DLPack
+    more = operands.bias, operands.score_floats  # the backward that makes their gradients may go through DLPack
+    wants_more = any(x is not None and x.requires_grad for x in more)
     direct = lengths.forward(operands, numbers, most=attention.MOST_WITH_GRADIENTS,
-                             then=None if wants_bias else then)
+                             then=None if wants_more else then)
     if direct is not None:
         return direct
     from torch_bridge import exchange
@@ -101,11 +102,12 @@ def forward(operands: Operands, numbers: Numbers, needs_stats: bool, in_graph: b
 def backward(operands: Operands, numbers: Numbers, results: Results, cotangents: Cotangents,
              needs: PerArray[bool], in_graph: bool = False) -> PerArray[torch.Tensor]:
     """The gradients with the storage order of their tensors; (0,) in place of those not needed. See `forward`."""
-    is_whole = results.stats.dim() == 4  # else lse alone (`AttentionBackward`)
+    # Else lse alone (`AttentionBackward`); and no launches make gradients of a score function's arrays.
+    is_launched = results.stats.dim() == 4 and not (needs.score_floats and operands.score_floats is not None)
     wants_bias = needs.bias and operands.bias is not None
     most = math.inf if in_graph else attention.MOST_WITH_GRADIENTS
     grads = lengths.backward(operands, numbers, results, cotangents, most=most,
-                             wants_bias=wants_bias) if is_whole else None
+                             wants_bias=wants_bias) if is_launched else None
     if grads is not None:
         return PerArray(*(grad if needed and grad is not None else operands.query.new_empty((0,))
                           for grad, needed in zip(grads, needs, strict=True)))

@@ -11,8 +11,6 @@ dtype of the scores; and the others, as int32.
 import dataclasses
 import functools
 import hashlib
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -22,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import errors, mask_fields, scores
-from pallas_flash.arrays import Array, Shaped
+from pallas_flash.arrays import Array
 from pallas_flash.mask_fields import ArrayField
+from torch_bridge.direct import score_ir
+from torch_bridge.direct.score_ir import split
 
-__all__ = ["ArrayKind", "field_names", "flat", "from_fields", "function", "host", "is_array",
+__all__ = ["ArrayKind", "as_data", "field_names", "flat", "from_fields", "function", "host", "is_array",
            "joined", "name_of", "split"]
 
 
@@ -52,6 +52,16 @@ def function(name: str) -> scores.Score:
             "score=...) once with the same function, and arrays of the same shapes, before the graph runs; tensors on "
             'the device "meta" will do.')
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def as_data(name: str) -> tuple[str | None, str]:
+    """(the text of the function of a name (score_ir.py), "") or, where it has none, (None, why); raises as `function`.
+    """
+    try:
+        return score_ir.serialized(function(name)), ""
+    except score_ir.UnserializableError as error:
+        return None, str(error)
 
 
 def field_names(kind: type) -> tuple[str, ...] | None:
@@ -183,15 +193,6 @@ def flat(score: scores.Score | None) -> set[str]:
     """Which operands hold the arrays of a function."""
     there = {"score_floats": scores.floats(score), "score_integers": scores.integers(score)}
     return {name for name, arrays in there.items() if arrays}
-
-
-def split(like: Sequence[Shaped], whole: Array | None) -> tuple[Array, ...]:
-    """Arrays of these shapes and dtypes out of one of one axis; None holds zeros."""
-    if whole is None:
-        return tuple(jnp.zeros(x.shape, x.dtype) for x in like)
-    ends = [*itertools.accumulate(math.prod(x.shape) for x in like)]
-    return tuple(whole[start:end].reshape(x.shape).astype(x.dtype)
-                 for x, start, end in zip(like, [0, *ends], ends, strict=False))
 
 
 def joined(arrays: Sequence[Array]) -> Array | None:

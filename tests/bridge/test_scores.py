@@ -27,7 +27,7 @@ from torch_bridge import (
     score_names,
     sharding,
 )
-from torch_bridge.direct import attention
+from torch_bridge.direct import attention, scored
 
 ROOT = Path(__file__).parents[2]
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
@@ -384,7 +384,8 @@ def test_dropout_drops_the_same_weights():
 # --- which way, and errors -------------------------------------------------------------------------------------------
 
 
-def test_the_reason_for_dlpack():
+def test_the_reason_for_dlpack(monkeypatch):
+    monkeypatch.setattr(scored, "TAKES_SCORES", False)
     q, k, v = (x.to(torch.bfloat16) for x in given("plain"))
     text = explain_flash_attention(q, k, v, score=leaky, is_causal=True)
     assert "score=leaky" in text and "path: DLPack" in text

@@ -8,6 +8,7 @@
       beside.py        what is computed beside them -> operations; intervals.py leaves out those that change nothing
       plugin.py        a module -> machine code, by what JAX keeps to itself
       compile.py       each launch as the driver sees it: machine code, grid, parameters
+      score_ir.py      a score function as data, of which the request of a plan tells it
     plan.py          what is kept of that, a file
     cache.py         finds plans, and has them made; progress.py shows that
     driver.py        CUDA's driver
@@ -20,6 +21,7 @@
     operations.py    what torch computes before the launches, of lengths, ids and seeds
     attention.py     which calls take this path; their tensors in and out
     decoding.py      the same of attention to a cache
+    scored.py        which score functions take it
     storage.py       which tensors are read where they lie, and in which shapes others are given
     reasons.py       why a call does not take it
     shortcut.py      calls seen before; guards.py knows them at a glance

@@ -20,7 +20,7 @@ import torch
 
 from torch_bridge import records, strides
 from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
-from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, shared, storage
+from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, scored, shared, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
 from torch_bridge.direct.plan import Kernel, Program
@@ -49,6 +49,7 @@ _BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _ANCHOR_ROWS = 128  # queries that a bias of keys may be anchored for at once (`pallas_flash.spec.ANCHOR_ROWS`)
 _UNIT = 8  # of head dimensions, in elements (`pallas_flash.padding`)
 _MAX_CHOICES = 4096
+_GIVEN = "mask", "bias", *PLACES, "score_floats", "score_integers"
 MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
 """Of PyTorch's kernels before the launches of a pass: of a forward alone, and of each pass of a call whose gradients
 are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
@@ -93,7 +94,7 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
-        (numbers.score is None, "it takes no score functions yet"),
+        *scored.rules(numbers.score),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
@@ -123,14 +124,14 @@ def why_not_device(device: torch.device, only: str = "") -> str | None:
     return None
 
 
-def why_not_gpu(operands: Operands, device: torch.device) -> str | None:
-    """`why_not_device` of a call with these operands."""
-    return why_not_device(device, of_hopper(operands))
+def why_not_gpu(operands: Operands, numbers: Numbers, device: torch.device) -> str | None:
+    """`why_not_device` of such a call."""
+    return why_not_device(device, of_hopper(operands, numbers))
 
 
-def of_hopper(operands: Operands) -> str:
+def of_hopper(operands: Operands, numbers: Numbers) -> str:
     """What of a call only Hopper's kernels are launched with; empty: nothing."""
-    return "" if operands.bias is None else "a float attn_mask"
+    return "a score function" if numbers.score is not None else "" if operands.bias is None else "a float attn_mask"
 
 
 def reason_found(problem: AnyProblem, device: torch.device, pass_name: PassName = "forward") -> str | None:
@@ -147,9 +148,8 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
     outer = [storage.outer_of(x, layout) or (x.shape[1], x.shape[3]) for x in (query, key, value)]
     (batch, q_heads, q_len, d), (_, kv_heads, kv_len, d_v) = query.shape, value.shape
     left, right = (None if side is None else int(side) for side in (numbers.left, numbers.right))
-    named = zip(("mask", "bias", *PLACES), (operands.mask, operands.bias, *operands.places), strict=True)
     given = tuple((name, storage.shape_given(name, x), str(x.dtype).removeprefix("torch."))
-                  for name, x in named if x is not None)
+                  for name in _GIVEN if (x := getattr(operands, name)) is not None)
     if numbers.dropout_p > 0:  # a seed is drawn when the call is made
         given = (*given, ("seed", (2,), "int32"))
     return Problem(layout=layout,
@@ -157,7 +157,8 @@ def problem_of(operands: Operands, numbers: Numbers) -> Problem:
                    kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, d=d, d_v=d_v,
                    window=(left, right, int(numbers.offset), numbers.ends_aligned), scale=numbers.scale,
                    softcap=numbers.softcap, deterministic=numbers.deterministic, outer=(outer[0], outer[1], outer[2]),
-                   given=given, dropout_p=numbers.dropout_p)
+                   given=given, dropout_p=numbers.dropout_p, score=numbers.score,
+                   score_ir=scored.text(numbers.score))
 
 
 def request(problem: AnyProblem, pass_name: PassName, device: torch.device) -> Request:
@@ -411,7 +412,7 @@ def find(operands: Operands, numbers: Numbers, pass_name: PassName, *, then: Pas
 
 def _is_taken(operands: Operands, numbers: Numbers) -> bool:
     """Whether nothing is against it; warns where only the installation is."""
-    if why_not(operands, numbers) is not None or why_not_gpu(operands, operands.query.device) is not None:
+    if why_not(operands, numbers) or why_not_gpu(operands, numbers, operands.query.device):
         return False
     reason = requirements.why_not()
     if reason is not None:

@@ -182,7 +182,8 @@ def _way(operands: Operands, numbers: Numbers, pass_name: PassName) -> _Way:
     name = (pass_name, *attention.name_of(operands, numbers))
     way = _ways.get(name)
     if way is None:
-        if attention.why_not(operands, numbers) is not None or attention.why_not_gpu(operands, device) is not None:
+        if attention.why_not(operands, numbers) is not None or attention.why_not_gpu(
+                operands, numbers, device) is not None:
             return _OWN_WAY
         problem = attention.problem_of(operands, numbers)
         shares = (_shares(problem, _buckets(operands), device)
@@ -215,9 +216,12 @@ def _shares(problem: Problem, buckets: tuple[int, int], device: torch.device) ->
 
 
 def _may_be_padded(operands: Operands, numbers: Numbers) -> bool:
-    """Not where terms of sums are asked for, nor beside a bias that is the same for all keys."""
+    """Not where terms of sums are asked for, nor beside a bias that is the same for all keys, nor with a score
+    function, which knows of no positions beyond the call's.
+    """
     bias = operands.bias
-    return (bias is None or bias.shape[3] > 1) and not numbers.partial and not operands.is_empty
+    return (bias is None or bias.shape[3] > 1) and not numbers.partial and (
+        numbers.score is None) and not operands.is_empty
 
 
 def _sees_no_padding(operands: Operands, numbers: Numbers) -> bool:

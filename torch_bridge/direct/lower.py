@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.mlir import ir
 
-from pallas_flash import device, errors, masks
+from pallas_flash import device, errors, masks, scores
 from pallas_flash.filled import Filled
 from pallas_flash.launches import Launch, Pass, Passes, launches, tracing
 from pallas_flash.mask_fields import ArrayField
 from pallas_flash.paging import Pages
 from pallas_flash.spec import AttentionSpec, Operands
-from torch_bridge.direct import beside
+from torch_bridge.direct import beside, score_ir
 from torch_bridge.direct.plan import Buffer, Module, Program, Step
 from torch_bridge.direct.problem import AnyProblem, CacheProblem, Problem, Request
 from torch_bridge.rules import TENSORS, Rule
@@ -43,7 +44,10 @@ def spec_of(problem: AnyProblem) -> AttentionSpec:
         scale=problem.scale, softcap=problem.softcap, dropout_rate=problem.dropout_p,
         deterministic=problem.deterministic)
     given = _given(problem)
-    return spec.masked(_rule(problem).mask(spec, given), given.get("bias"))
+    spec = spec.masked(_rule(problem).mask(spec, given), given.get("bias"))
+    if problem.score_ir is None:
+        return spec
+    return spec.scored(score_ir.function(problem.score_ir, f"function {problem.score}"))
 
 
 def _spec_of_cache(problem: CacheProblem) -> AttentionSpec:
@@ -81,8 +85,10 @@ def _beside(problem: Problem, found: Pass) -> beside.Operations:
         none: Any = None
         assert found.make is not None
         return found.make(Operands(
-            q=none, k=none, v=none, bias=given.get("bias"), score=(),
-            mask=rule.mask(spec, {name: given[name] for name in rule.given}), score_integers=(), dropout_seed=seed,
+            q=none, k=none, v=none, bias=given.get("bias"),
+            score=score_ir.split(scores.floats(spec.score), given.get("score_floats")),
+            mask=rule.mask(spec, {name: given[name] for name in rule.given}),
+            score_integers=score_ir.split(scores.integers(spec.score), given.get("score_integers")), dropout_seed=seed,
             dropout_origin=None, page_table=None))
 
     if found.make is None:
@@ -104,6 +110,19 @@ def _as_given(operations: tuple[beside.Operation, ...], found: Pass) -> dict[str
         return source(operation.inputs[0]) if operation.name in ("clone", "reshape") else None
     sources = {name: source(name) for name in found.inputs if name in made and name not in updated}
     return {name: x for name, x in sources.items() if x is not None}
+
+
+def _known(operations: tuple[beside.Operation, ...], constants: dict[str, np.ndarray],
+           found: Pass) -> tuple[tuple[beside.Operation, ...], dict[str, np.ndarray]]:
+    """The operations but those that copy what is known, and the constants, those copies among them; what launches
+    update is copied in each call.
+    """
+    updated = {name for launch in found.launches for name in launch.updates}
+    copies = {operation.output: constants[operation.inputs[0]] for operation in operations
+              if operation.name == "clone" and operation.inputs[0] in constants and operation.output not in updated}
+    left = tuple(operation for operation in operations if operation.output not in copies)
+    read = {x for operation in left for x in operation.inputs}
+    return left, {name: x for name, x in constants.items() if name in read} | copies
 
 
 def lower(request: Request) -> Program[Module]:
@@ -152,7 +171,8 @@ def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStr
     """One of the passes, of operands that are parts of the arrays `outer`; `work` is done on what is given before."""
     as_given = _as_given(work.operations, found)
     operations = beside.needed(work.operations, [name for name in found.inputs if name not in as_given])
-    constants, made = found.constants | work.constants, {operation.output for operation in operations} & {*found.inputs}
+    operations, known = _known(operations, work.constants, found)
+    constants, made = found.constants | known, {operation.output for operation in operations} & {*found.inputs}
     types = found.inputs | outer | given
     types |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in constants.items()}
     if any(constants[name].any() for name in found.restored):
@@ -168,7 +188,8 @@ def _lowered(found: Pass, gpu: device.Device, outer: dict[str, jax.ShapeDtypeStr
             types |= launch.outputs
     return Program(buffers={name: Buffer(tuple(kind.shape), kind.dtype.name) for name, kind in types.items()
                             if name not in as_given},
-                   inputs=tuple(name for name in found.inputs if name not in {*made, *as_given}), results=found.results,
+                   inputs=tuple(name for name in found.inputs if name not in {*made, *known, *as_given}),
+                   results=found.results,
                    constants={name: x.tobytes() for name, x in constants.items() if name not in found.restored},
                    steps=tuple(steps), given=tuple(given), operations=operations,
                    implementation=passes.implementation, restored=found.restored, left=passes.left,

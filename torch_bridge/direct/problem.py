@@ -52,8 +52,10 @@ class Problem:
     softcap: float | None
     deterministic: bool
     outer: tuple[Outer, Outer, Outer]
-    given: Given = ()  # what else says which pairs attend, a bias, and the seed of dropout
+    given: Given = ()  # what else says which pairs attend, a bias, a score function's arrays, and the seed of dropout
     dropout_p: float = 0.0
+    score: str | None = None  # the name of a score function, a hash of what it computes
+    score_ir: str | None = dataclasses.field(default=None, repr=False)  # the function itself (score_ir.py)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each operand in the layout, by name."""

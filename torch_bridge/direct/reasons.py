@@ -20,7 +20,7 @@ def _why_impossible(operands: Operands, numbers: Numbers) -> str | None:
         return f"tensors are on {query.device}"
     if not attention.is_on():
         return f"{attention.VARIABLE}=0 is set"
-    return (attention.why_not(operands, numbers) or attention.why_not_gpu(operands, query.device)
+    return (attention.why_not(operands, numbers) or attention.why_not_gpu(operands, numbers, query.device)
             or requirements.why_not() or cache.why_not()
             or attention.reason_found(attention.problem_of(operands, numbers), query.device))
 

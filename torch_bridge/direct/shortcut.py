@@ -246,7 +246,7 @@ def made(operands: Operands, numbers: Numbers) -> Shortcut | None:
     if call is None or not call.is_in_place:
         return None
     runner = call.direct.runner("forward")
-    if runner is None:
+    if runner is None or runner.program.operations:  # what they make is made in each call
         return None
     kind = call, numbers, *(x.stride() for x in operands[:3])
     found = _made.get(kind)

@@ -32,7 +32,8 @@ def is_direct(operands: Operands, numbers: Numbers, pass_name: PassName) -> bool
     if not _is_here(device):
         return False
     if _varies(operands, numbers):
-        return attention.why_not(operands, numbers) is None and apart.run(_takes, device, attention.of_hopper(operands))
+        return attention.why_not(operands, numbers) is None and apart.run(
+            _takes, device, attention.of_hopper(operands, numbers))
     return apart.run(_is_prepared, _stored(operands), numbers, device, pass_name)
 
 
@@ -78,8 +79,8 @@ def _like(stored: Sequence[_Stored | None]) -> list[torch.Tensor | None]:
 def _is_prepared(stored: list[_Stored | None], numbers: Numbers, device: torch.device, pass_name: PassName) -> bool:
     """Whether the plan is loaded, now at the latest."""
     operands = Operands._make(_like(stored))
-    return attention.why_not(operands, numbers) is None and _takes(device, attention.of_hopper(operands)) and (
-        attention.prepared(operands, numbers, device, pass_name))
+    return (attention.why_not(operands, numbers) is None and _takes(device, attention.of_hopper(operands, numbers))
+            and attention.prepared(operands, numbers, device, pass_name))
 
 
 def _is_prepared_to_cache(stored: list[_Stored | None], rules: decoding.Rules, device: torch.device) -> bool:

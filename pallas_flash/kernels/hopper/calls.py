@@ -117,18 +117,18 @@ def _dbias_on(device: Device) -> Callable[[AttentionSpec], Computation]:
 
 def passes(spec: AttentionSpec, device: Device) -> tuple[Pass | None, ...] | None:
     """The forward, the backward and the gradient of a bias as lists of launches, which another runtime than JAX can
-    run, and what it makes of a mask's arrays, a bias and a seed before them; None where there is a score function, or a
-    bias whose anchor takes a loop, or they read copies of arrays of the call, or run in clusters (heads above 256). The
-    last is missing where no kernel makes it, or there is no bias. Against a cache the forward alone, which reads all
-    arrays of the call as they are: the backward is another's.
+    run, and what it makes of a mask's arrays, a bias, a score function's arrays and a seed before them; None where a
+    mask is asked pair by pair, or a bias has an anchor that takes a loop, or they read copies of arrays of the call, or
+    run in clusters (heads above 256). The last is missing where no kernel makes it, or there is no bias; and no kernel
+    makes the gradients of a score function's arrays. Against a cache the forward alone, which reads all arrays of the
+    call as they are: the backward is another's.
     """
     if prefill.is_needed(spec):
         return None
     if filled_part(spec.mask) is not None:
         return launches.forward(spec, defaults.default_forward(spec, device)), None
     takes_loop = spec.bias is not None and not bias.is_anchored_at_once(spec)
-    has_function = mask_score.hiding(spec).score is not None
-    if has_function or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
+    if mask_score.own_parts(spec) or takes_loop or support.is_wide(spec) or support.copies(spec) is not None:
         return None
     inner = bias.hiding(spec)
     has_kernel = defaults.has_mask_kernel(inner)
@@ -191,6 +191,7 @@ def _making(spec: AttentionSpec, inner: AttentionSpec, found: Pass,
             arrays = mask_arrays.make(inner, schedule, hidden.mask)
         # Anchored by the mask of the call: what the bias itself hides is no row's largest.
         arrays |= bias.arrays(spec, schedule.padded_blocks, bias.inputs(spec, operands, spec.q_len))
+        arrays |= zip(score_function.input_types(spec), score_function.inputs(spec, operands), strict=True)
         if makes_keys:
             assert operands.dropout_seed is not None
             return arrays | {dropout_keys.SEED: operands.dropout_seed}
