@@ -39,7 +39,6 @@ from torch_bridge.direct import (
     runner,
     said,
     score_ir,
-    scored,
     shortcut,
 )
 from torch_bridge.direct import shared as shared_
@@ -411,19 +410,6 @@ def test_windows_and_soft_caps(launched, arguments):
     assert launched == BOTH
     for x, exact in zip(found, (out, *torch.autograd.grad(out, wide, torch.ones_like(out))), strict=True):
         torch.testing.assert_close(x.double(), exact, atol=3e-2, rtol=3e-2)
-
-
-def test_score_functions_go_through_dlpack_where_none_are_taken(launched, monkeypatch):
-    """On: test_direct_scores.py."""
-    monkeypatch.setattr(scored, "TAKES_SCORES", False)
-    tensors = qkv((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=BF16)
-    torch_bridge.report(reset=True)
-    out = torch_bridge.flash_attention(*tensors, score=lambda score, *_: score * 0.5)
-    same = torch_bridge.flash_attention(*tensors, scale=0.5 * 8**-0.5)
-    assert launched == ["forward"]
-    torch.testing.assert_close(out, same, atol=2e-2, rtol=2e-2)
-    (row,) = (row for row in torch_bridge.report() if "score=<lambda>" in row.problem)
-    assert "not launched directly: it takes no score functions: those launches have not run on a GPU yet" in row.reasons
 
 
 def test_a_scale_that_is_no_number_is_refused_as_elsewhere(launched):

@@ -22,15 +22,10 @@ from bridge.test_scores import CASES, KV, LINES, RULES, SHOWN, H, L, Q, S, leaky
 from pallas_flash import scores
 from pallas_flash.kernels.mosaic import traced
 from pallas_flash.mask_fields import ArrayField
-from torch_bridge.direct import attention, score_ir, scored
+from torch_bridge.direct import attention, score_ir
 from torch_bridge.direct.problem import Request
 
 __all__ = ["launched"]  # a fixture
-
-
-@pytest.fixture(autouse=True)
-def on(monkeypatch):
-    monkeypatch.setattr(scored, "TAKES_SCORES", True)
 
 
 def placeholders(score):

@@ -9,7 +9,7 @@ import torch
 import pallas_flash as pf
 import torch_bridge
 from bridge import textbook
-from torch_bridge.direct import attention, scored
+from torch_bridge.direct import attention
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,6 @@ B, H, G, L, S, D = 2, 4, 2, 200, 300, 64
 @pytest.fixture(autouse=True)
 def on(monkeypatch):
     monkeypatch.delenv("PALLAS_FLASH_DIRECT", raising=False)
-    monkeypatch.setattr(scored, "TAKES_SCORES", True)
     for name in ("_choices", "_reasons"):
         monkeypatch.setattr(attention, name, {})
     torch_bridge.report(reset=True)

@@ -27,7 +27,7 @@ from torch_bridge import (
     score_names,
     sharding,
 )
-from torch_bridge.direct import attention, scored
+from torch_bridge.direct import attention
 
 ROOT = Path(__file__).parents[2]
 B, H, G, L, S, E = 2, 4, 2, 5, 7, 8
@@ -384,14 +384,17 @@ def test_dropout_drops_the_same_weights():
 # --- which way, and errors -------------------------------------------------------------------------------------------
 
 
-def test_the_reason_for_dlpack(monkeypatch):
-    monkeypatch.setattr(scored, "TAKES_SCORES", False)
+def test_the_reason_for_dlpack():
+    def looping(score, *_):
+        return jax.lax.fori_loop(0, 3, lambda _, x: 0.5 * x, score)
     q, k, v = (x.to(torch.bfloat16) for x in given("plain"))
-    text = explain_flash_attention(q, k, v, score=leaky, is_causal=True)
-    assert "score=leaky" in text and "path: DLPack" in text
+    text = explain_flash_attention(q, k, v, score=looping, is_causal=True)
+    assert "score=test_the_reason_for_dlpack.<locals>.looping" in text or "score=looping" in text
+    assert "path: DLPack" in text
     operands, numbers = operator_call(q, k, v)
-    assert attention.why_not(operands, numbers) is None
-    assert "score functions" in attention.why_not(operands, numbers._replace(score=name(leaky)))
+    for taken in (None, name(leaky)):
+        assert attention.why_not(operands, numbers._replace(score=taken)) is None
+    assert "is not told of this score function" in attention.why_not(operands, numbers._replace(score=name(looping)))
     report(reset=True)
     flash_attention(q, k, v, score=leaky)
     assert any("score=leaky" in row.problem for row in report())

@@ -3,20 +3,13 @@
 A function has its name from JAX (score_names.py), which is imported with the first of such calls.
 """
 
-__all__ = ["TAKES_SCORES", "rules", "text"]
-
-TAKES_SCORES = False
-"""Whether they are launched directly on a GPU: off until the tests of them in tests/bridge/test_direct_scores_gpu.py,
-which switch it on, have run on one.
-"""
+__all__ = ["rules", "text"]
 
 
 def rules(name: str | None) -> tuple[tuple[bool, str], ...]:
     """What must hold of a call with the function of a name, and why it does not; nothing without a function."""
     if name is None:
         return ()
-    if not TAKES_SCORES:
-        return (False, "it takes no score functions: those launches have not run on a GPU yet"),
     found, reason = _as_data(name)
     return (found is not None, f"the process that compiles is not told of this score function: {reason}"),
 

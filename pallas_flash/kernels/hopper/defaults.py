@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -105,12 +106,15 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
         (512, ForwardSchedule(block_kv=32, query_buffers=1, out_chunks=0)),
     )
     schedule = next(schedule for limit, schedule in rows if widest <= limit)
-    maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 else 0
+    # With arrays of a mask, bounded scores spill: 28 bytes at 128, 4 of them in the loop at 64.
+    bounded = scores.are_bounded(spec) and not jax.tree.leaves(spec.mask)
+    maxima = _default_maxima(spec, schedule) if schedule.block_kv == 128 and not bounded else 0
     # 16 MiB of keys stay in L2, 32 do not, where there are many queries and outputs to a key between two uses of it:
     # in short sequences, and in somewhat longer ones where each query tile walks over all keys of a section.
     short = spec.kv_len <= _SHORT_SEQUENCE or (spec.kv_len <= 2 * _SHORT_SEQUENCE and _is_uniform(spec, schedule))
     section_bytes = schedule.section_bytes // 2 if short else schedule.section_bytes
-    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, section_bytes=section_bytes)
+    chosen = dataclasses.replace(schedule, num_blocks=device.num_sms, maxima=maxima, bounded=bounded,
+                                 section_bytes=section_bytes)
     return _with_bias_ring(spec, chosen, device)
 
 
