@@ -86,8 +86,15 @@ def _tensor(label: str, value: object, query: torch.Tensor) -> torch.Tensor:
 
 
 def _number(value: object) -> object:
-    """The value itself, of what stands for one of several integers while it is traced."""
-    return operator.index(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """The value itself, of what stands for one of several integers or floats while it is traced, also in a tuple."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return operator.index(value)
+    if isinstance(value, float) and torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+        comptime(_specialize)
+    elif type(value) is tuple:
+        return tuple([_number(part) for part in value])
+    return value
 
 
 def _kind(x: torch.Tensor) -> str:
@@ -157,3 +164,12 @@ def _hold_for_this_function(context: "ComptimeContext") -> None:
     source = variable.realize().source
     if source is not None:  # else it is made anew, within the program, from what that is used for
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _specialize(context: "ComptimeContext") -> None:
+    """Has the program that is traced used for this very float alone, which is a constant of it."""
+    from torch._dynamo.variables import ConstantVariable, SymNodeVariable
+    tx = context._ComptimeContext__tx  # type: ignore[attr-defined]
+    variable = tx.symbolic_locals["value"].realize()
+    if isinstance(variable, SymNodeVariable):
+        tx.symbolic_locals["value"] = ConstantVariable.create(variable.evaluate_expr(tx.output))
