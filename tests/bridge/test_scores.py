@@ -321,7 +321,7 @@ def test_compile_with_scores_from_outside(quiet):
     tensors = [x.float().detach().requires_grad_() for x in given("plain")]
     run = torch.compile(attend, backend="aot_eager", fullgraph=True)
     scores = [times(0.5), times(3.0), pf.ALiBi(torch.rand(H)), pf.ALiBi(np.ones(H, np.float32)),
-              pf.ALiBi(jnp.ones(H))]
+              pf.ALiBi(jnp.ones(H)), pf.ALiBi(2 * jnp.ones(H))]
     for score in (*scores, *scores):
         same_results(run, attend, tensors, score)
 
