@@ -228,7 +228,7 @@ def test_sections_of_queries_that_all_meet_the_same_keys_are_small():
 @pytest.mark.parametrize("changed", [
     {}, dict(softcap=None), dict(softcap=60.0), dict(bias=jax.ShapeDtypeStruct((1, 2, 64, 64), np.float32)),
     dict(score=lambda s, batch, head, q_pos, kv_pos: s), dict(dtype=np.float16)],
-                         ids=lambda x: ", ".join(x) or "as it is")
+    ids=lambda x: ", ".join(x) or "as it is")
 def test_scores_without_a_maximum_are_between_bounds(changed):
     """A larger weight would be infinite in float16, a smaller one 0 in either type."""
     options = dict(dtype=np.dtype("bfloat16"), softcap=50.0) | changed

@@ -1,5 +1,5 @@
-"""Schedules: the tile sizes and pipeline depths of the Hopper kernels, and the units they are counted in. A schedule
-says how fast, never what: it changes no result beyond rounding.
+"""Schedules: the tile sizes and pipeline depths of the Hopper kernels, in their `units`. A schedule says how fast,
+never what: it changes no result beyond rounding.
 
 On this file stand, each importing only those before it and none of them Mosaic: `work` (which tiles a block walks),
 `memory` (its buffers and barriers), `rules` (reasons against a schedule) and `defaults` (measured tables).
@@ -17,6 +17,7 @@ from collections.abc import Hashable
 from typing import ClassVar, Literal, Protocol
 
 from pallas_flash import tiles
+from pallas_flash.kernels.hopper.units import CHUNK, ROWS_PER_WARPGROUP, chunks, two_roles
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -24,22 +25,6 @@ __all__ = [
     "Float32BackwardSchedule", "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule",
     "WideSchedule", "chunks", "kernels",
 ]
-
-CHUNK = 64
-"""Columns of a tile that lie together in shared memory: 128 bytes of a 16-bit type, the widest swizzle."""
-
-ROWS_PER_WARPGROUP = 64
-"""Rows of a product that a warpgroup holds: the M of wgmma."""
-
-
-def chunks(dim: int) -> int:
-    """The number of chunks of 64 columns that hold `dim` columns."""
-    return tiles.cdiv(dim, CHUNK)
-
-
-def _two_roles(warpgroups: int) -> tuple[int, int]:
-    """Registers a thread of so many compute warpgroups, and of one that loads: 65,536 a block at most."""
-    return (160, 32) if warpgroups == 3 else (240, 24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +93,7 @@ class ForwardSchedule:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
-        return _two_roles(self.warpgroups)
+        return two_roles(self.warpgroups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +129,7 @@ class DecodeSchedule:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
-        return (240, 40) if self.workers == 1 else _two_roles(self.workers)
+        return (240, 40) if self.workers == 1 else two_roles(self.workers)
 
 
 class KeySchedule(Hashable, Protocol):
@@ -257,7 +242,7 @@ class KvSchedule:
         """Registers a thread of the compute warpgroups, of the one of dq if there is one, and of the loading one."""
         if self.dq == "own":
             return (208, 72, 24) if self.warpgroups == 2 else (144, 56, 24)
-        return _two_roles(self.warpgroups)
+        return two_roles(self.warpgroups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +306,7 @@ class DqSchedule:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
-        return _two_roles(self.warpgroups)
+        return two_roles(self.warpgroups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,7 +447,7 @@ class DbiasSchedule:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the compute warpgroups and of the loading one."""
-        return _two_roles(self.warpgroups)
+        return two_roles(self.warpgroups)
 
     @property
     def tiles(self) -> BackwardSchedule:
