@@ -186,7 +186,8 @@ def _hold_for_this_function(context: "ComptimeContext") -> None:
 
 def _specialize(context: "ComptimeContext") -> None:
     """Has the program that is traced used for this very float alone, which is a constant of it."""
-    from torch._dynamo.variables import ConstantVariable, SymNodeVariable
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.tensor import SymNodeVariable
     tx = context._ComptimeContext__tx  # type: ignore[attr-defined]
     variable = tx.symbolic_locals["value"].realize()
     if isinstance(variable, SymNodeVariable):
