@@ -53,3 +53,15 @@ def test_make_runs_the_tests_that_args_names(words, everything):
     said = done.stdout.splitlines()[-1].split()
     assert said[:2] == ["-m", "pytest"] and ("tests" in said) == everything, said
     assert said[-len(words.split()):] == words.split() or not words, said
+
+
+@pytest.mark.parametrize(("codes", "wanted"), [
+    ("5 5 0 5", 0), ("0 5 1 5", 1), ("2 5 0 0", 2), ("5 5 5 5", 5), ("0 0 0 0", 0)])
+def test_tests_that_args_names_need_not_be_in_every_part(codes, wanted):
+    """Regression: on a GPU `make test ARGS=tests/test_conftest.py` failed, for none of these tests is marked gpu."""
+    functions = 'source <(sed -n "/^run_all()/,/^}/p" .ci/task)'
+    program = f"""{functions}; say() {{ :; }}; codes=({codes})
+        run_pytest() {{ local code=${{codes[0]}}; codes=("${{codes[@]:1}}"); return $code; }}
+        run_all || exit $?"""
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", program], cwd=Path(conftest.__file__).parents[1])
+    assert done.returncode == wanted

@@ -78,6 +78,9 @@ def _tensor(label: str, value: object, query: torch.Tensor) -> torch.Tensor:
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value.copy(), device=query.device)
     elif not isinstance(value, torch.Tensor):
+        if torch.compiler.is_dynamo_compiling():
+            from torch._dynamo.comptime import comptime
+            comptime(_number_array)
         value = _from_jax(value).to(query.device)
     if value.device != query.device or value.is_complex():
         raise ValueError(f"{label} must be a real tensor on the device of query, {query.device}, got {label}.dtype="
@@ -86,8 +89,15 @@ def _tensor(label: str, value: object, query: torch.Tensor) -> torch.Tensor:
 
 
 def _number(value: object) -> object:
-    """The value itself, of what stands for one of several integers while it is traced."""
-    return operator.index(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """The value itself, of what stands for one of several integers or floats while it is traced, also in a tuple."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return operator.index(value)
+    if isinstance(value, float) and torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+        comptime(_specialize)
+    elif type(value) is tuple:
+        return tuple([_number(part) for part in value])
+    return value
 
 
 def _kind(x: torch.Tensor) -> str:
@@ -126,7 +136,8 @@ def _is_of_jax(kind: type) -> bool:
 @_constant
 def _from_jax(array: object) -> torch.Tensor:
     from torch_bridge import score_names
-    return torch.from_numpy(score_names.host(array))  # type: ignore[arg-type]
+    found = _arrays_compiled[array] if isinstance(array, int) else array
+    return torch.from_numpy(score_names.host(found))  # type: ignore[arg-type]
 
 
 @_constant
@@ -146,6 +157,20 @@ def _name_from(kind: type, static: tuple[tuple[str, object], ...], names: tuple[
 
 _compiled: list[object] = []
 """The plain functions that programs were compiled for, which know them by their addresses: no other may get these."""
+_arrays_compiled: list[object] = []
+"""The arrays of JAX that programs were compiled for, which hold copies of them and know them by their addresses."""
+
+
+def _number_array(context: "ComptimeContext") -> None:
+    """Puts the number of an array of JAX among `_arrays_compiled` in its place: for PyTorch 2.11 it is no constant."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.variables import ConstantVariable
+    tx = context._ComptimeContext__tx  # type: ignore[attr-defined]
+    variable = tx.symbolic_locals["value"].realize()
+    if variable.source is not None:
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+    _arrays_compiled.append(variable.value)
+    tx.symbolic_locals["value"] = ConstantVariable.create(len(_arrays_compiled) - 1)
 
 
 def _hold_for_this_function(context: "ComptimeContext") -> None:
@@ -157,3 +182,13 @@ def _hold_for_this_function(context: "ComptimeContext") -> None:
     source = variable.realize().source
     if source is not None:  # else it is made anew, within the program, from what that is used for
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _specialize(context: "ComptimeContext") -> None:
+    """Has the program that is traced used for this very float alone, which is a constant of it."""
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.tensor import SymNodeVariable
+    tx = context._ComptimeContext__tx  # type: ignore[attr-defined]
+    variable = tx.symbolic_locals["value"].realize()
+    if isinstance(variable, SymNodeVariable):
+        tx.symbolic_locals["value"] = ConstantVariable.create(variable.evaluate_expr(tx.output))

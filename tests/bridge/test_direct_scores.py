@@ -87,6 +87,15 @@ def test_a_text_says_what_is_computed_and_nothing_else():
     assert done.stdout.strip() == times(2.0), "in another process, written elsewhere"
 
 
+@pytest.mark.parametrize("function, primitive", [
+    (lambda score, *_: jnp.round(score), "round"),
+    (lambda score, batch, head, *_: score * jnp.take(jnp.arange(4.0), head), "gather")])
+def test_what_is_told_of_an_enumeration_has_no_text(function, primitive):
+    """RoundingMethod is an IntEnum: it became an int, which the process that compiles did not take."""
+    with pytest.raises(score_ir.UnserializableError, match=f"'{primitive}' is told"):
+        score_ir.serialized(placeholders(function))
+
+
 def test_the_key_of_a_plan_is_a_hash_of_the_text():
     def request(factor):
         operands, numbers = operator_call(*(x.detach() for x in qkv(Q, KV, KV, dtype=BF16)))

@@ -321,9 +321,31 @@ def test_compile_with_scores_from_outside(quiet):
     tensors = [x.float().detach().requires_grad_() for x in given("plain")]
     run = torch.compile(attend, backend="aot_eager", fullgraph=True)
     scores = [times(0.5), times(3.0), pf.ALiBi(torch.rand(H)), pf.ALiBi(np.ones(H, np.float32)),
-              pf.ALiBi(jnp.ones(H))]
+              pf.ALiBi(jnp.ones(H)), pf.ALiBi(2 * jnp.ones(H))]
     for score in (*scores, *scores):
         same_results(run, attend, tensors, score)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(pf.Score):
+    table: torch.Tensor
+    number: object
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        return score * (self.number[0] if isinstance(self.number, tuple) else self.number) * self.table[head]
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 3.0, 2.0), (2, 3, 4), ((0.5, 1), (3.0, 1), (2.0, 2))],
+                         ids=["floats", "integers", "tuples"])
+@pytest.mark.parametrize("is_within", [False, True], ids=["outside", "within"])
+def test_compile_with_other_static_numbers(quiet, numbers, is_within):
+    """From the second float on, torch.compile has one that stands for any of them, which was no constant."""
+    def attend(q, k, v, table, given):
+        return flash_attention(q, k, v, score=Static(table, given) if is_within else given)
+    tensors, table = [x.float().detach().requires_grad_() for x in given("plain")], torch.rand(H)
+    run = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for number in (*numbers, *numbers):
+        same_results(run, attend, tensors, table, number if is_within else Static(table, number))
 
 
 def test_a_score_that_is_written_in_the_compiled_function(quiet):

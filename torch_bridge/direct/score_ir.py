@@ -14,6 +14,7 @@ the same steps have the same text, wherever they are written.
 """
 
 import dataclasses
+import enum
 import functools
 import itertools
 import json
@@ -131,11 +132,11 @@ def _parameter(name: str, x: object) -> object:
     """A primitive's parameter; a dtype by its name."""
     if isinstance(x, np.dtype):
         return {"dtype": x.name}
-    if isinstance(x, tuple | list):
-        return [_parameter(name, part) for part in x]
+    if type(x) in (tuple, list):  # not named ones, which would not be made again
+        return [_parameter(name, part) for part in x]  # type: ignore[attr-defined]
     if x is None or isinstance(x, bool | str):
         return x
-    if isinstance(x, int | np.integer):
+    if isinstance(x, int | np.integer) and not isinstance(x, enum.Enum):
         return int(x)
     if isinstance(x, float) and math.isfinite(x):
         return x
