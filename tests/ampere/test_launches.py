@@ -67,6 +67,7 @@ def test_each_kernel_is_lowered_once(transform, x64):
 COMPLETED = {
     "keys": dict(bias=(2, 1, 1, 256), mask=Causal()),
     "pairs-lengths-dropout": dict(bias=(1, 4, 256, 256), mask=InBounds(kv_len=np.array([200, 5])), dropout_rate=0.1),
+    "pairs-in-16-bits": dict(bias=(2, 4, 256, 256), dtype=jnp.bfloat16, mask=Causal()),
     "alibi-documents": dict(score=ALiBi(np.ones(4, np.float32)), segment_ids=np.arange(512).reshape(2, 256) // 100),
     "alibi-d256": dict(score=ALiBi(np.ones(4, np.float32)), d=256),
 }
@@ -76,10 +77,10 @@ COMPLETED = {
 def test_biases_and_score_functions_reach_the_kernels_and_have_gradients(name):
     """Arrays come in the order in which launches read them: another one would have other shapes."""
     options = COMPLETED[name].copy()
-    d, shape = options.pop("d", 64), options.pop("bias", None)
+    d, shape, dtype = options.pop("d", 64), options.pop("bias", None), options.pop("dtype", jnp.float32)
     if "dropout_rate" in options:
         options["dropout_rng"] = np.array([1, 2], np.uint32)
-    learned = {"bias": jax.ShapeDtypeStruct(shape, jnp.float32)} if shape else {}
+    learned = {"bias": jax.ShapeDtypeStruct(shape, dtype)} if shape else {}
     if "score" in options:
         learned["slopes"] = jax.ShapeDtypeStruct((4,), jnp.float32)
 

@@ -66,7 +66,7 @@ def _more(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> 
     """What dropout, a score function, the mask and a bias need."""
     of_mask = mask_kernel.fields(spec) if schedule.mask_kernel else mask_arrays.types(spec, schedule)
     return (dropout.input_types(spec) | score_function.input_types(spec) | of_mask
-            | bias.types(spec, schedule.padded_blocks))
+            | bias.types(spec, schedule.padded_blocks, bias.anchored_inputs))
 
 
 def _of_mask(spec: AttentionSpec, schedule: ForwardSchedule | BackwardSchedule) -> tuple[Launch, ...]:

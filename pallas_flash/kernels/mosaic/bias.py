@@ -15,6 +15,7 @@ in every tile, and skips none.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -162,8 +163,13 @@ def _padded(x: Array, rows: int, columns: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing))) if any(missing) else x
 
 
-def types(spec: AttentionSpec, blocks: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each array of a pass; none if there is no bias."""
+def types(spec: AttentionSpec, blocks: tuple[int, int], made_by: Callable[
+        [AttentionSpec, Operands], tuple[Array, ...]] = inputs) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of a pass; none if there is no bias.
+
+    Args:
+      made_by: what the pass is made of, `inputs` or `anchored_inputs`.
+    """
     if spec.bias is None:
         return {}
     fields = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (spec.bias, spec.mask))
@@ -171,7 +177,7 @@ def types(spec: AttentionSpec, blocks: tuple[int, int]) -> dict[str, jax.ShapeDt
     def make(bias: Array, mask: masks.Mask) -> dict[str, Array]:
         operands = Operands(q=bias, k=bias, v=bias, bias=bias, score=(), mask=mask, score_integers=(),
                             dropout_seed=None, dropout_origin=None, page_table=None)
-        return arrays(spec, blocks, inputs(spec, operands))
+        return arrays(spec, blocks, made_by(spec, operands))
 
     found: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(make, *fields)
     return found
