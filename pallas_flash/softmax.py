@@ -130,7 +130,10 @@ def shifted(stats: Array, by: Array, unit: float) -> Array:
     moved, start, step = lse + by, reference_point(lse, unit), by * (1 / unit)
     total = start + step
     of_step = total - start  # and what the sum has lost of both (Knuth's TwoSum): all of lse, beside a huge step
-    lost = (total - reference_point(moved, unit)) + (((start - (total - of_step)) + (step - of_step)) + rest)
+    behind = ((start - (total - of_step)) + (step - of_step)) + rest
+    # Of scores that were far, all that is left may be in what lse lost: kernels do not look there if lse is small.
+    moved += jnp.where(lse == -jnp.inf, 0.0, (total - reference_point(moved, unit)) + behind) * unit
+    lost = (total - reference_point(moved, unit)) + behind
     return jnp.stack([moved, jnp.where(lse == -jnp.inf, rest, lost)], axis=-2)
 
 
@@ -153,7 +156,9 @@ def merge_rows(a: tuple[Array, Array], b: tuple[Array, Array],
                unit: float) -> tuple[tuple[Array, Array], Array, Array]:
     """`merge` of lse and its rest as arrays of their own: in registers, too."""
     (lse_a, rest_a), (lse_b, rest_b) = a, b
-    first = lse_a >= lse_b
+    # Which is larger the rest says where lse is the same: that of scores which are lost in a bias.
+    above = (reference_point(lse_a, unit) - reference_point(lse_b, unit)) + (rest_a - rest_b)
+    first = (above >= 0) | (lse_b == -jnp.inf)
     lse, rest = jnp.where(first, lse_a, lse_b), jnp.where(first, rest_a, rest_b)
     other_lse, other_rest = jnp.where(first, lse_b, lse_a), jnp.where(first, rest_b, rest_a)
     nothing = lse == -jnp.inf

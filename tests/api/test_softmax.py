@@ -44,3 +44,29 @@ def test_sets_without_keys_change_nothing():
     other_way = [softmax.merge(nothing, stats, 0.5)[i] for i in (0, 2, 1)]
     for merged, kept, dropped in (softmax.merge(stats, nothing, 0.5), other_way):
         assert jnp.array_equal(merged, stats) and (kept == 1).all() and (dropped == 0).all()
+
+
+FAR = pytest.mark.parametrize("far", [-3e3, -65504.0, -1e9, float(jnp.finfo(jnp.bfloat16).min)])
+"""What libraries add to scores to hide keys."""
+
+
+@FAR
+def test_sets_that_are_both_far_share_by_their_numbers_of_keys(far):
+    """Regression: of two rows whose lse was the same, for a bias in which scores are lost, each counted half."""
+    s = jnp.asarray(jnp.asarray(far, jnp.bfloat16), jnp.float32) + scores_of(1.0)[4:]
+    (a, p_a), (b, p_b) = statistics_of(s[:, :3], 1.0), statistics_of(s[:, 3:], 1.0)
+    _, p = statistics_of(s, 1.0)
+    for first, second, parts in ((a, b, (p_a, p_b)), (b, a, (p_b, p_a))):
+        stats, *shares = softmax.merge(first, second, 1.0)
+        np.testing.assert_allclose(softmax.probabilities(s, 1.0, stats[0], stats[1]), p, rtol=3e-6)
+        found = [part * share[:, None] for part, share in zip(parts, shares)]
+        np.testing.assert_allclose(jnp.concatenate(found if first is a else found[::-1], axis=1), p, rtol=4e-6)
+
+
+@FAR
+def test_statistics_come_back_from_far(far):
+    """Regression: their lse was 0, all of it in the rest, which kernels read only where lse is large."""
+    by = jnp.asarray(jnp.asarray(far, jnp.bfloat16), jnp.float32)
+    stats, _ = statistics_of(scores_of(1.0), 1.0)
+    back = softmax.shifted(softmax.shifted(stats, by, 1.0), -by, 1.0)
+    np.testing.assert_allclose(back[0], stats[0], atol=2e-6)

@@ -62,6 +62,7 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d128-s2048+documents+lengths+mask", "causal-d64-s2048+packed+mask",
          "causal-d64-s2048+dropout+keys",
          *(f"causal-d{d}-s2048+gradients+own" for d in (64, 128)),
+         "causal-d128-s2048+softcap+dropout+sinks", "causal-d64-s2048+softcap+partial",
          "causal-d64-s2048+sinks", "causal-d128-s2048+sinks+documents+lengths", "causal-d256-s2048+sinks+dropout",
          *(f"causal-d{d}-s2048+gradients+float32" for d in (64, 96)),
          "causal-d128-s2048+gradients+float32+lengths+softcap",

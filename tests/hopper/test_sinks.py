@@ -55,14 +55,15 @@ def run_interpreted(problem, operands, cotangents, sinks):
     own = jnp.asarray(sinks)[None, :, None, None]
     spec = dataclasses.replace(problem.spec(), sinks=ArrayField.of(own))
     assert support.why_not(problem.spec(), device.H100) == [] and support.takes_sinks(problem.spec())
-    for schedule in (FORWARD, BACKWARD):
+    forward = dataclasses.replace(FORWARD, bounded=problem.name.startswith("bounded"))
+    for schedule in (forward, BACKWARD):
         assert rules.reasons_against(spec, schedule, 232_448) == []
     given = jax.tree.map(jnp.asarray, operands)._replace(sinks=own)
     keys, fields = dropout.inputs(spec, given), jax.tree.leaves(given.mask)
     dout, dlse = map(jnp.asarray, cotangents)
     dstats = jnp.stack([dlse, jnp.zeros_like(dlse)], axis=2)
     with interpreted():
-        out, stats = jax.block_until_ready(calls._forward(spec, FORWARD)(*given[:3], *keys, own, *fields))
+        out, stats = jax.block_until_ready(calls._forward(spec, forward)(*given[:3], *keys, own, *fields))
         *grads, rows = jax.block_until_ready(calls._backward(spec, BACKWARD)(
             *given[:3], out, stats, dout, dstats, *keys, *fields))
     lse = autodiff.natural_lse(spec, given, stats)
@@ -77,6 +78,9 @@ CASES = {
     # Rows without keys: those before the first key, and a whole batch entry.
     "idle": dict(mask=Causal(offset=-5) & InBounds(kv_len=np.array([33, 0], np.int32)), batch=2),
     "softcap-dropout": dict(mask=Causal(), softcap=2.0, dropout_rate=0.2),
+    # Without a maximum, also of rows without keys.
+    "bounded": dict(mask=Causal(offset=-5), softcap=55.0),
+    "bounded-dropout": dict(mask=Window(20, 3, 5), softcap=2.0, dropout_rate=0.2),
 }
 
 
@@ -96,19 +100,19 @@ def test_the_epilogue_agrees_with_the_reference(name):
 
 @pytest.mark.parametrize("sink", [-np.inf, -1e30, -300.0, 0.0, 12.0, 500.0, 1e30, np.inf])
 def test_sums_take_a_sink_of_any_size(sink):
-    """Of rows with few keys, with none, of scores that are large, and of NaN."""
-    m_i = np.array([2.0, -3e38, 4e3, np.nan], np.float32)
-    l_i = np.array([3.0, 0.0, 7.0, np.nan], np.float32)
+    """Of rows with few keys, with none, of scores that are large, of NaN, and without a maximum."""
+    m_i = np.array([2.0, -3e38, 4e3, np.nan, 0.0, 0.0], np.float32)
+    l_i = np.array([3.0, 0.0, 7.0, np.nan, 2.0**-78, 2.0**90], np.float32)
     spec = dataclasses.replace(problem_of("sums").spec(), scale=0.125)
-    rounding = np.array([0.0, 1e30, 0.25, np.nan], np.float32)
+    rounding = np.array([0.0, 1e30, 0.25, np.nan, 0.0, 0.0], np.float32)
     with interpreted():
         pad = lambda x: jnp.asarray(np.resize(x, 64))
         (m_new, rest, total), left = epilogue.joined(spec, jnp.float32(sink), (pad(m_i), pad(rounding), pad(l_i)))
-    m_new, rest, total, left = (np.asarray(x, np.float64)[:4] for x in (m_new, rest, total, left))
+    m_new, rest, total, left = (np.asarray(x, np.float64)[:6] for x in (m_new, rest, total, left))
     assert total[1] == 0 and np.isnan(total[3])
-    own = m_i * 0.125 + np.log(l_i, where=l_i > 0, out=np.zeros(4)) + rounding * np.log(2)  # natural logarithms
-    lse = m_new * 0.125 + np.log(total, where=total > 0, out=np.zeros(4)) + rest * np.log(2)
-    for i in (0, 2):
+    own = m_i * 0.125 + np.log(l_i, where=l_i > 0, out=np.zeros(6)) + rounding * np.log(2)  # natural logarithms
+    lse = m_new * 0.125 + np.log(total, where=total > 0, out=np.zeros(6)) + rest * np.log(2)
+    for i in (0, 2, 4, 5):
         assert abs(lse[i] - min(np.logaddexp(own[i], sink), 3e38 / 8)) <= 2e-7 * max(abs(lse[i]), 1)
         share = np.exp(own[i] - lse[i]) / l_i[i]
         np.testing.assert_allclose(left[i] / total[i], share, rtol=2e-6 * max(1, abs(own[i])), atol=1e-37)
