@@ -3,18 +3,16 @@
 A function has its name from JAX (score_names.py), which is imported with the first of such calls.
 """
 
-import torch
-
 __all__ = ["rules", "text"]
 
 
-def rules(name: str | None, query: torch.Tensor) -> tuple[tuple[bool, str], ...]:
+def rules(name: str | None, batch: int, heads: int) -> tuple[tuple[bool, str], ...]:
     """What must hold of a call with the function of a name, and why it does not; nothing without a function."""
     if name is None:
         return ()
     from torch_bridge import score_names
     found, reason = _as_data(name)
-    return ((score_names.fits(name, query.shape[0], query.shape[1]),  # JAX raises, and says more
+    return ((score_names.fits(name, batch, heads),  # JAX raises, and says more
              "an array of the score function is of other batch entries or heads than query"),
             (found is not None, f"the process that compiles is not told of this score function: {reason}"))
 
