@@ -25,7 +25,7 @@ from pallas_flash.mask_fields import ArrayField
 from torch_bridge.direct import score_ir
 from torch_bridge.direct.score_ir import split
 
-__all__ = ["ArrayKind", "as_data", "field_names", "flat", "from_fields", "function", "host", "is_array",
+__all__ = ["ArrayKind", "as_data", "field_names", "fits", "flat", "from_fields", "function", "host", "is_array",
            "joined", "name_of", "split"]
 
 
@@ -62,6 +62,15 @@ def as_data(name: str) -> tuple[str | None, str]:
         return score_ir.serialized(function(name)), ""
     except score_ir.UnserializableError as error:
         return None, str(error)
+
+
+def fits(name: str, batch: int, heads: int) -> bool:
+    """Whether the arrays of the function of a name are of these sizes, where it asks for them."""
+    try:
+        function(name).require_sizes(batch, heads)
+    except ValueError:
+        return False
+    return True
 
 
 def field_names(kind: type) -> tuple[str, ...] | None:

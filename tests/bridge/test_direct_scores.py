@@ -148,6 +148,20 @@ def test_eager_calls_are_launched_whatever_the_numbers_are(launched):
     torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: pf.ALiBi(torch.ones(H + 1)), lambda: pf.ALiBi(torch.ones(H - 1)),
+    lambda: pf.RelativeBias(torch.ones(H - 1, 5)),
+    lambda: pf.RelativeBias(torch.ones(H, 5), offset=torch.ones(7, dtype=torch.int32))],
+    ids=["more heads", "fewer", "table", "offsets"])
+def test_arrays_of_other_sizes_are_errors(launched, make):
+    """Regression: the function that is launched does not ask for its sizes, and read the last number for the others."""
+    q, k, v = (x.detach() for x in qkv(Q, KV, KV, dtype=BF16))
+    for call in (torch_bridge.flash_attention, torch_bridge.explain_flash_attention):
+        with pytest.raises(ValueError, match=r"must be of the .* of query"):
+            call(q, k, v, score=make())
+    assert launched == []
+
+
 def test_under_the_compiler(launched, quiet):
     tensors = qkv(Q, KV, KV, dtype=BF16)
 

@@ -94,7 +94,7 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
         (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
-        *scored.rules(numbers.score),
+        *scored.rules(numbers.score, *query.shape[:2]),
         (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),

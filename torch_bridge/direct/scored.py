@@ -6,12 +6,15 @@ A function has its name from JAX (score_names.py), which is imported with the fi
 __all__ = ["rules", "text"]
 
 
-def rules(name: str | None) -> tuple[tuple[bool, str], ...]:
+def rules(name: str | None, batch: int, heads: int) -> tuple[tuple[bool, str], ...]:
     """What must hold of a call with the function of a name, and why it does not; nothing without a function."""
     if name is None:
         return ()
+    from torch_bridge import score_names
     found, reason = _as_data(name)
-    return (found is not None, f"the process that compiles is not told of this score function: {reason}"),
+    return ((score_names.fits(name, batch, heads),  # JAX raises, and says more
+             "an array of the score function is of other batch entries or heads than query"),
+            (found is not None, f"the process that compiles is not told of this score function: {reason}"))
 
 
 def text(name: str | None) -> str | None:

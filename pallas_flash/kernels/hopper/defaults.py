@@ -14,7 +14,7 @@ import numpy as np
 from pallas_flash.device import Device
 from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import smem_bytes
-from pallas_flash.kernels.hopper.rules import dbias_reasons, reasons_against
+from pallas_flash.kernels.hopper.rules import dbias_reasons, may_come_ahead, reasons_against
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
@@ -175,7 +175,8 @@ def _of_long_runs(spec: AttentionSpec, device: Device) -> DecodeSchedule:
     schedule, heads = DecodeSchedule(num_blocks=device.num_sms), spec.batch * spec.kv_heads
     if heads * cdiv(spec.kv_len, schedule.block_kv) < _LONG_RUN * device.num_sms:
         return schedule
-    schedule = dataclasses.replace(schedule, query_slots=2, combines_late=heads <= 2 * device.num_sms)
+    schedule = dataclasses.replace(schedule, query_slots=2 if may_come_ahead(spec) else 0,
+                                   combines_late=heads <= 2 * device.num_sms)
     if rows(spec) * spec.d_v > 512:
         schedule = dataclasses.replace(schedule, pieces_at_once=4, parts_at_once=2)
     is_few = 4 * rows(spec) <= ROWS_PER_WARPGROUP and spec.bias is None and max(spec.d, spec.d_v) <= 128

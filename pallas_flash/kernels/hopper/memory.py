@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 _ALIGNMENT = 1024
-_TMA_ALIGNMENT = 128
 """Each buffer, and all barriers together, begin at a multiple of so many bytes."""
 _BARRIER_BYTES = 8
 _FLOAT32 = np.dtype("float32")
@@ -149,8 +148,8 @@ def decode_memory(spec: AttentionSpec, s: DecodeSchedule) -> Memory:
         if s.cluster > 1:
             rings.append(Barrier("parts_there", 1, 1, shared=True))
         if s.query_slots:
-            slots = s.query_slots, *_slot_of_queries(spec)
-            buffers.append(Buffer(f"queries_{worker}", slots, spec.dtype, chunked=False))
+            of_head = (spec.q_len, spec.group) if spec.layout == "BLHD" else (spec.group, spec.q_len)
+            buffers.append(Buffer(f"queries_{worker}", (s.query_slots, *of_head, spec.d), spec.dtype, chunked=False))
             rings += _ring("queries", 1, 1, s.query_slots)
         barriers += [ring._replace(name=f"{ring.name}_{worker}") for ring in rings]
     return Memory(tuple(buffers), tuple(barriers))
@@ -180,15 +179,6 @@ def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:
     parts, dtype = (1, "float16") if is_additive(spec.score) else (2, "bfloat16")
     p = Buffer("p", (s.p_slots, parts * s.block_q // CHUNK, s.block_kv, CHUNK), jnp.dtype(dtype))
     return Memory((*common.buffers, p), common.barriers + _ring("p", 1, 1, s.p_slots))
-
-
-def _slot_of_queries(spec: AttentionSpec) -> tuple[int, int, int]:
-    """The shape of a slot for the queries of a head (`decode.rows.group_of`), with room behind them: TMA writes to
-    multiples of 128 bytes.
-    """
-    first, second = (spec.q_len, spec.group) if spec.layout == "BLHD" else (spec.group, spec.q_len)
-    unit = _TMA_ALIGNMENT // math.gcd(second * spec.d * spec.dtype.itemsize, _TMA_ALIGNMENT)
-    return -(-first // unit) * unit, second, spec.d
 
 
 def _kv_memory(spec: AttentionSpec, s: KeySchedule, readers: int) -> Memory:

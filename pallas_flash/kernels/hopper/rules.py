@@ -30,7 +30,10 @@ from pallas_flash.padding import UNIT
 from pallas_flash.softmax import LOG2E
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["dbias_reasons", "reasons_against"]
+__all__ = ["dbias_reasons", "may_come_ahead", "reasons_against"]
+
+AHEAD = 128
+"""Bytes of which a copy by TMA takes multiples, in Pallas; slots then begin where TMA writes to."""
 
 CONVERTED = 2048
 """Numbers of eight bits that the threads of a warpgroup convert at a time (`decode.eight_bits`)."""
@@ -147,6 +150,11 @@ def _float32_rules(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedu
     return tuple(rules)
 
 
+def may_come_ahead(spec: AttentionSpec) -> bool:
+    """Whether TMA copies the queries of a key head (`DecodeSchedule.query_slots`)."""
+    return rows(spec) * spec.d * spec.dtype.itemsize % AHEAD == 0
+
+
 def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem_limit: int) -> _Rules:
     if isinstance(s, ForwardSchedule):
         return ((False, f"{s} is not for keys in a cache"),)
@@ -161,6 +169,8 @@ def _decode_rules(spec: AttentionSpec, s: ForwardSchedule | DecodeSchedule, smem
         (s.cluster in (1, 2, 4, 8, 16) and (s.cluster == 1 or (s.workers == 1 and not s.combines_late)),
          f"{s.cluster=} must be 1, 2, 4, 8 or 16, and 1 if {s.workers=} is not 1 or {s.combines_late=}"),
         (s.query_slots >= 0, f"{s.query_slots=} must not be negative"),
+        (s.query_slots == 0 or may_come_ahead(spec),
+         f"{s.query_slots=} needs queries of a head of a multiple of {AHEAD} bytes, {rows(spec)=} of d={spec.d}"),
         (s.bands in (1, 2, 4) and s.bands * rows(spec) <= ROWS_PER_WARPGROUP,
          f"{s.bands=} must be 1, 2 or 4, and so many times {rows(spec)} queries at most {ROWS_PER_WARPGROUP}"),
         (s.block_kv % (16 * s.bands) == 0, f"{s.block_kv=} must be a multiple of 16 for each of {s.bands} bands"),

@@ -145,18 +145,12 @@ def load_bytes(worker: Worker, segment: Segment, name: str, into: tuple[Index, R
         plgpu.copy_gmem_to_smem(source.at[*index, columns], target.at[pl.ds(i * count, count)], full)
 
 
-def queries_in(worker: Worker, slot: Index) -> Ref:
-    """The queries of a head in a slot, which may be larger."""
-    spec = worker.spec
-    return worker.smem["queries"].at[slot, pl.ds(0, spec.q_len if spec.layout == "BLHD" else spec.group)]
-
-
 def load_queries(worker: Worker, segment: Segment) -> None:
     """Starts to load the queries of a segment."""
     bars, slots = worker.bars, worker.schedule.query_slots
     slot = tiles.await_free(bars["queries_free"], slots, segment.number)
     source = rows.group_of(worker.spec, worker.gmem["q"], segment.head)
-    plgpu.copy_gmem_to_smem(source, queries_in(worker, slot), bars["queries_full"].at[slot])
+    plgpu.copy_gmem_to_smem(source, worker.smem["queries"].at[slot], bars["queries_full"].at[slot])
 
 
 def load_segment(worker: Worker, segment: Segment) -> None:
@@ -215,7 +209,7 @@ def queries(worker: Worker, segment: Segment) -> Queries:
     if slots := worker.schedule.query_slots:
         slot = rem(segment.number, slots)
         plgpu.barrier_wait(worker.bars["queries_full"].at[slot])
-        q = rows.queries_of(spec, queries_in(worker, slot), worker.schedule.bands)
+        q = rows.queries_of(spec, worker.smem["queries"].at[slot], worker.schedule.bands)
         plgpu.commit_smem()
         plgpu.barrier_arrive(worker.bars["queries_free"].at[slot])
     else:
