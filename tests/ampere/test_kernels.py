@@ -16,7 +16,7 @@ from agreement import assert_within, with_rest
 from hopper.test_backward import assert_parts_are_written
 from hopper.test_scores import Everything, normal
 
-from pallas_flash import ALiBi, autodiff, device, masks
+from pallas_flash import ALiBi, autodiff, device, flash_attention, masks
 from pallas_flash.kernels.ampere import launches, mask_arrays, rules, support
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, score_function
@@ -113,7 +113,7 @@ def launched(schedule, problem, operands, *arrays):
     made |= zip(score_function.input_types(spec), score_function.inputs(spec, operands), strict=True)
     if spec.mask.has_arrays:
         made |= mask_arrays.make(spec, schedule, operands.mask)
-        made |= bias.arrays(spec, schedule.padded_blocks, bias.inputs(spec, operands))
+        made |= bias.arrays(spec, schedule.padded_blocks, bias.anchored_inputs(spec, operands))
     return found(*arrays, *(made[name] for name in found.inputs if name in made))
 
 
@@ -127,8 +127,9 @@ def run(schedule, problem, operands, cotangents):
     dout, dlse = cotangents
     with interpreted():
         out, stats = launched(forward, problem, operands, q, k, v)
-        gradients = launched(schedule, problem, operands, q, k, v, out, stats, jnp.asarray(dout),
-                             jnp.asarray(with_rest(dlse, np.nan)))
+        stats = bias.without_anchor(spec, operands, stats)
+        gradients = launched(schedule, problem, operands, q, k, v, out, bias.with_anchor(spec, operands, stats),
+                             jnp.asarray(dout), jnp.asarray(with_rest(dlse, np.nan)))
     lse = autodiff.natural_lse(spec, operands, stats)
     return dict(out=out, lse=lse, **dict(zip(("dq", "dk", "dv"), gradients, strict=True)))
 
@@ -146,6 +147,24 @@ def test_kernels_agree_with_the_oracle(name):
     given = operands if problem.score is not None else inputs.poisoned(problem.spec(), operands)
     found = run(schedule, problem, given, cotangents)
     assert_within(conformance.budget(problem, dtype, operands, cotangents), found)
+
+
+@pytest.mark.parametrize("far", [-1e9, "smallest"])
+def test_pairs_hidden_by_the_smallest_number_weigh_alike(far):
+    """Regression: without its anchor, lse of such rows came back as 0, and weights were not divided by their sum."""
+    schedule, problem = problem_of("bias-of-pairs-two-kernels")
+    operands, (dout, _) = conformance.random_case(problem, "bfloat16")
+    array = operands.bias.copy()
+    array[:, :, 5:20, :60] = jnp.finfo(array.dtype).min if far == "smallest" else far
+    array[:, :, 5:20, 60:], array[:, :, 8:12, 3:30] = -np.inf, -np.inf
+    given = jax.tree.map(jnp.asarray, operands._replace(bias=array))
+    found = run(schedule, problem, given, (dout, np.zeros(problem.spec().lse_shape, np.float32)))
+    attend = lambda q, k, v: flash_attention(q, k, v, bias=given.bias, implementation="reference", return_lse=True)
+    (out, lse), pull = jax.vjp(attend, *given[:3])
+    np.testing.assert_allclose(np.float32(found["out"]), np.float32(out), atol=0.03)
+    np.testing.assert_allclose(found["lse"], lse, rtol=1e-5, atol=1e-3)
+    for name, expected in zip(("dq", "dk", "dv"), pull((jnp.asarray(dout), jnp.zeros_like(lse))), strict=True):
+        np.testing.assert_allclose(np.float32(found[name]), np.float32(expected), atol=0.06, err_msg=name)
 
 
 FORWARDS = {
