@@ -38,9 +38,18 @@ def _cells(newest: Newest, problem: str, direction: str) -> list[str]:
     peers = [r for name, r in timed.items() if name not in (*plots.OURS, PLAIN.name)]
     peer = min(peers, key=lambda r: r["median_us"], default=None)
     left = mine and mine.get("of_plain")
-    over = peer and peer["ratio_to"].get(ours)
     return [_ms(mine), f"{left['median']:.2f}" if left else "–", peer["label"] if peer else "–", _ms(peer),
-            f"{over['median']:.2f}" if over else "–"]
+            _over(peer, mine)]
+
+
+def _over(peer: Record | None, mine: Record | None) -> str:
+    """A peer's time over ours: the ratio that interleaved rounds have, or of medians where it was not timed again."""
+    if peer is None or mine is None:
+        return "–"
+    if peer["environment"]["commit"] != mine["environment"]["commit"]:
+        return f"{peer['median_us'] / mine['median_us']:.2f}, of two runs"
+    over = peer["ratio_to"].get(mine["contestant"])
+    return f"{over['median']:.2f}" if over else "–"
 
 
 def _ms(record: Record | None) -> str:

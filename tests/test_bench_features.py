@@ -218,3 +218,11 @@ def test_the_table_of_features():
     assert "cuDNN" not in table
     assert "ragged-ids" in report.block("benchmarks", list(_records()))
     assert report.block("forward", list(_records())) == report.NOTHING  # numbers of features stay in their table
+
+
+def test_a_peer_that_was_not_timed_again_stands_beside_our_new_time():
+    """Regression: the table had the ratio to our old time."""
+    found = list(_records())
+    again = found[0] | dict(median_us=100.0, environment=found[0]["environment"] | dict(
+        commit="fedcba9876543210", time="2026-01-03T03:04:05+00:00"))
+    assert "0.100 | 0.87 | FlashAttention-3 | 0.250 | 2.50, of two runs" in report.block("features", [*found, again])
