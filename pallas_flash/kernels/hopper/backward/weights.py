@@ -226,6 +226,10 @@ def without_rounding(block: KeyBlock, step: Step, y: Fragment) -> Fragment:
     return registers.concatenate([part(column) for column in range(0, block.schedule.block_q, 8)])
 
 
+_HIGHEST = 1e30
+"""In the unit of scores: no product that counts is larger."""
+
+
 def completed_by(block: KeyBlock, warpgroup: Index, step: Step, first: tuple[Index, Index]) -> Completed | None:
     """What completes the scores of a step's tile: a bias of pairs that came with the queries, or what `completion`
     finds.
@@ -235,7 +239,8 @@ def completed_by(block: KeyBlock, warpgroup: Index, step: Step, first: tuple[Ind
     held = block.smem["bias"].at[step.slot(block.schedule.num_stages), pl.ds(ptx.opaque(warpgroup), 1)]
 
     def completed(s: Exponents) -> tuple[Exponents, None]:
-        found = bias.with_pairs(block.spec, s, registers.load_transposed(held))
+        # Keys are finite here (`nonfinite`), but not products of what the bias hides: an infinite one plus -inf is NaN.
+        found = bias.with_pairs(block.spec, jnp.minimum(s, _HIGHEST), registers.load_transposed(held))
         if not block.schedule.makes_dq:  # else dS is handed over, behind a fence, before the slot is freed
             ptx.fence_async_proxy()
         return found, None
