@@ -172,6 +172,18 @@ def test_a_score_that_the_bias_hides_may_be_anything():
     np.testing.assert_allclose(bad_stats[:, :, 0], stats[:, :, 0], atol=1e-4)
 
 
+@pytest.mark.interpreted
+def test_products_that_the_bias_hides_may_be_infinite():
+    """Regression: of a key that is finite, but whose products are not, P was NaN, and so was dq of its queries."""
+    problem, kv, operands, (dout, dlse) = ring_case("own")
+    operands = operands._replace(bias=operands.bias.copy(), k=operands.k.copy())
+    operands.bias[..., 30:40] = -np.inf
+    budget = conformance.budget(problem, "bfloat16", operands, (dout, dlse))
+    operands.k[:, 33] = 1e38
+    used = budget.used(budget.baseline._replace(**with_rings(problem.spec(), operands, dout, dlse, kv)))
+    assert max(used.values()) <= 1, used
+
+
 def test_a_ring_needs_tiles_of_pairs_in_16_bits():
     ring = dataclasses.replace(FORWARD, block_kv=64, bias_slots=2)
     for case, options in (("keys", dict(bias=(1, 2, 1, KV_LEN))), ("none", {}),

@@ -162,7 +162,13 @@ def completed_by(block: Block[DbiasSchedule], rows: dq.Rows, kv_first: Index) ->
     if "bias" not in block.smem:
         return completion(block.spec, block.gmem, (block.batch, block.head), (rows.first, kv_first), 1)
     held = own(block, rows.warpgroup, block.smem["bias"])
-    return lambda s: (bias.with_pairs(block.spec, s, registers.load_matrices(held)), None)
+
+    def completed(s: Fragment) -> tuple[Fragment, None]:
+        added = registers.load_matrices(held)
+        hidden = added.astype(jnp.float32) == -jnp.inf  # where keys may be anything
+        return jnp.where(hidden, -jnp.inf, bias.with_pairs(block.spec, s, added)), None
+
+    return completed
 
 
 def bias_columns(block: Block[DbiasSchedule], warpgroup: Index, first: int, columns: int) -> Fragment:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, wgmma, work
 from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marked, without_mark
@@ -19,7 +20,7 @@ from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
 from pallas_flash.kernels.mosaic import bias, dropout, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, Exponents, completion
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
-from pallas_flash.kernels.mosaic.scores import is_far, may_be_large, scaled, score_unit, slope
+from pallas_flash.kernels.mosaic.scores import is_far, lowest, may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import Step
 from pallas_flash.spec import AttentionSpec
@@ -233,9 +234,11 @@ def completed_by(block: KeyBlock, warpgroup: Index, step: Step, first: tuple[Ind
     if not block.schedule.bias_ring:
         return completion(block.spec, block.gmem, (block.batch, step.head), first, 0)
     held = block.smem["bias"].at[step.slot(block.schedule.num_stages), pl.ds(ptx.opaque(warpgroup), 1)]
+    highest = -lowest(softmax.unit(block.spec.scale, block.spec.softcap))
 
     def completed(s: Exponents) -> tuple[Exponents, None]:
-        found = bias.with_pairs(block.spec, s, registers.load_transposed(held))
+        # Keys are finite here (`nonfinite`), but not products of what the bias hides: an infinite one plus -inf is NaN.
+        found = bias.with_pairs(block.spec, jnp.minimum(s, highest), registers.load_transposed(held))
         if not block.schedule.makes_dq:  # else dS is handed over, behind a fence, before the slot is freed
             ptx.fence_async_proxy()
         return found, None
