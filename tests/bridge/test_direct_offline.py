@@ -142,7 +142,9 @@ def test_the_kernels_are_those_that_explain_names(compiled, name):
 def test_every_array_of_a_launch_is_given_to_it(compiled, name):
     program = compiled[name][0]
     for kernel, arrays in program.steps:
-        assert {arrays[i] for _, i in kernel.patches} == {*arrays}
+        # A bias of pairs in 16 bits has no anchor, but zeros, which the fused backward does not read.
+        unread = {"anchor"} if name == "bias" and "backward_kv" in kernel.name else set()
+        assert {arrays[i] for _, i in kernel.patches} == {*arrays} - unread
         words = memoryview(kernel.parameters).cast("Q")
         assert all(words[place] == 0 for place, _ in kernel.patches)
         assert not {*words} & {(i + 1) << 36 for i in range(len(arrays))}, "an address of the recording is left"
