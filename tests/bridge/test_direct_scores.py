@@ -14,6 +14,7 @@ import torch
 
 import pallas_flash as pf
 import torch_bridge
+from bridge import test_scores
 from bridge.direct import A100, FORWARD
 from bridge.problems import operator_call, qkv
 from bridge.test_direct import BF16, BOTH, launched
@@ -33,19 +34,11 @@ def placeholders(score):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fading(pf.Score):
-    """That of test_scores.py, in primitives that kernels have: arrays of floats, integers and booleans."""
+class Fading(test_scores.Fading):
+    """In primitives that kernels have: arrays of floats, integers and booleans."""
 
-    half_lives: torch.Tensor
-    gains: torch.Tensor
-    lines: torch.Tensor
-    shown: torch.Tensor
-
-    def __call__(self, score, batch, head, q_pos, kv_pos):
-        distance = abs(q_pos - kv_pos).astype(score.dtype)
-        same_line = self.lines[batch, q_pos] == self.lines[batch, kv_pos]
-        faded = score * jnp.exp2(-distance / self.half_lives[head]) + jnp.where(same_line, self.gains[head], 0)
-        return jnp.where(self.shown[kv_pos], faded, -jnp.inf)
+    def power(self, x):
+        return jnp.exp2(x)
 
 
 MADE = {case: made for case, (made, _, _) in CASES.items()} | {"own": lambda *arrays: Fading(*arrays, LINES, SHOWN)}

@@ -9,6 +9,7 @@ import torch
 import pallas_flash as pf
 import torch_bridge
 from bridge import textbook
+from bridge.test_scores import leaky
 from torch_bridge.direct import attention
 
 pytestmark = pytest.mark.gpu
@@ -23,10 +24,6 @@ def on(monkeypatch):
     for name in ("_choices", "_reasons"):
         monkeypatch.setattr(attention, name, {})
     torch_bridge.report(reset=True)
-
-
-def leaky(score, batch, head, q_pos, kv_pos):
-    return jnp.where(kv_pos < q_pos, jnp.maximum(score, 0.1 * score), score)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,8 +52,11 @@ class Fading(pf.Score):
     def __call__(self, score, batch, head, q_pos, kv_pos):
         distance = abs(q_pos - kv_pos).astype(score.dtype)
         same_line = self.lines[batch, q_pos] == self.lines[batch, kv_pos]
-        faded = score * self.base ** (-distance / self.half_lives[head]) + jnp.where(same_line, self.gains[head], 0)
+        faded = score * self.power(-distance / self.half_lives[head]) + jnp.where(same_line, self.gains[head], 0)
         return jnp.where(self.shown[kv_pos], faded, -jnp.inf)
+
+    def power(self, x):
+        return self.base ** x
 
 
 SHOWN = torch.tensor([True, True, False, True, True, True, True])

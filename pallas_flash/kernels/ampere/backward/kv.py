@@ -18,19 +18,17 @@ two warpgroups: `kv_split`, `kv_halves`.
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import tiles
-from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward import kv_halves, kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
-from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_bad_rows
+from pallas_flash.kernels.ampere.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
-from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq
+from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
@@ -40,7 +38,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
-from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step, Walk
+from pallas_flash.kernels.mosaic.walk import Step, Walk
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -117,16 +115,9 @@ def compute(block: Block) -> None:
     spoiled = without_bad_rows(block)
     block.load_first()
 
-    def step(i: Array, carry: tuple[HeadAndTile, Sums]) -> tuple[HeadAndTile, Sums]:
-        at, sums = carry
-        return block.walk.next(*at), one_step(block, Step(i, *at), sums)
-
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
-    _, sums = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step, (block.walk.first, sums))
-    for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
-        if spec.dropout_rate:
-            dv = dv * dropout.factor(spec)
-        dk, dv = mark_nonfinite(block, i, spoiled, (dk * (spec.scale * dropout.factor(spec)), dv))
+    sums = over_queries(block, functools.partial(one_step, block), sums)
+    for i, (dk, dv) in enumerate(finished(block, sums, spoiled)):
         block.store("dk", i, dk)
         block.store("dv", i, dv)
 

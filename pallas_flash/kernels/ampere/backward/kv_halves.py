@@ -13,22 +13,18 @@ needs dS^T anyway. What its own half gives comes before the barrier, so that a w
 
 import functools
 
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, mma, registers
 from pallas_flash.kernels.ampere.backward.block import Block
-from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_shared_bad_rows
+from pallas_flash.kernels.ampere.backward.nonfinite import without_shared_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
-from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq
+from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, chunks
-from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.types import Index, Ref
-from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
+from pallas_flash.kernels.mosaic.walk import Step
 
 __all__ = ["compute"]
 
@@ -109,18 +105,8 @@ def compute(block: Block) -> None:
     spoiled = without_shared_bad_rows(block)
     block.load_first()
 
-    def step(i: Array, carry: tuple[HeadAndTile, Sums]) -> tuple[HeadAndTile, Sums]:
-        at, sums = carry
-        return block.walk.next(*at), one_step(block, Step(i, *at), sums)
-
     zeros = lambda dim: (registers.zeros(CHUNK * (chunks(dim) // 2)),) * count
-    _, sums = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step,
-                            (block.walk.first, Sums(zeros(spec.d), zeros(spec.d_v))))
-    marked = []
-    for i, (dk, dv) in enumerate(zip(*sums, strict=True)):
-        if spec.dropout_rate:
-            dv = dv * dropout.factor(spec)
-        marked.append(mark_nonfinite(block, i, spoiled, (dk * (spec.scale * dropout.factor(spec)), dv)))
-    sums = Sums(*map(tuple, zip(*marked, strict=True)))
+    sums = over_queries(block, functools.partial(one_step, block), Sums(zeros(spec.d), zeros(spec.d_v)))
+    sums = Sums(*map(tuple, zip(*finished(block, sums, spoiled), strict=True)))
     for half in range(2):
         pl.when(block.team.warpgroup == half)(functools.partial(store, block, sums, half))

@@ -11,19 +11,17 @@ makes dq (`backward.dq`).
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, mma, registers
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_shared_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
+from pallas_flash.kernels.ampere.backward.sums import over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.registers import Fragment
-from pallas_flash.kernels.mosaic import dropout, ptx
-from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
+from pallas_flash.kernels.mosaic import dropout
+from pallas_flash.kernels.mosaic.walk import Step
 
 __all__ = ["compute"]
 
@@ -69,12 +67,10 @@ def one_step(block: Block, step: Step, role: Role, total: Fragment) -> Fragment:
 
 def total_of(block: Block, role: Role, columns: int) -> Fragment:
     """Runs over all query tiles; returns a gradient of the block's keys, (64, columns)."""
-    def step(i: Array, carry: tuple[HeadAndTile, Fragment]) -> tuple[HeadAndTile, Fragment]:
-        at, total = carry
-        return block.walk.next(*at), one_step(block, Step(i, *at), role, total)
+    def step(step: Step, total: Fragment) -> Fragment:
+        return one_step(block, step, role, total)
 
-    carry = block.walk.first, registers.zeros(columns)
-    return lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step, carry)[1]
+    return over_queries(block, step, registers.zeros(columns))
 
 
 def compute(block: Block) -> None:
