@@ -66,14 +66,14 @@ WHOLE = [(problem.name, strategy, n) for problem in problems.CONFORMANCE if not 
          for strategy in ("ring", "all_gather", "all_to_all") for n in (2, 4, 8)]
 
 
-@pytest.mark.parametrize(("name", "strategy", "n"), WHOLE if "PALLAS_FLASH_WHOLE_CATALOGUE" in os.environ else [])
+@pytest.mark.parametrize(("name", "strategy", "n"),
+                         WHOLE if "PALLAS_FLASH_WHOLE_CATALOGUE" in os.environ else WHOLE[5::97])
 def test_the_whole_catalogue(x64, name, strategy, n):
-    """Half an hour: set PALLAS_FLASH_WHOLE_CATALOGUE where strategies, masks or xla have changed."""
+    """A few of it. All takes half an hour: set PALLAS_FLASH_WHOLE_CATALOGUE where strategies or masks have changed."""
     try:
         assert_exact(name, strategy, n)
     except pf.UnsupportedError as error:
         assert strategy == "all_to_all", error  # heads that do not divide, and others of `test_reasons_against`
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])

@@ -34,7 +34,7 @@ from pallas_flash.masks import ArrayField
 from pallas_flash.sinks import with_sinks
 from pallas_flash.spec import AttentionSpec, Operands, Results
 
-EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-20}
 REPETITIONS = 1000
 CAUSAL = Causal()
 

@@ -22,7 +22,7 @@ from pallas_flash.kernels.ampere import calls as ampere_calls
 from pallas_flash.kernels.ampere import rules as ampere_rules
 from pallas_flash.kernels.ampere import schedule as ampere_schedule
 from pallas_flash.kernels.hopper import calls, rules
-from pallas_flash.kernels.hopper.schedule import ForwardSchedule
+from pallas_flash.kernels.hopper.schedule import Float32Schedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import prefill
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.launches import launches
@@ -206,12 +206,14 @@ def test_pages_are_copied_as_their_table_shows_them(stand_in):
 INTERPRETED = {
     "causal": Case((0, 30, 77), 40, (2, 1), (16, 16), 80, bad=(0, 3)),
     "all-keys-fp16": Case((77, 9), 33, (2, 1), (16, 16), 80, 16, "BHLD", "float16", Full()),
+    "float32": Case((0, 30, 77), 40, (2, 1), (64, 64), 80, dtype="float32"),
 }
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("package", ["hopper", "ampere"])
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(("package", "name"), [
+    (package, name) for package in ("hopper", "ampere") for name in INTERPRETED
+    if (package, name) != ("ampere", "float32")])
 def test_the_kernels_agree_with_the_oracle(name, package, monkeypatch):
     """With NaN past each length, in queries that see nothing, and, but for all keys, in what some queries see."""
     case = INTERPRETED[name]
@@ -220,8 +222,10 @@ def test_the_kernels_agree_with_the_oracle(name, package, monkeypatch):
         q[i, :max(case.q_len - length, 0)] = np.nan
     call = call_of(case, q, stored(case, k, v))
     module = dict(hopper=calls, ampere=ampere_calls)[package]
-    schedule = dict(hopper=ForwardSchedule(block_kv=32, warpgroups=1, num_blocks=2),
-                    ampere=ampere_schedule.ForwardSchedule(block_kv=32))[package]
+    schedule = dict(
+        hopper=Float32Schedule(warpgroups=1, num_blocks=2) if case.dtype == "float32" else
+        ForwardSchedule(block_kv=32, warpgroups=1, num_blocks=2),
+        ampere=ampere_schedule.ForwardSchedule(block_kv=32))[package]
 
     def run(spec, operands, keys):
         of_package = dict(hopper=rules, ampere=ampere_rules)[package]
@@ -273,9 +277,17 @@ def test_what_is_not_measured_is_left_to_xla(where, name, options, keywords, rea
     assert cached.pages is None or f"    copies: k, v copied from their pages: {2 * 256 * 2 * 128 * 2:,} bytes" in text
 
 
+def test_float32_is_taken_by_name_on_hopper_only():
+    q, cached = shapes(q_len=17, dtype="float32")
+    text = cache.explain(q, cached, device=device.H100, implementation="hopper")
+    assert "attention_forward_float32, Float32Schedule(" in text and INSTEAD.format(68) in text
+    assert "implementation='xla'" in cache.explain(q, cached, device=device.H100)
+    text = cache.explain(q, cached, device=device.A100, implementation="ampere")
+    assert text.startswith("UnsupportedError") and "needs bfloat16 or float16" in text
+
+
 @pytest.mark.parametrize(("where", "name"), ON, ids=str)
 @pytest.mark.parametrize(("options", "keywords", "reason"), [
-    (dict(dtype="float32"), {}, "needs bfloat16 or float16"),
     (dict(d=520), {}, "needs head dimensions from 1 to"),
     (dict(pages=(31, 16)), {}, "out of pages only where the copy is no larger than all pages: 2 sequences of 256 "
      "positions, pages=31x16"),
