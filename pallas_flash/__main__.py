@@ -12,6 +12,11 @@ if sys.argv[1:2] == ["check"]:
     from pallas_flash import check
 
     sys.exit(check.main(sys.argv[2:]))
-if sys.argv[1:]:
-    sys.exit(f"usage: python -m pallas_flash [check [--quick] [--implementation NAME]], got {' '.join(sys.argv[1:])!r}")
-print(report())
+USAGE = """usage: python -m pallas_flash          versions, devices, settings, and what runs here and why
+       python -m pallas_flash check    whether the kernels are right on this GPU, and how fast (check --help: its options)"""
+if sys.argv[1:] in (["--help"], ["-h"]):
+    print(USAGE)
+elif sys.argv[1:]:
+    sys.exit(f"{USAGE}\ngot {' '.join(sys.argv[1:])!r}")
+else:
+    print(report())

@@ -46,7 +46,8 @@ def not_measured(spec: AttentionSpec) -> list[str]:
     rules = (*((True, what) for what in of_prefill),
              (bool(spec.dropout_moved), "dropout of a part of a problem"),
              (bool(mask_score.own_parts(spec)), "a mask of another class, asked pair by pair,"),
-             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
+             (is_wide(spec), f"the backward of a head dimension above {MAX_NARROW}"),
+             (_is_float32(spec), "an input of float32"),
              (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
