@@ -126,8 +126,8 @@ class Mask:
     def _written(self, name: str, **defaults: object) -> str:
         """A call that makes it: the fields that differ from the class' defaults, or from those given."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)} | defaults  # type: ignore[arg-type]
-        shown = [f"{field}={value if is_static(value) else ArrayField.of(as_array(value))}"
-                 for field, value in mask_fields.values(self).items() if not is_static(value) or value != defaults[field]]
+        shown = [f"{field}={x if is_static(x) else ArrayField.of(as_array(x))}"
+                 for field, x in mask_fields.values(self).items() if not is_static(x) or x != defaults[field]]
         return f"{name}({', '.join(shown)})"
 
     @property

@@ -37,15 +37,21 @@ def test_python_runs(page, tmp_path):
     assert "implementation='xla'" in done.stdout
 
 
-def test_the_table_of_what_runs_where_is_what_dispatch_says():
-    """`python -m bench report` writes it. With JAX 0.12 a Hopper GPU's compiler may have its say."""
+@pytest.mark.parametrize(("page", "blocks"), [
+    ("README.md", ["speed", "gpus", "calls", "headline", "slower"]), ("docs/benchmarks.md", ["benchmarks"])])
+def test_generated_tables_are_what_dispatch_and_the_records_say(page, blocks):
+    """`python -m bench report` writes them. With JAX 0.12 a Hopper GPU's compiler may have its say."""
     pytest.importorskip("matplotlib")
     if jax.__version_info__ >= (0, 12):
-        pytest.skip("the table is that of JAX 0.11")
+        pytest.skip("the tables are those of JAX 0.11")
     from bench import records, report
-    block = next(match for match in report.MARKERS.finditer((ROOT / "README.md").read_text())
-                 if match["name"] == "coverage")
-    assert block[0] == f"{block[1]}{report.block('coverage', records.read(records.RESULTS))}\n{block[3]}"
+    found = records.read(records.RESULTS)
+    for record in found:
+        record["device_name"] = record["environment"]["device"]
+    written = {match["name"]: match[0] for match in report.MARKERS.finditer((ROOT / page).read_text())}
+    assert list(written) == blocks
+    for name in blocks:
+        assert report.block(name, found) in written[name], f"{page}: run `python -m bench report`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
