@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import test_architecture as architecture
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
@@ -72,3 +73,34 @@ def test_links_into_pages_lead_to_headings(page):
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\((?!https?:)([^)\s#]*\.md)?#([^)\s]+)\)", page.read_text())
     assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
+def layers():
+    """The rows of the picture of layers in docs/structure.md, from the top: the modules of each."""
+    text = (ROOT / "docs/structure.md").read_text().partition("<!-- layers -->\n```text\n")[2].partition("```")[0]
+    return [set(re.split(r" {2,}", line.strip())[1:]) for line in text.splitlines()]
+
+
+def test_the_picture_of_layers_is_that_of_the_imports():
+    row = {module: i for i, modules in enumerate(layers()) for module in modules}
+    name = lambda path: "/".join(path[:1 + (path[0] == "kernels")])
+    wrong, seen = [], set()
+    for path in sorted(ROOT.glob("pallas_flash/**/*.py")):
+        module = tuple(architecture.module_name(path).split(".")[1:])
+        if not module or module[0] in ("testing", "__main__") or module == ("kernels",):
+            continue
+        seen.add(name(module))
+        for target in architecture.ours(architecture.tree(path)):
+            is_support = module[0] == "dispatch" and target[0] == "kernels"
+            if target != ("",) and not is_support and row[name(target)] < row[name(module)]:
+                wrong.append(f"{'.'.join(module)} imports {'.'.join(target)}")
+    assert wrong == [] and seen == set(row)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page):
+    """Of this project, by the end of their path; `your_script.py` and a note that is an example are not."""
+    files = [path.relative_to(ROOT).as_posix() for folder in ("pallas_flash", "torch_bridge", "tests", "bench", "examples",
+                                                             "docs") for path in ROOT.glob(f"{folder}/**/*.py")]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text())
+    assert [x for x in named if x != "setup.py" and not any(f"/{path}".endswith(f"/{x}") for path in files)] == []
