@@ -13,7 +13,7 @@ if sys.argv[1:2] == ["check"]:
 
     sys.exit(check.main(sys.argv[2:]))
 USAGE = """usage: python -m pallas_flash          versions, devices, settings, and what runs here and why
-       python -m pallas_flash check    whether the kernels are right on this GPU, and how fast (options: check --help)"""
+       python -m pallas_flash check    are the kernels right on this GPU, and how fast? (options: check --help)"""
 if sys.argv[1:] in (["--help"], ["-h"]):
     print(USAGE)
 elif sys.argv[1:]:

@@ -100,7 +100,7 @@ def test_the_picture_of_layers_is_that_of_the_imports():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_files_that_a_page_names_exist(page):
     """Of this project, by the end of their path; `your_script.py` and a note that is an example are not."""
-    files = [path.relative_to(ROOT).as_posix() for folder in ("pallas_flash", "torch_bridge", "tests", "bench", "examples",
-                                                             "docs") for path in ROOT.glob(f"{folder}/**/*.py")]
+    folders = ("pallas_flash", "torch_bridge", "tests", "bench", "examples", "docs")
+    files = [path.relative_to(ROOT).as_posix() for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
     named = re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text())
     assert [x for x in named if x != "setup.py" and not any(f"/{path}".endswith(f"/{x}") for path in files)] == []
