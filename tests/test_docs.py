@@ -15,7 +15,9 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
 
 
 def python_blocks(page):
-    """A page's Python as one program, each line at its place on the page, so that errors name it."""
+    """A page's Python as one program, each line at its place on the page, so that errors name it. A block that needs more
+    than the page, a model to download say, begins with more than ```python.
+    """
     lines, inside = [], False
     for line in page.read_text().splitlines():
         if line.startswith("```"):
@@ -24,8 +26,10 @@ def python_blocks(page):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_python_runs(page, tmp_path):
+@pytest.mark.parametrize(("page", "printed"), [
+    ("README.md", "implementation='xla'"), ("docs/guide.md", "implementation='xla'"),
+    ("docs/torch_bridge.md", "backward, xla")])
+def test_python_runs(page, printed, tmp_path):
     for package in ("flax", "torch", "flatbuffers"):
         pytest.importorskip(package)
     program = tmp_path / Path(page).with_suffix(".py").name
@@ -35,7 +39,7 @@ def test_python_runs(page, tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", program], cwd=tmp_path, env=environment, text=True,
                           capture_output=True)
     assert done.returncode == 0, f"{page}: exit {done.returncode}\n{done.stderr[-4000:]}"
-    assert "implementation='xla'" in done.stdout
+    assert printed in done.stdout
 
 
 @pytest.mark.parametrize(("page", "blocks"), [
