@@ -82,7 +82,8 @@ CALLS: dict[str, list[Ask]] = {
     "a bias of keys or of pairs, and its gradient": [_call(bias=_BIAS), _call(64, bias=_KEYS)],
     "a score function, and its gradients": [_call(score=_SLOPES), _call(256, score=_SLOPES)],
     "a bias and a score function": [_call(bias=_BIAS, score=_SLOPES)],
-    "mask classes of your own that hold arrays": [_call(mask=_Parity(np.array([2, 3])))],
+    "mask classes of your own with arrays, or beside arrays": [
+        _call(mask=_Parity(np.array([2, 3]))), _call(mask=_Parity(2), segment_ids=_IDS)],
     "head dimensions that are not multiples of 8": [_call(100), _call(50)],
     "head dimensions from 257 to 512": [_call(320), _call(512)],
     "float32, heads up to 128": [_call(64, "float32"), _call(128, "float32")],

@@ -15,8 +15,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
 
 
 def python_blocks(page):
-    """A page's Python as one program, each line at its place on the page, so that errors name it. A block that needs more
-    than the page, a model to download say, begins with more than ```python.
+    """A page's Python as one program, each line at its place on the page, so that errors name it. A block that needs
+    more than the page, a model to download say, begins with more than ```python.
     """
     lines, inside = [], False
     for line in page.read_text().splitlines():

@@ -303,7 +303,7 @@ def test_a_class_of_a_user_is_read_pair_by_pair():
     q, cached = shapes(q_len=17)
     text = cache.explain(q, cached, device=device.H200, mask=Moving(3))
     assert "implementation='xla'" in text
-    assert "not 'hopper': a mask of another class, asked pair by pair, has not been measured" in text
+    assert "not 'hopper': a mask class of your own with or beside arrays has not been measured" in text
     assert "implementation='hopper'" in cache.explain(q, cached, device=device.H200, mask=Moving(3),
                                                       implementation="hopper")
 
