@@ -32,7 +32,7 @@ def python_blocks(page):
 def test_python_runs(page, printed, tmp_path):
     for package in ("flax", "torch", "flatbuffers"):
         pytest.importorskip(package)
-    program = tmp_path / Path(page).with_suffix(".py").name
+    program = tmp_path / f"page_{Path(page).stem}.py"  # a page may have the name of a package
     program.write_text(python_blocks(ROOT / page))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                    "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(page != "README.md"))}  # most of the time is compilation
