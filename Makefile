@@ -7,7 +7,7 @@ TARGETS := demo test test-gpu test-newest-jax offline lint bench docs dist
 .PHONY: help $(TARGETS) clean
 
 help:
-	@echo "make demo             run the examples: attention in ten lines, a mask and a score function of one's own, training in JAX and in PyTorch, generating, also with transformers"
+	@echo "make demo             run the examples: attention in ten lines, your own mask and score function, training in JAX and in PyTorch, generating, also with transformers"
 	@echo "make test             lint, type check and tests; on the GPU too if there is one"
 	@echo "make test-gpu         the whole test suite on an NVIDIA GPU, the tests marked gpu first"
 	@echo "make test-newest-jax  the CPU tests with the newest JAX, in an environment of its own"

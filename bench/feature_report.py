@@ -1,12 +1,13 @@
 """The table of what models ask of attention besides a plain call: records of `bench run --problems features`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from bench import plots, records
 from bench.plain import PLAIN
 from pallas_flash.testing import problems
 
-__all__ = ["rows"]
+__all__ = ["beside_fastest", "rows"]
 
 Record = dict[str, Any]
 Newest = dict[tuple[Any, ...], Record]
@@ -31,12 +32,25 @@ def _of(newest: Newest, problem: str, direction: str) -> list[Record]:
     return [record for (name, where, _), record in newest.items() if (name, where) == (problem, direction)]
 
 
-def _cells(newest: Newest, problem: str, direction: str) -> list[str]:
+def beside_fastest(found: list[Record]) -> Iterator[tuple[str, str, str, float]]:
+    """(problem, direction, label of the fastest peer, its time over ours) of each problem that both ran."""
+    newest = records.latest([r for r in found if r["kind"] == "feature"], "problem", "direction", "label")
+    for problem, direction in dict.fromkeys(key[:2] for key in newest):
+        mine, peer = _pair(newest, problem, direction)
+        if mine and peer and (ratio := _ratio(peer, mine)):
+            yield problem, direction, peer["label"], ratio
+
+
+def _pair(newest: Newest, problem: str, direction: str) -> tuple[Record | None, Record | None]:
+    """Ours, and the fastest peer."""
     timed = {r["contestant"]: r for r in _of(newest, problem, direction) if r["kind"] == "feature"}
     ours = next((name for name in plots.OURS if name in timed), None)
-    mine = timed.get(ours)
     peers = [r for name, r in timed.items() if name not in (*plots.OURS, PLAIN.name)]
-    peer = min(peers, key=lambda r: r["median_us"], default=None)
+    return timed.get(ours), min(peers, key=lambda r: r["median_us"], default=None)
+
+
+def _cells(newest: Newest, problem: str, direction: str) -> list[str]:
+    mine, peer = _pair(newest, problem, direction)
     left = mine and mine.get("of_plain")
     return [_ms(mine), f"{left['median']:.2f}" if left else "–", peer["label"] if peer else "–", _ms(peer),
             _over(peer, mine)]
@@ -44,12 +58,21 @@ def _cells(newest: Newest, problem: str, direction: str) -> list[str]:
 
 def _over(peer: Record | None, mine: Record | None) -> str:
     """A peer's time over ours: the ratio that interleaved rounds have, or of medians where it was not timed again."""
-    if peer is None or mine is None:
+    ratio = None if peer is None or mine is None else _ratio(peer, mine)
+    if ratio is None or peer is None or mine is None:
         return "–"
-    if peer["environment"]["commit"] != mine["environment"]["commit"]:
-        return f"{peer['median_us'] / mine['median_us']:.2f}, of two runs"
+    return f"{ratio:.2f}" + ("" if _in_one_run(peer, mine) else ", of two runs")
+
+
+def _in_one_run(peer: Record, mine: Record) -> bool:
+    return bool(peer["environment"]["commit"] == mine["environment"]["commit"])
+
+
+def _ratio(peer: Record, mine: Record) -> float | None:
+    if not _in_one_run(peer, mine):
+        return float(peer["median_us"] / mine["median_us"])
     over = peer["ratio_to"].get(mine["contestant"])
-    return f"{over['median']:.2f}" if over else "–"
+    return float(over["median"]) if over else None
 
 
 def _ms(record: Record | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from bench import contestants, records
 
-__all__ = ["draw"]
+__all__ = ["ALT", "draw"]
 
 Record = dict[str, Any]
 OURS = tuple(contestant.name for contestant in contestants.OURS)
@@ -15,10 +15,20 @@ COLOURS = dict(zip(OURS, ("#d62728", "#ff9896", "#8c564b", "#e7969c"), strict=Fa
 """Ours in reds, in dispatch's order; matplotlib chooses the others."""
 
 
+ALT = {
+    "speed": "TFLOP/s against length for heads of 128, forward and backward, ours and others",
+    "tflops-forward": "TFLOP/s of the forward against length for three head sizes, ours and others",
+    "tflops-backward": "TFLOP/s of the backward against length for three head sizes, ours and others",
+    "memory": "Memory besides the inputs against length, ours and jax.nn's",
+}
+"""What a page says of each picture, by the name of its file."""
+
+
 def draw(found: list[Record], folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws what there are records for; returns the files."""
     drawn = [_speed(found, direction, folder / f"tflops-{direction}.png") for direction in ("forward", "backward")]
-    return [path for path in (*drawn, _memory(found, folder / "memory.png")) if path is not None]
+    others = _overview(found, folder / "speed.png"), _memory(found, folder / "memory.png")
+    return [path for path in (*drawn, *others) if path is not None]
 
 
 def _pyplot() -> Any:
@@ -52,10 +62,31 @@ def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _speed(found: list[Record], direction: str, path: pathlib.Path) -> pathlib.Path | None:
-    chosen = records.of_newest_device([
+def _causal(found: list[Record], direction: str) -> list[Record]:
+    """Speeds of plain causal problems on the newest device."""
+    return records.of_newest_device([
         r for r in found if r["kind"] == "speed" and r["direction"] == direction
         and r["problem"].startswith("causal-d") and r["spec"]["d"] == r["spec"]["d_v"]])
+
+
+def _overview(found: list[Record], path: pathlib.Path, d: int = 128) -> pathlib.Path | None:
+    """Both directions for one head size: the picture of the README."""
+    chosen = {direction: [r for r in _causal(found, direction) if r["spec"]["d"] == d]
+              for direction in ("forward", "backward")}
+    if not all(chosen.values()):
+        return None
+    figure, all_axes = _pyplot().subplots(1, 2, figsize=(10.8, 3.8), layout="constrained")
+    for axes, (direction, of_direction) in zip(all_axes, chosen.items(), strict=True):
+        _plot(axes, _lines(of_direction, "tflops"))
+        axes.set(title=direction, xlabel="sequence length", ylabel="TFLOP/s", ylim=(0, None))
+    figure.legend(handles=_handles(all_axes), fontsize="small", loc="outside right center")
+    device = chosen["forward"][-1]["environment"]["device"]
+    figure.suptitle(f"Causal, head size {d}, bf16, 16,384 tokens, {device}")
+    return _save(figure, path)
+
+
+def _speed(found: list[Record], direction: str, path: pathlib.Path) -> pathlib.Path | None:
+    chosen = _causal(found, direction)
     sizes = sorted({r["spec"]["d"] for r in chosen} & {64, 128, 256})
     if not sizes:
         return None

@@ -1,8 +1,9 @@
 """Tables for the README and the documentation, and plots, from the records. No number there is typed by hand.
 
 What stands in a page between `<!-- generated: NAME -->` and `<!-- end generated -->` is replaced by the block of that
-name. "headline" is the short table of the README; "benchmarks" is everything, with a section for each GPU that was
-measured, and "coverage" is what runs on which. A block whose records do not exist says so.
+name. In the README, "speed" is a sentence, "headline" a short table, "slower" where others are faster, "gpus" and
+"calls" what runs where; "benchmarks" is everything, with a section for each GPU that was measured. A block whose
+records do not exist says so.
 """
 
 import pathlib
@@ -10,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import cache_report, coverage, feature_report, path_report, plots, records
+from bench import cache_report, coverage, feature_report, path_report, plots, records, slower
 
 __all__ = ["HEADLINE", "block", "write"]
 
@@ -294,18 +295,25 @@ def _of_a_gpu(found: list[Record]) -> str:
     return "\n\n".join([*(_measured_on(record) + "." for record in _speeds(found)[-1:]), *parts])
 
 
-def _coverage(found: list[Record]) -> str:
-    """What an automatic choice runs on which GPU, and of which there are records of speed."""
+def _slower(found: list[Record]) -> str:
+    header, rows = slower.rows(_newest_gpu(found))
+    return _table(header, rows) if rows else NOTHING
+
+
+def _gpus_table(found: list[Record]) -> str:
+    """Which kernels an automatic choice runs on which GPU, and of which there are records of speed."""
     measured = {r["environment"]["device"] for r in found
                 if r["environment"]["platform"] == "gpu" and r["kind"] == "speed"}
-    return _table(*coverage.rows(measured))
+    return _table(*coverage.gpus(measured))
 
 
 def block(name: str, found: list[Record]) -> str | None:
     """The text of a block, of the newest GPU if it is about one; None if there is no block of that name."""
     if name in OF_A_GPU:
         return OF_A_GPU[name][1](_newest_gpu(found))
-    made = {"headline": _headline, "benchmarks": _all, "environment": _environment, "coverage": _coverage} | {
+    made = {"headline": _headline, "benchmarks": _all, "environment": _environment, "gpus": _gpus_table,
+            "calls": lambda found: _table(*coverage.calls()), "slower": _slower,
+            "speed": lambda found: slower.sentence(_newest_gpu(found)) or NOTHING} | {
         other: make for other, (_, make) in OTHERS.items()}
     return made[name](found) if name in made else None
 
@@ -329,5 +337,6 @@ def _replaced(match: re.Match[str], found: list[Record], page: pathlib.Path, pic
         return match[0]
     if match["name"] == "benchmarks":
         near = [path.resolve() for path in pictures if path.resolve().is_relative_to(page.resolve().parent)]
-        made += "".join(f"\n\n![{path.stem}]({path.relative_to(page.resolve().parent).as_posix()})" for path in near)
+        made += "".join(f"\n\n![{plots.ALT[path.stem]}]({path.relative_to(page.resolve().parent).as_posix()})"
+                        for path in near if path.stem != "speed")  # that is the README's
     return f"{match[1]}{made}\n{match[3]}"

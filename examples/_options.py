@@ -21,7 +21,8 @@ def training_parser(description: str | None, attention: list[str], plot: str) ->
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of the activations; the kernels of GPUs run bfloat16 (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-plot", metavar="FILE", default=plot, help="default: %(default)s")

@@ -12,6 +12,11 @@ if sys.argv[1:2] == ["check"]:
     from pallas_flash import check
 
     sys.exit(check.main(sys.argv[2:]))
-if sys.argv[1:]:
-    sys.exit(f"usage: python -m pallas_flash [check [--quick] [--implementation NAME]], got {' '.join(sys.argv[1:])!r}")
-print(report())
+USAGE = """usage: python -m pallas_flash          versions, devices, settings, and what runs here and why
+       python -m pallas_flash check    are the kernels right on this GPU, and how fast? (options: check --help)"""
+if sys.argv[1:] in (["--help"], ["-h"]):
+    print(USAGE)
+elif sys.argv[1:]:
+    sys.exit(f"{USAGE}\ngot {' '.join(sys.argv[1:])!r}")
+else:
+    print(report())

@@ -114,8 +114,8 @@ def flash_attention(
         shard needs its own key, for instance `jax.random.fold_in(dropout_rng, jax.lax.axis_index(axis_names))`: a key
         shared by shards is refused (with `check_vma=False` it cannot be seen, and they drop alike).
       sinks: (q_heads,), in any of these dtypes: a logit of each head that joins the softmax of every row like the score
-        of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Each pass then reads and
-        writes out once more, outside the kernels: see docs/semantics.md.
+        of one more key, whose value is 0; it is never masked or dropped. It has a gradient. Where the kernel does not
+        take them, which `explain` says, the forward reads and writes out once more: see docs/semantics.md.
       return_lse: also return lse.
       deterministic: gradients are bit-equal on every run; for the arrays of score functions see docs/semantics.md.
       layout: the order of the axes of query, key, value and out.

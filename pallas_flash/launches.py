@@ -73,7 +73,7 @@ def _what_is_beside(spec: AttentionSpec, decision: dispatch.Decision) -> str:
     if copies is not None:
         return f"{name!r} reads copies that JAX makes before the launches ({copies.forward})"
     if spec.score is not None:
-        return f"{name!r} has no launches of what reads a score function, or a mask that is asked pair by pair"
+        return f"{name!r} has no launches for a score function, or for a mask class of your own with or beside arrays"
     if spec.bias is not None:
         return f"{name!r} makes what it reads of this bias beside the launches, by JAX"
     return f"{name!r} reads arrays that JAX makes beside the launches, those of a mask that holds arrays or of dropout"

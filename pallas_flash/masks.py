@@ -121,10 +121,14 @@ class Mask:
         raise _only_intersect("~", f"~{_kind(self)}")
 
     def __str__(self) -> str:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        shown = [f"{name}={value if is_static(value) else ArrayField.of(as_array(value))}"
-                 for name, value in mask_fields.values(self).items() if not is_static(value) or value != defaults[name]]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return self._written(type(self).__name__)
+
+    def _written(self, name: str, **defaults: object) -> str:
+        """A call that makes it: the fields that differ from the class' defaults, or from those given."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)} | defaults  # type: ignore[arg-type]
+        shown = [f"{field}={x if is_static(x) else ArrayField.of(as_array(x))}"
+                 for field, x in mask_fields.values(self).items() if not is_static(x) or x != defaults[field]]
+        return f"{name}({', '.join(shown)})"
 
     @property
     def parts(self) -> "tuple[Mask, ...]":
@@ -280,6 +284,10 @@ class Window(Mask):
             raise errors.invalid("Window needs -left <= right", f"left={self.left}, right={self.right}",
                                  "give the number of keys on each side of the aligned one, and leave out a side "
                                  "without a limit")
+
+    def __str__(self) -> str:
+        is_causal = is_static(self.left) and self.left == UNBOUNDED and is_static(self.right) and self.right == 0
+        return self._written("Causal", right=0) if is_causal else super().__str__()
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         distance = kv_pos - (q_pos + self.offset)

@@ -179,6 +179,12 @@ def test_only_compat_touches_what_is_private_in_jax():
         "pallas_flash/compat.py"}
 
 
+def test_no_module_imports_a_private_name_of_another():
+    found = {path.relative_to(ROOT).as_posix(): name for path in SOURCES for name in imports(tree(path))
+             if re.match(r"(pallas_flash|torch_bridge)\b.*\._(?!_)", name)}
+    assert found == {}
+
+
 def test_flax_and_torch_have_their_places():
     assert importers("flax") == {"pallas_flash/flax.py"}
     assert all(path.startswith("torch_bridge/") for path in importers("torch"))

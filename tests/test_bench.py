@@ -491,8 +491,8 @@ def test_a_report_fills_the_blocks_of_a_readme(tmp_path, measured):
     assert "20,000 (2.500) | 15,000 (2.500) |" in text and "8:2 heads, 4 x 4,096 tokens, bfloat16, remat" in text
     assert "### Without a GPU" in text and "`cpu-d64-small`" in text
     assert "NVIDIA H100; driver 580.1; ptxas 13.5; jax 0.11.2; matrix product 770.0 TFLOP/s; commit 0123456789" in text
-    assert "![tflops-forward](docs/images/tflops-forward.png)" in text
-    for name in ("tflops-forward", "tflops-backward", "memory"):
+    assert f"![{plots.ALT['tflops-forward']}](docs/images/tflops-forward.png)" in text
+    for name in plots.ALT:
         assert (tmp_path / "docs" / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert lines[-1].endswith("3 generated blocks, changed")
     again = list(report.write([*cpu, *_gpu_records()], [readme], tmp_path / "docs" / "images"))
@@ -523,7 +523,7 @@ def test_numbers_of_two_devices_never_share_a_table(tmp_path):
     assert "| `causal-d64-s1024` | **700** | 90% | 500 (1.40) |" in of_h100 and "900" not in of_h100
     assert "NVIDIA H100; driver" in of_h100 and "microseconds a call" in of_h100  # and its other tables
     assert "**900**" in newest and "700" not in newest
-    assert "![tflops-forward](images/tflops-forward.png)" in everything
+    assert f"![{plots.ALT['tflops-forward']}](images/tflops-forward.png)" in everything
 
 
 def test_the_headline_compares_with_the_best_way_to_call_each_peer():
@@ -537,6 +537,28 @@ def test_the_headline_compares_with_the_best_way_to_call_each_peer():
     assert table.splitlines()[0].count("|") == 8 and "NVIDIA H100, 2026-01-02." in table
     catalogue = {problem.name for problem in problems.select(["*"])}
     assert len(report.HEADLINE) == 8 and catalogue >= set(report.HEADLINE)
+
+
+def test_where_others_are_faster_is_said():
+    """The worst call of each kind: those in which ours is as fast or faster leave no row."""
+    ratio = lambda median: dict(median=median, low=median, high=median)
+    found = list(_gpu_records())
+    assert report.block("slower", found) == report.NOTHING
+    assert report.block("speed", found) == (
+        "On an NVIDIA H100, the forward takes 0.71 to 0.71 of FlashAttention-3's time in calls with a causal or no "
+        "mask, the backward 0.71 to 0.71.")
+    mine = next(r for r in found if r.get("contestant") == "hopper" and r.get("direction") == "backward")
+    peer = dict(mine, contestant="fa3", label="FlashAttention-3", ratio_to={"hopper": ratio(0.8)})
+    feature = dict(mine, kind="feature", problem="ragged-ids-d128-s4096", median_us=2.0)
+    beside = dict(feature, contestant="fa3", label="FlashAttention-3", median_us=1.0, ratio_to={"hopper": ratio(0.5)})
+    step = dict(kind="decode", environment=mine["environment"], problem="b1", speed_over={"torch": ratio(0.9)})
+    host = dict(kind="bridge-path", environment=mine["environment"], path="direct", what="forward and .backward()",
+                host_us=10.0, over_torch=ratio(1.5))
+    assert report.block("slower", [*found, peer, feature, beside, step, host]).splitlines()[2:] == [
+        "| plain calls | FlashAttention-3 | 0.71 | 1.25 | – |",
+        "| 5 uneven documents in each row, `segment_ids` | FlashAttention-3 | – | 2.00 | – |",
+        "| a few queries to a contiguous cache | PyTorch | 1.11 | – | – |",
+        "| the host's time of a small call from PyTorch | PyTorch | – | – | 1.50 |"]
 
 
 def test_tables_say_what_was_timed_in_chains():

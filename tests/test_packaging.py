@@ -70,7 +70,7 @@ def test_what_an_index_shows(built):
     assert f"\nVersion: {pallas_flash.__version__}\n" in metadata
     assert "\nProject-URL: Issues, https://" in metadata
     targets = re.findall(r"\]\(([^)\s]+)\)", metadata.split("\n\n", 1)[1])
-    assert any(target.endswith("docs/images/memory.png") for target in targets)
+    assert any(target.endswith("docs/images/speed.png") for target in targets)
     assert [target for target in targets if not target.startswith("https://")] == [], "links lead nowhere"
 
 

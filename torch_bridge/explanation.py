@@ -127,7 +127,7 @@ def _as_read(array: torch.Tensor) -> str:
 
 def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
     if why_not is not None:
-        return f"path: DLPack, JAX's runtime launches ({why_not})"
+        return f"path: DLPack, JAX's runtime launches (not the direct path: {why_not})"
     problem, device = attention.problem_of(operands, numbers), operands.query.device
     states = []
     for name in attention.PASSES:

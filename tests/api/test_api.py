@@ -438,7 +438,7 @@ def test_explain_takes_shapes_of_everything():
                    kv_lengths=shape(2, dtype=jnp.int32), softcap=30.0, dropout_rate=0.1, deterministic=True)
     assert text.splitlines()[0] == (
         "AttentionSpec(BLHD bfloat16, batch=2, heads=8:2, len=64x96, d=128, d_v=64, "
-        "mask=Window(right=0, offset=32) & Dense(attend=bool[1x1x64x96]) & InBounds(kv_len=int32[2x1]) & "
+        "mask=Causal(offset=32) & Dense(attend=bool[1x1x64x96]) & InBounds(kv_len=int32[2x1]) & "
         "SegmentIds(q_ids=int32[2x1x64], kv_ids=int32[2x1x96]), bias=1x1x64x96, softcap=30, dropout_rate=0.1, "
         "deterministic)")
     assert "implementation=" in text.splitlines()[1] and "not 'reference'" in text

@@ -534,7 +534,7 @@ def test_explain_says_what_runs():
     cached = jax.eval_shape(lambda: cache.empty_paged(TABLE, (8, 16), 2, 64))
     text = cache.explain(q, cached, mask=Causal() & Window(left=jnp.array([3, 4])), device=device.H200)
     assert "len=1x48" in text and "implementation='hopper'" in text and "pages=8x16" in text
-    assert "mask=Filled(Window(right=0), lengths=int32[2x1])" in text
+    assert "mask=Filled(Causal(), lengths=int32[2x1])" in text
     assert "not 'hopper'" not in text
     with pytest.raises(UnsupportedError, match="needs bfloat16 or float16"):
         cache.attend(Q[:, :1], EMPTY["contiguous"](), implementation="hopper")

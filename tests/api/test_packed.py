@@ -263,7 +263,7 @@ def test_explain():
     with device.assume(device.H100):
         said = explain(shape(40, 4, 64), shape(44, 2, 64), shape(44, 2, 64), mask=Causal(), alignment="last",
                        cu_seqlens_q=shape(6, dtype=jnp.int32), cu_seqlens_kv=shape(6, dtype=jnp.int32))
-    assert "mask=Packed(Window(right=0), sequences=5, alignment=last)" in said
+    assert "mask=Packed(Causal(), sequences=5, alignment=last)" in said
     assert "implementation='hopper'" in said
 
 

@@ -365,7 +365,7 @@ def test_reports_say_why_as_explain_does(launched, monkeypatch, tmp_path, gpu):
     row, = torch_bridge.report(reset=True)
     reason = "it takes bfloat16 and float16, query.dtype is torch.float32"
     assert f"not launched directly: {reason}" in row.reasons
-    assert f"path: DLPack, JAX's runtime launches ({reason})" in torch_bridge.explain(*wide)
+    assert f"path: DLPack, JAX's runtime launches (not the direct path: {reason})" in torch_bridge.explain(*wide)
 
 
 OTHERWISE = {
@@ -507,7 +507,7 @@ def test_direct_is_the_default(launched, monkeypatch):
     monkeypatch.setenv(attention.VARIABLE, "0")
     check(tensors)
     assert launched == BOTH * 2
-    assert "path: DLPack, JAX's runtime launches (PALLAS_FLASH_DIRECT=0 is set)" in torch_bridge.explain(*tensors)
+    assert "launches (not the direct path: PALLAS_FLASH_DIRECT=0 is set)" in torch_bridge.explain(*tensors)
     monkeypatch.setenv(attention.VARIABLE, "yes")
     with pytest.raises(ValueError, match=r"PALLAS_FLASH_DIRECT must be 0 or 1, got 'yes'"):
         OURS(*tensors)
@@ -716,7 +716,7 @@ def test_explain_on_a_gpu(launched, monkeypatch, tmp_path):
         assert "plans: forward on disk, backward to be compiled" in torch_bridge.explain(x, x, x, is_causal=True)
     monkeypatch.setattr(exchange, "jax_device", jax_device)
     tmp_path.chmod(0o777)
-    assert "path: DLPack, JAX's runtime launches (a directory of plans must not" in torch_bridge.explain(x, x, x)
+    assert "launches (not the direct path: a directory of plans must not" in torch_bridge.explain(x, x, x)
 
 
 def test_the_caller_may_be_a_package_whose_name_begins_as_torchs(launched, monkeypatch):

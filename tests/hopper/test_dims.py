@@ -221,7 +221,7 @@ def test_who_runs_wide_heads():
     """Not chosen, until they have been timed on a GPU."""
     spec = spec_of(512, 512)
     text = dispatch.explain(spec, device.H200)
-    assert "not 'hopper': a head dimension above 256 has not been measured on a GPU yet" in text
+    assert "not 'hopper': the backward of a head dimension above 256 has not been measured on a GPU yet" in text
     text = dispatch.explain(spec, device.H200, "hopper")
     written = 2 * 2 * 100 * 4 * 512 * 2
     assert (f"copies: v cut into parts of 256 and 256 columns, out joined of theirs, for each of which scores are "

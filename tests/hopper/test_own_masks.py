@@ -150,15 +150,15 @@ def test_what_is_refused_says_what_to_do():
     refused, = reasons(mask=MINE, bias=(1, 1, 1, KV_LEN))
     assert "Groups" in refused and "beside" in refused
     refused, = reasons(mask=MINE, d=264, d_v=264)
-    assert "mask of another class" in refused
+    assert "mask class of your own" in refused
 
 
 def test_an_automatic_choice_waits_for_a_gpu_and_the_name_gets_it():
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (Q_LEN, KV_LEN))
     say = functools.partial(pf.explain, q, k, k, mask=MINE, device=device.H200)
-    assert "a mask of another class, asked pair by pair, has not been measured" in say()
+    assert "a mask class of your own with or beside arrays has not been measured" in say()
     no_arrays = say(mask=Strided(3), score=pf.ALiBi(np.ones(2, np.float32)))
-    assert "asked pair by pair, has not been measured" in no_arrays
+    assert "with or beside arrays has not been measured" in no_arrays
     named = say(implementation="hopper")
     assert "forward" in named and not named.startswith("UnsupportedError")
     spec = problem_of("own", mask=MINE).spec()

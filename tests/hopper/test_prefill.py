@@ -241,7 +241,7 @@ def test_the_kernels_agree_with_the_oracle(name, package, monkeypatch):
 # Who runs it ----------------------------------------------------------------------------------------------------------
 
 ON = [(device.H100, "hopper"), (device.A100, "ampere")]
-INSTEAD = ("runs the ordinary forward, mask=Window(right=0, offset=int32[2x1]) & InBounds(kv_len=int32[2x1]): "
+INSTEAD = ("runs the ordinary forward, mask=Causal(offset=int32[2x1]) & InBounds(kv_len=int32[2x1]): "
            "{} queries share a key head, more than the 64 rows of the kernel against a cache")
 
 
@@ -303,7 +303,7 @@ def test_a_class_of_a_user_is_read_pair_by_pair():
     q, cached = shapes(q_len=17)
     text = cache.explain(q, cached, device=device.H200, mask=Moving(3))
     assert "implementation='xla'" in text
-    assert "not 'hopper': a mask of another class, asked pair by pair, has not been measured" in text
+    assert "not 'hopper': a mask class of your own with or beside arrays has not been measured" in text
     assert "implementation='hopper'" in cache.explain(q, cached, device=device.H200, mask=Moving(3),
                                                       implementation="hopper")
 

@@ -45,8 +45,9 @@ def not_measured(spec: AttentionSpec) -> list[str]:
         of_prefill, spec = prefill.not_measured(spec), prefill.ordinary(spec)
     rules = (*((True, what) for what in of_prefill),
              (bool(spec.dropout_moved), "dropout of a part of a problem"),
-             (bool(mask_score.own_parts(spec)), "a mask of another class, asked pair by pair,"),
-             (is_wide(spec), f"a head dimension above {MAX_NARROW}"), (_is_float32(spec), "an input of float32"),
+             (bool(mask_score.own_parts(spec)), "a mask class of your own with or beside arrays"),
+             (is_wide(spec), f"the backward of a head dimension above {MAX_NARROW}"),
+             (_is_float32(spec), "an input of float32"),
              (spec.cache_scales is not None, "a cache in eight bits"))
     return [f'{what} has not been measured on a GPU yet (name implementation="hopper" to try it)'
             for is_there, what in rules if is_there]
@@ -114,8 +115,8 @@ def _spec_reasons(spec: AttentionSpec) -> list[str]:
         (min(spec.d, spec.d_v) >= 1 and max(spec.d, spec.d_v) <= MAX_DIM,
          f"needs head dimensions from 1 to {MAX_DIM}, {dims}"),
         (mask_score.hiding(spec).score is None or not is_wide(spec),
-         "takes a score function, or a mask of another class asked pair by pair, with head dimensions up to "
-         f"{MAX_NARROW} only, {dims} (in the backward above, P times its derivative finds no room in shared memory)"),
+         "takes a score function, or a mask class of your own with or beside arrays, with head dimensions up to "
+         f"{MAX_NARROW} only, {dims} (above, the backward has no room in shared memory for P times its derivative)"),
         (spec.dropout_moved % dropout.UNIT == 0,
          f"needs dropout of parts of a problem that begin at multiples of {dropout.UNIT} positions, this one begins at "
          f"a multiple of {spec.dropout_moved} (pad the sequence)"),
@@ -137,7 +138,8 @@ def _float32_reasons(spec: AttentionSpec) -> list[str]:
          f"needs head dimensions from 1 to {MAX_DIM_FLOAT32} in float32, d={spec.d}, d_v={spec.d_v} ({cast})"),
         (spec.bias is None, f"takes no bias in float32 yet, bias is {spec.bias} ({cast})"),
         (spec.score is None, f"takes no score function in float32 yet, score={spec.score} ({cast})"),
-        (not mask_score.own_parts(spec), f"takes no mask of another class asked pair by pair in float32 yet ({cast})"),
+        (not mask_score.own_parts(spec),
+         f"takes no mask class of your own with or beside arrays in float32 yet ({cast})"),
         (not spec.dropout_rate, f"takes no dropout in float32 yet, dropout_rate={spec.dropout_rate:g} ({cast})"),
         (filled_part(spec.mask) is None, f"needs bfloat16 or float16 against a cache, dtype is float32 ({cast})"),
     )
