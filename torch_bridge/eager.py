@@ -14,7 +14,7 @@ The statistics of rows, which only the backward reads, stay what the route made 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -234,10 +234,7 @@ def _recorder(known: shortcut.Shortcut) -> _Apply:
             grads = _gradients(operands, known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False, False)))
             return grads.query, grads.key, grads.value, None
 
-    # What autograd calls of a node: torch's own looks for `backward` and calls it, which takes 0.4 us. It is private.
-    node = getattr(Launched, "_backward_cls", None)
-    if isinstance(node, type) and "apply" in vars(node.__base__):
-        node.apply = Launched.backward  # type: ignore[attr-defined]
+    _call_at_once(Launched)
     # `Launched.apply` for tensors that no transform of torch.func has wrapped: PyTorch 2.11 unwraps, in Python, what a
     # transform left behind, which takes 1.6 us.
     found: _Apply = super(torch.autograd.Function, Launched).apply
@@ -245,6 +242,16 @@ def _recorder(known: shortcut.Shortcut) -> _Apply:
 
 
 _ALL_THREE = (True, True, True, False)
+
+
+def _call_at_once(function: type[torch.autograd.Function]) -> None:
+    """Has autograd's thread call `backward` itself. What it calls of a node is `apply`, which in torch looks for
+    `backward`: 0.4 us. That is private: where it is not as this file knows it, nothing is changed.
+    """
+    node: Any = getattr(function, "_backward_cls", object)
+    torchs = getattr(torch.autograd.function, "BackwardCFunction", None)
+    if torchs is not None and torchs in node.__bases__ and "apply" in vars(torchs):
+        node.apply = function.backward
 
 
 def _recorded(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
