@@ -4,7 +4,7 @@ PyTorch's dispatcher and the formulas of `register_autograd` took a third of a s
 (docs/notes/torch_bridge.md). The operators of ops.py are needed where something may observe or change a call: the
 compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most calls involve none of these:
 
-    the direct path has taken such a call before             _Launched, or its shortcut's forward alone
+    the direct path has taken such a call before             _recorder, or its shortcut's forward alone
     nothing intercepts the call, nothing needs a gradient    routes.attend
     nothing intercepts the call                              _Attention, around routes.attend_saving
     ... and query, key and value are parts of one tensor     _OfParts, around the same and routes.write_gradients
@@ -13,8 +13,8 @@ compiler, a dispatch mode, a transform, a tracer, a subclass of Tensor. Most cal
 The statistics of rows, which only the backward reads, stay what the route made between the two, an array of JAX mostly.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -32,7 +32,7 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded together with those o
 
 
 def attend_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                  *options: object) -> torch.Tensor | None:
+                  options: tuple[object, ...]) -> torch.Tensor | None:
     """`attend_again` for one of the last kinds of calls (`shortcut.find_recent`)."""
     found = shortcut.find_recent(query, key, value, options)
     if found is None or functions_intercept():
@@ -41,8 +41,7 @@ def attend_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     if needs_gradients and torch.is_grad_enabled():
         if _is_excluded(_AUTOGRAD):
             return None
-        out: torch.Tensor = _apply(query, key, value, known, addresses)
-        return out
+        return _recorded(known, query, key, value, addresses)
     return known.forward(addresses, False)[0]
 
 
@@ -64,8 +63,7 @@ def _launched(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor,
         return known.forward(addresses, False)[0]
     if _is_excluded(_AUTOGRAD):
         return None
-    out: torch.Tensor = _Launched.apply(query, key, value, known, addresses)
-    return out
+    return _recorded(known, query, key, value, addresses)
 
 
 def attend(operands: Operands, numbers: Numbers) -> torch.Tensor:
@@ -172,7 +170,7 @@ class _Attention(torch.autograd.Function):
         operands = Operands._make(tensors)
         out, stats = routes.attend_saving(operands, ctx.numbers)
         ctx.set_materialize_grads(False)
-        # A tensor is saved as _Launched does: a checkpoint counts what a call and its repetition save.
+        # A tensor is saved as `_recorder` does: a checkpoint counts what a call and its repetition save.
         saved, ctx.stats = (stats, None) if isinstance(stats, torch.Tensor) else (None, stats)
         ctx.save_for_backward(*operands, out, saved)
         return out
@@ -200,43 +198,68 @@ def _gradients(operands: Operands, numbers: Numbers, results: tuple[torch.Tensor
     return PerArray(*(grad if needed else None for grad, needed in zip(found, needs, strict=True)))
 
 
-class _LaunchedContext(derivatives.Context, Protocol):
-    known: shortcut.Shortcut
+_Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]], torch.Tensor]
+"""(query, key, value, their addresses) -> out, recorded."""
 
 
-class _Launched(torch.autograd.Function):
-    """Forward and backward of a shortcut."""
+def _recorder(known: shortcut.Shortcut) -> _Apply:
+    """Forward and backward of a shortcut as a function of autograd, a class of its own: so it is no argument, and no
+    attribute of each context.
+    """
+    class Launched(torch.autograd.Function):
+        """Forward and backward of a shortcut."""
 
-    @staticmethod
-    def forward(ctx: _LaunchedContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                known: shortcut.Shortcut, addresses: tuple[int, ...]) -> torch.Tensor:
-        out, stats = known.forward(addresses, True)
-        ctx.known = known
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, stats)
-        return out
+        @staticmethod
+        def forward(ctx: derivatives.Context, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    addresses: tuple[int, ...]) -> torch.Tensor:
+            out, stats = known.forward(addresses, True)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(query, key, value, out, stats)
+            return out
 
-    @staticmethod
-    def backward(ctx: _LaunchedContext, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if dout is None:
-            return (None,) * 5
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if not torch.is_grad_enabled() and not functions_intercept():
-            found = ctx.known.backward(saved, dout, nothing_intercepts)
-            if found is not None:
-                if needs == _ALL_THREE:
-                    return *found, None, None
-                return *(grad if needed else None for grad, needed in zip(found, needs)), None, None
-        query, key, value, out, stats = saved
-        operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
-        grads = _gradients(operands, ctx.known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False, False)))
-        return grads.query, grads.key, grads.value, None, None
+        @staticmethod
+        def backward(ctx: derivatives.Context, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            if dout is None:
+                return (None,) * 4
+            saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+            if not torch.is_grad_enabled() and not functions_intercept():
+                found = known.backward(saved, dout, nothing_intercepts)
+                if found is not None:
+                    if needs == _ALL_THREE:
+                        dq, dk, dv = found
+                        return dq, dk, dv, None
+                    return *(grad if needed else None for grad, needed in zip(found, needs)), None
+            query, key, value, out, stats = saved
+            operands = Operands.of(query, key, value, mask=None, bias=None, seed=None)
+            grads = _gradients(operands, known.numbers, (out, stats), dout, PerArray._make((*needs[:3], False, False)))
+            return grads.query, grads.key, grads.value, None
+
+    _call_at_once(Launched)
+    # `Launched.apply` for tensors that no transform of torch.func has wrapped: PyTorch 2.11 unwraps, in Python, what a
+    # transform left behind, which takes 1.6 us.
+    found: _Apply = super(torch.autograd.Function, Launched).apply
+    return found
 
 
-_ALL_THREE = (True, True, True, False, False)
-# `_Launched.apply` for tensors that no transform of torch.func has wrapped: PyTorch 2.11 unwraps, in Python, what a
-# transform left behind, which takes 1.6 us.
-_apply = super(torch.autograd.Function, _Launched).apply
+_ALL_THREE = (True, True, True, False)
+
+
+def _call_at_once(function: type[torch.autograd.Function]) -> None:
+    """Has autograd's thread call `backward` itself. What it calls of a node is `apply`, which in torch looks for
+    `backward`: 0.4 us. That is private: where it is not as this file knows it, nothing is changed.
+    """
+    node: Any = getattr(function, "_backward_cls", object)
+    torchs = getattr(torch.autograd.function, "BackwardCFunction", None)
+    if torchs is not None and torchs in node.__bases__ and "apply" in vars(torchs):
+        node.apply = function.backward
+
+
+def _recorded(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              addresses: tuple[int, ...]) -> torch.Tensor:
+    apply: _Apply | None = known.recorder
+    if apply is None:
+        apply = known.recorder = _recorder(known)
+    return apply(query, key, value, addresses)
 
 
 # --- query, key and value in one tensor ------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     name = None
     if (attn_mask is None and type(is_causal) is type(enable_gqa) is bool and isinstance(scale, _PLAIN_NUMBERS)
             and isinstance(dropout_p, _PLAIN_NUMBERS) and dropout_p == 0 and not torch.compiler.is_compiling()):
-        out = eager.attend_recent(query, key, value, is_causal, scale, enable_gqa)
+        out = eager.attend_recent(query, key, value, (is_causal, scale, enable_gqa))
         if out is not None:
             return out
         if shortcut.may_know(query, key, value):

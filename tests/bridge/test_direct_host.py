@@ -4,6 +4,7 @@ On the stand-ins of test_direct.py, and on a driver in Python that counts.
 """
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -17,9 +18,10 @@ from bridge.direct import PROGRAM
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, CAUSAL, NONE, launched, moved
 from bridge.test_direct_shortcut import short
-from torch_bridge import ops, streams
+from torch_bridge import eager, ops, streams
 from torch_bridge.arguments import Attention, AttentionBackward, Cotangents, Operands, PerArray, Results
-from torch_bridge.direct import allocation, attention, driver, launch, lengths, repeated, shared, shortcut
+from torch_bridge.direct import allocation, attention, driver, launch, lengths, repeated, runner, shared, shortcut
+from torch_bridge.direct.plan import Buffer, Operation
 
 __all__ = ["launched", "short"]  # fixtures
 
@@ -138,6 +140,69 @@ def test_a_variable_is_asked_for_where_python_keeps_variables_elsewhere(monkeypa
         os.environ[attention.VARIABLE] = "yes"
         with pytest.raises(ValueError, match="must be 0 or 1"):
             attention.is_on()
+
+
+@pytest.mark.parametrize("way", ["at once", "missing", "otherwise"])
+def test_a_node_calls_its_backward(way, short, launched, monkeypatch):
+    """Without torch's own method between, where it is as it was; its results are the same."""
+    known = eager._call_at_once
+
+    def changed(function):
+        if way == "otherwise":
+            return known(SimpleNamespace(_backward_cls=object, backward=function.backward))
+        return known(function if way == "at once" else SimpleNamespace(backward=function.backward))
+    monkeypatch.setattr(eager, "_call_at_once", changed)
+    tensors = qkv(SHAPE, SHAPE, SHAPE, dtype=BF16)
+    for again in range(2):
+        check(tensors, **OPTIONS)
+        assert short == BOTH * again
+    out = OURS(*tensors, **OPTIONS)
+    assert ("apply" in vars(type(out.grad_fn))) == (way == "at once")
+    for needed in ((0,), (1, 2), (0, 2)):
+        found = torch.autograd.grad(out, [tensors[i] for i in needed], torch.ones_like(out), retain_graph=True)
+        wanted = torch.autograd.grad(OURS(*tensors, **OPTIONS), tensors, torch.ones_like(out))
+        assert all(torch.equal(x, wanted[i]) for x, i in zip(found, needed, strict=True))
+
+
+def test_kinds_of_calls_do_not_share_a_node(short):
+    """Each knows its own launches, and gradients of several in one graph are each its own."""
+    one, other = (qkv(shape, shape, shape, dtype=BF16) for shape in (SHAPE, (2, 4, 9, 8)))
+    wanted = [torch.autograd.grad(OURS(*x, **OPTIONS), x, torch.ones(x[0].shape, dtype=BF16)) for x in (one, other)]
+    assert short == []
+    outs = [OURS(*x, **OPTIONS) for x in (one, other)]
+    assert type(outs[0].grad_fn) is not type(outs[1].grad_fn)
+    found = torch.autograd.grad(outs, (*one, *other), [torch.ones_like(x) for x in outs])
+    assert sorted(short) == sorted(BOTH * 2) and all(map(torch.equal, found, (*wanted[0], *wanted[1])))
+
+
+def test_each_array_has_its_address(monkeypatch):
+    """In the order of the program's buffers, whatever the order of what is passed, made and kept."""
+    order = ("more", "rest", "y", "given", "table", "x", "sum", "count", "unread", "z", "rest2")
+    buffers = {name: Buffer((2, 64), "int32") for name in order}
+    program = PROGRAM._replace(
+        buffers=buffers, inputs=("x", "more"), results=("y", "z"), constants={"table": bytes(range(256)) * 2},
+        steps=(PROGRAM.steps[0]._replace(arrays=tuple(x for x in order if x != "unread")),),
+        given=("unread", "given"), restored=("count",), operations=(Operation("add", ("given", "unread"), (), "sum"),))
+    seen = {}
+
+    class Reader:
+        def __init__(self, program, index):
+            pass
+
+        def launch(self, addresses, stream):
+            seen.update(zip(order, addresses, strict=True))
+            for name in ("table", "sum", "count"):
+                seen[f"{name}'s"] = ctypes.string_at(seen[name], 512)
+    monkeypatch.setattr(runner, "Loaded", Reader)
+    monkeypatch.setattr(streams, "_number", lambda index: 3)
+    run = runner.Runner(program, torch.device("cpu"))
+    x, more, unread, given = (torch.full((2, 64), i, dtype=torch.int32) for i in range(4))
+    y, z = run((x, more), (unread, given))
+    expected = dict(x=x, more=more, y=y, z=z, given=given)
+    assert {name: seen[name] for name in expected} == {name: tensor.data_ptr() for name, tensor in expected.items()}
+    assert seen["table's"] == bytes(range(256)) * 2 and seen["count's"] == bytes(512)
+    assert seen["sum's"] == (unread + given).numpy().tobytes()
+    assert seen["rest2"] - seen["rest"] == 512 and len({seen[name] for name in order if name != "unread"}) == 10
 
 
 def test_another_device_is_made_current(short, launched, monkeypatch):

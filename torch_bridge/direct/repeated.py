@@ -44,7 +44,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 return None
             needs_stats = bool(others[-1])
             out, stats = found.forward(addresses, needs_stats)
-            return out, stats if needs_stats and stats is not None else out.new_empty((0,), dtype=torch.float32)
+            return out, stats if needs_stats and stats is not None else found.nothing(torch.float32)
     return None
 
 
@@ -67,7 +67,7 @@ def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     for has, its, found in _backwards:
         if has(query, key, value) and its == others:
             grads = found.backward((query, key, value, out, stats), dout, _never)
-            nothing = query.new_empty((0,))  # one for both, which have no element to share
+            nothing = found.nothing(query.dtype)  # one for both, which have no element to share
             return None if grads is None else (*grads, nothing, nothing)
     return None
 

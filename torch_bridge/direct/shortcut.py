@@ -65,7 +65,7 @@ class _Backward(NamedTuple):
     has: guards.Guard  # whether tensors are like those of such a backward: what was saved, and the cotangent
     run: Callable[[Sequence[int]], None]
     zeros: int  # the address of the cotangent of the statistics
-    add: Callable[[], None]  # counts one
+    add: Callable[[], object]  # counts one
 
 
 _NO_BACKWARD = _Backward(guards.never, NotImplemented, 0, NotImplemented)
@@ -82,6 +82,8 @@ class Shortcut:
         self._out, self._stats, self._operands, self._gradients = stored
         self._unread = None if direct.unread is None else direct.unread.data_ptr()
         self._backward = _NO_BACKWARD
+        self.recorder: Callable[..., torch.Tensor] | None = None
+        """What has autograd record such a call (eager.py), once one was."""
 
     def forward(self, addresses: _Addresses, saves: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """out (batch, q_heads, q_len, d_v), stored as query is, and the statistics of rows; where these are not to be
@@ -112,11 +114,12 @@ class Shortcut:
           may_be_learned: says of a kind that is not known whether nothing intercepts calls of plain tensors.
         """
         query, key, value, out, stats = saved
-        if self._backward.has(query, key, value, out, stats, dout):  # first: what is not plain may have no address
+        known = self._backward
+        if known.has(query, key, value, out, stats, dout):  # first: what is not plain may have no address
             addresses = a, b, c, d, e, f = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
                                             stats.data_ptr(), dout.data_ptr())
             if not (a | b | c | d | e | f) & UNALIGNED:
-                return self._launch_backward(addresses)
+                return self._launch_backward(addresses, known)
         if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
             return None
         if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
@@ -124,7 +127,11 @@ class Shortcut:
         if not self._out.is_like(dout, self.device):
             dout = self._out.make(self.device).copy_(dout)
         self._learn((*saved, dout))
-        return self._launch_backward((*(x.data_ptr() for x in saved), dout.data_ptr()))
+        return self._launch_backward((*(x.data_ptr() for x in saved), dout.data_ptr()), self._backward)
+
+    def nothing(self, dtype: torch.dtype) -> torch.Tensor:
+        """A new tensor without elements, the result that was not asked for."""
+        return self._empty((0,), (1,), dtype)
 
     def learn_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor) -> bool:
         """Has the backwards of tensors like these known to `backward`, if they are read where they lie, and one has
@@ -146,11 +153,11 @@ class Shortcut:
         self._backward = _Backward(guards.guard(tensors), runner.run_at, self.direct.address_of_zeros(),
                                    self.direct.runs.counter("backward"))
 
-    def _launch_backward(self, addresses: _Addresses) -> tuple[torch.Tensor, ...]:
+    def _launch_backward(self, addresses: _Addresses, known: _Backward) -> tuple[torch.Tensor, ...]:
         if self._index is not None and streams.device() != self._index:
             with torch.cuda.device(self._index):
-                return self._launch_backward(addresses)
-        _, run, zeros, add = self._backward
+                return self._launch_backward(addresses, known)
+        _, run, zeros, add = known
         empty, (of_query, of_key, of_value) = self._empty, self._gradients
         dq, dk, dv = empty(*of_query), empty(*of_key), empty(*of_value)
         run((*addresses, zeros, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
