@@ -11,6 +11,8 @@ from typing import Any
 import jax  # reads the flags below when it starts, not when it is imported
 import pytest
 
+from tests import compilation
+
 
 def driver_runs() -> bool:
     """True where nvidia-smi lists a GPU."""
@@ -30,6 +32,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}')
 
+compilation.install()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

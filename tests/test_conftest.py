@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compiler
+from jax._src.lib import xla_client
 
 from tests import conftest
 
@@ -29,6 +31,19 @@ def test_optimised_tests_run_no_program_of_other_tests():
     program(jnp.ones(3))
     conftest.optimise(True)
     assert program._cache_size() == 0
+
+
+def test_only_optimised_tests_have_the_emitters_that_users_have():
+    """All else that JAX says of a compilation stays."""
+    options = lambda: compiler.get_compile_options(2, 1, device_assignment=[[0], [3]]).SerializeAsString()
+    conftest.optimise(False)
+    fast = options()
+    conftest.optimise(True)
+    slow = options()
+    assert b"xla_cpu_disable_new_fusion_emitters" in fast and b"emitters" not in slow
+    read = xla_client.CompileOptions.ParseFromString(fast)
+    assert read.num_replicas == 2 and "{0 3}" in str(read.device_assignment)
+    assert read.executable_build_options.debug_options.xla_backend_optimization_level == 0
 
 
 def test_a_worker_that_runs_out_of_time_says_where_it_is(tmp_path):

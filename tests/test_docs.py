@@ -10,6 +10,8 @@ import jax
 import pytest
 import test_architecture as architecture
 
+from tests import compilation
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 
@@ -34,8 +36,9 @@ def test_python_runs(page, printed, tmp_path):
         pytest.importorskip(package)
     program = tmp_path / f"page_{Path(page).stem}.py"  # a page may have the name of a package
     program.write_text(python_blocks(ROOT / page))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                   "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(page != "README.md"))}  # most of the time is compilation
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    if page != "README.md":
+        environment |= compilation.variables(environment.get("XLA_FLAGS", ""))
     done = subprocess.run([sys.executable, "-W", "error", program], cwd=tmp_path, env=environment, text=True,
                           capture_output=True)
     assert done.returncode == 0, f"{page}: exit {done.returncode}\n{done.stderr[-4000:]}"

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import compilation
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--steps=3", "--context=24", "--batch=2", "--dim=32", "--layers=1", "--heads=2", "--kv-heads=1"]
 
@@ -25,7 +27,7 @@ def start(script, *arguments, **variables):
     paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
     if script != "quickstart.py" and environment.get("JAX_PLATFORMS") == "cpu":
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        environment |= compilation.variables(environment.get("XLA_FLAGS", ""))
     # on a Hopper GPU: small models are float32, which its kernels do not take
     strict = ["-W", "error", "-W", "ignore:implementation='xla' runs"]
     command = [sys.executable, *strict, str(EXAMPLES / script), *arguments]

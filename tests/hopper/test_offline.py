@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from pallas_flash.testing import problems
-from tests.hopper.offline import machine_code, places, sass, tools
+from tests.hopper.offline import compile_kernels, machine_code, places, sass, tools
 
 MOVED_DESCRIPTORS = 15  # in a step; up to 13 where uniform registers ran out cost nothing; gone wrong, 27 and more
 MOVED_WIDE = 64
@@ -136,6 +136,20 @@ def test_a_process_that_ends_before_it_is_asked_fails_alone(tmp_path):
     with pytest.raises(RuntimeError, match=r"asked for anything ended(?s:.*)nothing_like_it"):
         process.ask("anything")
     process.close()
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_a_schedule_is_not_that_of_the_problem_before_it(offline_tools):
+    """Regression: one process lowers them all, and JAX had kept the kernel of the default schedule."""
+    default, other, again = (offline_tools._lowered("tests.hopper.offline.compile_kernels", f"causal-d128-s2048+{name}",
+                                                    "9.0") for name in ("decode", "decode+late", "decode"))
+    assert other not in (default, again)
+
+
+def test_equal_kernels_have_equal_modules():
+    module = b"of_12\0dump_basename\0attention_forward_%b\0d_34\0"
+    first, second = (compile_kernels.numberless(module % number) for number in (b"12", b"34"))
+    assert first == second == module % b"00"
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -7,10 +7,12 @@ compiler's reports switched on, as `places.environment` sets them. Prints one JS
 `machine_code`. Without a problem it lowers what it is asked for (`tools.answer`), and names a file of each module.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +42,16 @@ def modules_in(program) -> list[bytes]:
     return found
 
 
+def numberless(module: bytes) -> bytes:
+    """The module, with zeros for the digits by which its process numbers modules: of two problems with the same kernel
+    the modules are equal then, and it is compiled once. It is part of a name for dumps alone.
+    """
+    return re.sub(rb"(?<=dump_basename\0)(\w+_)(\d+)(?=\0)", lambda m: m[1] + b"0" * len(m[2]), module)
+
+
 def written(modules: list[bytes]) -> list[str]:
     """A file for each module in PALLAS_FLASH_DUMPS, the same for equal ones."""
-    work = Path(os.environ["PALLAS_FLASH_DUMPS"])
+    work, modules = Path(os.environ["PALLAS_FLASH_DUMPS"]), [*map(numberless, modules)]
     paths = [work / f"{hashlib.sha256(module).hexdigest()}.module" for module in modules]
     for path, module in zip(paths, modules, strict=True):
         path.write_bytes(module)
@@ -134,18 +143,26 @@ SCHEDULED = {"bands": dict(bands=4), "late": dict(combines_late=True, query_slot
 """How schedules of decoding differ from the default, by option."""
 
 
+@contextlib.contextmanager
 def scheduled(arguments, options: list[str]):
-    """A context in which `decoding`'s arguments have the schedule of the options."""
-    import contextlib
+    """A context in which `decoding`'s arguments have the schedule of the options.
+
+    JAX keeps what it has traced by the arguments, which are those of the default schedule: it is forgotten.
+    """
+    import jax
 
     from pallas_flash import Causal, cache, device
     from pallas_flash.kernels.hopper import defaults
     fields = {name: value for option in options for name, value in SCHEDULED.get(option, {}).items()}
     if not fields:
-        return contextlib.nullcontext()
+        yield
+        return
     q, cached, _ = arguments  # sinks change no schedule
     spec = cache._Call.of(q, cached, Causal(), None, {}).spec
-    return defaults.assume(dataclasses.replace(defaults.default_forward(spec, device.H100), **fields))
+    jax.clear_caches()
+    with defaults.assume(dataclasses.replace(defaults.default_forward(spec, device.H100), **fields)):
+        yield
+    jax.clear_caches()
 
 
 def with_mask_kernel(spec):

@@ -67,7 +67,7 @@ class Tools:
     def __init__(self, folder: Path):
         self._folder = folder
         self._processes: dict[tuple[str, str, str], Process] = {}
-        self.lowered = functools.lru_cache(maxsize=4)(self._lowered)
+        self.lowered = functools.cache(self._lowered)  # names of files
 
     def compiled(self, program: str, name: str, compiler: str, capability: str = "9.0") -> list[dict[str, Any]]:
         """The report on each kernel of a problem (see `machine_code`), compiled with that ptxas and no other.
