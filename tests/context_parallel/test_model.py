@@ -6,7 +6,7 @@ import pytest
 
 import pallas_flash
 from pallas_flash import device
-from pallas_flash.context_parallel import model
+from pallas_flash.context_parallel import model, plan
 from pallas_flash.errors import UnsupportedError
 
 
@@ -138,6 +138,31 @@ def test_explain_says_what_runs(options, lines):
         text = pallas_flash.explain_context_parallel(*PART, num_devices=4, **{"mask": pallas_flash.Causal(), **options})
     for line in lines:
         assert line in text
+
+
+@pytest.mark.parametrize(("mask", "kinds"), [
+    (pallas_flash.Causal(), 2), (pallas_flash.PrefixLM(1000), 3), (pallas_flash.InBounds(30000, 30000), 4),
+    (pallas_flash.InBounds(30000, 30000) & pallas_flash.Causal(), 4)], ids=str)
+def test_pieces_where_a_mask_is_the_same_share_a_call(mask, kinds):
+    """Regression: prefixes that end before a piece were another mask in each piece, and each device computed the pairs
+    of all others beside its own: 17 pairs in the first step, where causal takes 3.
+    """
+    found = plan.steps(mask, plan.Chunking(8, 8192, "zigzag"), plan.Sharing(stacks=True, joins=False))
+    assert len({call.mask for step in found for call in step.calls}) == kinds
+    assert sum(len(call.picks) for call in found[0].calls) <= 4
+
+
+@pytest.mark.parametrize("mask", [
+    *(pallas_flash.PrefixLM(prefix, offset) for prefix in (-9, 0, 1, 5, 40) for offset in (-70, -7, 0, 3, 50)),
+    *(pallas_flash.InBounds(q_len, kv_len) for q_len in (5, 40) for kv_len in (0, 9, 70)),
+    pallas_flash.PrefixLM(5, 2) & pallas_flash.InBounds(30, 30) & pallas_flash.Window(left=9)], ids=str)
+def test_the_mask_of_a_piece_is_that_of_the_whole(mask):
+    size, pos = 6, np.arange(6)
+    for q_lo in range(0, 36, size):
+        for kv_lo in range(0, 36, size):
+            part = plan.part_of(mask, q_lo, kv_lo, size)
+            found = False if part is None else part.keep(pos[:, None], pos)
+            assert np.array_equal(np.broadcast_to(found, (size, size)), mask.keep(pos[:, None] + q_lo, pos + kv_lo))
 
 
 def test_explain_refuses_what_the_call_refuses():
