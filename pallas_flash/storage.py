@@ -176,9 +176,7 @@ def require_cache(cache: object) -> Cache:
 
 def _check_counts(**counts: object) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 0:
-            raise errors.invalid(f"{name} must be an integer of at least 0", f"{name}={count!r}",
-                                 "pass a Python number: arrays have the shapes that it says")
+        errors.require_count(name, count, 0, "pass a number: arrays get the shape that it says")
 
 
 def _check_layout(layout: object) -> None:

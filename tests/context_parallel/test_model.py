@@ -171,3 +171,17 @@ def test_explain_refuses_what_the_call_refuses():
     assert text.startswith("UnsupportedError: implementation='hopper' cannot run")
     with pytest.raises(ValueError, match="num_devices must be an integer of at least 1"):
         pallas_flash.explain_context_parallel(*PART, num_devices=0)
+    with pytest.raises(ValueError, match="num_devices must be an integer of at least 1, got num_devices=True"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=True)
+    with pytest.raises(ValueError, match="query must be an array"):
+        pallas_flash.explain_context_parallel([1], *PART[1:], num_devices=4)
+    with pytest.raises(ValueError, match=r"device must be a pallas_flash\.device\.Device"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=4, device="H100")
+
+
+def test_explain_of_a_device_that_is_named():
+    """As `explain` and `cache.explain` have it: the error for it named num_devices."""
+    with device.assume(device.A100):
+        assumed = pallas_flash.explain_context_parallel(*PART, num_devices=np.int64(4))
+    assert pallas_flash.explain_context_parallel(*PART, num_devices=4, device=device.A100) == assumed
+    assert "'hopper'" in pallas_flash.explain_context_parallel(*PART, num_devices=4, device=device.H100)
