@@ -97,17 +97,30 @@ def array(name: str, x: object) -> Shaped:
 
 
 def listed(name: str, x: object) -> Shaped:
-    """Converts a number, or lists of them, to a NumPy array of integers; returns an array unchanged."""
+    """Converts a number, or lists of them, to a NumPy array of integers; returns an array unchanged. Lists that hold
+    numbers of a program that is being traced become a JAX array.
+    """
     if not isinstance(x, int | float | list | tuple):
         return array(name, x)
     try:
-        found = np.asarray(x)
-    except ValueError as error:
+        found = _converted(x)
+    except (ValueError, TypeError) as error:
         raise errors.invalid(f"{name} must be lists of equal lengths, or an array", f"{name}={x!r}",
                              "pad the shorter ones") from error
-    if found.dtype.kind not in "iub" or not found.size:
+    if isinstance(found, jax.Array):
+        return found
+    if not found.size:  # NumPy takes the type of no number for float64
+        return found.astype(np.int32)
+    if found.dtype.kind not in "iub":
         raise errors.invalid(f"{name} must hold integers", f"{name}={x!r}", "pass integers, or an array of them")
     return found
+
+
+def _converted(x: object) -> jax.Array | np.ndarray:
+    try:
+        return np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(x)
 
 
 def reshape(x: Shaped, shape: tuple[int, ...]) -> Shaped:

@@ -84,7 +84,7 @@ def flash_attention(
         several joined with `&`. None: all.
       bias: added to the scores, broadcastable to (batch, q_heads, q_len, kv_len); -inf masks. It has a gradient.
       segment_ids: integers (batch, length), an array or lists, or a tuple of those of queries and those of keys: tokens
-        attend within their segment; ids below 0 are padding.
+        attend within their segment; ids below 0 are padding, and none is above 2^31 - 1.
       q_lengths, kv_lengths: integers (batch,), or one for all: positions from there on are padding, whatever they hold.
         One below 0 is refused where its value is on the host (numbers, lists, NumPy arrays), and counts as 0 in a JAX
         array. Under `jit` of sharded inputs, lengths and segments cost an all-reduce of tile bounds; under `shard_map`

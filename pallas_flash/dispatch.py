@@ -18,7 +18,7 @@ from pallas_flash.kernels.hopper import support as hopper
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
 __all__ = ["Decision", "IMPLEMENTATIONS", "Implementation", "Name", "Requested", "Schedules", "choose", "decide",
-           "explain", "get", "require_names", "warn_of_fallback"]
+           "explain", "get", "require_device", "require_names", "warn_of_fallback"]
 
 
 Name = Literal["hopper", "ampere", "xla", "reference"]
@@ -332,12 +332,17 @@ def _fallback(decision: Decision, left: str) -> errors.FallbackWarning:
         '(warnings.filterwarnings("ignore", category=pallas_flash.FallbackWarning))')
 
 
+def require_device(device: object) -> None:
+    """Raises ValueError unless `device` is None or a `Device`."""
+    if not isinstance(device, Device | None):
+        raise errors.invalid("device must be a pallas_flash.device.Device", f"device={device!r}",
+                             "pass one of those given, such as device.H200, or device.of(a JAX device)")
+
+
 def explain(spec: AttentionSpec, device: Device, requested: str | tuple[str, ...] | None = None,
             has_sinks: bool = False) -> str:
     """What `decide` chooses and why, or why it refuses, as text; and with sinks, where they join."""
-    if not isinstance(device, Device):
-        raise errors.invalid("device must be a pallas_flash.device.Device", f"device={device!r}",
-                             "pass one of those given, such as device.H200, or device.of(a JAX device)")
+    require_device(device)
     try:
         decision = decide(spec, device, requested)
     except errors.UnsupportedError as error:

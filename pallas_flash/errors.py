@@ -1,12 +1,13 @@
 """The errors of the project, and the form of their message: what must hold, what was given, what to do."""
 
+import numbers
 import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
 
 __all__ = ["FallbackWarning", "UnsupportedError", "fallback", "invalid", "is_torch", "mistyped", "require_bool",
-           "unsupported", "warn"]
+           "require_count", "unsupported", "warn"]
 
 _OURS = tuple(f"{pathlib.Path(__file__).parents[1] / package}/" for package in ("pallas_flash", "torch_bridge"))
 
@@ -77,6 +78,13 @@ def require_bool(name: str, value: object) -> None:
     """Raises ValueError unless `value` is a bool: Python would take any other object as True or False."""
     if type(value).__name__ not in ("bool", "bool_"):  # bool_: NumPy's
         raise invalid(f"{name} must be True or False", f"{name}={value!r}", "pass a Python bool")
+
+
+def require_count(name: str, value: object, smallest: int, do: str) -> None:
+    """Raises ValueError, which ends in `do`, unless `value` is an integer, Python's or NumPy's, of at least `smallest`.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < smallest:
+        raise invalid(f"{name} must be an integer of at least {smallest}", f"{name}={value!r}", do)
 
 
 def is_torch(value: object) -> bool:

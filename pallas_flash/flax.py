@@ -80,10 +80,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_flash import arguments, masks
 from pallas_flash.attention import flash_attention
 from pallas_flash.context_parallel.attention import context_parallel_attention
 from pallas_flash.context_parallel.settings import ContextParallel
-from pallas_flash.dispatch import Requested
+from pallas_flash.dispatch import Requested, require_names
 from pallas_flash.errors import invalid, require_bool, unsupported
 from pallas_flash.filled import Filled
 from pallas_flash.forks import require_no_fork
@@ -128,13 +129,15 @@ def attention_fn(
       gives. Functions made from equal arguments are equal, so that they share compiled code.
 
     Raises:
-      ValueError: if `mask` or `score` holds arrays, or `context_parallel` is something else.
+      ValueError: if `mask` or `score` holds arrays, or `mask`, `implementation` or `context_parallel` is something
+        else.
       ModuleNotFoundError: in a call, if Flax is not installed.
       UnsupportedError: in a call that asks for shared dropout, sown weights or replaced einsums, or gives a mask array
         or a score function where sequences are cut.
     """
     require_bool("deterministic_backward", deterministic_backward)
-    if mask is not None and mask.has_arrays:
+    require_names(implementation)
+    if mask is not None and masks.checked(mask).has_arrays:
         raise invalid(
             "mask of attention_fn must be the same in every call",
             f"a {type(mask).__name__} that holds arrays",
@@ -192,8 +195,8 @@ class _AttentionFn:
         dropout_rate = 0.0 if deterministic else dropout_rate
         _refuse_what_needs_weights(module, qk_attn_weights_einsum, attn_weights_value_einsum)
         _refuse_shared_dropout(dropout_rate, broadcast_dropout)
+        batch = _batch(query=query, key=key, value=value)
         query, key, value = _promote(query, key, value, dtype=dtype)
-        batch = query.shape[:-3]
         rule = _join_masks(self.mask, mask, is_causal, batch, (query.shape[-3], key.shape[-3]))
         function = self.score if score is None else checked(score)
         if function is not None and query.shape[-3] == 1 < key.shape[-3]:
@@ -205,7 +208,7 @@ class _AttentionFn:
             _merge_batch(query),
             _merge_batch(key),
             _merge_batch(value),
-            bias=None if bias is None else _merge_batch_of_scores(bias, batch),
+            bias=None if bias is None else _merge_batch_of_scores("bias", bias, batch),
             scale=self.scale,
             softcap=self.softcap,
             dropout_rate=dropout_rate,
@@ -277,14 +280,34 @@ def _refuse_shared_dropout(dropout_rate: float, broadcast_dropout: bool) -> None
         )
 
 
+def _batch(**arrays: object) -> tuple[int, ...]:
+    """The batch axes of query, key and value, which must be the same: merged, other axes of as many entries would be
+    paired with each other.
+    """
+    shapes = {name: tuple(arguments.array(name, x).shape) for name, x in arrays.items()}
+    for name, shape in shapes.items():
+        if len(shape) < 3:
+            raise invalid(f"{name} must be (batch..., length, heads, dim)", f"{name}.shape={shape}", "add axes")
+        if shape[:-3] != shapes["query"][:-3]:
+            raise invalid(f"query and {name} must have the same batch axes",
+                          f"query.shape={shapes['query']}, {name}.shape={shape}", "broadcast one")
+    return shapes["query"][:-3]
+
+
 def _merge_batch(x: jax.Array) -> jax.Array:
     """(batch..., length, heads, dim) -> (prod(batch), length, heads, dim)."""
     return x.reshape((math.prod(x.shape[:-3]), *x.shape[-3:]))
 
 
-def _merge_batch_of_scores(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+def _merge_batch_of_scores(name: str, x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """(batch..., heads, q_len, kv_len), or what broadcasts to it -> (prod(batch) or 1, ...) with four axes."""
-    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    shape = tuple(arguments.array(name, x).shape)
+    extra = max(len(shape) - len(batch) - 3, 0)
+    whole = (1,) * (len(batch) + 3 - len(shape)) + shape[extra:]
+    if math.prod(shape[:extra]) != 1 or any(size not in (1, full) for size, full in zip(whole, batch)):
+        raise invalid(f"{name} must broadcast to (batch..., heads, q_len, kv_len) with batch axes {batch}",
+                      f"{name}.shape={shape}", "give it the batch axes of query, or 1 in their places")
+    x = x.reshape(whole)
     if math.prod(x.shape[:-3]) != 1:
         x = jnp.broadcast_to(x, batch + x.shape[-3:])
     return _merge_batch(x)
@@ -310,7 +333,8 @@ def _as_rule(given: jax.Array | Mask | None, batch: tuple[int, ...]) -> Mask | N
     """The mask of a call with its batch axes merged."""
     if given is None or isinstance(given, Mask):
         return given if given is None else _merge_batch_of_rule(given, batch)
-    return Dense(_merge_batch_of_scores(given.astype(bool), batch))
+    arguments.array("mask", given)
+    return Dense(_merge_batch_of_scores("mask", given.astype(bool), batch))
 
 
 def _merge_batch_of_rule(rule: Mask, batch: tuple[int, ...]) -> Mask:

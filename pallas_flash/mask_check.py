@@ -38,9 +38,7 @@ def check_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
     """
     forks.require_no_fork("check_mask")
     for name, length in (("q_len", q_len), ("kv_len", kv_len)):
-        if not isinstance(length, int | np.integer) or isinstance(length, bool) or length < 1:
-            raise errors.invalid(f"{name} must be an integer of at least 1", f"{name}={length!r}",
-                                 "give the number of positions to look at, 20 to 60")
+        errors.require_count(name, length, 1, "give the number of positions to look at, 20 to 60")
     for part in masks.checked(mask).canonical().parts:
         keep = _keep(part, q_len, kv_len)
         _check_bounds(part, "kv_bounds", keep)

@@ -70,18 +70,26 @@ def limit(name: str) -> int:
 
 
 def _clipped(owner: str, name: str, array: jax.Array | np.ndarray, is_id: bool) -> jax.Array | np.ndarray:
-    """Clips positions at `limit`; raises ValueError for ids that do not fit int32, where their values are known."""
+    """Clips positions at `limit`. Ids that do not fit int32 raise ValueError where their values are known, and become
+    -1 elsewhere: rounded to 32 bits, they would be equal to others.
+    """
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.dtype.itemsize < 4:
         return array
     if not is_id:
         return array.clip(0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -limit(name), limit(name))
-    if array.dtype != np.int32 and array.size and _has_values(array):
+    if array.dtype == np.int32 or not array.size:
+        return array
+    if _has_values(array):
         values = np.asarray(array)  # jnp would trace it, inside jit
         smallest, largest = int(values.min()), int(values.max())
         if smallest < -2**31 or largest >= 2**31:
             raise errors.invalid(f"{owner}.{name} must fit 32-bit integers", f"values from {smallest} to {largest}",
                                  "number the segments from 0")
-    return array
+        return array
+    fits = array <= 2**31 - 1
+    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
+        fits &= array >= -2**31
+    return jnp.where(fits, array.astype(np.int32), np.int32(-1))
 
 
 def _has_values(array: jax.Array | np.ndarray) -> bool:

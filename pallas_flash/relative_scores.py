@@ -95,8 +95,7 @@ class ALiBi(Score):
 def alibi_slopes(heads: int) -> np.ndarray:
     """The slopes of the paper, (heads,) float32: 2^(-8 i / n) for head i = 1 to n, n a power of two. For another number
     of heads, those of the power of two below it, then every other one of the power above."""
-    if not isinstance(heads, int | np.integer) or isinstance(heads, bool) or heads < 1:
-        raise errors.invalid("heads must be an integer of at least 1", f"{heads=}", "pass the number of query heads")
+    errors.require_count("heads", heads, 1, "pass the number of query heads")
     power = 1 << (int(heads).bit_length() - 1)
     first = 2.0 ** (-8 / power * np.arange(1, power + 1))
     rest = 2.0 ** (-4 / power * np.arange(1, 2 * (heads - power), 2))

@@ -20,8 +20,8 @@ import numpy as np
 from pallas_flash.arrays import Array
 
 __all__ = [
-    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "from_lse", "merge", "merge_rows", "probabilities", "reference_point",
-    "rescale", "scores", "shifted", "statistics", "unit", "update",
+    "LOG2E", "SMALLEST_SCALE", "anchor", "delta", "finite_or_zero", "from_lse", "merge", "merge_rows", "probabilities",
+    "reference_point", "rescale", "scores", "shifted", "statistics", "unit", "update",
 ]
 
 LOG2E = math.log2(math.e)
@@ -71,7 +71,7 @@ def anchor(bias: Array) -> Array:
     return jnp.where((jnp.abs(row_max) > _FAR) & jnp.isfinite(row_max), row_max, jnp.zeros_like(row_max))
 
 
-def _finite_or_zero(m_i: Array) -> Array:
+def finite_or_zero(m_i: Array) -> Array:
     """A row maximum to subtract: 0 for a row that has seen no key, since -inf - -inf is NaN."""
     return jnp.where(m_i == -jnp.inf, jnp.zeros_like(m_i), m_i)
 
@@ -87,7 +87,7 @@ def update(m_i: Array, l_i: Array, s: Array, unit: float) -> tuple[Array, Array,
       The new m_i and l_i, alpha (what to multiply the accumulator with), and p = exp((s - m_i) unit), (..., q, kv).
     """
     m_new = jnp.maximum(m_i, s.max(axis=-1))
-    m_safe = _finite_or_zero(m_new)
+    m_safe = finite_or_zero(m_new)
     alpha = jnp.exp2((m_i - m_safe) * (unit * LOG2E))
     p = jnp.exp2((s - m_safe[..., None]) * (unit * LOG2E))
     return m_new, l_i * alpha + p.sum(axis=-1), alpha, p
@@ -162,12 +162,12 @@ def merge_rows(a: tuple[Array, Array], b: tuple[Array, Array],
     lse, rest = jnp.where(first, lse_a, lse_b), jnp.where(first, rest_a, rest_b)
     other_lse, other_rest = jnp.where(first, lse_b, lse_a), jnp.where(first, rest_b, rest_a)
     nothing = lse == -jnp.inf
-    start = _finite_or_zero(reference_point(lse, unit))
+    start = finite_or_zero(reference_point(lse, unit))
     below = ((reference_point(other_lse, unit) - start) + (other_rest - rest)) * unit  # as `probabilities` compares
     ratio = jnp.minimum(jnp.exp2(below * LOG2E), 1)
     log_l = jnp.log2(1 + ratio) * (1 / LOG2E)
     merged = lse + log_l
-    merged_rest = ((start - _finite_or_zero(reference_point(merged, unit))) + rest) + log_l * (1 / unit)
+    merged_rest = ((start - finite_or_zero(reference_point(merged, unit))) + rest) + log_l * (1 / unit)
     large = jnp.where(nothing, jnp.zeros_like(lse), 1 / (1 + ratio))
     small = large * ratio
     stats = merged, jnp.where(nothing, jnp.zeros_like(rest), merged_rest)
@@ -188,11 +188,11 @@ def from_lse(lse: Array, unit: float) -> tuple[Array, Array]:
     kept = significand // 2  # bits of each first half, so that products of halves are exact
     mantissa, exponent = math.frexp(unit)
     unit_high = math.ldexp(round(math.ldexp(mantissa, kept)), exponent - kept)
-    point = _finite_or_zero(reference_point(lse, unit))
+    point = finite_or_zero(reference_point(lse, unit))
     bits = jax.lax.bitcast_convert_type(point, integer)
     high = jax.lax.bitcast_convert_type(bits & -(1 << (significand - kept)), lse.dtype)
     # The first difference is exact, too: no digit is lost, and a compiler may fuse what it likes.
-    left = (_finite_or_zero(lse) - high * unit_high) - (point - high) * unit_high
+    left = (finite_or_zero(lse) - high * unit_high) - (point - high) * unit_high
     return lse, (left - point * (unit - unit_high)) * (1 / unit)
 
 
@@ -203,7 +203,7 @@ def probabilities(s: Array, unit: float, lse: Array, rest: Array) -> Array:
       s: scores in a unit (`scores`), (..., q, kv); -inf where a pair does not attend.
       lse, rest: see `statistics`, (..., q).
     """
-    start = _finite_or_zero(reference_point(lse, unit))
+    start = finite_or_zero(reference_point(lse, unit))
     return jnp.minimum(jnp.exp2(((s - start[..., None]) - rest[..., None]) * (unit * LOG2E)), 1)
 
 

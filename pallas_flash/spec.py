@@ -408,8 +408,11 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], la
 
 def _check_numbers(softcap: float | None, scale: float | None, dropout_rate: float) -> None:
     def is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
-        return (isinstance(x, numbers.Real) and not isinstance(x, bool)
-                and bool(x <= LARGEST_NUMBER and not x < smallest))
+        if not isinstance(x, numbers.Real) or isinstance(x, bool):
+            return False
+        # One of NumPy's would round the bounds to its own type, and warn of it.
+        x = float(x) if isinstance(x, np.floating) else x
+        return bool(x <= LARGEST_NUMBER and not x < smallest)
     rules = (
         (scale is None or is_number(scale),
          f"scale must be a Python number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{scale=}",

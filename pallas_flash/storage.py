@@ -138,8 +138,10 @@ def empty(batch: int, capacity: int, kv_heads: int, d: int, *, d_v: int | None =
       key_scale, value_scale: with dtype float8_e4m3fn, see `Cache`.
     """
     _check_layout(layout)
+    d_v = d if d_v is None else d_v
+    _check_counts(batch=batch, capacity=capacity, kv_heads=kv_heads, d=d, d_v=d_v)
     shape = (batch, capacity, kv_heads) if layout == "BLHD" else (batch, kv_heads, capacity)
-    key, value = (jnp.zeros((*shape, dim), dtype) for dim in (d, d if d_v is None else d_v))
+    key, value = (jnp.zeros((*shape, dim), dtype) for dim in (d, d_v))
     return Cache(key, value, jnp.zeros(batch, jnp.int32), None, layout, key_scale, value_scale)
 
 
@@ -153,7 +155,11 @@ def empty_paged(page_table: arguments.Ids, pages: tuple[int, int], kv_heads: int
       pages: how many there are, and the positions of each.
       d, d_v, layout, key_scale, value_scale: as in `empty`.
     """
+    if not isinstance(pages, tuple | list) or len(pages) != 2:
+        raise errors.invalid("pages must be two numbers: how many there are, and the positions of each", f"{pages=}",
+                             "pass (pages, page_size)")
     number, size = pages
+    _check_counts(**{"pages[0]": number, "pages[1]": size})
     return dataclasses.replace(
         empty(number, size, kv_heads, d, d_v=d_v, dtype=dtype, layout=layout, key_scale=key_scale,
               value_scale=value_scale),
@@ -166,6 +172,11 @@ def require_cache(cache: object) -> Cache:
         raise errors.invalid("cache must be a pallas_flash.cache.Cache", f"type(cache)={type(cache).__name__}",
                              "make one with cache.empty, cache.empty_paged or Cache(key, value, lengths)")
     return cache
+
+
+def _check_counts(**counts: object) -> None:
+    for name, count in counts.items():
+        errors.require_count(name, count, 0, "pass a number: arrays get the shape that it says")
 
 
 def _check_layout(layout: object) -> None:

@@ -41,7 +41,7 @@ ARROWS = {
     "mask_check": {"errors", "forks", "masks"},
     "tiles": {"masks"},  # for Bounds, and minimum and maximum of plain and traced positions
     "reference": {"dropout", "paging", "quantised", "softmax", *FOUNDATIONS},
-    "flax": {"attention", "context_parallel", "dispatch", "filled", "forks", *FOUNDATIONS},  # dispatch: names
+    "flax": {"arguments", "attention", "context_parallel", "dispatch", "filled", "forks", *FOUNDATIONS},
     "forks": {"compat"},
     "device": {"compat"},  # what an array is under a tracer
     "diagnosis": {"attention", "device", "masks"},  # what it reports on

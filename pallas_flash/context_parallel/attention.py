@@ -15,6 +15,7 @@ from pallas_flash.context_parallel import all_gather, all_to_all, checks, merged
 from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance, positions
 from pallas_flash.context_parallel.plan import Chunking
+from pallas_flash.context_parallel.settings import require_axis_name
 from pallas_flash.context_parallel.shards import Shards
 from pallas_flash.masks import ArrayField, Mask
 from pallas_flash.sinks import with_sinks
@@ -118,8 +119,7 @@ def context_parallel_attention(
     forks.require_no_fork("context_parallel_attention")
     for name, given in (("return_lse", return_lse), ("deterministic", deterministic)):
         errors.require_bool(name, given)
-    if not isinstance(axis_name, str):
-        raise errors.invalid("axis_name must be the name of one mesh axis", f"{axis_name=}", "pass a string")
+    require_axis_name(axis_name)
     dispatch.require_names(implementation)
     problem = AttentionSpec.of(*(arguments.array(name, x) for name, x in (
         ("query", query), ("key", key), ("value", value))))
@@ -349,6 +349,9 @@ def _placement(options: Options, query: Array, mesh: Mesh | AbstractMesh | None,
             "context_parallel_attention must be inside shard_map over axis_name, or know how whole arrays are cut",
             f"axis_name={name!r} and {'no mesh' if mesh is None else 'no spec'}",
             'pass mesh= and spec=PartitionSpec("batch axis", axis_name, "heads axis")')
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise errors.invalid("mesh must be a Mesh or an AbstractMesh of JAX", f"type(mesh)={type(mesh).__name__}",
+                             "make one with jax.make_mesh")
     cut = _Cut(*(*spec, None, None, None)[:3])
     unknown = {axis for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,))} - {
         None, *mesh.axis_names}

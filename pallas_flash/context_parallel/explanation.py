@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_flash import arguments, device, dispatch, errors, masks
+from pallas_flash import arguments, dispatch, errors, masks
 from pallas_flash.arrays import Shaped
 from pallas_flash.context_parallel import all_to_all, merged_ring
 from pallas_flash.context_parallel.attention import Arrays, Options, choice, shards_of
@@ -13,6 +13,7 @@ from pallas_flash.context_parallel.model import Strategy
 from pallas_flash.context_parallel.order import LoadBalance
 from pallas_flash.context_parallel.plan import Call
 from pallas_flash.context_parallel.shards import Shards
+from pallas_flash.device import Device, current
 from pallas_flash.masks import Mask
 from pallas_flash.spec import AttentionSpec
 
@@ -24,7 +25,7 @@ def explain_context_parallel(
     query: Shaped, key: Shaped, value: Shaped, *, num_devices: int, strategy: Strategy | None = None,
     load_balance: LoadBalance = "zigzag", mask: Mask | None = None, has_documents: bool = False,
     bias: Shaped | None = None, dropout_rate: float = 0.0, scale: float | None = None, softcap: float | None = None,
-    deterministic: bool = False, implementation: dispatch.Requested = None,
+    deterministic: bool = False, implementation: dispatch.Requested = None, device: Device | None = None,
 ) -> str:
     """What `context_parallel_attention` would run: the strategy, what each would cost, and the calls of a device.
 
@@ -38,12 +39,14 @@ def explain_context_parallel(
       bias: what one device holds of it.
       strategy, load_balance, mask, dropout_rate, scale, softcap, deterministic, implementation: as in
         `context_parallel_attention`.
+      device: the `pallas_flash.device.Device` to decide for, such as `device.H200`; None: JAX's default one.
     """
-    if not isinstance(num_devices, int) or num_devices < 1:
-        raise errors.invalid("num_devices must be an integer of at least 1", f"{num_devices=}",
-                             "pass the number of devices along the sequence")
+    errors.require_count("num_devices", num_devices, 1, "pass the number of devices along the sequence")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        arguments.array(name, x)
+    dispatch.require_device(device)
     options = Options("", strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
-                      device.current(), return_lse=False)
+                      current() if device is None else device, return_lse=False)
     rule = masks.checked(mask).canonical()
     if has_documents:
         ids = jax.ShapeDtypeStruct((1, query.shape[1]), jnp.int32)

@@ -126,8 +126,7 @@ def positions(
 
 def boundaries(n: int, length: int, load_balance: LoadBalance, cu_seqlens: Boundaries | None) -> np.ndarray:
     """Where the documents begin and end, from 0 to length; one document unless they are balanced. All are checked."""
-    if operator.index(n) < 1:
-        raise errors.invalid("n must be at least 1", f"{n=}", "pass the number of devices along the sequence")
+    errors.require_count("n", n, 1, "pass the number of devices along the sequence")
     if load_balance not in LOAD_BALANCES:
         raise errors.invalid('load_balance must be "zigzag", "zigzag_documents" or None', f"{load_balance=}",
                              "pass one of these")

@@ -155,8 +155,20 @@ def part_of(mask: Mask, q_lo: int, kv_lo: int, size: int) -> Mask | None:
         if not bounds.lo < size or not bounds.hi > 0:
             return None
         if not (bounds.full_lo <= 0 and bounds.full_hi >= size):
-            kept = kept & part
+            kept = kept & _within(part, size)
     return kept
+
+
+def _within(part: Mask, size: int) -> Mask:
+    """A mask that keeps the same pairs of positions below `size`: numbers that differ beyond it alone become equal, so
+    that the pairs of chunks share a call, and no device computes along with others for them.
+    """
+    if type(part) is masks.PrefixLM:
+        offset = min(max(int(part.offset), -size), size)
+        return masks.Causal(offset) if part.prefix <= 0 else masks.PrefixLM(min(int(part.prefix), size), offset)
+    if type(part) is masks.InBounds:
+        return masks.InBounds(*(masks.UNBOUNDED if length >= size else length for length in (part.q_len, part.kv_len)))
+    return part
 
 
 def as_array(call: Call) -> np.ndarray:

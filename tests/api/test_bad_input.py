@@ -242,7 +242,12 @@ OTHER_ARRAYS = {
                                 "Pad the shorter ones.") for name in ("segment_ids", "kv_lengths")},
     **{f"{name}={value!r}": (
         {name: value}, f"{name} must hold integers, got {name}={value!r}. Pass integers, or an array of them.")
-       for name in ("segment_ids", "kv_lengths") for value in ([1.5, 2], [], ["a"], [None])},
+       for name in ("segment_ids", "kv_lengths") for value in ([1.5, 2], ["a"], [None])},
+    "no lengths": (
+        dict(kv_lengths=[]), f"kv_lengths must broadcast to (batch=2), got kv_lengths.shape=(0,). {IN_FRONT}"),
+    "no segment_ids": (
+        dict(segment_ids=[]),
+        f"segment_ids must broadcast to (batch=2, length=16), got segment_ids.shape=(0,). {IN_FRONT}"),
     **{f"{name} that marks positions, {dtype}": (
         {name: shape(2, 16, dtype=dtype)},
         f"{name} must broadcast to (batch=2), got {name}.shape=(2, 16). Count the real positions of each row; an array "

@@ -45,6 +45,18 @@ def test_segment_ids_that_do_not_fit_are_refused(ids):
         flash_attention(Q, Q, Q, segment_ids=ids)
 
 
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
+def test_segment_ids_that_do_not_fit_are_padding_inside_jit(dtype):
+    """2^32 + 1 wrapped to 1, and attended to the segment 1."""
+    ids = np.array([[2**31 + 1] * 2 + [1] * 3 + [2] * 4])
+    if dtype is not np.uint32:
+        ids[:, :2] = 2**32 + 1
+    wanted = flash_attention(Q, Q, Q, segment_ids=np.where(ids > 2, -1, ids))
+    with jax.enable_x64(True):
+        found = jax.jit(lambda ids: flash_attention(Q, Q, Q, segment_ids=ids))(ids.astype(dtype))
+    assert np.array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("keywords", [
     dict(mask=InBounds(np.array([[3, 9]]), np.array([[5], [9]]))),
     dict(q_lengths=np.array([4]), kv_lengths=np.array([9, 2])), dict(mask=Window(np.array([1, 2]), np.array([[0, 1]]))),
@@ -57,6 +69,7 @@ def test_one_array_of_a_mask_for_all_and_another_for_each(keywords):
 
 
 @pytest.mark.parametrize("numbers", [
-    dict(softcap=1e-29), dict(softcap=1e30), dict(scale=np.float32(0.3)), dict(scale=0, softcap=2)], ids=str)
+    dict(softcap=1e-29), dict(softcap=1e30), dict(scale=np.float32(0.3)),
+    dict(scale=np.float16(0.5), softcap=np.float16(2)), dict(scale=0, softcap=2)], ids=str)
 def test_numbers_that_float32_can_hold(numbers):
     agrees(**numbers)

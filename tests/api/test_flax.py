@@ -393,6 +393,33 @@ def test_a_constructed_mask_with_arrays_is_refused():
         attention_fn(mask=Causal() & Dense(jnp.ones((LENGTH, LENGTH), bool)))
 
 
+Q, KV = np.ones((2, 3, 5, 4, 8), "float32"), np.ones((2, 3, 6, 2, 8), "float32")
+BAD = {
+    "query must be an array, got type(query)=NoneType": lambda: dot_product_attention(None, KV, KV),
+    "query must be (batch..., length, heads, dim), got query.shape=(4, 8)":
+        lambda: dot_product_attention(Q[0, 0, 0], KV, KV),
+    "query and key must have the same batch axes, got query.shape=(2, 3, 5, 4, 8), key.shape=(3, 2, 6, 2, 8)":
+        lambda: dot_product_attention(Q, KV.reshape(3, 2, 6, 2, 8), KV.reshape(3, 2, 6, 2, 8)),
+    "query and value must have the same batch axes": lambda: dot_product_attention(Q, KV, KV.reshape(6, 6, 2, 8)),
+    "mask must be an array, got type(mask)=list": lambda: dot_product_attention(Q, KV, KV, mask=[[True]]),
+    "bias must be an array, got type(bias)=list": lambda: dot_product_attention(Q, KV, KV, bias=[[0.0]]),
+    "mask must broadcast to (batch..., heads, q_len, kv_len) with batch axes (2, 3), got mask.shape=(3, 2, 1, 5, 6)":
+        lambda: dot_product_attention(Q, KV, KV, mask=np.ones((3, 2, 1, 5, 6), bool)),
+    "bias must broadcast to (batch..., heads, q_len, kv_len) with batch axes (2, 3)":
+        lambda: dot_product_attention(Q, KV, KV, bias=np.ones((2, 1, 1, 1, 5, 6), "float32")),
+    "mask must be a pallas_flash Mask, got type(mask)=ndarray": lambda: attention_fn(mask=np.ones((5, 6), bool)),
+    "implementation must be None, one of": lambda: attention_fn(implementation="cudnn"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_a_function_does_not_take_is_said(message):
+    """Regression: batch axes (3, 2) of keys were merged, and paired with others than those (2, 3) of queries."""
+    with pytest.raises(ValueError) as caught:
+        BAD[message]()
+    assert message in str(caught.value)
+
+
 def test_flags_are_flags():
     with pytest.raises(ValueError, match=r"^deterministic_backward must be True or False, got .*='no'"):
         attention_fn(deterministic_backward="no")

@@ -371,6 +371,7 @@ BAD = {
     "2 n = 4 for load_balance='zigzag', got length 6 on n=2 devices. Pad it to 8": dict(length=6),
     "query and key must have the same length": dict(key_length=16),
     "must be inside shard_map over axis_name, or know how whole arrays are cut": dict(mesh=None),
+    "mesh must be a Mesh or an AbstractMesh of JAX": dict(mesh=lambda: "sequence"),
     "the length must be cut over 'sequence' alone": dict(spec=P("sequence")),
     "must be divisible by the 2 devices along sequence, got query.shape=(2, 7, 4, 8). Pad it to 8": dict(length=7),
     "documents must be given with load_balance=": dict(load_balance="zigzag_documents"),

@@ -6,7 +6,7 @@ import pytest
 
 import pallas_flash
 from pallas_flash import device
-from pallas_flash.context_parallel import model
+from pallas_flash.context_parallel import model, plan
 from pallas_flash.errors import UnsupportedError
 
 
@@ -140,9 +140,48 @@ def test_explain_says_what_runs(options, lines):
         assert line in text
 
 
+@pytest.mark.parametrize(("mask", "kinds"), [
+    (pallas_flash.Causal(), 2), (pallas_flash.PrefixLM(1000), 3), (pallas_flash.InBounds(30000, 30000), 4),
+    (pallas_flash.InBounds(30000, 30000) & pallas_flash.Causal(), 4)], ids=str)
+def test_pieces_where_a_mask_is_the_same_share_a_call(mask, kinds):
+    """Regression: prefixes that end before a piece were another mask in each piece, and each device computed the pairs
+    of all others beside its own: 17 pairs in the first step, where causal takes 3.
+    """
+    found = plan.steps(mask, plan.Chunking(8, 8192, "zigzag"), plan.Sharing(stacks=True, joins=False))
+    assert len({call.mask for step in found for call in step.calls}) == kinds
+    assert sum(len(call.picks) for call in found[0].calls) <= 4
+
+
+@pytest.mark.parametrize("mask", [
+    *(pallas_flash.PrefixLM(prefix, offset) for prefix in (-9, 0, 1, 5, 40) for offset in (-70, -7, 0, 3, 50)),
+    *(pallas_flash.InBounds(q_len, kv_len) for q_len in (5, 40) for kv_len in (0, 9, 70)),
+    pallas_flash.PrefixLM(5, 2) & pallas_flash.InBounds(30, 30) & pallas_flash.Window(left=9)], ids=str)
+def test_the_mask_of_a_piece_is_that_of_the_whole(mask):
+    size, pos = 6, np.arange(6)
+    for q_lo in range(0, 36, size):
+        for kv_lo in range(0, 36, size):
+            part = plan.part_of(mask, q_lo, kv_lo, size)
+            found = False if part is None else part.keep(pos[:, None], pos)
+            assert np.array_equal(np.broadcast_to(found, (size, size)), mask.keep(pos[:, None] + q_lo, pos + kv_lo))
+
+
 def test_explain_refuses_what_the_call_refuses():
     with device.assume(device.A100):
         text = pallas_flash.explain_context_parallel(*PART, num_devices=4, implementation="hopper")
     assert text.startswith("UnsupportedError: implementation='hopper' cannot run")
     with pytest.raises(ValueError, match="num_devices must be an integer of at least 1"):
         pallas_flash.explain_context_parallel(*PART, num_devices=0)
+    with pytest.raises(ValueError, match="num_devices must be an integer of at least 1, got num_devices=True"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=True)
+    with pytest.raises(ValueError, match="query must be an array"):
+        pallas_flash.explain_context_parallel([1], *PART[1:], num_devices=4)
+    with pytest.raises(ValueError, match=r"device must be a pallas_flash\.device\.Device"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=4, device="H100")
+
+
+def test_explain_of_a_device_that_is_named():
+    """As `explain` and `cache.explain` have it: the error for it named num_devices."""
+    with device.assume(device.A100):
+        assumed = pallas_flash.explain_context_parallel(*PART, num_devices=np.int64(4))
+    assert pallas_flash.explain_context_parallel(*PART, num_devices=4, device=device.A100) == assumed
+    assert "'hopper'" in pallas_flash.explain_context_parallel(*PART, num_devices=4, device=device.H100)

@@ -125,7 +125,9 @@ def test_an_axis_sharded_explicitly_keeps_its_place():
     (dict(n=2, load_balance="zigzag_documents", cu_seqlens=[0.0, 20.0]), r"integers \(documents \+ 1,\)"),
     (dict(n=2, cu_seqlens=[0, 20]), r'cu_seqlens goes with load_balance="zigzag_documents", got load_balance=\'zigzag'),
     (dict(n=2, load_balance="striped"), r"got load_balance='striped'"),
-    (dict(n=0), "n must be at least 1"),
+    (dict(n=0), "n must be an integer of at least 1, got n=0"),
+    (dict(n=2.0), "n must be an integer of at least 1, got n=2.0"),
+    (dict(n=True), "n must be an integer of at least 1, got n=True"),
     (dict(n=2, axis=2), r"axis must be one of x, got axis=2"),
     (dict(n=2, inverse=1), "inverse must be True or False"),
 ])

@@ -15,8 +15,9 @@ def test_equal_settings_are_equal():
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(strategy="star"), r"strategy must be 'ring', 'all_gather', 'all_to_all' or None, got strategy='star'"),
+    (dict(axis_name=3), "axis_name must be the name of one mesh axis, got axis_name=3"),
     (dict(load_balance="striped"), r"load_balance must be 'zigzag', 'zigzag_documents' or None, got .*'striped'"),
 ])
 def test_what_does_not_exist_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        pf.ContextParallel("sequence", **settings)
+        pf.ContextParallel(**{"axis_name": "sequence"} | settings)

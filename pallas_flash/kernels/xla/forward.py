@@ -55,5 +55,6 @@ def _attend(problem: blocks.Problem, q_tile: Array) -> tuple[Array, Array]:
     start = compat.vary_like(start, q, problem.k, problem.v, problem.mask)
     m_i, l_i, acc = tiles.sweep(problem.needed(kv_tiles), kv_step, start)
     out = acc * softmax.rescale(l_i)[..., None]
-    stats = jnp.stack(softmax.statistics(m_i, l_i, problem.unit), axis=3)
+    # Of a row without a key no NaN is made, not even one that is left out: `checkify` would report it.
+    stats = jnp.stack(softmax.statistics(softmax.finite_or_zero(m_i), l_i, problem.unit), axis=3)
     return jnp.einsum(f"bkgqd->{problem.q_subscripts}", out), stats
