@@ -30,8 +30,8 @@ Returned = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
 def flash_attn_func(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """Attention of (batch, seqlen, heads, dim), differentiable.
@@ -63,8 +63,8 @@ def flash_attn_func(
 
 
 def flash_attn_qkvpacked_func(
-    qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    qkv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
@@ -75,8 +75,8 @@ def flash_attn_qkvpacked_func(
 
 
 def flash_attn_kvpacked_func(
-    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
@@ -86,8 +86,8 @@ def flash_attn_kvpacked_func(
 
 def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> Returned:
@@ -116,8 +116,8 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
@@ -128,8 +128,8 @@ def flash_attn_varlen_qkvpacked_func(
 
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    max_seqlen_k: int, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(
     v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
     cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
     cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
