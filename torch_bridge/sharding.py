@@ -22,7 +22,7 @@ from torch_bridge import ops
 from torch_bridge.arguments import Attention, AttentionBackward, Numbers, Operands, PerArray
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed.tensor import Placement
 
 __all__ = ["drawn_seed", "register", "register_if_needed"]
 
@@ -49,13 +49,15 @@ def register() -> None:
         register_sharding(backward)(_of_backward)
 
 
-def drawn_seed(like: "DTensor") -> torch.Tensor:
-    """A seed of dropout (2,) for a call that every device computes whole: the one that the mesh's first process draws.
+def drawn_seed(like: torch.Tensor) -> torch.Tensor:
+    """A seed of dropout (2,) for a call of DTensors that every device computes whole: that which the mesh's first
+    process draws.
 
     Processes may have drawn different numbers before, as those of data parallelism do.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
+    assert isinstance(like, DTensor)
     mine, mesh = ops.dropout_seed(like.to_local().detach(), ()), like.device_mesh
     return DTensor.from_local(mine, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
