@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torch_bridge import derivatives, ops, routes
+from torch_bridge import derivatives, ops, routes, sharding
 from torch_bridge.arguments import AttentionBackward, Cotangents, Numbers, Operands, PerArray, Results, RowAnchor
 from torch_bridge.direct import decoding, shortcut
 from torch_bridge.interception import functions_intercept, nothing_intercepts
@@ -137,7 +137,9 @@ def attend_with_lse(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor,
 
 def _by_operator(operands: Operands, numbers: Numbers, needs_stats: bool) -> Results:
     if numbers.dropout_p > 0:
-        operands = operands._replace(seed=ops.dropout_seed(operands.query, ()))
+        query = operands.query
+        is_spread = hasattr(query, "placements")
+        operands = operands._replace(seed=sharding.drawn_seed(query) if is_spread else ops.dropout_seed(query, ()))
     return derivatives.functional_attention(operands, numbers, needs_stats)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import torch
 
-from torch_bridge import flash, flash_attn, kv_cache, messages, sdpa, strides
+from torch_bridge import flash, flash_attn, kv_cache, messages, nested, sdpa, strides
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import attention, cache, decoding, lengths, reasons, requirements, storage
 
@@ -23,6 +23,9 @@ def explain(
 
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
+    if getattr(query, "layout", None) is torch.jagged:
+        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
+        return _explain(*nested.prepare((query, key, value), attn_mask, numbers, enable_gqa))
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _explain(call.operands, call.numbers)
 
@@ -49,6 +52,7 @@ def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_ca
         if name not in inspect.signature(flash_attn.flash_attn_with_kvcache).parameters:
             raise messages.unknown_keyword(flash_attn.flash_attn_with_kvcache, name)
     call = flash_attn.cached_call(q, k_cache, v_cache, **keywords)
+    _check_device(q.device)
     from pallas_flash import dispatch
     from torch_bridge.direct import lower
 
@@ -76,6 +80,7 @@ def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_ca
 
 def _explain(operands: Operands, numbers: Numbers) -> str:
     query, key, value, mask, bias, *_ = operands
+    _check_device(query.device)
     if operands.is_empty:
         return "no output element or no key: the result is empty or zero, and nothing is run"
     from torch_bridge import exchange
@@ -113,6 +118,13 @@ def _device(device: torch.device) -> "Device":
     from pallas_flash.device import Device
 
     return Device("gpu", **vars(attention.gpu_of(device)))
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise messages.must("an explanation is of a CPU or a CUDA device, on which the tensors must be",
+                            f"tensors on {device}", 'Make them there: torch.empty(shape, device="cuda"), since their '
+                            "values do not matter")
 
 
 def _as_read(array: torch.Tensor) -> str:

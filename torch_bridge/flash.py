@@ -44,7 +44,7 @@ def flash_attention(
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
     softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
     segment_ids: SegmentIds | None = None,
-    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0,
     scale: float | None = None, return_lse: Literal[False] = False, deterministic: bool = False,
 ) -> torch.Tensor: ...
 
@@ -55,7 +55,7 @@ def flash_attention(
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
     softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
     segment_ids: SegmentIds | None = None,
-    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0,
     scale: float | None = None, return_lse: Literal[True], deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -65,7 +65,7 @@ def flash_attention(
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
     softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
     segment_ids: SegmentIds | None = None,
-    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0,
     scale: float | None = None, return_lse: bool = False, deterministic: bool = False,
     **unknown: Never,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def prepare(
     is_causal: bool = False, causal_offset: int | torch.Tensor | None = None, window: Window | None = None,
     softcap: float | None = None, score: scoring.Function | None = None, sinks: torch.Tensor | None = None,
     segment_ids: SegmentIds | None = None,
-    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    q_lengths: torch.Tensor | None = None, kv_lengths: torch.Tensor | None = None, dropout_p: float = 0,
     scale: float | None = None, deterministic: bool = False,
 ) -> tuple[Operands, Numbers]:
     """The checked arguments of `flash_attention`, as the operator takes them; raises as it does."""

@@ -30,8 +30,8 @@ Returned = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
 def flash_attn_func(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """Attention of (batch, seqlen, heads, dim), differentiable.
@@ -63,8 +63,8 @@ def flash_attn_func(
 
 
 def flash_attn_qkvpacked_func(
-    qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    qkv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
@@ -75,8 +75,8 @@ def flash_attn_qkvpacked_func(
 
 
 def flash_attn_kvpacked_func(
-    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
@@ -86,8 +86,8 @@ def flash_attn_kvpacked_func(
 
 def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> Returned:
@@ -116,8 +116,8 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
@@ -128,8 +128,8 @@ def flash_attn_varlen_qkvpacked_func(
 
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: WindowSize = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    max_seqlen_k: int, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(
     v: torch.Tensor | None = None, rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None,
     cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
     cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +187,7 @@ def flash_attn_with_kvcache(
         call, append = to_cache(q, cache, (k, v), options, (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens,
                                 cache_leftpad)
         if append is not None:
+            call.check()
             call.cache.append(*append)
         out, found = call.attended(return_softmax_lse)
         if usual is not None and call.is_at_the_end:
@@ -211,7 +212,7 @@ def to_cache(
     cache.check(q.shape[0])
     turned = Rotary.of(cos, sin, interleaved, q, k)
     count = _check_new(cache, k, v, cache_seqlens, q.shape[0])
-    before = _lengths(cache_seqlens, q, cache, count)
+    before = cache.lengths(cache_seqlens, q, count)
     if turned is not None:
         q, k = _rotated(turned, q, k, before, options)
     call = Cached(q, cache, before + count if count else before, count, leftpad, options)
@@ -257,10 +258,17 @@ class _Options(NamedTuple):
         left, right = (None if side < 0 else side for side in given)
         return None if left is None and right is None else (left, right)
 
+    @property
+    def is_causal(self) -> bool:
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be bool, got causal={self.causal!r}. Pass True or False.")
+        return self.causal
+
     def places(self, offset: int | torch.Tensor, kv_lengths: torch.Tensor | None = None,
                segment_ids: flash.SegmentIds | None = None) -> flash.Places:
         """Which positions attend, the query at i being at the key i + offset."""
-        return flash.Places(self.causal, offset if self.is_local else None, self.window, segment_ids, None, kv_lengths)
+        causal, offset_if_local = self.is_causal, offset if self.is_local else None
+        return flash.Places(causal, offset_if_local, self.window, segment_ids, None, kv_lengths)
 
     def applied(self, numbers: Numbers) -> Numbers:
         """The numbers of a call with the soft cap and the kind of gradients."""
@@ -359,6 +367,16 @@ class Cached(NamedTuple):
     leftpad: torch.Tensor | None
     options: _Options
 
+    def check(self) -> None:
+        """Raises what `attended` would, so that nothing is written to a cache before."""
+        one = self.q[:1], self.cache.keys[:1], self.cache.values[:1]  # a page has another number of rows
+        _prepared(one, None, self.options)
+        self.options.places(0).sides(_NO_RULE)
+        self.options.applied(_NO_RULE)
+        self._slopes()
+        if self.leftpad is not None:
+            flash.integers("cache_leftpad", self.leftpad, self.q.transpose(1, 2))
+
     def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
         found, is_asked = None, self.is_at_the_end and decoding.is_asked(self.q.device)
@@ -432,25 +450,6 @@ def _check_new(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, c
         raise messages.must("k, v and cache_seqlens go together", given, "Pass all of them to append to the cache")
     cache.check_new(k, v, batch)
     return k.shape[1]
-
-
-def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, cache: KVCache, new: int) -> torch.Tensor:
-    """How many positions of each sequence count before `new` more are appended, (batch,) int32."""
-    room = cache.length - new
-    must = f"cache_seqlens must be from 0 to seqlen_cache - seqlen_new = {room}"
-    if isinstance(cache_seqlens, torch.Tensor):
-        lengths = flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
-        if flash.is_on_host(cache_seqlens) and ((lengths < 0) | (lengths > room)).any():
-            raise messages.must(must, f"cache_seqlens={lengths.tolist()}", "Allocate a longer cache, or give the "
-                                "sequence more pages")
-        return lengths
-    count = cache.length if cache_seqlens is None else cache_seqlens
-    if not flash.is_integer(count):
-        raise TypeError("cache_seqlens must be an int, or a Tensor of integers (batch,), got type(cache_seqlens)="
-                        f"{type(cache_seqlens).__name__}. Wrap it: torch.tensor(...) on the device of q.")
-    if not 0 <= count <= room:
-        raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache, or give the sequence more pages")
-    return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
 
 
 def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: torch.Tensor,

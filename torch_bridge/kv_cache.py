@@ -66,15 +66,42 @@ class KVCache(NamedTuple):
                 raise messages.must(f"{name} must be (batch, seqlen_new, heads, dim) = {wanted}, {cache.dtype} as its "
                                     "cache",
                                     f"{name}.shape={tuple(x.shape)}, {name}.dtype={x.dtype}", "Cast or expand it")
+            if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+                raise messages.must(f"{name}_cache must have memory for each of its elements: {name} is written to it",
+                                    f"{name}_cache.stride()={cache.stride()}",
+                                    "Pass a copy: expanded axes are one place for all sequences")
 
     @property
     def length(self) -> int:
         """How many positions a sequence has room for."""
         return self.keys.shape[1] if self.pages is None else self.keys.shape[1] * self.pages.shape[1]
 
+    def lengths(self, cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, new: int) -> torch.Tensor:
+        """How many positions of each sequence count before `new` more are appended, (batch,) int32."""
+        room = self.length - new
+        must = f"cache_seqlens must be from 0 to seqlen_cache - seqlen_new = {room}"
+        if isinstance(cache_seqlens, torch.Tensor):
+            lengths = flash.integers("cache_seqlens", cache_seqlens, q.transpose(1, 2))
+            if flash.is_on_host(cache_seqlens) and ((lengths < 0) | (lengths > room)).any():
+                raise messages.must(must, f"cache_seqlens={lengths.tolist()}", "Allocate a longer cache, or give the "
+                                    "sequence more pages")
+            return lengths
+        count = self.length if cache_seqlens is None else cache_seqlens
+        if not flash.is_integer(count):
+            raise TypeError("cache_seqlens must be an int, or a Tensor of integers (batch,), got type(cache_seqlens)="
+                            f"{type(cache_seqlens).__name__}. Wrap it: torch.tensor(...) on the device of q.")
+        if not 0 <= count <= room:
+            raise messages.must(must, f"{cache_seqlens=}", "Allocate a longer cache, or give the sequence more pages")
+        return torch.full((q.shape[0],), count, dtype=torch.int32, device=q.device)
+
     def append(self, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> None:
         """Writes (batch, new, heads, dim) in place, from position at (batch,) of each sequence on."""
         places = self._places(at, key.shape[1])
+        table = self.rows if self.pages is None else self.pages
+        if table is not None and flash.is_on_host(places) and places.unique().numel() < places.numel():
+            name = "cache_batch_idx" if self.pages is None else "block_table"
+            raise messages.must(f"{name} must give each sequence places of its own to write k and v to",
+                                f"{name}={table.tolist()}", "Copy what sequences share before they differ")
         cached.append(self.keys, key, places)
         cached.append(self.values, value, places)
 

@@ -5,9 +5,9 @@ from typing import Protocol, TypeGuard
 import torch
 
 from torch_bridge import messages, packed
-from torch_bridge.arguments import Numbers
+from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["attend", "has_ragged_lengths"]
+__all__ = ["attend", "has_ragged_lengths", "prepare"]
 
 
 class _Jagged(Protocol):
@@ -30,11 +30,21 @@ def attend(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: 
       numbers: those of the call.
       enable_gqa: query may have a multiple of the heads of key.
     """
+    values, starts = _packed(tensors, attn_mask, enable_gqa)
+    out, _ = packed.attend(values, starts, numbers, None, return_lse=False)
+    return torch.nested.nested_tensor_from_jagged(out, starts.query).transpose(1, 2)
+
+
+def prepare(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object, numbers: Numbers,
+            enable_gqa: bool) -> tuple[Operands, Numbers]:
+    """The arguments of `attend`, as the operator takes them."""
+    return packed.prepare(*_packed(tensors, attn_mask, enable_gqa), numbers, None)
+
+
+def _packed(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: object,
+            enable_gqa: bool) -> tuple[list[torch.Tensor], packed.Starts]:
     query, key, value = (_by_length(x) for x in _checked(tensors, attn_mask, enable_gqa))
-    offsets = query.offsets()
-    out, _ = packed.attend([x.values() for x in (query, key, value)], packed.Starts(offsets, key.offsets()), numbers,
-                           None, return_lse=False)
-    return torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
+    return [x.values() for x in (query, key, value)], packed.Starts(query.offsets(), key.offsets())
 
 
 def has_ragged_lengths(tensor: torch.Tensor) -> TypeGuard[_Jagged]:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import flash, messages, sdpa
-from torch_bridge.arguments import Numbers
+from torch_bridge.arguments import Numbers, Operands
 
-__all__ = ["Starts", "attend", "check", "parts", "positions_from_the_end"]
+__all__ = ["Starts", "attend", "check", "parts", "positions_from_the_end", "prepare"]
 
 
 class Starts(NamedTuple):
@@ -35,12 +35,17 @@ def attend(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
       return_lse: whether lse is needed.
       whole: as in `flash.attend`.
     """
+    out, lse = flash.attend(*prepare(tensors, starts, numbers, bias), None, return_lse, whole)
+    return out[0].transpose(0, 1), None if lse is None else lse[0]
+
+
+def prepare(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
+            bias: torch.Tensor | None) -> tuple[Operands, Numbers]:
+    """The arguments of `attend`, as the operator takes them."""
     query, key, value = (x[None].transpose(1, 2) for x in tensors)
     call = sdpa.prepare(query, key, value, bias, numbers.dropout_p, False, numbers.scale, True)
     operands = call.operands._replace(q_starts=starts.query.to(torch.int32), kv_starts=starts.key.to(torch.int32))
-    numbers = numbers._replace(scale=call.numbers.scale, dropout_p=call.numbers.dropout_p)
-    out, lse = flash.attend(operands, numbers, None, return_lse, whole)
-    return out[0].transpose(0, 1), None if lse is None else lse[0]
+    return operands, numbers._replace(scale=call.numbers.scale, dropout_p=call.numbers.dropout_p)
 
 
 def parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:

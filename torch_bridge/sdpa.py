@@ -2,7 +2,8 @@
 
 Only torch is used here and everything is traceable, so `torch.compile`, `torch.export`, FakeTensor, autocast and
 functorch see ordinary tensor operations around one operator. Errors have the type that torch raises on the same
-condition.
+condition. Defaults of public functions are the int 0, never 0.0: a float is a symbol to torch.compile(dynamic=True),
+which starts again where it turns out to be a constant.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN_NUMBERS = (float, int, type(None))  # NumPy's float64 is a float; what an array or a tensor holds may change
+_LARGEST_SCALE = 1e30
 
 
 class Call(NamedTuple):
@@ -33,7 +35,7 @@ class Call(NamedTuple):
 
 def scaled_dot_product_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    dropout_p: float = 0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
     **unknown: Never,
 ) -> torch.Tensor:
     """out = dropout(softmax(scale * query key^T + attn_mask)) value, exact, without O(L * S) memory.
@@ -77,6 +79,7 @@ def scaled_dot_product_attention(
     if getattr(query, "layout", None) is torch.jagged:
         from torch_bridge import nested  # which is made from this
 
+        _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
         numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
         return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -95,6 +98,9 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     """The checked and broadcast call; raises what torch raises."""
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
     scale, dropout_p = None if scale is None else _number("scale", scale), _number("dropout_p", dropout_p)
+    if scale is not None and not abs(scale) <= _LARGEST_SCALE:
+        raise ValueError(f"scale must be a Python number from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, or None, got "
+                         f"{scale=}. Multiply query with it and pass scale=1.0.")
     causal_offset = 0 if is_causal else None
     if attn_mask is not None and type(attn_mask) is not torch.Tensor and _is_causal_bias(attn_mask):
         causal_offset, attn_mask = _causal_offset(attn_mask, query, key, is_causal), None
@@ -135,6 +141,10 @@ def _number(name: str, value: SupportsFloat) -> float:
         if not is_single:
             raise TypeError(f"scaled_dot_product_attention(): argument {name!r} must be float, not "
                             f"{type(value).__name__}, got {name}={value!r}. Pass one number.")
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise TypeError(f"scaled_dot_product_attention(): argument {name!r} has no gradient, got a Tensor that "
+                            "requires one. For a scale that is learnt, pass query * scale and scale=1.0; else detach "
+                            "it.")
     return float(value)
 
 
@@ -166,8 +176,12 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise kind(f"scaled_dot_product_attention is not implemented for {query.dtype}: cast to one of {DTYPES}")
     for tensor in (query, key, value):
         if tensor.layout is not torch.strided or tensor.is_nested:
-            raise RuntimeError(f"scaled_dot_product_attention needs strided tensors, got layout {tensor.layout}, "
-                               f"is_nested={tensor.is_nested}. Pad it, or use torch's own function.")
+            do = "Pad it, or use torch's own function"
+            if any(x.layout is torch.jagged for x in (query, key, value)):
+                do = ("Nested query, key and value, all three, are for torch_bridge.scaled_dot_product_attention, and "
+                      "their values() and offsets() for torch_bridge.flash_attn.flash_attn_varlen_func")
+            raise messages.must("attention needs strided tensors", f"layout {tensor.layout}, "
+                                f"is_nested={tensor.is_nested}", do)
     if attn_mask is None:
         return
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):

@@ -24,7 +24,7 @@ from torch_bridge.arguments import Attention, AttentionBackward, Numbers, Operan
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
-__all__ = ["register", "register_if_needed"]
+__all__ = ["drawn_seed", "register", "register_if_needed"]
 
 _MODULE = "torch.distributed.tensor"
 _is_registered = False
@@ -47,6 +47,19 @@ def register() -> None:
     for forward, backward in (ops.attention, ops.attention_backward), (*ops.DIRECT.values(),):
         register_sharding(forward)(_of_forward)
         register_sharding(backward)(_of_backward)
+
+
+def drawn_seed(like: torch.Tensor) -> torch.Tensor:
+    """A seed of dropout (2,) for a call of DTensors that every device computes whole: that which the mesh's first
+    process draws.
+
+    Processes may have drawn different numbers before, as those of data parallelism do.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
+    mine, mesh = ops.dropout_seed(like.to_local().detach(), ()), like.device_mesh
+    return DTensor.from_local(mine, mesh, [Replicate()] * mesh.ndim, run_check=True)
 
 
 class _Split(NamedTuple):

@@ -59,6 +59,23 @@ def rules(size):
     torch.testing.assert_close(shared.grad.full_tensor(), leaf.grad)
 
 
+def dropout(rank, size):
+    """A call is computed whole, by one seed, whatever the processes have drawn before."""
+    mesh = init_device_mesh("cpu", (size,))
+    whole = [x.requires_grad_() for x in tensors(4, 2)]
+    for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        parts = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in whole]
+        dout = torch.ones(4, 4, 5, 8)
+        torch.manual_seed(7)
+        out = OURS(*whole, dropout_p=0.5, is_causal=True, enable_gqa=True)
+        torch.manual_seed(7 + rank)
+        ours = OURS(*parts, dropout_p=0.5, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(ours.full_tensor(), out)
+        for x, y in zip(torch.autograd.grad(out, whole, dout),
+                        torch.autograd.grad(ours, parts, distribute_tensor(dout, mesh, ours.placements))):
+            torch.testing.assert_close(y.full_tensor(), x)
+
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -106,6 +123,7 @@ def main(rank, size, port):
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     rules(size) if size > 1 else fsdp(rank, size)
+    dropout(rank, size)
     dist.destroy_process_group()
 
 

@@ -224,6 +224,10 @@ def test_explain():
     assert "key: shared, not copied" in text and text.endswith("sinks: one more pass over out, by PyTorch")
     with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
         explain_flash_attention(q, k, v, causal=True)
+    meta = torch.empty(2, 4, 5, 8, device="meta")
+    for call in (explain_flash_attention, torch_bridge.explain, torch_bridge.explain_flash_attn_with_kvcache):
+        with pytest.raises(RuntimeError, match=r"a CPU or a CUDA device.*got tensors on meta"):
+            call(meta, meta, meta)
 
 
 def test_the_python_of_the_documentation():

@@ -315,15 +315,40 @@ def test_signatures_are_those_of_flash_attn(name, expected):
     (dict(rotary_cos=torch.ones(4, 2), rotary_sin=torch.ones(4, 2), cache_seqlens=torch.tensor([0, 4, 1])),
      r"from 0 to 3, the last position of rotary_cos, got \[\[0\], \[4\], \[1\]\]"),
     (dict(block_table=torch.tensor([[0], [1], [7]])), "block_table must be from 0 to 2"),
+    (dict(cache_batch_idx=torch.tensor([0, 1, 1])), "cache_batch_idx must give each sequence places of its own"),
+    (dict(block_table=torch.tensor([[0, 1], [2, 1], [0, 2]])), "block_table must give each sequence places of its own"),
+    (dict(q=torch.zeros(3, 1, 3, 8, dtype=torch.float64)), "Number of heads in key and value must divide"),
+    (dict(q=torch.zeros(3, 1, 4, 8, dtype=torch.bfloat16)), "to have the same dtype"),
+    (dict(q=torch.zeros(3, 1, 4, 16, dtype=torch.float64)), "query and key must have the same last size"),
+    (dict(alibi_slopes=SLOPES[:2], causal=True), "alibi_slopes must be"),
+    (dict(alibi_slopes=SLOPES), "alibi_slopes needs causal=True"),
+    (dict(cache_leftpad=torch.tensor([0, 1])), "cache_leftpad must hold integers"),
+    (dict(window_size=3), "window_size must be"),
+    (dict(causal=1), "causal must be bool, got causal=1"),
+    (dict(softcap=-1.0), "softcap must be"),
+    (dict(softmax_scale=float("nan")), "scale must be"),
 ], ids=str)
 def test_what_does_not_fit_into_the_cache_leaves_it_as_it_was(bad, message):
-    """Positions below 0 were written from the end of a row, and a k of one sequence into the first row alone."""
+    """Positions below 0 were written from the end of a row, and a k of one sequence into the first row alone; two
+    sequences of one row into the same places; and what attention alone refuses was refused after k and v were written.
+    """
     (q, k, v), (keys, values) = new(1), cache_of()
     before = keys.clone(), values.clone()
-    k, v = k[bad.pop("k", ...)], v[bad.pop("v", ...)]
-    with pytest.raises(RuntimeError, match=message):
+    bad = dict(bad)
+    q, k, v = bad.pop("q", q), k[bad.pop("k", ...)], v[bad.pop("v", ...)]
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
         flash_attn_with_kvcache(q, keys, values, k, v, **dict(cache_seqlens=1) | bad)
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+def test_nothing_is_written_to_an_expanded_cache():
+    """Sequences of one memory read what the last of them wrote, without a word."""
+    (q, k, v), (keys, values) = new(1), cache_of()
+    shared = values[:1].expand_as(values)
+    with pytest.raises(RuntimeError, match=r"v_cache must have memory for each of its elements.*stride\(\)=\(0, "):
+        flash_attn_with_kvcache(q, keys, shared, k, v, cache_seqlens=1)
+    out = flash_attn_with_kvcache(q, keys, shared)  # read alone, it is a cache like others
+    torch.testing.assert_close(out, flash_attn_with_kvcache(q, keys, shared.clone()))
 
 
 def test_export_with_lengths_that_vary():

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
+import torch_bridge
 from bridge.problems import OURS, TORCH, heads_inside, operator_call, qkv, results
 from torch_bridge import activation, context, exchange, memory, ops
 
@@ -222,6 +223,25 @@ def test_compile_with_dynamic_shapes_masks_and_causal_bias(quiet):
         q, k, v = qkv(Q, KV, KV)
         torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
     torch.testing.assert_close(compiled(q[:, :2, :4], k[:, :2], v[:, :2]), function(q[:, :2, :4], k[:, :2], v[:, :2]))
+
+
+@pytest.mark.parametrize("function", [OURS, torch_bridge.flash_attention, torch_bridge.flash_attn.flash_attn_func],
+                         ids=lambda function: function.__name__)
+def test_dynamic_shapes_compile_once(function, quiet):
+    """A default of 0.0 was a symbol, so that the compiler began once more when it turned out to be a constant."""
+    starts = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+        starts.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=True)
+    for length in (6, 7):
+        tensors = torch.randn(3, 2, length, length, 8)
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    assert len(starts) == 1
 
 
 def test_compile_under_autocast_with_dropout_and_determinism(quiet):

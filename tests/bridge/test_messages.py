@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import torch_bridge
 from bridge.problems import OURS, TORCH, qkv
 
 B, H, L, S, E = 2, 4, 5, 7, 8
@@ -79,6 +80,14 @@ def test_numbers(name, value):
 def test_what_counts_as_a_number(value):
     tensors = qkv(Q, KV, KV)
     torch.testing.assert_close(OURS(*tensors, scale=value), TORCH(*tensors, scale=float(value)))
+
+
+def test_a_scale_that_is_learnt_has_no_gradient_here():
+    """It became a number, so its gradient was None without a word."""
+    scale = torch.tensor(0.25, requires_grad=True)
+    for call in (OURS, torch_bridge.flash_attention):
+        with pytest.raises(TypeError, match=r"'scale' has no gradient.* pass query \* scale"):
+            call(*qkv(Q, KV, KV), scale=scale)
 
 
 def test_a_causal_bias_beside_is_causal():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nested import nested_tensor_from_jagged
 
+import torch_bridge
 from bridge.problems import OURS, TORCH
 
 H, D, OFFSETS, OTHERS = 4, 8, torch.tensor([0, 4, 4, 9]), torch.tensor([0, 1, 3, 10])
@@ -85,3 +86,18 @@ def test_errors():
         OURS(x, *[nested(values(OFFSETS, 2).detach(), OFFSETS)] * 2)
     with pytest.raises(TypeError, match="must be Tensors"):
         OURS(x, None, x)
+    with pytest.raises(TypeError, match="is_causal and enable_gqa must be bool"):
+        OURS(x, x, x, is_causal=1)
+    dense = torch.zeros(3, H, 5, D, dtype=torch.float64)
+    for call in (OURS, torch_bridge.flash_attention):
+        with pytest.raises(RuntimeError, match=r"strided tensors, got layout torch.jagged.*all three.*varlen_func"):
+            call(dense, x, x)
+
+
+def test_what_runs_is_explained():
+    """It was an error that sent to PyTorch's own function."""
+    x, y = (nested(values(offsets).detach(), offsets) for offsets in (OFFSETS, OTHERS))
+    text = torch_bridge.explain(x, y, y, is_causal=True)
+    assert f"len={OFFSETS[-1]}x{OTHERS[-1]}" in text and "on cpu: implementation='xla'" in text
+    with pytest.raises(RuntimeError, match="attn_mask must be None"):
+        torch_bridge.explain(x, y, y, torch.zeros(1))
