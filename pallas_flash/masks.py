@@ -85,9 +85,8 @@ class Mask:
     def moved(self, q_lo: Positions, kv_lo: Positions) -> "Mask":
         """The mask of a part of the sequences: its query 0 and key 0 are those at `q_lo` and `kv_lo` here.
 
-        What attention over several devices, and over packed sequences aligned at their ends, asks of a mask. Positions,
-        as in `keep`, may be traced, and for packed sequences `q_lo` is an array of the shape of `q_pos`. Pieces of a
-        sequence over several devices whose masks are equal share a call: give numbers that change nothing one value.
+        Context parallelism and packed sequences that are aligned at their ends use it. Positions, as in `keep`, may be
+        traced; for packed sequences `q_lo` is an array of the shape of `q_pos`. Pieces with equal masks share a call.
 
         Raises:
           UnsupportedError: the class does not define it.
