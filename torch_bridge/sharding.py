@@ -53,13 +53,18 @@ def drawn_seed(like: torch.Tensor) -> torch.Tensor:
     """A seed of dropout (2,) for a call of DTensors that every device computes whole: that which the mesh's first
     process draws.
 
-    Processes may have drawn different numbers before, as those of data parallelism do.
+    Processes may have drawn different numbers before, as those of data parallelism do. The mesh's processes alone take
+    part, and none waits for its GPU: `DTensor.from_local(run_check=True)` gathers objects from all processes there are.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
     assert isinstance(like, DTensor)
     mine, mesh = ops.dropout_seed(like.to_local().detach(), ()), like.device_mesh
-    return DTensor.from_local(mine, mesh, [Replicate()] * mesh.ndim, run_check=True)
+    if mesh.get_coordinate() is not None:
+        for axis in range(mesh.ndim):
+            if mesh.size(axis) > 1:
+                torch.distributed.broadcast(mine, group=mesh.get_group(axis), group_src=0)
+    return DTensor.from_local(mine, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 class _Split(NamedTuple):

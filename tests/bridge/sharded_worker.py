@@ -8,7 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_bridge
@@ -60,11 +60,20 @@ def rules(size):
 
 
 def dropout(rank, size):
-    """A call is computed whole, by one seed, whatever the processes have drawn before."""
-    mesh = init_device_mesh("cpu", (size,))
+    """A call is computed whole, by one seed, whatever the processes have drawn before. Those outside the mesh need not
+    know of it, as in pipelines: objects were gathered from all, for which a GPU is waited for besides.
+    """
+    dropout_on(init_device_mesh("cpu", (size,)), rank, [Replicate()], [Shard(0)], [Shard(1)], [Shard(2)])
+    dropout_on(init_device_mesh("cpu", (1, size)), rank, [Replicate(), Shard(0)])
+    part = DeviceMesh("cpu", [0])
+    if rank == 0:
+        dropout_on(part, rank, [Shard(0)])
+
+
+def dropout_on(mesh, rank, *placements):
     whole = [x.requires_grad_() for x in tensors(4, 2)]
-    for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
-        parts = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in whole]
+    for placed in placements:
+        parts = [distribute_tensor(x.detach(), mesh, placed).requires_grad_() for x in whole]
         dout = torch.ones(4, 4, 5, 8)
         torch.manual_seed(7)
         out = OURS(*whole, dropout_p=0.5, is_causal=True, enable_gqa=True)
