@@ -226,6 +226,20 @@ def test_another_device_is_made_current(short, launched, monkeypatch):
     assert entered == [1, 1] and current == [0] and launched == BOTH * 2
 
 
+def test_results_that_were_not_asked_for_are_of_the_device_too(short, launched, monkeypatch):
+    """What makes tensors quickly makes them on the thread's current device, which was another one for these."""
+    check(qkv(SHAPE, SHAPE, SHAPE, dtype=BF16), **OPTIONS)
+    (known,) = shortcut._shortcuts.values()
+    current, made, make = [1], [], known._empty
+    monkeypatch.setattr(streams, "device", lambda: current[0])
+    monkeypatch.setattr(known, "_index", 1)
+    monkeypatch.setattr(known, "_empty", lambda *args: (made.append(current[0]), make(*args))[1])
+    for current[0], on in (1, [1]), (0, []):
+        del made[:]
+        x = known.nothing(torch.float32)
+        assert (x.shape, x.dtype, x.device) == ((0,), torch.float32, known.device) and made == on
+
+
 # --- the driver ------------------------------------------------------------------------------------------------------
 
 OURS_OF = {0: 10, 1: 11}  # the primary contexts of devices

@@ -131,6 +131,8 @@ class Shortcut:
 
     def nothing(self, dtype: torch.dtype) -> torch.Tensor:
         """A new tensor without elements, the result that was not asked for."""
+        if self._index is not None and streams.device() != self._index:
+            return torch.empty((0,), dtype=dtype, device=self.device)
         return self._empty((0,), (1,), dtype)
 
     def learn_backward(self, saved: Sequence[torch.Tensor], dout: torch.Tensor) -> bool:
