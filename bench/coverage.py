@@ -70,7 +70,8 @@ _SINKS = jax.ShapeDtypeStruct((8,), "float32")
 _KEY = jax.random.key(0)
 
 CALLS: dict[str, list[Ask]] = {
-    "bfloat16 and float16, heads up to 256; `Causal`, `Window`, `PrefixLM`, mask classes of your own without arrays": [
+    "bfloat16 and float16, head dimensions up to 256; `Causal`, `Window`, `PrefixLM`, mask classes of your own without "
+    "arrays": [
         *(_call(d, dtype) for d in (64, 80, 128, 192, 256) for dtype in ("bfloat16", "float16")),
         _call(mask=Window(left=64)), _call(mask=PrefixLM(64)), _call(mask=_Parity(2)), _call(mask=None)],
     "lengths, `segment_ids`, packed sequences, `Dense` masks": [
@@ -85,15 +86,19 @@ CALLS: dict[str, list[Ask]] = {
     "mask classes of your own with arrays, or beside arrays": [
         _call(mask=_Parity(np.array([2, 3]))), _call(mask=_Parity(2), segment_ids=_IDS)],
     "head dimensions that are not multiples of 8": [_call(100), _call(50)],
-    "head dimensions from 257 to 512": [_call(320), _call(512)],
-    "float32, heads up to 128": [_call(64, "float32"), _call(128, "float32")],
-    "float32 with larger heads, dropout, a bias or a score function": [
+    "head dimensions from 257 to 512, without a score function": [
+        _call(320), _call(512), _call(320, segment_ids=_IDS), _call(512, bias=_BIAS),
+        _call(320, dropout_rate=0.1, dropout_rng=_KEY)],
+    "float32, head dimensions up to 128": [
+        _call(64, "float32"), _call(128, "float32"), _call(64, "float32", segment_ids=_IDS)],
+    "float32 with larger head dimensions, dropout, a bias or a score function": [
         _call(192, "float32"), _call(64, "float32", bias=_BIAS), _call(64, "float32", score=_SLOPES),
         _call(64, "float32", dropout_rate=0.1, dropout_rng=_KEY)],
     "a cache, contiguous or in pages, up to 64 queries that share a key head": [_step(), _step(16), _step(pages=True)],
-    "a contiguous cache, more queries, at least 16 of each head": [_step(64)],
-    "a cache in pages, more queries, at least 16 of each head": [_step(64, pages=True)],
-    "a cache in eight bits": [_step(dtype="float8_e4m3fn")],
+    "a contiguous cache, more queries than that, at least 16 of each head": [_step(64)],
+    "a cache in pages, more queries than that, at least 16 of each head": [_step(64, pages=True)],
+    "a cache in eight bits, one query of each head": [_step(dtype="float8_e4m3fn")],
+    "a cache in eight bits, more queries": [_step(2, dtype="float8_e4m3fn"), _step(64, dtype="float8_e4m3fn")],
 }
 """By row, calls of that kind: all of a row run alike."""
 

@@ -88,10 +88,10 @@ def _decoding(found: list[Record]) -> Iterator[Time]:
 
 
 def _host(found: list[Record]) -> Iterator[Time]:
-    """Of the smallest call, eager: what the host does."""
+    """Of the smallest call, eager: what the host does. The forward in both also records a gradient."""
     directions = {"forward": "forward", ".backward()": "backward", "forward and .backward()": "both"}
     chosen = [r for r in found if r["kind"] == "bridge-path" and r["path"] == "direct" and "host_us" in r
               and r["what"] in directions]
     for record in records.latest(chosen, "what").values():
-        yield Time("the host's time of a small call from PyTorch", "PyTorch", directions[record["what"]],
-                   record["over_torch"]["median"])
+        yield Time("the host's time of a small call from PyTorch; forward: without a gradient", "PyTorch",
+                   directions[record["what"]], record["over_torch"]["median"])

@@ -287,7 +287,7 @@ class Window(Mask):
 
     def __str__(self) -> str:
         is_causal = is_static(self.left) and self.left == UNBOUNDED and is_static(self.right) and self.right == 0
-        return self._written("Causal", right=0) if is_causal else super().__str__()
+        return self._written("Causal", right=0) if is_causal and type(self) is Window else super().__str__()
 
     def keep(self, q_pos: Positions, kv_pos: Positions) -> Positions:
         distance = kv_pos - (q_pos + self.offset)

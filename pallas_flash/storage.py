@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.typing import DTypeLike
 
 from pallas_flash import arguments, errors, mask_fields, masks, paging, quantised
@@ -174,9 +175,10 @@ def require_cache(cache: object) -> Cache:
     return cache
 
 
-def _check_counts(**counts: object) -> None:
+def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        errors.require_count(name, count, 0, "pass a number: arrays get the shape that it says")
+        if not export.is_symbolic_dim(count):
+            errors.require_count(name, count, 0, "pass a number: arrays get the shape that it says")
 
 
 def _check_layout(layout: object) -> None:

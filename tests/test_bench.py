@@ -20,6 +20,7 @@ from bench import (
     check,
     cli,
     contestants,
+    coverage,
     decode,
     environment,
     jobs,
@@ -558,7 +559,12 @@ def test_where_others_are_faster_is_said():
         "| plain calls | FlashAttention-3 | 0.71 | 1.25 | – |",
         "| 5 uneven documents in each row, `segment_ids` | FlashAttention-3 | – | 2.00 | – |",
         "| a few queries to a contiguous cache | PyTorch | 1.11 | – | – |",
-        "| the host's time of a small call from PyTorch | PyTorch | – | – | 1.50 |"]
+        "| the host's time of a small call from PyTorch; forward: without a gradient | PyTorch | – | – | 1.50 |"]
+
+
+def test_the_table_of_gpus_has_all_that_are_given():
+    given = {x.name for x in vars(device).values() if isinstance(x, device.Device)}
+    assert {gpu.name for gpu in coverage.GPUS} == given - {device.CPU.name}
 
 
 def test_tables_say_what_was_timed_in_chains():

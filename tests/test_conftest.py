@@ -11,7 +11,7 @@ import pytest
 from jax._src import compiler
 from jax._src.lib import xla_client
 
-from tests import conftest
+from tests import compilation, conftest
 
 
 def test_programs_are_freed_before_there_are_too_many():
@@ -44,6 +44,13 @@ def test_only_optimised_tests_have_the_emitters_that_users_have():
     read = xla_client.CompileOptions.ParseFromString(fast)
     assert read.num_replicas == 2 and "{0 3}" in str(read.device_assignment)
     assert read.executable_build_options.debug_options.xla_backend_optimization_level == 0
+
+
+def test_a_jax_that_makes_options_elsewhere_runs_the_tests(monkeypatch):
+    """They would all have ended in conftest.py."""
+    monkeypatch.delattr(compiler, "get_compile_options")
+    compilation.install()
+    assert not hasattr(compiler, "get_compile_options")
 
 
 def test_a_worker_that_runs_out_of_time_says_where_it_is(tmp_path):

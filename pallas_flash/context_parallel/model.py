@@ -56,11 +56,11 @@ class Rates:
 
 
 _HOPPER = Rates(650e12, 550e12, 370e9, 4.0e12, 20e-6, 80e9,
-                "kernels measured with bfloat16 and d=128, links assumed: NVLink")
+                "of kernels measured with bfloat16 and d=128, and of links assumed: NVLink")
 _MEMORY_BYTES = {"H200": 141e9, "H100 NVL": 94e9, "H100": 80e9, "GH200": 96e9}
 _OTHERS = dataclasses.replace(_HOPPER, memory_bytes=40e9, source=(
-    "those of Hopper GPUs, since this device was not measured. On a slower device sending costs less beside computing, "
-    "so this may send less than would be fastest"))
+    "of Hopper GPUs, since this device was not measured: where its kernels are slower and its links are not, this may "
+    "send less than would be fastest, and where its links are slower still, more"))
 
 
 def rates(device: Device) -> Rates:

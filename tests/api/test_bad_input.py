@@ -436,6 +436,17 @@ def test_masks_join_masks():
         Causal() | Window(3)
 
 
+def test_a_mask_is_called_by_its_own_class():
+    """Regression: a class of a user's made of `Window`, with another `keep`, was shown as Causal() in reasons."""
+    class Sparse(Window):
+        def keep(self, q_pos, kv_pos):
+            return super().keep(q_pos, kv_pos) & (kv_pos % 4 == 0)
+
+    assert str(Sparse(right=0)) == "Sparse(right=0)"
+    assert [str(mask) for mask in (Window(right=0, offset=2), Window(1, 0))] == [
+        "Causal(offset=2)", "Window(left=1, right=0)"]
+
+
 TORCH = {
     "query": lambda t: dict(query=t), "bias": lambda t: dict(bias=t), "segment_ids": lambda t: dict(segment_ids=t),
     "kv_lengths": lambda t: dict(kv_lengths=t), "Dense": lambda t: dict(mask=Dense(t)),

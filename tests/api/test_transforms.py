@@ -22,6 +22,7 @@ from pallas_flash import (
     UnsupportedError,
     Window,
     autodiff,
+    cache,
     flash_attention,
 )
 
@@ -95,6 +96,18 @@ def test_export_with_its_gradient():
     call = jax.export.deserialize(saved).call
     assert_agree(call(Q, KEY, V), attention(Q, KEY, V))
     assert_agree(backward(call, Q, KEY, V), backward(attention, Q, KEY, V))
+
+
+def test_export_of_a_cache_of_any_batch_size():
+    """Regression: an empty cache wanted a batch that is a number."""
+    def call(q, k, v):
+        filled = cache.append(cache.empty(q.shape[0], L + 2, KEY.shape[2], KEY.shape[3], dtype=k.dtype), k, v)
+        return cache.attend(q, filled)
+
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (Q, KEY, KEY)]
+    exported = jax.export.export(jax.jit(call))(*shapes).call
+    assert_agree(exported(Q, KEY, KEY), attention(Q, KEY, KEY, mask=Causal()))
 
 
 SORTED_IDS = np.sort(np.random.default_rng(4).integers(0, 3, (B, L)).astype(np.int32))

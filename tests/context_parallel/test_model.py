@@ -113,6 +113,8 @@ def test_rates_of_devices():
     assert model.rates(device.H200).memory_bytes == 141e9
     for other in (device.CPU, device.A100):
         assert "this device was not measured" in model.rates(other).source
+    for where in (device.H200, device.A100):
+        assert "by rates of " in pallas_flash.explain_context_parallel(*PART, num_devices=4, device=where)
 
 
 def test_an_estimate_prints_its_units():
