@@ -56,6 +56,7 @@ def drawn_seed(like: torch.Tensor) -> torch.Tensor:
     Processes may have drawn different numbers before, as those of data parallelism do. The mesh's processes alone take
     part, and none waits for its GPU: `DTensor.from_local(run_check=True)` gathers objects from all processes there are.
     """
+    from torch.distributed import _functional_collectives as funcol
     from torch.distributed.tensor import DTensor, Replicate
 
     assert isinstance(like, DTensor)
@@ -63,7 +64,7 @@ def drawn_seed(like: torch.Tensor) -> torch.Tensor:
     if mesh.get_coordinate() is not None:
         for axis in range(mesh.ndim):
             if mesh.size(axis) > 1:
-                torch.distributed.broadcast(mine, group=mesh.get_group(axis), group_src=0)
+                mine = funcol.broadcast(mine, 0, (mesh, axis))
     return DTensor.from_local(mine, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 

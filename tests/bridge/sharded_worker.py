@@ -83,6 +83,11 @@ def dropout_on(mesh, rank, *placements):
         for x, y in zip(torch.autograd.grad(out, whole, dout),
                         torch.autograd.grad(ours, parts, distribute_tensor(dout, mesh, ours.placements))):
             torch.testing.assert_close(y.full_tensor(), x)
+    compiled = torch.compile(OURS, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7 + rank)
+    with torch.no_grad():
+        ours = compiled(*parts, dropout_p=0.5, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours.full_tensor(), out)
 
 
 class Block(torch.nn.Module):
