@@ -165,7 +165,8 @@ def flash_attn_with_kvcache(
         the kernel alone: a call captured in a CUDA graph is replayed with other lengths.
       cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
       cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
-      block_table: integers (batch, pages of a sequence); not with cache_batch_idx.
+      block_table: integers (batch, pages of a sequence); not with cache_batch_idx. Pages may be shared, but for those
+        that k and v are written to.
       rotary_interleaved: the pairs are 0 and 1, 2 and 3, ...; else 0 and rotary_dim / 2, 1 and rotary_dim / 2 + 1, ...
       num_splits: not needed, and not read.
       return_softmax_lse: also return softmax_lse (batch, heads, seqlen_q).

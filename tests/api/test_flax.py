@@ -145,6 +145,7 @@ def test_any_number_of_batch_dimensions(module, batch):
     np.testing.assert_array_equal(merge(run(layer.params, x, mask)), run(layer.params, merge(x), merge(mask)))
 
 
+@pytest.mark.optimised  # rounding is compared
 @pytest.mark.parametrize(
     "shape", [(1, 1, LENGTH), (HEADS, LENGTH, 1), (3, 1, 1, LENGTH), (2, 1, HEADS, 1, LENGTH), (2, 3, 1, 1, 1)]
 )
@@ -167,6 +168,7 @@ def test_a_query_that_may_attend_to_nothing_gives_zero():
     assert not np.any(out)
 
 
+@pytest.mark.optimised  # rounding is compared
 def test_grouped_query_attention_of_nnx():
     default = Nnx(flash=False, num_kv_heads=2)
     args = default.params, normal(0, (2, LENGTH, FEATURES))
@@ -175,6 +177,7 @@ def test_grouped_query_attention_of_nnx():
     assert_no_worse(ours, baseline(*args), in_float64(baseline, *args))
 
 
+@pytest.mark.optimised  # rounding is compared
 @both_modules
 def test_bfloat16_parameters_and_activations(module):
     options = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}

@@ -185,6 +185,7 @@ def test_xla_merges_where_kernels_are_told_not_to(monkeypatch):
         assert all("KERNELS_MERGE is off" in reasons[0] for reasons in merged_ring.why_not(shards()))
 
 
+@pytest.mark.optimised  # bits are compared
 @pytest.mark.virtual
 def test_elements_of_vmap_are_one_call(standing_in):
     """Results and gradients of each element, of axes in front and in the middle; keys may be shared. No loop."""
