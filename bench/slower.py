@@ -49,30 +49,27 @@ def rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 def sentence(found: list[Record], peer: str = "fa3") -> str | None:
     """The range of our time over a peer's, forward and backward, in plain calls; None without records of both."""
-    times = [(time, label) for time, label in _speeds(found, peer)]
+    times = [*_speeds(found, peer)]
     if not times:
         return None
-    parts = []
-    for direction in ("forward", "backward"):
-        ratios = [time.ratio for time, _ in times if time.direction == direction]
-        parts.append(f"the {direction} takes {min(ratios):.2f} to {max(ratios):.2f}" if not parts
-                     else f"the {direction} {min(ratios):.2f} to {max(ratios):.2f}")
-    device, label = found[-1]["environment"]["device"], times[0][1]
-    return f"On an {device}, {parts[0]} of {label}'s time in calls with a causal or no mask, {parts[1]}."
+    forward, backward = (f"{min(ratios):.2f} to {max(ratios):.2f}" for direction in ("forward", "backward")
+                         for ratios in ([time.ratio for time in times if time.direction == direction],))
+    return (f"On an {found[-1]['environment']['device']}, the forward takes {forward} of {times[0].beside}'s time in "
+            f"calls with a causal or no mask, the backward {backward}.")
 
 
-def _speeds(found: list[Record], *contestants: str) -> Iterator[tuple[Time, str]]:
+def _speeds(found: list[Record], *contestants: str) -> Iterator[Time]:
+    """Plain calls, beside these."""
     chosen = [r for r in found if r["kind"] == "speed" and r["direction"] in ("forward", "backward")]
     ours = next((name for name in plots.OURS if name in {r["contestant"] for r in chosen}), None)
     for (_, direction, name), record in records.latest(chosen, "problem", "direction", "contestant").items():
         if name in contestants and ours in record["ratio_to"]:
-            label, over = record["label"], record["ratio_to"][ours]["median"]
-            yield Time("plain calls", label, direction, 1 / over), label
+            yield Time("plain calls", record["label"], direction, 1 / record["ratio_to"][ours]["median"])
 
 
 def _plain(found: list[Record]) -> Iterator[Time]:
     peers = {r["contestant"] for r in found if r["kind"] == "speed"} - {*plots.OURS}
-    yield from (time for time, _ in _speeds(found, *peers))
+    yield from _speeds(found, *peers)
 
 
 def _features(found: list[Record]) -> Iterator[Time]:
