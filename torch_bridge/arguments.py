@@ -12,11 +12,14 @@ from typing import NamedTuple, Self, get_type_hints
 import torch
 from torch import Tensor
 
-__all__ = ["SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward", "Cotangents", "Numbers",
-           "Operands", "PLACES", "PerArray", "Results", "RowAnchor"]
+__all__ = ["LARGEST_NUMBER", "SCHEMAS", "Argument", "Attention", "AttentionBackward", "AttentionDoubleBackward",
+           "Cotangents", "Numbers", "Operands", "PLACES", "PerArray", "Results", "RowAnchor"]
 
 Argument = Tensor | float | str | Sequence[bool] | None
 """What an operator takes: tensors, numbers, flags and a name."""
+
+LARGEST_NUMBER = 1e30
+"""The largest scale and soft cap: that of pallas_flash.spec, whose import would start JAX."""
 
 
 class PerArray[T](NamedTuple):

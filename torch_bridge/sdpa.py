@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Never, SupportsFloat, TypeGuard
 import torch
 
 from torch_bridge import eager, messages
-from torch_bridge.arguments import Numbers, Operands
+from torch_bridge.arguments import LARGEST_NUMBER, Numbers, Operands
 from torch_bridge.direct import shortcut
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = ["Call", "prepare", "scaled_dot_product_attention"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN_NUMBERS = (float, int, type(None))  # NumPy's float64 is a float; what an array or a tensor holds may change
-_LARGEST_SCALE = 1e30
 
 
 class Call(NamedTuple):
@@ -98,8 +97,8 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
     """The checked and broadcast call; raises what torch raises."""
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
     scale, dropout_p = None if scale is None else _number("scale", scale), _number("dropout_p", dropout_p)
-    if scale is not None and not abs(scale) <= _LARGEST_SCALE:
-        raise ValueError(f"scale must be a Python number from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, or None, got "
+    if scale is not None and not abs(scale) <= LARGEST_NUMBER:
+        raise ValueError(f"scale must be a Python number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None, got "
                          f"{scale=}. Multiply query with it and pass scale=1.0.")
     causal_offset = 0 if is_causal else None
     if attn_mask is not None and type(attn_mask) is not torch.Tensor and _is_causal_bias(attn_mask):

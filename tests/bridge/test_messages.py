@@ -7,6 +7,7 @@ import torch
 
 import torch_bridge
 from bridge.problems import OURS, TORCH, qkv
+from torch_bridge import arguments
 
 B, H, L, S, E = 2, 4, 5, 7, 8
 Q, KV = (B, H, L, E), (B, H, S, E)
@@ -114,3 +115,8 @@ def test_a_dtensor_beside_a_tensor(mesh, spread):
         OURS(*mixed)
     local = [x.to_local() if i in spread else x for i, x in enumerate(mixed)]
     assert torch.equal(OURS(*local, enable_gqa=True), OURS(*tensors, enable_gqa=True))
+
+
+def test_the_largest_number_is_that_of_a_spec():
+    from pallas_flash.spec import LARGEST_NUMBER
+    assert arguments.LARGEST_NUMBER == LARGEST_NUMBER

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import records, strides
-from torch_bridge.arguments import PLACES, Cotangents, Numbers, Operands, PerArray, Results
+from torch_bridge.arguments import LARGEST_NUMBER, PLACES, Cotangents, Numbers, Operands, PerArray, Results
 from torch_bridge.direct import apart, cache, driver, launch, requirements, room, said, scored, shared, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.parent import NoLaunchesError, NoPlanError
@@ -55,7 +55,6 @@ MOST_ALONE, MOST_WITH_GRADIENTS = 60, 150
 are asked for. At 3 us of the host each, more take it longer than DLPack does: 170 us a forward and 1,135 both, beside
 20 and 210 (docs/notes/torch_bridge.md, 2026-11-30).
 """
-_MAX_SCALE = 1e30  # and largest soft cap of a spec, which raises; it is not NaN either
 
 
 # Where os.environ keeps variables: to ask itself for one that is not set takes 0.6 us. It is private, but for Python
@@ -92,10 +91,11 @@ def why_not(operands: Operands, numbers: Numbers) -> str | None:
         (numbers.dropout_p <= 1, f"it takes no such rate of dropout, {numbers.dropout_p}"),
         (numbers.left is None or numbers.right is None or numbers.left + numbers.right >= 0,
          f"it takes no such window, ({numbers.left}, {numbers.right})"),
-        (numbers.softcap is None or 0 < numbers.softcap <= _MAX_SCALE, f"it takes no such soft cap, {numbers.softcap}"),
+        (numbers.softcap is None or 0 < numbers.softcap <= LARGEST_NUMBER,
+         f"it takes no such soft cap, {numbers.softcap}"),
         (not numbers.partial, "it takes no partial attention yet"),
         *scored.rules(numbers.score, *query.shape[:2]),
-        (numbers.scale is None or abs(numbers.scale) <= _MAX_SCALE, f"it takes no such scale, {numbers.scale}"),
+        (numbers.scale is None or abs(numbers.scale) <= LARGEST_NUMBER, f"it takes no such scale, {numbers.scale}"),
         (fit, "the shapes of query, key and value do not fit"),  # what checks them says more
         (not operands.is_empty, "there is no output element or no key"),
     )

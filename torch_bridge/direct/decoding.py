@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from torch_bridge import strides
-from torch_bridge.arguments import Results
+from torch_bridge.arguments import LARGEST_NUMBER, Results
 from torch_bridge.direct import attention, cache, guards, requirements, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.problem import CacheProblem, Given
@@ -26,7 +26,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT, _MAX_DIM, _MAX_ROWS = 8, 256, 64
 _PAGE_UNIT = 16  # positions: smaller pages would be read in pieces of few bytes
 _WITH_ADDRESS = (torch.Tensor, torch.nn.Parameter)
-_MAX_SCALE = 1e30
 _MAX_CALLS = 4096
 
 
@@ -82,8 +81,8 @@ def why_not(call: Call, rules: Rules) -> str | None:
          f"it takes pages, and rows of cache_batch_idx, of multiples of {_PAGE_UNIT} positions, got {key.shape[2]}"),
         (rules.left is None or rules.right is None or rules.left + rules.right >= 0,
          f"it takes no such window, ({rules.left}, {rules.right})"),
-        (rules.softcap is None or 0 < rules.softcap <= _MAX_SCALE, f"it takes no such soft cap, {rules.softcap}"),
-        (rules.scale is None or (isinstance(rules.scale, int | float) and abs(rules.scale) <= _MAX_SCALE),
+        (rules.softcap is None or 0 < rules.softcap <= LARGEST_NUMBER, f"it takes no such soft cap, {rules.softcap}"),
+        (rules.scale is None or (isinstance(rules.scale, int | float) and abs(rules.scale) <= LARGEST_NUMBER),
          f"it takes no such scale, {rules.scale}"),
         (not call.needs_grad, "it has no gradient"),
         (call.bias is None or call.bias.dtype in (*_DTYPES, torch.float32),
