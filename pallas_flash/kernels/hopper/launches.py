@@ -124,9 +124,7 @@ def _backward(spec: AttentionSpec, schedule: BackwardSchedule, launches: tuple[L
 
 def _prepared(spec: AttentionSpec, schedule: BackwardSchedule, gradients: tuple[Launch, ...]) -> tuple[Launch, ...]:
     """Launches that make gradients, behind the one that prepares them."""
-    first = prepare.launch(spec, schedule)
-    clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    return first, *(launch.reading(clean) for launch in gradients)
+    return prepare.launch(spec, schedule), *gradients
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:

@@ -254,18 +254,15 @@ def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
-    out, and dout is there only if it is copied, too.
+    """64 rows of out and of dout, which arrive together; where delta is known, neither is read for it. Copies, if there
+    may be some (`backward.copies`), go through the first chunk.
     """
-    copied = may_have_idle_queries(spec)
-    count = copied if spec.partial else 2
-    if not count:
-        return Memory(())
-    rows = Buffer("rows", (count, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    if not copied:
-        return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
-    q = Buffer("q", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    return Memory((rows, q), (Barrier("full", count * chunks(spec.d_v) + chunks(spec.d)),))
+    barriers = [Barrier("copy_full", 1)] * may_have_idle_queries(spec)
+    if spec.partial:
+        rows = Buffer("rows", (1, 1, ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+        return Memory((rows,) * len(barriers), (*barriers,))
+    rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)), *barriers))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import tiles as lengths
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.backward import dq
+from pallas_flash.kernels.hopper.backward import copies, dq
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
@@ -115,7 +115,9 @@ def load_ring(tile: Tile, names: tuple[str, str], slots: int) -> None:
         slot = tiles.await_free(free, slots, number)
         for i in range(s.warpgroups):
             index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
-            tiles.load_tile(spec, block.gmem[rows], index, smem[rows].at[slot, i], full.at[slot])
+            target = smem[rows].at[slot, i]
+            start = functools.partial(tiles.load_tile, spec, index=index, target=target, full=full.at[slot])
+            copies.with_source(block.gmem, rows, index, start)
         index = block.batch, div(block.head, spec.group), tile.kv_first
         tiles.load_tile(spec, block.gmem[keys], index, smem[keys].at[slot], full.at[slot])
 
@@ -292,7 +294,8 @@ def launch(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Lau
       spec: with a mask that holds arrays (`bias.as_mask`).
       dtype: that of the bias, or float32.
     """
-    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec))
+    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec),
+             *copies.names(spec))
     shape = padded_shape(spec, schedule)
     q_tiles, kv_tiles = shape[2] // schedule.block_q, shape[3] // schedule.block_kv
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block, QueryBlock
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
@@ -81,7 +82,9 @@ def load_role(block: Block[DqSchedule]) -> None:
                 index = (block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP)
                 full = block.bars["q_full"].at[i]
                 for name in ("q", "dout"):
-                    tiles.load_tile(block.spec, block.gmem[name], index, block.smem[name].at[i], full)
+                    target = block.smem[name].at[i]
+                    load = functools.partial(tiles.load_tile, block.spec, index=index, target=target, full=full)
+                    copies.with_source(block.gmem, name, index, load)
             load_ring(block, "k", s.k_stages)
 
         @pl.when(warp == 1)
@@ -280,7 +283,7 @@ def mask_of(spec: AttentionSpec, schedule: DqSchedule | WideSchedule, gmem: dict
 def inputs(spec: AttentionSpec) -> tuple[str, ...]:
     """The arrays that every kernel reads that keeps queries."""
     return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec),
-            *dropout.input_types(spec), *score_function.input_types(spec))
+            *dropout.input_types(spec), *score_function.input_types(spec), *copies.names(spec))
 
 
 def references(spec: AttentionSpec) -> tuple[str, ...]:

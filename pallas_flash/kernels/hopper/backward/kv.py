@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
@@ -353,7 +354,7 @@ def scratch(own: Memory,
 def inputs(spec: AttentionSpec) -> tuple[str, ...]:
     """The arrays that every kernel reads that keeps keys."""
     return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=False),
-            *bias.names(spec), *dropout.input_types(spec), *score_function.input_types(spec))
+            *bias.names(spec), *dropout.input_types(spec), *score_function.input_types(spec), *copies.names(spec))
 
 
 def references(spec: AttentionSpec) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward import dq as dq
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
@@ -95,6 +96,20 @@ def load_shared(block: Wide, piece: Ref, target: Ref, full: Ref) -> None:
     plgpu.copy_gmem_to_smem(piece, target, full, collective_axes=axes)
 
 
+def load_chunk(block: Wide, name: str, at: tuple[tuple[Index, Index, Index], int], target: Ref, full: Ref) -> None:
+    """Starts to load 64 columns of a tile.
+
+    Args:
+      at: where the tile begins, and the chunk.
+    """
+    index, chunk = at
+
+    def load(array: Ref) -> None:
+        load_shared(block, tiles.chunk_of(block.spec, array, index, ROWS_PER_WARPGROUP, chunk), target, full)
+
+    copies.with_source(block.gmem, name, index, load)
+
+
 def see_end(block: Wide, free: Ref, slots: int, used: Index) -> None:
     """Waits until the other block of the cluster has said for the last time that slots are free: it does so in this
     one's shared memory, which must still be there.
@@ -111,7 +126,9 @@ def load_staying(block: Wide) -> None:
     name, count = s.staying, chunks(columns_of(spec, s.staying))
     for own in s.held:
         target = smem[own].at[0] if s.makes == "dq" else smem[own]
-        tiles.load_tile(spec, block.gmem[own], (block.batch, block.head, first_row(block)), target, bars["held_full"])
+        index = block.batch, block.head, first_row(block)
+        load = functools.partial(tiles.load_tile, spec, index=index, target=target, full=bars["held_full"])
+        copies.with_source(block.gmem, own, index, load)
 
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         slot, index = tiles.await_free(bars["staying_free"], s.num_stages, i), source(block, at)
@@ -120,8 +137,8 @@ def load_staying(block: Wide) -> None:
             stats = block.gmem["stats"].at[block.batch, index[1], pl.ds(0, len(LOADED)), rows]
             plgpu.copy_gmem_to_smem(stats, smem["stats"].at[slot], bars["stats_full"].at[slot])
         for chunk in range(count):
-            piece = tiles.chunk_of(spec, block.gmem[name], index, ROWS_PER_WARPGROUP, chunk)
-            load_shared(block, piece, smem[name].at[slot, chunk], bars["staying_full"].at[slot * count + chunk])
+            target, full = smem[name].at[slot, chunk], bars["staying_full"].at[slot * count + chunk]
+            load_chunk(block, name, (index, chunk), target, full)
         return block.walk.next(*at)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
@@ -136,8 +153,8 @@ def load_passing(block: Wide) -> None:
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         for chunk in range(count):
             slot = tiles.await_free(bars["passing_free"], s.slots, i * count + chunk)
-            piece = tiles.chunk_of(spec, block.gmem[name], source(block, at), ROWS_PER_WARPGROUP, chunk)
-            load_shared(block, piece, block.smem[name].at[slot, 0], bars["passing_full"].at[slot])
+            load_chunk(block, name, (source(block, at), chunk), block.smem[name].at[slot, 0],
+                       bars["passing_full"].at[slot])
         return block.walk.next(*at)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
