@@ -16,7 +16,7 @@ from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marke
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, KvSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, Exponents, completion
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
@@ -102,12 +102,15 @@ def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> F
     """Computes dS of a step from P times the slope, and from dP - delta.
 
     It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
-    need the mask pay for it, in a branch; with run-time masks, and with a soft cap, where the branch makes ptxas spill
-    at d 128, all tiles do. Where `is_repaired_rounded`, this is left to `without_overflow`.
+    need the mask pay for it, in a branch; with a soft cap, where the branch makes ptxas spill at d 128, and with
+    run-time masks, but where tiles that need them are `apart`, all tiles do. So they do where a bias or a score
+    function may hide pairs in any tile. Where `is_repaired_rounded`, this is left to `without_overflow`.
     """
-    partial = partial_of(block, step)
+    spec, partial = block.spec, partial_of(block, step)
     guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
-    if block.spec.mask.has_arrays or (block.spec.softcap is not None and partial is not None):
+    anywhere = spec.mask.has_arrays and not (isinstance(block.schedule, KvSchedule) and block.schedule.apart)
+    anywhere = anywhere or spec.bias is not None or spec.score is not None
+    if anywhere or (spec.softcap is not None and partial is not None):
         return guarded(p, dp)
     if partial is None or is_repaired_rounded(block):
         return p * dp
