@@ -267,7 +267,7 @@ def default_dbias(spec: AttentionSpec, device: Device) -> DbiasSchedule | None:
     """The default schedule of the kernel of the gradient of a bias of pairs; None where there is none, because the bias
     is another one, or heads are too wide for its tiles: `mosaic.dbias` then walks in plain JAX.
     """
-    schedule = DbiasSchedule()
+    schedule = DbiasSchedule(num_sms=device.num_sms)
     return None if dbias_reasons(spec, schedule, device.smem_bytes) else schedule
 
 

@@ -249,7 +249,7 @@ def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
     if spec.bias.dtype.itemsize == 2:
         across = chunks(s.block_kv)
         buffers.append(Buffer("bias", (s.warpgroups, across, ROWS_PER_WARPGROUP, CHUNK), spec.bias.dtype))
-        barriers.append(Barrier("bias_full", across, s.warpgroups))
+        barriers += _ring("bias", across, 1, s.warpgroups)
     return Memory(tuple(buffers), tuple(barriers))
 
 

@@ -432,6 +432,7 @@ class DbiasSchedule:
       k_stages: slots of the ring of queries and keys.
       v_stages: slots of the ring of douts and values.
       opaque: queries and douts are indexed through `ptx.opaque`.
+      num_sms: the SMs of the device; there is a block for each.
     """
 
     block_kv: int = 128
@@ -439,6 +440,7 @@ class DbiasSchedule:
     k_stages: int = 2
     v_stages: int = 1
     opaque: bool = True
+    num_sms: int = 132
 
     @property
     def block_q(self) -> int:
@@ -452,8 +454,12 @@ class DbiasSchedule:
     @property
     def tiles(self) -> BackwardSchedule:
         """A backward with the same tiles: what says how statistics, mask and bias are laid out."""
-        return BackwardSchedule(KvSchedule(block_q=self.block_q),
-                                DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups))
+        return BackwardSchedule(KvSchedule(block_q=self.block_q), self.dq)
+
+    @property
+    def dq(self) -> DqSchedule:
+        """A kernel of dq with the same tiles."""
+        return DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups)
 
 
 def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:

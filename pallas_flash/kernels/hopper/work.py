@@ -18,6 +18,7 @@ from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
+    DbiasSchedule,
     DqSchedule,
     ForwardSchedule,
     KeySchedule,
@@ -30,10 +31,10 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Steps", "additions_before", "batch_and_head", "dq_work", "every_loaded", "every_q_range", "every_row_block",
-    "forward_blocks", "forward_table", "has_order", "idle_stop_early", "kv_range", "kv_work", "loaded_tiles",
-    "makespan", "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "shares_bias", "steps", "tile_order",
-    "worst_case",
+    "Steps", "additions_before", "batch_and_head", "dbias_shape", "dbias_table", "dq_work", "every_loaded",
+    "every_q_range", "every_row_block", "forward_blocks", "forward_table", "has_order", "idle_stop_early",
+    "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries", "q_range", "q_tiles",
+    "row_tiles", "shares_bias", "steps", "tile_order", "worst_case",
 ]
 
 _BackwardPart = KeySchedule | DqSchedule
@@ -343,6 +344,32 @@ def dq_work(spec: AttentionSpec, s: DqSchedule | WideSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
     return _work(spec, spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)
+
+
+def dbias_shape(spec: AttentionSpec, s: DbiasSchedule) -> tuple[int, int, int, int]:
+    """The shape of the gradient of a bias of pairs, with whole tiles."""
+    assert spec.bias is not None
+    rows, columns = (tiles.cdiv(n, block) * block for n, block in zip(spec.bias.shape[2:], (s.block_q, s.block_kv)))
+    return spec.bias.shape[0], spec.bias.shape[1], rows, columns
+
+
+@functools.lru_cache(maxsize=64)
+def dbias_table(spec: AttentionSpec, s: DbiasSchedule) -> np.ndarray:
+    """Which tiles of the gradient of a bias of pairs each block makes: (blocks, 2 + slots) int32. First how many there
+    are, then their numbers, of (bias, query tile, key tile), then -1.
+
+    Each tile goes to the block that is free first: one that no query needs costs about half a step, of as many as
+    batch entries and heads share the bias.
+    """
+    batch, heads, rows, columns = dbias_shape(spec, s)
+    first, _, _, stop = _every_kv_range(spec, s.dq)
+    key_tile = np.arange(columns // s.block_kv)
+    needed = (first[:, None] <= key_tile) & (key_tile < stop[:, None])
+    sharers = spec.batch // batch * (spec.q_heads // heads)
+    costs = np.tile(np.where(needed, sharers, 0).ravel() + 0.5, batch * heads)
+    assert needed.shape[0] == rows // s.block_q
+    dealt = scheduling.table(np.arange(costs.size), costs, s.num_sms)
+    return np.concatenate([(dealt >= 0).sum(axis=1, keepdims=True, dtype=np.int32), dealt], axis=1)
 
 
 def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,
