@@ -250,7 +250,7 @@ def test_gradient_agrees_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
-SMALL = DbiasSchedule(block_kv=64, warpgroups=1, k_stages=1)
+SMALL = DbiasSchedule(block_kv=64, warpgroups=1, num_stages=2, num_sms=3)
 OF_PAIRS = {
     "shared-by-batch": (DbiasSchedule(), dict(bias=(1, 2, 140, 200), mask=Causal(-20))),
     "shared-by-all": (SMALL, dict(bias=(1, 1, 140, 200), mask=Window(60, 10), layout="BHLD", kv_heads=2, softcap=2.0)),

@@ -236,16 +236,14 @@ def wide_memory(spec: AttentionSpec, s: WideSchedule) -> Memory:
 
 
 def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
-    """Rings of queries with keys and of douts with values; and the tile of a bias in 16 bits, 64 rows of it for each
-    warpgroup, over which its gradient is written.
+    """A ring of queries with keys and, in turn, douts with values; and the tile of a bias in 16 bits, 64 rows of it for
+    each warpgroup, over which its gradient is written.
     """
     assert spec.bias is not None
-    d, d_v, loads = chunks(spec.d), chunks(spec.d_v), 1 + s.warpgroups
-    buffers = [Buffer("q", (s.k_stages, s.warpgroups, d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
-               Buffer("k", (s.k_stages, d, s.block_kv, CHUNK), spec.dtype),
-               Buffer("dout", (s.v_stages, s.warpgroups, d_v, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
-               Buffer("v", (s.v_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
-    barriers = [*_ring("k", loads * d, s.warpgroups, s.k_stages), *_ring("v", loads * d_v, s.warpgroups, s.v_stages)]
+    widest = chunks(max(spec.d, spec.d_v))  # chunks past the end of an array arrive, too, as zeros
+    buffers = [Buffer("rows", (s.num_stages, s.warpgroups, widest, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+               Buffer("keys", (s.num_stages, widest, s.block_kv, CHUNK), spec.dtype)]
+    barriers = [*_ring("ring", (1 + s.warpgroups) * widest, s.warpgroups, s.num_stages)]
     if spec.bias.dtype.itemsize == 2:
         across = chunks(s.block_kv)
         buffers.append(Buffer("bias", (s.warpgroups, across, ROWS_PER_WARPGROUP, CHUNK), spec.bias.dtype))

@@ -77,7 +77,7 @@ def dbias_reasons(spec: AttentionSpec, s: DbiasSchedule, smem_limit: int) -> lis
     rules: _Rules = (
         (s.block_kv in (64, 128), f"{s.block_kv=} must be 64 or 128"),
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
-        (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (s.num_stages >= 2, f"{s.num_stages=} must be 2 or more: queries and douts of a step are there together"),
         (isinstance(spec.batch, int), f"needs a batch size that is a number, batch is {spec.batch}"),
         (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),
         (spec.score is None, f"takes no score function, score={spec.score}"),

@@ -429,16 +429,14 @@ class DbiasSchedule:
     Attributes:
       block_kv: keys of a tile: 64 or 128.
       warpgroups: compute warpgroups, of 64 queries each: 1 or 2.
-      k_stages: slots of the ring of queries and keys.
-      v_stages: slots of the ring of douts and values.
+      num_stages: slots of the ring of queries with keys and, in turn, douts with values.
       opaque: queries and douts are indexed through `ptx.opaque`.
       num_sms: the SMs of the device; there is a block for each.
     """
 
     block_kv: int = 128
     warpgroups: int = 2
-    k_stages: int = 2
-    v_stages: int = 1
+    num_stages: int = 3
     opaque: bool = True
     num_sms: int = 132
 

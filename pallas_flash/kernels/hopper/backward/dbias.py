@@ -5,14 +5,15 @@ bits on every run.
 
 P = exp(S - lse) and dP = dO V^T are computed once more; the sum stays in registers, so that there are neither float32
 sums in global memory nor additions to it. One more warpgroup loads the tiles of one (batch entry, query head) after the
-other: queries with keys through one ring, douts with values through another. Those whose mask keeps no pair of the tile
-are left out by both sides. A bias in 16 bits comes to shared memory once, and its gradient is written over it. A block
-takes tile after tile (`work.dbias_table`), so that the next one is loaded while this one is computed and written.
+other, queries with keys and douts with values in turn through one ring, so that a load is as far ahead as there are
+slots. Those whose mask keeps no pair of the tile are left out by both sides. A bias in 16 bits comes to shared memory
+once, and its gradient is written over it. A block takes tile after tile (`work.dbias_table`), so that the next one is
+loaded while this one is computed and written.
 
 Nothing is multiplied by dS here, so what is hidden cannot spoil what is not, and no row is computed again.
 
-Barriers: k_full, k_free, v_full, v_free for slots of the rings; bias_full for a warpgroup's rows of the bias, or
-their place, bias_free when the gradient has left them.
+Barriers: ring_full, ring_free for slots of the ring; bias_full for a warpgroup's rows of the bias, or their place,
+bias_free when the gradient has left them.
 """
 
 import functools
@@ -124,26 +125,26 @@ def for_each_tile[C](block: Block[DbiasSchedule], body: Callable[[Tile, Array, C
 
 # -- the loading warpgroup ---------------------------------------------------------------------------------------------
 
-def load_ring(whole: Block[DbiasSchedule], names: tuple[str, str], slots: int) -> None:
-    """Loads tiles of queries and of keys, as `names` says, as slots become free."""
-    rows, keys = names
-    full, free = whole.bars[f"{keys}_full"], whole.bars[f"{keys}_free"]
+def load_ring(whole: Block[DbiasSchedule]) -> None:
+    """Loads queries with keys, then douts with values, of one step after the other, as slots become free."""
+    full, free, s = whole.bars["ring_full"], whole.bars["ring_free"], whole.schedule
 
     def load(tile: Tile, block: Block[DbiasSchedule], number: Array, _: None) -> None:
-        spec, s, smem = block.spec, block.schedule, block.smem
-        slot = tiles.await_free(free, slots, number)
-        for i in range(s.warpgroups):
-            index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
-            target = smem[rows].at[slot, i]
-            start = functools.partial(tiles.load_tile, spec, index=index, target=target, full=full.at[slot])
-            copies.with_source(block.gmem, rows, index, start)
-        index = block.batch, div(block.head, spec.group), tile.kv_first
-        tiles.load_tile(spec, block.gmem[keys], index, smem[keys].at[slot], full.at[slot])
+        spec, smem = block.spec, block.smem
+        for turn, (rows, keys) in enumerate((("q", "k"), ("dout", "v"))):
+            slot = tiles.await_free(free, s.num_stages, 2 * number + turn)
+            for i in range(s.warpgroups):
+                index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
+                start = functools.partial(tiles.load_tile, spec, index=index, target=smem["rows"].at[slot, i],
+                                          full=full.at[slot])
+                copies.with_source(block.gmem, rows, index, start)
+            index = block.batch, div(block.head, spec.group), tile.kv_first
+            tiles.load_tile(spec, block.gmem[keys], index, smem["keys"].at[slot], full.at[slot])
 
     def load_all(tile: Tile, _: Array, number: Array) -> Array:
         return tile.for_each(functools.partial(load, tile), number, None)[0]
 
-    tiles.see_last_phases(free, slots, for_each_tile(whole, load_all, jnp.int32(0)))
+    tiles.see_last_phases(free, s.num_stages, 2 * for_each_tile(whole, load_all, jnp.int32(0)))
 
 
 def piece(tile: Tile, ref: Ref, warpgroup: Index, first: int, columns: int) -> Ref:
@@ -185,24 +186,17 @@ def load_biases(block: Block[DbiasSchedule]) -> None:
 
 
 def load_role(block: Block[DbiasSchedule]) -> None:
-    """Runs the loading warpgroup: a warp loads queries and keys, another douts and values, and one the bias, if it
-    comes to shared memory.
-    """
-    s = block.schedule
-    plgpu.set_max_registers(s.registers[1], action="decrease")
+    """Runs the loading warpgroup: a warp fills the ring, and another loads the bias, if it comes to shared memory."""
+    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
 
     @plgpu.warp_map
     def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            load_ring(block, ("q", "k"), s.k_stages)
-
-        @pl.when(warp == 1)
-        def _() -> None:
-            load_ring(block, ("dout", "v"), s.v_stages)
+            load_ring(block)
 
         if "bias" in block.smem:
-            pl.when(warp == 2)(functools.partial(load_biases, block))
+            pl.when(warp == 1)(functools.partial(load_biases, block))
 
 
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
@@ -243,23 +237,23 @@ def score_gradients(tile: Tile, warpgroup: Index, block: Block[DbiasSchedule], n
     (64, block_kv) float32. It is 0 where P is, whatever dP is.
     """
     spec, s, bars, smem = block.spec, block.schedule, block.bars, block.smem
-    slot, v_slot = rem(number, s.k_stages), rem(number, s.v_stages)
+    slot, v_slot = (rem(2 * number + turn, s.num_stages) for turn in range(2))
     first = block.tile * s.block_q + warpgroup * ROWS_PER_WARPGROUP
     lse_log2, delta = (dq.statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
     rows = dq.Rows(warpgroup, first, lse_log2, delta, dq.any_large_in_warp(spec, lse_log2))
     from_delta = wgmma.settled(registers.spread(delta, s.block_kv))
-    plgpu.barrier_wait(bars["k_full"].at[slot])
-    scores = wgmma.multiply_transposed(own(block, warpgroup, smem["q"].at[slot]), smem["k"].at[slot], spec.d)
-    plgpu.barrier_wait(bars["v_full"].at[v_slot])
-    dp = wgmma.multiply_transposed(own(block, warpgroup, smem["dout"].at[v_slot]), smem["v"].at[v_slot], spec.d_v,
+    plgpu.barrier_wait(bars["ring_full"].at[slot])
+    scores = wgmma.multiply_transposed(own(block, warpgroup, smem["rows"].at[slot]), smem["keys"].at[slot], spec.d)
+    plgpu.barrier_wait(bars["ring_full"].at[v_slot])
+    dp = wgmma.multiply_transposed(own(block, warpgroup, smem["rows"].at[v_slot]), smem["keys"].at[v_slot], spec.d_v,
                                    from_delta)
     pl.when(is_first)(functools.partial(await_bias, block, warpgroup))
     x = plgpu.layout_cast(wgmma.ready(scores, 1), registers.TILE)
-    plgpu.barrier_arrive(bars["k_free"].at[slot])
+    plgpu.barrier_arrive(bars["ring_free"].at[slot])
     p = tile_weights(tile, block, rows, x)
     kept = kept_of(tile, block, rows)
     dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
-    plgpu.barrier_arrive(bars["v_free"].at[v_slot])
+    plgpu.barrier_arrive(bars["ring_free"].at[v_slot])
     return jnp.where(p == 0, 0.0, p * dp)
 
 
