@@ -432,6 +432,8 @@ class DbiasSchedule:
       num_stages: slots of the ring of queries with keys and, in turn, douts with values.
       opaque: queries and douts are indexed through `ptx.opaque`.
       num_sms: the SMs of the device; there is a block for each.
+      cluster: blocks that share loads of queries and douts, as neighbouring key tiles do: 1 or 2. It divides the number
+        of key tiles.
     """
 
     block_kv: int = 128
@@ -439,6 +441,7 @@ class DbiasSchedule:
     num_stages: int = 3
     opaque: bool = True
     num_sms: int = 132
+    cluster: int = 1
 
     @property
     def block_q(self) -> int:
