@@ -22,6 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from pallas_flash import autodiff, device, masks, softmax
 from pallas_flash.kernels.hopper import defaults, launches, rules, work
+from pallas_flash.kernels.hopper.backward import prepare
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule, WideSchedule
 from pallas_flash.kernels.mosaic import dropout, interpret, scores
 from pallas_flash.spec import AttentionSpec, Gradients, Results
@@ -436,6 +437,27 @@ def test_idle_queries_are_not_looked_at(name):
     found = interpreted(schedule, problem.spec(), operands, (*saved, *cotangents(dout, dlse)))
     used = budget.used(budget.baseline._replace(dq=found.dq, dk=found.dk, dv=found.dv))
     assert max(used.values()) <= 1, used
+
+
+def test_tiles_with_idle_queries_alone_are_copied():
+    """Of 140 queries the first 70 attend to nothing; the last tile of 64 has rows past the end. With tiles of 128
+    queries the first two of 64 are one."""
+    for block_q, expected in ((64, [1, 1, 0]), (128, [1, 1, 0, 0])):
+        schedule = BackwardSchedule(KvSchedule(block_q=block_q), DqSchedule(warpgroups=1))
+        problem = Problem("copies", "idle", mask=masks.Causal(-70), dtypes=("bfloat16",), **SMALL | dict(
+            q_len=140, kv_len=140))
+        operands, (dout, dlse), _, (out, stats) = truth(problem)
+        spec = problem.spec()
+        launch = prepare.launch(spec, schedule)
+        given = dict(out=out, stats=stats, dout=dout, dstats=cotangents(dout, dlse)[1], q=operands.q)
+        with interpret.interpreted():
+            made = launch.kernel(*(jnp.asarray(given[name]) for name in launch.inputs))
+        found = dict(zip(launch.outputs, jax.block_until_ready(made), strict=True))
+        np.testing.assert_array_equal(found["copied"], np.broadcast_to(expected, found["copied"].shape))
+        q, copy = (np.float32(x).transpose(0, 2, 1, 3) if spec.layout == "BLHD" else np.float32(x)
+                   for x in (operands.q, found["clean_q"]))
+        assert not copy[:, :, :70].any()
+        np.testing.assert_array_equal(copy[:, :, 70:128], q[:, :, 70:128])
 
 
 @pytest.mark.parametrize("name", ["fused", "fused-own", "fused-own-held", "split", "wide"])

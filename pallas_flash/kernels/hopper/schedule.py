@@ -455,12 +455,8 @@ class DbiasSchedule:
     @property
     def tiles(self) -> BackwardSchedule:
         """A backward with the same tiles: what says how statistics, mask and bias are laid out."""
-        return BackwardSchedule(KvSchedule(block_q=self.block_q), self.dq)
-
-    @property
-    def dq(self) -> DqSchedule:
-        """A kernel of dq with the same tiles."""
-        return DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups)
+        return BackwardSchedule(KvSchedule(block_q=self.block_q),
+                                DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups))
 
 
 def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:

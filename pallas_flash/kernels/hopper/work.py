@@ -363,7 +363,9 @@ def dbias_table(spec: AttentionSpec, s: DbiasSchedule) -> np.ndarray:
     batch entries and heads share the bias.
     """
     batch, heads, rows, columns = dbias_shape(spec, s)
-    first, _, _, stop = _every_kv_range(spec, s.dq)
+    of_queries = s.tiles.dq
+    assert isinstance(of_queries, DqSchedule)
+    first, _, _, stop = _every_kv_range(spec, of_queries)
     key_tile = np.arange(0, columns // s.block_kv, s.cluster)
     needed = (first[:, None] < key_tile + s.cluster) & (key_tile < stop[:, None])
     sharers = spec.batch // batch * (spec.q_heads // heads)
