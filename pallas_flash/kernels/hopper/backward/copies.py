@@ -1,6 +1,8 @@
 """Copies of q and dout in which queries that attend to nothing are zeros: whatever is in such a row would meet a weight
 of 0 in the sums over queries, and 0 * NaN is NaN.
 
+Sums over keys need none: there a row spoils itself alone, and `dq.repaired` makes it 0.
+
 `backward.prepare` copies tiles that have such a query, and no others: most have none, also where a mask may leave some,
 and two copies of everything are as many bytes as all else that it reads and writes.
 """
