@@ -34,6 +34,7 @@ from pallas_flash.kernels.hopper.work import (
     every_q_range,
     every_row_block,
     has_order,
+    head_bytes,
     kv_work,
     makespan,
     worst_case,
@@ -53,6 +54,8 @@ __all__ = ["assume", "default_backward", "default_dbias", "default_forward", "de
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
+_SECTION_HEADS = 16  # query heads
+_MOST_SECTION_BYTES = 256 << 20
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
@@ -330,8 +333,21 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
         may_hold = not (capped or spec.dropout_rate or reads_arrays) and bool(kv_work(spec, plain).partial)
         return dataclasses.replace(plain, held="k", opaque=False) if may_hold else plain
     # Unpinned it would spill with a soft cap.
-    return KvSchedule(dq="shared", dq_slots=1 if ring else 2, pinned=capped, apart=True, num_sms=num_sms,
-                      bias_ring=ring)
+    plain = KvSchedule(dq="shared", dq_slots=1 if ring else 2, pinned=capped, apart=True, num_sms=num_sms,
+                       bias_ring=ring)
+    return _with_long_sections(spec, plain) if spec.mask.has_arrays else plain
+
+
+def _with_long_sections(spec: AttentionSpec, plain: KvSchedule) -> KvSchedule:
+    """Returns the schedule with sections of 16 query heads, of at most 256 MiB, where these are more.
+
+    What a block has to do is known at run time alone, so the longest are not first; but each key tile comes in all
+    heads of a section before the next one does, so documents end together. Their blocks walk in step, so L2 need not
+    hold the section. Measured with documents of 1,024, ragged ones and one of 16,384, d 128:
+    docs/notes/hopper_features.md, 2026-11-30.
+    """
+    wanted = min(_SECTION_HEADS * head_bytes(spec, plain), _MOST_SECTION_BYTES)
+    return dataclasses.replace(plain, section_bytes=max(plain.section_bytes, wanted))
 
 
 def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:

@@ -32,7 +32,7 @@ from pallas_flash.spec import AttentionSpec
 
 __all__ = [
     "Steps", "additions_before", "batch_and_head", "dbias_shape", "dbias_table", "dq_work", "every_loaded",
-    "every_q_range", "every_row_block", "forward_blocks", "forward_table", "has_order", "idle_stop_early",
+    "every_q_range", "every_row_block", "forward_blocks", "forward_table", "has_order", "head_bytes", "idle_stop_early",
     "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries", "q_range", "q_tiles",
     "row_tiles", "shares_bias", "steps", "tile_order", "worst_case",
 ]
@@ -322,6 +322,11 @@ def _work(spec: AttentionSpec, heads: int, ranges: tiles.TileRange[np.ndarray], 
     return work._replace(empty=True, partial=True) if spec.mask.has_arrays else work
 
 
+def head_bytes(spec: AttentionSpec, s: KeySchedule) -> int:
+    """Bytes of q, dout and dq's sums of a query head, of which `section_bytes` holds some."""
+    return spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
+
+
 @functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
@@ -331,8 +336,7 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     `longest_last` eighths of the tiles come after them, in ascending order.
     """
     needed = every_q_range(spec, s)
-    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
-    work = _work(spec, spec.batch * spec.kv_heads, needed, head_bytes, s)
+    work = _work(spec, spec.batch * spec.kv_heads, needed, spec.group * head_bytes(spec, s), s)
     if not (isinstance(s, KvSchedule) and s.ordered):
         return work
     length = needed.stop - needed.start
