@@ -33,8 +33,10 @@ pytestmark = pytest.mark.interpreted
 CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared"))
 ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))
+FIRST = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, first_writes=True))
 SLOTS = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))
 OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True))
+OWN_FIRST = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, first_writes=True))
 OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
 PIPELINED = BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
@@ -47,6 +49,9 @@ SMALL = dict(batch=1, q_heads=1, kv_heads=1)
 CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused": (FUSED, dict(q_len=200, kv_len=200, d=128, d_v=128)),
     "fused-slots-gqa": (SLOTS, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
+    # Of queries 0 to 63 none attends to a key: nobody writes their sums.
+    "first-writes-idle": (FIRST, dict(q_len=300, kv_len=200, d=128, d_v=128, mask=masks.Causal(-70))),
+    "first-writes-own-gqa": (OWN_FIRST, dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, mask=masks.Window(90, 5))),
     "ordered": (ORDERED, dict(q_len=500, kv_len=500, d=128, d_v=128, deterministic=True)),
     "ordered-half": (dataclasses.replace(ORDERED, kv=dataclasses.replace(ORDERED.kv, longest_last=4)),
                      dict(q_len=600, kv_len=600, d=128, d_v=128, deterministic=True)),
@@ -95,10 +100,13 @@ class Races(gpu_callbacks.GPURaceDetectionState):
             super().check_write(thread, clock, buffer_key, rnge, source_info)
 
 
+ATOMIC = "add_to_global", "await_additions", "count_addition", "additions_seen", "claimed", "count_written"
+
+
 def is_atomic(buffer_key, source_info):
     in_global_memory = buffer_key.memory_space_id == 0
     place = "" if source_info is None else source_info_util.summarize(source_info)
-    return in_global_memory and any(name in place for name in ("add_to_global", "await_additions", "count_addition"))
+    return in_global_memory and any(name in place for name in ATOMIC)
 
 
 def interpreted(schedule, spec, operands, saved):
@@ -221,6 +229,7 @@ PARTIAL = {
     "fused-gqa": (FUSED, dict(q_len=50, kv_len=70, d=128, d_v=128, q_heads=2)),
     "ordered-own-bhld": (OWN_ORDERED, dict(q_len=70, kv_len=130, d=64, d_v=40, mask=masks.Full(), layout="BHLD",
                                            deterministic=True)),
+    "first-writes": (FIRST, dict(q_len=150, kv_len=140, d=128, d_v=128, mask=masks.Causal(-70))),
     "split": (SPLIT, dict(q_len=70, kv_len=50, d=136, d_v=128, mask=masks.Causal(-20))),
     "wide": (WIDE, dict(q_len=70, kv_len=50, d=264, d_v=72, mask=masks.Causal(-20))),
 }

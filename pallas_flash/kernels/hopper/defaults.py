@@ -308,7 +308,8 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return ordered
-    return None if spec.deterministic else plain
+    reads_arrays = spec.mask.has_arrays or spec.bias is not None or spec.score is not None
+    return None if spec.deterministic else dataclasses.replace(plain, first_writes=reads_arrays)
 
 
 def _takes_bias_ring(spec: AttentionSpec) -> bool:

@@ -201,6 +201,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
         (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
         (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
+        (not s.first_writes or (s.dq != "none" and not s.ordered), f"{s.first_writes=} needs dq, and no order"),
         (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
         (not s.bias_ring or _is_bias_of_pairs_in_16_bits(spec), f"{s.bias_ring=} needs a bias of pairs in 16 bits"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),

@@ -191,6 +191,8 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
+      first_writes: the first block to add to a query tile's dq writes it instead, so that nothing need be zeroed; the
+        others wait for it (`backward.ordered_dq`). Where there is no order, and `ordered` is not set.
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
@@ -214,6 +216,7 @@ class KvSchedule:
     ds_slots: int = 2
     dq_slots: int = 1
     ordered: bool = False
+    first_writes: bool = False
     longest_last: int = 2
     pipelined: bool = False
     pinned: bool = True
@@ -231,6 +234,11 @@ class KvSchedule:
     @property
     def makes_dq(self) -> bool:
         return self.dq != "none"
+
+    @property
+    def counts(self) -> bool:
+        """Whether a number for each query tile says what has been added to its dq, and nothing is zeroed."""
+        return self.ordered or self.first_writes
 
     @property
     def together(self) -> bool:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -12,7 +13,7 @@ from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -33,18 +34,25 @@ def copy_out(spec: AttentionSpec, buffer: Ref, dq: Ref, index: tuple[Index, Inde
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
-    """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
+    """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup.
+
+    Where `first_writes`, the sums of a tile that nothing was added to were never written: its dq is 0.
+    """
+    inputs = ("dq_sums", *["additions"] * schedule.first_writes)
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     shape = memory.dq_acc_shape(spec, schedule)
     count, unit = shape[2] * per_tile, spec.scale * dropout.factor(spec)
 
-    def attention_backward_finish(acc: Ref, dq: Ref, smem: dict[str, Ref], _: dict[str, Ref]) -> None:
+    def attention_backward_finish(*refs: *KernelArguments) -> None:
+        acc, *additions, dq, smem, _ = refs
         block = lax.axis_index("block")
         head, rows = div(block, count), rem(block, count)
         batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
         tile, row = div(rows, per_tile), rem(rows, per_tile)
+        is_written = [ref[batch, q_head, tile] != 0 for ref in additions]
         for column in range(columns):
             x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * unit
+            x = jnp.where(is_written[0], x, 0.0) if is_written else x
             if spec.partial:
                 tiles.store_rows(spec, x, dq, (batch, q_head, rows * CHUNK, column))
             else:
@@ -58,4 +66,4 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         scratch_types=allocate(memory.finish_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch.of(build, ("dq_sums",), outputs)
+    return Launch.of(build, inputs, outputs)

@@ -403,20 +403,21 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
     """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
 
     If it `merges`, arrays of queries and keys are whole ones, "places" says where the part's rows lie, and dq's sums
-    are those of several launches (`merging`); not if `ordered`.
+    are those of several launches (`merging`); not if it `counts` additions.
 
     In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
-    (`memory.dq_acc_shape`). If `ordered`, it is the counts of additions, and the sums are made here.
+    (`memory.dq_acc_shape`). If it `counts` additions, it is their counts, and the sums are made here.
     """
-    fused, ordered = schedule.dq != "none", schedule.ordered
-    updates = ("additions",) * ordered or ("dq_sums",) * fused
+    fused, counts = schedule.dq != "none", schedule.counts
+    assert not (merges and counts)
+    updates = ("additions",) * counts or ("dq_sums",) * fused
     outputs = gradient_types(spec)
-    if ordered:
+    if counts:
         outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
 
     def attention_backward_kv(*refs: *KernelArguments) -> None:
-        last = ["additions"] * ordered or ["dq"] * fused
-        names = [*references(spec), *["places"] * merges, *last, "dk", "dv", *["dq"] * ordered]
+        last = ["additions"] * counts or ["dq"] * fused
+        names = [*references(spec), *["places"] * merges, *last, "dk", "dv", *["dq"] * counts]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")

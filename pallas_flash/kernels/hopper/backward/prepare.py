@@ -111,7 +111,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
     """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros, for dq's float32 sums or,
-    if additions have an order, for their counts, (batch, q_heads, query tiles); what is copied where queries may attend
+    if it `counts` additions, for their counts, (batch, q_heads, query tiles); what is copied where queries may attend
     to nothing (`backward.copies`).
     """
     padded = schedule.padded_q(spec)
@@ -119,7 +119,7 @@ def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, j
     if schedule.fused:
         assert isinstance(schedule.kv, KvSchedule)
         shape = memory.dq_acc_shape(spec, schedule.kv)
-        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if schedule.kv.ordered else
+        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if schedule.kv.counts else
                   {"dq_sums": jax.ShapeDtypeStruct(shape, jnp.float32)})
     return types | copies.types(spec, schedule)
 
