@@ -16,10 +16,10 @@ from jax import lax
 from pallas_flash.kernels.hopper import work
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule
 from pallas_flash.kernels.mosaic.scheduling import div
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COPIED", "copy_of", "names", "types", "with_source"]
+__all__ = ["COPIED", "copy_of", "is_copied", "names", "types", "with_source"]
 
 COPIED = "copied"
 """(batch, q_heads, 64 queries) int32: whether their tile was copied, 1 or 0."""
@@ -43,16 +43,26 @@ def types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.Shap
     return dict(zip(names(spec), every, strict=False))
 
 
-def with_source(gmem: dict[str, Ref], name: str, index: tuple[Index, Index, Index], use: Callable[[Ref], None]) -> None:
+def is_copied(gmem: dict[str, Ref], index: tuple[Index, Index, Index]) -> Flag | None:
+    """Whether a tile of queries was copied; None if none is. To be asked before a wait that hides how long it takes.
+
+    Args:
+      index: (batch, head, first row) of the tile.
+    """
+    if COPIED not in gmem:
+        return None
+    batch, head, first = index
+    return gmem[COPIED][batch, head, div(first, ROWS_PER_WARPGROUP)] != 0
+
+
+def with_source(gmem: dict[str, Ref], name: str, copied: Flag | None, use: Callable[[Ref], None]) -> None:
     """Runs use(array), with the array to load a tile of: the copy where the tile was copied.
 
     Args:
       name: that of the array; only "q" and "dout" are copied.
-      index: (batch, head, first row) of a tile of queries.
+      copied: of the tile of queries, as `is_copied` found it.
     """
     copy = gmem.get(copy_of(name))
-    if copy is None:
+    if copy is None or copied is None:
         return use(gmem[name])
-    batch, head, first = index
-    is_copied = gmem[COPIED][batch, head, div(first, ROWS_PER_WARPGROUP)] != 0
-    return lax.cond(is_copied, lambda: use(copy), lambda: use(gmem[name]))
+    return lax.cond(copied, lambda: use(copy), lambda: use(gmem[name]))

@@ -151,12 +151,14 @@ def load_ring(whole: Block[DbiasSchedule]) -> None:
 
     def load(tile: Tile, block: Block[DbiasSchedule], number: Array, _: None) -> None:
         spec, smem = block.spec, block.smem
+        firsts = [block.tile * s.block_q + i * ROWS_PER_WARPGROUP for i in range(s.warpgroups)]
+        copied = [copies.is_copied(block.gmem, (block.batch, block.head, first)) for first in firsts]
         for turn, (rows, keys) in enumerate((("q", "k"), ("dout", "v"))):
             slot = tiles.await_free(free, s.num_stages, 2 * number + turn)
-            for i in range(s.warpgroups):
-                index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
+            for i, first in enumerate(firsts):
+                index = block.batch, block.head, first
                 start = functools.partial(load_shared, block, index, smem["rows"].at[slot, i], full.at[slot])
-                copies.with_source(block.gmem, rows, index, start)
+                copies.with_source(block.gmem, rows, copied[i], start)
             index = block.batch, div(block.head, spec.group), tile.kv_first
             tiles.load_tile(spec, block.gmem[keys], index, smem["keys"].at[slot], full.at[slot])
 

@@ -41,7 +41,7 @@ from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
 
@@ -107,7 +107,12 @@ def load_chunk(block: Wide, name: str, at: tuple[tuple[Index, Index, Index], int
     def load(array: Ref) -> None:
         load_shared(block, tiles.chunk_of(block.spec, array, index, ROWS_PER_WARPGROUP, chunk), target, full)
 
-    copies.with_source(block.gmem, name, index, load)
+    copies.with_source(block.gmem, name, copied(block, name, index), load)
+
+
+def copied(block: Wide, name: str, index: tuple[Index, Index, Index]) -> Flag | None:
+    """Whether a tile of an array was copied; None if none is."""
+    return copies.is_copied(block.gmem, index) if copies.copy_of(name) in block.gmem else None
 
 
 def see_end(block: Wide, free: Ref, slots: int, used: Index) -> None:
@@ -128,7 +133,7 @@ def load_staying(block: Wide) -> None:
         target = smem[own].at[0] if s.makes == "dq" else smem[own]
         index = block.batch, block.head, first_row(block)
         load = functools.partial(tiles.load_tile, spec, index=index, target=target, full=bars["held_full"])
-        copies.with_source(block.gmem, own, index, load)
+        copies.with_source(block.gmem, own, copied(block, own, index), load)
 
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         slot, index = tiles.await_free(bars["staying_free"], s.num_stages, i), source(block, at)
