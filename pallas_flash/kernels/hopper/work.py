@@ -34,7 +34,7 @@ __all__ = [
     "Steps", "additions_before", "batch_and_head", "dbias_shape", "dbias_table", "dq_work", "every_loaded",
     "every_q_range", "every_row_block", "forward_blocks", "forward_table", "has_order", "head_bytes", "idle_stop_early",
     "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries", "q_range", "q_tiles",
-    "row_tiles", "shares_bias", "steps", "tile_order", "worst_case",
+    "row_tiles", "rows_backwards", "shares_bias", "steps", "tile_order", "worst_case",
 ]
 
 _BackwardPart = KeySchedule | DqSchedule
@@ -341,6 +341,20 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
         return work
     length = needed.stop - needed.start
     return work._replace(ascending=work.ascending * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
+
+
+def rows_backwards(spec: AttentionSpec, s: KvSchedule, block: Index, count: int) -> tuple[Index, Index, Index]:
+    """The batch entry, the query head and the rows, of so many in each head, of a block of a kernel before or behind
+    that of key tiles: backwards in its order of sections, and in a section all heads of some rows before others. So the
+    one before ends with what is read first, and the one behind begins with what was written last, while L2 has it; and
+    heads that lie side by side in memory are read and written together.
+    """
+    heads = kv_work(spec, s).section * spec.group
+    rest, first = scheduling.rem(block, heads * count), scheduling.div(block, heads * count) * heads
+    pair = spec.batch * spec.q_heads - heads - first + scheduling.rem(rest, heads)
+    batch, kv_head = batch_and_head(spec, scheduling.div(pair, spec.group), spec.kv_heads)
+    rows = count - 1 - scheduling.div(rest, heads)
+    return batch, kv_head * spec.group + scheduling.rem(pair, spec.group), rows
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout
@@ -43,11 +43,15 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
     shape = memory.dq_acc_shape(spec, schedule)
     count, unit = shape[2] * per_tile, spec.scale * dropout.factor(spec)
 
+    def place(block: Index) -> tuple[Index, Index, Index]:
+        if schedule.first_writes:
+            return work.rows_backwards(spec, schedule, block, count)
+        head, rows = div(block, count), rem(block, count)
+        return div(head, spec.q_heads), rem(head, spec.q_heads), rows
+
     def attention_backward_finish(*refs: *KernelArguments) -> None:
         acc, *additions, dq, smem, _ = refs
-        block = lax.axis_index("block")
-        head, rows = div(block, count), rem(block, count)
-        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
+        batch, q_head, rows = place(lax.axis_index("block"))
         tile, row = div(rows, per_tile), rem(rows, per_tile)
         is_written = [ref[batch, q_head, tile] != 0 for ref in additions]
         for column in range(columns):

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
-from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.registers import PerRow
@@ -79,9 +79,8 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     def attention_backward_prepare(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
-        block = lax.axis_index("block")
-        head, rows = div(block, count), rem(block, count)
-        batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS_PER_WARPGROUP
+        head, batch, q_head, rows = place(spec, schedule, lax.axis_index("block"), count)
+        first = rows * ROWS_PER_WARPGROUP
         for i, name in enumerate(rows_read):
             tiles.load_tile(spec, gmem[name], (batch, q_head, first), smem["rows"].at[i], bars["full"])
         zero(spec, schedule, gmem, (batch, q_head, rows))
@@ -107,6 +106,15 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
     return Launch(kernel, inputs, outputs)
+
+
+def place(spec: AttentionSpec, schedule: BackwardSchedule, block: Index, count: int) -> tuple[Index, ...]:
+    """The pair of a batch entry and a head, both, and the 64 queries of a block, of so many in each head."""
+    if isinstance(schedule.kv, KvSchedule) and schedule.kv.first_writes:
+        batch, q_head, rows = work.rows_backwards(spec, schedule.kv, block, count)
+        return batch * spec.q_heads + q_head, batch, q_head, rows
+    head, rows = div(block, count), rem(block, count)
+    return head, div(head, spec.q_heads), rem(head, spec.q_heads), rows
 
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
