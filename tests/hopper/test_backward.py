@@ -554,6 +554,51 @@ def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic)
         1 if not schedule.ordered else 4 if length <= 4096 else 2)
 
 
+def array_mask_spec(batch, length, q_heads, kv_heads=None):
+    """A causal call with ids of documents, d 128."""
+    array = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+    ids = np.zeros((batch, length), np.int32)
+    k = array(q_heads if kv_heads is None else kv_heads)
+    return AttentionSpec.of(array(q_heads), k, k, mask=CAUSAL & masks.SegmentIds(ids, ids))
+
+
+@pytest.mark.parametrize(("size", "mebibytes", "section"), [
+    ((4, 4096, 16), 64, 16), ((1, 16384, 16), 256, 16), ((1, 65536, 16), 256, 4), ((8, 512, 16), 32, 64),
+    ((4, 4096, 32, 8), 64, 4)], ids=str)
+def test_run_time_masks_have_sections_of_many_heads(size, mebibytes, section):
+    """16 query heads, so that documents of all end together; more of short sequences, fewer beyond 256 MiB."""
+    spec = array_mask_spec(*size)
+    schedule = defaults.default_backward(spec, device.H200).kv
+    assert schedule.section_bytes == mebibytes << 20
+    assert work.kv_work(spec, schedule).section == section
+    plain = dataclasses.replace(spec, mask=CAUSAL, deterministic=False)
+    assert defaults.default_backward(plain, device.H200).kv.section_bytes <= 32 << 20
+
+
+def test_only_run_time_masks_let_the_first_block_write():
+    """The kernels of plain calls stay as they are; gradients that repeat need another order, and get two kernels."""
+    spec = array_mask_spec(4, 4096, 16)
+    assert defaults.default_backward(spec, device.H200).kv.first_writes
+    assert not defaults.default_backward(dataclasses.replace(spec, mask=CAUSAL), device.H200).kv.first_writes
+    assert not defaults.default_backward(dataclasses.replace(spec, deterministic=True), device.H200).fused
+    assert not defaults.default_parts(spec, device.H200).first_writes  # several launches add to the same sums
+
+
+@pytest.mark.parametrize("size", [(4, 4096, 16), (3, 300, 8, 2), (1, 16384, 16)], ids=str)
+def test_rows_come_once_and_backwards(size):
+    """In the last section first, where the kernel of key tiles ends; all heads of some rows before others."""
+    spec = array_mask_spec(*size)
+    batch, length, heads, *_ = size
+    schedule, count = defaults.default_backward(spec, device.H200).kv, -(-length // 64)
+    found = work.rows_backwards(spec, schedule, jnp.arange(batch * heads * count), count)
+    entry, head, rows = map(np.asarray, found)
+    np.testing.assert_array_equal(np.sort((entry * heads + head) * count + rows), np.arange(batch * heads * count))
+    section = work.kv_work(spec, schedule).section * spec.group
+    assert (rows[:section] == count - 1).all() and (rows[-section:] == 0).all()
+    order = (entry * heads + head) // section
+    np.testing.assert_array_equal(order, np.sort(order)[::-1])
+
+
 @pytest.mark.parametrize("d", (64, 128))
 @pytest.mark.parametrize("size", GROUPED, ids=str)
 def test_few_blocks_leave_no_sm_idle(size, d):

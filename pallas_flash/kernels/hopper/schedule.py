@@ -191,8 +191,8 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
-      first_writes: the first block to add to a query tile's dq writes it instead, so that nothing need be zeroed; the
-        others wait for it (`backward.ordered_dq`). Where there is no order, and `ordered` is not set.
+      first_writes: not `ordered`, and the first block to add to a query tile's dq writes it, so that nothing need be
+        zeroed; others wait for that (`backward.ordered_dq`).
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
@@ -234,11 +234,6 @@ class KvSchedule:
     @property
     def makes_dq(self) -> bool:
         return self.dq != "none"
-
-    @property
-    def counts(self) -> bool:
-        """Whether a number for each query tile says what has been added to its dq, and nothing is zeroed."""
-        return self.ordered or self.first_writes
 
     @property
     def together(self) -> bool:
@@ -440,8 +435,7 @@ class DbiasSchedule:
       num_stages: slots of the ring of queries with keys and, in turn, douts with values.
       opaque: queries and douts are indexed through `ptx.opaque`.
       num_sms: the SMs of the device; there is a block for each.
-      cluster: blocks that share loads of queries and douts, as neighbouring key tiles do: 1 or 2. It divides the number
-        of key tiles.
+      cluster: blocks of neighbouring key tiles that share loads of queries and douts: 1, or 2, which divides the tiles.
     """
 
     block_kv: int = 128

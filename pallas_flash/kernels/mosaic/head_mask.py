@@ -71,9 +71,9 @@ class ArrayMask(NamedTuple):
         """Brings what `hide` reads of each of the 64 keys from `key` on to L1, as a kernel that keeps them starts: in a
         step nothing hides the 600 cycles that it takes.
         """
-        loads = [(name, i) for name, count in (("queries", 2), ("kv_ids", 1)) if name in self.gmem for i in range(count)]
-        for name, i in loads:
-            ptx.pin(self._rows(name, i, key).astype(jnp.float32), fragments.ROW_LAYOUT)
+        for name, i in (("queries", 0), ("queries", 1), ("kv_ids", 0)):
+            if name in self.gmem:
+                ptx.pin(self._rows(name, i, key).astype(jnp.float32), fragments.ROW_LAYOUT)
 
     def hide(self, s: Fragment, first: tuple[Index, Index], keys_dim: int) -> Fragment:
         """Sets scores or exponents to -inf where the mask does not keep a pair."""

@@ -405,12 +405,13 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
     """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
 
     If it `merges`, arrays of queries and keys are whole ones, "places" says where the part's rows lie, and dq's sums
-    are those of several launches (`merging`); not if it `counts` additions.
+    are those of several launches (`merging`); not if `ordered`, nor if the `first_writes`.
 
     In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
-    (`memory.dq_acc_shape`). If it `counts` additions, it is their counts, and the sums are made here.
+    (`memory.dq_acc_shape`). If `ordered`, or the `first_writes`, it is the counts of additions, and the sums are made
+    here.
     """
-    fused, counts = schedule.dq != "none", schedule.counts
+    fused, counts = schedule.dq != "none", schedule.ordered or schedule.first_writes
     assert not (merges and counts)
     updates = ("additions",) * counts or ("dq_sums",) * fused
     outputs = gradient_types(spec)

@@ -119,15 +119,16 @@ def place(spec: AttentionSpec, schedule: BackwardSchedule, block: Index, count: 
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
     """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros, for dq's float32 sums or,
-    if it `counts` additions, for their counts, (batch, q_heads, query tiles); what is copied where queries may attend
-    to nothing (`backward.copies`).
+    if `ordered` or the `first_writes`, for the counts of additions, (batch, q_heads, query tiles); what is copied where
+    queries may attend to nothing (`backward.copies`).
     """
     padded = schedule.padded_q(spec)
     types = {"statistics": jax.ShapeDtypeStruct((spec.batch, spec.q_heads, len(Statistics), padded), jnp.float32)}
     if schedule.fused:
         assert isinstance(schedule.kv, KvSchedule)
         shape = memory.dq_acc_shape(spec, schedule.kv)
-        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if schedule.kv.counts else
+        counts = schedule.kv.ordered or schedule.kv.first_writes
+        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if counts else
                   {"dq_sums": jax.ShapeDtypeStruct(shape, jnp.float32)})
     return types | copies.types(spec, schedule)
 
