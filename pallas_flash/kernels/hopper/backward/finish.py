@@ -50,13 +50,15 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         return div(head, spec.q_heads), rem(head, spec.q_heads), rows
 
     def attention_backward_finish(*refs: *KernelArguments) -> None:
-        acc, *additions, dq, smem, _ = refs
+        *arrays, smem, _ = refs
+        gmem = dict(zip((*inputs, "dq"), arrays, strict=True))
+        acc, dq, additions = gmem["dq_sums"], gmem["dq"], gmem.get("additions")
         batch, q_head, rows = place(lax.axis_index("block"))
         tile, row = div(rows, per_tile), rem(rows, per_tile)
-        is_written = [ref[batch, q_head, tile] != 0 for ref in additions]
+        is_written = None if additions is None else additions[batch, q_head, tile] != 0
         for column in range(columns):
             x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * unit
-            x = jnp.where(is_written[0], x, 0.0) if is_written else x
+            x = x if is_written is None else jnp.where(is_written, x, 0.0)
             if spec.partial:
                 tiles.store_rows(spec, x, dq, (batch, q_head, rows * CHUNK, column))
             else:

@@ -90,7 +90,7 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
         if s.ordered:
             plgpu.wait_smem_to_gmem(0)
             count_addition(block, *at)
-        if s.first_writes:
+        if s.first_writes and first is not None:
             @pl.when(first)
             def _() -> None:
                 plgpu.wait_smem_to_gmem(0)
