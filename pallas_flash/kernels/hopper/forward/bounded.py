@@ -11,35 +11,19 @@ import jax.numpy as jnp
 from pallas_flash import softmax
 from pallas_flash.kernels.hopper import registers
 from pallas_flash.kernels.hopper.forward.softmax import Exponents, Maximum, Softmax
-from pallas_flash.kernels.hopper.registers import Fragment, PerRow
+from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.mosaic import ptx
-from pallas_flash.kernels.mosaic.scores import score_unit
 from pallas_flash.kernels.mosaic.types import Flag
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPLETE", "capped", "no_maximum", "zero"]
-
-
-class Complete(Exponents):
-    """Scores that are exponents already."""
-
-    def of(self, s: Fragment, start: PerRow) -> Fragment:
-        """The same."""
-        del start  # 0
-        return s
-
-
-COMPLETE = Complete(1.0, of_differences=False)
+__all__ = ["capped", "no_maximum", "zero"]
 
 
 def capped(spec: AttentionSpec, x: Fragment) -> Fragment:
-    """Computes scores times log2(e) from the products x of queries and keys, in the layout TILE, off by 2^-22 of the
-    cap: cap log2(e) tanh in one multiply-add.
-    """
+    """Computes scores in their unit from the products x of queries and keys, in the layout TILE, off by 2^-22."""
     assert spec.softcap is not None
     power = jnp.exp2(x * (spec.scale / spec.softcap * 2 * softmax.LOG2E))
-    unit = score_unit(spec)
-    return unit - 2 * unit * ptx.reciprocal(power + 1, registers.TILE)
+    return 1 - 2 * ptx.reciprocal(power + 1, registers.TILE)
 
 
 def zero() -> Maximum:

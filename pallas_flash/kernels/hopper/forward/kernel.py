@@ -47,7 +47,6 @@ from pallas_flash.kernels.hopper.forward.load import load, walk
 from pallas_flash.kernels.hopper.forward.merge import merge
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
-    Exponents,
     NextMaximum,
     Softmax,
     exponents_of,
@@ -133,7 +132,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
     known = bounded.zero() if block.schedule.bounded else None
-    state = first_softmax(s, exponents_in(block), block.spec.dtype, known)
+    state = first_softmax(s, exponents_of(block.spec), block.spec.dtype, known)
     return without_dropped(block, tile, rows, kv_tile, state)
 
 
@@ -142,11 +141,6 @@ def scores_of(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment)
     if block.schedule.bounded:
         return bounded.capped(block.spec, s)
     return completed(block, tile, rows, kv_tile, scaled(block.spec, s))
-
-
-def exponents_in(block: Block) -> Exponents:
-    """How exponents are made of `scores_of`."""
-    return bounded.COMPLETE if block.schedule.bounded else exponents_of(block.spec)
 
 
 def completed(block: Block, tile: Tile, rows: Rows, kv_tile: Index, s: Fragment) -> Fragment:
@@ -250,7 +244,7 @@ def next_step(block: Block, tile: Tile, rows: Rows, kv_tile: Index, state: Softm
             await_keys(block, tile, rows, kv_tile - 1)
         return values_ready(acc)
 
-    state, acc = next_softmax(state, (s, exponents_in(block)), maximum, block.schedule.held_columns, wait)
+    state, acc = next_softmax(state, (s, exponents_of(block.spec)), maximum, block.schedule.held_columns, wait)
     return without_dropped(block, tile, rows, kv_tile, state), acc
 
 
