@@ -584,6 +584,17 @@ def test_only_run_time_masks_let_the_first_block_write():
     assert not defaults.default_parts(spec, device.H200).first_writes  # several launches add to the same sums
 
 
+def test_the_first_block_does_not_write_beside_biases_and_score_functions():
+    """It is slower beside a bias of pairs, and was not timed beside others."""
+    bias = lambda *shape: dict(bias=jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    of_pairs, of_keys, score = bias(1, 16, 4096, 4096), bias(4, 1, 1, 4096), dict(score=lambda s, *_: s + 1)
+    array, ids = jax.ShapeDtypeStruct((4, 4096, 16, 64), jnp.bfloat16), np.zeros((4, 4096), np.int32)
+    for options, mask in itertools.product((of_pairs, of_keys, score), (CAUSAL, CAUSAL & masks.SegmentIds(ids, ids))):
+        spec = AttentionSpec.of(array, array, array, mask=mask, **options)
+        schedule = defaults.default_backward(spec, device.H200)
+        assert schedule.fused and not schedule.kv.first_writes, (options, mask)
+
+
 @pytest.mark.parametrize("size", [(4, 4096, 16), (3, 300, 8, 2), (1, 16384, 16)], ids=str)
 def test_rows_come_once_and_backwards(size):
     """In the last section first, where the kernel of key tiles ends; all heads of some rows before others."""

@@ -243,8 +243,7 @@ def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
     widest = chunks(max(spec.d, spec.d_v))  # chunks past the end of an array arrive, too, as zeros
     buffers = [Buffer("rows", (s.num_stages, s.warpgroups, widest, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
                Buffer("keys", (s.num_stages, widest, s.block_kv, CHUNK), spec.dtype)]
-    barriers = [Barrier("ring_full", (1 + s.warpgroups) * widest, s.num_stages),
-                Barrier("ring_free", s.warpgroups, s.num_stages, s.cluster > 1)]
+    barriers = [*_ring("ring", (1 + s.warpgroups) * widest, s.warpgroups, s.num_stages)]
     if spec.bias.dtype.itemsize == 2:
         across = chunks(s.block_kv)
         buffers.append(Buffer("bias", (s.warpgroups, across, ROWS_PER_WARPGROUP, CHUNK), spec.bias.dtype))

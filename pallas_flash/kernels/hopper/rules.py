@@ -77,8 +77,6 @@ def dbias_reasons(spec: AttentionSpec, s: DbiasSchedule, smem_limit: int) -> lis
     rules: _Rules = (
         (s.block_kv in (64, 128), f"{s.block_kv=} must be 64 or 128"),
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
-        (s.cluster in (1, 2) and -(-spec.kv_len // s.block_kv) % s.cluster == 0,
-         f"{s.cluster=} must be 1, or 2 where the number of key tiles is even"),
         (s.num_stages >= 2, f"{s.num_stages=} must be 2 or more: queries and douts of a step are there together"),
         (isinstance(spec.batch, int), f"needs a batch size that is a number, batch is {spec.batch}"),
         (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),

@@ -435,7 +435,6 @@ class DbiasSchedule:
       num_stages: slots of the ring of queries with keys and, in turn, douts with values.
       opaque: queries and douts are indexed through `ptx.opaque`.
       num_sms: the SMs of the device; there is a block for each.
-      cluster: blocks of neighbouring key tiles that share loads of queries and douts: 1, or 2, which divides the tiles.
     """
 
     block_kv: int = 128
@@ -443,7 +442,6 @@ class DbiasSchedule:
     num_stages: int = 3
     opaque: bool = True
     num_sms: int = 132
-    cluster: int = 1
 
     @property
     def block_q(self) -> int:

@@ -373,9 +373,8 @@ def dbias_shape(spec: AttentionSpec, s: DbiasSchedule) -> tuple[int, int, int, i
 
 @functools.lru_cache(maxsize=64)
 def dbias_table(spec: AttentionSpec, s: DbiasSchedule) -> np.ndarray:
-    """Which tiles of the gradient of a bias of pairs each block makes, or each cluster of two, whose blocks make one of
-    two neighbouring key tiles each: (blocks, 2 + slots) int32. First how many there are, then their numbers, of (bias,
-    query tile, key tile or two), then -1.
+    """Which tiles of the gradient of a bias of pairs each block makes: (blocks, 2 + slots) int32. First how many there
+    are, then their numbers, of (bias, query tile, key tile), then -1.
 
     Each tile goes to the block that is free first: one that no query needs costs about half a step, of as many as
     batch entries and heads share the bias.
@@ -384,12 +383,12 @@ def dbias_table(spec: AttentionSpec, s: DbiasSchedule) -> np.ndarray:
     of_queries = s.tiles.dq
     assert isinstance(of_queries, DqSchedule)
     first, _, _, stop = _every_kv_range(spec, of_queries)
-    key_tile = np.arange(0, columns // s.block_kv, s.cluster)
-    needed = (first[:, None] < key_tile + s.cluster) & (key_tile < stop[:, None])
+    key_tile = np.arange(columns // s.block_kv)
+    needed = (first[:, None] <= key_tile) & (key_tile < stop[:, None])
     sharers = spec.batch // batch * (spec.q_heads // heads)
     costs = np.tile(np.where(needed, sharers, 0).ravel() + 0.5, batch * heads)
     assert needed.shape[0] == rows // s.block_q
-    dealt = scheduling.table(np.arange(costs.size), costs, s.num_sms // s.cluster)
+    dealt = scheduling.table(np.arange(costs.size), costs, s.num_sms)
     return np.concatenate([(dealt >= 0).sum(axis=1, keepdims=True, dtype=np.int32), dealt], axis=1)
 
 

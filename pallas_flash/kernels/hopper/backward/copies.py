@@ -44,7 +44,7 @@ def types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.Shap
 
 
 def is_copied(gmem: dict[str, Ref], index: tuple[Index, Index, Index]) -> Flag | None:
-    """Whether a tile of queries was copied; None if none is. To be asked before a wait that hides how long it takes.
+    """Whether a tile of queries was copied; None if none is. A wait behind it hides how long it takes.
 
     Args:
       index: (batch, head, first row) of the tile.

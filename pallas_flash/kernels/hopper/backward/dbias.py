@@ -29,13 +29,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
-from pallas_flash.kernels.hopper.backward import copies, dq, wide
+from pallas_flash.kernels.hopper.backward import copies, dq
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DbiasSchedule
-from pallas_flash.kernels.hopper.scratch import CLUSTER_AXIS, allocate
+from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import bias, dropout, fragments, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, completion
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask
@@ -88,10 +88,8 @@ class Tile(NamedTuple):
                               walk=Walk(head, 1, *mask.tiles("key_tiles", block.tile)))
 
     def needs(self, walk: Walk) -> Flag:
-        """Whether a mask keeps some pair of the tile, or of another one of the cluster."""
-        cluster = self.block.schedule.cluster
-        first = div(self.kv_tile, cluster) * cluster if cluster > 1 else self.kv_tile
-        return jnp.logical_and(walk.start < first + cluster, first < walk.stop)
+        """Whether a mask keeps some pair of the tile."""
+        return jnp.logical_and(walk.start <= self.kv_tile, self.kv_tile < walk.stop)
 
     def for_each[C](self, body: Callable[[Block[DbiasSchedule], Array, C], C], first: Array,
                     carry: C) -> tuple[Array, C]:
@@ -112,16 +110,13 @@ def for_each_tile[C](block: Block[DbiasSchedule], body: Callable[[Tile, Array, C
     """Runs carry = body(tile, ordinal, carry) for the tiles that this block takes, a row of the table."""
     row, table = lax.axis_index("block"), block.gmem["tiles"]
     _, heads, rows, columns = work.dbias_shape(block.spec, block.schedule)
-    cluster = block.schedule.cluster
-    q_tiles, kv_tiles = rows // block.schedule.block_q, columns // (block.schedule.block_kv * cluster)
+    q_tiles, kv_tiles = rows // block.schedule.block_q, columns // block.schedule.block_kv
 
     def step(i: Array, state: tuple[Array, C]) -> tuple[Array, C]:
         number, carry = state
         following = table[row, i + 2]  # on its way meanwhile
         rest, kv_tile = div(number, kv_tiles), rem(number, kv_tiles)
         pair, q_tile = div(rest, q_tiles), rem(rest, q_tiles)
-        if cluster > 1:
-            kv_tile = kv_tile * cluster + lax.axis_index(CLUSTER_AXIS)
         tile = Tile(block._replace(tile=q_tile), (div(pair, heads), rem(pair, heads)), kv_tile)
         return following, body(tile, i, carry)
 
@@ -130,46 +125,26 @@ def for_each_tile[C](block: Block[DbiasSchedule], body: Callable[[Tile, Array, C
 
 # -- the loading warpgroup ---------------------------------------------------------------------------------------------
 
-def load_shared(block: Block[DbiasSchedule], index: tuple[Index, Index, Index], target: Ref, full: Ref,
-                source: Ref) -> None:
-    """Starts to load a tile that all blocks of the cluster load, a part of it each, into the shared memory of all."""
-    for chunk in range(target.shape[0]):
-        rows = tiles.chunk_of(block.spec, source, index, ROWS_PER_WARPGROUP, chunk)
-        wide.load_shared(block, rows, target.at[chunk], full)
-
-
-def free(block: Block[DbiasSchedule], warpgroup: Index, slot: Index) -> None:
-    """Frees a slot, as far as this warpgroup is concerned, in all blocks of the cluster."""
-    if block.schedule.cluster > 1:  # one thread arrives for all
-        ptx.named_sync(ptx.first_free(3) + 1 + warpgroup, ptx.WARPGROUP)
-    plgpu.barrier_arrive(block.bars["ring_free"].at[slot])
-
-
 def load_ring(whole: Block[DbiasSchedule]) -> None:
     """Loads queries with keys, then douts with values, of one step after the other, as slots become free."""
     full, free, s = whole.bars["ring_full"], whole.bars["ring_free"], whole.schedule
 
     def load(tile: Tile, block: Block[DbiasSchedule], number: Array, _: None) -> None:
         spec, smem = block.spec, block.smem
-        firsts = [block.tile * s.block_q + i * ROWS_PER_WARPGROUP for i in range(s.warpgroups)]
-        copied = [copies.is_copied(block.gmem, (block.batch, block.head, first)) for first in firsts]
         for turn, (rows, keys) in enumerate((("q", "k"), ("dout", "v"))):
             slot = tiles.await_free(free, s.num_stages, 2 * number + turn)
-            for i, first in enumerate(firsts):
-                index = block.batch, block.head, first
-                start = functools.partial(load_shared, block, index, smem["rows"].at[slot, i], full.at[slot])
-                copies.with_source(block.gmem, rows, copied[i], start)
+            for i in range(s.warpgroups):
+                index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
+                start = functools.partial(tiles.load_tile, spec, index=index, target=smem["rows"].at[slot, i],
+                                          full=full.at[slot])
+                copies.with_source(block.gmem, rows, copies.is_copied(block.gmem, index), start)
             index = block.batch, div(block.head, spec.group), tile.kv_first
             tiles.load_tile(spec, block.gmem[keys], index, smem["keys"].at[slot], full.at[slot])
 
     def load_all(tile: Tile, _: Array, number: Array) -> Array:
         return tile.for_each(functools.partial(load, tile), number, None)[0]
 
-    used = 2 * for_each_tile(whole, load_all, jnp.int32(0))
-    if s.cluster > 1:
-        tiles.drain(free, used)  # the other block says it in this one's shared memory, which must still be there
-    else:
-        tiles.see_last_phases(free, s.num_stages, used)
+    tiles.see_last_phases(free, s.num_stages, 2 * for_each_tile(whole, load_all, jnp.int32(0)))
 
 
 def piece(tile: Tile, ref: Ref, warpgroup: Index, first: int, columns: int) -> Ref:
@@ -274,11 +249,11 @@ def score_gradients(tile: Tile, warpgroup: Index, block: Block[DbiasSchedule], n
                                    from_delta)
     pl.when(is_first)(functools.partial(await_bias, block, warpgroup))
     x = plgpu.layout_cast(wgmma.ready(scores, 1), registers.TILE)
-    free(block, warpgroup, slot)
+    plgpu.barrier_arrive(bars["ring_free"].at[slot])
     p = tile_weights(tile, block, rows, x)
     kept = kept_of(tile, block, rows)
     dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
-    free(block, warpgroup, v_slot)
+    plgpu.barrier_arrive(bars["ring_free"].at[v_slot])
     return jnp.where(p == 0, 0.0, p * dp)
 
 
@@ -389,11 +364,9 @@ def launch(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Lau
             load_role(block)
 
     outputs = {"dbias": jax.ShapeDtypeStruct(work.dbias_shape(spec, schedule), dtype)}
-    clustered = schedule.cluster > 1
     kernel = plgpu.kernel(
         attention_backward_dbias, out_type=tuple(outputs.values()),
         scratch_types=allocate(memory.dbias_memory(spec, schedule)), grid=work.dbias_table(spec, schedule).shape[:1],
         grid_names=("block",), num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
-        cluster=(schedule.cluster,) if clustered else (), cluster_names=(CLUSTER_AXIS,) if clustered else (),
         compiler_params=tiles.COMPILER)
     return Launch(kernel, inputs, outputs)

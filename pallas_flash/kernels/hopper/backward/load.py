@@ -44,14 +44,15 @@ def load(block: KeyBlock) -> None:
         head, tile = at
         slot, first = rem(i, s.num_stages), queries.row(tile * s.block_q)
         index = (queries.batch, head, first)
-        copied = is_copied(gmem, index)
+        copied = None if s.bias_ring else is_copied(gmem, index)
 
         def load_next(name: str, stats: bool) -> None:
             if name in names:
                 tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
             full = bars[f"{name if name in names else 'q'}_full"].at[slot]
             load_from = functools.partial(tiles.load_tile, spec, index=index, target=smem[name].at[slot], full=full)
-            with_source(gmem, name, copied, load_from)
+            # Not read ahead beside a ring of a bias, whose kernel is as it was when it was timed.
+            with_source(gmem, name, is_copied(gmem, index) if s.bias_ring else copied, load_from)
             if stats and s.bias_ring:
                 load_bias(block, (head, tile), slot)
             if stats:

@@ -35,7 +35,7 @@ from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward.statistics import LOADED, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.registers import Fragment
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DbiasSchedule, WideSchedule, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, WideSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import CLUSTER_AXIS
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
@@ -85,12 +85,12 @@ def source(block: Wide, at: HeadAndTile) -> tuple[Index, Index, Index]:
     return block.batch, head, tile * ROWS_PER_WARPGROUP
 
 
-def _load_own(block: Wide | Block[DbiasSchedule], piece: Ref, target: Ref, full: Ref) -> None:
+def _load_own(block: Wide, piece: Ref, target: Ref, full: Ref) -> None:
     plgpu.copy_gmem_to_smem(piece, target, full)
 
 
 @interpreted_as(_load_own)
-def load_shared(block: Wide | Block[DbiasSchedule], piece: Ref, target: Ref, full: Ref) -> None:
+def load_shared(block: Wide, piece: Ref, target: Ref, full: Ref) -> None:
     """Starts to load what all blocks of the cluster load, a part of it each, into the shared memory of all."""
     axes = CLUSTER_AXIS if block.schedule.cluster > 1 else None
     plgpu.copy_gmem_to_smem(piece, target, full, collective_axes=axes)
