@@ -50,7 +50,7 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
     """`attend`'s out for a call of plain tensors that the direct path has taken before, where nothing intercepts this
     one; else None.
     """
-    if not nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
+    if not nothing_intercepts() or _casts(query):
         return None
     known = shortcut.find(name, query, key, value)
     return None if known is None else _launched(known, query, key, value)
@@ -110,18 +110,21 @@ def attend_parts(tensors: tuple[torch.Tensor, ...], operands: Operands, numbers:
 
 def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | None:
     """out and the statistics of rows (`decoding.attend`); None: something intercepts the call, or it is not taken."""
-    kind, dtype = call.query.device.type, call.query.dtype
-    if torch.compiler.is_compiling() or not _is_plain(call) or (
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    if torch.compiler.is_compiling() or not _is_plain(call) or _casts(call.query):
         return None
     return decoding.attend(call, rules)
 
 
 def recent_cache(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> decoding.Known | None:
     """What is known of a call to a cache (`decoding.recent`); None: nothing is, or something intercepts it."""
-    if torch.compiler.is_compiling() or not nothing_intercepts() or torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.compiler.is_compiling() or not nothing_intercepts() or _casts(tensors[0]):
         return None
     return decoding.recent(tensors, options)
+
+
+def _casts(query: torch.Tensor) -> bool:
+    """Whether autocast is on for a call of this query, and changes its tensors, all of query's dtype."""
+    return shortcut.autocast_dtype(query) not in (None, query.dtype)
 
 
 def attend_with_lse(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:

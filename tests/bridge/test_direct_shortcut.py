@@ -12,6 +12,7 @@ import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from pallas_flash import FallbackWarning
+from torch_bridge import sdpa
 from torch_bridge.direct import attention, cache, shared, shortcut
 from torch_bridge.direct import lengths as lengths_
 from torch_bridge.direct.parent import NoPlanError
@@ -60,6 +61,25 @@ def test_a_call_seen_before_takes_a_shortcut(short, launched, change, dtype):
     check(new(moved), **options)
     check([x.transpose(2, 3).contiguous().transpose(2, 3).detach().requires_grad_() for x in new()], **options)
     assert short == []
+
+
+def test_a_shortcut_is_taken_under_autocast_that_changes_no_tensor(short, launched, monkeypatch):
+    """As training does it: query, key and value come from autocast's own products. Arguments are prepared once."""
+    prepared = []
+    prepare = sdpa.prepare
+    monkeypatch.setattr(sdpa, "prepare", lambda *args: prepared.append(len(short)) or prepare(*args))
+    new = lambda: qkv(*[(2, 2, 6, 8)] * 3, dtype=BF16)
+    for dtype in (BF16, torch.float16, BF16):
+        for _ in range(3):
+            with torch.autocast("cpu", dtype):
+                tensors = new()
+                out = OURS(*tensors, is_causal=True)
+                assert out.dtype == dtype
+            out.sum().backward()  # outside, as PyTorch says
+            assert all(x.grad.dtype == BF16 for x in tensors)
+    assert len(prepared) == 1 + 3 and short == BOTH * 5 and launched == BOTH * 9
+    check(new(), is_causal=True)
+    assert len(prepared) == 4, "outside of autocast it is the same call"
 
 
 def test_a_shortcut_is_not_taken_where_a_call_is_another(short, launched, monkeypatch):

@@ -17,7 +17,8 @@ from torch_bridge.direct import allocation, attention, guards, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["Known", "Name", "Shortcut", "UNALIGNED", "find", "find_recent", "learn", "made", "may_know", "name_of"]
+__all__ = ["Known", "Name", "Shortcut", "UNALIGNED", "autocast_dtype", "find", "find_recent", "learn", "made",
+           "may_know", "name_of"]
 
 type Name = tuple[object, ...]
 """Everything but the numbers in its tensors that decides how a call is computed."""
@@ -174,6 +175,7 @@ class Known(NamedTuple):
     has: guards.Guard  # whether tensors are like those of such a call
     deterministic: bool
     needs_gradients: bool  # of a tensor, if gradients are recorded
+    autocast: torch.dtype | None  # that of its tensors, where it was on: `has` knows whether it is, but not to what
     shortcut: Shortcut
 
 
@@ -191,8 +193,10 @@ def find_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     Args:
       options: the arguments of `name_of` that are not tensors, of the types that it takes.
     """
-    for its, has, deterministic, needs_gradients, found in _recent:
+    for its, has, deterministic, needs_gradients, autocast, found in _recent:
         if its == options and has(query, key, value):
+            if autocast is not None and autocast_dtype(query) != autocast:
+                return None
             addresses = a, b, c = query.data_ptr(), key.data_ptr(), value.data_ptr()
             if (a | b | c) & UNALIGNED or deterministic != _is_deterministic() or not attention.is_on():
                 return None
@@ -206,8 +210,14 @@ def _note(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     has = guards.guard((query, key, value))
     if has is not guards.never and has(query, key, value):  # it is not where two are the same tensor
         needs_gradients = query.requires_grad or key.requires_grad or value.requires_grad
-        known = Known(name[_OPTIONS], has, found.numbers.deterministic, needs_gradients, found)
+        known = Known(name[_OPTIONS], has, found.numbers.deterministic, needs_gradients, autocast_dtype(query), found)
         _recent = [known, *_recent[:_MAX_RECENT - 1]]
+
+
+def autocast_dtype(query: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts floating tensors to in calls of this query (float64 it leaves alone); None: it is off."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
