@@ -3,7 +3,8 @@
     python examples/train_gpt_torch.py                       two runs on the same text, compared
     python examples/train_gpt_torch.py --attention flash     one of them alone
 
-On a GPU, if there is one, with bfloat16 autocast. The model is the one of train_gpt.py; `ATTENTION` holds the one line in which the two runs differ.
+On a GPU, if there is one, under bfloat16 autocast. The model is the one of train_gpt.py; `ATTENTION` holds the one line
+in which the two runs differ.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from torch_bridge.direct import decoding, shortcut
 from torch_bridge.interception import functions_intercept, nothing_intercepts
 
 __all__ = ["attend", "attend_again", "attend_parts", "attend_recent", "attend_to_cache", "attend_with_lse",
-           "recent_cache"]
+           "recent_cache", "takes_cache"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -110,9 +110,16 @@ def attend_parts(tensors: tuple[torch.Tensor, ...], operands: Operands, numbers:
 
 def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | None:
     """out and the statistics of rows (`decoding.attend`); None: something intercepts the call, or it is not taken."""
-    if torch.compiler.is_compiling() or not _is_plain(call) or _casts(call.query):
-        return None
-    return decoding.attend(call, rules)
+    return decoding.attend(call, rules) if _is_untouched(call) else None
+
+
+def takes_cache(call: decoding.Call, rules: decoding.Rules) -> bool:
+    """Whether `attend_to_cache` takes a call, unless its plan cannot be made: so nothing is wrong with it."""
+    return _is_untouched(call) and decoding.takes(call, rules)
+
+
+def _is_untouched(call: decoding.Call) -> bool:
+    return not torch.compiler.is_compiling() and _is_plain(call) and not _casts(call.query)
 
 
 def recent_cache(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> decoding.Known | None:

@@ -101,8 +101,8 @@ def test_an_exported_model_runs_in_a_new_process(tmp_path):
 
 
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
-    """Where the process dies of a signal or hangs, and that of a package of PyTorch's own attention does, too, it is not
-    ours to mend.
+    """Where the process dies of a signal or hangs, and that of a package of PyTorch's own attention does, too, it is
+    not ours to mend.
     """
     try:
         assert package("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"
