@@ -24,7 +24,7 @@ from torch_bridge.direct import decoding, shortcut
 from torch_bridge.interception import functions_intercept, nothing_intercepts
 
 __all__ = ["attend", "attend_again", "attend_parts", "attend_recent", "attend_to_cache", "attend_with_lse",
-           "recent_cache", "takes_cache"]
+           "recent_cache", "takes_cache", "with_copies"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -54,6 +54,18 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
         return None
     known = shortcut.find(name, query, key, value)
     return None if known is None else _launched(known, query, key, value)
+
+
+def with_copies(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
+                value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """key and value for a call of plain tensors that the direct path took before with copies of them, where nothing
+    intercepts this one: the same call of these is one that `attend_again` comes to know. None: it is none, or both are
+    stored as they should be.
+    """
+    if not nothing_intercepts() or _casts(query):
+        return None
+    found = shortcut.with_copies(name, key, value)
+    return None if found is None or (found[0] is key and found[1] is value) else found
 
 
 def _launched(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor,

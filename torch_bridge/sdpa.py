@@ -75,6 +75,10 @@ def scaled_dot_product_attention(
             out = eager.attend_again(name, query, key, value)
             if out is not None:
                 return out
+            copies = eager.with_copies(name, query, key, value)
+            if copies is not None:
+                return scaled_dot_product_attention(query, *copies, is_causal=is_causal, scale=scale,
+                                                    enable_gqa=enable_gqa)
     if getattr(query, "layout", None) is torch.jagged:
         from torch_bridge import nested  # which is made from this
 
