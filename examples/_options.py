@@ -21,10 +21,20 @@ def training_parser(description: str | None, attention: list[str], plot: str) ->
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
-                        help="of the activations; the kernels of GPUs run bfloat16 (default: %(default)s)")
+    add_dtype(parser)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-plot", metavar="FILE", default=plot, help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="append settings, speed and losses, one JSON line a run")
     return parser
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option --dtype; `args.dtype` is None where it is not given, until `default_dtype` is asked."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="of the activations (default: bfloat16 on a GPU, whose kernels run it; float32 elsewhere)")
+
+
+def default_dtype(device: str) -> str:
+    """The dtype of the activations where none is given; `device`: as JAX or PyTorch call its kind."""
+    return "bfloat16" if device in ("gpu", "cuda") else "float32"

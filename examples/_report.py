@@ -31,7 +31,9 @@ class Run:
     tokens_per_second: float = float("nan")
 
     def measure(self, args: argparse.Namespace, start: float) -> None:
-        """Sets the speed at the end of the last step; `start` is `time.perf_counter()` at the end of the warm-up."""
+        """Sets the speed, at the end of the last step, before anything else is compiled or done; `start` is
+        `time.perf_counter()` at the end of the warm-up.
+        """
         timed = args.steps - WARM_UP
         if timed > 0:
             self.tokens_per_second = timed * args.batch * args.context / (time.perf_counter() - start)
@@ -97,8 +99,9 @@ def finish(runs: list[Run], args: argparse.Namespace, device: str) -> None:
     """Prints each run, saves what the options ask for, and compares the losses of the first with the others'."""
     for run in runs:
         print(
-            f"{run.attention}: {run.tokens_per_second:,.0f} tokens/s, loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} "
-            f"nats per character, on held-out text {run.held_out_loss:.3f}"
+            f"{run.attention}: {run.tokens_per_second:,.0f} tokens/s after {WARM_UP} steps, "
+            f"loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} nats per character, "
+            f"on held-out text {run.held_out_loss:.3f}"
         )
     if args.json:
         save_json(args.json, args, device, runs)

@@ -3,7 +3,8 @@
     python examples/train_gpt_torch.py                       two runs on the same text, compared
     python examples/train_gpt_torch.py --attention flash     one of them alone
 
-The model is the one of train_gpt.py; `ATTENTION` holds the one line in which the two runs differ.
+On a GPU, if there is one, under bfloat16 autocast. The model is the one of train_gpt.py; `ATTENTION` holds the one line
+in which the two runs differ.
 """
 
 import argparse
@@ -102,8 +103,9 @@ def train(name: str, args: argparse.Namespace, text: np.ndarray, held_out: np.nd
             if len(losses) % 10 == 0:  # an old loss: waiting for the device would leave it idle until the next step
                 progress.set_postfix(loss=f"{losses[-10].item():.3f}", refresh=False)
             progress.update()
-        run.losses = torch.stack(losses).tolist()
-    run.measure(args, start)
+        losses[-1].item()  # waits
+        run.measure(args, start)
+    run.losses = torch.stack(losses).tolist()
 
     excerpts = _text.batches(held_out, 8, args.batch, args.context, args.seed)
     with torch.no_grad():
@@ -121,6 +123,7 @@ def which_implementation(args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = _options.training_parser(__doc__, list(ATTENTION), "outputs/train_gpt_torch_loss.png").parse_args()
+    args.dtype = args.dtype or _options.default_dtype(DEVICE)
     if DEVICE == "cpu":  # threads that wait for each other on busy cores make so small a model 10 times slower
         torch.set_num_threads(1)
     text, held_out = _text.standard_library()

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError('torch_bridge needs PyTorch: pip install "pallas_flash[torch]"', name="torch") from error
 
-from torch_bridge import context, flash_attn, memory, transformers
+from torch_bridge import context, flash_attn, flops, memory, transformers
 from torch_bridge.activation import activate
 from torch_bridge.explanation import (
     explain,
@@ -32,3 +32,4 @@ __all__ = ["activate", "combine", "explain", "explain_flash_attention", "explain
 
 memory.share_with_torch()
 context.undo_start_of_jax()
+flops.register()

@@ -24,7 +24,7 @@ from torch_bridge.direct import decoding, shortcut
 from torch_bridge.interception import functions_intercept, nothing_intercepts
 
 __all__ = ["attend", "attend_again", "attend_parts", "attend_recent", "attend_to_cache", "attend_with_lse",
-           "recent_cache"]
+           "recent_cache", "takes_cache", "with_copies"]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -50,10 +50,22 @@ def attend_again(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
     """`attend`'s out for a call of plain tensors that the direct path has taken before, where nothing intercepts this
     one; else None.
     """
-    if not nothing_intercepts() or torch.is_autocast_enabled(query.device.type):
+    if not nothing_intercepts() or _casts(query):
         return None
     known = shortcut.find(name, query, key, value)
     return None if known is None else _launched(known, query, key, value)
+
+
+def with_copies(name: shortcut.Name, query: torch.Tensor, key: torch.Tensor,
+                value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """key and value for a call of plain tensors that the direct path took before with copies of them, where nothing
+    intercepts this one: the same call of these is one that `attend_again` comes to know. None: it is none, or both are
+    stored as they should be.
+    """
+    if not nothing_intercepts() or _casts(query):
+        return None
+    found = shortcut.with_copies(name, key, value)
+    return None if found is None or (found[0] is key and found[1] is value) else found
 
 
 def _launched(known: shortcut.Shortcut, query: torch.Tensor, key: torch.Tensor,
@@ -110,18 +122,28 @@ def attend_parts(tensors: tuple[torch.Tensor, ...], operands: Operands, numbers:
 
 def attend_to_cache(call: decoding.Call, rules: decoding.Rules) -> Results | None:
     """out and the statistics of rows (`decoding.attend`); None: something intercepts the call, or it is not taken."""
-    kind, dtype = call.query.device.type, call.query.dtype
-    if torch.compiler.is_compiling() or not _is_plain(call) or (
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
-        return None
-    return decoding.attend(call, rules)
+    return decoding.attend(call, rules) if _is_untouched(call) else None
+
+
+def takes_cache(call: decoding.Call, rules: decoding.Rules) -> bool:
+    """Whether `attend_to_cache` takes a call, unless its plan cannot be made: so nothing is wrong with it."""
+    return _is_untouched(call) and decoding.takes(call, rules)
+
+
+def _is_untouched(call: decoding.Call) -> bool:
+    return not torch.compiler.is_compiling() and _is_plain(call) and not _casts(call.query)
 
 
 def recent_cache(tensors: Sequence[torch.Tensor], options: tuple[object, ...]) -> decoding.Known | None:
     """What is known of a call to a cache (`decoding.recent`); None: nothing is, or something intercepts it."""
-    if torch.compiler.is_compiling() or not nothing_intercepts() or torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.compiler.is_compiling() or not nothing_intercepts() or _casts(tensors[0]):
         return None
     return decoding.recent(tensors, options)
+
+
+def _casts(query: torch.Tensor) -> bool:
+    """Whether autocast is on for a call of this query, and changes its tensors, all of query's dtype."""
+    return shortcut.autocast_dtype(query) not in (None, query.dtype)
 
 
 def attend_with_lse(operands: Operands, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:

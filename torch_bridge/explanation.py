@@ -24,7 +24,7 @@ def explain(
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
     if getattr(query, "layout", None) is torch.jagged:
-        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
+        numbers = sdpa.nested_numbers((query, key, value), attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return _explain(*nested.prepare((query, key, value), attn_mask, numbers, enable_gqa))
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _explain(call.operands, call.numbers)

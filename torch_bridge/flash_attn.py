@@ -187,12 +187,14 @@ def flash_attn_with_kvcache(
             return (out, lse) if return_softmax_lse else out
         call, append = to_cache(q, cache, (k, v), options, (rotary_cos, rotary_sin, rotary_interleaved), cache_seqlens,
                                 cache_leftpad)
+        given = call.decoding() if call.is_at_the_end and decoding.is_asked(q.device) else None
         if append is not None:
-            call.check()
+            if given is None or not eager.takes_cache(*given):  # which checks the same
+                call.check()
             call.cache.append(*append)
-        out, found = call.attended(return_softmax_lse)
-        if usual is not None and call.is_at_the_end:
-            decoding.learn(usual, numbers, *call.decoding())
+        out, found = call.attended(return_softmax_lse, given)
+        if usual is not None and given is not None:
+            decoding.learn(usual, numbers, *given)
         return out if found is None else (out, found)
 
 
@@ -378,15 +380,20 @@ class Cached(NamedTuple):
         if self.leftpad is not None:
             flash.integers("cache_leftpad", self.leftpad, self.q.transpose(1, 2))
 
-    def attended(self, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths."""
-        found, is_asked = None, self.is_at_the_end and decoding.is_asked(self.q.device)
-        if is_asked and not torch.compiler.is_compiling():
-            found = eager.attend_to_cache(*self.decoding())
+    def attended(self, return_lse: bool,
+                 given: tuple[decoding.Call, decoding.Rules] | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, lse) of the kernel of caches, or, where that takes no such call, of attention with lengths.
+
+        Args:
+          given: what `decoding` says of this call, before or after keys were appended; None: the kernel is not asked.
+        """
+        found = None
+        if given is not None and not torch.compiler.is_compiling():
+            found = eager.attend_to_cache(*given)
         if found is not None:
             out, lse = found.out, found.stats[:, :, 0] if return_lse else None
-        elif is_asked and torch.compiler.is_compiling():
-            out, lse = cached.attend_traced(*self.decoding(), return_lse)
+        elif given is not None and torch.compiler.is_compiling():
+            out, lse = cached.attend_traced(*given, return_lse)
         else:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
         if (slopes := self._slopes()) is not None:

@@ -49,6 +49,9 @@ def require_tensors(**values: object) -> None:
     do = "torch.tensor(...) makes one of numbers"
     if any(hasattr(value, "__dlpack__") and not isinstance(value, torch.Tensor) for value in values.values()):
         do = "torch.from_dlpack(array) makes one of an array; pallas_flash.flash_attention takes JAX arrays"
+    if any(type(value).__module__ == "torch.fx.proxy" for value in values.values()):
+        do = ("torch.fx.symbolic_trace cannot look into this function: name it in your module, attend = ..., and call "
+              'torch.fx.wrap("attend") there, so that it is one node; or trace by torch.export.export')
     raise TypeError(f"{', '.join(values)} must be Tensors, got {given}. {do}.")
 
 

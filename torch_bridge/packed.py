@@ -50,6 +50,7 @@ def prepare(tensors: Sequence[torch.Tensor], starts: Starts, numbers: Numbers,
 
 def parts(name: str, tensor: torch.Tensor, axes: int, count: int) -> tuple[torch.Tensor, ...]:
     """The tensors that are packed in the third axis from the end."""
+    messages.require_tensors(**{name: tensor})
     if tensor.dim() != axes or tensor.shape[-3] != count:
         shape = "(batch, seqlen, " if axes == 5 else "(tokens, "
         raise messages.must(f"{name} must be {shape}{count}, heads, dim)", f"{name}.shape={tuple(tensor.shape)}",

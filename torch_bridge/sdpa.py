@@ -18,7 +18,7 @@ from torch_bridge.direct import shortcut
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
 
-__all__ = ["Call", "prepare", "scaled_dot_product_attention"]
+__all__ = ["Call", "nested_numbers", "prepare", "scaled_dot_product_attention"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN_NUMBERS = (float, int, type(None))  # NumPy's float64 is a float; what an array or a tensor holds may change
@@ -75,11 +75,14 @@ def scaled_dot_product_attention(
             out = eager.attend_again(name, query, key, value)
             if out is not None:
                 return out
+            copies = eager.with_copies(name, query, key, value)
+            if copies is not None:
+                return scaled_dot_product_attention(query, *copies, is_causal=is_causal, scale=scale,
+                                                    enable_gqa=enable_gqa)
     if getattr(query, "layout", None) is torch.jagged:
         from torch_bridge import nested  # which is made from this
 
-        _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
-        numbers = Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
+        numbers = nested_numbers((query, key, value), attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return nested.attend((query, key, value), attn_mask, numbers, enable_gqa)
     call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = eager.attend(call.operands, call.numbers)
@@ -90,6 +93,13 @@ def scaled_dot_product_attention(
 
 # `**unknown` is there for its message alone: who asks for the signature is told torch's.
 scaled_dot_product_attention.__signature__ = messages.without_unknown(scaled_dot_product_attention)  # type: ignore[attr-defined]
+
+
+def nested_numbers(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attn_mask: torch.Tensor | None,
+                   dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Numbers:
+    """Those of a call of nested query, key and value, whose arguments have the types that it takes."""
+    _check_types(*tensors, attn_mask, is_causal, enable_gqa)
+    return Numbers.of(causal_offset=0 if is_causal else None, scale=scale, dropout_p=dropout_p)
 
 
 def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,

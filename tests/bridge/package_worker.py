@@ -3,7 +3,7 @@
     python package_worker.py make|run|export|load cpu|cuda ours|torch PATH
 
 With "torch" PyTorch's own attention is in the place of ours. Prints, after "run" and "load", whether JAX was imported.
-Where it dies of a signal, the standard error says in which line.
+Where it dies of a signal, or has not ended after `SECONDS`, the standard error says in which line.
 """
 
 import faulthandler
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._inductor.cpu_vec_isa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch_bridge
@@ -18,6 +19,15 @@ from bridge.gpt import Gpt
 
 INDUCTOR = {"aot_inductor.compile_wrapper_opt_level": "O0",
             "aot_inductor.precompile_headers": False}  # which one file alone would read
+
+SECONDS = 300
+
+
+def try_no_vector_instructions():
+    """Else the making and the loading of a package alike ask what vector instructions the CPU has (the loading for the
+    sake of one warning): with AMX ten runs of a compiler and of a Python that imports torch, 30 s and more, each time.
+    """
+    torch._inductor.cpu_vec_isa.supported_vec_isa_list.clear()
 
 
 def main(way, device, whose, path):
@@ -44,4 +54,6 @@ def main(way, device, whose, path):
 
 if __name__ == "__main__":
     faulthandler.enable(all_threads=True)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try_no_vector_instructions()
     main(*sys.argv[1:])

@@ -214,7 +214,8 @@ def launched(monkeypatch):
     for name in ("_choices", "_directs", "_reasons"):
         monkeypatch.setattr(attention, name, {})
     monkeypatch.setattr(said, "_said", set())
-    monkeypatch.setattr(shortcut, "_shortcuts", {})
+    for name in ("_shortcuts", "_copied"):
+        monkeypatch.setattr(shortcut, name, {})
     monkeypatch.setattr(shortcut, "_recent", [])
     for name in ("_forwards", "_backwards"):
         monkeypatch.setattr(repeated, name, [])

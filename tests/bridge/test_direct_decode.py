@@ -315,3 +315,32 @@ def test_streams_and_captured_launches_count_in_places_of_their_own(monkeypatch)
     assert len({*addresses, found.at(5)[0], found.at(6)[0]}) == 7
     assert addresses[1] - addresses[0] == 256 == addresses[2] - addresses[1]
     assert not any(tensor.any() for _, tensor in captured)
+
+
+def test_arguments_with_new_keys_are_prepared_once(decoded, monkeypatch):
+    """Off the path of known calls; the kernel's own look at them says that they are right, before keys are written."""
+    prepared, placed = [], []
+    prepare, decode = flash_attn.sdpa.prepare, flash_attn.Cached.decoding
+    monkeypatch.setattr(flash_attn.sdpa, "prepare", lambda *args: (prepared.append(1), prepare(*args))[1])
+    monkeypatch.setattr(flash_attn.Cached, "decoding", lambda self: (placed.append(1), decode(self))[1])
+    keys, values = cache_of()
+    for given in (LENGTHS, LENGTHS.long(), 7):
+        flash_attn_with_kvcache(new(1), keys, values, new(1, HKV), new(1, HKV), cache_seqlens=given, window_size=(9, 0))
+    assert decoded == ["decode"] * 3 and prepared == [] and placed == [1] * 3
+    before = keys.clone()
+    with pytest.raises(ValueError, match="scale must be"):
+        flash_attn_with_kvcache(new(1), keys, values, new(1, HKV), new(1, HKV), cache_seqlens=LENGTHS,
+                                softmax_scale=float("inf"))
+    assert torch.equal(keys, before), "an error comes before anything is written"
+
+
+def test_a_call_is_known_under_autocast_that_changes_no_tensor(decoded, monkeypatch):
+    checked, check = [], flash_attn.to_cache
+    monkeypatch.setattr(flash_attn, "to_cache", lambda *args: (checked.append(1), check(*args))[1])
+    q, (keys, values) = new(1), cache_of()
+    for dtype, count in ((BF16, 1), (torch.float16, 4), (BF16, 4)):
+        with torch.autocast("cpu", dtype):
+            for _ in range(3):
+                flash_attn_with_kvcache(q, keys, values, cache_seqlens=LENGTHS)
+        assert len(checked) == count
+    assert decoded == ["decode"] * 3 + ["forward"] * 3 + ["decode"] * 3, "autocast to float16 casts"

@@ -56,7 +56,7 @@ def with_mma(monkeypatch):
     real = attention.request
     monkeypatch.setattr(attention, "request", lambda *given: dataclasses.replace(
         real(*given), implementation="ampere"))
-    for module, names in ((attention, ("_choices", "_directs", "_reasons")), (shortcut, ("_shortcuts",)),
+    for module, names in ((attention, ("_choices", "_directs", "_reasons")), (shortcut, ("_shortcuts", "_copied")),
                           (lengths, ("_ways", "_own"))):
         for name in names:
             monkeypatch.setattr(module, name, {})

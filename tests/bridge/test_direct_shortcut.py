@@ -3,6 +3,9 @@
 On the stand-ins of test_direct.py.
 """
 
+import argparse
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch_bridge
 from bridge.problems import OURS, check, heads_inside, qkv
 from bridge.test_direct import BF16, BOTH, launched, moved
 from pallas_flash import FallbackWarning
+from torch_bridge import sdpa
 from torch_bridge.direct import attention, cache, shared, shortcut
 from torch_bridge.direct import lengths as lengths_
 from torch_bridge.direct.parent import NoPlanError
@@ -60,6 +64,77 @@ def test_a_call_seen_before_takes_a_shortcut(short, launched, change, dtype):
     check(new(moved), **options)
     check([x.transpose(2, 3).contiguous().transpose(2, 3).detach().requires_grad_() for x in new()], **options)
     assert short == []
+
+
+def test_a_shortcut_is_taken_under_autocast_that_changes_no_tensor(short, launched, monkeypatch):
+    """As training does it: query, key and value come from autocast's own products. Arguments are prepared once."""
+    prepared = []
+    prepare = sdpa.prepare
+    monkeypatch.setattr(sdpa, "prepare", lambda *args: prepared.append(len(short)) or prepare(*args))
+    new = lambda: qkv(*[(2, 2, 6, 8)] * 3, dtype=BF16)
+    for dtype in (BF16, torch.float16, BF16):
+        for _ in range(3):
+            with torch.autocast("cpu", dtype):
+                tensors = new()
+                out = OURS(*tensors, is_causal=True)
+                assert out.dtype == dtype
+            out.sum().backward()  # outside, as PyTorch says
+            assert all(x.grad.dtype == BF16 for x in tensors)
+    assert len(prepared) == 1 + 3 and short == BOTH * 5 and launched == BOTH * 9
+    check(new(), is_causal=True)
+    assert len(prepared) == 4, "outside of autocast it is the same call"
+
+
+@pytest.mark.parametrize("inside", [(False, False, True), (True, False, True), (True, True, False)])
+def test_a_call_whose_key_or_value_is_copied_takes_the_shortcut_of_the_copies(short, launched, inside):
+    """As after rotary embedding, which leaves query and key dense and value a view of a projection: they are of two
+    layouts. Query is never copied: out is stored as it is.
+    """
+    shapes, options = ((2, 4, 9, 16), (2, 4, 12, 16), (2, 4, 12, 16)), dict(is_causal=True)
+    new = lambda: [heads_inside(x) if is_inside else x
+                   for x, is_inside in zip(qkv(*shapes, dtype=torch.bfloat16), inside, strict=True)]
+    for _ in range(2):  # the first is copied by its launch, the second learned as the call of the copies
+        check(new(), **options)
+    assert short == []
+    for again in range(1, 3):
+        check(new(), **options)
+        assert short == BOTH * again and launched == BOTH * (again + 2)
+    tensors = new()
+    out = OURS(*tensors, **options)
+    assert out.stride() == torch.empty_like(tensors[0]).stride()
+    with torch.no_grad():
+        assert torch.equal(OURS(*tensors, **options), out)
+
+
+def test_a_cotangent_that_is_copied_is_known_too(short, launched, monkeypatch):
+    made = []
+    guard = shortcut.guards.guard
+    monkeypatch.setattr(shortcut.guards, "guard", lambda tensors: made.append(len(tensors)) or guard(tensors))
+    for _ in range(4):
+        tensors = qkv(*[(2, 2, 6, 8)] * 3, dtype=BF16)
+        out = OURS(*tensors)
+        grads = torch.autograd.grad(out, tensors, heads_inside(torch.ones_like(out)), retain_graph=True)
+        for found, wanted in zip(grads, torch.autograd.grad(out, tensors, torch.ones_like(out)), strict=True):
+            assert torch.equal(found, wanted)
+    assert made.count(6) == 1 and launched.count("backward") == 8
+
+
+def test_the_training_example_prepares_a_call_in_its_first_step_alone(short, launched, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import train_gpt_torch as example
+
+    prepared = []
+    prepare = sdpa.prepare
+    monkeypatch.setattr(sdpa, "prepare", lambda *args: prepared.append(1) or prepare(*args))
+    monkeypatch.setattr(example, "DEVICE", "cpu")
+    args = argparse.Namespace(seed=0, dim=128, heads=4, kv_heads=2, layers=3)
+    model, tokens = example.make_model(args, "flash"), np.arange(2 * 33, dtype=np.uint8).reshape(2, 33)
+    example.loss_of(model, tokens, "bfloat16").backward()
+    assert prepared
+    del prepared[:], short[:]
+    for step in range(1, 4):
+        example.loss_of(model, tokens, "bfloat16").backward()
+        assert not prepared and sorted(short) == sorted(BOTH * args.layers * step)
 
 
 def test_a_shortcut_is_not_taken_where_a_call_is_another(short, launched, monkeypatch):

@@ -18,7 +18,7 @@ def plans(monkeypatch, tmp_path):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.delenv(attention.VARIABLE, raising=False)
     for module, names in ((attention, ("_choices", "_directs", "_reasons")), (lengths, ("_ways", "_own")),
-                          (shortcut, ("_shortcuts",))):
+                          (shortcut, ("_shortcuts", "_copied"))):
         for name in names:
             monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(shortcut, "_recent", [])

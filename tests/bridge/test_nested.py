@@ -101,3 +101,6 @@ def test_what_runs_is_explained():
     assert f"len={OFFSETS[-1]}x{OTHERS[-1]}" in text and "on cpu: implementation='xla'" in text
     with pytest.raises(RuntimeError, match="attn_mask must be None"):
         torch_bridge.explain(x, y, y, torch.zeros(1))
+    for call in (OURS, torch_bridge.explain):
+        with pytest.raises(TypeError, match="is_causal and enable_gqa must be bool"):
+            call(x, y, y, is_causal=1)

@@ -20,7 +20,7 @@ from torch_bridge.direct.problem import CacheProblem, Given
 from torch_bridge.direct.runner import Runner
 
 __all__ = ["Call", "Known", "Rules", "attend", "is_asked", "is_possible", "learn", "path",
-           "prepared", "problem_of", "why_not", "why_not_direct"]
+           "prepared", "problem_of", "takes", "why_not", "why_not_direct"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _UNIT, _MAX_DIM, _MAX_ROWS = 8, 256, 64
@@ -178,6 +178,11 @@ def attend(call: Call, rules: Rules) -> Results | None:
                          *(strides.sharable(x, ALIGNMENT) for x in given if x is not None)))
     direct.runs.count("decode")
     return Results(strides.in_layout(out, layout), stats)
+
+
+def takes(call: Call, rules: Rules) -> bool:
+    """Whether nothing is against a call, whose arguments need not have been checked; its plan may not be there."""
+    return is_asked(call.query.device) and _found(call, rules) is not None
 
 
 def _kernels(sinks: torch.Tensor | None) -> torch.Tensor | None:

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from torch_bridge import streams
+from torch_bridge import streams, strides
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import allocation, attention, guards, storage
 from torch_bridge.direct.launch import ALIGNMENT
 from torch_bridge.direct.runner import Runner
 
-__all__ = ["Known", "Name", "Shortcut", "UNALIGNED", "find", "find_recent", "learn", "made", "may_know", "name_of"]
+__all__ = ["Known", "Name", "Shortcut", "UNALIGNED", "autocast_dtype", "find", "find_recent", "learn", "made",
+           "may_know", "name_of", "with_copies"]
 
 type Name = tuple[object, ...]
 """Everything but the numbers in its tensors that decides how a call is computed."""
@@ -31,6 +32,9 @@ _is_deterministic = getattr(torch._C, "_get_deterministic_algorithms", torch.are
 _MAX_SHORTCUTS = 4096
 _shortcuts: dict[Name, "Shortcut"] = {}
 _made: dict[tuple[object, ...], "Shortcut"] = {}
+_Copies = tuple[strides.Layout | None, strides.Layout | None]
+"""In which layout key and value are copied on their way to a kernel; None: they are not."""
+_copied: dict[Name, _Copies] = {}
 
 
 class _Stored(NamedTuple):
@@ -122,11 +126,14 @@ class Shortcut:
                 return self._launch_backward(addresses, known)
         if not may_be_learned() or any(type(x) not in _PLAIN for x in (*saved, dout)):
             return None
-        if not self._are_saved(saved) or not self.direct.try_prepare("backward"):
+        if not self._are_saved(saved):
             return None
         if not self._out.is_like(dout, self.device):
             dout = self._out.make(self.device).copy_(dout)
-        self._learn((*saved, dout))
+        if not self._backward.has(*saved, dout):
+            if not self.direct.try_prepare("backward"):
+                return None
+            self._learn((*saved, dout))
         return self._launch_backward((*(x.data_ptr() for x in saved), dout.data_ptr()), self._backward)
 
     def nothing(self, dtype: torch.dtype) -> torch.Tensor:
@@ -174,6 +181,7 @@ class Known(NamedTuple):
     has: guards.Guard  # whether tensors are like those of such a call
     deterministic: bool
     needs_gradients: bool  # of a tensor, if gradients are recorded
+    autocast: torch.dtype | None  # that of its tensors, where it was on: `has` knows whether it is, but not to what
     shortcut: Shortcut
 
 
@@ -191,8 +199,10 @@ def find_recent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     Args:
       options: the arguments of `name_of` that are not tensors, of the types that it takes.
     """
-    for its, has, deterministic, needs_gradients, found in _recent:
+    for its, has, deterministic, needs_gradients, autocast, found in _recent:
         if its == options and has(query, key, value):
+            if autocast is not None and autocast_dtype(query) != autocast:
+                return None
             addresses = a, b, c = query.data_ptr(), key.data_ptr(), value.data_ptr()
             if (a | b | c) & UNALIGNED or deterministic != _is_deterministic() or not attention.is_on():
                 return None
@@ -206,8 +216,14 @@ def _note(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     has = guards.guard((query, key, value))
     if has is not guards.never and has(query, key, value):  # it is not where two are the same tensor
         needs_gradients = query.requires_grad or key.requires_grad or value.requires_grad
-        known = Known(name[_OPTIONS], has, found.numbers.deterministic, needs_gradients, found)
+        known = Known(name[_OPTIONS], has, found.numbers.deterministic, needs_gradients, autocast_dtype(query), found)
         _recent = [known, *_recent[:_MAX_RECENT - 1]]
+
+
+def autocast_dtype(query: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts floating tensors to in calls of this query (float64 it leaves alone); None: it is off."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def may_know(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -240,13 +256,57 @@ def find(name: Name, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def learn(name: Name, operands: Operands, numbers: Numbers) -> None:
-    """Remembers a call that has run, if it took the direct path and nothing of it had to be copied."""
+    """Remembers a call that has run, if it took the direct path and nothing of it had to be copied; or nothing but key
+    and value, and which of them (`with_copies`).
+    """
     found = made(operands, numbers)
     if found is None:
+        copies = _copies(operands, numbers)
+        if any(copies):
+            if len(_copied) >= _MAX_SHORTCUTS:
+                _copied.clear()
+            _copied[name] = copies
         return
     if len(_shortcuts) >= _MAX_SHORTCUTS:
         _shortcuts.clear()
     _shortcuts[name] = found
+
+
+def with_copies(name: Name, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """key and value, as copies that autograd records where kernels do not read them as they are stored; None: nothing
+    is known of such a call, or nothing has to be copied.
+    """
+    copies = _copied.get(name)
+    return None if copies is None else (_stored_in(copies[0], key), _stored_in(copies[1], value))
+
+
+def _stored_in(layout: strides.Layout | None, tensor: torch.Tensor) -> torch.Tensor:
+    if layout is None:
+        return tensor
+    return tensor.contiguous() if layout == "BHLD" else tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _copies(operands: Operands, numbers: Numbers) -> _Copies:
+    """In which layout key and value are copied for a call that has run; None of those that are not. Neither is where
+    the copies would not do: query is copied, too, or a result.
+    """
+    call = attention.known(operands, numbers)
+    if call is None or call.is_in_place:
+        return None, None
+    layout = call.direct.problem.layout
+    shape = *operands.query.shape[:3], operands.value.shape[3]
+
+    def is_dense(shape: tuple[int, ...], its: tuple[int, ...]) -> bool:
+        return strides.in_layout(torch.empty_strided(shape, its, device="meta"), layout).is_contiguous()
+
+    views = [strides.in_layout(x, layout) for x in operands[:3]]
+    is_read = [strides.same_memory(x.shape, x.stride(), wanted)
+               for x, wanted in zip(views, call.direct.strides, strict=True)]
+    is_written = [is_dense(x.shape, its) for x, its in zip(operands[:3], call.grad_strides, strict=True)]
+    if not (is_read[0] and is_dense(shape, call.out_strides) and is_written[0]
+            and all(written or not read for read, written in zip(is_read, is_written, strict=True))):
+        return None, None
+    return None if is_read[1] else layout, None if is_read[2] else layout
 
 
 def made(operands: Operands, numbers: Numbers) -> Shortcut | None:
