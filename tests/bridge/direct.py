@@ -16,7 +16,7 @@ CACHE = CacheProblem(layout="BHLD", dtype="bfloat16", batch=2, q_heads=8, kv_hea
 DECODE = Request(CACHE, "decode", H200, VERSIONS)
 
 ADD = Kernel("add", (7, 2, 1), (128, 1, 1), 1024, b"\x7fELF machine code", bytes(range(24)), ((0, 0), (2, 1)))
-SCALE = ADD._replace(name="scale", cubin=b"other code", patches=((1, 1), (0, 0)))
+SCALE = ADD._replace(name="scale", cubin=b"other code", patches=((1, 1), (0, 0)), cluster=(8, 1, 1))
 PROGRAM = Program(
     buffers={"x": Buffer((2, 3), "bfloat16", (8, 1)), "table": Buffer((4,), "int32"), "sums": Buffer((5, 7), "float32"),
              "more": Buffer((3,), "float16"), "y": Buffer((2, 3), "bfloat16")},

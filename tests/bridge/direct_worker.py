@@ -1,8 +1,10 @@
 """Compiles the requests on its standard input, one a line, into the folder that its argument names; and launches each
-program twice at the same addresses, as Mosaic's own host code does and from the recorded plan. Run by
-`test_direct_offline` in the environment with JAX's CUDA plugin, with the stand-in driver; it imports no torch.
+program twice at the same addresses, as Mosaic's own host code does and from the recorded plan. A second argument is how
+many blocks of a cluster share a head where a cache is read. Run by `test_direct_offline` in the environment with JAX's
+CUDA plugin, with the stand-in driver; it imports no torch.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -13,17 +15,20 @@ ROOT = Path(__file__).parents[2]
 sys.modules["torch_bridge"] = package = types.ModuleType("torch_bridge")
 package.__path__ = [str(ROOT / "torch_bridge")]
 
+from pallas_flash.kernels.hopper import defaults  # noqa: E402
+from pallas_flash.kernels.hopper.schedule import DecodeSchedule  # noqa: E402
 from torch_bridge.direct import compile as compiling  # noqa: E402
 from torch_bridge.direct import driver, lower, plan, plugin  # noqa: E402
 from torch_bridge.direct.launch import Loaded  # noqa: E402
 from torch_bridge.direct.problem import Request  # noqa: E402
 
 
-def main(folder):
+def main(folder, cluster="1"):
     plugin.compile_module = functools.cache(plugin.compile_module)  # kept, to be launched
     for text in sys.stdin.read().splitlines():
         request = Request.of(text)
-        lowered = lower.lower(request)
+        with contextlib.nullcontext() if cluster == "1" else defaults.assume(DecodeSchedule(cluster=int(cluster))):
+            lowered = lower.lower(request)
         program = compiling.compile_program(lowered, 0, lambda step: None)
         content = plan.write(program, text)
         Path(folder, f"{request.key}.plan").write_bytes(content)
@@ -56,4 +61,4 @@ def captured(loaded, addresses):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

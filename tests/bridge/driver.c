@@ -15,16 +15,19 @@
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
        NOT_FOUND = 500 };
 enum { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, SMEM_PER_SM = 81, SMEM_PER_BLOCK_OPTIN = 97 };
+enum { SMEM = 8, NON_PORTABLE = 14 };  /* CUfunction_attribute */
+enum { CLUSTER = 4, PORTABLE = 8 };    /* CUlaunchAttributeID; blocks of a cluster that need no permission */
 enum { MAX_PARAMETERS = 64, CAPACITY = 4096, NUM_DEVICES = 2, FOR_CUDA = 190, KPARAM_INFO = 0x17, SIZED = 4 };
 
 typedef struct { int device, retained; } Context;
 typedef struct { Context *context; char *image; } Module;
-typedef struct { Module *module; char name[256]; int smem, count, offsets[MAX_PARAMETERS], sizes[MAX_PARAMETERS]; } Function;
-typedef struct { Function *function; unsigned grid[3], block[3], smem; unsigned char block_of[CAPACITY]; void *pointers[MAX_PARAMETERS]; } Node;
+typedef struct { Module *module; char name[256]; int smem, non_portable, count, offsets[MAX_PARAMETERS], sizes[MAX_PARAMETERS]; } Function;
+typedef struct { Function *function; unsigned grid[3], block[3], smem, cluster[3]; unsigned char block_of[CAPACITY]; void *pointers[MAX_PARAMETERS]; } Node;
 typedef struct { int count; Node nodes[8]; } Graph;
 typedef struct { Context *context; Graph *captured; } Stream;
 typedef struct { void *function; unsigned grid[3], block[3], smem; void **parameters, **extra; void *kernel, *context; } NodeParameters;
-typedef struct { unsigned grid[3], block[3], smem; void *stream; void *attributes; unsigned num_attributes; } Config;
+typedef struct { int id; unsigned padding, value[16]; } Attribute;
+typedef struct { unsigned grid[3], block[3], smem; void *stream; Attribute *attributes; unsigned num_attributes; } Config;
 
 static Context contexts[NUM_DEVICES] = {{0, 0}, {1, 0}};
 static Stream *streams[256];
@@ -139,7 +142,11 @@ int cuModuleGetGlobal_v2(void **pointer, size_t *bytes, void *module, const char
   if (bytes) *bytes = 0;
   return SUCCESS;
 }
-int cuFuncSetAttribute(void *function, int attribute, int value) { return ((Function *)function)->smem = value, SUCCESS; }
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+  if (attribute == SMEM) ((Function *)function)->smem = value;
+  if (attribute == NON_PORTABLE) ((Function *)function)->non_portable = value;
+  return SUCCESS;
+}
 int cuFuncGetName(const char **name, void *function) { return *name = ((Function *)function)->name, SUCCESS; }
 int cuFuncGetParamInfo(void *given, size_t i, size_t *offset, size_t *size) {
   Function *function = given;
@@ -184,7 +191,11 @@ int cuGraphGetNodes(void *given, void **nodes, size_t *count) {
   return *count = graph->count, SUCCESS;
 }
 int cuGraphNodeGetType(void *node, int *kind) { return *kind = 0, SUCCESS; }
-int cuGraphKernelNodeGetAttribute(void *node, int attribute, void *value) { return memset(value, 0, 64), SUCCESS; }
+int cuGraphKernelNodeGetAttribute(void *node, int attribute, void *value) {
+  memset(value, 0, 64);
+  if (attribute == CLUSTER) memcpy(value, ((Node *)node)->cluster, sizeof ((Node *)node)->cluster);
+  return SUCCESS;
+}
 int cuGraphKernelNodeGetParams_v2(void *given, NodeParameters *found) {
   Node *node = given;
   memset(found, 0, sizeof *found);
@@ -226,6 +237,9 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
   Node node = {.function = function, .smem = config->smem};
   memcpy(node.grid, config->grid, sizeof node.grid);
   memcpy(node.block, config->block, sizeof node.block);
+  for (unsigned i = 0; i < config->num_attributes; i++)
+    if (config->attributes[i].id == CLUSTER) memcpy(node.cluster, config->attributes[i].value, sizeof node.cluster);
+  if (node.cluster[0] * node.cluster[1] * node.cluster[2] > PORTABLE && !function->non_portable) return INVALID_VALUE;
   int size, code = fill(function, parameters, extra, node.block_of, &size);
   if (code) return code;
   if (stream && stream->captured) {
@@ -236,8 +250,9 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
   if (!getenv("STANDIN_LOG")) return SUCCESS;
   char *line = malloc(2 * CAPACITY + 1000), *at = line;
   at += sprintf(at, "{\"launched\": \"%s\", \"device\": %d, \"stream\": %llu, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], "
-                "\"smem_bytes\": %u, \"parameters\": \"", function->name, current->device, (unsigned long long)config->stream,
-                node.grid[0], node.grid[1], node.grid[2], node.block[0], node.block[1], node.block[2], node.smem);
+                "\"smem_bytes\": %u, \"cluster\": [%u, %u, %u], \"parameters\": \"", function->name, current->device, (unsigned long long)config->stream,
+                node.grid[0], node.grid[1], node.grid[2], node.block[0], node.block[1], node.block[2], node.smem,
+                node.cluster[0], node.cluster[1], node.cluster[2]);
   for (int i = 0; i < size; i++) at += sprintf(at, "%02x", node.block_of[i]);
   strcpy(at, "\"}\n");
   note(line);

@@ -97,9 +97,10 @@ def compiled(work):
     return found
 
 
-def compiled_for(work, requests, gpu):
+def compiled_for(work, requests, gpu, *options):
     """The same of requests for one kind of GPU."""
-    done = subprocess.run([places.interpreter(), Path(__file__).with_name("direct_worker.py"), work], text=True,
+    worker = Path(__file__).with_name("direct_worker.py")
+    done = subprocess.run([places.interpreter(), worker, work, *options], text=True,
                           input="\n".join(request.text for request in requests.values()), capture_output=True,
                           env=environment(work) | {"STAND_IN_CAPABILITY": "{}{}".format(*gpu.capability)})
     assert done.returncode == 0, done.stderr[-4000:]
@@ -124,6 +125,14 @@ def test_a_plan_launches_what_mosaic_launches(compiled, name):
         assert line["smem_bytes"] <= REQUESTS[name].gpu.smem_bytes and line["block"][0] % 128 == 0 < min(line["grid"])
         is_small = any(x in line["launched"] for x in ("attention_mask", "dropout_keys"))
         assert line["smem_bytes"] > 0 or is_small or ("8.0" in name and "backward_finish" in line["launched"])
+
+
+@pytest.mark.parametrize("blocks", [8, 16])  # more than 8 need the function's permission
+def test_clusters_are_launched(work, blocks):
+    program, native, replayed, _ = compiled_for(work, {"": DECODE}, DECODE.gpu, str(blocks))[""]
+    assert replayed == native and len(native) == 1
+    assert native[0]["cluster"] == [blocks, 1, 1] == list(program.steps[0].kernel.cluster)
+    assert native[0]["grid"][0] == blocks * DECODE.problem.batch * DECODE.problem.kv_heads
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -223,6 +223,9 @@ INTERPRETED = {
                                                 schedule=dict(block_kv=16, num_stages=2, cluster=4)),
     "combined late": Case((0, 130, 77), 2, (6, 2), d=(64, 64), capacity=144, page=48, sinks=True, schedule=dict(
         num_blocks=5, num_stages=2, combines_late=True, query_slots=2)),
+    "two workers a block, in long runs": Case((0, 130, 77), 2, d=(64, 64), capacity=144, page=48, layout="BHLD",
+                                              schedule=dict(num_blocks=4, num_stages=2, workers=2, bands=4,
+                                                            query_slots=2, combines_late=True)),
     "pieces of partial results at once": Case((0, 130, 77), 4, (6, 2), d=(64, 64), capacity=140, schedule=dict(
         num_blocks=5, num_stages=2, parts_at_once=2, pieces_at_once=4)),
     "wide heads": Case((60,), d=(256, 136), capacity=64, page=16, layout="BHLD", rule=Full(),
@@ -286,25 +289,32 @@ def test_an_automatic_choice_takes_it():
 
 @pytest.mark.parametrize(("problem", "fields"), [
     (Problem(1, 16_384), dict(num_stages=6)),  # short runs
-    (Problem(16, 32_768), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),
+    (Problem(16, 32_768), dict(num_stages=3, workers=2, bands=4, query_slots=2, combines_late=True)),
+    (Problem(16, 32_768, page=16), dict(num_stages=3, workers=2, bands=4, query_slots=2, combines_late=True)),
+    (Problem(1, 131_072), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),  # 17 parts, not 34
     (Problem(16, 32_768, d=64), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),
     (Problem(16, 16_384, d=256), dict(num_stages=2, q_registers=False, query_slots=2, combines_late=True,
                                       pieces_at_once=4, parts_at_once=2)),
     (Problem(64, 32_768, (32, 1)), dict(num_stages=6, query_slots=2, combines_late=True, pieces_at_once=4,
                                         parts_at_once=2)),
-    (Problem(16, 32_768, (8, 8), d=96), dict(num_stages=6, bands=4, combines_late=True)),  # 192 bytes: no TMA
-    (Problem(16, 32_768, (16, 8), d=96), dict(num_stages=6, bands=4, query_slots=2, combines_late=True)),
-    (Problem(128, 2048), dict(num_stages=6, query_slots=2)),  # 1,024 heads are found once
+    (Problem(16, 32_768, (8, 8), d=96), dict(num_stages=3, workers=2, bands=4, combines_late=True)),  # no TMA
+    (Problem(16, 32_768, (16, 8), d=96), dict(num_stages=3, workers=2, bands=4, query_slots=2, combines_late=True)),
+    (Problem(128, 2048), dict(num_stages=3, workers=2, query_slots=2)),  # 1,024 heads are found once
     (Problem(16, 32_768, bias=(16, 1)), dict(num_stages=6, query_slots=2, combines_late=True)),
     (Problem(16, 32_768, eight=True), dict(num_stages=4, workers=2, bands=4, query_slots=2, combines_late=True)),
+    (Problem(16, 32_768, d=64, eight=True), dict(num_stages=6, workers=3, bands=4, query_slots=2, combines_late=True)),
 ], ids=str)
 def test_long_runs_wait_for_nothing(problem, fields):
     """What was measured: docs/notes/hopper_decode.md, 2026-11-30."""
     size = problem.batch, problem.heads[1], problem.capacity, problem.d
-    key = jax.ShapeDtypeStruct(size, "float8_e4m3fn" if problem.eight else "bfloat16")
+    table, stored = None, size
+    if problem.page:
+        table = jax.ShapeDtypeStruct((size[0], size[2] // problem.page), "int32")
+        stored = size[0] * table.shape[1], size[1], problem.page, size[3]
+    key = jax.ShapeDtypeStruct(stored, "float8_e4m3fn" if problem.eight else "bfloat16")
     scales = [jax.ShapeDtypeStruct((1, problem.heads[1]), "float32")] * 2 if problem.eight else []
     q = jax.ShapeDtypeStruct((problem.batch, problem.heads[0], problem.q_len, problem.d), "bfloat16")
-    held = cache.Cache(key, key, jax.ShapeDtypeStruct((problem.batch,), "int32"), None, "BHLD", *scales)
+    held = cache.Cache(key, key, jax.ShapeDtypeStruct((problem.batch,), "int32"), table, "BHLD", *scales)
     bias = None if problem.bias is None else jax.ShapeDtypeStruct((*problem.bias, 1, size[2]), "float32")
     spec = cache._Call.of(q, held, Causal(), bias, {}).spec
     assert defaults.default_forward(spec, device.H200) == DecodeSchedule(**fields)
@@ -556,6 +566,7 @@ def test_every_schedule_is_right_on_a_gpu(schedule):
 @pytest.mark.parametrize("schedule", [
     dict(bands=4), dict(bands=2), dict(bands=4, workers=2, num_stages=2), dict(bands=4, block_kv=128, num_stages=2),
     dict(bands=4, query_slots=1, num_blocks=3), dict(query_slots=2, workers=2, num_stages=2),
+    dict(bands=4, workers=2, num_stages=3, combines_late=True, query_slots=2),
     dict(combines_late=True, query_slots=2), dict(cluster=8), dict(cluster=2, bands=4)], ids=str)
 def test_every_schedule_of_few_queries_is_right_on_a_gpu(schedule):
     assert_right_as_scheduled(Case((300, 0, 77, 640, 1), 2, (8, 2), capacity=640, bias=(5, 8), sinks=True,

@@ -167,6 +167,8 @@ ON_GPU = {
     "float16, pages, sinks": Case((1500, 0, 64, 900), heads=(8, 2), d=(64, 64), capacity=1536, page=16, dtype="float16",
                                   sinks=True),
     "bands": Case((1, 700, 2048, 130), heads=(8, 2), capacity=2048, sinks=True, schedule=dict(bands=4, num_stages=4)),
+    "three workers": Case((1, 700, 2048, 130), heads=(8, 2), d=(64, 64), capacity=2048, schedule=dict(
+        workers=3, bands=4, query_slots=2, combines_late=True)),
     "wide heads, a window": Case((900, 1024), heads=(16, 1), d=(256, 256), capacity=1024, softcap=9.0,
                                  rule=Causal() & Window(left=500)),
 }

@@ -72,7 +72,9 @@ NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
          "causal-d192-v128-s2048+decode", "causal-d128-s2048+decode+sinks", "causal-d64-s2048+decode+eight",
          "causal-d128-s2048+decode+eight+pages", "causal-d256-s2048+decode+softcap+eight",
          "causal-d64-s2048+decode+bands+late", "causal-d128-s2048+decode+pages+bands",
-         "causal-d128-s2048+decode+pages+late", "causal-d128-s2048+decode+sinks+cluster"]
+         "causal-d128-s2048+decode+pages+late", "causal-d128-s2048+decode+sinks+cluster",
+         "causal-d128-s2048+decode+pages+bands+late+two", "causal-d128-s2048+decode+sinks+two",
+         "causal-d64-s2048+decode+eight+bands+late+three"]
 DECODING_WITH_A_BIAS = {"causal-d64-s2048+decode+pages+bias+heads+sinks": 0,
                         "causal-d128-s2048+decode+bias+heads+sinks": 0,
                         "causal-d256-s2048+decode+softcap+bias+heads+sinks": 40}

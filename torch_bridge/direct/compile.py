@@ -18,7 +18,7 @@ from torch_bridge.direct.plan import Kernel, Module, Program, Step
 __all__ = ["compile_program"]
 
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: loading the module, which the first launch does, is allowed
-KERNEL_NODE, CLUSTER = 0, 4  # CU_GRAPH_NODE_TYPE_KERNEL, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
 class _Launch(NamedTuple):
@@ -28,6 +28,7 @@ class _Launch(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     smem_bytes: int
+    cluster: tuple[int, int, int]
     words: tuple[int, ...]
 
 
@@ -78,7 +79,7 @@ def _recorded(compiled: plugin.Compiled, count: int) -> Kernel:
     for place, _ in patches:
         words[place] = 0  # an address that nobody gave is none
     return Kernel(launch.name, launch.grid, launch.block, launch.smem_bytes, compiled.cubin,
-                  struct.pack(f"<{len(words)}Q", *words), tuple(patches))
+                  struct.pack(f"<{len(words)}Q", *words), tuple(patches), launch.cluster)
 
 
 def _capture(compiled: plugin.Compiled, addresses: Sequence[int]) -> _Launch:
@@ -109,16 +110,16 @@ def _only_launch(graph: Pointer) -> _Launch:
     driver.call("cuGraphNodeGetType", node, ctypes.byref(kind))
     if kind.value != KERNEL_NODE:
         raise RuntimeError(f"a launch must be a kernel's node of a graph (0), this JAX makes one of type {kind.value}")
-    cluster = (ctypes.c_uint * 16)()  # CUlaunchAttributeValue, 64 bytes
-    driver.call("cuGraphKernelNodeGetAttribute", node, ctypes.c_int(CLUSTER), ctypes.byref(cluster))
-    if max(cluster[:3]) > 1:
-        raise RuntimeError(f"launches in clusters are not recorded, got one of {tuple(cluster[:3])} blocks")
+    value = (driver.UInt * driver.VALUE_WORDS)()
+    driver.call("cuGraphKernelNodeGetAttribute", node, ctypes.c_int(driver.CLUSTER), ctypes.byref(value))
+    cluster = max(1, value[0]), max(1, value[1]), max(1, value[2])  # 0 where none was given
     found = driver.NodeParameters()
     driver.call("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(found))
     name = ctypes.c_char_p()
     driver.call("cuFuncGetName", ctypes.byref(name), Pointer(found.function))
     assert name.value is not None
-    return _Launch(name.value.decode(), tuple(found.grid), tuple(found.block), found.smem_bytes, _words(found))
+    return _Launch(name.value.decode(), tuple(found.grid), tuple(found.block), found.smem_bytes, cluster,
+                   _words(found))
 
 
 def _words(found: driver.NodeParameters) -> tuple[int, ...]:

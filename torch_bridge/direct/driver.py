@@ -12,8 +12,11 @@ from ctypes import c_size_t as Size
 from ctypes import c_uint as UInt
 from ctypes import c_void_p as Pointer
 
-__all__ = ["DriverError", "Int", "LaunchConfig", "NodeParameters", "Pointer", "Size", "UInt", "adopt", "call",
-           "capability", "check", "context_of", "current", "current_device", "is_current", "library", "version"]
+__all__ = [
+    "CLUSTER", "VALUE_WORDS", "DriverError", "Int", "LaunchAttribute", "LaunchConfig", "NodeParameters", "Pointer",
+    "Size", "UInt", "adopt", "call", "capability", "check", "context_of", "current", "current_device", "is_current",
+    "library", "version",
+]
 
 LIBRARY = "libcuda.so.1"
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -32,6 +35,16 @@ class NodeParameters(ctypes.Structure):
 
     _fields_ = [("function", Pointer), ("grid", UInt * 3), ("block", UInt * 3), ("smem_bytes", UInt),
                 ("parameters", ctypes.POINTER(Pointer)), ("extra", Pointer), ("kernel", Pointer), ("context", Pointer)]
+
+
+CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+VALUE_WORDS = 16  # of CUlaunchAttributeValue, 64 bytes
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", Int), ("padding", UInt), ("value", UInt * VALUE_WORDS)]
 
 
 class LaunchConfig(ctypes.Structure):

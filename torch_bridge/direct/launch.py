@@ -8,6 +8,7 @@ its function's, and in none. What it refused is launched again in the right one.
 """
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ __all__ = ["ALIGNMENT", "Loaded", "require_no_fork"]
 ALIGNMENT = 16
 """Bytes to which the address of every array must be aligned: the need of tensor maps."""
 _DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+_PORTABLE = 8  # blocks of a cluster
 _BUFFER, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
 _STREAM = driver.LaunchConfig.stream.offset // 8
 _OF_CONTEXTS = (201, 400)  # CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_INVALID_HANDLE
@@ -76,10 +79,14 @@ class _Prepared(NamedTuple):
         start, size = (ctypes.c_char * len(block)).from_buffer(block), Size(len(block))
         extra = (Pointer * 5)(_BUFFER, ctypes.addressof(start), _SIZE, ctypes.addressof(size), None)
         config = driver.LaunchConfig((UInt * 3)(*kernel.grid), (UInt * 3)(*kernel.block), kernel.smem_bytes)
+        cluster = driver.LaunchAttribute(driver.CLUSTER)
+        if math.prod(kernel.cluster) > 1:
+            cluster.value[:3] = kernel.cluster
+            config.attributes, config.num_attributes = ctypes.addressof(cluster), 1
         # Ready pointers: ctypes makes one of any other object in each call.
         arguments = ctypes.byref(config), Pointer.from_param(step.function.value), None, ctypes.byref(extra)
         return cls(memoryview(block).cast("Q"), step.places, memoryview(config).cast("B").cast("Q"), arguments,
-                   kernel.name, (start, size))
+                   kernel.name, (start, size, cluster))
 
 
 class Loaded:
@@ -116,6 +123,8 @@ class Loaded:
         self._modules.append(module)
         driver.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.name.encode())
         driver.call("cuFuncSetAttribute", function, ctypes.c_int(_DYNAMIC_SMEM), ctypes.c_int(kernel.smem_bytes))
+        if math.prod(kernel.cluster) > _PORTABLE:
+            driver.call("cuFuncSetAttribute", function, ctypes.c_int(_NON_PORTABLE), ctypes.c_int(1))
         return function
 
     def launch(self, addresses: Sequence[int], stream: int) -> None:

@@ -1,6 +1,6 @@
 """A pass as data, and the file in which it is kept.
 
-The file, version 6; numbers are little-endian:
+The file, version 7; numbers are little-endian:
 
     bytes    what
     8        "PFPLAN\\r\\n"
@@ -22,8 +22,8 @@ The file, version 6; numbers are little-endian:
                restored    names of arrays that are 0 when the launches begin, which update them and leave them 0
                steps       in the order of their launches, [index of a kernel, names of the arrays that it is given]
                kernels     [name, grid, block, smem_bytes, index of the cubin's blob, index of the parameters' blob,
-                            patches]: each patch is [place, i], the 8 bytes at 8 * place of the parameters being the
-                            address of the i-th array of the step
+                            patches, cluster]: each patch is [place, i], the 8 bytes at 8 * place of the
+                            parameters being the address of the i-th array of the step
                blobs       their lengths in bytes
     ...      the blobs, one after the other
     32       SHA-256 of all that is before it
@@ -42,7 +42,7 @@ __all__ = ["OPERATIONS", "Buffer", "Kernel", "Module", "Operation", "Parameter",
            "UnreadablePlanError", "read", "write"]
 
 MAGIC = b"PFPLAN\r\n"
-VERSION = 6
+VERSION = 7
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "bool": 1}
 OPERATIONS = frozenset((
     "abs", "isfinite", "add", "sub", "mul", "max", "min", "div", "and", "or", "xor", "not", "neg", "eq", "ne", "lt",
@@ -95,6 +95,7 @@ class Kernel(NamedTuple):
       cubin: machine code for one compute capability.
       parameters: the block of parameters, filled up to a multiple of 8 bytes.
       patches: (place, i): the 8 bytes at 8 * place are the address of the i-th array of the step.
+      cluster: blocks of a cluster along x, y and z.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Kernel(NamedTuple):
     cubin: bytes
     parameters: bytes
     patches: tuple[tuple[int, int], ...]
+    cluster: tuple[int, int, int] = (1, 1, 1)
 
 
 class Step[K](NamedTuple):
@@ -191,7 +193,8 @@ def write(program: Program[Kernel], request: str) -> bytes:
         left=program.left, reasons=program.reasons,
         constants={name: kept(value) for name, value in program.constants.items()},
         steps=[(kernels.index(step.kernel), step.arrays) for step in program.steps],
-        kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches)
+        kernels=[(k.name, k.grid, k.block, k.smem_bytes, kept(k.cubin), kept(k.parameters), k.patches,
+                  k.cluster)
                  for k in kernels])
     text = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
     content = b"".join((_HEAD.pack(MAGIC, VERSION, len(text)), text, *blobs))
@@ -232,7 +235,7 @@ class _Header(TypedDict):
     reasons: list[tuple[str, str]]
     constants: dict[str, int]
     steps: list[tuple[int, list[str]]]
-    kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]]]]
+    kernels: list[tuple[str, list[int], list[int], int, int, int, list[tuple[int, int]], list[int]]]
     blobs: list[int]
 
 
@@ -271,8 +274,8 @@ def _program(header: _Header, blobs: list[bytes]) -> Program[Kernel]:
         return int(x), int(y), int(z)
 
     kernels = [Kernel(str(name), sizes(grid), sizes(block), int(smem_bytes), blobs[cubin], blobs[parameters],
-                      tuple((int(place), int(i)) for place, i in patches))
-               for name, grid, block, smem_bytes, cubin, parameters, patches in header["kernels"]]
+                      tuple((int(place), int(i)) for place, i in patches), sizes(cluster))
+               for name, grid, block, smem_bytes, cubin, parameters, patches, cluster in header["kernels"]]
     buffers = {name: Buffer(tuple(map(int, shape)), str(dtype), None if strides is None else tuple(map(int, strides)))
                for name, (shape, dtype, strides) in header["buffers"].items()}
     return Program(

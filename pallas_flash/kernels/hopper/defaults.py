@@ -16,6 +16,7 @@ from pallas_flash.filled import filled_part
 from pallas_flash.kernels.hopper.memory import smem_bytes
 from pallas_flash.kernels.hopper.rules import dbias_reasons, may_come_ahead, reasons_against
 from pallas_flash.kernels.hopper.schedule import (
+    CHUNK,
     ROWS_PER_WARPGROUP,
     BackwardSchedule,
     DbiasSchedule,
@@ -156,18 +157,29 @@ def _default_decode(spec: AttentionSpec, device: Device) -> DecodeSchedule:
     # keys of eight bits 36: those alone of which 32 are no whole number of conversions, of 224 columns say.
     needs_more = spec.bias is not None or spec.cache_scales is not None
     base = _of_long_runs(spec, device)
-    # Half the bytes: what one warpgroup converts and computes takes longer than to read them.
+    most = _most_workers(spec, base, device)
     candidates = (
         dataclasses.replace(base, block_kv=block_kv, q_registers=held, num_stages=stages, workers=workers)
         for block_kv in ([32] if needs_more and spec.d_v > 192 else []) + [DecodeSchedule.block_kv]
-        for workers in ([1] if spec.cache_scales is None else [2, 1])
+        for workers in range(most, 0, -1)
         for held in ([True, False] if spec.d <= 192 else [False])
         for stages in range(DecodeSchedule.num_stages, 0, -1))
     return next(schedule for schedule in candidates if not reasons_against(spec, schedule, device.smem_bytes))
 
 
 _LONG_RUN = 32
-"""Tiles of a worker from which on its loads are so far ahead that all others wait behind them."""
+"""Tiles of a block from which on its loads are so far ahead that all others wait behind them."""
+
+
+def _has_long_runs(spec: AttentionSpec, device: Device) -> bool:
+    """Whether each block has `_LONG_RUN` tiles or more if the cache is full."""
+    tiles = spec.batch * spec.kv_heads * cdiv(spec.kv_len, DecodeSchedule.block_kv)
+    return tiles >= _LONG_RUN * device.num_sms
+
+
+def _has_many_rows(spec: AttentionSpec) -> bool:
+    """Whether a partial result is more than what is loaded of it at a time."""
+    return rows(spec) * spec.d_v > 512
 
 
 def _of_long_runs(spec: AttentionSpec, device: Device) -> DecodeSchedule:
@@ -176,14 +188,32 @@ def _of_long_runs(spec: AttentionSpec, device: Device) -> DecodeSchedule:
     longer. Of few queries, each warp computes the weights of its own keys.
     """
     schedule, heads = DecodeSchedule(num_blocks=device.num_sms), spec.batch * spec.kv_heads
-    if heads * cdiv(spec.kv_len, schedule.block_kv) < _LONG_RUN * device.num_sms:
+    if not _has_long_runs(spec, device):
         return schedule
     schedule = dataclasses.replace(schedule, query_slots=2 if may_come_ahead(spec) else 0,
                                    combines_late=heads <= 2 * device.num_sms)
-    if rows(spec) * spec.d_v > 512:
+    if _has_many_rows(spec):
         schedule = dataclasses.replace(schedule, pieces_at_once=4, parts_at_once=2)
     is_few = 4 * rows(spec) <= ROWS_PER_WARPGROUP and spec.bias is None and max(spec.d, spec.d_v) <= 128
     return dataclasses.replace(schedule, bands=4 if schedule.combines_late and is_few else 1)
+
+
+def _most_workers(spec: AttentionSpec, base: DecodeSchedule, device: Device) -> int:
+    """The compute warpgroups of a block of decoding, if shared memory has room for them and their stages.
+
+    Of eight bits, what one converts and computes takes longer than to read them: two; in long runs at d = d_v = 64,
+    where a tile is read in 0.24 us and a step takes 0.8 us, three.
+
+    In 16 bits one keeps up, but not where a segment begins or ends. In long runs a second one reads on meanwhile, with
+    half of what is in flight, three stages of 32 KB each. Not where a head has more partial results, of two workers
+    an SM, than are loaded together; for few queries and without a bias, as it was measured.
+    """
+    is_long, heads = _has_long_runs(spec, device), spec.batch * spec.kv_heads
+    if spec.cache_scales is not None:
+        return 3 if is_long and spec.d == spec.d_v == CHUNK else 2
+    is_like_measured = chunks(spec.d) + chunks(spec.d_v) == 4 and spec.bias is None and not _has_many_rows(spec)
+    parts = cdiv(2 * device.num_sms, heads) + 1
+    return 2 if is_long and is_like_measured and parts <= base.parts_at_once else 1
 
 
 @functools.lru_cache(maxsize=256)

@@ -139,7 +139,7 @@ def decoding(problem, options: list[str]):
 
 
 SCHEDULED = {"bands": dict(bands=4), "late": dict(combines_late=True, query_slots=2, pieces_at_once=4),
-             "cluster": dict(cluster=8)}
+             "cluster": dict(cluster=8), "two": dict(workers=2, num_stages=3), "three": dict(workers=3)}
 """How schedules of decoding differ from the default, by option."""
 
 
