@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.kernels.hopper import tiles
-from pallas_flash.kernels.hopper.forward import merge
 from pallas_flash.kernels.hopper.forward.counter import for_each_taken, take
 from pallas_flash.kernels.hopper.forward.tiles import Block, Tile, for_each_tile
 from pallas_flash.kernels.hopper.places import Place, locate
@@ -28,8 +27,6 @@ def load_query(block: Block, tile: Tile) -> None:
     place = locate(block.gmem, Place.QUERY, tile.batch)
     index = (place.batch, tile.head, place.row(tile.q_tile * block.schedule.block_q))
     tiles.load_tile(block.spec, block.gmem["q"], index, block.smem["q"].at[slot], block.bars["q_full"].at[slot])
-    if block.merges:
-        merge.ask(block, tile)
 
 
 def load_ring(block: Block, name: str, tile: Tile) -> None:

@@ -8,7 +8,6 @@ waits for them.
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash import softmax
@@ -18,12 +17,11 @@ from pallas_flash.kernels.hopper.forward.softmax import Earlier, exponents_of
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
-from pallas_flash.kernels.hopper.schedule import chunks
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scores import unit
 from pallas_flash.kernels.mosaic.types import Index
 
-__all__ = ["accumulator", "ask", "load", "real", "store"]
+__all__ = ["accumulator", "load", "real", "store"]
 
 
 def real(block: Block, rows: Rows) -> Bool[Array, ""]:
@@ -48,20 +46,6 @@ def accumulator(rows: Rows, before: Fragment) -> Fragment:
     assert rows.earlier is not None
     nothing = registers.spread(rows.earlier.left == -jnp.inf, before.shape[1])
     return plgpu.layout_cast(jnp.where(nothing, 0.0, before), registers.ACC)
-
-
-def ask(block: Block, tile: Tile) -> None:
-    """Has what the state has of a tile's rows brought to L2: blocks come to their tiles' ends together, and would all
-    wait for memory at once.
-    """
-    if block.begins:
-        return
-    place, rows = locate(block.gmem, Place.STATE, tile.batch), block.schedule.block_q
-    first, out = place.row(tile.q_tile * rows), block.gmem["state_out"]
-    pieces = [tiles.chunk_of(block.spec, out, (place.batch, tile.head, first), rows, chunk)
-              for chunk in range(chunks(block.spec.d_v))]
-    for piece in (block.gmem["state_stats"].at[place.batch, tile.head, :, pl.ds(first, rows)], *pieces):
-        plgpu.async_prefetch(piece)
 
 
 def _loaded(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, PerRow, Fragment]:
