@@ -12,8 +12,8 @@ import numpy as np
 from pallas_flash import errors
 from pallas_flash.arrays import Shaped
 
-__all__ = ["UNBOUNDED", "ArrayField", "FieldArray", "as_array", "flatten", "is_static", "limit", "on_host",
-           "unflatten", "values", "with_lead_axes"]
+__all__ = ["UNBOUNDED", "ArrayField", "FieldArray", "as_array", "check_class", "flatten", "is_static", "limit",
+           "on_host", "unflatten", "values", "with_lead_axes"]
 
 UNBOUNDED = 1 << 30
 """A distance beyond any sequence length, small enough to add to an int32 position."""
@@ -115,6 +115,23 @@ def with_lead_axes(owner: str, name: str, array: object, position_axes: int) -> 
 def values(mask: object) -> dict[str, Any]:
     """The values of the fields of a mask or a score function, by name."""
     return {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)}  # type: ignore[arg-type]
+
+
+def check_class(argument: str, plural: str, kind: type) -> None:
+    """Raises ValueError unless a class of masks or score functions is a frozen dataclass whose fields all count where
+    two are compared: else what has been compiled for one, or planned for a part of it, would be used for another.
+    """
+    if not dataclasses.is_dataclass(kind) or kind.__hash__ is None:
+        raise errors.invalid(f"a class of {plural} must be a frozen dataclass",
+                             f"{argument}={kind.__name__}(), which is not",
+                             f"write @dataclasses.dataclass(frozen=True) above class {kind.__name__}")
+    hidden = [field.name for field in dataclasses.fields(kind) if not field.compare]
+    if hidden:
+        raise errors.invalid(
+            f"all fields of a class of {plural} must take part in comparison, or results of one would be computed with "
+            "another",
+            f"{kind.__name__} with compare=False for {', '.join(hidden)}",
+            "leave out compare=False; of arrays only shapes are compared, and values may differ from call to call")
 
 
 Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]

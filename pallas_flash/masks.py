@@ -198,9 +198,7 @@ def checked(mask: object) -> Mask:
                              "wrap a boolean array as Dense(array), or name the rule: Causal(), Window(left, right)")
     for part in mask.parts:
         kind: type[Mask] = type(part)
-        if not dataclasses.is_dataclass(kind) or kind.__hash__ is None:
-            raise errors.invalid("a class of masks must be a frozen dataclass", f"mask={kind.__name__}(), which is not",
-                                 f"write @dataclasses.dataclass(frozen=True) above class {kind.__name__}")
+        mask_fields.check_class("mask", "masks", kind)
         if type(part).keep is Mask.keep:
             raise errors.invalid("a class of masks must define keep(q_pos, kv_pos)", f"mask={kind.__name__}(), without",
                                  "return True where the query at q_pos attends to the key at kv_pos")

@@ -280,11 +280,8 @@ def checked(score: object) -> Score | None:
             "score must be a function (score, batch, head, q_pos, kv_pos) -> score, or a pallas_flash.Score",
             f"type(score)={type(score).__name__}", "add an array to the scores as `bias`" if _is_array(score) else
             "write a function, or a class: see pallas_flash.Score")
-    kind = type(score)
-    if not dataclasses.is_dataclass(kind) or kind.__hash__ is None:
-        raise errors.invalid("a class of score functions must be a frozen dataclass",
-                             f"score={kind.__name__}(), which is not",
-                             f"write @dataclasses.dataclass(frozen=True) above class {kind.__name__}")
+    kind: type = type(score)
+    mask_fields.check_class("score", "score functions", kind)
     _check_method(kind)
     for name, value in mask_fields.values(score).items():
         _check_field(f"{kind.__name__}.{name}", value)

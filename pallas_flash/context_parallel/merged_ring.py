@@ -24,7 +24,7 @@ from pallas_flash.arrays import Array, Float
 from pallas_flash.context_parallel import unrolled
 from pallas_flash.context_parallel.hops import Chosen
 from pallas_flash.context_parallel.plan import Call
-from pallas_flash.context_parallel.ring import RingPasses, attended, merged, nothing
+from pallas_flash.context_parallel.ring import RingPasses, attended, merged, no_stats
 from pallas_flash.context_parallel.shards import Shards, pick_rows
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
@@ -144,21 +144,25 @@ class MergedPasses(NamedTuple):
         spec, pieces = self.shards.spec, Pieces.of(self.shards)
         size = self.shards.chunking.chunk_len
         rows = pieces.number * size
-        state = nothing((spec.batch, rows, spec.q_heads, spec.d_v), (spec.batch, spec.q_heads, 2, rows), spec.acc_dtype)
+        stats = no_stats((spec.batch, spec.q_heads, 2, rows), spec.acc_dtype)
 
-        def compute(travelling: list[Array], state: Results[Array], call: Call,
-                    chosen: list[Chosen]) -> tuple[Results[Array], list[Array]]:
+        def compute(travelling: list[Array], state: Results[Array] | None, call: Call,
+                    chosen: list[Chosen]) -> tuple[Results[Array] | None, list[Array]]:
             k, v = travelling
-            given = sharding.vary_together((operands.q, k, v, self._places(chosen, pieces), state))
+            given = operands.q, k, v, self._places(chosen, pieces), stats if state is None else state
+            run = self.merging.first_part if state is None else self.merging.forward
             with device.on(self.shards.device):
-                return self.merging.forward(part_of(self.shards, call), *given), []
+                return run(part_of(self.shards, call), *sharding.vary_together(given)), []
 
-        found, _ = self._around(compute, operands, compat.vary_like(state, operands), [],
-                                functools.partial(self._joined, pieces=pieces))
+        nothing: Results[Array] | None = None
+        found, _ = self._around(compute, operands, nothing, [], functools.partial(self._joined, pieces=pieces))
         return found
 
-    def _joined(self, state: Results[Array], pieces: Pieces) -> Results[Array]:
-        """The results of all queries, from the pieces of the state."""
+    def _joined(self, state: Results[Array] | None, pieces: Pieces) -> Results[Array]:
+        """The results of all queries, from the pieces of the state. Rows that have met no key were not written."""
+        assert state is not None, "there are no pairs"
+        is_empty = (state.stats[:, :, 0] == -jnp.inf).swapaxes(1, 2)[..., None]
+        state = state._replace(out=jnp.where(is_empty, jnp.zeros_like(state.out), state.out))
         joined = [functools.reduce(functools.partial(merged, unit=self.shards.unit), own)
                   for own in self._pieces(state, pieces)]
         return Results(out=jnp.concatenate([x.out.astype(self.shards.spec.dtype) for x in joined], axis=1),

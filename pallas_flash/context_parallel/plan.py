@@ -148,9 +148,11 @@ def _pairs(mask: Mask, chunking: Chunking, q_device: int, kv_device: int,
 
 
 def part_of(mask: Mask, q_lo: int, kv_lo: int, size: int) -> Mask | None:
-    """The mask of `size` queries and keys from given positions on, without parts that keep all; None: none attends."""
+    """The mask of `size` queries and keys from given positions on, without parts that keep all; None: none attends.
+    Raises ValueError where `moved` returns what is not a mask, or one whose equality does not say that it is the same.
+    """
     kept: Mask = masks.Full()
-    for part in mask.moved(q_lo, kv_lo).parts:
+    for part in masks.checked(mask.moved(q_lo, kv_lo)).parts:
         bounds = part.kv_bounds(0, size)
         if not bounds.lo < size or not bounds.hi > 0:
             return None

@@ -20,7 +20,7 @@ from pallas_flash.context_parallel.plan import Call
 from pallas_flash.context_parallel.shards import Shards, pick_rows, replace_rows, split, stacked
 from pallas_flash.spec import AttentionSpec, Gradients, Operands, Results
 
-__all__ = ["RingPasses", "added", "anchored", "attended", "merged", "nothing"]
+__all__ = ["RingPasses", "added", "anchored", "attended", "merged", "no_stats", "nothing"]
 
 
 def attended(passes: autodiff.Passes, operands: Operands) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
@@ -166,8 +166,13 @@ def _is_all(pick: Chosen, shape: tuple[int, ...], whole: tuple[int, ...]) -> boo
 
 def nothing(out_shape: tuple[int, ...], stats_shape: tuple[int, ...], dtype: np.dtype) -> Results[Array]:
     """Results over no keys."""
-    of_row = jnp.array([-jnp.inf, 0, jnp.finfo(dtype).min][:stats_shape[2]], dtype)
-    return Results(out=jnp.zeros(out_shape, dtype), stats=jnp.broadcast_to(of_row[None, None, :, None], stats_shape))
+    return Results(out=jnp.zeros(out_shape, dtype), stats=no_stats(stats_shape, dtype))
+
+
+def no_stats(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Statistics over no keys."""
+    of_row = jnp.array([-jnp.inf, 0, jnp.finfo(dtype).min][:shape[2]], dtype)
+    return jnp.broadcast_to(of_row[None, None, :, None], shape)
 
 
 def merged(a: Results[Array], b: Results[Array], unit: float) -> Results[Array]:

@@ -505,6 +505,22 @@ def test_classes_of_masks_that_forget_the_dataclass(rule, others):
         f"Write @dataclasses.dataclass(frozen=True) above class {rule.__name__}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Hidden(Mask):
+    reach: int = dataclasses.field(default=3, compare=False)
+
+    def keep(self, q_pos, kv_pos):
+        return kv_pos > q_pos - self.reach
+
+
+def test_fields_of_masks_that_are_not_compared():
+    """Regression: what had been made for Hidden(3) was used for Hidden(4), which is equal to it."""
+    assert raised(flash_attention, dict(mask=lambda: Causal() & Hidden(4))) == (
+        "all fields of a class of masks must take part in comparison, or results of one would be computed with another"
+        ", got Hidden with compare=False for reach. Leave out compare=False; of arrays only shapes are compared, and "
+        "values may differ from call to call.")
+
+
 @pytest.mark.parametrize(("rng", "message"), DROPOUT_RNG.values(), ids=DROPOUT_RNG)
 @pytest.mark.parametrize("call", [flash_attention, dot_product_attention])
 def test_dropout_rng(call, rng, message):

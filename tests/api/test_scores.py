@@ -379,6 +379,14 @@ class Thawed(Score):
 
 
 @dataclasses.dataclass(frozen=True)
+class Hidden(Score):
+    slope: float = dataclasses.field(default=1.0, compare=False)
+
+    def __call__(self, score, batch, head, q_pos, kv_pos):
+        return score * self.slope
+
+
+@dataclasses.dataclass(frozen=True)
 class Listed(Score):
     numbers: Any
 
@@ -409,6 +417,7 @@ REFUSED = {
     "a global array": (lambda: reads_a_global, "must not hold arrays.* which reads `GLOBAL`"),
     "a bound array": (lambda: functools.partial(lambda x, score, *place: score + x[0], SLOPES), "must not hold arrays"),
     "a class that is not frozen": (Thawed, "must be a frozen dataclass, got score=Thawed"),
+    "a field that is not compared": (Hidden, "all fields of a class of score functions must take part in comparison"),
     "a field that is a list": (lambda: Listed([1, 2]), "Listed.numbers must be an array, or be hashable"),
     "slopes of other heads": (lambda: ALiBi(SLOPES[:3]), "ALiBi.slopes must be of the 4 heads of query, got one of 3"),
     "offsets of another batch": (lambda: ALiBi(SLOPES, offset=np.arange(1)), "must be of the 2 batch .* one of 1"),

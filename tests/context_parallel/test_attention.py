@@ -286,6 +286,29 @@ def test_user_masks_may_ask_jax(x64):
     assert_close(jax.jit(whole(2, mask=Blocks()))(*arrays), pf.flash_attention(*arrays, mask=Blocks()))
 
 
+@dataclasses.dataclass(frozen=True)
+class HereOnly(pf.Mask):
+    """Of a piece of the sequence, whose place is not compared."""
+
+    place: int = dataclasses.field(compare=False)
+
+    def keep(self, q_pos, kv_pos):
+        return q_pos + self.place >= kv_pos
+
+
+def test_pieces_whose_masks_are_equal_but_not_the_same():
+    """Regression: pairs of chunks with other masks shared a call, and were computed with the first one's."""
+    @dataclasses.dataclass(frozen=True)
+    class Everywhere(pf.Mask):
+        def keep(self, q_pos, kv_pos):
+            return q_pos >= kv_pos
+
+        def moved(self, q_lo, kv_lo):
+            return HereOnly(q_lo - kv_lo)
+    with pytest.raises(ValueError, match=r"all fields of a class of masks must take part in comparison.* for place"):
+        whole(2, mask=Everywhere())(*qkv())
+
+
 def test_under_vmap_scan_and_remat(x64):
     arrays = qkv("float64", batch=1)
     wanted = gradients(functools.partial(pf.flash_attention, mask=pf.Causal()), arrays)

@@ -53,10 +53,18 @@ class Forward(StandIn):
             before = rows(stats, entry, at, spec.q_len, 2 + 1)
             merged, old, new = softmax.merge(before, found.stats, softmax.unit(spec.scale, spec.softcap))
             over_dims = lambda share: share.swapaxes(1, 2)[..., None]
-            sums = rows(out, entry, at, spec.q_len) * over_dims(old) + found.out * over_dims(new)
+            own = jnp.where(over_dims(before[:, :, 0]) == -jnp.inf, 0.0, rows(out, entry, at, spec.q_len))
+            sums = own * over_dims(old) + found.out * over_dims(new)
             out = jax.lax.dynamic_update_slice(out, sums, (entry, at, 0, 0))
             stats = jax.lax.dynamic_update_slice(stats, merged, (entry, 0, 0, at))
         return out, stats
+
+
+class FirstPart(Forward):
+    """Rows that it does not write may hold anything."""
+
+    def __call__(self, q, k, v, places, stats):
+        return super().__call__(q, k, v, places, jnp.full(self.result_types[0].shape, jnp.nan), stats)
 
 
 class Backward(StandIn):
@@ -91,6 +99,8 @@ def standing_in(monkeypatch):
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     types = dict(
         forward_pass=lambda part, _, shapes: Forward(part, tuple(map(float32, shapes[-2:]))),
+        first_part_pass=lambda part, _, shapes: FirstPart(part, tuple(map(float32, (
+            (shapes[0][0], shapes[-1][3], shapes[0][2], part.d_v), shapes[-1])))),
         backward_pass=lambda part, _, shapes: Backward(
             part, (*(float32((part.batch, part.kv_len, part.kv_heads, d)) for d in (part.d, part.d_v)),
                    float32(shapes[-1]))),

@@ -51,8 +51,8 @@ def written_once(n):
     """Bytes that a ring whose kernels merge writes beside them whatever n is, but for statistics, and those of its sums
     of a step."""
     p = sizes.problem(n)
-    keys, sums, state = p.itemsize * p.kv, p.acc_itemsize * p.kv, 3 * p.acc_itemsize * p.q_out // 2
-    forward = keys + state + p.itemsize * p.q_out  # packed, zeroed, rounded
+    keys, sums = p.itemsize * p.kv, p.acc_itemsize * p.kv
+    forward = keys + p.itemsize * p.q_out  # packed, rounded
     backward = keys + (keys + sums) + sums + keys  # packed, with the first sums, the last sums alone, rounded
     return forward + backward, sums
 

@@ -1,7 +1,7 @@
 """Parts of a problem whose results are merged by the kernels, in place: for the steps of a ring of devices.
 
-forward: q, k, v, places -> the state, of out in float32 and statistics, into which each warpgroup merges its rows where
-it would write them (`forward.merge`).
+forward: q, k, v, places -> the state, of out in float32 and statistics, with which each warpgroup begins and which it
+leaves (`forward.merge`). The first part makes out: no zeros are written and read.
 
 backward: `prepare` once for all parts; of each part the fused kernel, which makes dk and dv and adds dq to the same
 float32 sums; and `finish` once. So of dq nothing is zeroed, read and written between parts.
@@ -27,11 +27,11 @@ from pallas_flash.kernels.hopper.places import Place
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, BackwardSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic import batching
 from pallas_flash.kernels.mosaic.call import unpartitioned
-from pallas_flash.kernels.mosaic.launch import Pass
+from pallas_flash.kernels.mosaic.launch import Launch, Pass
 from pallas_flash.spec import AttentionSpec, Results
 
-__all__ = ["Place", "Sums", "backward", "backward_pass", "dq", "first_pass", "forward", "forward_pass", "last_pass",
-           "sums", "why_not"]
+__all__ = ["Place", "Sums", "backward", "backward_pass", "dq", "first_part", "first_part_pass", "first_pass",
+           "forward", "forward_pass", "last_pass", "sums", "why_not"]
 
 Array = jax.Array
 
@@ -82,11 +82,30 @@ type _Shapes = tuple[tuple[int, ...], ...]
 @functools.lru_cache(maxsize=256)
 def forward_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: _Shapes) -> Pass:
     """The forward of a part, of q, k, v, places and the state's out and statistics, in these shapes."""
-    names = "q", "k", "v", "places", "state_out", "state_stats"
-    dtypes = *(part.dtype,) * 3, jnp.int32, jnp.float32, jnp.float32
+    return _of_forward(part, schedule, (*_GIVEN, *_STATE), shapes, forward_kernel.launch(part, schedule, merges=True))
+
+
+@functools.lru_cache(maxsize=256)
+def first_part_pass(part: AttentionSpec, schedule: ForwardSchedule, shapes: _Shapes) -> Pass:
+    """The forward of the first part, of q, k, v, places and the state's statistics, in these shapes: it makes the
+    state's out, of which it writes the rows of the part.
+    """
+    batch, heads, _, rows = shapes[-1]
+    state = jax.ShapeDtypeStruct((batch, rows, heads, part.d_v), jnp.float32)
+    launch = forward_kernel.launch(part, schedule, merges=True, state=state)
+    return _of_forward(part, schedule, (*_GIVEN, _STATE[1]), shapes, launch)
+
+
+_GIVEN = "q", "k", "v", "places"
+_STATE = "state_out", "state_stats"
+
+
+def _of_forward(part: AttentionSpec, schedule: ForwardSchedule, names: tuple[str, ...], shapes: _Shapes,
+                launch: Launch) -> Pass:
+    dtypes = *(part.dtype,) * 3, jnp.int32, *(jnp.float32,) * (len(names) - len(_GIVEN))
     inputs = {name: jax.ShapeDtypeStruct(*kind) for name, *kind in zip(names, shapes, dtypes, strict=True)}
-    return Pass(inputs=inputs, constants={"table": work.forward_table(part, schedule)},
-                launches=(forward_kernel.launch(part, schedule, merges=True),), results=names[-2:])
+    return Pass(inputs=inputs, constants={"table": work.forward_table(part, schedule)}, launches=(launch,),
+                results=_STATE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,20 +168,35 @@ def _run(part: AttentionSpec, build: Callable[[AttentionSpec, _Shapes], Pass], *
 
 # -- what a ring calls -------------------------------------------------------------------------------------------------
 
+def first_part(part: AttentionSpec, q: Array, k: Array, v: Array, places: Array, stats: Array) -> Results[Array]:
+    """The state that begins with a part: `forward` of a state that has met no key.
+
+    Args:
+      stats: those of no key, (batch, heads, 2, rows) for as many rows as are to be kept apart. Of rows for which they
+        stay, out is not written, and may be anything.
+    """
+    return Results(*_run(part, _with_schedule(first_part_pass), q, k, v, places, stats, places=3))
+
+
+def _with_schedule(build: Callable[[AttentionSpec, ForwardSchedule, _Shapes], Pass],
+                   ) -> Callable[[AttentionSpec, _Shapes], Pass]:
+    def built(part: AttentionSpec, shapes: _Shapes) -> Pass:
+        schedule = defaults.default_forward(part, device.current())
+        assert isinstance(schedule, ForwardSchedule)
+        return build(part, schedule, shapes)
+    return built
+
+
 def forward(part: AttentionSpec, q: Array, k: Array, v: Array, places: Array, state: Results[Array]) -> Results[Array]:
-    """The state with the results of a part merged into it, where they lie.
+    """The state with the results of a part merged into it, in place.
 
     Args:
       part: partial; its batch counts the rows of `places`, its lengths are those of each.
       q, k, v: whole arrays in the layout of the spec, with as many heads.
       places: int32 (batch, 4), see `places.Place`. No two rows may name the same rows of the state.
-      state: out in float32 and statistics, of as many rows as are to be kept apart.
+      state: out in float32 and statistics, of as many rows as are to be kept apart; where lse is -inf, out is not read.
     """
-    def build(part: AttentionSpec, shapes: _Shapes) -> Pass:
-        schedule = defaults.default_forward(part, device.current())
-        assert isinstance(schedule, ForwardSchedule)
-        return forward_pass(part, schedule, shapes)
-    return Results(*_run(part, build, q, k, v, places, *state, places=3))
+    return Results(*_run(part, _with_schedule(forward_pass), q, k, v, places, *state, places=3))
 
 
 def _schedule(spec: AttentionSpec) -> KvSchedule:

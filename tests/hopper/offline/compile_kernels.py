@@ -200,7 +200,8 @@ def merged(spec):
     out, stats = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (whole.out_shape, whole.stats_shape))
 
     def call(q, k, v, dout, places, out, stats):
-        merged = merging.forward(part, q, k, v, places, Results(out, stats))
+        first = merging.first_part(part, q, k, v, places, stats)
+        merged = first, merging.forward(part, q, k, v, places, Results(out, stats))
         if defaults.default_parts(part, device.current()) is None:
             return merged
         sums = merging.sums(whole, stats, stats)

@@ -42,9 +42,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
-from pallas_flash.kernels.hopper.forward import bounded, sinks
+from pallas_flash.kernels.hopper.forward import bounded, merge, sinks
 from pallas_flash.kernels.hopper.forward.load import load, walk
-from pallas_flash.kernels.hopper.forward.merge import merge
 from pallas_flash.kernels.hopper.forward.repair import is_spoiled, overflowed, recompute
 from pallas_flash.kernels.hopper.forward.softmax import (
     NextMaximum,
@@ -132,7 +131,7 @@ def first_step(block: Block, tile: Tile, rows: Rows) -> Softmax:
     if work.steps(block.spec, block.schedule).first_masked:
         s = without_hidden(block, tile, rows, kv_tile, s)
     known = bounded.zero() if block.schedule.bounded else None
-    state = first_softmax(s, exponents_of(block.spec), block.spec.dtype, known)
+    state = first_softmax(s, exponents_of(block.spec), block.spec.dtype, known, rows.earlier)
     return without_dropped(block, tile, rows, kv_tile, state)
 
 
@@ -287,7 +286,7 @@ def finish(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment) -> N
         inverse = inverse * dropout.factor(block.spec)
     out = plgpu.layout_cast(acc, registers.TILE) * registers.spread(inverse, acc.shape[1])
     if block.merges:
-        merge(block, tile, rows, stats, out)
+        merge.store(block, tile, rows, stats, out)
     elif block.spec.partial:
         tiles.store_rows(block.spec, out, block.gmem["out"], (tile.batch, tile.head, rows.first, 0))
     else:
@@ -299,8 +298,8 @@ def finish_once(block: Block, tile: Tile, rows: Rows, sums: Sums, acc: Fragment)
     those of this warpgroup were either right in the first walk, or are in the second.
     """
     conditions: list[Flag] = []
-    if block.merges and block.spec.q_len % block.schedule.block_q:
-        conditions.append(ptx.scalar(rows.first) < block.spec.q_len)  # rows of another part may lie behind them
+    if block.merges and not block.all_rows_are_real:
+        conditions.append(merge.real(block, rows))
     if block.merges and block.schedule.maxima:
         was_given_up = block.gmem["given_up"][lax.axis_index("block"), rows.warpgroup, tile.column] != 0
         conditions.append(was_given_up == (tile.is_redone != 0))
@@ -373,7 +372,10 @@ def end_row(block: Block) -> None:
 
 def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
     """Computes a warpgroup's rows of a tile."""
-    rows = rows_of(block, tile, warpgroup)
+    rows, before = rows_of(block, tile, warpgroup), None
+    if block.merges and not block.begins:
+        earlier, before = merge.load(block, tile, rows)  # on their way while the first products are made
+        rows = rows._replace(earlier=earlier)
     seen, buffer = work.steps(block.spec, block.schedule), rem(tile.ordinal, block.schedule.query_buffers)
     plgpu.barrier_wait(block.bars["q_full"].at[buffer])
     if block.schedule.q_registers:
@@ -381,7 +383,8 @@ def compute_tile(block: Block, warpgroup: Index, tile: Tile) -> None:
         rows = rows._replace(held=registers.load_chunks(rows.q(), 0, width, block.spec.dtype))
     if seen.skips_above:
         skip(block, tile, warpgroup, tile.hi - 1, rows.stop - 1)
-    state, acc = first_step(block, tile, rows), registers.zeros(block.spec.d_v)
+    state = first_step(block, tile, rows)
+    acc = registers.zeros(block.spec.d_v) if before is None else merge.accumulator(rows, before)
     if block.schedule.held_columns:
         await_keys(block, tile, rows, rows.stop - 2)
 
@@ -425,14 +428,16 @@ def compute(block: Block, warpgroup: Index) -> None:
 
 # -- launch ----------------------------------------------------------------------------------------------------------
 
-def launch(spec: AttentionSpec, schedule: ForwardSchedule, merges: bool = False) -> Launch:
+def launch(spec: AttentionSpec, schedule: ForwardSchedule, merges: bool = False,
+           state: jax.ShapeDtypeStruct | None = None) -> Launch:
     """The launch that makes out, in the layout of q, and the statistics of rows (`spec.stats_shape`), of q, k, v in the
     spec's layout, and of what mask, bias, dropout and score function need: `work.forward_table(spec, schedule)`, or
     arrays of `mask_arrays`, of which it updates "key_tiles"; those of `mosaic.bias`, dropout's keys, those of
     `mosaic.score_function`, and sinks.
 
     If it `merges`, q, k and v are whole arrays, "places" says where the part's rows lie, and the launch makes nothing:
-    it updates "state_out" and "state_stats" (`forward.merge`).
+    it updates "state_out" and "state_stats" (`forward.merge`). If it is the first to merge, `state` is what "state_out"
+    is: the launch makes that, and writes only rows of the part; what is in "state_stats" counts as nothing.
     """
     arrays, blocks = mask_arrays.names(spec.mask, of_keys=True), work.forward_blocks(spec, schedule)
     inputs = ("q", "k", "v", *(arrays or ["table"]), *bias.names(spec), *dropout.input_types(spec),
@@ -441,15 +446,18 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule, merges: bool = False)
                                  "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     updates = ("key_tiles",) * bool(arrays)
     if merges:
-        updates = (*updates, "state_out", "state_stats")
-        inputs = (*inputs, "places", "state_out", "state_stats")
+        merged = ("state_stats",) if state is not None else ("state_out", "state_stats")
+        updates, inputs = (*updates, *merged), (*inputs, "places", *merged)
+    if state is not None:
+        outputs["state_out"] = state
     if schedule.maxima:
         slots = work.forward_table(spec, schedule).shape[1]
         outputs["given_up"] = jax.ShapeDtypeStruct((blocks, schedule.warpgroups, slots), jnp.int32)
 
     def attention_forward(*refs: *KernelArguments) -> None:
         *found, smem, bars = refs
-        block = Block(spec, schedule, dict(zip((*inputs, *outputs), found, strict=True)), smem, bars)
+        block = Block(spec, schedule, dict(zip((*inputs, *outputs), found, strict=True)), smem, bars,
+                      begins=state is not None)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import registers, work
+from pallas_flash.kernels.hopper.forward import merge
 from pallas_flash.kernels.hopper.forward.softmax import Maximum, exponents_of, given_up
 from pallas_flash.kernels.hopper.forward.tiles import Block, Rows, Tile
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -109,4 +110,8 @@ def recompute(block: Block, tile: Tile, rows: Rows) -> tuple[PerRow, PerRow, Fra
     first, stop = rows.start * block_kv, jnp.minimum(rows.stop * block_kv, spec.kv_len)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, spec.d_v), jnp.float32), registers.TILE)
     start = registers.row_zeros() + exponents_of(spec).lowest, registers.row_zeros(), zeros
+    if rows.earlier is not None:
+        (m_i, left), out = merge.load(block, tile, rows)
+        l_i = jnp.exp2(left)
+        start = m_i, l_i, jnp.where(registers.spread(l_i == 0, spec.d_v), 0.0, out * registers.spread(l_i, spec.d_v))
     return lax.fori_loop(ptx.scalar(first), ptx.scalar(stop), add, start)

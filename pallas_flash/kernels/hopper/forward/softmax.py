@@ -29,8 +29,8 @@ from pallas_flash.kernels.mosaic.types import Flag
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Exponents", "Maximum", "NextMaximum", "Softmax", "exponents_of", "first_softmax", "given_up", "is_heavy",
-    "maximum_at_times", "maximum_of", "maximum_within", "next_softmax", "rescaled",
+    "Earlier", "Exponents", "Maximum", "NextMaximum", "Softmax", "exponents_of", "first_softmax", "given_up",
+    "is_heavy", "maximum_at_times", "maximum_of", "maximum_within", "next_softmax", "rescaled",
 ]
 
 HEAVY = 2.0**14
@@ -92,6 +92,15 @@ def maximum_of(m_i: PerRow, exponents: Exponents) -> Maximum:
     return Maximum(m_i, exponents.start(m_i))
 
 
+class Earlier(NamedTuple):
+    """The sums of the weights of 64 rows over keys of other launches: exp2(m_i unit + left), with the unit of
+    `Exponents`.
+    """
+
+    m_i: PerRow  # in the unit of scores; `Exponents.lowest` of rows that have met no key
+    left: PerRow  # base 2; -inf of rows that have met no key
+
+
 class Softmax(NamedTuple):
     """The state of the online softmax of 64 rows."""
 
@@ -108,10 +117,23 @@ exponents are made of them.
 """
 
 
-def first_softmax(s: Fragment, exponents: Exponents, dtype: np.dtype, maximum: Maximum | None = None) -> Softmax:
-    """The state after the first tile of scores; `maximum`: that of the tile's rows, if it is known."""
-    first = maximum or maximum_of(jnp.maximum(s.max(axis=1), exponents.lowest), exponents)
+def first_softmax(s: Fragment, exponents: Exponents, dtype: np.dtype, maximum: Maximum | None = None,
+                  earlier: Earlier | None = None) -> Softmax:
+    """The state after the first tile of scores.
+
+    Args:
+      maximum: that of the tile's rows, if it is known.
+      earlier: what the rows begin with, if it is not nothing: the accumulator is that, divided by the sum of weights.
+    """
+    lowest = exponents.lowest if earlier is None else earlier.m_i
+    first = maximum or maximum_of(jnp.maximum(s.max(axis=1), lowest), exponents)
     p = jnp.exp2(exponents.of(s, first.start))
+    if earlier is not None:
+        start = exponents.start(earlier.m_i)
+        left = earlier.left - exponents.rounding(earlier.m_i, start)
+        alpha = jnp.exp2(exponents.between(start, first.start) + left)
+        l_i = registers.column_sums(p) + registers.spread(alpha * 0.125, 8)  # a part in each of eight columns
+        return Softmax(first, l_i, p.astype(dtype), alpha, jnp.bool_(True))
     alpha = plgpu.layout_cast(jnp.ones_like(first.m_i), registers.ROW_LAYOUT)
     return Softmax(first, registers.column_sums(p), p.astype(dtype), alpha, jnp.bool_(False))
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_flash.arrays import Array, Float
 from pallas_flash.kernels.hopper import work
+from pallas_flash.kernels.hopper.forward.softmax import Earlier
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
@@ -37,6 +38,7 @@ class Block(NamedTuple):
     gmem: dict[str, Ref]  # q, k, v, out, stats; table, or `mask_arrays`; given_up, with `maxima`
     smem: dict[str, Ref]  # memory.forward_memory
     bars: dict[str, Ref]  # the barriers
+    begins: bool = False  # of launches that merge, the first: what is in the state counts as nothing
 
     @property
     def takes_tiles(self) -> bool:
@@ -47,6 +49,11 @@ class Block(NamedTuple):
     def merges(self) -> bool:
         """Whether results are merged into those of other launches, in place (`forward.merge`)."""
         return "places" in self.gmem
+
+    @property
+    def all_rows_are_real(self) -> bool:
+        """Whether tiles divide the queries."""
+        return self.spec.q_len % self.schedule.block_q == 0
 
     @property
     def any_given_up(self) -> int:
@@ -146,6 +153,7 @@ class Rows(NamedTuple):
     stop: Index
     slack: float | Float[Array, ""]  # by how much m_i may stay below the maximum, base 2
     q: Callable[[], Ref]  # the rows of the query buffer, (chunks, 64, 64)
+    earlier: Earlier | None = None  # what a launch that merges goes on from
     held: Fragment | None = None  # (64, d) of the input's type, where the query is kept in registers
 
     @property
