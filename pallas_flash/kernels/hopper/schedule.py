@@ -191,10 +191,13 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
+      rounds_dq: if `ordered`, the block whose addition to a query tile is the last makes dq of the sums
+        (`backward.round_dq`); otherwise one more kernel does (`backward.finish`).
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
         with its own.
+      paired: if dq is "shared", a step awaits dv together with dq, and frees its query and its dout at the same time.
       pinned: the exponentials stay above the next wait for a product (`ptx.pin`).
       opaque: keys and values are indexed through `ptx.opaque`.
       held: which of "k" and "v" each compute warpgroup holds its 64 rows of in registers, so that its products read
@@ -214,8 +217,10 @@ class KvSchedule:
     ds_slots: int = 2
     dq_slots: int = 1
     ordered: bool = False
+    rounds_dq: bool = False
     longest_last: int = 2
     pipelined: bool = False
+    paired: bool = False
     pinned: bool = True
     opaque: bool = True
     held: str = ""
@@ -234,8 +239,10 @@ class KvSchedule:
 
     @property
     def together(self) -> bool:
-        """A pipelined step frees the query and the dout of a slot at the same time, so one barrier says it of both."""
-        return self.pipelined
+        """A step that is pipelined or paired frees the query and the dout of a slot at the same time, so one barrier
+        says it of both.
+        """
+        return self.pipelined or self.paired
 
     @property
     def registers(self) -> tuple[int, ...]:
@@ -268,6 +275,7 @@ class SplitSchedule:
     registers: ClassVar[tuple[int, ...]] = (240, 24)
     makes_dq: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    rounds_dq: ClassVar[bool] = False
     together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
@@ -471,5 +479,5 @@ def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tu
         return (*of_mask, "attention_backward_prepare",
                 *(f"attention_backward_wide_{name}" for name in ("dv", "dk", "dq")))
     keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
-    last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
-    return (*of_mask, "attention_backward_prepare", keys, last)
+    last = ("attention_backward_dq",) if schedule.dq is not None else ("attention_backward_finish",)
+    return (*of_mask, "attention_backward_prepare", keys, *(() if schedule.kv.rounds_dq else last))

@@ -16,7 +16,7 @@ from pallas_flash.kernels.hopper.backward.statistics import Statistics, is_marke
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.places import Place, locate
 from pallas_flash.kernels.hopper.registers import Fragment, PerColumn
-from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP
+from pallas_flash.kernels.hopper.schedule import ROWS_PER_WARPGROUP, KvSchedule
 from pallas_flash.kernels.mosaic import bias, dropout, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, Exponents, completion
 from pallas_flash.kernels.mosaic.head_mask import HeadMask
@@ -122,7 +122,7 @@ def is_repaired_rounded(block: KeyBlock) -> bool:
     """
     spec, s = block.spec, block.schedule
     plain = spec.softcap is None and spec.score is None and not spec.dropout_rate and not spec.mask.has_arrays
-    return plain and spec.dtype == jnp.bfloat16 and s.makes_dq and s.together
+    return plain and spec.dtype == jnp.bfloat16 and isinstance(s, KvSchedule) and s.makes_dq and s.pipelined
 
 
 def without_overflow(block: KeyBlock, step: Step, p: Fragment, ds: Fragment) -> Fragment:
