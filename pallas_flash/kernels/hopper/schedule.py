@@ -191,8 +191,7 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
-      rounds_dq: if `ordered`, the block whose addition to a query tile is the last makes dq of the sums
-        (`backward.round_dq`); otherwise one more kernel does (`backward.finish`).
+      rounds_dq: if `ordered`, the block that adds last to a query tile makes dq of its sums; else `finish` does.
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
@@ -239,9 +238,7 @@ class KvSchedule:
 
     @property
     def together(self) -> bool:
-        """A step that is pipelined or paired frees the query and the dout of a slot at the same time, so one barrier
-        says it of both.
-        """
+        """Where a step frees the query and the dout of a slot at the same time, one barrier says it of both."""
         return self.pipelined or self.paired
 
     @property
