@@ -315,7 +315,7 @@ def test_blocks_share_out_tiles_by_a_counter():
 
 
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
-FUSED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=True))
+FUSED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", dq_slots=2, pipelined=True, first_writes=True))
 
 
 @pytest.mark.interpreted

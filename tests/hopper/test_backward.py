@@ -22,6 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from pallas_flash import autodiff, device, masks, softmax
 from pallas_flash.kernels.hopper import defaults, launches, rules, work
+from pallas_flash.kernels.hopper.backward import prepare
 from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, KvSchedule, SplitSchedule, WideSchedule
 from pallas_flash.kernels.mosaic import dropout, interpret, scores
 from pallas_flash.spec import AttentionSpec, Gradients, Results
@@ -32,8 +33,10 @@ pytestmark = pytest.mark.interpreted
 CAUSAL = masks.Causal()
 FUSED = BackwardSchedule(KvSchedule(dq="shared"))
 ORDERED = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, ordered=True))
+FIRST = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2, first_writes=True))
 SLOTS = BackwardSchedule(KvSchedule(dq="shared", dq_slots=2))
 OWN = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True))
+OWN_FIRST = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, first_writes=True))
 OWN_ORDERED = BackwardSchedule(KvSchedule(num_stages=4, dq="own", pipelined=True, dq_slots=3, ordered=True))
 TWO = BackwardSchedule(KvSchedule(), DqSchedule(block_kv=32))
 PIPELINED = BackwardSchedule(KvSchedule(num_stages=4, pipelined=True),
@@ -48,6 +51,14 @@ CASES: dict[str, tuple[BackwardSchedule, dict]] = {
     "fused-paired-gqa": (dataclasses.replace(SLOTS, kv=dataclasses.replace(SLOTS.kv, paired=True)),
                          dict(q_len=200, kv_len=200, d=128, d_v=128, q_heads=2)),
     "fused-slots-gqa": (SLOTS, dict(q_len=130, kv_len=130, d=128, d_v=128, q_heads=2)),
+    # Of queries 0 to 63 none attends to a key: nobody writes their sums.
+    "first-writes-idle": (FIRST, dict(q_len=300, kv_len=200, d=128, d_v=128, mask=masks.Causal(-70))),
+    "first-writes-own-gqa": (OWN_FIRST, dict(q_len=300, kv_len=300, d=64, d_v=64, q_heads=2, mask=masks.Window(90, 5))),
+    "first-writes-paired-gqa": (dataclasses.replace(FIRST, kv=dataclasses.replace(FIRST.kv, paired=True)),
+                                dict(q_len=200, kv_len=200, d=128, d_v=128, q_heads=2)),
+    "first-writes-paired-full-float16": (
+        dataclasses.replace(FIRST, kv=dataclasses.replace(FIRST.kv, paired=True)),
+        dict(q_len=70, kv_len=300, d=128, d_v=128, mask=masks.Full(), dtypes=("float16",))),
     "ordered": (ORDERED, dict(q_len=500, kv_len=500, d=128, d_v=128, deterministic=True)),
     "ordered-half": (dataclasses.replace(ORDERED, kv=dataclasses.replace(ORDERED.kv, longest_last=4)),
                      dict(q_len=600, kv_len=600, d=128, d_v=128, deterministic=True)),
@@ -106,11 +117,14 @@ class Races(gpu_callbacks.GPURaceDetectionState):
             super().check_write(thread, clock, buffer_key, rnge, source_info)
 
 
+ATOMIC = ("add_to_global", "await_additions", "count_addition", "additions_seen", "claimed", "count_written",
+          "load_piece")
+
+
 def is_atomic(buffer_key, source_info):
     in_global_memory = buffer_key.memory_space_id == 0
-    names = "add_to_global", "await_additions", "count_addition", "load_piece"
     place = "" if source_info is None else source_info_util.summarize(source_info)
-    return in_global_memory and any(name in place for name in names)
+    return in_global_memory and any(name in place for name in ATOMIC)
 
 
 def interpreted(schedule, spec, operands, saved):
@@ -234,6 +248,7 @@ PARTIAL = {
     "fused-gqa": (FUSED, dict(q_len=50, kv_len=70, d=128, d_v=128, q_heads=2)),
     "ordered-own-bhld": (OWN_ORDERED, dict(q_len=70, kv_len=130, d=64, d_v=40, mask=masks.Full(), layout="BHLD",
                                            deterministic=True)),
+    "first-writes": (FIRST, dict(q_len=150, kv_len=140, d=128, d_v=128, mask=masks.Causal(-70))),
     "split": (SPLIT, dict(q_len=70, kv_len=50, d=136, d_v=128, mask=masks.Causal(-20))),
     "wide": (WIDE, dict(q_len=70, kv_len=50, d=264, d_v=72, mask=masks.Causal(-20))),
 }
@@ -487,6 +502,27 @@ def test_idle_queries_are_not_looked_at(name):
     assert max(used.values()) <= 1, used
 
 
+def test_tiles_with_idle_queries_alone_are_copied():
+    """Of 140 queries the first 70 attend to nothing; the last tile of 64 has rows past the end. With tiles of 128
+    queries the first two of 64 are one."""
+    for block_q, expected in ((64, [1, 1, 0]), (128, [1, 1, 0, 0])):
+        schedule = BackwardSchedule(KvSchedule(block_q=block_q), DqSchedule(warpgroups=1))
+        problem = Problem("copies", "idle", mask=masks.Causal(-70), dtypes=("bfloat16",), **SMALL | dict(
+            q_len=140, kv_len=140))
+        operands, (dout, dlse), _, (out, stats) = truth(problem)
+        spec = problem.spec()
+        launch = prepare.launch(spec, schedule)
+        given = dict(out=out, stats=stats, dout=dout, dstats=cotangents(dout, dlse)[1], q=operands.q)
+        with interpret.interpreted():
+            made = launch.kernel(*(jnp.asarray(given[name]) for name in launch.inputs))
+        found = dict(zip(launch.outputs, jax.block_until_ready(made), strict=True))
+        np.testing.assert_array_equal(found["copied"], np.broadcast_to(expected, found["copied"].shape))
+        q, copy = (np.float32(x).transpose(0, 2, 1, 3) if spec.layout == "BLHD" else np.float32(x)
+                   for x in (operands.q, found["clean_q"]))
+        assert not copy[:, :, :70].any()
+        np.testing.assert_array_equal(copy[:, :, 70:128], q[:, :, 70:128])
+
+
 @pytest.mark.parametrize("name", ["fused", "fused-own", "fused-own-held", "split", "wide"])
 def test_hidden_values_may_be_any_number(name):
     """Regression: dP of a value of 3e38 is beyond float32, and dS was 0 * inf where the mask hides it."""
@@ -570,6 +606,55 @@ def test_short_sequences_take_turns_unasked(d, length, mebibytes, deterministic)
     assert schedule.section_bytes == (mebibytes if schedule.ordered else 32) << 20
     assert work.kv_work(spec, schedule).ascending == length // schedule.block_kv // (
         1 if not schedule.ordered else 4 if length <= 4096 else 2)
+
+
+def array_mask_spec(batch, length, q_heads, kv_heads=None):
+    """A causal call with ids of documents, d 128."""
+    array = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+    ids = np.zeros((batch, length), np.int32)
+    k = array(q_heads if kv_heads is None else kv_heads)
+    return AttentionSpec.of(array(q_heads), k, k, mask=CAUSAL & masks.SegmentIds(ids, ids))
+
+
+@pytest.mark.parametrize(("size", "mebibytes", "section"), [
+    ((4, 4096, 16), 64, 16), ((1, 16384, 16), 256, 16), ((1, 65536, 16), 256, 4), ((8, 512, 16), 32, 64),
+    ((4, 4096, 32, 8), 64, 4)], ids=str)
+def test_run_time_masks_have_sections_of_many_heads(size, mebibytes, section):
+    """16 query heads, so that documents of all end together; more of short sequences, fewer beyond 256 MiB."""
+    spec = array_mask_spec(*size)
+    schedule = defaults.default_backward(spec, device.H200).kv
+    assert schedule.section_bytes == mebibytes << 20
+    assert work.kv_work(spec, schedule).section == section
+    plain = dataclasses.replace(spec, mask=CAUSAL, deterministic=False)
+    assert defaults.default_backward(plain, device.H200).kv.section_bytes <= 32 << 20
+
+
+def test_where_the_first_block_writes():
+    """In any order, if there are arrays of a mask or many sums; gradients that repeat and arrays get two kernels."""
+    spec = array_mask_spec(4, 4096, 16)
+    plain = dataclasses.replace(spec, mask=CAUSAL)
+    kv = lambda spec: defaults.default_backward(spec, device.H200).kv
+    assert kv(spec).first_writes and kv(array_mask_spec(1, 512, 8)).first_writes
+    assert kv(plain).first_writes and not kv(dataclasses.replace(plain, deterministic=True)).first_writes
+    few = dataclasses.replace(array_mask_spec(1, 2048, 8), mask=CAUSAL)
+    assert not kv(few).ordered and not kv(few).first_writes, "8 MiB of sums"
+    assert not defaults.default_backward(dataclasses.replace(spec, deterministic=True), device.H200).fused
+    assert not defaults.default_parts(spec, device.H200).first_writes  # several launches add to the same sums
+
+
+@pytest.mark.parametrize("size", [(4, 4096, 16), (3, 300, 8, 2), (1, 16384, 16)], ids=str)
+def test_rows_come_once_and_backwards(size):
+    """In the last section first, where the kernel of key tiles ends; all heads of some rows before others."""
+    spec = array_mask_spec(*size)
+    batch, length, heads, *_ = size
+    schedule, count = defaults.default_backward(spec, device.H200).kv, -(-length // 64)
+    found = work.rows_backwards(spec, schedule, jnp.arange(batch * heads * count), count)
+    entry, head, rows = map(np.asarray, found)
+    np.testing.assert_array_equal(np.sort((entry * heads + head) * count + rows), np.arange(batch * heads * count))
+    section = work.kv_work(spec, schedule).section * spec.group
+    assert (rows[:section] == count - 1).all() and (rows[-section:] == 0).all()
+    order = (entry * heads + head) // section
+    np.testing.assert_array_equal(order, np.sort(order)[::-1])
 
 
 @pytest.mark.parametrize("d", (64, 128))

@@ -1,6 +1,9 @@
 """A bias of each key, or of each pair, in the Hopper kernels, in Pallas' interpreter, and its gradient."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 
 from hopper.offline.compile_kernels import mosaic_modules
 from pallas_flash import Causal, Window, autodiff, device, flash_attention, masks
-from pallas_flash.kernels.hopper import calls, defaults, rules, support
+from pallas_flash.kernels.hopper import calls, defaults, rules, support, work
 from pallas_flash.kernels.hopper.schedule import (
     BackwardSchedule,
     DbiasSchedule,
@@ -250,7 +253,7 @@ def test_gradient_agrees_with_the_oracle(name):
     assert max(used.values()) <= 1, used
 
 
-SMALL = DbiasSchedule(block_kv=64, warpgroups=1, k_stages=1)
+SMALL = DbiasSchedule(block_kv=64, warpgroups=1, num_stages=2, num_sms=3)
 OF_PAIRS = {
     "shared-by-batch": (DbiasSchedule(), dict(bias=(1, 2, 140, 200), mask=Causal(-20))),
     "shared-by-all": (SMALL, dict(bias=(1, 1, 140, 200), mask=Window(60, 10), layout="BHLD", kv_heads=2, softcap=2.0)),
@@ -258,6 +261,38 @@ OF_PAIRS = {
     "lengths-dropout": (DbiasSchedule(), dict(bias=(2, 1, 140, 200), mask=masks.InBounds(kv_len=np.array([170, 0])),
                                               dropout_rate=0.3, bias_dtype="float16")),
 }
+
+
+CLUSTERS = (dataclasses.replace(SMALL, cluster=2, num_sms=6), dict(bias=(1, 1, 70, 250), q_len=70, kv_len=250,
+                                                                  mask=Window(100, 10)))
+
+
+def test_every_tile_of_the_gradient_is_made_once():
+    """Also in pairs; and no block has much more to do than others."""
+    for s, causal_only in ((DbiasSchedule(), True), (DbiasSchedule(cluster=2), True), (SMALL, False)):
+        spec = bias.hiding(problem_of("table", batch=4, q_heads=4, kv_heads=4, q_len=2048, kv_len=2048, mask=Causal(),
+                                      bias=(1, 4, 2048, 2048)).spec())
+        table = work.dbias_table(spec, s)
+        assert table.shape[0] == s.num_sms // s.cluster and table.dtype == np.int32
+        taken = [row[1:1 + row[0]] for row in table]
+        tiles = 4 * (2048 // s.block_q) * (2048 // s.block_kv // s.cluster)
+        np.testing.assert_array_equal(np.sort(np.concatenate(taken)), np.arange(tiles))
+        assert (table[np.arange(len(table)), table[:, 0] + 1] == -1).all()
+        columns = 2048 // s.block_kv // s.cluster
+        q_tile, kv_tile = (np.arange(tiles) // columns % (2048 // s.block_q), np.arange(tiles) % columns)
+        has_pairs = kv_tile * s.block_kv * s.cluster < (q_tile + 1) * s.block_q
+        steps = [4 * has_pairs[own].sum() for own in taken]
+        assert not causal_only or max(steps) <= np.mean(steps) + 4 + 2, steps
+
+
+def test_a_cluster_of_two_blocks_makes_the_gradient():
+    """In a process with more virtual devices, see `test_backward`."""
+    code = ("import jax; jax.config.update('jax_disable_most_optimizations', True); "
+            "from hopper import test_bias as t; t.agree_with_the_oracle('clusters', *t.CLUSTERS)")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=32",
+                       PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def kernel_arguments(spec, budget, given, dout, dlse):
@@ -275,7 +310,10 @@ def test_the_kernel_of_the_gradient_agrees_with_the_oracle(name):
     """With tiles that no batch entry needs, and those that some do; with NaN in what masks hide. One looks for races:
     that takes twice as long.
     """
-    schedule, options = OF_PAIRS[name]
+    agree_with_the_oracle(name, *OF_PAIRS[name])
+
+
+def agree_with_the_oracle(name, schedule, options):
     problem = problem_of(name, **(dict(q_len=140, kv_len=200) | options))
     operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
     operands = operands._replace(bias=with_far_rows(operands.bias, -3e3))

@@ -35,6 +35,7 @@ from pallas_flash.kernels.hopper.work import (
     every_q_range,
     every_row_block,
     has_order,
+    head_bytes,
     kv_work,
     makespan,
     worst_case,
@@ -54,7 +55,10 @@ __all__ = ["assume", "default_backward", "default_dbias", "default_forward", "de
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
 _ROUNDED_BY_BLOCKS = 512  # queries, and keys
+_ZEROED_SUMS = 16 << 20  # bytes of dq's sums below which zeros cost less than waiting for who writes first
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
+_SECTION_HEADS = 16  # query heads
+_MOST_SECTION_BYTES = 256 << 20
 _WORTH = 1.05  # about what the plain form's zeros, passes over memory and atomics cost, as a factor of its time
 
 
@@ -269,7 +273,7 @@ def default_dbias(spec: AttentionSpec, device: Device) -> DbiasSchedule | None:
     """The default schedule of the kernel of the gradient of a bias of pairs; None where there is none, because the bias
     is another one, or heads are too wide for its tiles: `mosaic.dbias` then walks in plain JAX.
     """
-    schedule = DbiasSchedule()
+    schedule = DbiasSchedule(num_sms=device.num_sms)
     return None if dbias_reasons(spec, schedule, device.smem_bytes) else schedule
 
 
@@ -307,7 +311,21 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
         return dataclasses.replace(ordered, rounds_dq=_may_round_dq(spec, ordered))
-    return None if spec.deterministic else dataclasses.replace(plain, paired=_may_pair(spec))
+    if spec.deterministic:
+        return None
+    return dataclasses.replace(plain, paired=_may_pair(spec), first_writes=_may_write_first(spec))
+
+
+def _may_write_first(spec: AttentionSpec) -> bool:
+    """Whether, of blocks that add in any order, the first to add to a query tile of dq writes it: that saves zeros,
+    which are written to memory and read again unless L2 keeps them, 8 bytes an element of dq. The first block's dq
+    takes about 2 us to arrive, for which others may have to wait.
+
+    Measured: docs/notes/hopper_features.md and hopper_backward.md, 2026-11-30, 34 to 134 MB of sums. By analogy: others
+    above 16 MiB, of which writing the zeros takes longer than such a wait.
+    """
+    reads_arrays = spec.mask.has_arrays or spec.bias is not None or spec.score is not None
+    return reads_arrays or 4 * spec.batch * spec.q_heads * spec.q_len * spec.d >= _ZEROED_SUMS
 
 
 def _may_pair(spec: AttentionSpec) -> bool:
@@ -353,8 +371,21 @@ def _plain_fused(spec: AttentionSpec, device: Device) -> KvSchedule:
         may_hold = not (capped or spec.dropout_rate or reads_arrays) and bool(kv_work(spec, plain).partial)
         return dataclasses.replace(plain, held="k", opaque=False) if may_hold else plain
     # Unpinned it would spill with a soft cap.
-    return KvSchedule(dq="shared", dq_slots=1 if ring else 2, pinned=capped, apart=True, num_sms=num_sms,
-                      bias_ring=ring)
+    plain = KvSchedule(dq="shared", dq_slots=1 if ring else 2, pinned=capped, apart=True, num_sms=num_sms,
+                       bias_ring=ring)
+    return _with_long_sections(spec, plain) if spec.mask.has_arrays else plain
+
+
+def _with_long_sections(spec: AttentionSpec, plain: KvSchedule) -> KvSchedule:
+    """Returns the schedule with sections of 16 query heads, of at most 256 MiB, where these are more.
+
+    What a block has to do is known at run time alone, so the longest are not first; but each key tile comes in all
+    heads of a section before the next one does, so documents end together. Their blocks walk in step, so L2 need not
+    hold the section. Measured with documents of 1,024, ragged ones and one of 16,384, d 128:
+    docs/notes/hopper_features.md, 2026-11-30.
+    """
+    wanted = min(_SECTION_HEADS * head_bytes(spec, plain), _MOST_SECTION_BYTES)
+    return dataclasses.replace(plain, section_bytes=max(plain.section_bytes, wanted))
 
 
 def _in_order(plain: KvSchedule, kv_len: int) -> KvSchedule:

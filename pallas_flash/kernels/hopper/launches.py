@@ -17,6 +17,8 @@ function or a bias it always does (`bias.as_mask`): the function's arrays come b
 sinks; those of `mosaic.bias` last.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,8 @@ def dbias_pass(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) ->
     a spec that is not partial.
     """
     launches = _prepared(spec, schedule.tiles, (dbias.launch(spec, schedule, dtype),))
-    return _backward(spec, schedule.tiles, launches, ("dbias",))
+    found = _backward(spec, schedule.tiles, launches, ("dbias",))
+    return dataclasses.replace(found, constants={"tiles": work.dbias_table(spec, schedule)})
 
 
 def _backward(spec: AttentionSpec, schedule: BackwardSchedule, launches: tuple[Launch, ...],
@@ -124,9 +127,7 @@ def _backward(spec: AttentionSpec, schedule: BackwardSchedule, launches: tuple[L
 
 def _prepared(spec: AttentionSpec, schedule: BackwardSchedule, gradients: tuple[Launch, ...]) -> tuple[Launch, ...]:
     """Launches that make gradients, behind the one that prepares them."""
-    first = prepare.launch(spec, schedule)
-    clean = {name: f"clean_{name}" for name in ("q", "dout") if f"clean_{name}" in first.outputs}
-    return first, *(launch.reading(clean) for launch in gradients)
+    return prepare.launch(spec, schedule), *gradients
 
 
 def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch, ...]:

@@ -237,36 +237,32 @@ def wide_memory(spec: AttentionSpec, s: WideSchedule) -> Memory:
 
 
 def dbias_memory(spec: AttentionSpec, s: DbiasSchedule) -> Memory:
-    """Rings of queries with keys and of douts with values; and the tile of a bias in 16 bits, 64 rows of it for each
-    warpgroup, over which its gradient is written.
+    """A ring of queries with keys and, in turn, douts with values; and the tile of a bias in 16 bits, 64 rows of it for
+    each warpgroup, over which its gradient is written.
     """
     assert spec.bias is not None
-    d, d_v, loads = chunks(spec.d), chunks(spec.d_v), 1 + s.warpgroups
-    buffers = [Buffer("q", (s.k_stages, s.warpgroups, d, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
-               Buffer("k", (s.k_stages, d, s.block_kv, CHUNK), spec.dtype),
-               Buffer("dout", (s.v_stages, s.warpgroups, d_v, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
-               Buffer("v", (s.v_stages, d_v, s.block_kv, CHUNK), spec.dtype)]
-    barriers = [*_ring("k", loads * d, s.warpgroups, s.k_stages), *_ring("v", loads * d_v, s.warpgroups, s.v_stages)]
+    widest = chunks(max(spec.d, spec.d_v))  # chunks past the end of an array arrive, too, as zeros
+    buffers = [Buffer("rows", (s.num_stages, s.warpgroups, widest, ROWS_PER_WARPGROUP, CHUNK), spec.dtype),
+               Buffer("keys", (s.num_stages, widest, s.block_kv, CHUNK), spec.dtype)]
+    barriers = [Barrier("ring_full", (1 + s.warpgroups) * widest, s.num_stages),
+                Barrier("ring_free", s.warpgroups, s.num_stages, s.cluster > 1)]
     if spec.bias.dtype.itemsize == 2:
         across = chunks(s.block_kv)
         buffers.append(Buffer("bias", (s.warpgroups, across, ROWS_PER_WARPGROUP, CHUNK), spec.bias.dtype))
-        barriers.append(Barrier("bias_full", across, s.warpgroups))
+        barriers += _ring("bias", across, 1, s.warpgroups)
     return Memory(tuple(buffers), tuple(barriers))
 
 
 def prepare_memory(spec: AttentionSpec) -> Memory:
-    """64 rows of out and of dout, and of q if it is copied, which arrive together. Where delta is known, there is no
-    out, and dout is there only if it is copied, too.
+    """64 rows of out and of dout, which arrive together; where delta is known, neither is read for it. Copies, if there
+    may be some (`backward.copies`), go through the first chunk.
     """
-    copied = may_have_idle_queries(spec)
-    count = copied if spec.partial else 2
-    if not count:
-        return Memory(())
-    rows = Buffer("rows", (count, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    if not copied:
-        return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)),))
-    q = Buffer("q", (chunks(spec.d), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
-    return Memory((rows, q), (Barrier("full", count * chunks(spec.d_v) + chunks(spec.d)),))
+    barriers = [Barrier("copy_full", 1)] * may_have_idle_queries(spec)
+    if spec.partial:
+        rows = Buffer("rows", (1, 1, ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+        return Memory((rows,) * len(barriers), (*barriers,))
+    rows = Buffer("rows", (2, chunks(spec.d_v), ROWS_PER_WARPGROUP, CHUNK), spec.dtype)
+    return Memory((rows,), (Barrier("full", 2 * chunks(spec.d_v)), *barriers))
 
 
 def finish_memory(spec: AttentionSpec) -> Memory:

@@ -77,7 +77,9 @@ def dbias_reasons(spec: AttentionSpec, s: DbiasSchedule, smem_limit: int) -> lis
     rules: _Rules = (
         (s.block_kv in (64, 128), f"{s.block_kv=} must be 64 or 128"),
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
-        (s.k_stages >= 1 and s.v_stages >= 1, f"{s.k_stages=} and {s.v_stages=} must be positive"),
+        (s.cluster in (1, 2) and -(-spec.kv_len // s.block_kv) % s.cluster == 0,
+         f"{s.cluster=} must be 1, or 2 where the number of key tiles is even"),
+        (s.num_stages >= 2, f"{s.num_stages=} must be 2 or more: queries and douts of a step are there together"),
         (isinstance(spec.batch, int), f"needs a batch size that is a number, batch is {spec.batch}"),
         (spec.dtype.name in ("bfloat16", "float16"), f"needs bfloat16 or float16, dtype is {spec.dtype.name}"),
         (spec.score is None, f"takes no score function, score={spec.score}"),
@@ -200,6 +202,7 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
         (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
         (s.dq == "shared" or not s.paired, f"{s.paired=} needs {s.dq=} to be shared"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
+        (not s.first_writes or (s.dq != "none" and not s.ordered), f"{s.first_writes=} needs dq, and no order"),
         (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
         (not s.bias_ring or _is_bias_of_pairs_in_16_bits(spec), f"{s.bias_ring=} needs a bias of pairs in 16 bits"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),

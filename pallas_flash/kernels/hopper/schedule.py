@@ -23,7 +23,7 @@ from pallas_flash.spec import AttentionSpec
 __all__ = [
     "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DbiasSchedule", "DecodeSchedule", "DqSchedule",
     "Float32BackwardSchedule", "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule",
-    "WideSchedule", "chunks", "kernels",
+    "WideSchedule", "chunks",
 ]
 
 
@@ -192,6 +192,8 @@ class KvSchedule:
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
       rounds_dq: if `ordered`, the block that adds last to a query tile makes dq of its sums; else `finish` does.
+      first_writes: not `ordered`, and the first block to add to a query tile's dq writes it, so that nothing need be
+        zeroed; others wait for that (`backward.ordered_dq`).
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
@@ -217,6 +219,7 @@ class KvSchedule:
     dq_slots: int = 1
     ordered: bool = False
     rounds_dq: bool = False
+    first_writes: bool = False
     longest_last: int = 2
     pipelined: bool = False
     paired: bool = False
@@ -434,16 +437,18 @@ class DbiasSchedule:
     Attributes:
       block_kv: keys of a tile: 64 or 128.
       warpgroups: compute warpgroups, of 64 queries each: 1 or 2.
-      k_stages: slots of the ring of queries and keys.
-      v_stages: slots of the ring of douts and values.
+      num_stages: slots of the ring of queries with keys and, in turn, douts with values.
       opaque: queries and douts are indexed through `ptx.opaque`.
+      num_sms: the SMs of the device; there is a block for each.
+      cluster: blocks of neighbouring key tiles that share loads of queries and douts: 1, or 2, which divides the tiles.
     """
 
     block_kv: int = 128
     warpgroups: int = 2
-    k_stages: int = 2
-    v_stages: int = 1
+    num_stages: int = 3
     opaque: bool = True
+    num_sms: int = 132
+    cluster: int = 1
 
     @property
     def block_q(self) -> int:
@@ -459,22 +464,3 @@ class DbiasSchedule:
         """A backward with the same tiles: what says how statistics, mask and bias are laid out."""
         return BackwardSchedule(KvSchedule(block_q=self.block_q),
                                 DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups))
-
-
-def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
-    """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
-    if isinstance(schedule, DecodeSchedule):
-        return ("attention_decode",)
-    if isinstance(schedule, Float32Schedule):
-        return (*("attention_split",) * 3, "attention_forward_float32")
-    if isinstance(schedule, Float32BackwardSchedule):
-        return *("attention_split",) * 3, "attention_prepare_float32", *("attention_gradient_float32",) * 3
-    of_mask = ("attention_mask",) * schedule.mask_kernel
-    if isinstance(schedule, ForwardSchedule):
-        return (*of_mask, "attention_forward")
-    if isinstance(schedule.kv, WideSchedule):
-        return (*of_mask, "attention_backward_prepare",
-                *(f"attention_backward_wide_{name}" for name in ("dv", "dk", "dq")))
-    keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
-    last = ("attention_backward_dq",) if schedule.dq is not None else ("attention_backward_finish",)
-    return (*of_mask, "attention_backward_prepare", keys, *(() if schedule.kv.rounds_dq else last))

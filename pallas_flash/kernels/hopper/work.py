@@ -18,6 +18,7 @@ from pallas_flash.arithmetic import Positions
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper.schedule import (
     ROWS_PER_WARPGROUP,
+    DbiasSchedule,
     DqSchedule,
     ForwardSchedule,
     KeySchedule,
@@ -30,10 +31,10 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Steps", "additions_before", "batch_and_head", "dq_work", "every_loaded", "every_q_range", "every_row_block",
-    "forward_blocks", "forward_table", "has_order", "idle_stop_early", "kv_range", "kv_work", "loaded_tiles",
-    "makespan", "may_have_idle_queries", "q_range", "q_tiles", "row_tiles", "shares_bias", "steps", "tile_order",
-    "worst_case",
+    "Steps", "additions_before", "batch_and_head", "dbias_shape", "dbias_table", "dq_work", "every_loaded",
+    "every_q_range", "every_row_block", "forward_blocks", "forward_table", "has_order", "head_bytes", "idle_stop_early",
+    "kv_range", "kv_work", "loaded_tiles", "makespan", "may_have_idle_queries", "q_range", "q_tiles",
+    "row_tiles", "rows_backwards", "shares_bias", "steps", "tile_order", "worst_case",
 ]
 
 _BackwardPart = KeySchedule | DqSchedule
@@ -321,6 +322,11 @@ def _work(spec: AttentionSpec, heads: int, ranges: tiles.TileRange[np.ndarray], 
     return work._replace(empty=True, partial=True) if spec.mask.has_arrays else work
 
 
+def head_bytes(spec: AttentionSpec, s: KeySchedule) -> int:
+    """Bytes of q, dout and dq's sums of a query head, of which `section_bytes` holds some."""
+    return spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
+
+
 @functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     """The blocks of a kernel that keeps key tiles.
@@ -330,12 +336,25 @@ def kv_work(spec: AttentionSpec, s: KeySchedule) -> Work:
     `longest_last` eighths of the tiles come after them, in ascending order.
     """
     needed = every_q_range(spec, s)
-    head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.makes_dq else 0))
-    work = _work(spec, spec.batch * spec.kv_heads, needed, head_bytes, s)
+    work = _work(spec, spec.batch * spec.kv_heads, needed, spec.group * head_bytes(spec, s), s)
     if not (isinstance(s, KvSchedule) and s.ordered):
         return work
     length = needed.stop - needed.start
     return work._replace(ascending=work.ascending * s.longest_last // 8 if length.max() >= 1.5 * length.mean() else 0)
+
+
+def rows_backwards(spec: AttentionSpec, s: KvSchedule, block: Index, count: int) -> tuple[Index, Index, Index]:
+    """The batch entry, the query head and the rows, of so many in each head, of a block of a kernel before or behind
+    that of key tiles: backwards in its order of sections, and in a section all heads of some rows before others. So the
+    one before ends with what is read first, and the one behind begins with what was written last, while L2 has it; and
+    heads that lie side by side in memory are read and written together.
+    """
+    heads = kv_work(spec, s).section * spec.group
+    rest, first = scheduling.rem(block, heads * count), scheduling.div(block, heads * count) * heads
+    pair = spec.batch * spec.q_heads - heads - first + scheduling.rem(rest, heads)
+    batch, kv_head = batch_and_head(spec, scheduling.div(pair, spec.group), spec.kv_heads)
+    rows = count - 1 - scheduling.div(rest, heads)
+    return batch, kv_head * spec.group + scheduling.rem(pair, spec.group), rows
 
 
 @functools.lru_cache(maxsize=256)
@@ -343,6 +362,35 @@ def dq_work(spec: AttentionSpec, s: DqSchedule | WideSchedule) -> Work:
     """The blocks of the kernel that keeps query tiles. A section holds whole groups of heads where it can."""
     head_bytes = 2 * spec.kv_len * (spec.d + spec.d_v) // spec.group
     return _work(spec, spec.batch * spec.q_heads, _every_kv_range(spec, s), head_bytes, s)
+
+
+def dbias_shape(spec: AttentionSpec, s: DbiasSchedule) -> tuple[int, int, int, int]:
+    """The shape of the gradient of a bias of pairs, with whole tiles."""
+    assert spec.bias is not None
+    rows, columns = (tiles.cdiv(n, block) * block for n, block in zip(spec.bias.shape[2:], (s.block_q, s.block_kv)))
+    return spec.bias.shape[0], spec.bias.shape[1], rows, columns
+
+
+@functools.lru_cache(maxsize=64)
+def dbias_table(spec: AttentionSpec, s: DbiasSchedule) -> np.ndarray:
+    """Which tiles of the gradient of a bias of pairs each block makes, or each cluster of two, whose blocks make one of
+    two neighbouring key tiles each: (blocks, 2 + slots) int32. First how many there are, then their numbers, of (bias,
+    query tile, key tile or two), then -1.
+
+    Each tile goes to the block that is free first: one that no query needs costs about half a step, of as many as
+    batch entries and heads share the bias.
+    """
+    batch, heads, rows, columns = dbias_shape(spec, s)
+    of_queries = s.tiles.dq
+    assert isinstance(of_queries, DqSchedule)
+    first, _, _, stop = _every_kv_range(spec, of_queries)
+    key_tile = np.arange(0, columns // s.block_kv, s.cluster)
+    needed = (first[:, None] < key_tile + s.cluster) & (key_tile < stop[:, None])
+    sharers = spec.batch // batch * (spec.q_heads // heads)
+    costs = np.tile(np.where(needed, sharers, 0).ravel() + 0.5, batch * heads)
+    assert needed.shape[0] == rows // s.block_q
+    dealt = scheduling.table(np.arange(costs.size), costs, s.num_sms // s.cluster)
+    return np.concatenate([(dealt >= 0).sum(axis=1, keepdims=True, dtype=np.int32), dealt], axis=1)
 
 
 def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index,

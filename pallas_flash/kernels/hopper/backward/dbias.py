@@ -1,16 +1,19 @@
-"""The gradient of a bias of pairs on Hopper: a block for each tile of 64 queries a warpgroup and a few keys, of each
-bias; the same bits on every run.
+"""The gradient of a bias of pairs on Hopper, in tiles of 64 queries a warpgroup and a few keys, of each bias; the same
+bits on every run.
 
     dbias = sum of dS = P * (dP - delta) over the batch entries and query heads that share the bias
 
 P = exp(S - lse) and dP = dO V^T are computed once more; the sum stays in registers, so that there are neither float32
 sums in global memory nor additions to it. One more warpgroup loads the tiles of one (batch entry, query head) after the
-other: queries with keys through one ring, douts with values through another. Those whose mask keeps no pair of the tile
-are left out by both sides. A bias in 16 bits comes to shared memory once, and its gradient is written over it.
+other, queries with keys and douts with values in turn through one ring, so that a load is as far ahead as there are
+slots. Those whose mask keeps no pair of the tile are left out by both sides. A bias in 16 bits comes to shared memory
+once, and its gradient is written over it. A block takes tile after tile (`work.dbias_table`), so that the next one is
+loaded while this one is computed and written.
 
 Nothing is multiplied by dS here, so what is hidden cannot spoil what is not, and no row is computed again.
 
-Barriers: k_full, k_free, v_full, v_free for slots of the rings; bias_full for a warpgroup's rows of the bias.
+Barriers: ring_full, ring_free for slots of the ring; bias_full for a warpgroup's rows of the bias, or their place,
+bias_free when the gradient has left them.
 """
 
 import functools
@@ -24,16 +27,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash import tiles as lengths
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma
-from pallas_flash.kernels.hopper.backward import dq
+from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies, dq, wide
 from pallas_flash.kernels.hopper.backward.statistics import Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DbiasSchedule
-from pallas_flash.kernels.hopper.scratch import allocate
+from pallas_flash.kernels.hopper.scratch import CLUSTER_AXIS, allocate
 from pallas_flash.kernels.mosaic import bias, dropout, fragments, ptx
 from pallas_flash.kernels.mosaic.completion import Completed, completion
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask
@@ -43,7 +45,7 @@ from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import Walk
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["launch", "padded_shape"]
+__all__ = ["launch"]
 
 
 class Sharers(NamedTuple):
@@ -86,41 +88,88 @@ class Tile(NamedTuple):
                               walk=Walk(head, 1, *mask.tiles("key_tiles", block.tile)))
 
     def needs(self, walk: Walk) -> Flag:
-        """Whether a mask keeps some pair of the tile."""
-        return jnp.logical_and(walk.start <= self.kv_tile, self.kv_tile < walk.stop)
+        """Whether a mask keeps some pair of the tile, or of another one of the cluster."""
+        cluster = self.block.schedule.cluster
+        first = div(self.kv_tile, cluster) * cluster if cluster > 1 else self.kv_tile
+        return jnp.logical_and(walk.start < first + cluster, first < walk.stop)
 
-    def for_each[C](self, body: Callable[[Block[DbiasSchedule], Array, C], C], carry: C) -> tuple[Array, C]:
-        """Runs carry = body(block, number, carry) for all that need the tile. Returns how many these are, too."""
+    def for_each[C](self, body: Callable[[Block[DbiasSchedule], Array, C], C], first: Array,
+                    carry: C) -> tuple[Array, C]:
+        """Runs carry = body(block, number, carry) for all that need the tile, with numbers from `first` on. Returns the
+        number behind the last, too.
+        """
         def step(i: Array, state: tuple[Array, C]) -> tuple[Array, C]:
             block = self.of(i)
             return lax.cond(self.needs(block.walk), lambda number, carry: (number + 1, body(block, number, carry)),
                             lambda *state: state, *state)
 
         count = jnp.int32(Sharers.of(self.block.spec).number)
-        found: tuple[Array, C] = lax.fori_loop(jnp.int32(0), count, step, (jnp.int32(0), carry))
+        found: tuple[Array, C] = lax.fori_loop(jnp.int32(0), count, step, (first, carry))
         return found
+
+
+def for_each_tile[C](block: Block[DbiasSchedule], body: Callable[[Tile, Array, C], C], carry: C) -> C:
+    """Runs carry = body(tile, ordinal, carry) for the tiles that this block takes, a row of the table."""
+    row, table = lax.axis_index("block"), block.gmem["tiles"]
+    _, heads, rows, columns = work.dbias_shape(block.spec, block.schedule)
+    cluster = block.schedule.cluster
+    q_tiles, kv_tiles = rows // block.schedule.block_q, columns // (block.schedule.block_kv * cluster)
+
+    def step(i: Array, state: tuple[Array, C]) -> tuple[Array, C]:
+        number, carry = state
+        following = table[row, i + 2]  # on its way meanwhile
+        rest, kv_tile = div(number, kv_tiles), rem(number, kv_tiles)
+        pair, q_tile = div(rest, q_tiles), rem(rest, q_tiles)
+        if cluster > 1:
+            kv_tile = kv_tile * cluster + lax.axis_index(CLUSTER_AXIS)
+        tile = Tile(block._replace(tile=q_tile), (div(pair, heads), rem(pair, heads)), kv_tile)
+        return following, body(tile, i, carry)
+
+    return lax.fori_loop(jnp.int32(0), table[row, 0], step, (table[row, 1], carry))[1]
 
 
 # -- the loading warpgroup ---------------------------------------------------------------------------------------------
 
-def load_ring(tile: Tile, names: tuple[str, str], slots: int) -> None:
-    """Loads tiles of queries and of keys, as `names` says, as slots become free."""
-    rows, keys = names
-    full, free = tile.block.bars[f"{keys}_full"], tile.block.bars[f"{keys}_free"]
+def load_shared(block: Block[DbiasSchedule], index: tuple[Index, Index, Index], target: Ref, full: Ref,
+                source: Ref) -> None:
+    """Starts to load a tile that all blocks of the cluster load, a part of it each, into the shared memory of all."""
+    for chunk in range(target.shape[0]):
+        rows = tiles.chunk_of(block.spec, source, index, ROWS_PER_WARPGROUP, chunk)
+        wide.load_shared(block, rows, target.at[chunk], full)
 
-    def load(block: Block[DbiasSchedule], number: Array, _: None) -> None:
-        spec, s, smem = block.spec, block.schedule, block.smem
-        if keys == "k":
-            pl.when(number == 0)(functools.partial(load_bias, tile))
-        slot = tiles.await_free(free, slots, number)
-        for i in range(s.warpgroups):
-            index = block.batch, block.head, block.tile * s.block_q + i * ROWS_PER_WARPGROUP
-            tiles.load_tile(spec, block.gmem[rows], index, smem[rows].at[slot, i], full.at[slot])
-        index = block.batch, div(block.head, spec.group), tile.kv_first
-        tiles.load_tile(spec, block.gmem[keys], index, smem[keys].at[slot], full.at[slot])
 
-    count, _ = tile.for_each(load, None)
-    tiles.see_last_phases(free, slots, count)
+def free(block: Block[DbiasSchedule], warpgroup: Index, slot: Index) -> None:
+    """Frees a slot, as far as this warpgroup is concerned, in all blocks of the cluster."""
+    if block.schedule.cluster > 1:  # one thread arrives for all
+        ptx.named_sync(ptx.first_free(3) + 1 + warpgroup, ptx.WARPGROUP)
+    plgpu.barrier_arrive(block.bars["ring_free"].at[slot])
+
+
+def load_ring(whole: Block[DbiasSchedule]) -> None:
+    """Loads queries with keys, then douts with values, of one step after the other, as slots become free."""
+    full, free, s = whole.bars["ring_full"], whole.bars["ring_free"], whole.schedule
+
+    def load(tile: Tile, block: Block[DbiasSchedule], number: Array, _: None) -> None:
+        spec, smem = block.spec, block.smem
+        firsts = [block.tile * s.block_q + i * ROWS_PER_WARPGROUP for i in range(s.warpgroups)]
+        copied = [copies.is_copied(block.gmem, (block.batch, block.head, first)) for first in firsts]
+        for turn, (rows, keys) in enumerate((("q", "k"), ("dout", "v"))):
+            slot = tiles.await_free(free, s.num_stages, 2 * number + turn)
+            for i, first in enumerate(firsts):
+                index = block.batch, block.head, first
+                start = functools.partial(load_shared, block, index, smem["rows"].at[slot, i], full.at[slot])
+                copies.with_source(block.gmem, rows, copied[i], start)
+            index = block.batch, div(block.head, spec.group), tile.kv_first
+            tiles.load_tile(spec, block.gmem[keys], index, smem["keys"].at[slot], full.at[slot])
+
+    def load_all(tile: Tile, _: Array, number: Array) -> Array:
+        return tile.for_each(functools.partial(load, tile), number, None)[0]
+
+    used = 2 * for_each_tile(whole, load_all, jnp.int32(0))
+    if s.cluster > 1:
+        tiles.drain(free, used)  # the other block says it in this one's shared memory, which must still be there
+    else:
+        tiles.see_last_phases(free, s.num_stages, used)
 
 
 def piece(tile: Tile, ref: Ref, warpgroup: Index, first: int, columns: int) -> Ref:
@@ -131,28 +180,48 @@ def piece(tile: Tile, ref: Ref, warpgroup: Index, first: int, columns: int) -> R
 
 
 def load_bias(tile: Tile) -> None:
-    """Loads the tile of the bias, if it comes to shared memory: where something needs it."""
+    """Starts to load a tile of the bias."""
     block = tile.block
-    for i in range(block.schedule.warpgroups) if "bias" in block.smem else ():
+    for i in range(block.schedule.warpgroups):
         for chunk in range(block.schedule.block_kv // CHUNK):
             plgpu.copy_gmem_to_smem(piece(tile, block.gmem["bias"], i, chunk * CHUNK, CHUNK),
                                     block.smem["bias"].at[i, chunk], block.bars["bias_full"].at[i])
 
 
-def load_role(tile: Tile) -> None:
-    """Runs the loading warpgroup: a warp loads the bias, queries and keys, another douts and values."""
-    s = tile.block.schedule
-    plgpu.set_max_registers(s.registers[1], action="decrease")
+def leave_bias(tile: Tile) -> None:
+    """Says that the place of a tile of the bias is free for its gradient, of zeros."""
+    block = tile.block
+    for i in range(block.schedule.warpgroups):
+        for _ in range(block.schedule.block_kv // CHUNK):  # as many arrivals as there are loads
+            plgpu.barrier_arrive(block.bars["bias_full"].at[i])
+
+
+def load_biases(block: Block[DbiasSchedule]) -> None:
+    """Loads those tiles of the bias that something needs, as the gradients of the tiles before leave their place."""
+    free, warpgroups = block.bars["bias_free"], block.schedule.warpgroups
+
+    def load(tile: Tile, ordinal: Array, _: None) -> None:
+        for i in range(warpgroups):
+            pl.when(ordinal > 0)(functools.partial(plgpu.barrier_wait, free.at[i]))
+        count, _ = tile.for_each(lambda block, number, carry: carry, jnp.int32(0), None)
+        lax.cond(count > 0, functools.partial(load_bias, tile), functools.partial(leave_bias, tile))
+
+    for_each_tile(block, load, None)
+    tiles.see_last_phases(free, warpgroups, warpgroups)  # each block takes a tile
+
+
+def load_role(block: Block[DbiasSchedule]) -> None:
+    """Runs the loading warpgroup: a warp fills the ring, and another loads the bias, if it comes to shared memory."""
+    plgpu.set_max_registers(block.schedule.registers[1], action="decrease")
 
     @plgpu.warp_map
     def _(warp: Index) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            load_ring(tile, ("q", "k"), s.k_stages)
+            load_ring(block)
 
-        @pl.when(warp == 1)
-        def _() -> None:
-            load_ring(tile, ("dout", "v"), s.v_stages)
+        if "bias" in block.smem:
+            pl.when(warp == 1)(functools.partial(load_biases, block))
 
 
 # -- the compute warpgroups --------------------------------------------------------------------------------------------
@@ -181,27 +250,35 @@ def own(block: Block[DbiasSchedule], warpgroup: Index, ref: Ref) -> Ref:
     return ref.at[ptx.opaque(warpgroup) if block.schedule.opaque else warpgroup]
 
 
-def score_gradients(tile: Tile, warpgroup: Index, block: Block[DbiasSchedule], number: Array) -> Fragment:
-    """Computes dS of the tile of one batch entry and query head, but for dropout's factor: (64, block_kv) float32. It
-    is 0 where P is, whatever dP is.
+def await_bias(block: Block[DbiasSchedule], warpgroup: Index) -> None:
+    """Waits for a warpgroup's rows of the bias, or for their place."""
+    if "bias" in block.smem:
+        plgpu.barrier_wait(block.bars["bias_full"].at[warpgroup])
+
+
+def score_gradients(tile: Tile, warpgroup: Index, block: Block[DbiasSchedule], number: Array,
+                    is_first: Flag) -> Fragment:
+    """Computes dS of the tile of one batch entry and query head, the first of a tile or not, but for dropout's factor:
+    (64, block_kv) float32. It is 0 where P is, whatever dP is.
     """
     spec, s, bars, smem = block.spec, block.schedule, block.bars, block.smem
-    slot, v_slot = rem(number, s.k_stages), rem(number, s.v_stages)
+    slot, v_slot = (rem(2 * number + turn, s.num_stages) for turn in range(2))
     first = block.tile * s.block_q + warpgroup * ROWS_PER_WARPGROUP
     lse_log2, delta = (dq.statistic(block, first, row) for row in (Statistics.LSE, Statistics.DELTA))
     rows = dq.Rows(warpgroup, first, lse_log2, delta, dq.any_large_in_warp(spec, lse_log2))
     from_delta = wgmma.settled(registers.spread(delta, s.block_kv))
-    plgpu.barrier_wait(bars["k_full"].at[slot])
-    scores = wgmma.multiply_transposed(own(block, warpgroup, smem["q"].at[slot]), smem["k"].at[slot], spec.d)
-    plgpu.barrier_wait(bars["v_full"].at[v_slot])
-    dp = wgmma.multiply_transposed(own(block, warpgroup, smem["dout"].at[v_slot]), smem["v"].at[v_slot], spec.d_v,
+    plgpu.barrier_wait(bars["ring_full"].at[slot])
+    scores = wgmma.multiply_transposed(own(block, warpgroup, smem["rows"].at[slot]), smem["keys"].at[slot], spec.d)
+    plgpu.barrier_wait(bars["ring_full"].at[v_slot])
+    dp = wgmma.multiply_transposed(own(block, warpgroup, smem["rows"].at[v_slot]), smem["keys"].at[v_slot], spec.d_v,
                                    from_delta)
+    pl.when(is_first)(functools.partial(await_bias, block, warpgroup))
     x = plgpu.layout_cast(wgmma.ready(scores, 1), registers.TILE)
-    plgpu.barrier_arrive(bars["k_free"].at[slot])
+    free(block, warpgroup, slot)
     p = tile_weights(tile, block, rows, x)
     kept = kept_of(tile, block, rows)
     dp = kept.dp(plgpu.layout_cast(wgmma.ready(dp, 0), registers.TILE))
-    plgpu.barrier_arrive(bars["v_free"].at[v_slot])
+    free(block, warpgroup, v_slot)
     return jnp.where(p == 0, 0.0, p * dp)
 
 
@@ -229,7 +306,8 @@ def kept_of(tile: Tile, block: Block[DbiasSchedule], rows: dq.Rows) -> Kept:
 
 
 def store(tile: Tile, warpgroup: Index, total: Fragment) -> None:
-    """Writes the gradient of a warpgroup's rows of the tile: through shared memory, or from registers if it is float32.
+    """Writes the gradient of a warpgroup's rows of the tile: through shared memory, whose place it frees, or from
+    registers if it is float32.
     """
     block, target, columns = tile.block, tile.block.gmem["dbias"], total.shape[1]
     if target.dtype.itemsize == 4:
@@ -242,7 +320,8 @@ def store(tile: Tile, warpgroup: Index, total: Fragment) -> None:
     plgpu.commit_smem()
     for chunk in range(columns // CHUNK):
         plgpu.copy_smem_to_gmem(buffer.at[chunk], piece(tile, target, warpgroup, chunk * CHUNK, CHUNK))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(block.bars["bias_free"].at[warpgroup])
 
 
 def without_hidden(tile: Tile, warpgroup: Index, total: Fragment) -> Fragment:
@@ -258,67 +337,63 @@ def without_hidden(tile: Tile, warpgroup: Index, total: Fragment) -> Fragment:
     return fragments.concatenate(parts)
 
 
-def compute_role(tile: Tile, warpgroup: Index) -> None:
+def compute_role(block: Block[DbiasSchedule], warpgroup: Index) -> None:
     """Runs a compute warpgroup."""
-    block = tile.block
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
 
-    def add(block: Block[DbiasSchedule], number: Array, total: Fragment) -> Fragment:
-        if "bias" in block.smem:
-            pl.when(number == 0)(lambda: plgpu.barrier_wait(block.bars["bias_full"].at[warpgroup]))
-        return total + score_gradients(tile, warpgroup, block, number)
+    def compute(tile: Tile, _: Array, first: Array) -> Array:
+        def add(block: Block[DbiasSchedule], number: Array, total: Fragment) -> Fragment:
+            return total + score_gradients(tile, warpgroup, block, number, number == first)
 
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, s.block_kv), jnp.float32), registers.TILE)
-    count, total = tile.for_each(add, zeros)
-    total = lax.cond(count > 0, functools.partial(without_hidden, tile, warpgroup), lambda total: total, total)
-    store(tile, warpgroup, total * dropout.factor(spec))
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS_PER_WARPGROUP, s.block_kv), jnp.float32), registers.TILE)
+        number, total = tile.for_each(add, first, zeros)
+        pl.when(number == first)(functools.partial(await_bias, block, warpgroup))
+        total = lax.cond(number > first, functools.partial(without_hidden, tile, warpgroup), lambda total: total, total)
+        store(tile, warpgroup, total * dropout.factor(spec))
+        return number
+
+    for_each_tile(block, compute, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
 
 
 # -- the launch --------------------------------------------------------------------------------------------------------
 
-def padded_shape(spec: AttentionSpec, s: DbiasSchedule) -> tuple[int, int, int, int]:
-    """The shape of what the launch makes: that of the bias, with whole tiles."""
-    assert spec.bias is not None
-    rows, columns = (lengths.cdiv(n, block) * block for n, block in zip(spec.bias.shape[2:], (s.block_q, s.block_kv)))
-    return spec.bias.shape[0], spec.bias.shape[1], rows, columns
-
-
 def launch(spec: AttentionSpec, schedule: DbiasSchedule, dtype: np.dtype) -> Launch:
-    """The launch that makes the gradient of a bias of pairs, in a dtype, of q, k, v, dout, the statistics, and what
-    mask, bias and dropout need, as `backward.dq` has it.
+    """The launch that makes the gradient of a bias of pairs, in a dtype, of q, k, v, dout, the statistics, the tiles of
+    each block, and what mask, bias and dropout need, as `backward.dq` has it.
 
     Args:
       spec: with a mask that holds arrays (`bias.as_mask`).
       dtype: that of the bias, or float32.
     """
-    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec))
-    shape = padded_shape(spec, schedule)
-    q_tiles, kv_tiles = shape[2] // schedule.block_q, shape[3] // schedule.block_kv
+    extra = (*mask_arrays.names(spec.mask, of_keys=True), *bias.names(spec), *dropout.input_types(spec),
+             *copies.names(spec))
+    inputs = ("q", "k", "v", "dout", "statistics", *extra, "tiles")
 
     def attention_backward_dbias(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
-        gmem = dict(zip(("q", "k", "v", "dout", "stats", *extra, "dbias"), arrays, strict=True))
-        number, kv_tile = div(lax.axis_index("block"), kv_tiles), rem(lax.axis_index("block"), kv_tiles)
-        pair, q_tile = div(number, q_tiles), rem(number, q_tiles)
-        place = div(pair, shape[1]), rem(pair, shape[1])
+        gmem = dict(zip((*inputs, "dbias"), arrays, strict=True))
+        gmem["stats"] = gmem.pop("statistics")
         none = jnp.int32(0)
-        block = Block(spec, schedule, gmem, smem, bars, ArrayMask(gmem, none, none), none, none, q_tile,
+        block = Block(spec, schedule, gmem, smem, bars, ArrayMask(gmem, none, none), none, none, none,
                       Walk(none, 1, none, none, none, none))
-        tile, warpgroup = Tile(block, place, kv_tile), lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < schedule.warpgroups)
         def _() -> None:
-            compute_role(tile, warpgroup)
+            compute_role(block, warpgroup)
 
         @pl.when(warpgroup == schedule.warpgroups)
         def _() -> None:
-            load_role(tile)
+            load_role(block)
 
-    outputs = {"dbias": jax.ShapeDtypeStruct(shape, dtype)}
+    outputs = {"dbias": jax.ShapeDtypeStruct(work.dbias_shape(spec, schedule), dtype)}
+    clustered = schedule.cluster > 1
     kernel = plgpu.kernel(
         attention_backward_dbias, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.dbias_memory(spec, schedule)), grid=(shape[0] * shape[1] * q_tiles * kv_tiles,),
+        scratch_types=allocate(memory.dbias_memory(spec, schedule)), grid=work.dbias_table(spec, schedule).shape[:1],
         grid_names=("block",), num_threads=schedule.warpgroups + 1, thread_name="warpgroup",
+        cluster=(schedule.cluster,) if clustered else (), cluster_names=(CLUSTER_AXIS,) if clustered else (),
         compiler_params=tiles.COMPILER)
-    return Launch(kernel, ("q", "k", "v", "dout", "statistics", *extra), outputs)
+    return Launch(kernel, inputs, outputs)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
-from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics
+from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, is_idle
 from pallas_flash.kernels.hopper.backward.tiles import Block, QueryBlock
 from pallas_flash.kernels.hopper.backward.weights import Corrections, Kept, Large, Pairs, weights
 from pallas_flash.kernels.hopper.registers import Fragment, PerRow
@@ -203,10 +203,13 @@ def repaired(block: QueryBlock, rows: Rows, dq: Fragment, first: int = 0) -> Fra
     """Returns columns of dq from `first` on, recomputed without the keys that the mask hides if some element is not
     finite (0 * NaN is NaN).
 
-    Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted.
+    Rows whose lse is NaN, because they attend to what is not finite, are legitimately NaN, and not counted. Rows that
+    attend to nothing are 0, whatever is in their query and dout, of which no copy is read here.
     """
     if not work.dq_work(block.spec, block.schedule).partial:
         return dq
+    if work.may_have_idle_queries(block.spec):
+        dq = jnp.where(registers.spread(is_idle(rows.lse_log2), dq.shape[1]), 0.0, dq)
     is_nan = registers.spread(jnp.isnan(rows.lse_log2), dq.shape[1])
     spoiled = ptx.any_nonfinite_in_warpgroup(jnp.where(is_nan, 0.0, dq), registers.TILE)
     return lax.cond(spoiled, lambda dq: recompute(block, rows, range(first, first + dq.shape[1])), lambda dq: dq, dq)

@@ -3,16 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_flash.kernels.hopper import memory, registers, tiles
+from pallas_flash.kernels.hopper import memory, registers, tiles, work
 from pallas_flash.kernels.hopper.schedule import CHUNK, KvSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import allocate
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -33,18 +34,31 @@ def copy_out(spec: AttentionSpec, buffer: Ref, dq: Ref, index: tuple[Index, Inde
 
 
 def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
-    """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup."""
+    """The launch that makes dq of its float32 sums: a block for each 64 queries, one warpgroup.
+
+    Where `first_writes`, the sums of a tile that nothing was added to were never written: its dq is 0.
+    """
+    inputs = ("dq_sums", *["additions"] * schedule.first_writes)
     per_tile, columns = schedule.block_q // CHUNK, chunks(spec.d)
     shape = memory.dq_acc_shape(spec, schedule)
     count, unit = shape[2] * per_tile, spec.scale * dropout.factor(spec)
 
-    def attention_backward_finish(acc: Ref, dq: Ref, smem: dict[str, Ref], _: dict[str, Ref]) -> None:
-        block = lax.axis_index("block")
+    def place(block: Index) -> tuple[Index, Index, Index]:
+        if schedule.first_writes:
+            return work.rows_backwards(spec, schedule, block, count)
         head, rows = div(block, count), rem(block, count)
-        batch, q_head = div(head, spec.q_heads), rem(head, spec.q_heads)
+        return div(head, spec.q_heads), rem(head, spec.q_heads), rows
+
+    def attention_backward_finish(*refs: *KernelArguments) -> None:
+        *arrays, smem, _ = refs
+        gmem = dict(zip((*inputs, "dq"), arrays, strict=True))
+        acc, dq, additions = gmem["dq_sums"], gmem["dq"], gmem.get("additions")
+        batch, q_head, rows = place(lax.axis_index("block"))
         tile, row = div(rows, per_tile), rem(rows, per_tile)
+        is_written = None if additions is None else additions[batch, q_head, tile] != 0
         for column in range(columns):
             x = registers.load_linear(acc.at[batch, q_head, tile, row * columns + column], CHUNK) * unit
+            x = x if is_written is None else jnp.where(is_written, x, 0.0)
             if spec.partial:
                 tiles.store_rows(spec, x, dq, (batch, q_head, rows * CHUNK, column))
             else:
@@ -58,4 +72,4 @@ def launch(spec: AttentionSpec, schedule: KvSchedule) -> Launch:
         scratch_types=allocate(memory.finish_memory(spec)),
         grid=(spec.batch * spec.q_heads * count,), grid_names=("block",), num_threads=1, thread_name="warpgroup",
         compiler_params=tiles.COMPILER)
-    return Launch.of(build, ("dq_sums",), outputs)
+    return Launch.of(build, inputs, outputs)

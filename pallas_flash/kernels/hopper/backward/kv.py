@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import mask_arrays, memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
@@ -303,6 +304,8 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
     """Runs a compute warpgroup."""
     spec, s = block.spec, block.schedule
     plgpu.set_max_registers(s.registers[0], action="increase")
+    if not s.bias_ring:  # ptxas 13.0 would spill 8 bytes
+        block.mask.load_ahead(block.tile * s.block_kv + warpgroup * ROWS_PER_WARPGROUP)
     plgpu.barrier_wait(block.bars["kv_full"])
     spoiled = without_bad_rows(block, "kv" if s.makes_dq else "v", warpgroup)
     block = with_held_rows(block, warpgroup)
@@ -360,7 +363,7 @@ def scratch(own: Memory,
 def inputs(spec: AttentionSpec) -> tuple[str, ...]:
     """The arrays that every kernel reads that keeps keys."""
     return ("q", "k", "v", "dout", "statistics", *mask_arrays.names(spec.mask, of_keys=False),
-            *bias.names(spec), *dropout.input_types(spec), *score_function.input_types(spec))
+            *bias.names(spec), *dropout.input_types(spec), *score_function.input_types(spec), *copies.names(spec))
 
 
 def references(spec: AttentionSpec) -> tuple[str, ...]:
@@ -409,23 +412,24 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
     """The launch that makes dk and dv of q, k, v, dout and the statistics that `backward.prepare` makes.
 
     If it `merges`, arrays of queries and keys are whole ones, "places" says where the part's rows lie, and dq's sums
-    are those of several launches (`merging`); not if `ordered`.
+    are those of several launches (`merging`); not if `ordered`, nor if the `first_writes`.
 
     In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
-    (`memory.dq_acc_shape`). If `ordered`, it is the counts of additions, and the sums are made here; dq too, if it
-    `rounds_dq`.
+    (`memory.dq_acc_shape`). If `ordered`, or the `first_writes`, it is the counts of additions, and the sums are made
+    here; dq too, if it `rounds_dq`.
     """
-    fused, ordered = schedule.dq != "none", schedule.ordered
-    updates = ("additions",) * ordered or ("dq_sums",) * fused
+    fused, counts = schedule.dq != "none", schedule.ordered or schedule.first_writes
+    assert not (merges and counts)
+    updates = ("additions",) * counts or ("dq_sums",) * fused
     outputs = gradient_types(spec)
-    if ordered:
+    if counts:
         outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
     if schedule.rounds_dq:
         outputs["dq"] = jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)
 
     def attention_backward_kv(*refs: *KernelArguments) -> None:
-        last = ["additions"] * ordered or ["dq"] * fused
-        made = ["dk", "dv", *["dq"] * ordered, *["dq_rounded"] * schedule.rounds_dq]
+        last = ["additions"] * counts or ["dq"] * fused
+        made = ["dk", "dv", *["dq"] * counts, *["dq_rounded"] * schedule.rounds_dq]
         names = [*references(spec), *["places"] * merges, *last, *made]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))

@@ -1,11 +1,14 @@
 """The warp that loads in the kernels that keep keys."""
 
+import functools
+
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import tiles
+from pallas_flash.kernels.hopper.backward.copies import is_copied, with_source
 from pallas_flash.kernels.hopper.backward.statistics import LOADED
 from pallas_flash.kernels.hopper.backward.tiles import KeyBlock
 from pallas_flash.kernels.hopper.places import Place, locate
@@ -41,12 +44,14 @@ def load(block: KeyBlock) -> None:
         head, tile = at
         slot, first = rem(i, s.num_stages), queries.row(tile * s.block_q)
         index = (queries.batch, head, first)
+        copied = is_copied(gmem, index)
 
         def load_next(name: str, stats: bool) -> None:
             if name in names:
                 tiles.await_free(bars[f"{name}_free"], s.num_stages, i)
             full = bars[f"{name if name in names else 'q'}_full"].at[slot]
-            tiles.load_tile(spec, gmem[name], index, smem[name].at[slot], full)
+            load_from = functools.partial(tiles.load_tile, spec, index=index, target=smem[name].at[slot], full=full)
+            with_source(gmem, name, copied, load_from)
             if stats and s.bias_ring:
                 load_bias(block, (head, tile), slot)
             if stats:

@@ -14,6 +14,10 @@ mode waits in the same way).
 An addition is counted when it has arrived in memory, about 2 us after it started. To avoid that wait, few blocks of a
 head run at a time (`work.kv_work`), the order of a head's key tiles keeps them apart, and a block makes
 the next tiles while one waits in its slot.
+
+If the `first_writes`, there is no order, but nothing need be zeroed either. The number of a query tile is 0 until a
+block claims it (1), and 2 when that block's dq has arrived; others add only then. A block claims a tile when all of its
+dq lies in the slot, so that nothing keeps it from writing it: no deadlock. Most find a 2 before their dq is there.
 """
 
 import functools
@@ -68,18 +72,30 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
             before = work.additions_before(work.worst_case(block.spec, s), block.spec, s, at[1], block.tile)
             await_additions(block, *at, before)
             first = before == 0
+        if s.first_writes:
+            seen = additions_seen(block, *at)
+            for piece in range(pieces):
+                plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
+            first = claimed(block, *at, seen) == 0
         head, tile = at
         tile = tile if before_first is None else before_first + tile
         for piece in range(pieces):
             source = block.smem["dq"].at[slot * pieces + piece]
             target = block.gmem["dq"].at[place.batch, head, tile, piece]
-            plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
+            if not s.first_writes:
+                plgpu.barrier_wait(block.bars["dq_full"].at[slot * pieces + piece])
             add_to_global(source, target, first)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         free((i + 1) * s.dq_slots + slot)
         if s.ordered:
             plgpu.wait_smem_to_gmem(0)
             count_addition(block, *at)
+        if s.first_writes and first is not None:
+            @pl.when(first)
+            def _() -> None:
+                plgpu.wait_smem_to_gmem(0)
+                count_written(block, *at)
+
         return block.walk.skip(s.dq_slots, *at)
 
     free(slot)
@@ -136,10 +152,54 @@ def count_addition(block: Block[KvSchedule], head: Index, tile: Index) -> None:
                 "@p red.release.gpu.global.add.u32 [$1], $2; mov.u32 $0, t; }")
 
 
-def _at_counter(block: Block[KvSchedule], head: Index, tile: Index, number: Index, asm: str) -> None:
-    """Emits PTX with the address of a query tile's counter as $1 and a number as $2; $0 is written and not used."""
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4))
-    def emit(_: mgpu.LaunchContext, ref: ir.Value, *numbers: mgpu.FragmentedArray) -> None:
+def _additions_seen_plain(block: Block[KvSchedule], head: Index, tile: Index) -> Array:
+    found: Array = block.gmem["additions"][block.batch, head, tile]
+    return found
+
+
+@interpreted_as(_additions_seen_plain)
+def additions_seen(block: Block[KvSchedule], head: Index, tile: Index) -> Array:
+    """Reads the number of a query tile: the same for all lanes of the warp."""
+    return _at_counter(block, head, tile, 0, "{ .reg .u32 v; ld.acquire.gpu.global.u32 v, [$1]; "
+                                             "shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }")
+
+
+def _claimed_plain(block: Block[KvSchedule], head: Index, tile: Index, seen: Array) -> Array:
+    del seen
+    return _additions_seen_plain(block, head, tile)
+
+
+@interpreted_as(_claimed_plain)
+def claimed(block: Block[KvSchedule], head: Index, tile: Index, seen: Array) -> Array:
+    """Claims a query tile, or waits until the block that claimed it has written. Returns 0 where this one has, else 2.
+
+    One lane claims; all lanes read the number that says that it was written, as any of them may start to add.
+    """
+    return _at_counter(block, head, tile, seen,
+                       "{ .reg .pred p; .reg .u32 t, v; mov.u32 v, $2; setp.eq.u32 p, v, 2; @p bra done; "
+                       "mov.u32 t, %laneid; setp.eq.u32 p, t, 0; @p atom.acquire.gpu.global.cas.b32 v, [$1], 0, 1; "
+                       "shfl.sync.idx.b32 v, v, 0, 31, 0xffffffff; setp.eq.u32 p, v, 0; @p bra done; "
+                       "again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, 2; @p bra again; "
+                       "done: bar.warp.sync -1; fence.proxy.async.global; mov.u32 $0, v; }")
+
+
+def _count_written_plain(block: Block[KvSchedule], head: Index, tile: Index) -> None:
+    block.gmem["additions"][block.batch, head, tile] = jnp.int32(2)
+
+
+@interpreted_as(_count_written_plain)
+def count_written(block: Block[KvSchedule], head: Index, tile: Index) -> None:
+    """Says that what this block wrote of a query tile has arrived in memory."""
+    _at_counter(block, head, tile, 2,
+                "{ .reg .pred p; .reg .u32 t; bar.warp.sync -1; mov.u32 t, %laneid; setp.eq.u32 p, t, 0; "
+                "@p st.release.gpu.global.u32 [$1], $2; mov.u32 $0, t; }")
+
+
+def _at_counter(block: Block[KvSchedule], head: Index, tile: Index, number: Index, asm: str) -> Array:
+    """Emits PTX with the address of a query tile's counter as $1 and a number as $2; returns what it writes to $0."""
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ptx.SCALAR,) * 4),
+                       return_type=plgpu.ShapeDtypeStruct((), jnp.int32, ptx.SCALAR))
+    def emit(_: mgpu.LaunchContext, ref: ir.Value, *numbers: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         i64 = ir.IntegerType.get_signless(64)
         *indices, number = (x.registers.item() for x in numbers)
         shape = ir.MemRefType(ref.type).shape
@@ -147,7 +207,9 @@ def _at_counter(block: Block[KvSchedule], head: Index, tile: Index, number: Inde
         for size, x in zip(shape[1:], indices[1:]):
             index = arith.addi(arith.muli(index, mgpu.utils.c(size, i64)), arith.extui(i64, x))
         address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], ptx.i32())
-        llvm.inline_asm(ptx.i32(), [address, number], asm, "=r,l,r,~{memory}", has_side_effects=True,
-                        convergent=True)
+        found = llvm.inline_asm(ptx.i32(), [address, number], asm, "=r,l,r,~{memory}", has_side_effects=True,
+                                convergent=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
-    emit(block.gmem["additions"], *map(ptx.scalar, (block.batch, head, tile, number)))
+    result: Array = emit(block.gmem["additions"], *map(ptx.scalar, (block.batch, head, tile, number)))
+    return result

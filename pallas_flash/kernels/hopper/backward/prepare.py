@@ -1,8 +1,10 @@
 """The backward's first kernel: it computes the statistics of each query, and prepares what the others add to.
 
-Where a mask may leave queries without keys it also copies q and dout, with zeros for these queries.
+Where a mask may leave queries without keys, it also copies the tiles of q and dout that have such queries, with zeros
+for them (`backward.copies`).
 """
 
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_flash import softmax
 from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.hopper import memory, registers, tiles, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward.statistics import IDLE, Statistics, with_mark
 from pallas_flash.kernels.hopper.registers import PerRow
 from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, BackwardSchedule, KvSchedule, chunks
@@ -67,34 +70,35 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     nor dout is read for it.
     """
     outputs, columns = output_types(spec, schedule), chunks(spec.d_v)
-    copied, delta_known = "clean_q" in outputs, spec.partial
-    rows_read = ("dout",) * copied if delta_known else ("out", "dout")
-    inputs = (*rows_read, "stats", "dstats", *["q"] * copied)
+    copied, delta_known = copies.COPIED in outputs, spec.partial
+    rows_read = () if delta_known else ("out", "dout")
+    inputs = (*rows_read, *["dout"] * (copied and delta_known), "stats", "dstats", *["q"] * copied)
     padded = schedule.padded_q(spec)
     count = padded // ROWS_PER_WARPGROUP
 
     def attention_backward_prepare(*refs: *KernelArguments) -> None:
         *arrays, smem, bars = refs
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
-        block = lax.axis_index("block")
-        head, rows = div(block, count), rem(block, count)
-        batch, q_head, first = div(head, spec.q_heads), rem(head, spec.q_heads), rows * ROWS_PER_WARPGROUP
-        loaded = {name: smem["rows"].at[i] for i, name in enumerate(rows_read)} | ({"q": smem["q"]} if copied else {})
-        for name, buffer in loaded.items():
-            tiles.load_tile(spec, gmem[name], (batch, q_head, first), buffer, bars["full"])
+        head, batch, q_head, rows = place(spec, schedule, lax.axis_index("block"), count)
+        first = rows * ROWS_PER_WARPGROUP
+        for i, name in enumerate(rows_read):
+            tiles.load_tile(spec, gmem[name], (batch, q_head, first), smem["rows"].at[i], bars["full"])
         zero(spec, schedule, gmem, (batch, q_head, rows))
         lse = registers.load_row_stats(gmem["stats"], 2 * head, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(gmem["stats"], 2 * head + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(gmem["dstats"], 2 * head, first, spec.q_len, 0.0)
-        if loaded:
+        if rows_read:
             plgpu.barrier_wait(bars["full"])
         chunk = lambda i, c: registers.load_chunks(smem["rows"].at[i], c * CHUNK, CHUNK, spec.dtype).astype(jnp.float32)
         delta = -dlse if delta_known else (
             sum((chunk(0, c) * chunk(1, c) for c in range(columns)), jnp.float32(0.0)).sum(axis=1) - dlse)
         for row, x in statistics(spec, lse, rest, delta).items():
             registers.store_row_stats(x, gmem["statistics"], len(Statistics) * head + int(row), first, padded)
-        for name in ("dout", "q") if copied else ():
-            copy_clean(spec, loaded[name], gmem[f"clean_{name}"], (batch, q_head, first), lse == -jnp.inf)
+        if copied:
+            has_idle = any_idle(spec, schedule, gmem["stats"], (head, rows))
+            gmem[copies.COPIED][batch, q_head, rows] = jnp.where(has_idle, jnp.int32(1), jnp.int32(0))
+            copy = functools.partial(copy_clean, spec, gmem, (smem["rows"].at[0, pl.ds(0, 1)], bars["copy_full"]))
+            pl.when(has_idle)(lambda: copy((batch, q_head, first), lse == -jnp.inf))
 
     kernel = plgpu.kernel(
         attention_backward_prepare, out_type=tuple(outputs.values()),
@@ -104,22 +108,29 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     return Launch(kernel, inputs, outputs)
 
 
+def place(spec: AttentionSpec, schedule: BackwardSchedule, block: Index, count: int) -> tuple[Index, ...]:
+    """The pair of a batch entry and a head, both, and the 64 queries of a block, of so many in each head."""
+    if isinstance(schedule.kv, KvSchedule) and schedule.kv.first_writes:
+        batch, q_head, rows = work.rows_backwards(spec, schedule.kv, block, count)
+        return batch * spec.q_heads + q_head, batch, q_head, rows
+    head, rows = div(block, count), rem(block, count)
+    return head, div(head, spec.q_heads), rem(head, spec.q_heads), rows
+
+
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
     """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros, for dq's float32 sums or,
-    if additions have an order, for their counts, (batch, q_heads, query tiles); copies of q and dout where queries may
-    attend to nothing.
+    if `ordered` or the `first_writes`, for the counts of additions, (batch, q_heads, query tiles); what is copied where
+    queries may attend to nothing (`backward.copies`).
     """
     padded = schedule.padded_q(spec)
     types = {"statistics": jax.ShapeDtypeStruct((spec.batch, spec.q_heads, len(Statistics), padded), jnp.float32)}
     if schedule.fused:
         assert isinstance(schedule.kv, KvSchedule)
         shape = memory.dq_acc_shape(spec, schedule.kv)
-        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if schedule.kv.ordered else
+        counts = schedule.kv.ordered or schedule.kv.first_writes
+        types |= ({"additions": jax.ShapeDtypeStruct(shape[:3], jnp.int32)} if counts else
                   {"dq_sums": jax.ShapeDtypeStruct(shape, jnp.float32)})
-    if work.may_have_idle_queries(spec):
-        types |= {"clean_q": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype),
-                  "clean_dout": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)}
-    return types
+    return types | copies.types(spec, schedule)
 
 
 def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Ref],
@@ -141,17 +152,41 @@ def zero(spec: AttentionSpec, schedule: BackwardSchedule, gmem: dict[str, Ref],
             gmem["additions"][batch, q_head, div(rows, per_tile)] = jnp.int32(0)
 
 
-def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index, Index, Index],
-               idle: Bool[Array, "64"]) -> None:
-    """Writes 64 rows of q or dout, which it overwrites in `buffer`, to their copy in global memory: with zeros where a
-    query attends to nothing, so that whatever is there does not meet a weight of 0.
+def any_idle(spec: AttentionSpec, schedule: BackwardSchedule, stats: Ref, at: tuple[Index, Index]) -> Flag:
+    """Whether a query attends to nothing, of the tile of the kernel of dk and dv in which 64 queries are. A barrier of
+    the warpgroup.
 
     Args:
+      stats: the forward's.
+      at: (batch and head, 64 queries).
+    """
+    head, rows = at
+    per_tile = schedule.kv.block_q // ROWS_PER_WARPGROUP
+    first = div(rows, per_tile) * schedule.kv.block_q
+    lse = [registers.load_row_stats(stats, 2 * head, first + i * ROWS_PER_WARPGROUP, spec.q_len, 0.0)
+           for i in range(per_tile)]
+    idle = functools.reduce(jnp.logical_or, [x == -jnp.inf for x in lse])
+    marks = jnp.where(idle, jnp.float32(jnp.inf), jnp.float32(0.0))
+    return ptx.any_nonfinite_in_warpgroup(marks, registers.ROW_LAYOUT)
+
+
+def copy_clean(spec: AttentionSpec, gmem: dict[str, Ref], through: tuple[Ref, Ref], index: tuple[Index, Index, Index],
+               idle: Bool[Array, "64"]) -> None:
+    """Writes 64 rows of q and of dout to their copies, with zeros where a query attends to nothing.
+
+    Args:
+      through: (1, 64, 64) of shared memory, which nobody needs any more, and the barrier of loads to it.
       index: (batch, head, first row).
       idle: whether a query attends to nothing.
     """
-    for chunk in range(buffer.shape[0]):
-        x = registers.load_chunks(buffer, chunk * CHUNK, CHUNK, spec.dtype)
-        x = jnp.where(registers.spread(idle, CHUNK), 0.0, x.astype(jnp.float32)).astype(spec.dtype)
-        tiles.store_tile(spec, x, buffer.at[chunk:chunk + 1], target, (*index, chunk))
-    plgpu.wait_smem_to_gmem(0)
+    buffer, full = through
+    for name, columns in (("q", spec.d), ("dout", spec.d_v)):
+        for chunk in range(chunks(columns)):
+            plgpu.commit_smem()  # all threads have read what was in the buffer
+            source = tiles.chunk_of(spec, gmem[name], index, ROWS_PER_WARPGROUP, chunk)
+            plgpu.copy_gmem_to_smem(source, buffer.at[0], full)
+            plgpu.barrier_wait(full)
+            x = registers.load_chunks(buffer, 0, CHUNK, spec.dtype).astype(jnp.float32)
+            x = jnp.where(registers.spread(idle, CHUNK), 0.0, x).astype(spec.dtype)
+            tiles.store_tile(spec, x, buffer, gmem[copies.copy_of(name)], (*index, chunk))
+            plgpu.wait_smem_to_gmem(0)

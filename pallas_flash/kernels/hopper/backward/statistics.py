@@ -9,6 +9,7 @@ exact where S is what it was in the forward, to the bit. The last bit of all 64 
 import enum
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_flash.arrays import Array
@@ -16,7 +17,7 @@ from pallas_flash.kernels.hopper.registers import PerColumn, PerRow
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.types import Flag
 
-__all__ = ["IDLE", "LOADED", "Statistics", "is_marked", "with_mark", "without_mark"]
+__all__ = ["IDLE", "LOADED", "Statistics", "is_idle", "is_marked", "with_mark", "without_mark"]
 
 
 class Statistics(enum.IntEnum):
@@ -44,6 +45,11 @@ def with_mark(lse_log2: PerRow, large: Flag) -> PerRow:
 def without_mark(lse: Array) -> Array:
     """Clears the last bit."""
     return lax.bitcast_convert_type(lax.bitcast_convert_type(lse, jnp.int32) & -2, jnp.float32)
+
+
+def is_idle(lse_log2: PerRow) -> Array:
+    """Whether each query attends to nothing, from its number, marked or not."""
+    return without_mark(lse_log2) == float((np.float32(IDLE).view(np.int32) & -2).view(np.float32))
 
 
 def is_marked(lse_log2: PerColumn, layout: ptx.Layout) -> Flag:

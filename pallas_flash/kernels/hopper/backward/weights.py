@@ -102,12 +102,15 @@ def score_gradients(block: KeyBlock, step: Step, p: Fragment, dp: Fragment) -> F
     """Computes dS of a step from P times the slope, and from dP - delta.
 
     It is 0 where P is, also where dP is beyond float32: values that a mask hides may be any number. Only tiles that
-    need the mask pay for it, in a branch; with run-time masks, and with a soft cap, where the branch makes ptxas spill
-    at d 128, all tiles do. Where `is_repaired_rounded`, this is left to `without_overflow`.
+    need the mask pay for it, in a branch. All tiles do with a soft cap, where the branch makes ptxas spill at d 128;
+    with run-time masks, unless tiles that need them are `apart` and there is no dropout (8 bytes); and where a bias or
+    a score function may hide pairs in any tile. Where `is_repaired_rounded`, this is left to `without_overflow`.
     """
-    partial = partial_of(block, step)
+    spec, partial = block.spec, partial_of(block, step)
     guarded = lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
-    if block.spec.mask.has_arrays or (block.spec.softcap is not None and partial is not None):
+    is_apart = isinstance(block.schedule, KvSchedule) and block.schedule.apart and not spec.dropout_rate
+    anywhere = (spec.mask.has_arrays and not is_apart) or spec.bias is not None or spec.score is not None
+    if anywhere or (spec.softcap is not None and partial is not None):
         return guarded(p, dp)
     if partial is None or is_repaired_rounded(block):
         return p * dp

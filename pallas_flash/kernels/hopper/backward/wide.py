@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_flash.arrays import Array
 from pallas_flash.kernels.hopper import memory, registers, tiles, wgmma, work
+from pallas_flash.kernels.hopper.backward import copies
 from pallas_flash.kernels.hopper.backward import dq as dq
 from pallas_flash.kernels.hopper.backward import kv as kv
 from pallas_flash.kernels.hopper.backward import weights as weights
@@ -34,13 +35,13 @@ from pallas_flash.kernels.hopper.backward.nonfinite import without_bad_rows
 from pallas_flash.kernels.hopper.backward.statistics import LOADED, Statistics
 from pallas_flash.kernels.hopper.backward.tiles import Block
 from pallas_flash.kernels.hopper.registers import Fragment
-from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, WideSchedule, chunks
+from pallas_flash.kernels.hopper.schedule import CHUNK, ROWS_PER_WARPGROUP, DbiasSchedule, WideSchedule, chunks
 from pallas_flash.kernels.hopper.scratch import CLUSTER_AXIS
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
-from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
+from pallas_flash.kernels.mosaic.types import Flag, Index, KernelArguments, Ref
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
 from pallas_flash.spec import AttentionSpec
 
@@ -84,15 +85,34 @@ def source(block: Wide, at: HeadAndTile) -> tuple[Index, Index, Index]:
     return block.batch, head, tile * ROWS_PER_WARPGROUP
 
 
-def _load_own(block: Wide, piece: Ref, target: Ref, full: Ref) -> None:
+def _load_own(block: Wide | Block[DbiasSchedule], piece: Ref, target: Ref, full: Ref) -> None:
     plgpu.copy_gmem_to_smem(piece, target, full)
 
 
 @interpreted_as(_load_own)
-def load_shared(block: Wide, piece: Ref, target: Ref, full: Ref) -> None:
+def load_shared(block: Wide | Block[DbiasSchedule], piece: Ref, target: Ref, full: Ref) -> None:
     """Starts to load what all blocks of the cluster load, a part of it each, into the shared memory of all."""
     axes = CLUSTER_AXIS if block.schedule.cluster > 1 else None
     plgpu.copy_gmem_to_smem(piece, target, full, collective_axes=axes)
+
+
+def load_chunk(block: Wide, name: str, at: tuple[tuple[Index, Index, Index], int], target: Ref, full: Ref) -> None:
+    """Starts to load 64 columns of a tile.
+
+    Args:
+      at: where the tile begins, and the chunk.
+    """
+    index, chunk = at
+
+    def load(array: Ref) -> None:
+        load_shared(block, tiles.chunk_of(block.spec, array, index, ROWS_PER_WARPGROUP, chunk), target, full)
+
+    copies.with_source(block.gmem, name, copied(block, name, index), load)
+
+
+def copied(block: Wide, name: str, index: tuple[Index, Index, Index]) -> Flag | None:
+    """Whether a tile of an array was copied; None if none is."""
+    return copies.is_copied(block.gmem, index) if copies.copy_of(name) in block.gmem else None
 
 
 def see_end(block: Wide, free: Ref, slots: int, used: Index) -> None:
@@ -111,7 +131,9 @@ def load_staying(block: Wide) -> None:
     name, count = s.staying, chunks(columns_of(spec, s.staying))
     for own in s.held:
         target = smem[own].at[0] if s.makes == "dq" else smem[own]
-        tiles.load_tile(spec, block.gmem[own], (block.batch, block.head, first_row(block)), target, bars["held_full"])
+        index = block.batch, block.head, first_row(block)
+        load = functools.partial(tiles.load_tile, spec, index=index, target=target, full=bars["held_full"])
+        copies.with_source(block.gmem, own, copied(block, own, index), load)
 
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         slot, index = tiles.await_free(bars["staying_free"], s.num_stages, i), source(block, at)
@@ -120,8 +142,8 @@ def load_staying(block: Wide) -> None:
             stats = block.gmem["stats"].at[block.batch, index[1], pl.ds(0, len(LOADED)), rows]
             plgpu.copy_gmem_to_smem(stats, smem["stats"].at[slot], bars["stats_full"].at[slot])
         for chunk in range(count):
-            piece = tiles.chunk_of(spec, block.gmem[name], index, ROWS_PER_WARPGROUP, chunk)
-            load_shared(block, piece, smem[name].at[slot, chunk], bars["staying_full"].at[slot * count + chunk])
+            target, full = smem[name].at[slot, chunk], bars["staying_full"].at[slot * count + chunk]
+            load_chunk(block, name, (index, chunk), target, full)
         return block.walk.next(*at)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
@@ -136,8 +158,8 @@ def load_passing(block: Wide) -> None:
     def step(i: Array, at: HeadAndTile) -> HeadAndTile:
         for chunk in range(count):
             slot = tiles.await_free(bars["passing_free"], s.slots, i * count + chunk)
-            piece = tiles.chunk_of(spec, block.gmem[name], source(block, at), ROWS_PER_WARPGROUP, chunk)
-            load_shared(block, piece, block.smem[name].at[slot, 0], bars["passing_full"].at[slot])
+            load_chunk(block, name, (source(block, at), chunk), block.smem[name].at[slot, 0],
+                       bars["passing_full"].at[slot])
         return block.walk.next(*at)
 
     lax.fori_loop(0, block.walk.steps, step, block.walk.first)
