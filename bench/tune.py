@@ -31,8 +31,9 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "backward": {
         "kv.block_q": (64, 128), "kv.warpgroups": (1, 2, 3), "kv.num_stages": (1, 2, 4),
         "kv.dq": ("none", "shared", "own"), "kv.ds_slots": (1, 2, 4), "kv.dq_slots": (1, 2, 3),
-        "kv.ordered": (False, True), "kv.longest_last": (0, 2, 3, 4, 6, 8), "kv.pipelined": (False, True),
-        "kv.pinned": (False, True), "kv.opaque": (False, True),
+        "kv.ordered": (False, True), "kv.rounds_dq": (False, True), "kv.longest_last": (0, 2, 3, 4, 6, 8),
+        "kv.pipelined": (False, True), "kv.paired": (False, True), "kv.pinned": (False, True),
+        "kv.opaque": (False, True),
         "kv.p_slots": (1, 2, 4), "kv.section_bytes": (16 << 20, 32 << 20, 64 << 20),
         "dq.block_kv": (32, 48, 64, 80, 96, 112, 128), "dq.warpgroups": (1, 2, 3), "dq.k_stages": (1, 2, 3),
         "dq.v_stages": (1, 2, 3), "dq.pipelined": (False, True), "dq.pinned": (False, True),

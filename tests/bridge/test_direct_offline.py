@@ -20,12 +20,12 @@ from pallas_flash import ALiBi, device, scores
 from pallas_flash.kernels.ampere import defaults as ampere_defaults
 from pallas_flash.kernels.ampere import schedule as ampere_schedule
 from pallas_flash.kernels.hopper import defaults as hopper_defaults
-from pallas_flash.kernels.hopper import schedule as hopper_schedule
+from pallas_flash.kernels.hopper import kernel_names as hopper_kernels
 from torch_bridge.direct import cache, lower, parent, plan, score_ir
 from torch_bridge.direct.problem import Problem
 
 ROOT = Path(__file__).parents[2]
-AMPERE, HOPPER = (ampere_defaults, ampere_schedule), (hopper_defaults, hopper_schedule)
+AMPERE, HOPPER = (ampere_defaults, ampere_schedule), (hopper_defaults, hopper_kernels)
 BACKWARD = dataclasses.replace(FORWARD, pass_name="backward")
 ORDERED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, deterministic=True, layout="BLHD"))
 PACKED = dataclasses.replace(BACKWARD, problem=dataclasses.replace(SMALL, layout="BLHD", outer=(

@@ -8,7 +8,8 @@ import pytest
 
 from pallas_flash import device, masks
 from pallas_flash.kernels.hopper import defaults, launches
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule, kernels
+from pallas_flash.kernels.hopper.kernel_names import kernels
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, KvSchedule
 from pallas_flash.spec import AttentionSpec
 
 KERNEL, REFERENCES = "custom_vmap_call", {"new_ref", "get"}

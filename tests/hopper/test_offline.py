@@ -22,6 +22,7 @@ MOVED_WIDE = 64
 move in their shadow.
 """
 OUTSIDE = {"dropout": 4, "documents+lengths": 20, "d512-s2048+gradients+softcap": 8, "d64-s2048+partial": 4,
+           "d64-s512": 4,
            "float32+lengths": 36, "float32+documents": 36, "float32+dense": 36}
 """Bytes of spills that are allowed outside of the loops that multiply, by a part of a problem's name: dq of d 256 and
 the fused kernel of d 128 with documents; the forward, once a tile of 4,000 clocks and more, by ptxas 13.0 alone; dq
@@ -39,7 +40,9 @@ WHY_NOT = "JAX 0.12 ignores setmaxnreg (C7504)" if jax.__version_info__ >= (0, 1
 
 NAMES = [*(f"{problem.name}+gradients" for problem in problems.BENCHMARKS
            if "gpu" in problem.tags and (problem.q_len == 2048 or problem.q_len % 128)),
-         "causal-d128-s512+gradients", *(f"causal-d{d}-s2048+gradients+deterministic" for d in (64, 128)),
+         *(f"causal-d{d}-s512+gradients" for d in (64, 128)),
+         "causal-d128-s512+gradients+dropout", "causal-d128-s4096+gradients",
+         *(f"causal-d{d}-s2048+gradients+deterministic" for d in (64, 128)),
          *(f"causal-d{d}-s2048+gradients+softcap" for d in (64, 128, 256)),
          *(f"causal-d{d}-s2048+gradients+softcap+deterministic" for d in (64, 128)),
          *(f"causal-d{d}-s2048+gradients+ragged" for d in (96, 256)), "causal-d256-s2048+gradients+softcap+ragged",

@@ -31,6 +31,7 @@ from pallas_flash.kernels.hopper.schedule import (
     chunks,
 )
 from pallas_flash.kernels.hopper.work import (
+    completes_in_runs,
     every_loaded,
     every_q_range,
     every_row_block,
@@ -54,6 +55,7 @@ __all__ = ["assume", "default_backward", "default_dbias", "default_forward", "de
 
 _SHORT_ROWS = 1280  # keys
 _SHORT_SEQUENCE = 1024  # keys
+_ROUNDED_BY_BLOCKS = 512  # queries, and keys
 _MOST_COLUMNS = 256  # of dk, dv or dq that a warpgroup keeps of 64 rows
 _SECTION_HEADS = 16  # query heads
 _MOST_SECTION_BYTES = 256 << 20
@@ -337,8 +339,10 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
     plain = _plain_fused(spec, device)
     ordered = _in_order(plain, spec.kv_len)
     if (spec.deterministic or _is_worth_waiting(spec, ordered, plain)) and has_order(spec, ordered):
-        return ordered
-    return None if spec.deterministic else dataclasses.replace(plain, first_writes=_saves_zeros(spec))
+        return dataclasses.replace(ordered, rounds_dq=_may_round_dq(spec, ordered))
+    if spec.deterministic:
+        return None
+    return dataclasses.replace(plain, paired=_may_pair(spec), first_writes=_saves_zeros(spec))
 
 
 def _saves_zeros(spec: AttentionSpec) -> bool:
@@ -347,6 +351,27 @@ def _saves_zeros(spec: AttentionSpec) -> bool:
     and score functions; with dropout, d 128, ptxas would spill 8 bytes.
     """
     return spec.mask.has_arrays and spec.bias is None and spec.score is None and not spec.dropout_rate
+
+
+def _may_pair(spec: AttentionSpec) -> bool:
+    """Whether steps of the fused form that add in any order are paired: in heads of 128, where scores meet nothing but
+    a mask of positions.
+
+    Measured: docs/notes/hopper_backward.md, 2026-11-30, causal, S 4,096 and 16,384. By analogy: other masks, float16.
+    """
+    more = spec.bias is not None or spec.score is not None or spec.mask.has_arrays
+    return spec.d == 128 and spec.softcap is None and not spec.dropout_rate and not spec.partial and not more
+
+
+def _may_round_dq(spec: AttentionSpec, ordered: KvSchedule) -> bool:
+    """Whether blocks round the sums of dq that they complete: in short sequences, where that takes less time than one
+    more kernel, which reads all sums from memory. In longer ones too many are completed by the blocks that end last.
+
+    Measured: docs/notes/hopper_backward.md, 2026-11-30, S 512 to 2,048. By analogy: shorter ones.
+    """
+    short = max(spec.q_len, spec.kv_len) <= _ROUNDED_BY_BLOCKS
+    # With a soft cap, 128 spills 4 bytes (ptxas 13.5).
+    return short and spec.softcap is None and not spec.partial and completes_in_runs(spec, ordered)
 
 
 def _takes_bias_ring(spec: AttentionSpec) -> bool:

@@ -138,6 +138,8 @@ def _gradients(spec: AttentionSpec, schedule: BackwardSchedule) -> tuple[Launch,
     if isinstance(schedule.kv, SplitSchedule):
         assert schedule.dq is not None
         return kv_split.launch(spec, schedule.kv), dq.launch(spec, schedule.dq)
+    if schedule.kv.rounds_dq:
+        return (kv.launch(spec, schedule.kv),)
     last = finish.launch(spec, schedule.kv) if schedule.dq is None else dq.launch(spec, schedule.dq)
     return kv.launch(spec, schedule.kv), last
 

@@ -168,7 +168,8 @@ def kv_memory(spec: AttentionSpec, s: KvSchedule) -> Memory:
     buffers = (Buffer("ds", (s.ds_slots, s.block_q // CHUNK, s.block_kv, CHUNK), spec.dtype),
                Buffer("dq", (handed, *_PIECE), _FLOAT32, chunked=False))
     barriers = *_ring("dq", 1, 1, handed), *_ring("ds", s.warpgroups, readers, s.ds_slots)
-    return Memory(common.buffers + buffers, common.barriers + barriers)
+    added = (Barrier("dq_added", s.dq_slots),) if s.rounds_dq else ()
+    return Memory(common.buffers + buffers, common.barriers + barriers + added)
 
 
 def split_memory(spec: AttentionSpec, s: SplitSchedule) -> Memory:

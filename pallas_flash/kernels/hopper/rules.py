@@ -21,7 +21,7 @@ from pallas_flash.kernels.hopper.schedule import (
     WideSchedule,
     chunks,
 )
-from pallas_flash.kernels.hopper.work import has_order
+from pallas_flash.kernels.hopper.work import completes_in_runs, has_order
 from pallas_flash.kernels.mosaic import mask_rules
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
@@ -198,12 +198,17 @@ def _kv_rules(spec: AttentionSpec, s: KvSchedule) -> _Rules:
         (set(s.held) <= set("kv"), f"{s.held=} must name keys (k) or values (v)"),
         (s.dq != "shared" or s.ds_slots > 1, f"{s.dq=} needs {s.ds_slots=} to be 2 or 4"),
         (s.dq != "shared" or not s.pipelined, f"{s.pipelined=} needs another dq"),
+        (s.dq == "shared" or not s.paired, f"{s.paired=} needs {s.dq=} to be shared"),
         (not s.ordered or s.dq != "none", f"{s.ordered=} needs dq"),
         (not s.first_writes or (s.dq != "none" and not s.ordered), f"{s.first_writes=} needs dq, and no order"),
         (0 <= s.longest_last <= 8, f"{s.longest_last=} must be at least 0 and at most 8"),
         (not s.bias_ring or _is_bias_of_pairs_in_16_bits(spec), f"{s.bias_ring=} needs a bias of pairs in 16 bits"),
         (not (s.ordered and s.warpgroups and s.block_q) or has_order(spec, s),
          f"{s.ordered=} needs a mask whose bounds name the key tiles of each query tile, one at least"),
+        (not s.rounds_dq or (s.ordered and not spec.partial),
+         f"{s.rounds_dq=} needs {s.ordered=} to be True, and results that are no terms of sums, {spec.partial=}"),
+        (not (s.rounds_dq and s.ordered and s.warpgroups and s.block_q) or completes_in_runs(spec, s),
+         f"{s.rounds_dq=} needs a mask with which the query tiles that a block completes follow each other"),
         (not s.pipelined or s.num_stages > 1, f"{s.pipelined=} needs {s.num_stages=} to be 2 or 4"),
         (held + 16 <= s.registers[0], f"dk, dv and scores need {held} registers a thread of {s.registers[0]}"),
     )

@@ -23,7 +23,7 @@ from pallas_flash.spec import AttentionSpec
 __all__ = [
     "CHUNK", "ROWS_PER_WARPGROUP", "BackwardSchedule", "DbiasSchedule", "DecodeSchedule", "DqSchedule",
     "Float32BackwardSchedule", "Float32Schedule", "ForwardSchedule", "KeySchedule", "KvSchedule", "SplitSchedule",
-    "WideSchedule", "chunks", "kernels",
+    "WideSchedule", "chunks",
 ]
 
 
@@ -191,12 +191,14 @@ class KvSchedule:
       ds_slots: slots of the buffer through which dS goes to that product.
       dq_slots: slots of the buffer through which dq goes to global memory (`backward.ordered_dq`).
       ordered: the blocks of a head add to dq in a fixed order, so that gradients repeat bit by bit.
+      rounds_dq: if `ordered`, the block that adds last to a query tile makes dq of its sums; else `finish` does.
       first_writes: not `ordered`, and the first block to add to a query tile's dq writes it, so that nothing need be
         zeroed; others wait for that (`backward.ordered_dq`).
       longest_last: if `ordered`, and the first key tiles have the longest blocks, how many eighths of the tiles come
         last, in ascending order.
       pipelined: a tile's products for dk and dv are computed during the next tile's softmax; otherwise each step ends
         with its own.
+      paired: if dq is "shared", a step awaits dv together with dq, and frees its query and its dout at the same time.
       pinned: the exponentials stay above the next wait for a product (`ptx.pin`).
       opaque: keys and values are indexed through `ptx.opaque`.
       held: which of "k" and "v" each compute warpgroup holds its 64 rows of in registers, so that its products read
@@ -216,9 +218,11 @@ class KvSchedule:
     ds_slots: int = 2
     dq_slots: int = 1
     ordered: bool = False
+    rounds_dq: bool = False
     first_writes: bool = False
     longest_last: int = 2
     pipelined: bool = False
+    paired: bool = False
     pinned: bool = True
     opaque: bool = True
     held: str = ""
@@ -237,8 +241,8 @@ class KvSchedule:
 
     @property
     def together(self) -> bool:
-        """A pipelined step frees the query and the dout of a slot at the same time, so one barrier says it of both."""
-        return self.pipelined
+        """Where a step frees the query and the dout of a slot at the same time, one barrier says it of both."""
+        return self.pipelined or self.paired
 
     @property
     def registers(self) -> tuple[int, ...]:
@@ -271,6 +275,7 @@ class SplitSchedule:
     registers: ClassVar[tuple[int, ...]] = (240, 24)
     makes_dq: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    rounds_dq: ClassVar[bool] = False
     together: ClassVar[bool] = False
     pinned: ClassVar[bool] = False
     apart: ClassVar[bool] = False
@@ -457,22 +462,3 @@ class DbiasSchedule:
         """A backward with the same tiles: what says how statistics, mask and bias are laid out."""
         return BackwardSchedule(KvSchedule(block_q=self.block_q),
                                 DqSchedule(block_kv=self.block_kv, warpgroups=self.warpgroups))
-
-
-def kernels(schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule) -> tuple[str, ...]:
-    """The names of the kernels that a pass launches, in order (`launches`, which needs Mosaic, makes them)."""
-    if isinstance(schedule, DecodeSchedule):
-        return ("attention_decode",)
-    if isinstance(schedule, Float32Schedule):
-        return (*("attention_split",) * 3, "attention_forward_float32")
-    if isinstance(schedule, Float32BackwardSchedule):
-        return *("attention_split",) * 3, "attention_prepare_float32", *("attention_gradient_float32",) * 3
-    of_mask = ("attention_mask",) * schedule.mask_kernel
-    if isinstance(schedule, ForwardSchedule):
-        return (*of_mask, "attention_forward")
-    if isinstance(schedule.kv, WideSchedule):
-        return (*of_mask, "attention_backward_prepare",
-                *(f"attention_backward_wide_{name}" for name in ("dv", "dk", "dq")))
-    keys = "attention_backward_split" if isinstance(schedule.kv, SplitSchedule) else "attention_backward_kv"
-    last = "attention_backward_finish" if schedule.dq is None else "attention_backward_dq"
-    return (*of_mask, "attention_backward_prepare", keys, last)

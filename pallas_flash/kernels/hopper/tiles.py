@@ -26,7 +26,7 @@ COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, 
 """How every kernel is compiled."""
 
 
-def chunk_of(spec: AttentionSpec, ref: Ref, index: tuple[Index, Index, Index], rows: int, chunk: int) -> Ref:
+def chunk_of(spec: AttentionSpec, ref: Ref, index: tuple[Index, Index, Index], rows: int, chunk: Index) -> Ref:
     """A (rows, 64) piece of an array in the spec's layout, from (batch, head, first row) on; TMA fills and clips what
     lies outside of the array.
     """
@@ -45,7 +45,7 @@ def load_tile(spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index
 
 
 def store_tile(spec: AttentionSpec, x: Fragment, buffer: Ref, target: Ref,
-               index: tuple[Index, Index, Index, int]) -> None:
+               index: tuple[Index, Index, Index, Index]) -> None:
     """Starts to write x, (64, columns) in the layout TILE, to global memory through (chunks, 64, 64) of shared memory.
 
     Args:

@@ -401,6 +401,30 @@ def additions_before(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_til
                      jnp.maximum(stop - jnp.maximum(first, split), 0) + kv_tile - first)
 
 
+@overload
+def last_key_tile(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Index) -> Index: ...
+
+
+@overload
+def last_key_tile(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: np.ndarray) -> Positions: ...
+
+
+def last_key_tile(mask: masks.Mask, spec: AttentionSpec, s: KvSchedule, q_tile: Positions) -> Positions:
+    """The key tile whose block is the last that adds to a query tile, if `ordered`."""
+    first, _, _, stop = kv_range(mask, spec, s, q_tile)
+    ascend = masks.minimum(kv_work(spec, s).ascending, stop)  # [first, ascend) come last, if there are any
+    return masks.maximum(first, ascend - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def completes_in_runs(spec: AttentionSpec, s: KvSchedule) -> bool:
+    """Whether the query tiles to which a block's addition is the last follow each other, for every block."""
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    last = np.broadcast_to(np.asarray(last_key_tile(worst_case(spec, s), spec, s, q_tile)), q_tile.shape)
+    runs = 1 + np.count_nonzero(np.diff(last))
+    return bool(runs == np.unique(last).size)
+
+
 @functools.lru_cache(maxsize=256)
 def has_order(spec: AttentionSpec, s: KvSchedule) -> bool:
     """Whether the key tiles whose blocks add to a query tile are those that the mask's bounds name, and at least one:

@@ -3,14 +3,15 @@
 Roles. Each compute warpgroup keeps dk and dv of 64 keys in registers, and walks the query tiles that the mask needs
 (for each query head of the group): S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T * (dP^T - delta),
 dV += P^T dO, dK += dS^T Q. P^T and dS^T go from registers to the product. One more warpgroup loads; in the fused form
-its other warps add dq to global memory (`backward.ordered_dq`).
+its other warps add dq to global memory (`backward.ordered_dq`). If it `rounds_dq`, the compute warpgroups end with that
+(`backward.round_dq`).
 
 dq = dS K needs the dS of all the block's keys, so dS^T goes through shared memory. Its product is made by the compute
 warpgroups, a 64 x 64 piece each, one step late (`dq="shared"`), or by a warpgroup of its own (`dq="own"`).
 
 Barriers. A barrier is named for the state it announces: q_full, q_free, dout_full, dout_free for slots of the rings (if
-pipelined, q_full and q_free are for both); kv_full for the block's keys and values; ds_full, ds_free for slots of dS;
-dq_full, dq_free for pieces of slots of dq.
+pipelined or paired, q_full and q_free are for both); kv_full for the block's keys and values; ds_full, ds_free for
+slots of dS; dq_full, dq_free for pieces of slots of dq; dq_added once all of the block's additions have arrived.
 """
 
 import functools
@@ -29,6 +30,7 @@ from pallas_flash.kernels.hopper.backward.load import load
 from pallas_flash.kernels.hopper.backward.nonfinite import mark_nonfinite, without_bad_rows
 from pallas_flash.kernels.hopper.backward.ordered_dq import add_dq, hand_dq_over
 from pallas_flash.kernels.hopper.backward.own_rows import own_rows, with_held_rows
+from pallas_flash.kernels.hopper.backward.round_dq import round_dq
 from pallas_flash.kernels.hopper.backward.tiles import Block, KeyBlock
 from pallas_flash.kernels.hopper.backward.weights import (
     Weights,
@@ -200,10 +202,13 @@ def step_with_late_dq(block: Block[KvSchedule], warpgroup: Index, step: Step, la
     if late:
         dq = issue_late_dq(block, warpgroup, before)
     dk = wgmma.accumulate(dk, w.ds, block.smem["q"].at[slot])
-    dv = wgmma.ready(dv, 1 + late)
-    plgpu.barrier_arrive(bars["dout_free"].at[slot])
+    if not block.schedule.paired:
+        dv = wgmma.ready(dv, 1 + late)
+        plgpu.barrier_arrive(bars["dout_free"].at[slot])
     if late:
         finish_late_dq(block, warpgroup, before, wgmma.ready(dq, 1))
+    if block.schedule.paired:
+        dv = wgmma.ready(dv, 0)
     dk = wgmma.ready(dk, 0)
     plgpu.barrier_arrive(bars["q_free"].at[slot])
     return dk, dv
@@ -319,6 +324,8 @@ def compute_role(block: Block[KvSchedule], warpgroup: Index) -> None:
         dv = dv * dropout.factor(spec)
     for name, x in (("k", dk * (spec.scale * dropout.factor(spec))), ("v", dv)):
         tiles.store_result(spec, x, block.smem[name].at[:, rows], block.gmem[f"d{name}"], index)
+    if s.rounds_dq:
+        round_dq(block, warpgroup)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -409,7 +416,7 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
 
     In the fused form it updates one more array. Where blocks add to dq in any order, that is dq's float32 sums
     (`memory.dq_acc_shape`). If `ordered`, or the `first_writes`, it is the counts of additions, and the sums are made
-    here.
+    here; dq too, if it `rounds_dq`.
     """
     fused, counts = schedule.dq != "none", schedule.ordered or schedule.first_writes
     assert not (merges and counts)
@@ -417,10 +424,13 @@ def launch(spec: AttentionSpec, schedule: KvSchedule, merges: bool = False) -> L
     outputs = gradient_types(spec)
     if counts:
         outputs["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_acc_shape(spec, schedule), jnp.float32)
+    if schedule.rounds_dq:
+        outputs["dq"] = jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.result_dtype)
 
     def attention_backward_kv(*refs: *KernelArguments) -> None:
         last = ["additions"] * counts or ["dq"] * fused
-        names = [*references(spec), *["places"] * merges, *last, "dk", "dv", *["dq"] * counts]
+        made = ["dk", "dv", *["dq"] * counts, *["dq_rounded"] * schedule.rounds_dq]
+        names = [*references(spec), *["places"] * merges, *last, *made]
         *arrays, smem, bars = refs
         block = block_of(spec, schedule, (dict(zip(names, arrays, strict=True)), smem, bars))
         warpgroup = lax.axis_index("warpgroup")

@@ -102,6 +102,8 @@ def add_dq(block: Block[KvSchedule], slot: int) -> None:
     count = div(steps + (s.dq_slots - 1 - slot), s.dq_slots)
     lax.fori_loop(jnp.int32(0), count, step, block.walk.skip(slot, *block.walk.first))
     plgpu.wait_smem_to_gmem(0)
+    if s.rounds_dq:
+        plgpu.barrier_arrive(block.bars["dq_added"])
 
 
 def _add_to_global_plain(source: Ref, target: Ref, first: Flag | None = None) -> None:

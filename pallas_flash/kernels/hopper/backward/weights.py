@@ -125,7 +125,7 @@ def is_repaired_rounded(block: KeyBlock) -> bool:
     """
     spec, s = block.spec, block.schedule
     plain = spec.softcap is None and spec.score is None and not spec.dropout_rate and not spec.mask.has_arrays
-    return plain and spec.dtype == jnp.bfloat16 and s.makes_dq and s.together
+    return plain and spec.dtype == jnp.bfloat16 and isinstance(s, KvSchedule) and s.makes_dq and s.pipelined
 
 
 def without_overflow(block: KeyBlock, step: Step, p: Fragment, ds: Fragment) -> Fragment:
