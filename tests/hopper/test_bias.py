@@ -314,6 +314,20 @@ def agree_with_the_oracle(name, schedule, options):
 
 
 @pytest.mark.interpreted
+def test_a_float32_gradient_of_a_bias_in_16_bits_frees_its_place():
+    """Of a partial spec: a block takes tile after tile, and its second bias waits for the place of the first."""
+    problem = problem_of("partial", batch=1, q_len=140, kv_len=200, bias=(1, 2, 140, 200), mask=Causal(-20))
+    operands, (dout, dlse) = conformance.random_case(problem, "bfloat16")
+    budget, spec = conformance.budget(problem, "bfloat16", operands, (dout, dlse)), problem.spec()
+    arguments = kernel_arguments(spec, budget, jax.tree.map(jnp.asarray, operands), dout, dlse)
+    with interpreted():
+        rounded, found = (jax.block_until_ready(calls._dbias(dataclasses.replace(spec, partial=partial), SMALL)(
+            *arguments))[0] for partial in (False, True))
+    assert found.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(rounded.dtype), rounded)
+
+
+@pytest.mark.interpreted
 def test_a_bad_value_reaches_the_gradients_of_the_rows_that_see_it_alone():
     """There all weights are NaN, but those of pairs that the mask or the bias hides are 0; as in the walk."""
     bad = 15

@@ -289,6 +289,9 @@ def store(tile: Tile, warpgroup: Index, total: Fragment) -> None:
         for first in range(0, columns, CHUNK):
             place = piece(tile, target, warpgroup, first, CHUNK)
             place[...] = total[:, first:first + CHUNK]
+        if "bias" in block.smem:  # in 16 bits, of a partial spec
+            ptx.fence_async_proxy()
+            plgpu.barrier_arrive(block.bars["bias_free"].at[warpgroup])
         return
     buffer = block.smem["bias"].at[warpgroup]
     registers.store_chunks(total.astype(target.dtype), buffer)
