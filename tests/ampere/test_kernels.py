@@ -84,6 +84,11 @@ CASES |= {
         q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
         mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
     "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
+    "ordered": (dataclasses.replace(NARROW, ordered=True), dict(q_len=330, kv_len=330, d=64, d_v=64)),
+    "ordered-gqa-window": (BackwardSchedule(ordered=True), dict(
+        q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
+    "ordered-halves-full": (dataclasses.replace(HALVES, ordered=True), dict(
+        q_len=140, kv_len=270, d=128, d_v=104, q_heads=2, batch=2, mask=masks.Full(), dropout_rate=0.2)),
     "bias-of-keys": (TWO_KERNELS, dict(q_len=70, kv_len=100, d=64, d_v=64, mask=masks.Causal(30), q_heads=2,
                                        bias=(1, 2, 1, 100), softcap=2.0)),
     "bias-of-pairs": (TWO_WARPGROUPS, dict(q_len=70, kv_len=90, d=64, d_v=64, mask=masks.Causal(20), layout="BHLD",

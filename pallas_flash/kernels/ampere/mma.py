@@ -5,6 +5,7 @@ tensor cores are the limit, with 16 rows shared memory is.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.kernels.ampere.copies import shared_address
 from pallas_flash.kernels.ampere.pieces import (
@@ -32,7 +33,7 @@ from pallas_flash.kernels.ampere.registers import TILE, Fragment, thread_in_tile
 from pallas_flash.kernels.ampere.schedule import CHUNK
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
-from pallas_flash.kernels.mosaic.types import Ref
+from pallas_flash.kernels.mosaic.types import Index, Ref
 
 __all__ = ["accumulate", "add_outer", "load_rows", "multiply_transposed", "store_rows"]
 
@@ -181,14 +182,19 @@ def _warp_in_square() -> tuple[ir.Value, ir.Value]:
     return arith.shrui(warp, const(1)), arith.andi(warp, const(1))
 
 
-def _add_outer_plain(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
+def _add_outer_plain(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool,
+                     turn: tuple[Ref, Index, Index] | None = None) -> None:
     del wide
+    if turn is not None:  # interpreted blocks run one after the other, so that none may have to wait
+        counters, tile, before = turn
+        target[...] = jnp.where(counters[tile] == before, target[...], jnp.nan)
     a = jnp.swapaxes(a_ref[...], 0, 1).reshape(a_ref.shape[1], -1)
     target[...] = target[...] + jnp.dot(a.T, b_ref[0], preferred_element_type=jnp.float32).reshape(-1)
 
 
 @interpreted_as(_add_outer_plain)
-def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
+def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool,
+              turn: tuple[Ref, Index, Index] | None = None) -> None:
     """Adds a^T b, (columns of a, 64), to float32 sums in global memory, in any order, in the order of threads: each
     instruction adds 128 bytes a warp that lie together, or 512. The warps share the product as 2 x 2.
 
@@ -197,14 +203,17 @@ def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
       b_ref: (1, keys, 64) in shared memory.
       target: (columns of a * 64,) in global memory.
       wide: a thread adds four numbers at a time, which compute capability 9.0 has.
+      turn: int32 counters in global memory, which of them counts, and the number for which it is waited; None: for none.
     """
     (chunks, keys, rows), f32, at_once = a_ref.shape, ir.F32Type, 4 if wide else 1
     count = chunks * rows // 32  # pieces of 16 rows of a warp
     narrow = "red.global.add.f32 [$0+{}], $1;"
     add_text = "red.relaxed.gpu.global.add.v4.f32 [$0+{}], {{$1, $2, $3, $4}};" if wide else narrow
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-    def add(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value, target: ir.Value) -> None:
+    kinds = (plgpu.RefType(),) * 3 + (() if turn is None else (plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
+
+    @plgpu.inline_mgpu(arg_types=kinds)
+    def add(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value, target: ir.Value, *turn: Any) -> None:
         const = lambda value: mgpu.utils.c(value, ptx.i32())
         down, beside = _warp_in_square()
         own = {"row": const(keys)} if chunks == 2 else {"column": const(rows // 2)}
@@ -217,10 +226,24 @@ def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool) -> None:
                 right = b_piece(0, key, column, True)
                 for acc, words in zip(sums, left):
                     multiply(acc[column // 8:column // 8 + 2], words, right, element_of(b))
+        if turn:
+            _await(turn[0], *(x.registers.item() for x in turn[1:]))
         thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
         first = arith.muli(thread, const(at_once)) if wide else thread
         base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [first], f32.get())
         for i, xs in enumerate(np.concatenate(sums).reshape(-1, at_once)):
             mgpu.utils.inline_ptx(add_text.format(4 * at_once * ptx.WARPGROUP * i), base, *xs, has_side_effects=True)
 
-    add(a_ref, b_ref, target)
+    if turn is None:
+        add(a_ref, b_ref, target)
+    else:
+        counters, tile, before = turn
+        add(a_ref, b_ref, target, counters, ptx.scalar(tile), ptx.scalar(before))
+
+
+def _await(counters: ir.Value, tile: ir.Value, before: ir.Value) -> None:
+    """Waits until a counter in global memory is `before`; what this thread does next comes after what was counted."""
+    address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters), [tile], ptx.i32())
+    text = ("{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
+            "@p bra again; mov.u32 $0, v; }")
+    llvm.inline_asm(ptx.i32(), [address, before], text, "=r,l,r,~{memory}", has_side_effects=True)

@@ -92,6 +92,8 @@ class BackwardSchedule:
       split: one warpgroup keeps dk and the other dv.
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
+      ordered: blocks add to dq in a fixed order, one after the other (`backward.order`): the bits of the fused form
+        repeat, too.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -114,6 +116,7 @@ class BackwardSchedule:
     split: bool = False
     halves: bool = False
     wide_adds: bool = False
+    ordered: bool = False
     mask_kernel: bool = False
 
     @property

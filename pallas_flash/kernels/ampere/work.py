@@ -20,8 +20,8 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "dq_work", "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range",
-    "padded_q", "q_range", "row_range",
+    "additions_before", "dq_work", "forward_work", "has_order", "kv_range", "kv_work", "mask_of",
+    "may_have_idle_queries", "own_q_range", "padded_q", "q_range", "row_range",
 ]
 
 
@@ -121,10 +121,42 @@ def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
 
 @functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: BackwardSchedule) -> Work:
-    """The blocks of the kernel that keeps key tiles, one for each tile and key head."""
+    """The blocks of the kernel that keeps key tiles, one for each tile and key head; if `ordered`, in ascending order.
+    """
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq is None else 0))
-    return _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
+    found = _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
+    return found._replace(ascending=found.tiles) if s.ordered else found
+
+
+def _met_keys(spec: AttentionSpec, s: BackwardSchedule, q_tile: Positions) -> _Range:
+    """The key tiles that the backward's query tiles need."""
+    rows = tiles.interval(q_tile, s.block_q, spec.q_len)
+    return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
+
+
+def additions_before(spec: AttentionSpec, s: BackwardSchedule, q_tile: Index, kv_tile: Index) -> Positions:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
+    return kv_tile - _met_keys(spec, s, q_tile).start
+
+
+@functools.lru_cache(maxsize=256)
+def has_order(spec: AttentionSpec, s: BackwardSchedule) -> bool:
+    """Whether the key tiles whose blocks add to a query tile follow each other, and begin with the first one that the
+    mask's bounds name: then `additions_before` says how many come before. Of a mask that holds arrays nothing is known.
+    """
+    if spec.mask.has_arrays:
+        return False
+    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    needed, met = q_range(spec, s, kv_tile), _met_keys(spec, s, q_tile)
+    begin, end, start = (np.broadcast_to(x, like.shape) for x, like in (
+        (needed.start, kv_tile), (needed.stop, kv_tile), (met.start, q_tile)))
+    end = np.maximum(begin, end)
+    change = np.bincount(begin, minlength=q_tile.size + 1) - np.bincount(end, minlength=q_tile.size + 1)
+    count = np.cumsum(change)[:-1]
+    first, last = (sign * tiles.smallest_covering(begin, end, sign * kv_tile, q_tile.size) for sign in (1, -1))
+    return bool(np.all((count == 0) | ((first == start) & (count == last - first + 1))))
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,6 +27,7 @@ from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward import kv_halves, kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_bad_rows
+from pallas_flash.kernels.ampere.backward.order import count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
@@ -100,6 +101,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     sums = add_tile(block, step, slot, sums)
     if s.dq is None or s.num_stages == 1:
         copies.meet(block.team)
+    count_previous(block, step)
     if s.num_stages == 1:
         block.load_next(step)
     if s.dq is None:
@@ -141,7 +143,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dk and dv, and in the fused form adds to dq's float32 sums, of q, k, v, dout, what
     `backward.prepare` makes, dropout's keys, a score function's arrays, and what `mask_arrays` and `mosaic.bias` make.
     """
-    updates = ("dq_sums",) * (schedule.dq is None)
+    updates = ("dq_sums",) * (schedule.dq is None) + ("additions",) * schedule.ordered
     inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *score_function.input_types(spec),
               *mask_ranges.names(spec.mask, False), *bias.names(spec), *updates)
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
@@ -157,7 +159,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
         gmem = dict(zip(names, arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
-        walk = Walk(head * spec.group, spec.group, *needed)
+        walk = Walk(head * spec.group, spec.group, *needed, schedule.ordered)
         run = kv_split.compute if schedule.split else kv_halves.compute if schedule.halves else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_flash.kernels.ampere import copies, mma, registers
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_shared_bad_rows
+from pallas_flash.kernels.ampere.backward.order import count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
@@ -79,6 +80,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     ps, dss = weights_of(block, part(warpgroup))
     sums = add(block, part(warpgroup), sums, ps, dss)
     copies.meet(block.team)
+    count_previous(block, step)
     other: Index = 1 - warpgroup
     sums = add(block, part(other), sums, other_weights(block, "p"), other_weights(block, "ds"))
     if s.num_stages == 1:

@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_flash.arrays import Array
-from pallas_flash.kernels.ampere import mma
+from pallas_flash.kernels.ampere import copies, mma
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite
+from pallas_flash.kernels.ampere.backward.order import count_last, turn_of
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import chunks
 from pallas_flash.kernels.mosaic import dropout, ptx
@@ -35,6 +36,9 @@ def over_queries[C](block: Block, one_step: Callable[[Step, C], C], start: C) ->
 
     found: tuple[HeadAndTile, C] = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step,
                                                  (block.walk.first, start))
+    if block.schedule.ordered:
+        copies.meet(block.team)
+        count_last(block)
     return found[1]
 
 
@@ -50,13 +54,13 @@ def finished(block: Block, sums: Sums, spoiled: Flag | None) -> Iterator[tuple[F
 
 def add_dq(block: Block, step: Step) -> None:
     """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written."""
-    size, count = block.team.size, chunks(block.spec.d)
+    size, count, turn = block.team.size, chunks(block.spec.d), turn_of(block, step)
     for first in range(0, count, size):
         chunk = first + block.team.warpgroup
 
         def add(chunk: Index = chunk) -> None:
             target = block.gmem["dq_sums"].at[block.batch, step.head, step.tile, chunk]
-            mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target, block.schedule.wide_adds)
+            mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target, block.schedule.wide_adds, turn)
 
         if first + size <= count:
             add()

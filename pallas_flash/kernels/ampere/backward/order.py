@@ -1,0 +1,93 @@
+"""The order in which blocks add to dq's float32 sums, where gradients are to repeat bit by bit and one kernel makes all.
+
+Additions in float32 round, so a sum depends on their order. With `BackwardSchedule.ordered` the blocks of a head add to
+each query tile in the order of their key tiles, which is the order in which they were started: a counter for each query
+tile says how many have added. A block waits only for blocks that started before it, so there is no deadlock.
+
+All blocks of a head walk the query tiles from the last to the first. With a causal mask the longest blocks, those of the
+first keys, still start first, and all of them meet the same tile at the same step: a block waits in its first step, for
+as long as additions take to be seen, and from then on finds that its turn has come.
+
+An addition is counted a step later, when it has long arrived: the release that counts it does not wait.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.ampere import work
+from pallas_flash.kernels.ampere.backward.block import Block
+from pallas_flash.kernels.mosaic import ptx
+from pallas_flash.kernels.mosaic.interpret import interpreted_as
+from pallas_flash.kernels.mosaic.types import Index, Ref
+from pallas_flash.kernels.mosaic.walk import Step
+
+__all__ = ["Turn", "count_last", "count_previous", "turn_of"]
+
+
+class Turn(NamedTuple):
+    """When a block may add to a query tile: once its counter says that `before` blocks have."""
+
+    counters: Ref  # (query tiles,) int32 of a head, in global memory
+    tile: Index
+    before: Index
+
+
+def turn_of(block: Block, step: Step) -> Turn | None:
+    """When the block may add to a step's query tile; None: in any order."""
+    if not block.schedule.ordered:
+        return None
+    before = work.additions_before(block.spec, block.schedule, step.tile, block.tile)
+    return Turn(block.gmem["additions"].at[block.batch, step.head], step.tile, before)
+
+
+def count_previous(block: Block, step: Step) -> None:
+    """Counts what the block added in the step before this one, since which all its threads have met."""
+    if block.schedule.ordered:
+        @pl.when(step.ordinal > 0)
+        def count() -> None:
+            _count(block, *block.walk.previous(step.head, step.tile))
+
+
+def count_last(block: Block) -> None:
+    """Counts what the block added in its last step, since which all its threads have met."""
+    if block.schedule.ordered:
+        @pl.when(block.walk.steps > 0)
+        def count() -> None:
+            _count(block, *block.walk.last)
+
+
+def _count(block: Block, head: Array, tile: Array) -> None:
+    _count_addition(block.gmem["additions"].at[block.batch, head], tile, block.team.warpgroup)
+
+
+def _count_addition_plain(counters: Ref, tile: Index, warpgroup: Index) -> None:
+    @pl.when(jnp.asarray(warpgroup) == 0)
+    def count() -> None:
+        counters[tile] += 1
+
+
+@interpreted_as(_count_addition_plain)
+def _count_addition(counters: Ref, tile: Index, warpgroup: Index) -> None:
+    """Adds 1 to a counter, by one thread of the block; whoever acquires it sees what all threads of the block did before
+    they met.
+    """
+    del warpgroup
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR))
+    def count(_: mgpu.LaunchContext, counters: ir.Value, tile: mgpu.FragmentedArray) -> None:
+        const = lambda value: mgpu.utils.c(value, ptx.i32())
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters), [tile.registers.item()], ptx.i32())
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), const(0))
+        llvm.inline_asm(
+            ptx.i32(), [address, arith.extui(ptx.i32(), is_first)],
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, $2; }",
+            "=r,l,r,~{memory}", has_side_effects=True)
+
+    count(counters, ptx.scalar(tile))
