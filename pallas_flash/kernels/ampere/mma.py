@@ -46,43 +46,47 @@ def _columns(ref: Ref) -> Fragment:
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
 
 
-def _multiply_transposed_plain(a_ref: Ref, b_ref: Ref, d: int,
+def _multiply_transposed_plain(a: Ref | Sequence[Fragment], b_ref: Ref, d: int,
                                start: Sequence[Fragment] | None = None) -> tuple[Fragment, ...]:
     del d  # the columns past it are zeros
-    a, b = _columns(a_ref), _columns(b_ref)
+    a, b = jnp.concatenate(a) if isinstance(a, Sequence) else _columns(a), _columns(b_ref)
     parts = [jnp.dot(a[i:i + 64], b.T, preferred_element_type=jnp.float32) for i in range(0, a.shape[0], 64)]
     return tuple(parts if start is None else map(jnp.add, start, parts))
 
 
 @interpreted_as(_multiply_transposed_plain)
-def multiply_transposed(a_ref: Ref, b_ref: Ref, d: int,
+def multiply_transposed(a: Ref | Sequence[Fragment], b_ref: Ref, d: int,
                         start: Sequence[Fragment] | None = None) -> tuple[Fragment, ...]:
     """Computes a b^T, or start + a b^T: (64, n) float32 for each 64 rows of a.
 
     Args:
-      a_ref: (chunks, 64 m, 64) in shared memory.
+      a: (chunks, 64 m, 64) in shared memory; or held in registers, m arrays (64, 64) of b's type, if d is at most 64.
       b_ref: (chunks, n, 64) in shared memory; n a multiple of 16.
       d: the columns that count; up to a multiple of 16 the rest must be zero.
       start: m arrays (64, n) float32, or None.
     """
-    n, count = b_ref.shape[1], a_ref.shape[1] // 64
+    held = isinstance(a, Sequence)
+    n, count = b_ref.shape[1], len(a) if held else a.shape[1] // 64
+    lefts = tuple(a) if held else (a,)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[TILE] * len(start or ())),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *([TILE] * count if held else [plgpu.RefType()]),
+                                  *[TILE] * len(start or ())),
                        return_type=returned((64, n), count))
-    def product(_: mgpu.LaunchContext, a: ir.Value, b: ir.Value,
-                *start: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
+    def product(_: mgpu.LaunchContext, b: ir.Value, *operands: Any) -> list[mgpu.FragmentedArray]:
+        lefts, start = operands[:count if held else 1], operands[count if held else 1:]
         accs = [scalars(x) for x in start] or [zeros(n) for _ in range(count)]
-        a_piece, b_piece = pieces(a, True, own_rows()), pieces(b, False)
+        a_piece, b_piece = None if held else pieces(lefts[0], True, own_rows()), pieces(b, False)
         for column in range(0, d, K):
             at = divmod(column, CHUNK)
-            left = [a_piece(at[0], 64 * m, at[1], False) for m in range(count)]
+            left = [words_of(x, column // K) for x in lefts] if a_piece is None else [
+                a_piece(at[0], 64 * m, at[1], False) for m in range(count)]
             for row in range(0, n, 16):
                 right = b_piece(at[0], row, at[1], False)
                 for acc, words in zip(accs, left):
                     multiply(acc[row // 8:row // 8 + 2], words, right, element_of(b))
         return [as_tile(acc) for acc in accs]
 
-    return tuple(product(a_ref, b_ref, *(start or ())))
+    return tuple(product(b_ref, *lefts, *(start or ())))
 
 
 def _accumulate_plain(accs: Sequence[Fragment], ps: Sequence[Fragment], v_ref: Ref) -> tuple[Fragment, ...]:

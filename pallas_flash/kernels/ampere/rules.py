@@ -55,13 +55,15 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
 
 
 def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
-    held = s.row_tiles * (s.block_kv + spec.d_v) // 2
+    held = s.row_tiles * (s.block_kv + spec.d_v + s.held * CHUNK // 2) // 2
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 128, f"{s.block_kv=} must be a multiple of 16 and at most 128"),
         (s.block_kv % BITS == 0 or not has_bits(spec.mask),
          f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
+        (not s.held or spec.d <= CHUNK, f"{s.held=} needs heads of up to {CHUNK}"),
+        (0 <= s.polynomial <= 8, f"{s.polynomial=} must be 0 to 8"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
@@ -102,7 +104,7 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
     sums = max(spec.d, spec.d_v) if s.split else spec.d + spec.d_v
     if s.halves:
         sums = CHUNK * (chunks(spec.d) + chunks(spec.d_v)) // 2
-    held = s.row_tiles * (sums + 2 * s.part_q) // 2
+    held = s.row_tiles * (sums + 2 * s.part_q + len(s.held) * CHUNK // 2) // 2
     legal = s.block_q in (32, 64) and s.row_tiles in (1, 2) and s.warpgroups in (1, 2)
     return (
         (not s.split or (s.dq is not None and s.warpgroups == 2 and s.row_tiles == 1),
@@ -125,5 +127,8 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (not s.ordered or s.dq is None, f"{s.ordered=} needs {s.dq=} to be None: nothing is added"),
         (not (s.ordered and legal) or has_order(spec, s),
          f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
+        (not s.held or (not s.shares_keys and max(spec.d, spec.d_v) <= CHUNK and set(s.held) <= {*"kv"}),
+         f"{s.held=} names k, v or both, and needs warpgroups with keys of their own, and heads of up to {CHUNK}"),
+        (0 <= s.polynomial <= 8, f"{s.polynomial=} must be 0 to 8"),
         (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

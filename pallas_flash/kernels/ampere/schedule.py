@@ -35,6 +35,8 @@ class ForwardSchedule:
         once a tile, not twice.
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
+      held: the queries are held in registers, else loaded from shared memory for each tile; heads of up to 64.
+      polynomial: of eight exponentials so many are computed by a polynomial (`exponentials`).
       num_sms: the SMs of the device.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
@@ -43,6 +45,8 @@ class ForwardSchedule:
     row_tiles: int = 2
     num_stages: int = 1
     slack: float = 2.0
+    held: bool = False
+    polynomial: int = 0
     section_bytes: int = 32 << 20
     num_sms: int = 108
     mask_kernel: bool = False
@@ -94,6 +98,8 @@ class BackwardSchedule:
         columns of dk and dv.
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`): the bits of the fused form
         repeat, too.
+      held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
+      polynomial: of eight exponentials so many are computed by a polynomial (`exponentials`).
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -117,6 +123,8 @@ class BackwardSchedule:
     halves: bool = False
     wide_adds: bool = False
     ordered: bool = False
+    held: str = ""
+    polynomial: int = 0
     mask_kernel: bool = False
 
     @property

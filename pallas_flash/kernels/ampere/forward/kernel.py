@@ -52,10 +52,11 @@ def products(block: Block, meets: list[Flag] | None, k: Ref) -> tuple[Fragment, 
     """S = Q K^T of each 64 rows; of rows that do not meet the tile, any finite numbers."""
     q, spec = block.smem["q"], block.spec
     if meets is None:
-        return mma.multiply_transposed(q, k, spec.d)
+        return mma.multiply_transposed(q if block.held is None else block.held, k, spec.d)
 
     def of_rows(i: int) -> Fragment:
-        (s,) = mma.multiply_transposed(q.at[:, pl.ds(i * ROWS, ROWS)], k, spec.d)
+        own = q.at[:, pl.ds(i * ROWS, ROWS)] if block.held is None else block.held[i:i + 1]
+        (s,) = mma.multiply_transposed(own, k, spec.d)
         return s
 
     return tuple(lax.cond(meets_it, functools.partial(of_rows, i), lambda: registers.zeros(block.schedule.block_kv))
@@ -88,7 +89,7 @@ def weights_of(block: Block, row_tile: int, first: Index, state: State, x: Fragm
     x = completion.applied(spec, block.gmem, (block.batch, block.head), scaled(spec, x), place)
     if masked:
         x = block.mask.hide(x, place, 1)
-    state, p = next_state(state, x, score_unit(spec), block.schedule.slack, spec.dtype)
+    state, p = next_state(state, x, score_unit(spec), block.schedule, spec.dtype)
     return state, kept(block, place, p)
 
 
@@ -160,6 +161,10 @@ def compute(block: Block) -> None:
     copies.load_tile(block.team, spec, block.gmem["q"], (block.batch, block.head, block.first), block.smem["q"])
     for name in "kv" if block.schedule.num_stages > 1 else "k":
         block.load(name, jnp.maximum(block.needed.stop - 1, 0))
+    if block.schedule.held:
+        copies.sync(block.team)
+        block = block._replace(held=tuple(mma.load_rows(block.smem["q"], i * ROWS, 0)
+                                          for i in range(block.schedule.row_tiles)))
     for i, state in enumerate(walk(block)):
         finish(block, i, *repaired(block, i, state))
 
