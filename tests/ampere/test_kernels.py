@@ -84,6 +84,10 @@ CASES |= {
         q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
         mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
     "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
+    "held-keys-polynomial": (BackwardSchedule(held="k", polynomial=2), dict(
+        q_len=140, kv_len=150, d=64, d_v=40, q_heads=2, mask=masks.Causal(-10))),
+    "held-keys-and-values": (dataclasses.replace(NARROW, part_q=16, held="kv"), dict(
+        q_len=70, kv_len=150, d=64, d_v=64, mask=masks.Window(40, 10))),
     "ordered": (dataclasses.replace(NARROW, ordered=True), dict(q_len=330, kv_len=330, d=64, d_v=64)),
     "ordered-gqa-window": (BackwardSchedule(ordered=True), dict(
         q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
@@ -180,6 +184,10 @@ FORWARDS = {
         q_len=150, kv_len=100, d=40, d_v=64, layout="BHLD", mask=masks.Window(30, 5, -70), softcap=2.0)),
     "two-slots-full-one-tile": (ForwardSchedule(row_tiles=1, num_stages=2), dict(
         q_len=70, kv_len=40, d=128, d_v=72, mask=masks.Full(), dropout_rate=0.2)),
+    "held-polynomial-gqa": (ForwardSchedule(block_kv=32, num_stages=2, held=True, polynomial=2), dict(
+        q_len=200, kv_len=150, d=64, d_v=64, q_heads=2, mask=masks.Causal(-10))),
+    "three-warpgroups-window-idle": (ForwardSchedule(block_kv=32, warpgroups=3, num_stages=2, polynomial=3), dict(
+        q_len=200, kv_len=150, d=64, d_v=40, q_heads=2, mask=masks.Window(30, 5, -70))),
     "two-slots-documents-large": (ForwardSchedule(block_kv=32, num_stages=2), dict(
         q_len=130, kv_len=130, d=64, d_v=64, row_lse=5000.0,
         mask=masks.Causal() & masks.SegmentIds(*[np.arange(130) // 55] * 2))),
@@ -187,7 +195,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forward_with_two_slots_agrees_with_the_oracle(name):
+def test_forward_of_other_schedules_agrees_with_the_oracle(name):
     """With NaN in keys and values that nothing attends to, too."""
     schedule, fields = FORWARDS[name]
     problem = Problem(name, "interpreted", **dict(batch=1, q_heads=1, kv_heads=1, mask=masks.Causal(),

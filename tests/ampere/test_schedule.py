@@ -129,3 +129,32 @@ def test_ranges_hold_every_pair_that_is_kept(mask, length):
             rows = pairs[block * i:block * (i + 1)]
             assert not rows[:, :start].any() and not rows[:, max(start, stop):].any()
             assert rows[:, full_start:full_stop].all()
+
+
+@pytest.mark.parametrize(("mask", "lengths"), [
+    (Causal(), (500, 500)), (Causal(-70), (500, 300)), (Causal(200), (300, 500)), (Full(), (130, 300)),
+    (Window(150, 20), (700, 700)), (Window(90, 10, -50), (500, 400))], ids=str)
+@pytest.mark.parametrize("schedule", [
+    BackwardSchedule(ordered=True), BackwardSchedule(ordered=True, block_q=32, row_tiles=1),
+    BackwardSchedule(ordered=True, warpgroups=2, halves=True)], ids=["128-keys", "64-keys", "halves"])
+def test_blocks_add_to_dq_in_the_order_in_which_they_start(mask, lengths, schedule):
+    """So none waits for one that has not started, and each knows how many come before it."""
+    q_len, kv_len = lengths
+    shape = lambda length: jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
+    spec = AttentionSpec.of(shape(q_len), shape(kv_len), shape(kv_len), mask=mask, deterministic=True)
+    assert work.has_order(spec, schedule)
+    assert rules.reasons_against(spec, schedule, device.H200.smem_bytes) == [] or not schedule.halves
+    found, added = work.kv_work(spec, schedule), {}
+    for block in range(found.blocks):
+        head, kv_tile = map(int, found.head_and_tile(block))
+        start, _, _, stop = work.q_range(spec, schedule, np.array([kv_tile]))
+        for q_tile in range(int(np.squeeze(start)), int(np.squeeze(stop))):
+            assert work.additions_before(spec, schedule, q_tile, kv_tile) == added.get((head, q_tile), 0)
+            added[head, q_tile] = added.get((head, q_tile), 0) + 1
+
+
+def test_a_mask_of_arrays_has_no_order():
+    ids = np.arange(256)[None] // 50
+    spec = spec_of(128, length=256, mask=Causal() & SegmentIds(ids, ids).canonical(), deterministic=True)
+    reasons = rules.reasons_against(spec, BackwardSchedule(warpgroups=2, halves=True, ordered=True), 200_000)
+    assert len(reasons) == 1 and "without arrays" in reasons[0]

@@ -40,6 +40,7 @@ class Team(NamedTuple):
     size: int
     warpgroup: Index
     met: Ref | None  # in interpret mode, and with more than one, the barrier of `sync`
+    alone: bool = False  # one warpgroup of several that have nothing to do with each other
 
     @property
     def threads(self) -> int:
@@ -54,12 +55,13 @@ def _meet_plain(team: Team) -> None:
 
 @interpreted_as(_meet_plain)
 def meet(team: Team) -> None:
-    """Waits for the whole block."""
-    del team
-
+    """Waits for the whole team."""
     @plgpu.inline_mgpu()
     def wait(_: mgpu.LaunchContext) -> None:
-        gpu.barrier()
+        if team.alone:
+            mgpu.utils.warpgroup_barrier()
+        else:
+            gpu.barrier()
 
     wait()
 
@@ -74,7 +76,7 @@ def _arrive() -> None:
 
 
 def sync(team: Team) -> None:
-    """Waits until what this thread copies has arrived, and then for the whole block."""
+    """Waits until what this thread copies has arrived, and then for the whole team."""
     _arrive()
     meet(team)
 
@@ -84,7 +86,7 @@ def _load_tile_plain(team: Team, spec: AttentionSpec, source: Ref, index: tuple[
     count, rows, _ = target.shape
     (batch, head, first), width, axis = index, source.shape[3], 1 if spec.layout == "BLHD" else 2
 
-    @pl.when(team.warpgroup == 0)
+    @pl.when((team.warpgroup == 0) | team.alone)
     def copy() -> None:
         whole = source[(batch, slice(None), head) if axis == 1 else (batch, head)]  # (length, width)
         x = jnp.take(whole, first + jnp.arange(rows, dtype=jnp.int32), axis=0, mode="fill", fill_value=0)
@@ -93,7 +95,7 @@ def _load_tile_plain(team: Team, spec: AttentionSpec, source: Ref, index: tuple[
 
 @interpreted_as(_load_tile_plain)
 def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index], target: Ref) -> None:
-    """Starts to copy a tile of an array in the spec's layout; every thread of the block takes part.
+    """Starts to copy a tile of an array in the spec's layout; every thread of the team takes part.
 
     Args:
       source: of a 16-bit type, in global memory.
@@ -112,6 +114,8 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
         below = lambda x, limit: arith.cmpi(arith.CmpIPredicate.slt, x, const(limit))
         batch, head, first = (x.registers.item() for x in index)
         thread = ptx.moved(mgpu.utils.thread_idx())
+        if team.alone:
+            thread = arith.remui(thread, const(ptx.WARPGROUP))
         row, unit = arith.shrui(thread, const(3)), arith.andi(thread, const(7))
         position = arith.addi(first, row)
         origin = _global_address(source, axis, (batch, head, position, unit))

@@ -26,12 +26,14 @@ def chunks(dim: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSchedule:
-    """The forward kernel's schedule: a block of one warpgroup for each query tile.
+    """The forward kernel's schedule: a warpgroup for each query tile.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
       row_tiles: tiles of 64 query rows in registers: each loaded piece of keys or values serves all of them.
-      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used, and blocks meet
+      warpgroups: of a block. They have nothing to do with each other; with 3, threads have at most 168 registers, and
+        three share an SM.
+      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used, and warps meet
         once a tile, not twice.
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
@@ -43,6 +45,7 @@ class ForwardSchedule:
 
     block_kv: int = 64
     row_tiles: int = 2
+    warpgroups: int = 1
     num_stages: int = 1
     slack: float = 2.0
     held: bool = False

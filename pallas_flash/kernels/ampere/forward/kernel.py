@@ -17,6 +17,7 @@ float32.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -194,17 +195,28 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)
 
+    size = schedule.warpgroups
+
     def attention_forward(*refs: *KernelArguments) -> None:
         *arrays, smem, _ = refs
-        pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
+        if size == 1:
+            run(arrays, smem, lax.axis_index("block"), Team(1, 0, None))
+            return
+        warpgroup = lax.axis_index("warpgroup")
+        index, own = lax.axis_index("block") * size + warpgroup, {name: ref.at[warpgroup] for name, ref in smem.items()}
+        pl.when(index < blocks.blocks)(lambda: run(arrays, own, index, Team(1, warpgroup, None, alone=True)))
+
+    def run(arrays: Sequence[Ref], smem: dict[str, Ref], index: Index, team: Team) -> None:
+        pair, q_tile = blocks.head_and_tile(index)
         batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, q_tile))
         first = q_tile * schedule.block_q
-        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, first, mask, needed))
+        compute(Block(spec, schedule, gmem, smem, team, batch, head, first, mask, needed))
 
     kernel = plgpu.kernel(
         attention_forward, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.forward_buffers(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
-        compiler_params=copies.COMPILER)
+        scratch_types=allocate(memory.forward_buffers(spec, schedule)), grid=(tiles.cdiv(blocks.blocks, size),),
+        grid_names=("block",), num_threads=size if size > 1 else None,
+        thread_name="warpgroup" if size > 1 else None, compiler_params=copies.COMPILER)
     return Launch(kernel, inputs, outputs)
