@@ -128,6 +128,19 @@ NO_DEFAULTS = {
     "two-slots-gqa": (TWO_SLOTS, dict(d=64, q_heads=8)),
     "two-slots-documents": (TWO_SLOTS, dict(d=64, mask=DOCUMENTS)),
     "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
+    "held-polynomial-gqa": (dataclasses.replace(TWO_SLOTS, held=True, polynomial=2), dict(d=64, q_heads=8)),
+    "three-warpgroups-documents": (dataclasses.replace(TWO_SLOTS, block_kv=32, warpgroups=3), dict(
+        d=64, mask=DOCUMENTS)),
+    "three-warpgroups-window-idle": (dataclasses.replace(TWO_SLOTS, block_kv=32, warpgroups=3, polynomial=2), dict(
+        d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
+    "held-keys-polynomial": (BackwardSchedule(held="k", polynomial=2, wide_adds=True), dict(
+        d=64, kv_len=333, dropout_rate=0.2)),
+    "held-keys-documents": (BackwardSchedule(held="k", wide_adds=True), dict(d=40, mask=DOCUMENTS, layout="BHLD")),
+    "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),
+    "ordered-window": (dataclasses.replace(HALVES, ordered=True), dict(
+        d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),
+    "ordered-d256": (dataclasses.replace(HALVES, row_tiles=1, ordered=True, wide_adds=True), dict(
+        d=256, deterministic=True, mask=Full())),
     "two-slots-32-keys": (dataclasses.replace(TWO_SLOTS, block_kv=32), dict(d=128, kv_len=700, mask=Full())),
 }
 
@@ -155,6 +168,19 @@ def test_other_schedules_repeat(d, schedule):
         assert_right(case, first)
         direction, names = ("forward", ("out",)) if schedule is TWO_SLOTS else ("backward", ("dk", "dv"))
         assert_repeats(jax.jit(ours(direction, case)), case, names, 300)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("d", "length", "schedule"), [
+    (64, 2000, BackwardSchedule(ordered=True, wide_adds=True)), (128, 2000, dataclasses.replace(HALVES, ordered=True)),
+    (256, 1000, dataclasses.replace(HALVES, row_tiles=1, ordered=True, wide_adds=True))], ids=["d64", "d128", "d256"])
+def test_ordered_additions_repeat(d, length, schedule):
+    """All is the same in each of 1000 runs, in which other blocks come first."""
+    case = case_of(problem_of("order", d, q_len=length, kv_len=length, batch=2, deterministic=True))
+    with defaults.assume(schedule):
+        jax.clear_caches()
+        assert_right(case, everything(case))
+        assert_repeats(jax.jit(ours("backward", case)), case, ("dq", "dk", "dv"), 1000)
     jax.clear_caches()
 
 

@@ -207,7 +207,7 @@ def add_outer(a_ref: Ref, b_ref: Ref, target: Ref, wide: bool,
       b_ref: (1, keys, 64) in shared memory.
       target: (columns of a * 64,) in global memory.
       wide: a thread adds four numbers at a time, which compute capability 9.0 has.
-      turn: int32 counters in global memory, which of them counts, and the number for which it is waited; None: for none.
+      turn: int32 counters in global memory, which one, and the number that it must have first; None: no order.
     """
     (chunks, keys, rows), f32, at_once = a_ref.shape, ir.F32Type, 4 if wide else 1
     count = chunks * rows // 32  # pieces of 16 rows of a warp
@@ -249,5 +249,5 @@ def _await(counters: ir.Value, tile: ir.Value, before: ir.Value) -> None:
     """Waits until a counter in global memory is `before`; what this thread does next comes after what was counted."""
     address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters), [tile], ptx.i32())
     text = ("{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2; "
-            "@p bra again; mov.u32 $0, v; }")
-    llvm.inline_asm(ptx.i32(), [address, before], text, "=r,l,r,~{memory}", has_side_effects=True)
+            "@p bra again; bar.warp.sync -1; mov.u32 $0, v; }")
+    llvm.inline_asm(ptx.i32(), [address, before], text, "=r,l,r,~{memory}", has_side_effects=True, convergent=True)

@@ -25,6 +25,8 @@ _Rules = tuple[tuple[bool, str], ...]
 _REGISTERS = 255
 """Of a thread. About 45 of them hold addresses, operands of products, and numbers of rows."""
 _OTHERS = 45
+_FEWER_OTHERS = 30
+"""Where operands are held, none is loaded. Then up to 8 bytes are spilled, with two operands 56."""
 
 
 def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
@@ -130,5 +132,6 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (not s.held or (not s.shares_keys and max(spec.d, spec.d_v) <= CHUNK and set(s.held) <= {*"kv"}),
          f"{s.held=} names k, v or both, and needs warpgroups with keys of their own, and heads of up to {CHUNK}"),
         (0 <= s.polynomial <= 8, f"{s.polynomial=} must be 0 to 8"),
-        (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
+        (held + (_FEWER_OTHERS if s.held else _OTHERS) <= _REGISTERS,
+         f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

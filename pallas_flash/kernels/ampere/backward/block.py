@@ -1,5 +1,7 @@
 """What the stages of the kernel of dk, dv and dq share: a block, and what it loads."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ class Block(NamedTuple):
     head: Index  # of keys
     tile: Index
     walk: Walk
-    held: dict[str, tuple[Fragment, ...]] = {}  # those of the warpgroup's keys and values that are held in registers
+    held: Mapping[str, tuple[Fragment, ...]] = MappingProxyType({})  # of the warpgroup's rows, those in registers
 
     @property
     def own(self) -> Index:

@@ -1,12 +1,12 @@
-"""The order in which blocks add to dq's float32 sums, where gradients are to repeat bit by bit and one kernel makes all.
+"""The order in which blocks add to dq's float32 sums, where gradients are to repeat bit by bit in the fused form.
 
 Additions in float32 round, so a sum depends on their order. With `BackwardSchedule.ordered` the blocks of a head add to
 each query tile in the order of their key tiles, which is the order in which they were started: a counter for each query
 tile says how many have added. A block waits only for blocks that started before it, so there is no deadlock.
 
-All blocks of a head walk the query tiles from the last to the first. With a causal mask the longest blocks, those of the
-first keys, still start first, and all of them meet the same tile at the same step: a block waits in its first step, for
-as long as additions take to be seen, and from then on finds that its turn has come.
+All blocks of a head walk the query tiles from the last to the first. With a causal mask the longest blocks, those of
+the first keys, still start first, and all meet the same tile at the same step: a block waits in its first step, for as
+long as additions take to be seen, and from then on finds that its turn has come.
 
 An addition is counted a step later, when it has long arrived: the release that counts it does not wait.
 """
@@ -75,8 +75,8 @@ def _count_addition_plain(counters: Ref, tile: Index, warpgroup: Index) -> None:
 
 @interpreted_as(_count_addition_plain)
 def _count_addition(counters: Ref, tile: Index, warpgroup: Index) -> None:
-    """Adds 1 to a counter, by one thread of the block; whoever acquires it sees what all threads of the block did before
-    they met.
+    """Adds 1 to a counter, by one thread of the block; whoever acquires it sees what all threads of the block did
+    before they met.
     """
     del warpgroup
 
@@ -87,7 +87,7 @@ def _count_addition(counters: Ref, tile: Index, warpgroup: Index) -> None:
         is_first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), const(0))
         llvm.inline_asm(
             ptx.i32(), [address, arith.extui(ptx.i32(), is_first)],
-            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.release.gpu.global.add.u32 [$1], 1; mov.u32 $0, $2; }",
-            "=r,l,r,~{memory}", has_side_effects=True)
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.release.gpu.global.add.u32 [$1], 1; bar.warp.sync -1; "
+            "mov.u32 $0, $2; }", "=r,l,r,~{memory}", has_side_effects=True, convergent=True)
 
     count(counters, ptx.scalar(tile))

@@ -74,7 +74,8 @@ def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
     """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros for dq's float32 sums,
-    and for the counters of additions, (batch, q_heads, query tiles), if those have an order; copies of q and dout where queries may attend to nothing.
+    and for the counters of additions, (batch, q_heads, query tiles), if those have an order; copies of q and dout where
+    queries may attend to nothing.
     """
     shape = spec.batch, spec.q_heads, len(Statistics), work.padded_q(spec, schedule)
     types = {"statistics": jax.ShapeDtypeStruct(shape, jnp.float32)}

@@ -11,7 +11,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere import copies, mma
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite
-from pallas_flash.kernels.ampere.backward.order import count_last, turn_of
+from pallas_flash.kernels.ampere.backward.order import Turn, count_last, turn_of
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import chunks
 from pallas_flash.kernels.mosaic import dropout, ptx
@@ -58,7 +58,7 @@ def add_dq(block: Block, step: Step) -> None:
     for first in range(0, count, size):
         chunk = first + block.team.warpgroup
 
-        def add(chunk: Index = chunk) -> None:
+        def add(chunk: Index = chunk, turn: Turn | None = turn if first == 0 else None) -> None:
             target = block.gmem["dq_sums"].at[block.batch, step.head, step.tile, chunk]
             mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target, block.schedule.wide_adds, turn)
 
