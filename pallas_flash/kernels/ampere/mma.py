@@ -46,16 +46,16 @@ def _columns(ref: Ref) -> Fragment:
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
 
 
-def _multiply_transposed_plain(a: Ref | Sequence[Fragment], b_ref: Ref, d: int,
+def _multiply_transposed_plain(a: Ref | tuple[Fragment, ...], b_ref: Ref, d: int,
                                start: Sequence[Fragment] | None = None) -> tuple[Fragment, ...]:
     del d  # the columns past it are zeros
-    a, b = jnp.concatenate(a) if isinstance(a, Sequence) else _columns(a), _columns(b_ref)
-    parts = [jnp.dot(a[i:i + 64], b.T, preferred_element_type=jnp.float32) for i in range(0, a.shape[0], 64)]
+    left, b = jnp.concatenate(a) if isinstance(a, tuple) else _columns(a), _columns(b_ref)
+    parts = [jnp.dot(left[i:i + 64], b.T, preferred_element_type=jnp.float32) for i in range(0, left.shape[0], 64)]
     return tuple(parts if start is None else map(jnp.add, start, parts))
 
 
 @interpreted_as(_multiply_transposed_plain)
-def multiply_transposed(a: Ref | Sequence[Fragment], b_ref: Ref, d: int,
+def multiply_transposed(a: Ref | tuple[Fragment, ...], b_ref: Ref, d: int,
                         start: Sequence[Fragment] | None = None) -> tuple[Fragment, ...]:
     """Computes a b^T, or start + a b^T: (64, n) float32 for each 64 rows of a.
 
@@ -65,20 +65,17 @@ def multiply_transposed(a: Ref | Sequence[Fragment], b_ref: Ref, d: int,
       d: the columns that count; up to a multiple of 16 the rest must be zero.
       start: m arrays (64, n) float32, or None.
     """
-    held = isinstance(a, Sequence)
-    n, count = b_ref.shape[1], len(a) if held else a.shape[1] // 64
-    lefts = tuple(a) if held else (a,)
+    n, lefts, kind = (b_ref.shape[1], a, TILE) if isinstance(a, tuple) else (b_ref.shape[1], (a,), plgpu.RefType())
+    count = len(a) if isinstance(a, tuple) else a.shape[1] // 64
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *([TILE] * count if held else [plgpu.RefType()]),
-                                  *[TILE] * len(start or ())),
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[kind] * len(lefts), *[TILE] * len(start or ())),
                        return_type=returned((64, n), count))
     def product(_: mgpu.LaunchContext, b: ir.Value, *operands: Any) -> list[mgpu.FragmentedArray]:
-        lefts, start = operands[:count if held else 1], operands[count if held else 1:]
-        accs = [scalars(x) for x in start] or [zeros(n) for _ in range(count)]
-        a_piece, b_piece = None if held else pieces(lefts[0], True, own_rows()), pieces(b, False)
+        accs = [scalars(x) for x in operands[len(lefts):]] or [zeros(n) for _ in range(count)]
+        a_piece, b_piece = None if kind is TILE else pieces(operands[0], True, own_rows()), pieces(b, False)
         for column in range(0, d, K):
             at = divmod(column, CHUNK)
-            left = [words_of(x, column // K) for x in lefts] if a_piece is None else [
+            left = [words_of(x, column // K) for x in operands[:count]] if a_piece is None else [
                 a_piece(at[0], 64 * m, at[1], False) for m in range(count)]
             for row in range(0, n, 16):
                 right = b_piece(at[0], row, at[1], False)

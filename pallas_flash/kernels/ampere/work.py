@@ -9,10 +9,12 @@ import functools
 import operator
 from typing import overload
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
@@ -135,9 +137,9 @@ def _met_keys(spec: AttentionSpec, s: BackwardSchedule, q_tile: Positions) -> _R
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
 
 
-def additions_before(spec: AttentionSpec, s: BackwardSchedule, q_tile: Index, kv_tile: Index) -> Positions:
+def additions_before(spec: AttentionSpec, s: BackwardSchedule, q_tile: Index, kv_tile: Index) -> Array:
     """How many blocks add to a query tile before that of a key tile, if `ordered`."""
-    return kv_tile - _met_keys(spec, s, q_tile).start
+    return jnp.asarray(kv_tile - _met_keys(spec, s, q_tile).start)
 
 
 @functools.lru_cache(maxsize=256)

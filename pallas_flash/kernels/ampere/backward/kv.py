@@ -8,8 +8,8 @@ mask needs (for each query head of the group), a part of a tile at a time:
 
 P^T and dS^T go from registers to the products for dv and dk. dq = dS K needs dS of all the block's keys: dS^T goes
 through shared memory, where all warpgroups meet after each tile; each then makes some chunks of dq, four warps as
-2 x 2, and adds them to float32 sums in global memory. Where another kernel makes dq (`backward.dq`), all that is left
-out.
+2 x 2, and adds them to float32 sums in global memory, in any order or in one (`backward.order`). Where another kernel
+makes dq (`backward.dq`), all that is left out.
 
 With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied. Other roles of
 two warpgroups: `kv_split`, `kv_halves`.

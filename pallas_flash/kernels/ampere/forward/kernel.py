@@ -1,8 +1,8 @@
 """FlashAttention's forward pass with mma.sync and cp.async, in Pallas Mosaic GPU.
 
-A block is one warpgroup, and has one query tile, of two tiles of 64 rows in registers: 32 rows a warp, so that each
-piece of keys or values that ldmatrix brings serves two products. It walks the key tiles that the mask needs, from the
-last to the first. There is one buffer for keys and one for values:
+A block is one warpgroup, or some that have nothing to do with each other. Each has one query tile, of two tiles of 64
+rows in registers: 32 rows a warp, so that each piece of keys or values that ldmatrix brings serves two products. It
+walks the key tiles that the mask needs, from the last to the first. There is one buffer for keys and one for values:
 
     keys     | load K(j)  | S = Q K(j)^T |          load K(j - 1)          | S = Q K(j - 1)^T
     values   | O += P V   |  load V(j)   |       softmax of S, O += P V(j) |  load V(j - 1)
