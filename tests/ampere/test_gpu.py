@@ -128,12 +128,9 @@ NO_DEFAULTS = {
     "two-slots-gqa": (TWO_SLOTS, dict(d=64, q_heads=8)),
     "two-slots-documents": (TWO_SLOTS, dict(d=64, mask=DOCUMENTS)),
     "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
-    "held-polynomial-gqa": (dataclasses.replace(TWO_SLOTS, held=True, polynomial=2), dict(d=64, q_heads=8)),
-    "three-warpgroups-documents": (dataclasses.replace(TWO_SLOTS, block_kv=32, warpgroups=3), dict(
-        d=64, mask=DOCUMENTS)),
-    "three-warpgroups-window-idle": (dataclasses.replace(TWO_SLOTS, block_kv=32, warpgroups=3, polynomial=2), dict(
+    "held-one-slot-window-idle": (ForwardSchedule(held=True), dict(
         d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
-    "held-keys-polynomial": (BackwardSchedule(held="k", polynomial=2, wide_adds=True), dict(
+    "held-keys": (BackwardSchedule(held="k", wide_adds=True), dict(
         d=64, kv_len=333, dropout_rate=0.2)),
     "held-keys-documents": (BackwardSchedule(held="k", wide_adds=True), dict(d=40, mask=DOCUMENTS, layout="BHLD")),
     "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),

@@ -84,7 +84,7 @@ CASES |= {
         q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
         mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
     "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
-    "held-keys-polynomial": (BackwardSchedule(held="k", polynomial=2), dict(
+    "held-keys": (BackwardSchedule(held="k"), dict(
         q_len=140, kv_len=150, d=64, d_v=40, q_heads=2, mask=masks.Causal(-10))),
     "held-keys-and-values": (dataclasses.replace(NARROW, part_q=16, held="kv"), dict(
         q_len=70, kv_len=150, d=64, d_v=64, mask=masks.Window(40, 10))),
@@ -184,10 +184,10 @@ FORWARDS = {
         q_len=150, kv_len=100, d=40, d_v=64, layout="BHLD", mask=masks.Window(30, 5, -70), softcap=2.0)),
     "two-slots-full-one-tile": (ForwardSchedule(row_tiles=1, num_stages=2), dict(
         q_len=70, kv_len=40, d=128, d_v=72, mask=masks.Full(), dropout_rate=0.2)),
-    "held-polynomial-gqa": (ForwardSchedule(block_kv=32, num_stages=2, held=True, polynomial=2), dict(
+    "held-gqa": (ForwardSchedule(block_kv=32, num_stages=2, held=True), dict(
         q_len=200, kv_len=150, d=64, d_v=64, q_heads=2, mask=masks.Causal(-10))),
-    "three-warpgroups-window-idle": (ForwardSchedule(block_kv=32, warpgroups=3, num_stages=2, polynomial=3), dict(
-        q_len=200, kv_len=150, d=64, d_v=40, q_heads=2, mask=masks.Window(30, 5, -70))),
+    "held-one-slot-window-idle": (ForwardSchedule(row_tiles=1, held=True), dict(
+        q_len=150, kv_len=150, d=40, d_v=72, mask=masks.Window(30, 5, -70), softcap=2.0)),
     "two-slots-documents-large": (ForwardSchedule(block_kv=32, num_stages=2), dict(
         q_len=130, kv_len=130, d=64, d_v=64, row_lse=5000.0,
         mask=masks.Causal() & masks.SegmentIds(*[np.arange(130) // 55] * 2))),

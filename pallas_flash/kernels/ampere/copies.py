@@ -40,7 +40,6 @@ class Team(NamedTuple):
     size: int
     warpgroup: Index
     met: Ref | None  # in interpret mode, and with more than one, the barrier of `sync`
-    alone: bool = False  # one warpgroup of several that have nothing to do with each other
 
     @property
     def threads(self) -> int:
@@ -55,13 +54,12 @@ def _meet_plain(team: Team) -> None:
 
 @interpreted_as(_meet_plain)
 def meet(team: Team) -> None:
-    """Waits for the whole team."""
+    """Waits for the whole block."""
+    del team
+
     @plgpu.inline_mgpu()
     def wait(_: mgpu.LaunchContext) -> None:
-        if team.alone:
-            mgpu.utils.warpgroup_barrier()
-        else:
-            gpu.barrier()
+        gpu.barrier()
 
     wait()
 
@@ -76,7 +74,7 @@ def _arrive() -> None:
 
 
 def sync(team: Team) -> None:
-    """Waits until what this thread copies has arrived, and then for the whole team."""
+    """Waits until what this thread copies has arrived, and then for the whole block."""
     _arrive()
     meet(team)
 
@@ -86,7 +84,7 @@ def _load_tile_plain(team: Team, spec: AttentionSpec, source: Ref, index: tuple[
     count, rows, _ = target.shape
     (batch, head, first), width, axis = index, source.shape[3], 1 if spec.layout == "BLHD" else 2
 
-    @pl.when((team.warpgroup == 0) | team.alone)
+    @pl.when(team.warpgroup == 0)
     def copy() -> None:
         whole = source[(batch, slice(None), head) if axis == 1 else (batch, head)]  # (length, width)
         x = jnp.take(whole, first + jnp.arange(rows, dtype=jnp.int32), axis=0, mode="fill", fill_value=0)
@@ -95,7 +93,7 @@ def _load_tile_plain(team: Team, spec: AttentionSpec, source: Ref, index: tuple[
 
 @interpreted_as(_load_tile_plain)
 def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, Index, Index], target: Ref) -> None:
-    """Starts to copy a tile of an array in the spec's layout; every thread of the team takes part.
+    """Starts to copy a tile of an array in the spec's layout; every thread of the block takes part.
 
     Args:
       source: of a 16-bit type, in global memory.
@@ -114,8 +112,6 @@ def load_tile(team: Team, spec: AttentionSpec, source: Ref, index: tuple[Index, 
         below = lambda x, limit: arith.cmpi(arith.CmpIPredicate.slt, x, const(limit))
         batch, head, first = (x.registers.item() for x in index)
         thread = ptx.moved(mgpu.utils.thread_idx())
-        if team.alone:
-            thread = arith.remui(thread, const(ptx.WARPGROUP))
         row, unit = arith.shrui(thread, const(3)), arith.andi(thread, const(7))
         position = arith.addi(first, row)
         origin = _global_address(source, axis, (batch, head, position, unit))

@@ -49,11 +49,10 @@ class Buffer(NamedTuple):
 
 
 def forward_buffers(spec: AttentionSpec, s: ForwardSchedule) -> tuple[Buffer, ...]:
-    """A tile of queries, and slots of keys and of values, of each warpgroup."""
-    each = (s.warpgroups,) if s.warpgroups > 1 else ()
-    return (Buffer("q", (*each, chunks(spec.d), s.block_q, CHUNK), spec.dtype),
-            Buffer("k", (*each, s.num_stages, chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
-            Buffer("v", (*each, s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
+    """A tile of queries, and slots of keys and of values."""
+    return (Buffer("q", (chunks(spec.d), s.block_q, CHUNK), spec.dtype),
+            Buffer("k", (s.num_stages, chunks(spec.d), s.block_kv, CHUNK), spec.dtype),
+            Buffer("v", (s.num_stages, chunks(spec.d_v), s.block_kv, CHUNK), spec.dtype))
 
 
 def decode_buffers(spec: AttentionSpec, s: DecodeSchedule) -> tuple[Buffer, ...]:

@@ -65,7 +65,6 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
         (not s.held or spec.d <= CHUNK, f"{s.held=} needs heads of up to {CHUNK}"),
-        (0 <= s.polynomial <= 8, f"{s.polynomial=} must be 0 to 8"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
@@ -131,7 +130,6 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
          f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
         (not s.held or (not s.shares_keys and max(spec.d, spec.d_v) <= CHUNK and set(s.held) <= {*"kv"}),
          f"{s.held=} names k, v or both, and needs warpgroups with keys of their own, and heads of up to {CHUNK}"),
-        (0 <= s.polynomial <= 8, f"{s.polynomial=} must be 0 to 8"),
         (held + (_FEWER_OTHERS if s.held else _OTHERS) <= _REGISTERS,
          f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

@@ -26,30 +26,25 @@ def chunks(dim: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSchedule:
-    """The forward kernel's schedule: a warpgroup for each query tile.
+    """The forward kernel's schedule: a block of one warpgroup for each query tile.
 
     Attributes:
       block_kv: keys of a tile; a multiple of 16.
       row_tiles: tiles of 64 query rows in registers: each loaded piece of keys or values serves all of them.
-      warpgroups: of a block. They have nothing to do with each other; with 3, threads have at most 168 registers, and
-        three share an SM.
-      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used, and warps meet
+      num_stages: slots for tiles of keys and values; with 2 the next is loaded while this one is used, and blocks meet
         once a tile, not twice.
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
       held: the queries are held in registers, else loaded from shared memory for each tile; heads of up to 64.
-      polynomial: of eight exponentials so many are computed by a polynomial (`exponentials`).
       num_sms: the SMs of the device.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
 
     block_kv: int = 64
     row_tiles: int = 2
-    warpgroups: int = 1
     num_stages: int = 1
     slack: float = 2.0
     held: bool = False
-    polynomial: int = 0
     section_bytes: int = 32 << 20
     num_sms: int = 108
     mask_kernel: bool = False
@@ -102,7 +97,6 @@ class BackwardSchedule:
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`): the bits of the fused form
         repeat, too.
       held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
-      polynomial: of eight exponentials so many are computed by a polynomial (`exponentials`).
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -127,7 +121,6 @@ class BackwardSchedule:
     wide_adds: bool = False
     ordered: bool = False
     held: str = ""
-    polynomial: int = 0
     mask_kernel: bool = False
 
     @property

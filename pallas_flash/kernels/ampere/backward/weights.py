@@ -11,7 +11,6 @@ from pallas_flash.arrays import Array, Bool
 from pallas_flash.kernels.ampere import registers, work
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
-from pallas_flash.kernels.ampere.exponentials import exp2
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
 from pallas_flash.kernels.mosaic import completion, dropout, ptx
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
@@ -79,7 +78,7 @@ def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragm
     if flags:
         needed = flags[0] if len(flags) == 1 else flags[0] | flags[1]
         y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
-    p = exp2(y, block.schedule.polynomial)
+    p = jnp.exp2(y)
     return p, slope(spec, s, p if own_slope is None else jnp.where(p == 0, 0.0, p * own_slope))
 
 

@@ -1,15 +1,15 @@
 """FlashAttention's forward pass with mma.sync and cp.async, in Pallas Mosaic GPU.
 
-A block is one warpgroup, or some that have nothing to do with each other. Each has one query tile, of two tiles of 64
-rows in registers: 32 rows a warp, so that each piece of keys or values that ldmatrix brings serves two products. It
-walks the key tiles that the mask needs, from the last to the first. There is one buffer for keys and one for values:
+A block is one warpgroup, and has one query tile, of two tiles of 64 rows in registers: 32 rows a warp, so that each
+piece of keys or values that ldmatrix brings serves two products. It walks the key tiles that the mask needs, from the
+last to the first. There is one buffer for keys and one for values:
 
     keys     | load K(j)  | S = Q K(j)^T |          load K(j - 1)          | S = Q K(j - 1)^T
     values   | O += P V   |  load V(j)   |       softmax of S, O += P V(j) |  load V(j - 1)
              ^ sync       ^ sync         ^ sync                            ^ sync
 
 Two blocks share an SM where registers and shared memory allow it, and hide each other's waits. With two slots for keys
-and for values blocks meet once a tile.
+and for values blocks meet once a tile. Queries of up to 64 columns may stay in registers.
 
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`mosaic.scores`); l_i (64, 8) a row sum
 that is still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is
@@ -17,7 +17,6 @@ float32.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,7 @@ def weights_of(block: Block, row_tile: int, first: Index, state: State, x: Fragm
     x = completion.applied(spec, block.gmem, (block.batch, block.head), scaled(spec, x), place)
     if masked:
         x = block.mask.hide(x, place, 1)
-    state, p = next_state(state, x, score_unit(spec), block.schedule, spec.dtype)
+    state, p = next_state(state, x, score_unit(spec), block.schedule.slack, spec.dtype)
     return state, kept(block, place, p)
 
 
@@ -195,28 +194,17 @@ def launch(spec: AttentionSpec, schedule: ForwardSchedule) -> Launch:
                "stats": jax.ShapeDtypeStruct(spec.stats_shape, jnp.float32)}
     blocks = work.forward_work(spec, schedule)
 
-    size = schedule.warpgroups
-
     def attention_forward(*refs: *KernelArguments) -> None:
         *arrays, smem, _ = refs
-        if size == 1:
-            run(arrays, smem, lax.axis_index("block"), Team(1, 0, None))
-            return
-        warpgroup = lax.axis_index("warpgroup")
-        index, own = lax.axis_index("block") * size + warpgroup, {name: ref.at[warpgroup] for name, ref in smem.items()}
-        pl.when(index < blocks.blocks)(lambda: run(arrays, own, index, Team(1, warpgroup, None, alone=True)))
-
-    def run(arrays: Sequence[Ref], smem: dict[str, Ref], index: Index, team: Team) -> None:
-        pair, q_tile = blocks.head_and_tile(index)
+        pair, q_tile = blocks.head_and_tile(lax.axis_index("block"))
         batch, head = div(pair, spec.q_heads), rem(pair, spec.q_heads)
         gmem = dict(zip((*inputs, *outputs), arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, q_tile))
         first = q_tile * schedule.block_q
-        compute(Block(spec, schedule, gmem, smem, team, batch, head, first, mask, needed))
+        compute(Block(spec, schedule, gmem, smem, Team(1, 0, None), batch, head, first, mask, needed))
 
     kernel = plgpu.kernel(
         attention_forward, out_type=tuple(outputs.values()),
-        scratch_types=allocate(memory.forward_buffers(spec, schedule)), grid=(tiles.cdiv(blocks.blocks, size),),
-        grid_names=("block",), num_threads=size if size > 1 else None,
-        thread_name="warpgroup" if size > 1 else None, compiler_params=copies.COMPILER)
+        scratch_types=allocate(memory.forward_buffers(spec, schedule)), grid=(blocks.blocks,), grid_names=("block",),
+        compiler_params=copies.COMPILER)
     return Launch(kernel, inputs, outputs)

@@ -12,9 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_flash.kernels.ampere import registers
-from pallas_flash.kernels.ampere.exponentials import exp2
 from pallas_flash.kernels.ampere.registers import Fragment, PerRow
-from pallas_flash.kernels.ampere.schedule import ForwardSchedule
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.scores import lowest
 
@@ -41,13 +39,12 @@ def _begin(m_i: PerRow, unit: float) -> PerRow:
     return ptx.multiply(m_i, unit, registers.ROW_LAYOUT)
 
 
-def next_state(state: State, s: Fragment, unit: float, schedule: ForwardSchedule,
-               dtype: np.dtype) -> tuple[State, Fragment]:
+def next_state(state: State, s: Fragment, unit: float, slack: float, dtype: np.dtype) -> tuple[State, Fragment]:
     """The state with the maximum and the sum of another tile of scores, and its weights in `dtype`, whose product with
     the values is still to be added to `acc`.
     """
     m_i, row_max = state.m_i, s.max(axis=1)
-    within = row_max - m_i <= schedule.slack * (1 / unit)
+    within = row_max - m_i <= slack * (1 / unit)
     grew = ptx.any_in_warp(jnp.logical_not(within), registers.ROW_LAYOUT)  # so that NaN counts as growth
 
     def follow(m_i: PerRow, begin: PerRow, l_i: Fragment, acc: Fragment) -> tuple[PerRow, PerRow, Fragment, Fragment]:
@@ -57,5 +54,5 @@ def next_state(state: State, s: Fragment, unit: float, schedule: ForwardSchedule
         return highest, new, l_i * registers.spread(alpha, 8), acc * registers.spread(alpha, acc.shape[1])
 
     m_i, begin, l_i, acc = lax.cond(grew, follow, lambda *same: same, *state)
-    p = exp2(s * unit - registers.spread(begin, s.shape[1]), schedule.polynomial)
+    p = jnp.exp2(s * unit - registers.spread(begin, s.shape[1]))
     return State(m_i, begin, l_i + registers.column_sums(p), acc), p.astype(dtype)
