@@ -80,19 +80,20 @@ def _completes(spec: AttentionSpec) -> bool:
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | DecodeSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
     128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
-    registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster (docs/notes/ampere.md). Of keys in
-    a cache: `_default_decode`.
+    registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster, and hold queries in registers, 1
+    to 4 % (docs/notes/ampere.md). Of keys in a cache: `_default_decode`.
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
-    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, num_sms=device.num_sms)
+    small = max(spec.d, spec.d_v) <= CHUNK
+    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, held=small, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
     if _keeps_less(spec, device):
         return narrow
     two_slots = dataclasses.replace(wide, num_stages=2)
-    if max(spec.d, spec.d_v) <= 64 and _sharing(spec, device, two_slots) >= 2:
+    if small and _sharing(spec, device, two_slots) >= 2:
         return two_slots
     sharing = _sharing(spec, device, wide)
     return wide if sharing >= 2 or (sharing == 1 and _sharing(spec, device, narrow) == 1) else narrow
