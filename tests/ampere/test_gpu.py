@@ -15,7 +15,7 @@ import pytest
 from agreement import assert_within
 
 from pallas_flash import Causal, Dense, Full, InBounds, PrefixLM, SegmentIds, Window, device, flash_attention
-from pallas_flash.kernels.ampere import defaults, rules
+from pallas_flash.kernels.ampere import defaults, rules, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.testing import conformance
 from tests.api import test_partial
@@ -168,17 +168,17 @@ def test_other_schedules_repeat(d, schedule):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("d", "length", "schedule"), [
-    (64, 2000, BackwardSchedule(ordered=True, wide_adds=True)), (128, 2000, dataclasses.replace(HALVES, ordered=True)),
-    (256, 1000, dataclasses.replace(HALVES, row_tiles=1, ordered=True, wide_adds=True))], ids=["d64", "d128", "d256"])
-def test_ordered_additions_repeat(d, length, schedule):
-    """All is the same in each of 1000 runs, in which other blocks come first."""
-    case = case_of(problem_of("order", d, q_len=length, kv_len=length, batch=2, deterministic=True))
-    with defaults.assume(schedule):
-        jax.clear_caches()
-        assert_right(case, everything(case))
-        assert_repeats(jax.jit(ours("backward", case)), case, ("dq", "dk", "dv"), 1000)
-    jax.clear_caches()
+@pytest.mark.parametrize(("d", "options"), [
+    (64, dict(q_heads=8, kv_heads=2)), (128, dict(kv_heads=4)), (128, dict(mask=Full())),
+    (128, dict(mask=Window(300, 50))), (256, dict(q_len=1000, kv_len=1000))],
+    ids=["d64-gqa", "d128", "d128-full", "d128-window", "d256"])
+def test_ordered_additions_repeat(d, options):
+    """All is the same in each of 1000 runs, in which other blocks come first; the grid has more blocks than fit."""
+    case = case_of(problem_of("order", d, **dict(q_len=2500, kv_len=2500, batch=8, deterministic=True) | options))
+    schedule = defaults.default_backward(case.problem.spec(), device.H200)
+    assert schedule.ordered and work.kv_work(case.problem.spec(), schedule).blocks > 2 * schedule.num_sms
+    assert_right(case, everything(case))
+    assert_repeats(jax.jit(ours("backward", case)), case, ("dq", "dk", "dv"), 1000)
 
 
 def test_parts_of_a_sum_are_not_rounded():
@@ -193,7 +193,7 @@ def test_parts_of_a_sum_are_not_rounded():
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_runs_repeat(d, deterministic):
     """All but dq, whose additions have no order unless asked for, is the same in each of a thousand runs: a race
-    would show. Heads of 256 have two kernels anyhow.
+    would show.
     """
     case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4, deterministic=deterministic))
     assert_right(case, everything(case))

@@ -91,6 +91,8 @@ CASES |= {
     "ordered": (dataclasses.replace(NARROW, ordered=True), dict(q_len=330, kv_len=330, d=64, d_v=64)),
     "ordered-gqa-window": (BackwardSchedule(ordered=True), dict(
         q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
+    "ordered-gqa-causal": (dataclasses.replace(NARROW, num_stages=2, ordered=True), dict(
+        q_len=130, kv_len=200, d=64, d_v=64, q_heads=6, kv_heads=2, mask=masks.Causal(70))),
     "ordered-halves-full": (dataclasses.replace(HALVES, ordered=True), dict(
         q_len=140, kv_len=270, d=128, d_v=104, q_heads=2, batch=2, mask=masks.Full(), dropout_rate=0.2)),
     "bias-of-keys": (TWO_KERNELS, dict(q_len=70, kv_len=100, d=64, d_v=64, mask=masks.Causal(30), q_heads=2,

@@ -153,8 +153,13 @@ def test_blocks_add_to_dq_in_the_order_in_which_they_start(mask, lengths, schedu
             added[head, q_tile] = added.get((head, q_tile), 0) + 1
 
 
-def test_a_mask_of_arrays_has_no_order():
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_mask_of_arrays_has_no_order(gpu):
+    """Then two kernels make the gradients; without arrays the fused form does, where there is one."""
     ids = np.arange(256)[None] // 50
     spec = spec_of(128, length=256, mask=Causal() & SegmentIds(ids, ids).canonical(), deterministic=True)
     reasons = rules.reasons_against(spec, BackwardSchedule(warpgroups=2, halves=True, ordered=True), 200_000)
     assert len(reasons) == 1 and "without arrays" in reasons[0]
+    found, ordered = (defaults.default_backward(x, gpu) for x in (spec, dataclasses.replace(spec, mask=Causal())))
+    assert found.dq is not None and not found.ordered
+    assert ordered.dq is None and ordered.ordered

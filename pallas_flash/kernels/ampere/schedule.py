@@ -85,17 +85,16 @@ class DqSchedule:
 @dataclasses.dataclass(frozen=True)
 class BackwardSchedule:
     """The backward's schedule. In the fused form one kernel makes dk, dv and dq: each warpgroup keeps dk and dv of its
-    keys in registers, and blocks add to dq in any order. In two kernels, seven products a tile instead of five, nothing
-    is added up in memory: bits repeat. Where dk and dv do not fit in a warpgroup together, one keeps dk and one dv of
-    the same 64 keys, in two kernels (`split`).
+    keys in registers, and blocks add to dq in any order, or in a fixed one (`ordered`): then bits repeat. In two
+    kernels, seven products a tile instead of five, nothing is added up in memory: bits repeat, too. Where dk and dv do
+    not fit in a warpgroup together, one keeps dk and one dv of the same 64 keys, in two kernels (`split`).
 
     Attributes:
       dq: of the second kernel; None: the form is fused.
       split: one warpgroup keeps dk and the other dv.
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
-      ordered: blocks add to dq in a fixed order, one after the other (`backward.order`): the bits of the fused form
-        repeat, too.
+      ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
       held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.

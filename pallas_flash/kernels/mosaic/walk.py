@@ -8,7 +8,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Flag, Index
 
-__all__ = ["HeadAndTile", "Step", "Walk"]
+__all__ = ["Descending", "HeadAndTile", "Step", "Walk"]
 
 
 type HeadAndTile = tuple[Array, Array]
@@ -16,9 +16,7 @@ type HeadAndTile = tuple[Array, Array]
 
 
 class Walk(NamedTuple):
-    """A block's steps: for each of `heads` query heads from `head` on, the tiles [start, stop) of the other axis, or if
-    `descending` from the last to the first.
-    """
+    """A block's steps: for each of `heads` query heads from `head` on, the tiles [start, stop) of the other axis."""
 
     head: Index
     heads: int
@@ -26,7 +24,6 @@ class Walk(NamedTuple):
     full_start: Index  # tiles [full_start, full_stop) need no mask
     full_stop: Index
     stop: Index
-    descending: bool = False
 
     @property
     def steps(self) -> Index:
@@ -36,30 +33,14 @@ class Walk(NamedTuple):
     @property
     def first(self) -> HeadAndTile:
         """(head, tile) of the first step."""
-        tile = self.stop - 1 if self.descending else self.start
-        return jnp.asarray(self.head, jnp.int32), jnp.asarray(tile, jnp.int32)
-
-    @property
-    def last(self) -> HeadAndTile:
-        """(head, tile) of the last step."""
-        tile = self.start if self.descending else self.stop - 1
-        return jnp.asarray(self.head + self.heads - 1, jnp.int32), jnp.asarray(tile, jnp.int32)
+        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.start, jnp.int32)
 
     def next(self, head: Array, tile: Array) -> HeadAndTile:
         """(head, tile) of the step after this one."""
-        by = -1 if self.descending else 1
         if self.heads == 1:
-            return head, tile + by
-        last, first = (tile == self.start, self.stop - 1) if self.descending else (tile + 1 == self.stop, self.start)
-        return jnp.where(last, head + 1, head), jnp.where(last, first, tile + by)
-
-    def previous(self, head: Array, tile: Array) -> HeadAndTile:
-        """(head, tile) of the step before this one, which is not the first."""
-        by = 1 if self.descending else -1
-        if self.heads == 1:
-            return head, tile + by
-        is_first = tile == self.first[1]
-        return jnp.where(is_first, head - 1, head), jnp.where(is_first, self.last[1], tile + by)
+            return head, tile + 1
+        last = tile + 1 == self.stop
+        return jnp.where(last, head + 1, head), jnp.where(last, self.start, tile + 1)
 
     def skip(self, count: int, head: Array, tile: Array) -> HeadAndTile:
         """(head, tile) of `count` steps after this one."""
@@ -70,6 +51,34 @@ class Walk(NamedTuple):
     def partial(self, tile: Array) -> Flag:
         """True where a tile needs the mask."""
         return (tile < self.full_start) | (tile >= self.full_stop)
+
+
+class Descending(Walk):
+    """A walk from the last tile to the first: at each tile all heads, before the next tile."""
+
+    __slots__ = ()
+
+    @property
+    def first(self) -> HeadAndTile:
+        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.stop - 1, jnp.int32)
+
+    @property
+    def last(self) -> HeadAndTile:
+        """(head, tile) of the last step."""
+        return jnp.asarray(self.head + self.heads - 1, jnp.int32), jnp.asarray(self.start, jnp.int32)
+
+    def next(self, head: Array, tile: Array) -> HeadAndTile:
+        if self.heads == 1:
+            return head, tile - 1
+        is_last = head + 1 == self.head + self.heads
+        return jnp.where(is_last, self.head, head + 1), jnp.where(is_last, tile - 1, tile)
+
+    def previous(self, head: Array, tile: Array) -> HeadAndTile:
+        """(head, tile) of the step before this one, which is not the first."""
+        if self.heads == 1:
+            return head, tile + 1
+        is_first = head == self.head
+        return jnp.where(is_first, self.head + self.heads - 1, head - 1), jnp.where(is_first, tile + 1, tile)
 
 
 class Step(NamedTuple):

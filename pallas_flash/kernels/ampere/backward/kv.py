@@ -39,7 +39,7 @@ from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMas
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
-from pallas_flash.kernels.mosaic.walk import Step, Walk
+from pallas_flash.kernels.mosaic.walk import Descending, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -96,12 +96,12 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     """Adds a query tile, which is on its way, to the sums, and starts to load the next one."""
     s, slot = block.schedule, block.slot(step.ordinal)
     copies.sync(block.team)
+    count_previous(block, step)
     if s.num_stages > 1:
         block.load_next(step)
     sums = add_tile(block, step, slot, sums)
     if s.dq is None or s.num_stages == 1:
         copies.meet(block.team)
-    count_previous(block, step)
     if s.num_stages == 1:
         block.load_next(step)
     if s.dq is None:
@@ -160,7 +160,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
         gmem = dict(zip(names, arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
-        walk = Walk(head * spec.group, spec.group, *needed, schedule.ordered)
+        walk = (Descending if schedule.ordered else Walk)(head * spec.group, spec.group, *needed)
         run = kv_split.compute if schedule.split else kv_halves.compute if schedule.halves else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 

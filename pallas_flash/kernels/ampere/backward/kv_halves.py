@@ -73,6 +73,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     """Adds a query tile, which is on its way, and starts to load the next one."""
     s, slot, warpgroup = block.schedule, block.slot(step.ordinal), block.team.warpgroup
     copies.sync(block.team)
+    count_previous(block, step)
     if s.num_stages > 1:
         block.load_next(step)
     flags = needs(block, step, slot)
@@ -80,7 +81,6 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     ps, dss = weights_of(block, part(warpgroup))
     sums = add(block, part(warpgroup), sums, ps, dss)
     copies.meet(block.team)
-    count_previous(block, step)
     other: Index = 1 - warpgroup
     sums = add(block, part(other), sums, other_weights(block, "p"), other_weights(block, "ds"))
     if s.num_stages == 1:
