@@ -128,6 +128,8 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (not s.ordered or s.dq is None, f"{s.ordered=} needs {s.dq=} to be None: nothing is added"),
         (not (s.ordered and legal) or has_order(spec, s),
          f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
+        (not s.peeled or (s.warpgroups == 1 and not s.ordered),
+         f"{s.peeled=} needs one warpgroup, and no order of additions, {s.warpgroups=}, {s.ordered=}"),
         (not s.held or (not s.shares_keys and max(spec.d, spec.d_v) <= CHUNK and set(s.held) <= {*"kv"}),
          f"{s.held=} names k, v or both, and needs warpgroups with keys of their own, and heads of up to {CHUNK}"),
         (held + (_FEWER_OTHERS if s.held else _OTHERS) <= _REGISTERS,

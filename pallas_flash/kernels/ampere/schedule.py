@@ -36,6 +36,8 @@ class ForwardSchedule:
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
       held: the queries are held in registers, else loaded from shared memory for each tile; heads of up to 64.
+      peeled: the last tiles have code of their own, if all blocks meet them alike (`work.last_tiles`): 64 queries that
+        do not meet a tile, or need no mask there, are known when the kernel is compiled.
       num_sms: the SMs of the device.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
@@ -45,6 +47,7 @@ class ForwardSchedule:
     num_stages: int = 1
     slack: float = 2.0
     held: bool = False
+    peeled: bool = False
     section_bytes: int = 32 << 20
     num_sms: int = 108
     mask_kernel: bool = False
@@ -96,6 +99,8 @@ class BackwardSchedule:
         columns of dk and dv.
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
       held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
+      peeled: the first tiles have code of their own, if all blocks meet them alike (`work.first_tiles`), as the last
+        ones of `ForwardSchedule` do.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -120,6 +125,7 @@ class BackwardSchedule:
     wide_adds: bool = False
     ordered: bool = False
     held: str = ""
+    peeled: bool = False
     mask_kernel: bool = False
 
     @property

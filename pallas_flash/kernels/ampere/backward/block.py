@@ -45,9 +45,13 @@ class Block(NamedTuple):
         """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
         return self.smem[name].at[:, pl.ds(self.own, ROWS * self.schedule.row_tiles)]
 
-    def left(self, name: str) -> Ref | tuple[Fragment, ...]:
-        """The warpgroup's keys ("k") or values ("v") as a left operand: held in registers, or in shared memory."""
-        return self.held[name] if name in self.held else self.own_rows(name)
+    def left(self, name: str, rows: slice) -> Ref | tuple[Fragment, ...]:
+        """Some of the warpgroup's keys ("k") or values ("v"), of each 64, as a left operand: held in registers, or in
+        shared memory.
+        """
+        if name in self.held:
+            return self.held[name][rows]
+        return self.smem[name].at[:, pl.ds(self.own + ROWS * rows.start, ROWS * (rows.stop - rows.start))]
 
     def holding(self) -> "Block":
         """The block with the keys and values in registers that its schedule holds there."""

@@ -49,7 +49,7 @@ def weights_of(block: Block, part: Part) -> tuple[list[Fragment], list[Fragment]
         p, sloped = weights(block, part, i, x)
         flags = drawn(block, part, i)
         p, dp = kept(flags, p).astype(spec.dtype), dp_kept(block, part, flags, dp)
-        ds = slopes(block, part, sloped, dp).astype(spec.dtype)
+        ds = slopes(block, part, i, sloped, dp).astype(spec.dtype)
         mma.store_rows(p, block.smem["p"].at[half], i * ROWS, 0)
         mma.store_rows(ds, block.smem["ds"].at[half], i * ROWS, 0)
         ps.append(p)
