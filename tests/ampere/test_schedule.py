@@ -83,7 +83,8 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
     spec, assumed = spec_of(64), BackwardSchedule(block_q=32)
     with defaults.assume(assumed):
         assert defaults.default_backward(spec, device.A100) is assumed
-        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(num_stages=2, held=True, num_sms=108)
+        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(
+            num_stages=2, held=True, peeled=True, num_sms=108)
     assert defaults.default_backward(spec, device.A100) != assumed
 
 

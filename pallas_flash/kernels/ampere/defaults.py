@@ -82,15 +82,16 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
     128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
     registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster, and hold queries in registers, 1
-    to 4 %, if no bias or score function needs these (docs/notes/ampere.md). Of keys in a cache: `_default_decode`.
+    to 4 %, and peel the last tiles, if no bias or score function needs these (docs/notes/ampere.md). Of keys in a
+    cache: `_default_decode`.
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
     if isinstance(assumed := _assumed.get(), ForwardSchedule):
         return assumed
     small = max(spec.d, spec.d_v) <= CHUNK
-    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, held=small and not _completes(spec),
-                           num_sms=device.num_sms)
+    plain = small and not _completes(spec)
+    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, held=plain, peeled=plain, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
     if _keeps_less(spec, device):
         return narrow
@@ -136,7 +137,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     if max(spec.d, spec.d_v) <= 64:
-        wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
+        plain = not _completes(spec) and spec.softcap is None and not spec.dropout_rate
+        wide, blocks = BackwardSchedule(peeled=plain, num_sms=device.num_sms), 2
     else:
         part = 64 if spec.d + spec.d_v <= 256 and not _keeps_less(spec, device) else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
@@ -162,7 +164,7 @@ def _repeatable(spec: AttentionSpec, device: Device, found: BackwardSchedule) ->
     if found.dq is not None or not has_order(spec, found):
         return dataclasses.replace(found, dq=_default_dq(spec, device))
     section_bytes = (8192 // found.block_kv) << 20
-    return dataclasses.replace(found, ordered=True, section_bytes=section_bytes)
+    return dataclasses.replace(found, ordered=True, peeled=False, section_bytes=section_bytes)
 
 
 def _halves(spec: AttentionSpec, wide: BackwardSchedule) -> list[BackwardSchedule]:
