@@ -130,9 +130,6 @@ NO_DEFAULTS = {
     "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
     "held-one-slot-window-idle": (ForwardSchedule(held=True), dict(
         d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
-    "held-keys": (BackwardSchedule(held="k", wide_adds=True), dict(
-        d=64, kv_len=333, dropout_rate=0.2)),
-    "held-keys-documents": (BackwardSchedule(held="k", wide_adds=True), dict(d=40, mask=DOCUMENTS, layout="BHLD")),
     "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),
     "ordered-window": (dataclasses.replace(HALVES, ordered=True), dict(
         d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),

@@ -95,7 +95,6 @@ class BackwardSchedule:
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
-      held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -119,7 +118,6 @@ class BackwardSchedule:
     halves: bool = False
     wide_adds: bool = False
     ordered: bool = False
-    held: str = ""
     mask_kernel: bool = False
 
     @property

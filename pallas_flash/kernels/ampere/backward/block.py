@@ -1,13 +1,11 @@
 """What the stages of the kernel of dk, dv and dq share: a block, and what it loads."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.ampere import copies, mma, registers
+from pallas_flash.kernels.ampere import copies, registers
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import Fragment
@@ -34,7 +32,6 @@ class Block(NamedTuple):
     head: Index  # of keys
     tile: Index
     walk: Walk
-    held: Mapping[str, tuple[Fragment, ...]] = MappingProxyType({})  # of the warpgroup's rows, those in registers
 
     @property
     def own(self) -> Index:
@@ -44,17 +41,6 @@ class Block(NamedTuple):
     def own_rows(self, name: str) -> Ref:
         """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
         return self.smem[name].at[:, pl.ds(self.own, ROWS * self.schedule.row_tiles)]
-
-    def left(self, name: str) -> Ref | tuple[Fragment, ...]:
-        """The warpgroup's keys ("k") or values ("v") as a left operand: held in registers, or in shared memory."""
-        return self.held[name] if name in self.held else self.own_rows(name)
-
-    def holding(self) -> "Block":
-        """The block with the keys and values in registers that its schedule holds there."""
-        rows = [self.own + i * ROWS for i in range(self.schedule.row_tiles)]
-        return self._replace(held={
-            name: tuple(mma.load_rows(self.smem[name].at[:, pl.ds(first, ROWS)], 0, 0) for first in rows)
-            for name in self.schedule.held})
 
     def first_key(self, row_tile: int) -> Index:
         """The position of the first key of 64 in the warpgroup's registers."""

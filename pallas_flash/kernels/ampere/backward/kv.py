@@ -50,9 +50,9 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
     assert isinstance(part.start, int), "all warpgroups have the same queries"
     q, dout = part.tiles(block)
-    scores = mma.multiply_transposed(block.left("k"), q, spec.d)
+    scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
     start = [statistic(block, part, Statistics.DELTA)] * count
-    dps = mma.multiply_transposed(block.left("v"), dout, spec.d_v, start)
+    dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         p, sloped = weights(block, part, i, x)
@@ -116,7 +116,6 @@ def compute(block: Block) -> None:
     copies.sync(block.team)
     spoiled = without_bad_rows(block)
     block.load_first()
-    block = block.holding()
 
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
     sums = over_queries(block, functools.partial(one_step, block), sums)
