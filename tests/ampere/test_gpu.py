@@ -130,15 +130,12 @@ NO_DEFAULTS = {
     "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
     "held-one-slot-window-idle": (ForwardSchedule(held=True), dict(
         d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
-    "held-keys": (BackwardSchedule(held="k", wide_adds=True), dict(
-        d=64, kv_len=333, dropout_rate=0.2)),
-    "held-keys-documents": (BackwardSchedule(held="k", wide_adds=True), dict(d=40, mask=DOCUMENTS, layout="BHLD")),
     "peeled-one-slot-window": (ForwardSchedule(block_kv=32, peeled=True), dict(
         d=96, mask=Window(100, 0), dtypes=("float16",))),
     "peeled-ragged": (BackwardSchedule(peeled=True, wide_adds=True), dict(d=40, layout="BHLD", dropout_rate=0.2)),
     "peeled-two-kernels": (BackwardSchedule(peeled=True, block_q=32, num_stages=1, dq=DqSchedule(64, 1)), dict(
         d=64, deterministic=True)),
-    "peeled-rows-of-lse-200": (BackwardSchedule(peeled=True, held="k"), dict(d=64, row_lse=200.0)),
+    "peeled-rows-of-lse-200": (BackwardSchedule(peeled=True), dict(d=64, row_lse=200.0)),
     "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),
     "ordered-window": (dataclasses.replace(HALVES, ordered=True), dict(
         d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),

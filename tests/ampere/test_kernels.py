@@ -84,10 +84,6 @@ CASES |= {
         q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
         mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
     "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
-    "held-keys": (BackwardSchedule(held="k"), dict(
-        q_len=140, kv_len=150, d=64, d_v=40, q_heads=2, mask=masks.Causal(-10))),
-    "held-keys-and-values": (dataclasses.replace(NARROW, part_q=16, held="kv"), dict(
-        q_len=70, kv_len=150, d=64, d_v=64, mask=masks.Window(40, 10))),
     "ordered": (dataclasses.replace(NARROW, ordered=True), dict(q_len=330, kv_len=330, d=64, d_v=64)),
     "ordered-gqa-window": (BackwardSchedule(ordered=True), dict(
         q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
@@ -96,7 +92,7 @@ CASES |= {
     "ordered-halves-full": (dataclasses.replace(HALVES, ordered=True), dict(
         q_len=140, kv_len=270, d=128, d_v=104, q_heads=2, batch=2, mask=masks.Full(), dropout_rate=0.2)),
     "peeled": (BackwardSchedule(peeled=True), dict(q_len=200, kv_len=200, d=64, d_v=40)),
-    "peeled-large-scores": (dataclasses.replace(NARROW, peeled=True, held="k"), dict(
+    "peeled-large-scores": (dataclasses.replace(NARROW, peeled=True), dict(
         q_len=150, kv_len=150, d=64, d_v=64, layout="BHLD", row_lse=5000.0, dropout_rate=0.2)),
     "peeled-two-kernels": (BackwardSchedule(peeled=True, row_tiles=1, block_q=32, dq=DqSchedule(64, 1)), dict(
         q_len=70, kv_len=70, d=64, d_v=128)),

@@ -10,6 +10,7 @@ import pytest
 from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device, dispatch
 from pallas_flash.kernels.ampere import defaults, memory, rules, support, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic.walk import Descending
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import problems
 
@@ -183,6 +184,19 @@ def test_blocks_add_to_dq_in_the_order_in_which_they_start(mask, lengths, schedu
         for q_tile in range(int(np.squeeze(start)), int(np.squeeze(stop))):
             assert work.additions_before(spec, schedule, q_tile, kv_tile) == added.get((head, q_tile), 0)
             added[head, q_tile] = added.get((head, q_tile), 0) + 1
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_an_ordered_block_walks_all_heads_of_a_group_at_each_tile_from_the_last(heads):
+    """Regression: head by head, a block of few tiles waited at each head for blocks of many."""
+    walk = Descending(6, heads, 2, 3, 4, 5)
+    found = [walk.first]
+    while len(found) < walk.steps:
+        found.append(walk.next(*found[-1]))
+    plain = lambda at: tuple(map(int, at))
+    assert [*map(plain, found)] == [(head, tile) for tile in (4, 3, 2) for head in range(6, 6 + heads)]
+    assert plain(walk.last) == plain(found[-1])
+    assert [plain(walk.previous(*at)) for at in found[1:]] == [*map(plain, found[:-1])]
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)

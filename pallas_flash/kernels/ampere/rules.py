@@ -25,8 +25,6 @@ _Rules = tuple[tuple[bool, str], ...]
 _REGISTERS = 255
 """Of a thread. About 45 of them hold addresses, operands of products, and numbers of rows."""
 _OTHERS = 45
-_FEWER_OTHERS = 30
-"""Where operands are held, none is loaded. Then up to 8 bytes are spilled, with two operands 56."""
 
 
 def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSchedule | BackwardSchedule,
@@ -105,7 +103,7 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
     sums = max(spec.d, spec.d_v) if s.split else spec.d + spec.d_v
     if s.halves:
         sums = CHUNK * (chunks(spec.d) + chunks(spec.d_v)) // 2
-    held = s.row_tiles * (sums + 2 * s.part_q + len(s.held) * CHUNK // 2) // 2
+    held = s.row_tiles * (sums + 2 * s.part_q) // 2
     legal = s.block_q in (32, 64) and s.row_tiles in (1, 2) and s.warpgroups in (1, 2)
     return (
         (not s.split or (s.dq is not None and s.warpgroups == 2 and s.row_tiles == 1),
@@ -130,8 +128,5 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
          f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
         (not s.peeled or (s.warpgroups == 1 and not s.ordered),
          f"{s.peeled=} needs one warpgroup, and no order of additions, {s.warpgroups=}, {s.ordered=}"),
-        (not s.held or (not s.shares_keys and max(spec.d, spec.d_v) <= CHUNK and set(s.held) <= {*"kv"}),
-         f"{s.held=} names k, v or both, and needs warpgroups with keys of their own, and heads of up to {CHUNK}"),
-        (held + (_FEWER_OTHERS if s.held else _OTHERS) <= _REGISTERS,
-         f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
+        (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

@@ -98,7 +98,6 @@ class BackwardSchedule:
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
-      held: which of "k" and "v" are held in registers, else loaded from shared memory for each part; heads of up to 64.
       peeled: the first tiles have code of their own, if all blocks meet them alike (`work.first_tiles`), as the last
         ones of `ForwardSchedule` do.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
@@ -124,7 +123,6 @@ class BackwardSchedule:
     halves: bool = False
     wide_adds: bool = False
     ordered: bool = False
-    held: str = ""
     peeled: bool = False
     mask_kernel: bool = False
 

@@ -1,13 +1,11 @@
 """What the stages of the kernel of dk, dv and dq share: a block, and what it loads."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_flash.kernels.ampere import copies, mma, registers
+from pallas_flash.kernels.ampere import copies, registers
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.registers import Fragment
@@ -34,31 +32,16 @@ class Block(NamedTuple):
     head: Index  # of keys
     tile: Index
     walk: Walk
-    held: Mapping[str, tuple[Fragment, ...]] = MappingProxyType({})  # of the warpgroup's rows, those in registers
 
     @property
     def own(self) -> Index:
         """The first of the warpgroup's rows in the key tile."""
         return 0 if self.schedule.shares_keys else self.team.warpgroup * (ROWS * self.schedule.row_tiles)
 
-    def own_rows(self, name: str) -> Ref:
-        """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
-        return self.smem[name].at[:, pl.ds(self.own, ROWS * self.schedule.row_tiles)]
-
-    def left(self, name: str, rows: slice) -> Ref | tuple[Fragment, ...]:
-        """Some of the warpgroup's keys ("k") or values ("v"), of each 64, as a left operand: held in registers, or in
-        shared memory.
-        """
-        if name in self.held:
-            return self.held[name][rows]
-        return self.smem[name].at[:, pl.ds(self.own + ROWS * rows.start, ROWS * (rows.stop - rows.start))]
-
-    def holding(self) -> "Block":
-        """The block with the keys and values in registers that its schedule holds there."""
-        rows = [self.own + i * ROWS for i in range(self.schedule.row_tiles)]
-        return self._replace(held={
-            name: tuple(mma.load_rows(self.smem[name].at[:, pl.ds(first, ROWS)], 0, 0) for first in rows)
-            for name in self.schedule.held})
+    def own_rows(self, name: str, tiles: slice | None = None) -> Ref:
+        """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64); all, or some tiles of 64."""
+        first, stop = (0, self.schedule.row_tiles) if tiles is None else (tiles.start, tiles.stop)
+        return self.smem[name].at[:, pl.ds(self.own + ROWS * first, ROWS * (stop - first))]
 
     def first_key(self, row_tile: int) -> Index:
         """The position of the first key of 64 in the warpgroup's registers."""

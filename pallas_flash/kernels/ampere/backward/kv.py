@@ -52,9 +52,9 @@ def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     spec, s, count, rows = block.spec, block.schedule, block.schedule.row_tiles, part.rows(block)
     assert isinstance(part.start, int), "all warpgroups have the same queries"
     q, dout = part.tiles(block)
-    scores = mma.multiply_transposed(block.left("k", rows), q, spec.d)
+    scores = mma.multiply_transposed(block.own_rows("k", rows), q, spec.d)
     start = [statistic(block, part, Statistics.DELTA)] * len(scores)
-    dps = mma.multiply_transposed(block.left("v", rows), dout, spec.d_v, start)
+    dps = mma.multiply_transposed(block.own_rows("v", rows), dout, spec.d_v, start)
     ps, dss = [], []
     for i, x, dp in zip(range(rows.start, rows.stop), scores, dps, strict=True):
         p, sloped = weights(block, part, i, x)
@@ -122,7 +122,6 @@ def compute(block: Block) -> None:
     copies.sync(block.team)
     spoiled = without_bad_rows(block)
     block.load_first()
-    block = block.holding()
 
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
     known = work.first_tiles(spec, block.schedule)
