@@ -69,8 +69,13 @@ def _keeps_less(spec: AttentionSpec, device: Device) -> bool:
     """Whether ptxas needs smaller tiles to keep a loop free of spills: with heads above 64, for 10.x, and where a bias
     or a score function completes scores.
     """
+    return (_is_10(device) or _completes(spec)) and max(spec.d, spec.d_v) > 64
+
+
+def _is_10(device: Device) -> bool:
+    """Whether ptxas keeps fewer values in registers for the device than for others."""
     assert device.capability is not None
-    return (device.capability[0] == 10 or _completes(spec)) and max(spec.d, spec.d_v) > 64
+    return device.capability[0] == 10
 
 
 def _completes(spec: AttentionSpec) -> bool:
@@ -137,8 +142,8 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     if max(spec.d, spec.d_v) <= 64:
-        plain = not _completes(spec) and spec.softcap is None and not spec.dropout_rate
-        wide, blocks = BackwardSchedule(peeled=plain, num_sms=device.num_sms), 2
+        spills = _completes(spec) or spec.softcap is not None or bool(spec.dropout_rate) or _is_10(device)
+        wide, blocks = BackwardSchedule(peeled=not spills, num_sms=device.num_sms), 2
     else:
         part = 64 if spec.d + spec.d_v <= 256 and not _keeps_less(spec, device) else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
