@@ -15,7 +15,7 @@ import pytest
 from agreement import assert_within
 
 from pallas_flash import Causal, Dense, Full, InBounds, PrefixLM, SegmentIds, Window, device, flash_attention
-from pallas_flash.kernels.ampere import defaults, rules
+from pallas_flash.kernels.ampere import defaults, rules, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.testing import conformance
 from tests.api import test_partial
@@ -128,6 +128,19 @@ NO_DEFAULTS = {
     "two-slots-gqa": (TWO_SLOTS, dict(d=64, q_heads=8)),
     "two-slots-documents": (TWO_SLOTS, dict(d=64, mask=DOCUMENTS)),
     "two-slots-window-idle": (TWO_SLOTS, dict(d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD")),
+    "held-one-slot-window-idle": (ForwardSchedule(held=True), dict(
+        d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
+    "peeled-one-slot-window": (ForwardSchedule(block_kv=32, peeled=True), dict(
+        d=96, mask=Window(100, 0), dtypes=("float16",))),
+    "peeled-ragged": (BackwardSchedule(peeled=True, wide_adds=True), dict(d=40, layout="BHLD", dropout_rate=0.2)),
+    "peeled-two-kernels": (BackwardSchedule(peeled=True, block_q=32, num_stages=1, dq=DqSchedule(64, 1)), dict(
+        d=64, deterministic=True)),
+    "peeled-rows-of-lse-200": (BackwardSchedule(peeled=True), dict(d=64, row_lse=200.0)),
+    "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),
+    "ordered-window": (dataclasses.replace(HALVES, ordered=True), dict(
+        d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),
+    "ordered-d256": (dataclasses.replace(HALVES, row_tiles=1, ordered=True, wide_adds=True), dict(
+        d=256, deterministic=True, mask=Full())),
     "two-slots-32-keys": (dataclasses.replace(TWO_SLOTS, block_kv=32), dict(d=128, kv_len=700, mask=Full())),
 }
 
@@ -158,6 +171,19 @@ def test_other_schedules_repeat(d, schedule):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize(("d", "options"), [
+    (64, dict(q_heads=8, kv_heads=2)), (128, dict(kv_heads=4)), (128, dict(mask=Full())),
+    (128, dict(mask=Window(300, 50))), (256, dict(q_len=1000, kv_len=1000))],
+    ids=["d64-gqa", "d128", "d128-full", "d128-window", "d256"])
+def test_ordered_additions_repeat(d, options):
+    """All is the same in each of 1000 runs, in which other blocks come first; the grid has more blocks than fit."""
+    case = case_of(problem_of("order", d, **dict(q_len=2500, kv_len=2500, batch=8, deterministic=True) | options))
+    schedule = defaults.default_backward(case.problem.spec(), device.H200)
+    assert schedule.ordered and work.kv_work(case.problem.spec(), schedule).blocks > 2 * schedule.num_sms
+    assert_right(case, everything(case))
+    assert_repeats(jax.jit(ours("backward", case)), case, ("dq", "dk", "dv"), 1000)
+
+
 def test_parts_of_a_sum_are_not_rounded():
     """As several GPUs add them up."""
     case = conformance.random_case(test_partial.PROBLEM, "bfloat16")
@@ -170,7 +196,7 @@ def test_parts_of_a_sum_are_not_rounded():
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_runs_repeat(d, deterministic):
     """All but dq, whose additions have no order unless asked for, is the same in each of a thousand runs: a race
-    would show. Heads of 256 have two kernels anyhow.
+    would show.
     """
     case = case_of(problem_of("races", d, q_len=600, kv_len=600, batch=4, deterministic=deterministic))
     assert_right(case, everything(case))

@@ -84,6 +84,18 @@ CASES |= {
         q_len=80, kv_len=70, d=128, d_v=256, dtypes=("float16",),
         mask=masks.Causal(10) & masks.SegmentIds(np.arange(80) // 25, np.arange(70) // 25))),
     "halves-large-scores": (HALVES, dict(q_len=70, kv_len=70, d=128, d_v=128, row_lse=5000.0)),
+    "ordered": (dataclasses.replace(NARROW, ordered=True), dict(q_len=330, kv_len=330, d=64, d_v=64)),
+    "ordered-gqa-window": (BackwardSchedule(ordered=True), dict(
+        q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
+    "ordered-gqa-causal": (dataclasses.replace(NARROW, num_stages=2, ordered=True), dict(
+        q_len=130, kv_len=200, d=64, d_v=64, q_heads=6, kv_heads=2, mask=masks.Causal(70))),
+    "ordered-halves-full": (dataclasses.replace(HALVES, ordered=True), dict(
+        q_len=140, kv_len=270, d=128, d_v=104, q_heads=2, batch=2, mask=masks.Full(), dropout_rate=0.2)),
+    "peeled": (BackwardSchedule(peeled=True), dict(q_len=200, kv_len=200, d=64, d_v=40)),
+    "peeled-large-scores": (dataclasses.replace(NARROW, peeled=True), dict(
+        q_len=150, kv_len=150, d=64, d_v=64, layout="BHLD", row_lse=5000.0, dropout_rate=0.2)),
+    "peeled-two-kernels": (BackwardSchedule(peeled=True, row_tiles=1, block_q=32, dq=DqSchedule(64, 1)), dict(
+        q_len=70, kv_len=70, d=64, d_v=128)),
     "bias-of-keys": (TWO_KERNELS, dict(q_len=70, kv_len=100, d=64, d_v=64, mask=masks.Causal(30), q_heads=2,
                                        bias=(1, 2, 1, 100), softcap=2.0)),
     "bias-of-pairs": (TWO_WARPGROUPS, dict(q_len=70, kv_len=90, d=64, d_v=64, mask=masks.Causal(20), layout="BHLD",
@@ -175,6 +187,14 @@ FORWARDS = {
         q_len=150, kv_len=100, d=40, d_v=64, layout="BHLD", mask=masks.Window(30, 5, -70), softcap=2.0)),
     "two-slots-full-one-tile": (ForwardSchedule(row_tiles=1, num_stages=2), dict(
         q_len=70, kv_len=40, d=128, d_v=72, mask=masks.Full(), dropout_rate=0.2)),
+    "held-gqa": (ForwardSchedule(block_kv=32, num_stages=2, held=True), dict(
+        q_len=200, kv_len=150, d=64, d_v=64, q_heads=2, mask=masks.Causal(-10))),
+    "held-one-slot-window-idle": (ForwardSchedule(row_tiles=1, held=True), dict(
+        q_len=150, kv_len=150, d=40, d_v=72, mask=masks.Window(30, 5, -70), softcap=2.0)),
+    "peeled-gqa": (ForwardSchedule(num_stages=2, held=True, peeled=True), dict(
+        q_len=200, kv_len=200, d=64, d_v=64, q_heads=2)),
+    "peeled-window-dropout": (ForwardSchedule(block_kv=32, peeled=True), dict(
+        q_len=300, kv_len=300, d=96, d_v=64, layout="BHLD", mask=masks.Window(100, 0), dropout_rate=0.2)),
     "two-slots-documents-large": (ForwardSchedule(block_kv=32, num_stages=2), dict(
         q_len=130, kv_len=130, d=64, d_v=64, row_lse=5000.0,
         mask=masks.Causal() & masks.SegmentIds(*[np.arange(130) // 55] * 2))),
@@ -182,7 +202,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forward_with_two_slots_agrees_with_the_oracle(name):
+def test_forward_of_other_schedules_agrees_with_the_oracle(name):
     """With NaN in keys and values that nothing attends to, too."""
     schedule, fields = FORWARDS[name]
     problem = Problem(name, "interpreted", **dict(batch=1, q_heads=1, kv_heads=1, mask=masks.Causal(),
@@ -226,8 +246,9 @@ def test_partial_gradients_from_delta_alone(name):
     assert max(used.values()) <= 1, used
 
 
-@pytest.mark.parametrize(("schedule", "d"), [(NARROW, 64), (TWO_KERNELS, 64), (SPLIT, 64), (HALVES, 128)],
-                         ids=["fused", "two-kernels", "split", "halves"])
+@pytest.mark.parametrize(("schedule", "d"), [(NARROW, 64), (TWO_KERNELS, 64), (SPLIT, 64), (HALVES, 128),
+                                             (BackwardSchedule(peeled=True), 64)],
+                         ids=["fused", "two-kernels", "split", "halves", "peeled"])
 def test_a_hidden_key_that_is_not_finite_reaches_nothing(schedule, d):
     """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key.
 

@@ -17,10 +17,10 @@ OF_AN_OLDER_PTXAS = (768, 56)
 keeps fewer values there. A step of the forward is 128 products a warp, 2,048 clocks on 12.x: 56 are below 3 % of them,
 and every smaller tile costs more (docs/notes/ampere.md).
 """
-NAMES = {"8.0": ["exported", "d128-lengths", "d128-bent-repeats", "d128-cache-pages",
+NAMES = {"8.0": ["exported", "d128-lengths", "d128-bent-repeats", "d64-repeats", "d128-cache-pages",
                  "d64-documents-launched"],
          "8.9": ["d128-window-repeats", "d256", "d256-cache-bias-sinks-r64"],
-         "9.0": ["d128", "d96-ragged-softcap", "d64-bias", "d192-v128-cache-r32"],
+         "9.0": ["d64", "d128", "d96-ragged-softcap", "d64-bias", "d256-repeats", "d192-v128-cache-r32"],
          "10.0": ["d128", "d256", "d128-cache-r64"],
          "12.0": ["d128-dense", "d128-alibi", "d256-cache-pages-bias"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""

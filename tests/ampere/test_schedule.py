@@ -10,6 +10,7 @@ import pytest
 from pallas_flash import Causal, Full, InBounds, SegmentIds, Window, device, dispatch
 from pallas_flash.kernels.ampere import defaults, memory, rules, support, work
 from pallas_flash.kernels.ampere.schedule import BackwardSchedule, ForwardSchedule
+from pallas_flash.kernels.mosaic.walk import Descending
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.testing import problems
 
@@ -70,6 +71,7 @@ def test_as_many_blocks_share_an_sm_as_registers_allow(gpu, d, forward, backward
     (BackwardSchedule(row_tiles=1, part_q=48), "s.part_q=48 must be a multiple of 16 that divides s.block_q=64"),
     (BackwardSchedule(row_tiles=1, num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2, split=True), "s.split=True needs two kernels, two warpgroups and one"),
+    (BackwardSchedule(peeled=True, warpgroups=2), "s.peeled=True needs one warpgroup, and no order of additions"),
     (BackwardSchedule(halves=True), "s.halves=True needs two warpgroups and tiles of 64 queries in two parts, "),
     (ForwardSchedule(num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2), "needs 148480 bytes of shared memory, there are 101376"),
@@ -82,7 +84,8 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
     spec, assumed = spec_of(64), BackwardSchedule(block_q=32)
     with defaults.assume(assumed):
         assert defaults.default_backward(spec, device.A100) is assumed
-        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(num_stages=2, num_sms=108)
+        assert defaults.default_forward(spec, device.A100) == ForwardSchedule(
+            num_stages=2, held=True, peeled=True, num_sms=108)
     assert defaults.default_backward(spec, device.A100) != assumed
 
 
@@ -129,3 +132,80 @@ def test_ranges_hold_every_pair_that_is_kept(mask, length):
             rows = pairs[block * i:block * (i + 1)]
             assert not rows[:, :start].any() and not rows[:, max(start, stop):].any()
             assert rows[:, full_start:full_stop].all()
+
+
+PEELED = ForwardSchedule(peeled=True), BackwardSchedule(peeled=True)
+
+
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize(("mask", "lengths", "known"), [
+    (Causal(), (512, 512), (True, True)), (Causal(), (500, 500), (True, True)), (Causal(64), (512, 576), (True, False)),
+    (Window(100, 0), (512, 512), (True, False)), (Window(100, 20), (512, 512), (False, False)),
+    (Causal(-100), (500, 300), (False, False)), (Full(), (512, 512), (False, False))], ids=str)
+def test_tiles_that_all_blocks_meet_alike(mask, lengths, known, block):
+    """What is said of them holds for every pair."""
+    q_len, kv_len = lengths
+    shape = lambda length: jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+    spec = AttentionSpec.of(shape(q_len), shape(kv_len), shape(kv_len), mask=mask)
+    forward, backward = (dataclasses.replace(s, **{name: block}) for s, name in zip(PEELED, ("block_kv", "block_q")))
+    found = work.last_tiles(spec, forward), work.first_tiles(spec, backward)
+    assert tuple(map(bool, found)) == known
+    kept = np.zeros((1024, 1024), bool)
+    kept[:q_len, :kv_len] = mask.keep(*np.ogrid[:q_len, :kv_len])
+    for tiles_of, rows, pairs, ranges, last in (
+            (found[0], forward.block_q, kept, work.kv_range(spec, forward, np.arange(q_len // forward.block_q)), True),
+            (found[1], backward.block_kv, kept.T, work.q_range(spec, backward, np.arange(kv_len // backward.block_kv)),
+             False)):
+        for i, bounds in enumerate(zip(*np.broadcast_arrays(*ranges), strict=True)) if tiles_of else ():
+            for t, meets in enumerate(tiles_of):
+                at = block * (int(bounds[3]) - 1 - t if last else int(bounds[0]) + t)
+                for j, kind in enumerate(meets):
+                    part = pairs[rows * i + 64 * j:rows * i + 64 * (j + 1), at:at + block]
+                    assert (not part.any(), part.all()) == (kind is work.Meets.NOT, kind is work.Meets.WHOLLY)
+
+
+@pytest.mark.parametrize(("mask", "lengths"), [
+    (Causal(), (500, 500)), (Causal(-70), (500, 300)), (Causal(200), (300, 500)), (Full(), (130, 300)),
+    (Window(150, 20), (700, 700)), (Window(90, 10, -50), (500, 400))], ids=str)
+@pytest.mark.parametrize("schedule", [
+    BackwardSchedule(ordered=True), BackwardSchedule(ordered=True, block_q=32, row_tiles=1),
+    BackwardSchedule(ordered=True, warpgroups=2, halves=True)], ids=["128-keys", "64-keys", "halves"])
+def test_blocks_add_to_dq_in_the_order_in_which_they_start(mask, lengths, schedule):
+    """So none waits for one that has not started, and each knows how many come before it."""
+    q_len, kv_len = lengths
+    shape = lambda length: jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
+    spec = AttentionSpec.of(shape(q_len), shape(kv_len), shape(kv_len), mask=mask, deterministic=True)
+    assert work.has_order(spec, schedule)
+    assert rules.reasons_against(spec, schedule, device.H200.smem_bytes) == [] or not schedule.halves
+    found, added = work.kv_work(spec, schedule), {}
+    for block in range(found.blocks):
+        head, kv_tile = map(int, found.head_and_tile(block))
+        start, _, _, stop = work.q_range(spec, schedule, np.array([kv_tile]))
+        for q_tile in range(int(np.squeeze(start)), int(np.squeeze(stop))):
+            assert work.additions_before(spec, schedule, q_tile, kv_tile) == added.get((head, q_tile), 0)
+            added[head, q_tile] = added.get((head, q_tile), 0) + 1
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_an_ordered_block_walks_all_heads_of_a_group_at_each_tile_from_the_last(heads):
+    """Regression: head by head, a block of few tiles waited at each head for blocks of many."""
+    walk = Descending(6, heads, 2, 3, 4, 5)
+    found = [walk.first]
+    while len(found) < walk.steps:
+        found.append(walk.next(*found[-1]))
+    plain = lambda at: tuple(map(int, at))
+    assert [*map(plain, found)] == [(head, tile) for tile in (4, 3, 2) for head in range(6, 6 + heads)]
+    assert plain(walk.last) == plain(found[-1])
+    assert [plain(walk.previous(*at)) for at in found[1:]] == [*map(plain, found[:-1])]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_mask_of_arrays_has_no_order(gpu):
+    """Then two kernels make the gradients; without arrays the fused form does, where there is one."""
+    ids = np.arange(256)[None] // 50
+    spec = spec_of(128, length=256, mask=Causal() & SegmentIds(ids, ids).canonical(), deterministic=True)
+    reasons = rules.reasons_against(spec, BackwardSchedule(warpgroups=2, halves=True, ordered=True), 200_000)
+    assert len(reasons) == 1 and "without arrays" in reasons[0]
+    found, ordered = (defaults.default_backward(x, gpu) for x in (spec, dataclasses.replace(spec, mask=Causal())))
+    assert found.dq is not None and not found.ordered
+    assert ordered.dq is None and ordered.ordered

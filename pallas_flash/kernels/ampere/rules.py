@@ -11,6 +11,7 @@ from pallas_flash.kernels.ampere.schedule import (
     ForwardSchedule,
     chunks,
 )
+from pallas_flash.kernels.ampere.work import has_order
 from pallas_flash.kernels.mosaic.cache_rules import rows
 from pallas_flash.kernels.mosaic.mask_bits import BITS, has_bits
 from pallas_flash.kernels.mosaic.mask_rules import kernel_makes
@@ -54,13 +55,14 @@ def reasons_against(spec: AttentionSpec, schedule: ForwardSchedule | DecodeSched
 
 
 def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
-    held = s.row_tiles * (s.block_kv + spec.d_v) // 2
+    held = s.row_tiles * (s.block_kv + spec.d_v + s.held * CHUNK // 2) // 2
     return (
         (s.block_kv % 16 == 0 and 16 <= s.block_kv <= 128, f"{s.block_kv=} must be a multiple of 16 and at most 128"),
         (s.block_kv % BITS == 0 or not has_bits(spec.mask),
          f"{s.block_kv=} must be a multiple of {BITS} where a mask is dense: its bits come in words"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
+        (not s.held or spec.d <= CHUNK, f"{s.held=} needs heads of up to {CHUNK}"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
@@ -102,6 +104,7 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
     if s.halves:
         sums = CHUNK * (chunks(spec.d) + chunks(spec.d_v)) // 2
     held = s.row_tiles * (sums + 2 * s.part_q) // 2
+    legal = s.block_q in (32, 64) and s.row_tiles in (1, 2) and s.warpgroups in (1, 2)
     return (
         (not s.split or (s.dq is not None and s.warpgroups == 2 and s.row_tiles == 1),
          f"{s.split=} needs two kernels, two warpgroups and one tile of 64 keys, {s.warpgroups=}, {s.row_tiles=}"),
@@ -118,7 +121,12 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (s.warpgroups in (1, 2), f"{s.warpgroups=} must be 1 or 2"),
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
-        (not spec.deterministic or s.dq is not None, f"{s.dq=} must be a schedule where deterministic=True: blocks add "
-         "to dq in any order"),
+        (not spec.deterministic or s.dq is not None or s.ordered,
+         f"{s.dq=} must be a schedule, or {s.ordered=} True, where deterministic=True: blocks add to dq in any order"),
+        (not s.ordered or s.dq is None, f"{s.ordered=} needs {s.dq=} to be None: nothing is added"),
+        (not (s.ordered and legal) or has_order(spec, s),
+         f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
+        (not s.peeled or (s.warpgroups == 1 and not s.ordered),
+         f"{s.peeled=} needs one warpgroup, and no order of additions, {s.warpgroups=}, {s.ordered=}"),
         (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

@@ -35,6 +35,9 @@ class ForwardSchedule:
         once a tile, not twice.
       slack: a warp rescales its accumulators when the maximum of a row grows by more than 2^slack in the weights.
       section_bytes: bytes of keys and values of the heads that are worked on at a time, so that they stay in L2.
+      held: the queries are held in registers, else loaded from shared memory for each tile; heads of up to 64.
+      peeled: the last tiles have code of their own, if all blocks meet them alike (`work.last_tiles`): 64 queries that
+        do not meet a tile, or need no mask there, are known when the kernel is compiled.
       num_sms: the SMs of the device.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
@@ -43,6 +46,8 @@ class ForwardSchedule:
     row_tiles: int = 2
     num_stages: int = 1
     slack: float = 2.0
+    held: bool = False
+    peeled: bool = False
     section_bytes: int = 32 << 20
     num_sms: int = 108
     mask_kernel: bool = False
@@ -83,15 +88,18 @@ class DqSchedule:
 @dataclasses.dataclass(frozen=True)
 class BackwardSchedule:
     """The backward's schedule. In the fused form one kernel makes dk, dv and dq: each warpgroup keeps dk and dv of its
-    keys in registers, and blocks add to dq in any order. In two kernels, seven products a tile instead of five, nothing
-    is added up in memory: bits repeat. Where dk and dv do not fit in a warpgroup together, one keeps dk and one dv of
-    the same 64 keys, in two kernels (`split`).
+    keys in registers, and blocks add to dq in any order, or in a fixed one (`ordered`): then bits repeat. In two
+    kernels, seven products a tile instead of five, nothing is added up in memory: bits repeat, too. Where dk and dv do
+    not fit in a warpgroup together, one keeps dk and one dv of the same 64 keys, in two kernels (`split`).
 
     Attributes:
       dq: of the second kernel; None: the form is fused.
       split: one warpgroup keeps dk and the other dv.
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
+      ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
+      peeled: the first tiles have code of their own, if all blocks meet them alike (`work.first_tiles`), as the last
+        ones of `ForwardSchedule` do.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -114,6 +122,8 @@ class BackwardSchedule:
     split: bool = False
     halves: bool = False
     wide_adds: bool = False
+    ordered: bool = False
+    peeled: bool = False
     mask_kernel: bool = False
 
     @property

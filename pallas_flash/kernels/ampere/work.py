@@ -5,14 +5,18 @@ order of blocks, and which branches can be left out. Of a mask that holds arrays
 none, so no branch is left out; kernels read what they would ask from other arrays (`mask_arrays`).
 """
 
+import enum
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import overload
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_flash import masks, tiles
 from pallas_flash.arithmetic import Positions
+from pallas_flash.arrays import Array
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule, DqSchedule, ForwardSchedule
 from pallas_flash.kernels.mosaic import scheduling
 from pallas_flash.kernels.mosaic.scheduling import Work
@@ -20,8 +24,8 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "dq_work", "forward_work", "kv_range", "kv_work", "mask_of", "may_have_idle_queries", "own_q_range",
-    "padded_q", "q_range", "row_range",
+    "Meets", "additions_before", "dq_work", "first_tiles", "forward_work", "has_order", "kv_range", "kv_work",
+    "last_tiles", "mask_of", "may_have_idle_queries", "met_rows", "own_q_range", "padded_q", "q_range", "row_range",
 ]
 
 
@@ -62,6 +66,53 @@ def padded_q(spec: AttentionSpec, s: BackwardSchedule) -> int:
     return tiles.cdiv(spec.q_len, s.padded_q_block) * s.padded_q_block
 
 
+# -- tiles that all blocks meet alike ----------------------------------------------------------------------------------
+
+class Meets(enum.Enum):
+    """How rows meet a tile of columns under a mask."""
+
+    NOT = 0
+    PARTLY = 1
+    WHOLLY = 2
+
+
+type Known = tuple[tuple[Meets, ...], ...]
+"""Of some tiles, how each 64 rows of a block meet them."""
+
+def met_rows(meets: tuple[Meets, ...]) -> slice:
+    """From the first to the last 64 rows that meet a tile."""
+    rows = [i for i, kind in enumerate(meets) if kind is not Meets.NOT]
+    return slice(rows[0], rows[-1] + 1)
+
+
+_MOST_KNOWN = 4
+"""Tiles that have code of their own."""
+
+
+def _known(rows: Sequence[tiles.TileRange[Positions]], counts: np.ndarray,
+           tile_of: Callable[[int], np.ndarray]) -> Known:
+    """How rows meet some tiles, if that is the same for all blocks, all tiles are met, and some rows need no mask: else
+    code of their own gains nothing.
+
+    Args:
+      rows: of each 64, the tiles that they need, an element for each block.
+      counts: how many tiles there are, an element for each block.
+      tile_of: the i-th tile, an element for each block.
+    """
+    count = int(counts[0])
+    if count > _MOST_KNOWN or np.any(counts != count):
+        return ()
+    kinds = np.empty((count, len(rows), counts.size), np.int32)
+    for i, j in np.ndindex(kinds.shape[:2]):
+        tile, (lo, full_lo, full_hi, hi) = tile_of(i), rows[j]
+        inside, whole = (tile >= lo) & (tile < hi), (tile >= full_lo) & (tile < full_hi)
+        kinds[i, j] = np.where(whole, Meets.WHOLLY.value, np.where(inside, Meets.PARTLY.value, Meets.NOT.value))
+    alike = np.all(kinds == kinds[..., :1])
+    if not alike or np.any(np.all(kinds == Meets.NOT.value, axis=1)) or np.all(kinds == Meets.PARTLY.value):
+        return ()
+    return tuple(tuple(map(Meets, of_tile)) for of_tile in kinds[..., 0].tolist())
+
+
 # -- the forward -------------------------------------------------------------------------------------------------------
 
 @overload
@@ -78,9 +129,22 @@ def kv_range(spec: AttentionSpec, s: _QuerySchedule, q_tile: Positions) -> _Rang
     return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
 
 
-def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Index) -> tiles.TileRange[Positions]:
+def row_range(spec: AttentionSpec, s: ForwardSchedule, first: Positions) -> tiles.TileRange[Positions]:
     """The key tiles that the 64 queries from `first` on need, past the end of the sequence too."""
     return tiles.kv_tiles(mask_of(spec, s), (first, first + ROWS), s.block_kv, spec.kv_len)
+
+
+@functools.lru_cache(maxsize=256)
+def last_tiles(spec: AttentionSpec, s: ForwardSchedule) -> Known:
+    """How each 64 queries of a block meet the last key tiles, those that need the mask, from the last on, if that is
+    the same for all blocks; else nothing.
+    """
+    if not s.peeled or spec.mask.has_arrays:
+        return ()
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    _, _, full_stop, stop = (np.broadcast_to(np.asarray(x), q_tile.shape) for x in kv_range(spec, s, q_tile))
+    rows = [row_range(spec, s, q_tile * s.block_q + i * ROWS) for i in range(s.row_tiles)]
+    return _known(rows, stop - full_stop, lambda i: stop - 1 - i)
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,11 +184,58 @@ def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
 
 
 @functools.lru_cache(maxsize=256)
+def first_tiles(spec: AttentionSpec, s: BackwardSchedule) -> Known:
+    """How each 64 keys of a block meet the first query tiles, those that need the mask, from the first on, if that is
+    the same for all blocks, which walk one head, and all other tiles need no mask; else nothing.
+    """
+    if not s.peeled or spec.mask.has_arrays or spec.group > 1:
+        return ()
+    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
+    start, full_start, full_stop, stop = (np.broadcast_to(np.asarray(x), kv_tile.shape)
+                                          for x in q_range(spec, s, kv_tile))
+    keys = [kv_tile * s.block_kv + i * ROWS for i in range(s.row_tiles)]
+    rows = [own_q_range(spec, s, (first, first + ROWS)) for first in keys]
+    return _known(rows, full_start - start, lambda i: start + i) if np.all(full_stop == stop) else ()
+
+
+@functools.lru_cache(maxsize=256)
 def kv_work(spec: AttentionSpec, s: BackwardSchedule) -> Work:
-    """The blocks of the kernel that keeps key tiles, one for each tile and key head."""
+    """The blocks of the kernel that keeps key tiles, one for each tile and key head; if `ordered`, in ascending order.
+    """
     kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
     head_bytes = spec.group * spec.q_len * (2 * (spec.d + spec.d_v) + (4 * spec.d if s.dq is None else 0))
-    return _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
+    found = _work(spec, spec.batch * spec.kv_heads, (kv_tile, q_range(spec, s, kv_tile)), head_bytes, s)
+    return found._replace(ascending=found.tiles) if s.ordered else found
+
+
+def _met_keys(spec: AttentionSpec, s: BackwardSchedule, q_tile: Positions) -> _Range:
+    """The key tiles that the backward's query tiles need."""
+    rows = tiles.interval(q_tile, s.block_q, spec.q_len)
+    return tiles.kv_tiles(mask_of(spec, s), rows, s.block_kv, spec.kv_len)
+
+
+def additions_before(spec: AttentionSpec, s: BackwardSchedule, q_tile: Index, kv_tile: Index) -> Array:
+    """How many blocks add to a query tile before that of a key tile, if `ordered`."""
+    return jnp.asarray(kv_tile - _met_keys(spec, s, q_tile).start)
+
+
+@functools.lru_cache(maxsize=256)
+def has_order(spec: AttentionSpec, s: BackwardSchedule) -> bool:
+    """Whether the key tiles whose blocks add to a query tile follow each other, and begin with the first one that the
+    mask's bounds name: then `additions_before` says how many come before. Of a mask that holds arrays nothing is known.
+    """
+    if spec.mask.has_arrays:
+        return False
+    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
+    q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
+    needed, met = q_range(spec, s, kv_tile), _met_keys(spec, s, q_tile)
+    begin, end, start = (np.broadcast_to(x, like.shape) for x, like in (
+        (needed.start, kv_tile), (needed.stop, kv_tile), (met.start, q_tile)))
+    end = np.maximum(begin, end)
+    change = np.bincount(begin, minlength=q_tile.size + 1) - np.bincount(end, minlength=q_tile.size + 1)
+    count = np.cumsum(change)[:-1]
+    first, last = (sign * tiles.smallest_covering(begin, end, sign * kv_tile, q_tile.size) for sign in (1, -1))
+    return bool(np.all((count == 0) | ((first == start) & (count == last - first + 1))))
 
 
 @functools.lru_cache(maxsize=256)

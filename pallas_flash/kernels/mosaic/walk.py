@@ -8,7 +8,7 @@ from pallas_flash.arrays import Array
 from pallas_flash.kernels.mosaic.scheduling import rem
 from pallas_flash.kernels.mosaic.types import Flag, Index
 
-__all__ = ["HeadAndTile", "Step", "Walk"]
+__all__ = ["Descending", "HeadAndTile", "Step", "Walk"]
 
 
 type HeadAndTile = tuple[Array, Array]
@@ -51,6 +51,34 @@ class Walk(NamedTuple):
     def partial(self, tile: Array) -> Flag:
         """True where a tile needs the mask."""
         return (tile < self.full_start) | (tile >= self.full_stop)
+
+
+class Descending(Walk):
+    """A walk from the last tile to the first: at each tile all heads, before the next tile."""
+
+    __slots__ = ()
+
+    @property
+    def first(self) -> HeadAndTile:
+        return jnp.asarray(self.head, jnp.int32), jnp.asarray(self.stop - 1, jnp.int32)
+
+    @property
+    def last(self) -> HeadAndTile:
+        """(head, tile) of the last step."""
+        return jnp.asarray(self.head + self.heads - 1, jnp.int32), jnp.asarray(self.start, jnp.int32)
+
+    def next(self, head: Array, tile: Array) -> HeadAndTile:
+        if self.heads == 1:
+            return head, tile - 1
+        is_last = head + 1 == self.head + self.heads
+        return jnp.where(is_last, self.head, head + 1), jnp.where(is_last, tile - 1, tile)
+
+    def previous(self, head: Array, tile: Array) -> HeadAndTile:
+        """(head, tile) of the step before this one, which is not the first."""
+        if self.heads == 1:
+            return head, tile + 1
+        is_first = head == self.head
+        return jnp.where(is_first, self.head + self.heads - 1, head - 1), jnp.where(is_first, tile + 1, tile)
 
 
 class Step(NamedTuple):

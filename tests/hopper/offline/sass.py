@@ -13,16 +13,18 @@ SPILLED = re.compile(r"\b(STL|LDL)\b")
 
 
 def hot_loops(text: str, product: str = "HGMMA") -> list[list[str]]:
-    """The instructions of each innermost loop that multiplies: it holds that instruction, and no other loop.
+    """The instructions of each innermost loop that multiplies: it holds that instruction, and no other loop; with
+    mma.sync no other one that multiplies, as a step may wait in a loop for another block.
 
     A loop reaches from a label to a jump back to it. What stands behind the kernel and jumps back into a loop (spinning
     on a barrier) makes a longer interval around the loop, never a shorter one within.
     """
-    lines, spans = text.splitlines(), list(_loops(text))
+    lines = text.splitlines()
+    multiplies = lambda span: any(product in line for line in lines[span[0]:span[1] + 1])
+    spans = [span for span in _loops(text) if product != "HMMA" or multiplies(span)]
     inside = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
     innermost = [span for span in spans if not any(inside(other, span) for other in spans)]
-    bodies = [lines[first:last + 1] for first, last in innermost]
-    return [body for body in bodies if any(product in line for line in body)]
+    return [lines[first:last + 1] for first, last in innermost if multiplies((first, last))]
 
 
 def _loops(text: str) -> Iterator[tuple[int, int]]:

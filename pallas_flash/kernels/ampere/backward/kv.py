@@ -8,8 +8,8 @@ mask needs (for each query head of the group), a part of a tile at a time:
 
 P^T and dS^T go from registers to the products for dv and dk. dq = dS K needs dS of all the block's keys: dS^T goes
 through shared memory, where all warpgroups meet after each tile; each then makes some chunks of dq, four warps as
-2 x 2, and adds them to float32 sums in global memory. Where another kernel makes dq (`backward.dq`), all that is left
-out.
+2 x 2, and adds them to float32 sums in global memory, in any order or in one (`backward.order`). Where another kernel
+makes dq (`backward.dq`), all that is left out.
 
 With two slots the next query tile is loaded while this one is used; with one, while dq is multiplied. Other roles of
 two warpgroups: `kv_split`, `kv_halves`.
@@ -18,6 +18,7 @@ two warpgroups: `kv_split`, `kv_halves`.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,18 +28,20 @@ from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward import kv_halves, kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_bad_rows
+from pallas_flash.kernels.ampere.backward.order import count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
+from pallas_flash.kernels.ampere.work import Meets, met_rows
 from pallas_flash.kernels.mosaic import bias, dropout, mask_ranges, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
 from pallas_flash.kernels.mosaic.scheduling import div, rem
 from pallas_flash.kernels.mosaic.types import Index, KernelArguments, Ref
-from pallas_flash.kernels.mosaic.walk import Step, Walk
+from pallas_flash.kernels.mosaic.walk import Descending, Step, Walk
 from pallas_flash.spec import AttentionSpec
 
 __all__ = ["launch"]
@@ -46,35 +49,38 @@ __all__ = ["launch"]
 
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     """Adds a part of a query tile to dk and dv, and in the fused form writes its dS^T to shared memory."""
-    spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
+    spec, s, count, rows = block.spec, block.schedule, block.schedule.row_tiles, part.rows(block)
     assert isinstance(part.start, int), "all warpgroups have the same queries"
     q, dout = part.tiles(block)
-    scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
-    start = [statistic(block, part, Statistics.DELTA)] * count
-    dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
+    scores = mma.multiply_transposed(block.own_rows("k", rows), q, spec.d)
+    start = [statistic(block, part, Statistics.DELTA)] * len(scores)
+    dps = mma.multiply_transposed(block.own_rows("v", rows), dout, spec.d_v, start)
     ps, dss = [], []
-    for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
+    for i, x, dp in zip(range(rows.start, rows.stop), scores, dps, strict=True):
         p, sloped = weights(block, part, i, x)
         flags = drawn(block, part, i)
         p, dp = kept(flags, p), dp_kept(block, part, flags, dp)
-        ds = slopes(block, part, sloped, dp).astype(spec.dtype)
+        ds = slopes(block, part, i, sloped, dp).astype(spec.dtype)
         if s.dq is None:
             mma.store_rows(ds, block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)], i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
         dss.append(ds)
-    return Sums(mma.accumulate(sums.dk, dss, q), mma.accumulate(sums.dv, ps, dout))
+    return sums.replaced(rows, mma.accumulate(sums.dk[rows], dss, q), mma.accumulate(sums.dv[rows], ps, dout))
 
 
-def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
+def add_tile(block: Block, step: Step, slot: Index, sums: Sums, meets: tuple[Meets, ...] | None) -> Sums:
     """Adds a query tile to dk and dv, if the warpgroup's keys meet it, as all do where the mask holds arrays, and
     writes its dS^T to shared memory.
+
+    Args:
+      meets: how each 64 keys meet it, if that is known.
     """
     s = block.schedule
 
     def add(sums: Sums) -> Sums:
         flags = needs(block, step, slot)
         for start in range(0, s.block_q, s.part_q):
-            sums = add_part(block, Part(step, slot, start, flags), sums)
+            sums = add_part(block, Part(step, slot, start, flags, meets), sums)
         return sums
 
     def leave_out(sums: Sums) -> Sums:
@@ -91,19 +97,21 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
     return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
 
 
-def one_step(block: Block, step: Step, sums: Sums) -> Sums:
-    """Adds a query tile, which is on its way, to the sums, and starts to load the next one."""
+def one_step(block: Block, step: Step, sums: Sums, meets: tuple[Meets, ...] | None = None) -> Sums:
+    """Adds a query tile, which is on its way, to the sums, and starts to load the next one; `meets` as of `add_tile`.
+    """
     s, slot = block.schedule, block.slot(step.ordinal)
     copies.sync(block.team)
+    count_previous(block, step)
     if s.num_stages > 1:
         block.load_next(step)
-    sums = add_tile(block, step, slot, sums)
+    sums = add_tile(block, step, slot, sums, meets)
     if s.dq is None or s.num_stages == 1:
         copies.meet(block.team)
     if s.num_stages == 1:
         block.load_next(step)
     if s.dq is None:
-        add_dq(block, step)
+        add_dq(block, step, None if meets is None else met_rows(meets))
     return sums
 
 
@@ -116,7 +124,10 @@ def compute(block: Block) -> None:
     block.load_first()
 
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
-    sums = over_queries(block, functools.partial(one_step, block), sums)
+    known = work.first_tiles(spec, block.schedule)
+    for i, meets in enumerate(known):
+        sums = one_step(block, Step(jnp.int32(i), *block.walk.skip(i, *block.walk.first)), sums, meets)
+    sums = over_queries(block, functools.partial(one_step, block), sums, len(known))
     for i, (dk, dv) in enumerate(finished(block, sums, spoiled)):
         block.store("dk", i, dk)
         block.store("dv", i, dv)
@@ -141,7 +152,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
     """The launch that makes dk and dv, and in the fused form adds to dq's float32 sums, of q, k, v, dout, what
     `backward.prepare` makes, dropout's keys, a score function's arrays, and what `mask_arrays` and `mosaic.bias` make.
     """
-    updates = ("dq_sums",) * (schedule.dq is None)
+    updates = ("dq_sums",) * (schedule.dq is None) + ("additions",) * schedule.ordered
     inputs = ("q", "k", "v", "dout", "statistics", *dropout.input_types(spec), *score_function.input_types(spec),
               *mask_ranges.names(spec.mask, False), *bias.names(spec), *updates)
     shapes, blocks = spec.operand_shapes, work.kv_work(spec, schedule)
@@ -157,7 +168,7 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
         team = Team(size, lax.axis_index("warpgroup") if size > 1 else 0, bars.get("met"))
         gmem = dict(zip(names, arrays, strict=True))
         mask, needed = mask_of(spec, schedule, gmem, (batch, head, kv_tile))
-        walk = Walk(head * spec.group, spec.group, *needed)
+        walk = (Descending if schedule.ordered else Walk)(head * spec.group, spec.group, *needed)
         run = kv_split.compute if schedule.split else kv_halves.compute if schedule.halves else compute
         run(Block(spec, schedule, gmem, smem, team, mask, batch, head, kv_tile, walk))
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_flash.kernels.ampere import copies, mma, registers
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_shared_bad_rows
+from pallas_flash.kernels.ampere.backward.order import count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
 from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
@@ -48,7 +49,7 @@ def weights_of(block: Block, part: Part) -> tuple[list[Fragment], list[Fragment]
         p, sloped = weights(block, part, i, x)
         flags = drawn(block, part, i)
         p, dp = kept(flags, p).astype(spec.dtype), dp_kept(block, part, flags, dp)
-        ds = slopes(block, part, sloped, dp).astype(spec.dtype)
+        ds = slopes(block, part, i, sloped, dp).astype(spec.dtype)
         mma.store_rows(p, block.smem["p"].at[half], i * ROWS, 0)
         mma.store_rows(ds, block.smem["ds"].at[half], i * ROWS, 0)
         ps.append(p)
@@ -72,6 +73,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     """Adds a query tile, which is on its way, and starts to load the next one."""
     s, slot, warpgroup = block.schedule, block.slot(step.ordinal), block.team.warpgroup
     copies.sync(block.team)
+    count_previous(block, step)
     if s.num_stages > 1:
         block.load_next(step)
     flags = needs(block, step, slot)

@@ -45,7 +45,7 @@ def add_to_dk(block: Block, part: Part, dk: Fragment) -> Fragment:
     _, sloped = weights(block, part, 0, x)
     start = [statistic(block, part, Statistics.DELTA)]
     (dp,) = mma.multiply_transposed(block.smem["v"], dout, block.spec.d_v, start)
-    ds = slopes(block, part, sloped, dp_kept(block, part, drawn(block, part, 0), dp))
+    ds = slopes(block, part, 0, sloped, dp_kept(block, part, drawn(block, part, 0), dp))
     (dk,) = mma.accumulate([dk], [ds.astype(block.spec.dtype)], q)
     return dk
 

@@ -73,13 +73,16 @@ def copy_clean(spec: AttentionSpec, buffer: Ref, target: Ref, index: tuple[Index
 
 
 def output_types(spec: AttentionSpec, schedule: BackwardSchedule) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros for dq's float32 sums;
-    copies of q and dout where queries may attend to nothing.
+    """What the launch makes: the statistics, padded to whole tiles; in the fused form zeros for dq's float32 sums,
+    and for the counters of additions, (batch, q_heads, query tiles), if those have an order; copies of q and dout where
+    queries may attend to nothing.
     """
     shape = spec.batch, spec.q_heads, len(Statistics), work.padded_q(spec, schedule)
     types = {"statistics": jax.ShapeDtypeStruct(shape, jnp.float32)}
     if schedule.dq is None:
         types["dq_sums"] = jax.ShapeDtypeStruct(memory.dq_sums_shape(spec, schedule), jnp.float32)
+    if schedule.ordered:
+        types["additions"] = jax.ShapeDtypeStruct(memory.dq_sums_shape(spec, schedule)[:3], jnp.int32)
     if work.may_have_idle_queries(spec):
         types |= {"clean_q": jax.ShapeDtypeStruct(spec.operand_shapes.q, spec.dtype),
                   "clean_dout": jax.ShapeDtypeStruct(spec.out_shape, spec.dtype)}
@@ -109,6 +112,8 @@ def launch(spec: AttentionSpec, schedule: BackwardSchedule) -> Launch:
             copies.load_tile(team, spec, gmem[name], (batch, head, first), buffer)
         if "dq_sums" in gmem:
             zero(gmem["dq_sums"], (batch, head, rows), schedule)
+        for i in range(ROWS // schedule.block_q) if "additions" in gmem else ():
+            gmem["additions"][batch, head, rows * (ROWS // schedule.block_q) + i] = jnp.int32(0)
         lse = registers.load_row_stats(gmem["stats"], 2 * pair, first, spec.q_len, -jnp.inf)
         rest = registers.load_row_stats(gmem["stats"], 2 * pair + 1, first, spec.q_len, 0.0)
         dlse = registers.load_row_stats(gmem["dstats"], 2 * pair, first, spec.q_len, 0.0)

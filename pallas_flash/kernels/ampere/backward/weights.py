@@ -12,6 +12,7 @@ from pallas_flash.kernels.ampere import registers, work
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.statistics import Statistics, is_marked
 from pallas_flash.kernels.ampere.registers import COLUMN_LAYOUT, Fragment
+from pallas_flash.kernels.ampere.work import Meets, met_rows
 from pallas_flash.kernels.mosaic import completion, dropout, ptx
 from pallas_flash.kernels.mosaic.scores import may_be_large, scaled, score_unit, slope
 from pallas_flash.kernels.mosaic.types import Flag, Index, Ref
@@ -27,6 +28,7 @@ class Part(NamedTuple):
     slot: Index
     start: Index  # of the tile
     flags: tuple[Flag | None, Flag | None]  # whether the tile needs the mask, and exact exponents; None: none does
+    meets: tuple[Meets, ...] | None = None  # how each 64 keys meet it, if that is known; flags[0] is None then
 
     def tiles(self, block: Block) -> tuple[Ref, Ref]:
         """Its queries and douts in shared memory."""
@@ -34,11 +36,23 @@ class Part(NamedTuple):
         q, dout = (block.smem[name].at[self.slot, :, rows] for name in ("q", "dout"))
         return q, dout
 
+    def rows(self, block: Block) -> slice:
+        """The tiles of 64 keys which meet it."""
+        return slice(0, block.schedule.row_tiles) if self.meets is None else met_rows(self.meets)
+
+    def partial(self, row_tile: int) -> Flag | bool:
+        """Whether 64 keys need the mask."""
+        if self.meets is not None:
+            return self.meets[row_tile] is Meets.PARTLY
+        return False if self.flags[0] is None else self.flags[0]
+
 
 def needs(block: Block, step: Step, slot: Index) -> tuple[Flag | None, Flag | None]:
     """Whether a tile needs the mask, and exact exponents because a query is large; None where no tile ever does."""
     spec = block.spec
-    partial = block.walk.partial(step.tile) if work.kv_work(spec, block.schedule).partial else None
+    s = block.schedule
+    some = work.kv_work(spec, s).partial and not work.first_tiles(spec, s)
+    partial = block.walk.partial(step.tile) if some else None
     if not may_be_large(spec):
         return partial, None
     own = block.smem["stats"].at[slot, int(Statistics.LSE), pl.ds(0, 8)]
@@ -53,7 +67,7 @@ def statistic(block: Block, part: Part, row: Statistics) -> Fragment:
 
 def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
     """Adds to exponents what lse lost in its rounding, if a query is large, and hides pairs, if the tile is partial."""
-    (partial, large), s = part.flags, block.schedule
+    large, s = part.flags[1], block.schedule
     first = ptx.opaque(part.step.tile * s.block_q + part.start)
 
     def exact(y: Fragment) -> Fragment:
@@ -62,7 +76,7 @@ def corrected(block: Block, part: Part, row_tile: int, y: Fragment) -> Fragment:
 
     if large is not None:
         y = lax.cond(large, exact, lambda y: y, y)
-    if partial is not None:
+    if part.partial(row_tile) is not False:
         y = block.mask.of_head(part.step.head).hide(y, (first, block.first_key(row_tile)), 0)
     return y
 
@@ -75,7 +89,9 @@ def weights(block: Block, part: Part, row_tile: int, x: Fragment) -> tuple[Fragm
     complete, own_slope = (s, None) if completed is None else completed(s)
     y = complete * score_unit(spec) - statistic(block, part, Statistics.LSE)
     flags = [flag for flag in part.flags if flag is not None]
-    if flags:
+    if part.partial(row_tile) is True:
+        y = corrected(block, part, row_tile, y)
+    elif flags:
         needed = flags[0] if len(flags) == 1 else flags[0] | flags[1]
         y = lax.cond(needed, lambda y: corrected(block, part, row_tile, y), lambda y: y, y)
     p = jnp.exp2(y)
@@ -101,12 +117,12 @@ def dp_kept(block: Block, part: Part, flags: Bool[Array, "64 n"] | None, dp: Fra
     return dp if flags is None else jnp.where(flags, dp, statistic(block, part, Statistics.DELTA))
 
 
-def slopes(block: Block, part: Part, p: Fragment, dp: Fragment) -> Fragment:
+def slopes(block: Block, part: Part, row_tile: int, p: Fragment, dp: Fragment) -> Fragment:
     """dS^T = P^T * dP^T. In a tile that needs the mask, and where any tile may hide pairs, 0 where P is: a hidden value
     may be so large that dP overflows, and 0 * inf is NaN.
     """
     plain, guarded = lambda p, dp: p * dp, lambda p, dp: jnp.where(p == 0, 0.0, p * dp)
-    if completion.hides_pairs(block.spec):
+    partial = part.partial(row_tile)
+    if completion.hides_pairs(block.spec) or partial is True:
         return guarded(p, dp)
-    partial, _ = part.flags
-    return plain(p, dp) if partial is None else lax.cond(partial, guarded, plain, p, dp)
+    return plain(p, dp) if partial is False else lax.cond(partial, guarded, plain, p, dp)

@@ -8,6 +8,7 @@ from pallas_flash import tiles
 from pallas_flash.arithmetic import Positions
 from pallas_flash.kernels.ampere import copies, work
 from pallas_flash.kernels.ampere.copies import Team
+from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.scheduling import div, rem
@@ -30,6 +31,7 @@ class Block(NamedTuple):
     first: Index  # position of the first query
     mask: HeadMask
     needed: tiles.TileRange[Index]
+    held: tuple[Fragment, ...] | None = None  # the queries, of each 64 rows, if they are held in registers
 
     def meets(self, row_tile: int, kv_tile: Index) -> Flag:
         """Whether 64 of the queries need a key tile."""

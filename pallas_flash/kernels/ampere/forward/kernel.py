@@ -9,7 +9,7 @@ last to the first. There is one buffer for keys and one for values:
              ^ sync       ^ sync         ^ sync                            ^ sync
 
 Two blocks share an SM where registers and shared memory allow it, and hide each other's waits. With two slots for keys
-and for values blocks meet once a tile.
+and for values blocks meet once a tile. Queries of up to 64 columns may stay in registers.
 
 Numbers. m_i is the row maximum of products of queries and keys, not scaled (`mosaic.scores`); l_i (64, 8) a row sum
 that is still spread over columns: it is added up once, at the end. P is rounded to the input's type, all else is
@@ -17,6 +17,7 @@ float32.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
+from pallas_flash.kernels.ampere.work import Meets, met_rows
 from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
@@ -52,10 +54,11 @@ def products(block: Block, meets: list[Flag] | None, k: Ref) -> tuple[Fragment, 
     """S = Q K^T of each 64 rows; of rows that do not meet the tile, any finite numbers."""
     q, spec = block.smem["q"], block.spec
     if meets is None:
-        return mma.multiply_transposed(q, k, spec.d)
+        return mma.multiply_transposed(q if block.held is None else block.held, k, spec.d)
 
     def of_rows(i: int) -> Fragment:
-        (s,) = mma.multiply_transposed(q.at[:, pl.ds(i * ROWS, ROWS)], k, spec.d)
+        own = q.at[:, pl.ds(i * ROWS, ROWS)] if block.held is None else block.held[i:i + 1]
+        (s,) = mma.multiply_transposed(own, k, spec.d)
         return s
 
     return tuple(lax.cond(meets_it, functools.partial(of_rows, i), lambda: registers.zeros(block.schedule.block_kv))
@@ -92,12 +95,10 @@ def weights_of(block: Block, row_tile: int, first: Index, state: State, x: Fragm
     return state, kept(block, place, p)
 
 
-def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
-    """Adds a tile of keys, which is on its way, and starts to load the one before it."""
-    s, first = block.schedule, kv_tile * block.schedule.block_kv
-    meets = [block.meets(i, kv_tile) for i in range(s.row_tiles)] if masked and s.row_tiles > 1 else None
+def scores_of(block: Block, kv_tile: Index, multiply: Callable[[Ref], tuple[Fragment, ...]]) -> tuple[Fragment, ...]:
+    """What `multiply` makes of a tile of keys, which is on its way; starts to load the one before it, or its values."""
     copies.sync(block.team)
-    k, v = (block.tile(name, kv_tile) for name in "kv")
+    k = block.tile("k", kv_tile)
 
     def load_next(*names: str) -> None:
         @pl.when(kv_tile > block.needed.start)
@@ -105,21 +106,38 @@ def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
             for name in names:
                 block.load(name, kv_tile - 1)
 
-    if s.num_stages > 1:
+    if block.schedule.num_stages > 1:
         load_next("k", "v")
-        scores = products(block, meets, k)
-    else:
-        block.load("v", kv_tile)
-        scores = products(block, meets, k)
-        copies.sync(block.team)
-        load_next("k")
+        return multiply(k)
+    block.load("v", kv_tile)
+    scores = multiply(k)
+    copies.sync(block.team)
+    load_next("k")
+    return scores
 
+
+def step(block: Block, kv_tile: Index, states: States, masked: bool) -> States:
+    """Adds a tile of keys, which is on its way, and starts to load the one before it."""
+    s, first = block.schedule, kv_tile * block.schedule.block_kv
+    meets = [block.meets(i, kv_tile) for i in range(s.row_tiles)] if masked and s.row_tiles > 1 else None
+    scores = scores_of(block, kv_tile, functools.partial(products, block, meets))
     new, weights = [], []
     for i, (state, x) in enumerate(zip(states, scores, strict=True)):
         state, p = weights_of(block, i, first, state, x, masked)
         new.append(state)
         weights.append(p)
-    return add_values(v, meets, new, weights)
+    return add_values(block.tile("v", kv_tile), meets, new, weights)
+
+
+def peeled_step(block: Block, kv_tile: Index, states: States, meets: tuple[Meets, ...]) -> States:
+    """`step`, where it is known how each 64 rows meet the tile: those that do not are left out."""
+    first, own = kv_tile * block.schedule.block_kv, met_rows(meets)
+    q = block.smem["q"].at[:, pl.ds(own.start * ROWS, (own.stop - own.start) * ROWS)]
+    multiply = lambda k: mma.multiply_transposed(q if block.held is None else block.held[own], k, block.spec.d)
+    found = [weights_of(block, i, first, states[i], x, meets[i] is Meets.PARTLY)
+             for i, x in zip(range(own.start, own.stop), scores_of(block, kv_tile, multiply), strict=True)]
+    new = add_values(block.tile("v", kv_tile), None, [state for state, _ in found], [p for _, p in found])
+    return *states[:own.start], *new, *states[own.stop:]
 
 
 def walk(block: Block) -> States:
@@ -130,7 +148,10 @@ def walk(block: Block) -> States:
     states = (start(score_unit(block.spec), block.spec.d_v),) * block.schedule.row_tiles
     partial = work.forward_work(block.spec, block.schedule).partial
     parts = ((full_stop, stop, True), (full_first, full_stop, False), (first, full_first, True))
-    for lo, hi, masked in parts if partial else ((first, stop, False),):
+    peeled = work.last_tiles(block.spec, block.schedule)
+    for i, meets in enumerate(peeled):
+        states = peeled_step(block, stop - 1 - i, states, meets)
+    for lo, hi, masked in parts[bool(peeled):] if partial else ((first, stop, False),):
         def one(i: Index, states: States, hi: Index = hi, masked: bool = masked) -> States:
             return step(block, hi - 1 - i, states, masked)
 
@@ -160,6 +181,10 @@ def compute(block: Block) -> None:
     copies.load_tile(block.team, spec, block.gmem["q"], (block.batch, block.head, block.first), block.smem["q"])
     for name in "kv" if block.schedule.num_stages > 1 else "k":
         block.load(name, jnp.maximum(block.needed.stop - 1, 0))
+    if block.schedule.held:
+        copies.sync(block.team)
+        block = block._replace(held=tuple(mma.load_rows(block.smem["q"], i * ROWS, 0)
+                                          for i in range(block.schedule.row_tiles)))
     for i, state in enumerate(walk(block)):
         finish(block, i, *repaired(block, i, state))
 
