@@ -66,7 +66,7 @@ def _calls(shards: Shards, strategy: Strategy) -> list[str]:
     spec, n, size = shards.spec, shards.chunking.num_devices, shards.chunking.chunk_len
     if strategy == "ring":
         return [*(f"keys of the device {step.distance} before: " + "; ".join(_call(shards, call) for call in step.calls)
-                  for step in shards.steps), *_merging(shards)]
+                  for step in shards.steps), _kinds(shards), *_merging(shards)]
     whole = n * spec.kv_len
     if strategy == "all_gather":
         chunk = dataclasses.replace(spec, q_len=size, kv_len=whole)
@@ -74,6 +74,13 @@ def _calls(shards: Shards, strategy: Strategy) -> list[str]:
     heads = dataclasses.replace(all_to_all.of_heads(spec), q_len=whole, kv_len=whole, q_heads=spec.q_heads // n,
                                 kv_heads=max(1, spec.kv_heads // n))
     return [f"one call, {_run(shards, heads)}"]
+
+
+def _kinds(shards: Shards) -> str:
+    """How many calls of a ring differ: a pass has a kernel to trace and compile for each."""
+    calls = [call for step in shards.steps for call in step.calls]
+    kinds = {(call.mask, call.num_chunks, len(call.picks)) for call in calls}
+    return f"calls of a pass: {len(calls)}, of which {len(kinds)} differ and are compiled"
 
 
 def _merging(shards: Shards) -> list[str]:

@@ -6,12 +6,14 @@ On each of n devices lie `length` positions of queries and of keys, so the seque
                 and dv travel behind them. Each step costs the longer of its compute and its hop, and copies of rows
                 and partial results.
     all_gather  every device gets all keys and values first; the backward gathers again and reduce-scatters dk and dv.
-                Nothing hides the collectives, and memory grows with the whole sequence.
+                Nothing hides the collectives, and memory grows with the whole sequence. A program for all devices
+                moves the mask to a place known at run time, where kernels are slower.
     all_to_all  queries, keys and values change from a part of the sequence to a part of the heads, and back
                 (DeepSpeed Ulysses, Jacobs et al., 2023). Nothing hides the collectives.
 
 A pass of attention itself is the same work whatever the strategy, spread evenly over the devices: with the balanced
-order of a sequence it is. Copies around the collectives of an all-gather and an all-to-all are not counted.
+order of a sequence it is. Beside it are copies, hops and launches, at rates for which the sum is what was measured on
+two H200s (docs/notes/context_parallel.md): they do not say what each of them takes alone.
 """
 
 import dataclasses
@@ -40,8 +42,10 @@ class Rates:
     Attributes:
       forward_flops, backward_flops: of the kernels, 16-bit numbers, in flop/s.
       link_bytes: what a device sends to its neighbours, one direction, in bytes/s.
-      memory_bytes_per_s: device memory, read and written.
+      memory_bytes_per_s: device memory, read and written by copies beside the kernels.
       step_s: what a step of launches and handshakes takes beside its work, in seconds.
+      placed: by what the kernels' time is multiplied, forward and backward, where a mask is at a place known at run
+        time.
       memory_bytes: how much memory the device has.
       source: where the numbers come from, for `explain`.
     """
@@ -51,12 +55,13 @@ class Rates:
     link_bytes: float
     memory_bytes_per_s: float
     step_s: float
+    placed: tuple[float, float]
     memory_bytes: float
     source: str
 
 
-_HOPPER = Rates(650e12, 550e12, 370e9, 4.0e12, 20e-6, 80e9,
-                "of kernels measured with bfloat16 and d=128, and of links assumed: NVLink")
+_HOPPER = Rates(700e12, 600e12, 300e9, 3.0e12, 100e-6, (1.17, 1.03), 80e9,
+                "of two H200s and the NVLink between them, measured with bfloat16 and d=128")
 _MEMORY_BYTES = {"H200": 141e9, "H100 NVL": 94e9, "H100": 80e9, "GH200": 96e9}
 _OTHERS = dataclasses.replace(_HOPPER, memory_bytes=40e9, source=(
     "of Hopper GPUs, since this device was not measured: where its kernels are slower and its links are not, this may "
@@ -275,24 +280,33 @@ def _ring(problem: Problem, rates: Rates, attention_s: tuple[float, float]) -> t
 
 
 def _all_gather(problem: Problem, rates: Rates, attention_s: tuple[float, float]) -> tuple[_Pass, _Pass]:
-    """Collectives that nothing hides. Keys and values are held as they arrive and in the order of the sequence."""
-    others, keys, sums = problem.n - 1, problem.itemsize * problem.kv, problem.acc_itemsize * problem.kv
-    return (_exposed(attention_s[0], others * keys, 2 * problem.n * keys, rates),
-            _exposed(attention_s[1], others * (keys + sums), problem.n * (2 * keys + 2 * sums), rates))
+    """Collectives that nothing hides. Keys and values are held as they arrive and in the order of the sequence, and so
+    are the sums of dk and dv, which two calls add. A mask that keeps all is the same at each place.
+    """
+    n, keys, sums = problem.n, problem.itemsize * problem.kv, problem.acc_itemsize * problem.kv
+    forward_s, backward_s = (seconds * (slower if problem.share < 1 else 1)
+                             for seconds, slower in zip(attention_s, rates.placed, strict=True))
+    return (_exposed(forward_s, (n - 1) * keys, n * 2 * keys, n * 2 * keys, rates),
+            _exposed(backward_s, (n - 1) * (keys + sums), n * (2 * keys + 5 * sums), n * (2 * keys + 2 * sums), rates))
 
 
 def _all_to_all(problem: Problem, rates: Rates, attention_s: tuple[float, float]) -> tuple[_Pass, _Pass]:
     """Collectives that nothing hides: operands there, out back; cotangents of out there, gradients back. A device keeps
-    1/n of what it has. Fewer key heads than devices are repeated first, and sent as accumulators are."""
+    1/n of what it has. Fewer key heads than devices are repeated first, and sent as accumulators are. Each array is
+    copied twice, by heads for the collective and into the order of the sequence."""
     repeats = problem.n // math.gcd(problem.n, problem.kv_heads)
     keys = problem.itemsize if repeats == 1 else repeats * problem.acc_itemsize
     held = problem.itemsize * (problem.q + problem.q_out) + keys * problem.kv
     moved = held * (problem.n - 1) // problem.n
-    return _exposed(attention_s[0], moved, 2 * held, rates), _exposed(attention_s[1], moved, 4 * held, rates)
+    copied = 4 * held  # twice, read and written
+    return (_exposed(attention_s[0], moved, copied, 2 * held, rates),
+            _exposed(attention_s[1], moved, copied, 4 * held, rates))
 
 
-def _exposed(attention_s: float, moved: int, transient: int, rates: Rates) -> _Pass:
-    return _Pass(attention_s + moved / rates.link_bytes + 2 * rates.step_s, moved, transient)
+def _exposed(attention_s: float, moved: int, copied: int, transient: int, rates: Rates) -> _Pass:
+    """A pass of bytes sent and then bytes read and written by copies, beside its kernels."""
+    beside = moved / rates.link_bytes + copied / rates.memory_bytes_per_s + 2 * rates.step_s
+    return _Pass(attention_s + beside, moved, transient)
 
 
 _PASSES = {"ring": _ring, "all_gather": _all_gather, "all_to_all": _all_to_all}
