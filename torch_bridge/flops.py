@@ -5,7 +5,6 @@ forward and five in the backward, whatever a mask or a rule leaves out. The modu
 it: the formulas are added to it when somebody imports it.
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -31,18 +30,23 @@ def register() -> None:
 
 
 class _AtImport:
-    """A finder that takes itself out when the module is looked for, and adds the formulas after that has run."""
+    """A finder that adds the formulas after the module has run, and then takes itself out.
 
-    def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+    Looking for the module imports nothing, so it stays until then. `sys.meta_path` is replaced, not changed, since
+    another thread may be going through it.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_add(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
                 _add_formulas()
             spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec

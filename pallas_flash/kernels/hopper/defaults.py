@@ -346,9 +346,9 @@ def _default_fused(spec: AttentionSpec, device: Device) -> KvSchedule | None:
 
 
 def _saves_zeros(spec: AttentionSpec) -> bool:
-    """Whether the first block to add to a query tile of dq writes it: 1.05 times as fast where masks hold arrays, and
-    0.97 times beside a bias of pairs (H200, docs/notes/hopper_features.md, 2026-11-30); not timed beside other biases
-    and score functions; with dropout, d 128, ptxas would spill 8 bytes.
+    """Whether the first block to add to a query tile of dq writes it, which saves zeros and a pass over them: 1.03 to
+    1.05 times as fast with documents; beside a bias of pairs no gain was seen (H200, docs/notes/hopper_features.md,
+    2026-11-30). Not timed beside other biases and score functions; with dropout, d 128, ptxas would spill 8 bytes.
     """
     return spec.mask.has_arrays and spec.bias is None and spec.score is None and not spec.dropout_rate
 
