@@ -132,15 +132,17 @@ NO_DEFAULTS = {
         d=64, kv_len=300, mask=Window(100, 20, -50), layout="BHLD", dtypes=("float16",))),
     "peeled-one-slot-window": (ForwardSchedule(block_kv=32, peeled=True), dict(
         d=96, mask=Window(100, 0), dtypes=("float16",))),
-    "peeled-ragged": (BackwardSchedule(peeled=True, wide_adds=True), dict(d=40, layout="BHLD", dropout_rate=0.2)),
-    "peeled-two-kernels": (BackwardSchedule(peeled=True, block_q=32, num_stages=1, dq=DqSchedule(64, 1)), dict(
-        d=64, deterministic=True)),
-    "peeled-rows-of-lse-200": (BackwardSchedule(peeled=True), dict(d=64, row_lse=200.0)),
+    "rows-of-out-d104": (ForwardSchedule(block_kv=32, out_in_rows=True), dict(d=104, kv_len=300, mask=Full())),
+    "rows-of-out-d40": (ForwardSchedule(row_tiles=1, held=True, peeled=True, out_in_rows=True), dict(
+        d=40, layout="BHLD", dropout_rate=0.2, dtypes=("float16",))),
     "ordered": (BackwardSchedule(ordered=True, wide_adds=True), dict(d=64, deterministic=True, kv_heads=1)),
     "ordered-window": (dataclasses.replace(HALVES, ordered=True), dict(
         d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),
     "ordered-d256": (dataclasses.replace(HALVES, row_tiles=1, ordered=True, wide_adds=True), dict(
         d=256, deterministic=True, mask=Full())),
+    "ordered-one-waits": (BackwardSchedule(ordered=True, one_waits=True), dict(d=64, deterministic=True, kv_heads=1)),
+    "ordered-one-waits-window": (dataclasses.replace(HALVES, ordered=True, one_waits=True, wide_adds=True), dict(
+        d=128, kv_len=300, mask=Window(100, 20), deterministic=True)),
     "two-slots-32-keys": (dataclasses.replace(TWO_SLOTS, block_kv=32), dict(d=128, kv_len=700, mask=Full())),
 }
 

@@ -91,11 +91,10 @@ CASES |= {
         q_len=130, kv_len=200, d=64, d_v=64, q_heads=6, kv_heads=2, mask=masks.Causal(70))),
     "ordered-halves-full": (dataclasses.replace(HALVES, ordered=True), dict(
         q_len=140, kv_len=270, d=128, d_v=104, q_heads=2, batch=2, mask=masks.Full(), dropout_rate=0.2)),
-    "peeled": (BackwardSchedule(peeled=True), dict(q_len=200, kv_len=200, d=64, d_v=40)),
-    "peeled-large-scores": (dataclasses.replace(NARROW, peeled=True), dict(
-        q_len=150, kv_len=150, d=64, d_v=64, layout="BHLD", row_lse=5000.0, dropout_rate=0.2)),
-    "peeled-two-kernels": (BackwardSchedule(peeled=True, row_tiles=1, block_q=32, dq=DqSchedule(64, 1)), dict(
-        q_len=70, kv_len=70, d=64, d_v=128)),
+    "ordered-one-waits": (dataclasses.replace(NARROW, ordered=True, one_waits=True), dict(
+        q_len=200, kv_len=270, d=72, d_v=40, q_heads=2, layout="BHLD", mask=masks.Window(90, 20, 30))),
+    "ordered-one-waits-halves": (dataclasses.replace(HALVES, ordered=True, one_waits=True), dict(
+        q_len=140, kv_len=270, d=128, d_v=104, q_heads=4, kv_heads=2, mask=masks.Causal(130))),
     "bias-of-keys": (TWO_KERNELS, dict(q_len=70, kv_len=100, d=64, d_v=64, mask=masks.Causal(30), q_heads=2,
                                        bias=(1, 2, 1, 100), softcap=2.0)),
     "bias-of-pairs": (TWO_WARPGROUPS, dict(q_len=70, kv_len=90, d=64, d_v=64, mask=masks.Causal(20), layout="BHLD",
@@ -191,6 +190,10 @@ FORWARDS = {
         q_len=200, kv_len=150, d=64, d_v=64, q_heads=2, mask=masks.Causal(-10))),
     "held-one-slot-window-idle": (ForwardSchedule(row_tiles=1, held=True), dict(
         q_len=150, kv_len=150, d=40, d_v=72, mask=masks.Window(30, 5, -70), softcap=2.0)),
+    "rows-of-out": (ForwardSchedule(block_kv=32, out_in_rows=True), dict(
+        q_len=150, kv_len=100, d=128, d_v=104, layout="BHLD", mask=masks.Full())),
+    "rows-of-out-window-idle": (ForwardSchedule(row_tiles=1, held=True, peeled=True, out_in_rows=True), dict(
+        q_len=150, kv_len=150, d=64, d_v=40, mask=masks.Window(30, 5, -70), dropout_rate=0.2)),
     "peeled-gqa": (ForwardSchedule(num_stages=2, held=True, peeled=True), dict(
         q_len=200, kv_len=200, d=64, d_v=64, q_heads=2)),
     "peeled-window-dropout": (ForwardSchedule(block_kv=32, peeled=True), dict(
@@ -246,9 +249,8 @@ def test_partial_gradients_from_delta_alone(name):
     assert max(used.values()) <= 1, used
 
 
-@pytest.mark.parametrize(("schedule", "d"), [(NARROW, 64), (TWO_KERNELS, 64), (SPLIT, 64), (HALVES, 128),
-                                             (BackwardSchedule(peeled=True), 64)],
-                         ids=["fused", "two-kernels", "split", "halves", "peeled"])
+@pytest.mark.parametrize(("schedule", "d"), [(NARROW, 64), (TWO_KERNELS, 64), (SPLIT, 64), (HALVES, 128)],
+                         ids=["fused", "two-kernels", "split", "halves"])
 def test_a_hidden_key_that_is_not_finite_reaches_nothing(schedule, d):
     """0 * NaN is NaN: a product over a whole tile must not carry it to queries that do not attend to its key.
 

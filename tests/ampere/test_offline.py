@@ -10,7 +10,8 @@ import pytest
 from tests.hopper.offline import places
 
 WHY_NOT = places.why_not()
-IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step; 12 with a soft cap
+IN_THE_LOOP = 4  # instructions that touch a spilled register, of about 1,000 in a step
+MORE_IN_THE_LOOP = {"softcap": 12, "d64-repeats": 8}
 BYTES = 32
 OF_AN_OLDER_PTXAS = (768, 56)
 """The same two bounds, bytes and instructions, for compute capability 12.0 where ptxas is not the pinned one: 13.0
@@ -20,8 +21,8 @@ and every smaller tile costs more (docs/notes/ampere.md).
 NAMES = {"8.0": ["exported", "d128-lengths", "d128-bent-repeats", "d64-repeats", "d128-cache-pages",
                  "d64-documents-launched"],
          "8.9": ["d128-window-repeats", "d256", "d256-cache-bias-sinks-r64"],
-         "9.0": ["d64", "d128", "d96-ragged-softcap", "d64-bias", "d256-repeats", "d192-v128-cache-r32"],
-         "10.0": ["d128", "d256", "d128-cache-r64"],
+         "9.0": ["d64", "d64-repeats", "d128", "d96-ragged-softcap", "d64-bias", "d256-repeats", "d192-v128-cache-r32"],
+         "10.0": ["d64", "d128", "d256", "d128-cache-r64"],
          "12.0": ["d128-dense", "d128-alibi", "d256-cache-pages-bias"]}
 """What is compiled for each compute capability; 8.6 has the machine code, and the schedules, of 8.9."""
 
@@ -43,6 +44,7 @@ def test_kernels_compile_for_every_generation(offline_tools, capability, compile
             assert report["compiled"] and report["spill_bytes"] == 0, report
             continue
         assert report["compiled"] and report["registers"], report
-        most = OF_AN_OLDER_PTXAS if is_older else (BYTES, 12 if "softcap" in report["problem"] else IN_THE_LOOP)
+        in_the_loop = max((n for name, n in MORE_IN_THE_LOOP.items() if name in report["problem"]), default=IN_THE_LOOP)
+        most = OF_AN_OLDER_PTXAS if is_older else (BYTES, in_the_loop)
         assert report["spill_bytes"] <= most[0] and (report["spills_inside"] or 0) <= most[1], report
         assert not report["multiplies"] or report["spills_inside"] is not None, "no innermost loop multiplies"

@@ -71,7 +71,7 @@ def test_as_many_blocks_share_an_sm_as_registers_allow(gpu, d, forward, backward
     (BackwardSchedule(row_tiles=1, part_q=48), "s.part_q=48 must be a multiple of 16 that divides s.block_q=64"),
     (BackwardSchedule(row_tiles=1, num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2, split=True), "s.split=True needs two kernels, two warpgroups and one"),
-    (BackwardSchedule(peeled=True, warpgroups=2), "s.peeled=True needs one warpgroup, and no order of additions"),
+    (BackwardSchedule(one_waits=True), "s.one_waits=True needs s.ordered=False to be True: else none waits"),
     (BackwardSchedule(halves=True), "s.halves=True needs two warpgroups and tiles of 64 queries in two parts, "),
     (ForwardSchedule(num_stages=3), "s.num_stages=3 must be 1 or 2"),
     (BackwardSchedule(row_tiles=1, warpgroups=2), "needs 148480 bytes of shared memory, there are 101376"),
@@ -85,7 +85,7 @@ def test_assumed_schedules_are_the_defaults_of_their_pass():
     with defaults.assume(assumed):
         assert defaults.default_backward(spec, device.A100) is assumed
         assert defaults.default_forward(spec, device.A100) == ForwardSchedule(
-            num_stages=2, held=True, peeled=True, num_sms=108)
+            num_stages=2, held=True, peeled=True, out_in_rows=True, num_sms=108)
     assert defaults.default_backward(spec, device.A100) != assumed
 
 
@@ -134,34 +134,29 @@ def test_ranges_hold_every_pair_that_is_kept(mask, length):
             assert rows[:, full_start:full_stop].all()
 
 
-PEELED = ForwardSchedule(peeled=True), BackwardSchedule(peeled=True)
-
-
-@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("block_kv", [32, 64])
 @pytest.mark.parametrize(("mask", "lengths", "known"), [
-    (Causal(), (512, 512), (True, True)), (Causal(), (500, 500), (True, True)), (Causal(64), (512, 576), (True, False)),
-    (Window(100, 0), (512, 512), (True, False)), (Window(100, 20), (512, 512), (False, False)),
-    (Causal(-100), (500, 300), (False, False)), (Full(), (512, 512), (False, False))], ids=str)
-def test_tiles_that_all_blocks_meet_alike(mask, lengths, known, block):
+    (Causal(), (512, 512), True), (Causal(), (500, 500), True), (Causal(64), (512, 576), True),
+    (Window(100, 0), (512, 512), True), (Window(100, 20), (512, 512), False),
+    (Causal(-100), (500, 300), False), (Full(), (512, 512), False)], ids=str)
+def test_tiles_that_all_blocks_meet_alike(mask, lengths, known, block_kv):
     """What is said of them holds for every pair."""
     q_len, kv_len = lengths
     shape = lambda length: jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
     spec = AttentionSpec.of(shape(q_len), shape(kv_len), shape(kv_len), mask=mask)
-    forward, backward = (dataclasses.replace(s, **{name: block}) for s, name in zip(PEELED, ("block_kv", "block_q")))
-    found = work.last_tiles(spec, forward), work.first_tiles(spec, backward)
-    assert tuple(map(bool, found)) == known
+    schedule = ForwardSchedule(block_kv=block_kv, peeled=True)
+    found = work.last_tiles(spec, schedule)
+    assert bool(found) == known
     kept = np.zeros((1024, 1024), bool)
     kept[:q_len, :kv_len] = mask.keep(*np.ogrid[:q_len, :kv_len])
-    for tiles_of, rows, pairs, ranges, last in (
-            (found[0], forward.block_q, kept, work.kv_range(spec, forward, np.arange(q_len // forward.block_q)), True),
-            (found[1], backward.block_kv, kept.T, work.q_range(spec, backward, np.arange(kv_len // backward.block_kv)),
-             False)):
-        for i, bounds in enumerate(zip(*np.broadcast_arrays(*ranges), strict=True)) if tiles_of else ():
-            for t, meets in enumerate(tiles_of):
-                at = block * (int(bounds[3]) - 1 - t if last else int(bounds[0]) + t)
-                for j, kind in enumerate(meets):
-                    part = pairs[rows * i + 64 * j:rows * i + 64 * (j + 1), at:at + block]
-                    assert (not part.any(), part.all()) == (kind is work.Meets.NOT, kind is work.Meets.WHOLLY)
+    stops = work.kv_range(spec, schedule, np.arange(q_len // schedule.block_q)).stop
+    for i, stop in enumerate(np.broadcast_to(stops, q_len // schedule.block_q)):
+        for t, meets in enumerate(found):
+            at = block_kv * (int(stop) - 1 - t)
+            for j, kind in enumerate(meets):
+                first = schedule.block_q * i + 64 * j
+                part = kept[first:first + 64, at:at + block_kv]
+                assert (not part.any(), part.all()) == (kind is work.Meets.NOT, kind is work.Meets.WHOLLY)
 
 
 @pytest.mark.parametrize(("mask", "lengths"), [

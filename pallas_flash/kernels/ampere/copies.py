@@ -7,23 +7,28 @@ no bytes. A thread holds one address on each side; the offsets from there are co
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
-from pallas_flash.kernels.ampere.schedule import CHUNK
+from pallas_flash import tiles
+from pallas_flash.arrays import Array
+from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS
 from pallas_flash.kernels.mosaic import ptx
 from pallas_flash.kernels.mosaic.interpret import interpreted_as
 from pallas_flash.kernels.mosaic.types import Index, Ref
 from pallas_flash.spec import AttentionSpec
 
-__all__ = ["COMPILER", "Team", "load_tile", "load_words", "meet", "shared_address", "sync"]
+__all__ = ["COMPILER", "Team", "load_tile", "load_words", "meet", "shared_address",
+           "store_own_rows", "sync"]
 
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0,
                                 lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -174,3 +179,60 @@ def load_words(team: Team, source: Ref, target: Ref) -> None:
                               has_side_effects=True)
 
     copy(source, target)
+
+
+def _store_own_rows_plain(spec: AttentionSpec, source: Ref, first: int, target: Ref,
+                          index: tuple[Index, Index, Index]) -> None:
+    length, width = target.shape[1 if spec.layout == "BLHD" else 2], target.shape[3]
+    batch, head, start = index
+
+    def write(i: Array, _: None) -> None:
+        @pl.when(start + i < length)
+        def inside() -> None:
+            place = (batch, start + i, head) if spec.layout == "BLHD" else (batch, head, start + i)
+            target[*place, :] = source[:, first + i].reshape(-1)[:width]
+
+    lax.fori_loop(0, ROWS, write, None)
+
+
+@interpreted_as(_store_own_rows_plain)
+def store_own_rows(spec: AttentionSpec, source: Ref, first: int, target: Ref,
+                   index: tuple[Index, Index, Index]) -> None:
+    """Copies 64 rows of a tile to an array in the spec's layout, where they lie in it, 16 bytes a thread: each warp the
+    16 rows that it wrote itself, so that only its own threads have to meet.
+
+    Args:
+      source: (chunks, rows, 64) of a 16-bit type in shared memory, as `load_tile` makes it.
+      first: of its rows.
+      target: in global memory.
+      index: (batch, head, first row).
+    """
+    axis = 1 if spec.layout == "BLHD" else 2
+    rows, length, width, down = source.shape[1], target.shape[axis], target.shape[3], math.prod(target.shape[axis + 1:])
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *(ptx.SCALAR,) * 3))
+    def store(_: mgpu.LaunchContext, source: ir.Value, target: ir.Value, *index: mgpu.FragmentedArray) -> None:
+        const = lambda value: mgpu.utils.c(value, ptx.i32())
+        below = lambda x, limit: arith.cmpi(arith.CmpIPredicate.slt, x, const(limit))
+        batch, head, start = (x.registers.item() for x in index)
+        mgpu.utils.inline_ptx("bar.warp.sync -1;", has_side_effects=True, convergent=True)
+        thread = arith.remui(mgpu.utils.thread_idx(), const(ptx.WARPGROUP))
+        warp, lane = arith.shrui(thread, const(5)), arith.andi(thread, const(31))
+        row, unit = arith.addi(arith.muli(warp, const(16)), arith.shrui(lane, const(3))), arith.andi(lane, const(7))
+        position = arith.addi(start, row)
+        to = _global_address(target, axis, (batch, head, position, unit))
+        origin = arith.addi(shared_address(source), arith.muli(row, const(_ROW_BYTES)))
+        for chunk, i in itertools.product(range(tiles.cdiv(width, CHUNK)), range(0, 16, 4)):
+            units = (width - chunk * CHUNK) // _UNIT
+            inside = below(arith.addi(position, const(i)), length)
+            if units < _UNIT:
+                inside = arith.andi(inside, below(unit, units))
+            swizzled = arith.muli(arith.xori(unit, arith.andi(arith.addi(row, const(i)), const(7))), const(16))
+            offset = (chunk * rows + first + i) * _ROW_BYTES
+            words = mgpu.utils.inline_ptx(
+                f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", arith.addi(origin, swizzled),
+                result_types=[ptx.i32()] * 4, has_side_effects=True)
+            mgpu.utils.inline_ptx(f"st.global.v4.b32 [$0+{2 * (i * down + chunk * CHUNK)}], {{$1, $2, $3, $4}};", to,
+                                  *words, predicate=inside, has_side_effects=True)
+
+    store(source, target, *map(ptx.scalar, index))

@@ -86,9 +86,9 @@ def _completes(spec: AttentionSpec) -> bool:
 def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | DecodeSchedule:
     """Returns the forward's schedule of a spec: key tiles of 64 where two blocks then share an SM, as the registers of
     128 threads allow, or where two of 32 do not either, and nothing is spilled; else of 32. Values wider than 128 leave
-    registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster, and hold queries in registers, 1
-    to 4 %, and peel the last tiles, if no bias or score function needs these (docs/notes/ampere.md). Of keys in a
-    cache: `_default_decode`.
+    registers for 16 rows a warp; heads up to 64 have two slots, which are 3 % faster, and, if no bias or score function
+    needs registers, hold queries there, peel the last tiles, and store out in rows, together 5 to 12 %
+    (docs/notes/ampere.md). Of keys in a cache: `_default_decode`.
     """
     if filled_part(spec.mask) is not None:
         return _default_decode(spec, device)
@@ -96,7 +96,8 @@ def default_forward(spec: AttentionSpec, device: Device) -> ForwardSchedule | De
         return assumed
     small = max(spec.d, spec.d_v) <= CHUNK
     plain = small and not _completes(spec)
-    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, held=plain, peeled=plain, num_sms=device.num_sms)
+    wide = ForwardSchedule(row_tiles=2 if spec.d_v <= 128 else 1, held=plain, peeled=plain,
+                           out_in_rows=plain and not spec.partial, num_sms=device.num_sms)
     narrow = dataclasses.replace(wide, block_kv=32)
     if _keeps_less(spec, device):
         return narrow
@@ -142,8 +143,7 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
     if isinstance(assumed := _assumed.get(), BackwardSchedule):
         return assumed
     if max(spec.d, spec.d_v) <= 64:
-        spills = _completes(spec) or spec.softcap is not None or bool(spec.dropout_rate) or _is_10(device)
-        wide, blocks = BackwardSchedule(peeled=not spills, num_sms=device.num_sms), 2
+        wide, blocks = BackwardSchedule(num_sms=device.num_sms), 2
     else:
         part = 64 if spec.d + spec.d_v <= 256 and not _keeps_less(spec, device) else 32
         wide, blocks = BackwardSchedule(row_tiles=1, warpgroups=2, part_q=part, num_sms=device.num_sms), 1
@@ -164,12 +164,14 @@ def default_backward(spec: AttentionSpec, device: Device) -> BackwardSchedule:
 def _repeatable(spec: AttentionSpec, device: Device, found: BackwardSchedule) -> BackwardSchedule:
     """The schedule with additions to dq in an order, if it is fused and the mask has one, else of two kernels. With an
     order more heads are worked on at a time than L2 holds, so that fewer blocks of a head wait for each other: on an
-    H200 faster by 1 % at d 128, whose blocks have 128 keys, and by 4 to 24 % at d 256, where they have 64.
+    H200 faster by 1 % at d 128, whose blocks have 128 keys, and by 4 to 24 % at d 256, where they have 64. There one
+    warp waits for the block's turn, 6 % faster at 16,384 tokens; at d 128 and d 64 that is 1 to 5 % slower.
     """
     if found.dq is not None or not has_order(spec, found):
         return dataclasses.replace(found, dq=_default_dq(spec, device))
     section_bytes = (8192 // found.block_kv) << 20
-    return dataclasses.replace(found, ordered=True, peeled=False, section_bytes=section_bytes)
+    wide = max(spec.d, spec.d_v) > 128
+    return dataclasses.replace(found, ordered=True, one_waits=wide, section_bytes=section_bytes)
 
 
 def _halves(spec: AttentionSpec, wide: BackwardSchedule) -> list[BackwardSchedule]:

@@ -63,6 +63,9 @@ def _forward_rules(spec: AttentionSpec, s: ForwardSchedule) -> _Rules:
         (s.row_tiles in (1, 2), f"{s.row_tiles=} must be 1 or 2"),
         (s.num_stages in (1, 2), f"{s.num_stages=} must be 1 or 2"),
         (not s.held or spec.d <= CHUNK, f"{s.held=} needs heads of up to {CHUNK}"),
+        (not s.out_in_rows or (chunks(spec.d_v) <= chunks(spec.d) and spec.result_dtype.itemsize == 2),
+         f"{s.out_in_rows=} needs room for out where queries are, and results of 16 bits, d={spec.d}, d_v={spec.d_v} "
+         f"and {spec.result_dtype}"),
         (held + _OTHERS <= _REGISTERS, f"scores and accumulator need {held} registers a thread of {_REGISTERS}"),
     )
 
@@ -126,7 +129,6 @@ def _backward_rules(spec: AttentionSpec, s: BackwardSchedule) -> _Rules:
         (not s.ordered or s.dq is None, f"{s.ordered=} needs {s.dq=} to be None: nothing is added"),
         (not (s.ordered and legal) or has_order(spec, s),
          f"{s.ordered=} needs a mask without arrays, whose bounds name the key tiles of each query tile"),
-        (not s.peeled or (s.warpgroups == 1 and not s.ordered),
-         f"{s.peeled=} needs one warpgroup, and no order of additions, {s.warpgroups=}, {s.ordered=}"),
+        (not s.one_waits or s.ordered, f"{s.one_waits=} needs {s.ordered=} to be True: else none waits"),
         (held + _OTHERS <= _REGISTERS, f"dk, dv and scores need {held} registers a thread of {_REGISTERS}"),
     )

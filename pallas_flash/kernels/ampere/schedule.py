@@ -38,6 +38,8 @@ class ForwardSchedule:
       held: the queries are held in registers, else loaded from shared memory for each tile; heads of up to 64.
       peeled: the last tiles have code of their own, if all blocks meet them alike (`work.last_tiles`): 64 queries that
         do not meet a tile, or need no mask there, are known when the kernel is compiled.
+      out_in_rows: out goes to global memory through the queries' place in shared memory, 16 bytes of a row a thread;
+        else from registers, 4 bytes.
       num_sms: the SMs of the device.
       mask_kernel: a launch of its own makes what is read of a mask's arrays (`mosaic.mask_kernel`), not XLA.
     """
@@ -48,6 +50,7 @@ class ForwardSchedule:
     slack: float = 2.0
     held: bool = False
     peeled: bool = False
+    out_in_rows: bool = False
     section_bytes: int = 32 << 20
     num_sms: int = 108
     mask_kernel: bool = False
@@ -98,8 +101,8 @@ class BackwardSchedule:
       halves: two warpgroups share the keys: each makes the weights of half of a tile's queries, and keeps half of the
         columns of dk and dv.
       ordered: blocks add to dq in a fixed order, one after the other (`backward.order`).
-      peeled: the first tiles have code of their own, if all blocks meet them alike (`work.first_tiles`), as the last
-        ones of `ForwardSchedule` do.
+      one_waits: for its turn one warp of the block waits, before all meet in the middle of a step; else all do, before
+        they add.
       wide_adds: a thread adds four numbers of dq at a time: compute capability 9.0 and later.
       block_q: queries of a tile: 32 or 64.
       part_q: queries whose scores are in registers at a time; divides `block_q`.
@@ -123,7 +126,7 @@ class BackwardSchedule:
     halves: bool = False
     wide_adds: bool = False
     ordered: bool = False
-    peeled: bool = False
+    one_waits: bool = False
     mask_kernel: bool = False
 
     @property

@@ -24,8 +24,8 @@ from pallas_flash.kernels.mosaic.types import Index
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
-    "Meets", "additions_before", "dq_work", "first_tiles", "forward_work", "has_order", "kv_range", "kv_work",
-    "last_tiles", "mask_of", "may_have_idle_queries", "met_rows", "own_q_range", "padded_q", "q_range", "row_range",
+    "Meets", "additions_before", "dq_work", "forward_work", "has_order", "kv_range", "kv_work", "last_tiles", "mask_of",
+    "may_have_idle_queries", "met_rows", "own_q_range", "padded_q", "q_range", "row_range",
 ]
 
 
@@ -78,6 +78,7 @@ class Meets(enum.Enum):
 
 type Known = tuple[tuple[Meets, ...], ...]
 """Of some tiles, how each 64 rows of a block meet them."""
+
 
 def met_rows(meets: tuple[Meets, ...]) -> slice:
     """From the first to the last 64 rows that meet a tile."""
@@ -181,21 +182,6 @@ def own_q_range(spec: AttentionSpec, s: BackwardSchedule,
                 keys: tuple[Positions, Positions]) -> tiles.TileRange[Positions]:
     """The query tiles that the keys of an interval need."""
     return tiles.q_tiles(mask_of(spec, s), keys, s.block_q, spec.q_len)
-
-
-@functools.lru_cache(maxsize=256)
-def first_tiles(spec: AttentionSpec, s: BackwardSchedule) -> Known:
-    """How each 64 keys of a block meet the first query tiles, those that need the mask, from the first on, if that is
-    the same for all blocks, which walk one head, and all other tiles need no mask; else nothing.
-    """
-    if not s.peeled or spec.mask.has_arrays or spec.group > 1:
-        return ()
-    kv_tile = np.arange(tiles.cdiv(spec.kv_len, s.block_kv))
-    start, full_start, full_stop, stop = (np.broadcast_to(np.asarray(x), kv_tile.shape)
-                                          for x in q_range(spec, s, kv_tile))
-    keys = [kv_tile * s.block_kv + i * ROWS for i in range(s.row_tiles)]
-    rows = [own_q_range(spec, s, (first, first + ROWS)) for first in keys]
-    return _known(rows, full_start - start, lambda i: start + i) if np.all(full_stop == stop) else ()
 
 
 @functools.lru_cache(maxsize=256)

@@ -38,10 +38,9 @@ class Block(NamedTuple):
         """The first of the warpgroup's rows in the key tile."""
         return 0 if self.schedule.shares_keys else self.team.warpgroup * (ROWS * self.schedule.row_tiles)
 
-    def own_rows(self, name: str, tiles: slice | None = None) -> Ref:
-        """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64); all, or some tiles of 64."""
-        first, stop = (0, self.schedule.row_tiles) if tiles is None else (tiles.start, tiles.stop)
-        return self.smem[name].at[:, pl.ds(self.own + ROWS * first, ROWS * (stop - first))]
+    def own_rows(self, name: str) -> Ref:
+        """The warpgroup's rows of the keys ("k") or values ("v"): (chunks, rows, 64)."""
+        return self.smem[name].at[:, pl.ds(self.own, ROWS * self.schedule.row_tiles)]
 
     def first_key(self, row_tile: int) -> Index:
         """The position of the first key of 64 in the warpgroup's registers."""

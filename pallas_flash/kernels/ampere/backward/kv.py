@@ -18,7 +18,6 @@ two warpgroups: `kv_split`, `kv_halves`.
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,14 +27,21 @@ from pallas_flash.kernels.ampere import copies, memory, mma, registers, work
 from pallas_flash.kernels.ampere.backward import kv_halves, kv_split
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_bad_rows
-from pallas_flash.kernels.ampere.backward.order import count_previous
+from pallas_flash.kernels.ampere.backward.order import await_turn, count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
-from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
+from pallas_flash.kernels.ampere.backward.weights import (
+    Part,
+    dp_kept,
+    drawn,
+    kept,
+    needs,
+    statistic,
+    weights_and_slopes,
+)
 from pallas_flash.kernels.ampere.copies import Team
 from pallas_flash.kernels.ampere.schedule import ROWS, BackwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
-from pallas_flash.kernels.ampere.work import Meets, met_rows
 from pallas_flash.kernels.mosaic import bias, dropout, mask_ranges, ptx, score_function
 from pallas_flash.kernels.mosaic.head_mask import ArrayMask, HeadMask, StaticMask
 from pallas_flash.kernels.mosaic.launch import Launch
@@ -49,38 +55,34 @@ __all__ = ["launch"]
 
 def add_part(block: Block, part: Part, sums: Sums) -> Sums:
     """Adds a part of a query tile to dk and dv, and in the fused form writes its dS^T to shared memory."""
-    spec, s, count, rows = block.spec, block.schedule, block.schedule.row_tiles, part.rows(block)
+    spec, s, count = block.spec, block.schedule, block.schedule.row_tiles
     assert isinstance(part.start, int), "all warpgroups have the same queries"
     q, dout = part.tiles(block)
-    scores = mma.multiply_transposed(block.own_rows("k", rows), q, spec.d)
-    start = [statistic(block, part, Statistics.DELTA)] * len(scores)
-    dps = mma.multiply_transposed(block.own_rows("v", rows), dout, spec.d_v, start)
+    scores = mma.multiply_transposed(block.own_rows("k"), q, spec.d)
+    start = [statistic(block, part, Statistics.DELTA)] * count
+    dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
     ps, dss = [], []
-    for i, x, dp in zip(range(rows.start, rows.stop), scores, dps, strict=True):
-        p, sloped = weights(block, part, i, x)
+    for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
         flags = drawn(block, part, i)
-        p, dp = kept(flags, p), dp_kept(block, part, flags, dp)
-        ds = slopes(block, part, i, sloped, dp).astype(spec.dtype)
+        p, ds = weights_and_slopes(block, part, i, x, dp_kept(block, part, flags, dp))
+        p, ds = kept(flags, p), ds.astype(spec.dtype)
         if s.dq is None:
             mma.store_rows(ds, block.smem["ds"].at[:, pl.ds(block.own, ROWS * count)], i * ROWS, 0, part.start)
         ps.append(p.astype(spec.dtype))
         dss.append(ds)
-    return sums.replaced(rows, mma.accumulate(sums.dk[rows], dss, q), mma.accumulate(sums.dv[rows], ps, dout))
+    return Sums(mma.accumulate(sums.dk, dss, q), mma.accumulate(sums.dv, ps, dout))
 
 
-def add_tile(block: Block, step: Step, slot: Index, sums: Sums, meets: tuple[Meets, ...] | None) -> Sums:
+def add_tile(block: Block, step: Step, slot: Index, sums: Sums) -> Sums:
     """Adds a query tile to dk and dv, if the warpgroup's keys meet it, as all do where the mask holds arrays, and
     writes its dS^T to shared memory.
-
-    Args:
-      meets: how each 64 keys meet it, if that is known.
     """
     s = block.schedule
 
     def add(sums: Sums) -> Sums:
         flags = needs(block, step, slot)
         for start in range(0, s.block_q, s.part_q):
-            sums = add_part(block, Part(step, slot, start, flags, meets), sums)
+            sums = add_part(block, Part(step, slot, start, flags), sums)
         return sums
 
     def leave_out(sums: Sums) -> Sums:
@@ -97,21 +99,21 @@ def add_tile(block: Block, step: Step, slot: Index, sums: Sums, meets: tuple[Mee
     return lax.cond((step.tile >= own.start) & (step.tile < own.stop), add, leave_out, sums)
 
 
-def one_step(block: Block, step: Step, sums: Sums, meets: tuple[Meets, ...] | None = None) -> Sums:
-    """Adds a query tile, which is on its way, to the sums, and starts to load the next one; `meets` as of `add_tile`.
-    """
+def one_step(block: Block, step: Step, sums: Sums) -> Sums:
+    """Adds a query tile, which is on its way, to the sums, and starts to load the next one."""
     s, slot = block.schedule, block.slot(step.ordinal)
     copies.sync(block.team)
     count_previous(block, step)
     if s.num_stages > 1:
         block.load_next(step)
-    sums = add_tile(block, step, slot, sums, meets)
+    sums = add_tile(block, step, slot, sums)
+    await_turn(block, step)
     if s.dq is None or s.num_stages == 1:
         copies.meet(block.team)
     if s.num_stages == 1:
         block.load_next(step)
     if s.dq is None:
-        add_dq(block, step, None if meets is None else met_rows(meets))
+        add_dq(block, step)
     return sums
 
 
@@ -119,15 +121,12 @@ def compute(block: Block) -> None:
     """Runs a block."""
     spec, count = block.spec, block.schedule.row_tiles
     block.load_keys()
+    block.load_first()
     copies.sync(block.team)
     spoiled = without_bad_rows(block)
-    block.load_first()
 
     sums = Sums((registers.zeros(spec.d),) * count, (registers.zeros(spec.d_v),) * count)
-    known = work.first_tiles(spec, block.schedule)
-    for i, meets in enumerate(known):
-        sums = one_step(block, Step(jnp.int32(i), *block.walk.skip(i, *block.walk.first)), sums, meets)
-    sums = over_queries(block, functools.partial(one_step, block), sums, len(known))
+    sums = over_queries(block, functools.partial(one_step, block), sums)
     for i, (dk, dv) in enumerate(finished(block, sums, spoiled)):
         block.store("dk", i, dk)
         block.store("dv", i, dv)

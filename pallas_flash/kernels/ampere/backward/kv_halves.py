@@ -18,10 +18,18 @@ from jax.experimental import pallas as pl
 from pallas_flash.kernels.ampere import copies, mma, registers
 from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import without_shared_bad_rows
-from pallas_flash.kernels.ampere.backward.order import count_previous
+from pallas_flash.kernels.ampere.backward.order import await_turn, count_previous
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import Sums, add_dq, finished, over_queries
-from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
+from pallas_flash.kernels.ampere.backward.weights import (
+    Part,
+    dp_kept,
+    drawn,
+    kept,
+    needs,
+    statistic,
+    weights_and_slopes,
+)
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, chunks
 from pallas_flash.kernels.mosaic.types import Index, Ref
@@ -46,10 +54,9 @@ def weights_of(block: Block, part: Part) -> tuple[list[Fragment], list[Fragment]
     dps = mma.multiply_transposed(block.own_rows("v"), dout, spec.d_v, start)
     ps, dss = [], []
     for i, (x, dp) in enumerate(zip(scores, dps, strict=True)):
-        p, sloped = weights(block, part, i, x)
         flags = drawn(block, part, i)
-        p, dp = kept(flags, p).astype(spec.dtype), dp_kept(block, part, flags, dp)
-        ds = slopes(block, part, i, sloped, dp).astype(spec.dtype)
+        p, ds = weights_and_slopes(block, part, i, x, dp_kept(block, part, flags, dp))
+        p, ds = kept(flags, p).astype(spec.dtype), ds.astype(spec.dtype)
         mma.store_rows(p, block.smem["p"].at[half], i * ROWS, 0)
         mma.store_rows(ds, block.smem["ds"].at[half], i * ROWS, 0)
         ps.append(p)
@@ -80,6 +87,7 @@ def one_step(block: Block, step: Step, sums: Sums) -> Sums:
     part = lambda half: Part(step, slot, half * s.part_q, flags)
     ps, dss = weights_of(block, part(warpgroup))
     sums = add(block, part(warpgroup), sums, ps, dss)
+    await_turn(block, step)
     copies.meet(block.team)
     other: Index = 1 - warpgroup
     sums = add(block, part(other), sums, other_weights(block, "p"), other_weights(block, "ds"))
@@ -103,9 +111,9 @@ def compute(block: Block) -> None:
     """Runs a block."""
     spec, count = block.spec, block.schedule.row_tiles
     block.load_keys()
+    block.load_first()
     copies.sync(block.team)
     spoiled = without_shared_bad_rows(block)
-    block.load_first()
 
     zeros = lambda dim: (registers.zeros(CHUNK * (chunks(dim) // 2)),) * count
     sums = over_queries(block, functools.partial(one_step, block), Sums(zeros(spec.d), zeros(spec.d_v)))

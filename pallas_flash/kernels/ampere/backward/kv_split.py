@@ -18,7 +18,16 @@ from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite, without_shared_bad_rows
 from pallas_flash.kernels.ampere.backward.statistics import Statistics
 from pallas_flash.kernels.ampere.backward.sums import over_queries
-from pallas_flash.kernels.ampere.backward.weights import Part, dp_kept, drawn, kept, needs, slopes, statistic, weights
+from pallas_flash.kernels.ampere.backward.weights import (
+    Part,
+    dp_kept,
+    drawn,
+    kept,
+    needs,
+    statistic,
+    weights,
+    weights_and_slopes,
+)
 from pallas_flash.kernels.ampere.registers import Fragment
 from pallas_flash.kernels.mosaic import dropout
 from pallas_flash.kernels.mosaic.walk import Step
@@ -33,7 +42,7 @@ def add_to_dv(block: Block, part: Part, dv: Fragment) -> Fragment:
     """Adds P^T dO of a part."""
     q, dout = part.tiles(block)
     (x,) = mma.multiply_transposed(block.smem["k"], q, block.spec.d)
-    p = kept(drawn(block, part, 0), weights(block, part, 0, x)[0])
+    p = kept(drawn(block, part, 0), weights(block, part, 0, x))
     (dv,) = mma.accumulate([dv], [p.astype(block.spec.dtype)], dout)
     return dv
 
@@ -42,10 +51,10 @@ def add_to_dk(block: Block, part: Part, dk: Fragment) -> Fragment:
     """Adds dS^T Q of a part."""
     q, dout = part.tiles(block)
     (x,) = mma.multiply_transposed(block.smem["k"], q, block.spec.d)
-    _, sloped = weights(block, part, 0, x)
     start = [statistic(block, part, Statistics.DELTA)]
     (dp,) = mma.multiply_transposed(block.smem["v"], dout, block.spec.d_v, start)
-    ds = slopes(block, part, 0, sloped, dp_kept(block, part, drawn(block, part, 0), dp))
+    dp = dp_kept(block, part, drawn(block, part, 0), dp)
+    _, ds = weights_and_slopes(block, part, 0, x, dp)
     (dk,) = mma.accumulate([dk], [ds.astype(block.spec.dtype)], q)
     return dk
 

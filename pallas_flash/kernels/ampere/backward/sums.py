@@ -13,7 +13,7 @@ from pallas_flash.kernels.ampere.backward.block import Block
 from pallas_flash.kernels.ampere.backward.nonfinite import mark_nonfinite
 from pallas_flash.kernels.ampere.backward.order import Turn, count_last, turn_of
 from pallas_flash.kernels.ampere.registers import Fragment
-from pallas_flash.kernels.ampere.schedule import ROWS, chunks
+from pallas_flash.kernels.ampere.schedule import chunks
 from pallas_flash.kernels.mosaic import dropout, ptx
 from pallas_flash.kernels.mosaic.types import Flag, Index
 from pallas_flash.kernels.mosaic.walk import HeadAndTile, Step
@@ -27,22 +27,15 @@ class Sums(NamedTuple):
     dk: tuple[Fragment, ...]
     dv: tuple[Fragment, ...]
 
-    def replaced(self, rows: slice, dk: tuple[Fragment, ...], dv: tuple[Fragment, ...]) -> "Sums":
-        """With others for some 64 keys."""
-        new = ((*old[:rows.start], *found, *old[rows.stop:]) for old, found in zip(self, (dk, dv), strict=True))
-        return Sums(*new)
 
-
-def over_queries[C](block: Block, one_step: Callable[[Step, C], C], start: C, done: int = 0) -> C:
-    """Runs over all query tiles that the block's keys meet, but for so many that are done; returns what `one_step`
-    makes of `start`.
-    """
+def over_queries[C](block: Block, one_step: Callable[[Step, C], C], start: C) -> C:
+    """Runs over all query tiles that the block's keys meet; returns what `one_step` makes of `start`."""
     def step(i: Array, carry: tuple[HeadAndTile, C]) -> tuple[HeadAndTile, C]:
         at, found = carry
         return block.walk.next(*at), one_step(Step(i, *at), found)
 
-    at = block.walk.skip(done, *block.walk.first)
-    found: tuple[HeadAndTile, C] = lax.fori_loop(jnp.int32(done), ptx.scalar(block.walk.steps), step, (at, start))
+    found: tuple[HeadAndTile, C] = lax.fori_loop(jnp.int32(0), ptx.scalar(block.walk.steps), step,
+                                                 (block.walk.first, start))
     if block.schedule.ordered:
         copies.meet(block.team)
         count_last(block)
@@ -59,21 +52,15 @@ def finished(block: Block, sums: Sums, spoiled: Flag | None) -> Iterator[tuple[F
         yield dk, dv
 
 
-def add_dq(block: Block, step: Step, rows: slice | None = None) -> None:
-    """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written.
-
-    Args:
-      rows: tiles of 64 keys which meet it; None: all.
-    """
-    keys = slice(None) if rows is None else pl.ds(ROWS * rows.start, ROWS * (rows.stop - rows.start))
+def add_dq(block: Block, step: Step) -> None:
+    """Adds the warpgroup's chunks of dq of a query tile, whose dS^T all warpgroups have written."""
     size, count, turn = block.team.size, chunks(block.spec.d), turn_of(block, step)
     for first in range(0, count, size):
         chunk = first + block.team.warpgroup
 
         def add(chunk: Index = chunk, turn: Turn | None = turn if first == 0 else None) -> None:
             target = block.gmem["dq_sums"].at[block.batch, step.head, step.tile, chunk]
-            ds, k = block.smem["ds"].at[:, keys], block.smem["k"].at[pl.ds(chunk, 1), keys]
-            mma.add_outer(ds, k, target, block.schedule.wide_adds, turn)
+            mma.add_outer(block.smem["ds"], block.smem["k"].at[pl.ds(chunk, 1)], target, block.schedule.wide_adds, turn)
 
         if first + size <= count:
             add()

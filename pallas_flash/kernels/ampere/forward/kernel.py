@@ -32,7 +32,7 @@ from pallas_flash.kernels.ampere.forward.block import Block
 from pallas_flash.kernels.ampere.forward.repair import Sums, repaired
 from pallas_flash.kernels.ampere.forward.softmax import State, next_state, start
 from pallas_flash.kernels.ampere.registers import Fragment
-from pallas_flash.kernels.ampere.schedule import ROWS, ForwardSchedule
+from pallas_flash.kernels.ampere.schedule import CHUNK, ROWS, ForwardSchedule
 from pallas_flash.kernels.ampere.scratch import allocate
 from pallas_flash.kernels.ampere.work import Meets, met_rows
 from pallas_flash.kernels.mosaic import bias, completion, dropout, ptx, score_function
@@ -169,10 +169,16 @@ def finish(block: Block, row_tile: int, sums: Sums, acc: Fragment) -> None:
     inverse = softmax.rescale(l_i)
     if spec.dropout_rate:
         inverse = inverse * dropout.factor(spec)
-    out = acc * registers.spread(inverse, acc.shape[1])
+    out = (acc * registers.spread(inverse, acc.shape[1])).astype(spec.result_dtype)
+    if block.schedule.out_in_rows:  # the warp has read its queries for the last time, and no other one reads them
+        for chunk in range(tiles.cdiv(spec.d_v, CHUNK)):
+            mma.store_rows(out[:, CHUNK * chunk:CHUNK * (chunk + 1)], block.smem["q"], row_tile * ROWS, chunk)
+        index = block.batch, block.head, first
+        copies.store_own_rows(spec, block.smem["q"], row_tile * ROWS, block.gmem["out"], index)
+        return
     axis, index = (1, (block.batch, first, block.head)) if spec.layout == "BLHD" else (2, (block.batch, block.head,
                                                                                            first))
-    registers.store_rows(out.astype(spec.result_dtype), block.gmem["out"], index, axis)
+    registers.store_rows(out, block.gmem["out"], index, axis)
 
 
 def compute(block: Block) -> None:
