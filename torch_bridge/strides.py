@@ -2,7 +2,8 @@
 and tensors, copied where they are stored otherwise than is wanted, for both ways to the kernels.
 
 A result keeps the storage order of the tensor that it belongs to, as PyTorch's fused backends do: `out` that of the
-query, a gradient that of its input (of its copy, where autograd records that a key or value was copied). Axes of size 1 and broadcast axes (stride 0) say nothing about order.
+query, a gradient that of its input (of its copy, where autograd records that a key or value was copied). Axes of size
+1 and broadcast axes (stride 0) say nothing about order.
 """
 
 from collections.abc import Sequence

@@ -48,7 +48,7 @@ def test_the_counter_is_imported_by_who_uses_it(first):
 import importlib, importlib.util, sys, torch
 importlib.import_module({first!r})
 assert {first!r} != "torch_bridge" or "torch.utils.flop_counter" not in sys.modules
-assert importlib.util.find_spec("torch.utils.flop_counter") is not None  # looked for, not imported: that took the formulas
+assert importlib.util.find_spec("torch.utils.flop_counter") is not None  # which imports nothing
 import torch_bridge, torch.utils.flop_counter as counter
 for name in ("attention", "attention_backward", "attention_to_cache", "attention_direct"):
     assert getattr(torch.ops.pallas_flash, name) in counter.flop_registry
