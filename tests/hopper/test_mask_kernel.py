@@ -14,7 +14,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the inte
 from hopper import test_array_masks as masks_of
 from pallas_flash import Causal, InBounds, SegmentIds, Window, device
 from pallas_flash.kernels.hopper import calls, defaults, launches, mask_arrays, rules
-from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule, kernels
+from pallas_flash.kernels.hopper.kernel_names import kernels
+from pallas_flash.kernels.hopper.schedule import BackwardSchedule, DqSchedule, ForwardSchedule, KvSchedule
 from pallas_flash.kernels.mosaic import mask_kernel, mask_rules
 from pallas_flash.kernels.mosaic.interpret import interpreted
 from pallas_flash.packed import Packed

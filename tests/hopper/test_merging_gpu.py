@@ -101,7 +101,8 @@ def test_tiles_that_are_done_again_are_merged_once():
     found = jax.jit(lambda *given: merging.forward(part, *given[:4], Results(*given[4:])))(q, k, v, places, *state)
     late = Results(*(jax.lax.slice_in_dim(x, 2048, 4096, axis=axis) for x, axis in zip(state, (1, 3), strict=True)))
     expected = merged(late, alone, part.scale)
-    np.testing.assert_allclose(found.out[:, 2048:], expected.out, rtol=0, atol=4e-3)
+    # Weights are rounded from other maxima than those of a part alone: both by up to 2^-9 of the largest value.
+    np.testing.assert_allclose(found.out[:, 2048:], expected.out, rtol=0, atol=2**-8 * float(abs(v).max()))
     np.testing.assert_allclose(found.stats[:, :, 0, 2048:], expected.stats[:, :, 0], rtol=1e-5, atol=1e-3)
     assert (found.out[:, :2048] == out[:, :2048]).all(), "rows of another piece were written"
 
