@@ -156,7 +156,7 @@ class FakeGpu:
         self.read[:] = [arrays[name].data_ptr() for name in "qkv"]
         self.written[:] = [arrays[name].data_ptr() for name in self.program.results]
         for name in {*self.program.scratch, *self.program.results}:
-            arrays[name].fill_(torch.nan)
+            arrays[name].fill_(torch.nan if arrays[name].is_floating_point() else -1)
         heads_first = lambda x: x.transpose(1, 2) if self.problem.layout == "BLHD" else x
         group = self.problem.q_heads // self.problem.kv_heads
         q, k, v = (heads_first(arrays[name]).double() for name in "qkv")

@@ -90,7 +90,9 @@ def kernels(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_kernel_is_lowered_once(name):
-    backward = ["attention_backward_finish", "attention_backward_kv", "attention_backward_prepare"]
+    backward = ["attention_backward_kv", "attention_backward_prepare"]
+    if not name.endswith("in-turns"):  # blocks of short sequences in turns round dq themselves
+        backward = ["attention_backward_finish", *backward]
     assert kernels(name) == (backward if name in DIFFERENTIATED else []) + ["attention_forward"]
 
 
