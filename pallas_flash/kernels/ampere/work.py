@@ -8,7 +8,7 @@ none, so no branch is left out; kernels read what they would ask from other arra
 import enum
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import jax.numpy as jnp
@@ -90,22 +90,21 @@ _MOST_KNOWN = 4
 """Tiles that have code of their own."""
 
 
-def _known(rows: Sequence[tiles.TileRange[Positions]], counts: np.ndarray,
-           tile_of: Callable[[int], np.ndarray]) -> Known:
-    """How rows meet some tiles, if that is the same for all blocks, all tiles are met, and some rows need no mask: else
-    code of their own gains nothing.
+def _known(rows: Sequence[tiles.TileRange[Positions]], counts: np.ndarray, stop: np.ndarray) -> Known:
+    """How rows meet the last tiles, if that is the same for all blocks, all tiles are met, and some rows need no mask:
+    else code of their own gains nothing.
 
     Args:
       rows: of each 64, the tiles that they need, an element for each block.
       counts: how many tiles there are, an element for each block.
-      tile_of: the i-th tile, an element for each block.
+      stop: the end of a block's tiles, an element for each block.
     """
     count = int(counts[0])
     if count > _MOST_KNOWN or np.any(counts != count):
         return ()
     kinds = np.empty((count, len(rows), counts.size), np.int32)
     for i, j in np.ndindex(kinds.shape[:2]):
-        tile, (lo, full_lo, full_hi, hi) = tile_of(i), rows[j]
+        tile, (lo, full_lo, full_hi, hi) = stop - 1 - i, rows[j]
         inside, whole = (tile >= lo) & (tile < hi), (tile >= full_lo) & (tile < full_hi)
         kinds[i, j] = np.where(whole, Meets.WHOLLY.value, np.where(inside, Meets.PARTLY.value, Meets.NOT.value))
     alike = np.all(kinds == kinds[..., :1])
@@ -145,7 +144,7 @@ def last_tiles(spec: AttentionSpec, s: ForwardSchedule) -> Known:
     q_tile = np.arange(tiles.cdiv(spec.q_len, s.block_q))
     _, _, full_stop, stop = (np.broadcast_to(np.asarray(x), q_tile.shape) for x in kv_range(spec, s, q_tile))
     rows = [row_range(spec, s, q_tile * s.block_q + i * ROWS) for i in range(s.row_tiles)]
-    return _known(rows, stop - full_stop, lambda i: stop - 1 - i)
+    return _known(rows, stop - full_stop, stop)
 
 
 @functools.lru_cache(maxsize=256)
