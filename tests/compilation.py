@@ -1,8 +1,9 @@
-"""Programs for a CPU that compile fast, instead of being fast: nearly all the time of a small one is compilation.
+"""Programs that compile fast, instead of being fast: nearly all the time of a small one is compilation.
 
-Where most optimisations are off, XLA's older emitters of fusions take the place of the newer ones, which build
-pipelines of MLIR passes for each fusion: two thirds of the time of compiling a small program. An XLA without them
-ignores it.
+For a CPU, where most optimisations are off, XLA's older emitters of fusions take the place of the newer ones, which
+build pipelines of MLIR passes for each fusion: two thirds of the time of compiling a small program. An XLA without them
+ignores it. For a GPU, XLA does not compile and time several programs for each matrix product to choose one: our own
+kernels have none, and what a test compares them with need not be fast.
 """
 
 import functools
@@ -15,6 +16,8 @@ from jax._src.lib import xla_client
 __all__ = ["install", "variables"]
 
 OLDER_EMITTERS = "xla_cpu_disable_new_fusion_emitters"
+UNTRIED = {"xla_gpu_autotune_level": 0}
+"""An option of programs for a GPU: XLA tries out no matrix products."""
 
 
 def variables(flags: str) -> dict[str, str]:
@@ -33,11 +36,17 @@ def install() -> None:
 
 
 class _Options(functools.partial):
-    """Makes a compilation's options as JAX does, and adds the one to the message that they are: it is an entry of a
-    map, which JAX's own `compiler_options` cannot set.
+    """Makes a compilation's options as JAX does, and adds ours.
+
+    The one for a CPU is added to the message that they are: it is an entry of a map, which JAX's own
+    `compiler_options` cannot set.
     """
 
     def __call__(self, *args: Any, **keywords: Any) -> xla_client.CompileOptions:
+        backend = keywords.get("backend")
+        if backend is not None and backend.platform == "gpu":
+            given = keywords.get("env_options_overrides") or {}
+            return super().__call__(*args, **keywords | {"env_options_overrides": UNTRIED | given})
         options = super().__call__(*args, **keywords)
         if not jax.config.read("jax_disable_most_optimizations"):
             return options

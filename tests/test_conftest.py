@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -44,6 +45,20 @@ def test_only_optimised_tests_have_the_emitters_that_users_have():
     read = xla_client.CompileOptions.ParseFromString(fast)
     assert read.num_replicas == 2 and "{0 3}" in str(read.device_assignment)
     assert read.executable_build_options.debug_options.xla_backend_optimization_level == 0
+
+
+def test_programs_for_a_gpu_try_out_no_matrix_products():
+    """What a test asks for itself goes before."""
+    class Gpu(types.SimpleNamespace):
+        def __getattr__(self, name):  # what else JAX asks of a backend
+            return getattr(jax.local_devices()[0].client, name)
+
+    def options(**given):
+        return dict(compiler.get_compile_options(1, 1, backend=Gpu(platform="gpu"), **given).env_option_overrides)
+    assert options() == {"xla_gpu_autotune_level": 0}
+    own = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
+    assert options(env_options_overrides=own) == own
+    assert compiler.get_compile_options(1, 1, backend=jax.local_devices()[0].client).env_option_overrides == []
 
 
 def test_a_jax_that_makes_options_elsewhere_runs_the_tests(monkeypatch):
