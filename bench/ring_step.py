@@ -1,7 +1,8 @@
 """One device's share of a causal ring without the hops: `python -m bench.ring_step`, one JSON object a line.
 
 What copies, merging and small kernels add to attention: the n steps of a device, on one device, against plain calls of
-the same pairs, a causal one of the local length ("diagonal") and n - 1 of two full squares of half of it ("square").
+the same pairs in a row, a causal one of the local length ("diagonal") and n - 1 of two full squares of half of it
+("square"). A GPU at its power limit is slower the longer it works, so both sides take equally long.
 Results are merged by XLA and, where they can, by the kernels, as by default ("merged_by"); "difference" is the largest
 one from XLA's. Of rings of two sizes, timed in the same rounds, "step_over_square" is what a step more costs over a
 plain square, without what happens once; "part_us" is the kernel of such a step alone, launched again and again. Heads
@@ -40,8 +41,9 @@ from pallas_flash.spec import AttentionSpec, Operands, Results
 __all__ = ["main", "measure"]
 
 AXIS = "sequence"
-BURST = 0.1
-"""Seconds of calls in a row: with two rings of 7 ms, the launch of the first was 2 % of their time."""
+BURST = 0.15
+"""Seconds of calls in a row: with two rings of 7 ms, the launch of the first was 2 % of their time. Eight steps of
+32,768 positions take 0.1: of both sides a call goes before the one that is timed."""
 
 
 def _operands(batch: int, length: int, heads: tuple[int, int], d: int) -> tuple[Operands, Results[Array]]:
@@ -66,6 +68,18 @@ def _plain(batch: int, length: int, heads: tuple[int, int], d: int, mask: Mask) 
     results = forward(operands)
     return {"forward": _call(functools.partial(forward, operands)),
             "backward": _call(functools.partial(backward, operands, results, cotangents))}
+
+
+def _in_a_row(plain: dict[str, dict[str, timing.Call]], n: int, direction: str) -> timing.Call:
+    """Plain calls of the pairs of a ring of n devices, each begun when the one before has begun."""
+    calls = [plain["diagonal"][direction], *[plain["square"][direction]] * (n - 1)]
+
+    def start() -> Any:
+        result = None
+        for call in calls:
+            result = call.start()
+        return result
+    return timing.Call(start, calls[-1].wait)
 
 
 type Merger = Literal["xla", "kernels"]
@@ -151,6 +165,7 @@ def measure(length: int, sizes: Sequence[int], heads: tuple[int, int], d: int,
         difference = {(n, way): _largest_difference(call.finish(), own[n, ways[0]].finish())
                       for (n, way), call in own.items()}
         calls = {**{f"{n} {way}": call for (n, way), call in own.items()},
+                 **{f"{n} plain": _in_a_row(plain, n, direction) for n in of_sizes},
                  **{name: call[direction] for name, call in plain.items()}}
         if direction == "forward" and "kernels" in ways:
             calls["part"] = _part(of_sizes[min(sizes)])
@@ -163,16 +178,16 @@ def measure(length: int, sizes: Sequence[int], heads: tuple[int, int], d: int,
 
 def _compared(times: dict[str, list[float]], n: int, smallest: int, way: Merger) -> dict[str, Any]:
     """The time of a ring of n devices beside plain calls and beside the smallest ring, all of the same rounds."""
-    ring, square = times[f"{n} {way}"], times["square"]
-    plain = [a + (n - 1) * b for a, b in zip(times["diagonal"], square, strict=True)]
+    ring, plain = times[f"{n} {way}"], times[f"{n} plain"]
     found = {"ring_us": timing.spread(ring).median * 1e6, "plain_us": timing.spread(plain).median * 1e6,
              "over_plain": timing.ratios(plain, ring)._asdict()}
     found |= {f"{name}_us": timing.spread(times[name]).median * 1e6 for name in ("diagonal", "square")}
     if way == "kernels" and "part" in times:
         found["part_us"] = timing.spread(times["part"]).median * 1e6
     if n > smallest:
-        step = [(a - b) / (n - smallest) for a, b in zip(ring, times[f"{smallest} {way}"], strict=True)]
-        found["step_over_square"] = timing.ratios(square, step)._asdict()
+        more, as_many = ([a - b for a, b in zip(times[f"{n} {name}"], times[f"{smallest} {name}"], strict=True)]
+                         for name in (way, "plain"))
+        found["step_over_square"] = timing.ratios(as_many, more)._asdict()
     return found
 
 

@@ -707,12 +707,23 @@ def test_the_steps_of_a_ring_are_timed_beside_plain_calls(monkeypatch):
 
 
 def test_a_step_more_is_told_from_what_happens_once():
-    """A ring of 10 and 3 a step, beside squares of 2 and a diagonal of 1."""
-    times = {"4 kernels": [22.0], "8 kernels": [34.0], "square": [2.0], "diagonal": [1.0], "part": [2.5]}
+    """A ring of 10 and 3 a step, beside calls of 1 and 2 a square, which in a burst of its own takes 1.9."""
+    times = {"4 kernels": [22.0], "8 kernels": [34.0], "4 plain": [7.0], "8 plain": [15.0], "square": [1.9],
+             "diagonal": [1.0], "part": [2.5]}
     found = ring_step._compared(times, 8, 4, "kernels")
     assert found["over_plain"]["median"] == 34 / 15
     assert found["step_over_square"]["median"] == 1.5
     assert found["part_us"] == 2.5e6
+
+
+def test_plain_calls_in_a_row_are_those_of_a_rings_pairs():
+    begun = []
+
+    def call(name):
+        return timing.Call(lambda: begun.append(name) or name, lambda result: begun.append(f"waited for {result}"))
+    plain = {name: {"forward": call(name)} for name in ("diagonal", "square")}
+    ring_step._in_a_row(plain, 4, "forward").finish()
+    assert begun == ["diagonal", *["square"] * 3, "waited for square"]
 
 
 @pytest.mark.virtual

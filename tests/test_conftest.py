@@ -51,14 +51,14 @@ def test_programs_for_a_gpu_try_out_no_matrix_products():
     """What a test asks for itself goes before."""
     class Gpu(types.SimpleNamespace):
         def __getattr__(self, name):  # what else JAX asks of a backend
-            return getattr(jax.local_devices()[0].client, name)
+            return getattr(jax.devices("cpu")[0].client, name)
 
     def options(**given):
         return dict(compiler.get_compile_options(1, 1, backend=Gpu(platform="gpu"), **given).env_option_overrides)
     assert options() == {"xla_gpu_autotune_level": 0}
     own = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
     assert options(env_options_overrides=own) == own
-    assert compiler.get_compile_options(1, 1, backend=jax.local_devices()[0].client).env_option_overrides == []
+    assert compiler.get_compile_options(1, 1, backend=jax.devices("cpu")[0].client).env_option_overrides == []
 
 
 def test_a_jax_that_makes_options_elsewhere_runs_the_tests(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bridge.gpt import Block
-from bridge.test_direct_compile import DiedError, package
+from bridge.test_direct_compile import package, package_where_it_runs
 
 pytestmark = pytest.mark.gpu
 
@@ -101,14 +101,5 @@ def test_an_exported_model_runs_in_a_new_process(tmp_path):
 
 
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
-    """Where the process dies of a signal or hangs, and that of a package of PyTorch's own attention does, too, it is
-    not ours to mend.
-    """
-    try:
-        assert package("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"
-    except DiedError as error:
-        try:
-            package("cuda", tmp_path, whose="torch")
-        except DiedError as its:
-            pytest.skip(f"a package of PyTorch's own attention dies or hangs as well: {its}; ours: {error}")
-        raise
+    """See `package_where_it_runs`."""
+    assert package_where_it_runs("cuda", tmp_path) == ["False"], "JAX was imported: a call went through DLPack"

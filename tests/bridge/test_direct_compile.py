@@ -161,6 +161,33 @@ def package(device, folder, ways=("make", "run"), whose="ours"):
     return done.stdout.split()
 
 
+def package_where_it_runs(device, folder):
+    """Where the process dies of a signal or hangs, and that of a package of PyTorch's own attention does, too, it is
+    not ours to mend: on one machine what its compiler made of a model died in PyTorch's loader.
+    """
+    try:
+        return package(device, folder)
+    except DiedError as error:
+        try:
+            package(device, folder, whose="torch")
+        except DiedError as its:
+            pytest.skip(f"a package of PyTorch's own attention dies or hangs as well: {its}; ours: {error}")
+        raise
+
+
 def test_a_package_compiled_ahead_of_time_runs_in_a_new_process(tmp_path):
     """Of lengths that vary; on a CPU the call goes through DLPack. On a GPU: test_compile_gpu.py."""
-    assert package("cpu", tmp_path) == ["True"]
+    assert package_where_it_runs("cpu", tmp_path) == ["True"]
+
+
+@pytest.mark.parametrize("dies", [("ours",), ("ours", "torch"), ()])
+def test_only_where_pytorchs_own_package_dies_is_ours_excused(dies, monkeypatch):
+    def stand_in(device, folder, ways=("make", "run"), whose="ours"):
+        if whose in dies:
+            raise DiedError(whose)
+        return ["True"]
+    monkeypatch.setitem(globals(), "package", stand_in)
+    wanted = {(): contextlib.nullcontext(), ("ours",): pytest.raises(DiedError, match="ours"),
+              ("ours", "torch"): pytest.raises(pytest.skip.Exception, match="torch; ours: ours")}
+    with wanted[dies]:
+        assert package_where_it_runs("cuda", None) == ["True"]

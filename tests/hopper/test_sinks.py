@@ -154,6 +154,7 @@ def assert_near(found, wanted):
         np.testing.assert_allclose(x, y, atol=0.03 * np.abs(y).max(), rtol=0.03)
 
 
+@pytest.mark.virtual
 @pytest.mark.parametrize("axes", [("batch", "heads"), (None, ("batch", "heads"))], ids=str)
 def test_batch_and_heads_are_split(axes, monkeypatch):
     arrays, (batch, heads) = arrays_of(), axes
