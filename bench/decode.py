@@ -1,19 +1,24 @@
 """Decoding against a cache, in bytes of keys and values a second: `python -m bench.decode`, one JSON object a line.
 
-Beside `cache.attend`: the Hopper kernel, where another one is named; its reads alone, without a product, which nothing
-that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from PyTorch;
-and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, and its flex_attention, compiled, which
-splits keys for few queries, where keys are contiguous and sequences fill the cache; there also FlashAttention-3, if it
-was got (`python -m bench peers`), which in this form does not split keys, with keys in the layout that it takes. Where
+Beside `cache.attend` ("ours"): the Hopper kernel, where another one is named; its reads alone, without a product, which
+nothing that reads the same keys can beat by much; `flash_attn_with_kvcache` of our bridge, that kernel launched from
+PyTorch; and PyTorch's own scaled_dot_product_attention, as it chooses and through cuDNN, and its flex_attention,
+compiled, which splits keys for few queries, where keys are contiguous and sequences fill the cache; there also
+FlashAttention-3, if it was got (`python -m bench peers`), which in this form does not split keys, with keys in the
+layout that it takes. Where
 more queries share a key head than the kernel takes, the ordinary kernels run in its place, beside `xla`, and there are
 no reads alone.
-Short calls are timed in chains (bench/chain.py), those of PyTorch and of the bridge in CUDA graphs.
+What is timed in a CUDA graph of calls is the kernel and what PyTorch launches beside it: the bridge, PyTorch's own, and
+the reads where the bridge takes the problem (`in_graphs` of a record). All else is timed as JAX runs it, in executables
+of a chain of calls (bench/chain.py), whatever they take: of "ours" that is also a copy of the kernel's counters and
+what XLA launches it with. Only times of the same kind say which kernel is faster (`bench.cache_report.over`).
 Where there is no history of the code, set BENCH_COMMIT (bench/environment.py).
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import chain, cli, environment, records, timing, torch_contestants
+from bench import cache_report, chain, cli, environment, records, timing, torch_contestants
 from pallas_flash import cache, device, dispatch, quantised
 from pallas_flash.filled import Filled
 from pallas_flash.kernels.hopper.schedule import DecodeSchedule
@@ -145,9 +150,9 @@ def _calls_of(attend: Callable[..., Any], given: tuple[Any, ...]) -> Callable[[i
 
 
 @contextlib.contextmanager
-def _reads_alone(spec: AttentionSpec) -> Iterator[None]:
-    """A context in which the Hopper kernel is traced without its products. Its schedule is another one, too, so that it
-    is not taken for the real one.
+def _reads_alone(spec: AttentionSpec, on: device.Device) -> Iterator[None]:
+    """A context in which the Hopper kernel is traced for a device without its products. Its schedule is another one,
+    too, so that it is not taken for the real one.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -162,7 +167,7 @@ def _reads_alone(spec: AttentionSpec) -> Iterator[None]:
             plgpu.barrier_arrive(worker.bars[f"{name}_free"].at[slot])
         return state
 
-    schedule = defaults.default_forward(spec, device.current())
+    schedule = defaults.default_forward(spec, on)
     assert isinstance(schedule, DecodeSchedule)
     schedule = dataclasses.replace(schedule, parts_at_once=schedule.parts_at_once - 1)
     jax.clear_caches()
@@ -173,18 +178,60 @@ def _reads_alone(spec: AttentionSpec) -> Iterator[None]:
         jax.clear_caches()
 
 
-def _reads(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+def _reads_from_jax(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    spec = _spec(problem, q, filled)
+
+    def calls(count: int) -> timing.Call:
+        with _reads_alone(spec, device.current()):
+            return _jax_calls("hopper", q, filled, {})(count)
+    return calls
+
+
+def _spec(problem: Problem, q: jax.Array, filled: cache.Cache) -> AttentionSpec:
     shape = problem.batch, problem.heads[1], problem.capacity, problem.d
     spec = AttentionSpec.of(q, *(jax.ShapeDtypeStruct(shape, q.dtype),) * 2, layout="BHLD").paged(filled.pages)
     spec = spec.masked(Filled(Causal(), filled.lengths, problem.q_len).canonical(), None)
     if filled.scales is not None:
         k_scale, v_scale = filled.scales
         spec = dataclasses.replace(spec, cache_scales=(k_scale.shape, v_scale.shape))
+    return spec
 
-    def calls(count: int) -> timing.Call:
-        with _reads_alone(spec):
-            return _jax_calls("hopper", q, filled, {})(count)
-    return calls
+
+def _lowered_reads(problem: Problem, gpu: Any) -> Any:
+    """The program of the reads alone that PyTorch launches, not compiled, for a `torch_bridge.direct.problem.Gpu`."""
+    from torch_bridge.direct import lower
+    from torch_bridge.direct.problem import CacheProblem, Request
+
+    given: tuple[tuple[str, tuple[int, ...], str], ...] = (("lengths", (problem.batch,), "int32"),)
+    pages = None
+    if problem.page:
+        row = problem.capacity // problem.page
+        given, pages = (*given, ("page_table", (problem.batch, row), "int32")), (problem.batch * row, problem.page)
+    asked = CacheProblem("BHLD", "bfloat16", problem.batch, *problem.heads, problem.q_len, problem.capacity, problem.d,
+                         problem.d, pages, (None, None if problem.q_len == 1 else 0), None, None, given)
+    with _reads_alone(lower.spec_of(asked), device.Device("gpu", **vars(gpu))):
+        return lower.lower(Request(asked, "decode", gpu, {}, "hopper"))
+
+
+def _reads(problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
+    import torch
+
+    from torch_bridge.direct import attention, counters
+    from torch_bridge.direct import compile as compiling
+    from torch_bridge.direct.runner import Runner
+    table = [] if filled.page_table is None else [filled.page_table]
+    tensors = [torch.from_dlpack(x) for x in (q, filled.key, filled.value, filled.lengths[:, None], *table)]
+    place = tensors[0].device
+
+    @functools.cache
+    def runner() -> Runner:
+        lowered = _lowered_reads(problem, attention.gpu_of(place))
+        return Runner(compiling.compile_program(lowered, place.index, lambda _: None), place)
+
+    def attend() -> dict[str, Any]:
+        return dict(zip(("out", "stats"), runner()(tensors), strict=True))
+
+    return lambda count: torch_contestants.graph(lambda: attend, min(count, counters.CAPTURED // 2))
 
 
 def _torch(backend: str | None, problem: Problem, q: jax.Array, filled: cache.Cache) -> Callable[[int], timing.Call]:
@@ -247,15 +294,16 @@ def _contestants(problem: Problem, implementation: dispatch.Requested) -> Calls:
         return found
     if implementation != "hopper":
         found["hopper"] = _jax_calls("hopper", q, filled, more)
+    has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
+    is_bridged = has_torch and not more
     if problem.q_len * problem.heads[0] // problem.heads[1] > MAX_ROWS:
         found["xla"] = _jax_calls("xla", q, filled, more)
     else:
-        found["reads"] = _reads(problem, q, filled)
+        found["reads"] = (_reads if is_bridged else _reads_from_jax)(problem, q, filled)
     is_plain = not problem.page and not problem.eight and problem.bias is None and problem.shortest is None
     if is_plain and importlib.util.find_spec("dew_flash_attn") is not None:
         found["fa3"] = _fa3(problem, q, filled, more.get("sinks"))
-    has_torch = importlib.util.find_spec("torch") is not None and not problem.eight
-    if has_torch and not more:
+    if is_bridged:
         found["bridge"] = _bridge(problem, q, filled)
     if has_torch and problem.q_len == 1 and not problem.page and not more and problem.shortest is None:
         found |= {name: _torch(backend, problem, q, filled)
@@ -281,8 +329,7 @@ def measure(name: str, problem: Problem, implementation: dispatch.Requested, rou
     for who, make in made.items():
         try:
             once = timing.burst(make(1), BURST_SECONDS)
-            count = chain.length(problem.capacity, once, BURST_SECONDS) or 1
-            calls[who] = make(count)
+            calls[who] = make(max(1, min(chain.CALLS, int(BURST_SECONDS / once))))
         except Exception as error:  # what a library cannot run is left out
             say(f"{name}: {who}: {type(error).__name__}: {str(error)[:200]}")
     times = timing.interleaved(calls, rounds, BURST_SECONDS)
@@ -290,6 +337,8 @@ def measure(name: str, problem: Problem, implementation: dispatch.Requested, rou
     return {"environment": environment.describe(), "kind": "decode", "problem": name,
             "fields": dataclasses.asdict(problem), "implementation": implementation, "error": error,
             "chained": {who: call.count for who, call in calls.items()},
+            "in_graphs": [who for who in calls
+                          if who in cache_report.IN_GRAPHS or (who == "reads" and "bridge" in made)],
             "us": {who: seconds * 1e6 for who, seconds in medians.items()},
             "gbytes": {who: problem.bytes_read / seconds / 1e9 for who, seconds in medians.items()},
             "speed_over": {who: timing.ratios(times["ours"], times[who])._asdict() for who in times if who != "ours"}}

@@ -260,8 +260,11 @@ OF_A_GPU: Blocks = {
                  _accuracy),
     "features": ("Documents, lengths, padding, bias, dropout, sinks: 4 rows of 4,096 tokens, 16 heads, bfloat16; the "
                  "plain call has the same sequences, or as many pairs that attend", _features),
-    "decode": ("Decoding against a cache, bfloat16; in brackets how many times faster ours is. Reads alone: the same "
-               "kernel without its products", _of_kind("decode", cache_report.decoding)),
+    "decode": ("Decoding against a cache, bfloat16. In a CUDA graph: the kernel alone, launched from PyTorch, as "
+               "PyTorch's own; GB/s are of that where it was timed. From JAX, as FlashAttention-3: executables that "
+               "XLA launches, gaps and a copy included. In brackets how many times faster ours is by the same means, "
+               "from JAX where it was not timed in a graph. Reads alone: the same kernel without its products",
+               _of_kind("decode", cache_report.decoding)),
     "ring": ("A sequence over several GPUs beside the same call on one, 32:8 heads of 128, bfloat16; efficiency: the "
              "time of one over the GPUs' times their number", _of_kind("ring", cache_report.sequences)),
     "ring-step": ("One GPU's steps of a causal ring without the hops, 32:8 heads of 128, bfloat16, over plain calls of "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bench import feature_report, plots, records
+from bench import cache_report, feature_report, plots, records
 
 __all__ = ["rows", "sentence"]
 
@@ -80,8 +80,8 @@ def _features(found: list[Record]) -> Iterator[Time]:
 
 def _decoding(found: list[Record]) -> Iterator[Time]:
     for record in records.latest([r for r in found if r["kind"] == "decode"], "problem").values():
-        if over := record["speed_over"].get("torch"):
-            yield Time("a few queries to a contiguous cache", "PyTorch", "forward", 1 / over["median"])
+        if ratio := cache_report.over(record, "torch"):
+            yield Time("a few queries to a contiguous cache", "PyTorch", "forward", 1 / ratio)
 
 
 def _host(found: list[Record]) -> Iterator[Time]:
