@@ -47,38 +47,20 @@ from bench import (
     step_report,
     timing,
 )
+from bench.small_gpt import Gpt, Size
 from bench.waiting import Waiting
 from pallas_flash.errors import FallbackWarning
 from pallas_flash.testing import problems
 from torch_bridge.direct.attention import VARIABLE
 from torch_bridge.direct.cache import VARIABLE as PLANS
 
-__all__ = ["ALONE", "FA3", "KIND", "MEMORY", "STEP", "WAYS", "Gpt", "Size", "main", "measure", "steps"]
+__all__ = ["ALONE", "FA3", "KIND", "MEMORY", "STEP", "WAYS", "main", "measure", "steps"]
 
 Record = dict[str, Any]
 KIND, MEMORY = "bridge-step", "bridge-memory"
 STEP, ALONE = step_report.STEP, step_report.ALONE
 WITHIN = 2.0
 """Times the error of PyTorch's formula in bfloat16, the largest that is no fault."""
-
-
-class Size(NamedTuple):
-    """Of a model and its batch, and of the calls whose memory is looked at."""
-
-    batch: int
-    length: int
-    heads: int
-    dim: int
-    layers: int
-    vocabulary: int
-    memory: tuple[int, int, int, int]
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, length, dim) of query, key and value."""
-        return self.batch, self.heads, self.length, self.dim
-
-
 SIZES = {"cuda": Size(4, 4096, 16, 128, 4, 4096, (1, 8, 128, 128)), "cpu": Size(1, 32, 2, 16, 1, 32, (1, 2, 16, 8))}
 
 
@@ -114,41 +96,7 @@ WAYS = (Way("torch-cudnn", "PyTorch (cuDNN)", {"cuda": "cudnn", "cpu": _ON_CPU},
 FA3 = Way("fa3", "FlashAttention-3 (JAX)", {"cuda": "flash", "cpu": ""}, contextlib.nullcontext)
 
 
-# The model -----------------------------------------------------------------------------------------------------------
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), of (batch, length, width)."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        width = size.heads * size.dim
-        self.heads = size.heads
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU("tanh"),
-                                 nn.Linear(4 * width, width, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norms[0](x)).chunk(3, 2))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(out.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
-
-
-class Gpt(nn.Module):
-    """The mean cross entropy, in nats, of tokens (batch, length + 1), given those before them."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        width = size.heads * size.dim
-        self.embedding = nn.Embedding(size.vocabulary, width)
-        self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)), nn.RMSNorm(width))
-        self.head = nn.Linear(width, size.vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.head(self.blocks(self.embedding(tokens[:, :-1])))
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
+# What is measured ----------------------------------------------------------------------------------------------------
 
 class _Setting:
     """A model with random weights in bfloat16, its optimizer, tokens, and arrays of one layer's attention."""
@@ -388,7 +336,7 @@ def main() -> None:
     """Prints the records, and what they say of the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="tiny problems on CPU tensors: does it run?")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=20, help="to generate")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each kind that generate")
     parser.add_argument("--out", type=pathlib.Path, help="also append the records to a file of this folder, such as "
