@@ -83,8 +83,8 @@ class Implementation:
       launches: where the passes of a spec come from as lists of kernel launches, a function written "module:name":
         (spec, device) -> the forward, the backward (`kernels.mosaic.launch.Pass`; None if that alone is no such list);
         None: they are JAX's own programs.
-      not_measured: (spec) -> what of the spec it computes, but has not yet computed on a GPU in our tests, as reasons
-        against an automatic choice: who names the implementation gets it.
+      not_measured: (spec) -> what of the spec it computes, but was not timed on a GPU, or was and is not yet as fast as
+        it is to be, as reasons against an automatic choice: who names the implementation gets it.
       backward_of: (spec) -> the name of another implementation, whose backward follows this one's forward; None: it has
         its own.
       copies: (spec) -> what is copied around the kernels, because they compute another problem; None: nothing.
