@@ -31,10 +31,11 @@ def guard(name: str) -> None:
     """From now on no model is built with, or changed to, `attn_implementation=name` that would not call it right.
 
     A check before `PreTrainedModel.get_correct_attn_implementation`, which every model asks before its layers are made.
+    A transformers that asks otherwise leaves what a mask itself refuses (`rule`).
     """
     _names.add(name)
-    asked = transformers.PreTrainedModel.get_correct_attn_implementation
-    if getattr(asked, "_pallas_flash_guard", False):
+    asked = getattr(transformers.PreTrainedModel, "get_correct_attn_implementation", None)
+    if asked is None or getattr(asked, "_pallas_flash_guard", False):
         return
 
     @functools.wraps(asked)
