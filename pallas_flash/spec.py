@@ -417,7 +417,7 @@ def _is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
 
 def check_dropout_rate(rate: object) -> None:
     """Raises ValueError unless it is a probability, a Python number or one of NumPy's."""
-    if not (_is_number(rate) and isinstance(rate, numbers.Real) and 0 <= rate <= 1):
+    if not (_is_number(rate) and isinstance(rate, numbers.Real) and 0 <= float(rate) <= 1):
         raise errors.invalid("dropout_rate must be a Python number in [0, 1]", f"dropout_rate={rate!r}",
                              "pass the probability of dropping an entry")
 

@@ -192,5 +192,4 @@ def precompile(
         cache.find(attention.request(problem, name, device), device.index or 0)
 
 
-for _function in (explain, precompile):  # as sdpa's
-    _function.__signature__ = messages.without_unknown(_function)  # type: ignore[attr-defined]
+messages.hide_unknown(explain, precompile)

@@ -227,10 +227,9 @@ def flash_attn_with_kvcache(
         return out if found is None else (out, found)
 
 
-# `**unknown` is there for its message alone: who asks for a signature is told flash-attn's.
-for _function in (flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func,
-                  flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func, flash_attn_with_kvcache):
-    _function.__signature__ = messages.without_unknown(_function)  # type: ignore[attr-defined]
+messages.hide_unknown(
+    flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func, flash_attn_with_kvcache)
 
 
 def to_cache(

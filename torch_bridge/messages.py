@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["leading_axes", "mask_shape", "must", "require_bool", "require_tensors", "shapes",
+__all__ = ["hide_unknown", "leading_axes", "mask_shape", "must", "require_bool", "require_tensors", "shapes",
            "unknown_keyword", "without_unknown"]
 
 _OURS = "torch_bridge.flash_attention"
@@ -90,6 +90,12 @@ def without_unknown(function: Callable[..., object]) -> inspect.Signature:
     """The signature of a function without its `**unknown`."""
     signature = inspect.signature(function)
     return signature.replace(parameters=[x for name, x in signature.parameters.items() if name != "unknown"])
+
+
+def hide_unknown(*functions: Callable[..., object]) -> None:
+    """Tells who asks for the signatures of functions nothing of `**unknown`, which is there for its message alone."""
+    for function in functions:
+        function.__signature__ = without_unknown(function)  # type: ignore[attr-defined]
 
 
 def leading_axes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> RuntimeError:
