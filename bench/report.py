@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import cache_report, coverage, feature_report, path_report, plots, records, slower
+from bench import cache_report, coverage, feature_report, path_report, plots, records, slower, step_report
 
 __all__ = ["HEADLINE", "block", "write"]
 
@@ -85,7 +85,7 @@ def _gpus(found: list[Record]) -> dict[str, list[Record]]:
     on_gpu = [r for r in found if r["environment"]["platform"] == "gpu"]
     measured = records.by_device([r for r in on_gpu if r["kind"] == "speed"])
     kinds = {"speed", "feature", "left out", "host", "bridge-call", "bridge-part", "decode", "ring",
-             "ring-step", *path_report.KINDS}
+             "ring-step", *path_report.KINDS, *step_report.KINDS}
     everything = records.by_device([r for r in on_gpu if r["kind"] in kinds])
     return {name: everything[name] for name in (*measured, *(name for name in everything if name not in measured))}
 
@@ -169,10 +169,15 @@ def _bridge(found: list[Record]) -> str:
     return _table(["(1, 8, 128, 64) bfloat16", "", "microseconds"], rows) if rows else NOTHING
 
 
-def _paths(found: list[Record]) -> str:
-    chosen = [r for r in found if r["kind"] in path_report.KINDS]
-    tables = [_table(header, rows) for header, rows in path_report.tables(chosen) if rows]
-    return "\n\n".join([*tables, *(f"{_measured_on(record)}." for record in chosen[-1:])]) if tables else NOTHING
+def _tables_of(module: Any) -> Callable[[list[Record]], str]:
+    """The tables that a module makes of records of its kinds, and where the last of them was measured."""
+    def make(found: list[Record]) -> str:
+        chosen = [r for r in found if r["kind"] in module.KINDS]
+        if not chosen:
+            return NOTHING
+        tables = [_table(header, rows) for header, rows in module.tables(chosen) if rows]
+        return "\n\n".join([*tables, f"{_measured_on(chosen[-1])}."])
+    return make
 
 
 def _features(found: list[Record]) -> str:
@@ -272,7 +277,9 @@ OF_A_GPU: Blocks = {
     "host": ("The host's share of a call, on a problem too small for a device", _host),
     "bridge": ("Host time of a call from PyTorch", _bridge),
     "paths": ("A call from PyTorch by each way, medians; in brackets over PyTorch's own choice in the same rounds",
-              _paths),
+              _tables_of(path_report)),
+    "steps": ("A GPT training step and a first `generate` from PyTorch, medians; over: of the rounds' ratios",
+              _tables_of(step_report)),
 }
 """Title and text of each block about one GPU, made from that GPU's records."""
 OTHERS: Blocks = {

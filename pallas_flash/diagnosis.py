@@ -4,6 +4,7 @@ Questions that may crash the process (starting a runtime on a machine with anoth
 process: if it dies, the report says so in a line.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -17,8 +18,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["answer", "asked", "libraries", "ptxas", "ptxas_places", "ptxas_version", "report", "section", "settings",
-           "versions"]
+__all__ = ["answer", "asked", "ends_with_its_reader", "libraries", "ptxas", "ptxas_places", "ptxas_version", "report",
+           "section", "settings", "versions"]
 
 PACKAGES = ("pallas_flash", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "numpy",
             "flax")
@@ -33,6 +34,19 @@ def report() -> str:
     lines = (*section("versions", versions(PACKAGES)), *section("ptxas, which compiles the kernels", ptxas()),
              *section("settings", settings(SETTINGS)), *asked("pallas_flash.diagnosis", QUESTIONS))
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def ends_with_its_reader() -> Iterator[None]:
+    """Of a command: if nobody reads its output any more, as behind `| head`, it ends without a traceback, status 1."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed when Python ends
+        sys.exit(1)
 
 
 def section(title: str, lines: Iterable[str]) -> Iterator[str]:

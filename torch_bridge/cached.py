@@ -16,7 +16,7 @@ from torch_bridge.arguments import Results
 from torch_bridge.direct import decoding, tracing
 from torch_bridge.direct.decoding import Call, Rules
 
-__all__ = ["append", "attend", "attend_traced"]
+__all__ = ["append", "attend", "attend_traced", "first_of_pages", "lack", "unknown"]
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? table, Tensor? bias, Tensor? sinks"
 _RULES = "SymInt? left, SymInt? right, float? softcap, float? scale"
@@ -30,7 +30,9 @@ def attend(call: Call, rules: Rules, needs_lse: bool = True) -> tuple[torch.Tens
       out (batch, q_heads, q_len, d_v), stored as query is; lse (batch, q_heads, q_len), None if it is not needed.
     """
     query, key, value, lengths, table, bias, sinks = call
+    lacking = None
     if table is not None:  # what it holds behind the end of a sequence may be anything
+        lacking = lack(table, lengths, *key.transpose(1, 2).shape[:2])
         pages = table.long().clamp(0, key.shape[0] - 1)
         key, value = (x[pages].transpose(1, 2).flatten(2, 3) for x in (key, value))
     left, right, softcap, scale = rules
@@ -38,7 +40,32 @@ def attend(call: Call, rules: Rules, needs_lse: bool = True) -> tuple[torch.Tens
     operands, numbers = flash.prepare(
         query, key, value, attn_mask=bias, causal_offset=lengths - query.shape[2] if has_rule else None,
         window=(left, right) if has_rule else None, softcap=softcap, kv_lengths=lengths, scale=scale, sinks=sinks)
-    return flash.attend(operands, numbers, sinks, needs_lse)
+    return unknown(*flash.attend(operands, numbers, sinks, needs_lse), lacking)
+
+
+def lack(table: torch.Tensor, lengths: torch.Tensor, number: int, size: int) -> torch.Tensor:
+    """Which sequences lack one of the pages that their first lengths (batch,) positions are in, booleans (batch,).
+
+    Args:
+      table: page numbers (batch, pages of a sequence); one that is not in [0, number) is not there.
+      size: how many positions a page has.
+    """
+    is_there = (table >= 0) & (table < number)
+    return (~is_there & (first_of_pages(table, size) < lengths[:, None])).any(1)
+
+
+def first_of_pages(table: torch.Tensor, size: int) -> torch.Tensor:
+    """The position of a sequence at which each page of the table begins, (pages of a sequence,)."""
+    return torch.arange(0, table.shape[1] * size, size, device=table.device)
+
+
+def unknown(out: torch.Tensor, lse: torch.Tensor | None,
+            lacking: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """NaN for sequences that are lacking keys, as the kernel of caches gives it."""
+    if lacking is None:
+        return out, lse
+    return (out.masked_fill(lacking[:, None, None, None], torch.nan),
+            None if lse is None else lse.masked_fill(lacking[:, None, None], torch.nan))
 
 
 def attend_traced(call: Call, rules: Rules, needs_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -191,7 +191,7 @@ def flash_attn_with_kvcache(
       cache_batch_idx: integers (batch,), the row of each sequence; distinct where k and v are given.
       cache_leftpad: integers (batch,), the first position that counts; not with rotary_cos or block_table.
       block_table: integers (batch, pages of a sequence); not with cache_batch_idx. Pages may be shared, but for those
-        that k and v are written to.
+        that k and v are written to. One that a sequence needs and is not there: an error on a CPU, NaN on a GPU.
       rotary_interleaved: the pairs are 0 and 1, 2 and 3, ...; else 0 and rotary_dim / 2, 1 and rotary_dim / 2 + 1, ...
       num_splits: not needed, and not read.
       return_softmax_lse: also return softmax_lse (batch, heads, seqlen_q).
@@ -254,6 +254,7 @@ def to_cache(
     if turned is not None:
         q, k = _rotated(turned, q, k, before, options)
     call = Cached(q, cache, before + count if count else before, count, leftpad, options)
+    cache.check_pages(call.lengths)
     return call, None if k is None or v is None else (k, v, before)
 
 
@@ -373,6 +374,7 @@ class Cached(NamedTuple):
             out, lse = cached.attend_traced(*given, return_lse)
         else:
             out, lse = flash.attend(*self.with_lengths(), None, return_lse)
+            out, lse = cached.unknown(out, lse, self.cache.lacks(self.lengths))
         if (slopes := self._slopes()) is not None:
             to_last = torch.arange(self.q.shape[1] - 1, -1, -1, device=self.q.device)
             lse = _with_query_bias(lse, slopes[..., None], to_last[None])

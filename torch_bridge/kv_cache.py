@@ -119,9 +119,23 @@ class KVCache(NamedTuple):
             return self.rows.long()[:, None] * length + pos
         return pos if batch == 1 else pos + torch.arange(0, batch * length, length, device=device)[:, None]
 
+    def check_pages(self, lengths: torch.Tensor) -> None:
+        """Raises where the host knows that a page of positions below the lengths (batch,) is not there."""
+        if self.pages is None or not flash.is_on_host(lengths) or not flash.is_on_host(self.pages):
+            return
+        used = cached.first_of_pages(self.pages, self.keys.shape[1]) < lengths[:, None]
+        _check_range("block_table", self.pages[used], self.keys.shape[0], "page of k_cache, up to the end of each "
+                     "sequence")
+
+    def lacks(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Which sequences of so many positions lack a page, booleans (batch,); None: `check_pages` has seen to it."""
+        if self.pages is None or (flash.is_on_host(lengths) and flash.is_on_host(self.pages)):
+            return None
+        return cached.lack(self.pages, lengths, *self.keys.shape[:2])
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, length, heads, dim): the cache itself, or a copy of what rows or pages name."""
-        if self.pages is not None:  # what a table holds behind the end of a sequence may be anything
+        if self.pages is not None:  # what a table holds behind the end of a sequence may be anything; before: `lacks`
             pages = self.pages.long().clamp(0, self.keys.shape[0] - 1)
             return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
         if self.rows is not None:

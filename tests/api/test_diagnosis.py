@@ -32,6 +32,20 @@ QUESTIONS = {{"fine": fine, "deadly": deadly, "wrong": wrong, "last": fine}}
 """
 
 
+@pytest.mark.parametrize("command", [["pallas_flash"], ["pallas_flash", "--help"], ["pallas_flash", "check"],
+                                     ["torch_bridge"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(command):
+    """Regression: `python -m pallas_flash | head` ended in a traceback of a BrokenPipeError."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        found = subprocess.run([sys.executable, "-m", *command], stdout=write, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=300)
+    finally:
+        os.close(write)
+    assert "Traceback" not in found.stderr and "BrokenPipe" not in found.stderr and found.returncode == 1
+
+
 @pytest.fixture
 def questions(tmp_path, monkeypatch):
     """A module whose second question ends the process in the way given."""

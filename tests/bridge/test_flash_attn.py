@@ -1,5 +1,6 @@
 """flash-attn's functions, each against a textbook in float64 on its definition; its package is not needed."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from bridge import textbook
-from torch_bridge import flash_attn, rules
+from torch_bridge import cached, flash_attn, rules
+from torch_bridge.direct import decoding
 from torch_bridge.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -251,6 +253,44 @@ def test_pages():
     found = flash_attn_with_kvcache(q, keys, values, k, v, cache_seqlens=LENGTHS, block_table=table, causal=True)
     assert torch.equal(keys[1, 1], k[0, 0]) and torch.equal(keys[3, 0], k[1, 0]) and torch.equal(keys[4, 1], k[2, 0])
     assert_close([found], by_hand(q, *wanted, (LENGTHS + 1).tolist(), causal=True)[:1])
+
+
+@pytest.mark.parametrize("page", [-1, 10, 99])
+@pytest.mark.parametrize("new_keys", [False, True])
+def test_a_page_that_is_not_there(page, new_keys):
+    """Regression: where nothing was appended to it, the nearest page was read in its place. What no host knows is NaN,
+    as in the kernel of caches, and other sequences are as before.
+    """
+    (q, k, v), size = new(1), 4
+    keys, values = (torch.randn(10, size, G, D, dtype=torch.float64) for _ in range(2))
+    good = torch.tensor([[7, 1, -5], [3, 99, 99], [0, 9, 4]], dtype=torch.int32)
+    bad, lengths = good.clone(), torch.tensor([5, 1, 9], dtype=torch.int32)
+    bad[2, 0] = page
+    appended_here = dict(k=k, v=v) if new_keys else {}
+    call = functools.partial(flash_attn_with_kvcache, q, causal=True, return_softmax_lse=True, **appended_here)
+    before = keys.clone()
+    with pytest.raises(RuntimeError, match="block_table must be from 0 to 9, the last page of k_cache, up to the end"):
+        call(keys, values, cache_seqlens=lengths, block_table=bad)
+    assert torch.equal(keys, before)
+    out, lse = call(keys.clone(), values.clone(), cache_seqlens=lengths, block_table=good)
+    compiled = torch.compile(call, backend="eager")
+    found, found_lse = compiled(keys.clone(), values.clone(), cache_seqlens=lengths, block_table=bad)
+    assert found[2].isnan().all() and found_lse[2].isnan().all()
+    assert_close([found[:2], found_lse[:2]], [out[:2], lse[:2]])
+    found, found_lse = compiled(keys.clone(), values.clone(), cache_seqlens=lengths, block_table=good)
+    assert_close([found, found_lse], [out, lse])
+
+
+def test_a_page_that_is_not_there_where_a_graph_falls_back():
+    """Regression: what a compiled program runs where the kernel of caches takes no such call read the nearest page."""
+    q, pages = torch.randn(2, H, 1, D), torch.randn(8, G, 4, D)
+    lengths = torch.tensor([5, 5], dtype=torch.int32)
+    good, bad = (torch.tensor([[0, 1], [2, page]], dtype=torch.int32) for page in (7, 8))
+    rules = decoding.Rules(None, 0, None, None)
+    (out, lse), (found, found_lse) = (
+        cached.attend(decoding.Call(q, pages, pages, lengths, table), rules) for table in (good, bad))
+    assert found[1].isnan().all() and found_lse[1].isnan().all() and not out.isnan().any()
+    assert torch.equal(found[0], out[0]) and torch.equal(found_lse[0], lse[0])
 
 
 def test_padding_on_the_left():

@@ -34,6 +34,24 @@ def calls(**wanted):
 # --- patched ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_pytorchs_fast_path_is_not_reached(is_fast):
+    """As the docs say: modules in eval mode without gradients bypass the function, until the fast path is off."""
+    layer, x = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(2, 7, 16)
+    heads = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(is_fast)
+    try:
+        with torch_bridge.patched(), torch.no_grad():
+            layer(x)
+            heads(x, x, x, need_weights=False)
+            assert calls(what="forward") == (0 if is_fast else 2)
+            heads(x, x, x)
+            assert calls(what="forward") == (0 if is_fast else 2)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
+
+
 def test_an_unchanged_module_runs_ours_and_gives_torchs_numbers():
     module = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).double()
     x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)

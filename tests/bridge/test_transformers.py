@@ -18,7 +18,7 @@ from torch_bridge.transformers.buckets import padded
 transformers = pytest.importorskip("transformers")
 from transformers import masking_utils as hf  # noqa: E402
 
-from torch_bridge.transformers import masks  # noqa: E402
+from torch_bridge.transformers import masks, models  # noqa: E402
 from torch_bridge.transformers.rule import Rule  # noqa: E402
 
 BATCH, LENGTH, WINDOW = 2, 11, 4
@@ -334,7 +334,7 @@ def test_masks_without_a_reading_are_written_out(name):
     arguments = dict(batch_size=2, q_length=7, kv_length=7, mask_function=UNREAD[name],
                      attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7], dtype=torch.bool))
     mask = masks.mask(**arguments)
-    assert type(mask) is torch.Tensor and len(written_out()) == 1
+    assert isinstance(mask, Rule) and mask.is_written_out and len(written_out()) == 1
     assert torch.equal(mask, hf.sdpa_mask(**arguments))
 
 
@@ -396,6 +396,100 @@ def test_what_a_model_writes_into_a_rule_counts(change):
     with torch.no_grad():
         torch.testing.assert_close(layer_call("pallas", q, k, k, rule), layer_call("sdpa", q, k, k, truth))
         torch.testing.assert_close(layer_call("pallas", q, k, k, rule.clone()), layer_call("sdpa", q, k, k, truth))
+
+
+# --- models that apply their masks themselves ------------------------------------------------------------------------
+
+
+SMALL = dict(vocab_size=64, hidden_size=32)
+THEMSELVES = {  # a model's class and what its config says
+    "Bloom": ("BloomForCausalLM", dict(**SMALL, n_layer=1, n_head=4)),
+    "MPT": ("MptForCausalLM", dict(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)),
+    "XGLM": ("XGLMForCausalLM", dict(vocab_size=64, d_model=32, ffn_dim=48, num_layers=1, attention_heads=4)),
+    "GPTNeoXJapanese": ("GPTNeoXJapaneseForCausalLM", dict(**SMALL, num_hidden_layers=1, num_attention_heads=4)),
+    "GPT-Neo": ("GPTNeoForCausalLM", dict(**SMALL, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])),
+    "Falcon": ("FalconForCausalLM", dict(**SMALL, num_hidden_layers=1, num_attention_heads=4)),
+}
+
+
+def built(name, implementation):
+    kind, numbers = THEMSELVES[name]
+    config = getattr(transformers, kind).config_class(**numbers)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("name", THEMSELVES)
+def test_a_model_that_applies_its_mask_itself_is_refused(name):
+    """Regression: the first four lost causality without an error, the others were a bare KeyError."""
+    model = built(name, "eager")
+    model.set_attn_implementation("pallas")  # which transformers warns of, and leaves as it was
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(NotImplementedError, match=r'needs attention layers that call .*got \w+Model, .*"eager"'):
+        built(name, "pallas")
+
+
+def test_a_part_of_a_model_is_asked_by_its_own_class():
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**SIZES), transformers.TrOCRConfig(
+            vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48,
+            cross_attention_hidden_size=32))
+    build = transformers.AutoModelForSeq2SeqLM.from_config
+    with pytest.raises(NotImplementedError, match="got TrOCR"):
+        build(config, attn_implementation="pallas")
+    model = build(config, attn_implementation={"": "pallas", "encoder": "pallas", "decoder": "eager"})
+    assert model.encoder.config._attn_implementation == "pallas"
+
+
+def test_a_model_without_masks_is_told_that_nothing_changes(monkeypatch):
+    said = []
+    monkeypatch.setattr(models.logger, "warning_once", said.append)
+    config = transformers.Swinv2Config(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2],
+                                       window_size=4)
+    config._attn_implementation = "pallas"
+    transformers.Swinv2Model(config)
+    assert any("Swinv2Model computes attention itself, in Swinv2" in line for line in said)
+
+
+MASK_USES = {
+    "added": lambda scores, mask: scores + mask,
+    "added in place": lambda scores, mask: scores.add_(mask),
+    "added first": lambda scores, mask: mask + scores,
+    "a part": lambda scores, mask: scores[..., :4] + mask[..., :4],
+    "a copy of a part": lambda scores, mask: scores[..., :4] + mask[..., :4].contiguous(),
+    "moved": lambda scores, mask: scores.flatten(2) + mask.transpose(2, 3).reshape(2, 1, 25),
+    "filled before": lambda scores, mask: scores + mask.masked_fill(torch.eye(5, dtype=torch.bool), False),
+    "heads": lambda scores, mask: scores + mask.expand(2, 3, 5, 5),
+    "with another": lambda scores, mask: scores + (mask & torch.ones(5, dtype=torch.bool)),
+    "product": lambda scores, mask: mask * -1e9,
+    "filled": lambda scores, mask: scores.masked_fill(mask, -1e9),
+    "filled in place": lambda scores, mask: scores.masked_fill_(mask, -1e9),
+    "inverted where": lambda scores, mask: torch.where(mask, torch.tensor(-1e9), scores),
+}
+
+
+@pytest.mark.parametrize("function", [hf.causal_mask_function, lambda b, h, i, j: j <= i], ids=["rule", "dense"])
+@pytest.mark.parametrize("name", MASK_USES)
+def test_a_mask_that_is_taken_for_numbers_or_inverted_is_refused(name, function):
+    """Whatever the class: a layer that no reading of its source found."""
+    mask = masks.mask(batch_size=2, q_length=5, kv_length=5, mask_function=function)
+    with pytest.raises(NotImplementedError, match=r'the model applies its mask itself.*"eager"'):
+        MASK_USES[name](torch.randn(2, 3, 5, 5), mask)
+
+
+@pytest.mark.parametrize("function", [hf.causal_mask_function, lambda b, h, i, j: j <= i], ids=["rule", "dense"])
+def test_a_mask_that_is_applied_as_what_is_kept_is_right(function):
+    mask, scores = masks.mask(batch_size=2, q_length=5, kv_length=5, mask_function=function), torch.randn(2, 3, 5, 5)
+    truth = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected = scores.masked_fill(~truth, -1e9)
+    assert torch.equal(scores.masked_fill(~mask, -1e9), expected)
+    assert torch.equal(torch.where(mask, scores, -1e9), expected)
+    assert torch.equal(scores + torch.where(mask, 0.0, -torch.inf), scores.masked_fill(~truth, -torch.inf))
+    moved = mask.transpose(2, 3)
+    assert isinstance(moved, Rule) and moved.stride()[2:] == (1, 5)
+    assert torch.equal(moved.contiguous().view(2, 25), truth.mT.reshape(25).expand(2, 25))
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 4, 8)
+    found = layer_call("pallas", q, k, k, mask[..., :4])
+    torch.testing.assert_close(found, layer_call("sdpa", q, k, k, truth[:, :4].expand(2, 1, 5, 4)))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     masks.py       transformers' mask functions, read as rules: bounds and ids
     rule.py        a rule as a tensor that is written out only where somebody looks into it
+    models.py      which model classes call transformers' AttentionInterface, asked before one is built
     attention.py   the call of a model's attention layer -> torch_bridge.flash_attention
     buckets.py     lengths that share a compiled program
 
@@ -24,6 +25,11 @@ def register(name: str = "pallas", *, buckets: Callable[[int], int] | None = buc
     Results are those of transformers' own "eager", without its O(length^2) memory where the mask is causal, a sliding
     window, chunks, padding on any side, packed sequences (`position_ids`), or several of these; any other is written
     out, and `torch_bridge.report()` counts it and says why. Attention weights are not returned.
+
+    A model whose layers apply their mask themselves, without transformers' `AttentionInterface` (Bloom, MPT, XGLM,
+    Falcon), is a NotImplementedError where it is built with this name: `register()` puts that check before
+    `transformers.PreTrainedModel.get_correct_attn_implementation`. Layers that it does not find raise where they add
+    the mask to scores, or fill by it.
 
     Args:
       name: what `attn_implementation` shall be called; without "flash", by which transformers means its own kernels.
@@ -48,7 +54,8 @@ def register(name: str = "pallas", *, buckets: Callable[[int], int] | None = buc
             raise
         raise ModuleNotFoundError('torch_bridge.transformers needs transformers: pip install "transformers>=5.17"',
                                   name="transformers") from error
-    from torch_bridge.transformers import attention, masks
+    from torch_bridge.transformers import attention, masks, models
 
+    models.guard(name)
     transformers.AttentionInterface.register(name, attention.Attention(buckets))
     transformers.AttentionMaskInterface.register(name, masks.mask)

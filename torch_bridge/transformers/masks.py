@@ -85,7 +85,9 @@ def mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tens
         found = _ids(reading, (q_length, kv_length), (int(q_offset), kv_offset), device)
     except Unread as reason:
         records.count("mask", "dense", f"attention_mask {(batch_size, 1, q_length, kv_length)}", (str(reason),))
-        return hf.sdpa_mask(**arguments | dict(allow_is_causal_skip=False))
+        found_dense = hf.sdpa_mask(**arguments | dict(allow_is_causal_skip=False))
+        return Rule.over(found_dense) if type(found_dense) is Tensor and found_dense.dtype == torch.bool else (
+            found_dense)
     if found is None and bounds.left is bounds.right is None and allow_is_bidirectional_skip:
         return None
     return Rule.of((batch_size, 1, q_length, kv_length), device, bounds, found)
