@@ -29,6 +29,7 @@ Boundaries = Array | Sequence[int]
 """Of sequences in a packed row: (sequences + 1,) integers."""
 
 _CAUSAL, _WINDOW = ("is_causal=True", "mask=Causal()"), ("local_window_size=(left, right)", "mask=Window(left, right)")
+_OFFSET = ("mask=Causal(offset=...)",)
 _ELSEWHERE = {
     "causal": _CAUSAL, "is_causal": _CAUSAL, "window_size": _WINDOW, "local_window_size": _WINDOW, "window": _WINDOW,
     "sliding_window": _WINDOW, "attn_mask": ("mask=Dense(array) or bias=array",),
@@ -40,9 +41,14 @@ _ELSEWHERE = {
     "learnable_sink": ("sinks=",), "s_aux": ("sinks=",), "softmax_offset": ("sinks=",),
     "q_lengths": ("query_seq_lengths=",), "kv_lengths": ("key_value_seq_lengths=",),
     "cu_seqlens": ("cu_seqlens_q=",), "cu_seqlens_k": ("cu_seqlens_kv=",), "max_seqlen": ("max_seqlen_q=",),
-    "max_seqlen_k": ("max_seqlen_kv=",),
+    "max_seqlen_k": ("max_seqlen_kv=",), "causal_offset": _OFFSET, "offset": _OFFSET,
 }
 """Names of arguments in other attention libraries -> what to pass here: the first that the function has."""
+_OF_ARRAYS = {
+    "attn_mask": "pass mask=array or bias=array", "attention_mask": "pass mask=array",
+    **dict.fromkeys(("causal_offset", "offset"), "call flash_attention, which takes mask=Causal(offset=...)"),
+}
+"""The same for a function whose mask is an array, `dot_product_attention`."""
 
 
 def names_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -59,20 +65,19 @@ def names_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _no_keyword(function: str, name: str, known: list[str], keywords: Mapping[str, object]) -> TypeError:
-    def meant(name: str) -> list[str]:
-        return [clause for clause in _ELSEWHERE.get(name, ()) if clause.split("=")[0] in known]
-
-    here = meant(name)
+    here = [clause for clause in _ELSEWHERE.get(name, ()) if clause.split("=")[0] in known]
     if "broadcast_dropout" in keywords:
         do = "give a Flax layer attention_fn=pallas_flash.flax.dot_product_attention, which takes what Flax passes"
     elif name == "enable_gqa":
         do = "leave it out: the heads of key may divide those of query"
     elif name == "score":
         do = "call flash_attention, which has it, on one device; what is added to the scores can be a bias"
+    elif "is_causal" in known and name in _OF_ARRAYS:
+        do = _OF_ARRAYS[name]
     elif here:
         do = f"pass {here[0]}"
-    elif close := difflib.get_close_matches(name, [*known, *filter(meant, _ELSEWHERE)], 1):
-        do = f"pass {close[0]}=" if close[0] in known else f"pass {meant(close[0])[0]}"
+    elif close := difflib.get_close_matches(name, known, 1):
+        do = f"pass {close[0]}="
     else:
         do = f"it has {', '.join(known)}"
     value = keywords[name]

@@ -90,6 +90,7 @@ from pallas_flash.filled import Filled
 from pallas_flash.forks import require_no_fork
 from pallas_flash.masks import Causal, Dense, Full, Mask, SegmentIds, over_batch
 from pallas_flash.scores import At, Function, Score, checked
+from pallas_flash.spec import check_dropout_rate
 
 __all__ = ["attention_fn", "dot_product_attention"]
 
@@ -190,8 +191,15 @@ class _AttentionFn:
         `mask` may also be a `Mask`, whose arrays begin with the axes (batch...) or are shared by the whole batch.
         No layer passes `sinks`, (q_heads,), nor `score`, which takes the place of that of construction: see the
         module's docstring.
+
+        Raises:
+          ValueError: a flag that is no bool, a dropout rate that is no number; and as `pallas_flash.flash_attention`.
         """
         require_no_fork("pallas_flash.flax.dot_product_attention")
+        for name, given in (("is_causal", is_causal), ("deterministic", deterministic),
+                            ("broadcast_dropout", broadcast_dropout)):
+            require_bool(name, given)
+        check_dropout_rate(dropout_rate)
         dropout_rate = 0.0 if deterministic else dropout_rate
         _refuse_what_needs_weights(module, qk_attn_weights_einsum, attn_weights_value_einsum)
         _refuse_shared_dropout(dropout_rate, broadcast_dropout)

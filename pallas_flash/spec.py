@@ -22,7 +22,8 @@ from pallas_flash.arrays import Array, Float, Int, Shaped
 from pallas_flash.masks import ArrayField
 from pallas_flash.paging import Pages
 
-__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results", "check_dtype"]
+__all__ = ["AttentionSpec", "Differentiable", "Gradients", "Layout", "Operands", "Others", "Results",
+           "check_dropout_rate", "check_dtype"]
 
 Layout = Literal["BLHD", "BHLD"]
 """Order of the axes (batch, length, heads, dim) of query, key, value and out."""
@@ -406,26 +407,34 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], la
             raise errors.invalid(must, show(**shapes), do)
 
 
+def _is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        return False
+    # One of NumPy's would round the bounds to its own type, and warn of it.
+    x = float(x) if isinstance(x, np.floating) else x
+    return bool(x <= LARGEST_NUMBER and not x < smallest)
+
+
+def check_dropout_rate(rate: object) -> None:
+    """Raises ValueError unless it is a probability, a Python number or one of NumPy's."""
+    if not (_is_number(rate) and isinstance(rate, numbers.Real) and 0 <= float(rate) <= 1):
+        raise errors.invalid("dropout_rate must be a Python number in [0, 1]", f"dropout_rate={rate!r}",
+                             "pass the probability of dropping an entry")
+
+
 def _check_numbers(softcap: float | None, scale: float | None, dropout_rate: float) -> None:
-    def is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
-        if not isinstance(x, numbers.Real) or isinstance(x, bool):
-            return False
-        # One of NumPy's would round the bounds to its own type, and warn of it.
-        x = float(x) if isinstance(x, np.floating) else x
-        return bool(x <= LARGEST_NUMBER and not x < smallest)
     rules = (
-        (scale is None or is_number(scale),
+        (scale is None or _is_number(scale),
          f"scale must be a Python number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{scale=}",
          "for a traced scale, multiply the query with it and pass scale=1.0"),
-        (softcap is None or is_number(softcap, 1 / LARGEST_NUMBER),
+        (softcap is None or _is_number(softcap, 1 / LARGEST_NUMBER),
          f"softcap must be a Python number from {1 / LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}, or None", f"{softcap=}",
          "pass None for no cap"),
-        (is_number(dropout_rate) and 0 <= dropout_rate <= 1, "dropout_rate must be a Python number in [0, 1]",
-         f"{dropout_rate=}", "pass the probability of dropping an entry"),
     )
     for holds, must, given, do in rules:
         if not holds:
             raise errors.invalid(must, given, do)
+    check_dropout_rate(dropout_rate)
 
 
 def _check_mask_arrays(mask: masks.Mask, batch: int, heads: int, lengths: dict[str, int]) -> None:

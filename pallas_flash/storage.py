@@ -232,7 +232,7 @@ def _checked_scale(cache: Cache, name: str) -> Any:
 
 def _integers(cache: Cache) -> dict[str, Shaped | None]:
     """lengths and page_table, checked, as they were given."""
-    lengths = arguments.integers("lengths", arguments.listed("lengths", cache.lengths))
+    lengths = arguments.listed("lengths", cache.lengths)
     table = cache.page_table
     if table is not None:
         table = arguments.integers("page_table", arguments.listed("page_table", table))
@@ -241,9 +241,12 @@ def _integers(cache: Cache) -> dict[str, Shaped | None]:
                                  f"page_table.shape={tuple(table.shape)}", "give each sequence a row")
     batch = cache.key.shape[0] if table is None else table.shape[0]
     if tuple(lengths.shape) != (batch,):
+        do = "give the number of keys of each sequence"
+        if len(lengths.shape) > 1 and lengths.shape[-1] > 1:
+            do += "; an array that marks them is a mask: (x != 0).sum(1) counts them, where they come first"
         raise errors.invalid(f"lengths must have shape (batch,) = ({batch},)", f"lengths.shape={tuple(lengths.shape)}",
-                             "give the number of keys of each sequence")
-    return dict(lengths=lengths, page_table=table)
+                             do)
+    return dict(lengths=arguments.integers("lengths", lengths), page_table=table)
 
 
 def known(x: object) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """What a call would run, and which of its tensors are copied on the way, as text; and having it compiled before."""
 
 import inspect
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Never, Unpack
 
 import torch
 
@@ -18,11 +18,14 @@ __all__ = ["explain", "explain_flash_attention", "explain_flash_attn_with_kvcach
 def explain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    **unknown: Never,
 ) -> str:
     """What `scaled_dot_product_attention` would do with these arguments: implementation and why, path, layout, copies.
 
     Nothing is computed. Arguments and errors are those of `scaled_dot_product_attention`.
     """
+    if unknown:
+        raise messages.unknown_keyword(explain, next(iter(unknown)))
     if getattr(query, "layout", None) is torch.jagged:
         numbers = sdpa.nested_numbers((query, key, value), attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return _explain(*nested.prepare((query, key, value), attn_mask, numbers, enable_gqa))
@@ -39,6 +42,7 @@ def explain_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch
     for name in keywords:
         if name not in inspect.signature(flash.flash_attention).parameters:
             raise messages.unknown_keyword(flash.flash_attention, name)
+    messages.require_bool("return_lse", return_lse)
     text = _explain(*flash.prepare(query, key, value, **keywords))
     return text if keywords.get("sinks") is None else f"{text}\nsinks: one more pass over out, by PyTorch"
 
@@ -51,6 +55,7 @@ def explain_flash_attn_with_kvcache(q: torch.Tensor, k_cache: torch.Tensor, v_ca
     for name in keywords:
         if name not in inspect.signature(flash_attn.flash_attn_with_kvcache).parameters:
             raise messages.unknown_keyword(flash_attn.flash_attn_with_kvcache, name)
+    messages.require_bool("return_softmax_lse", keywords.get("return_softmax_lse", False))
     call = flash_attn.cached_call(q, k_cache, v_cache, **keywords)
     _check_device(q.device)
     from pallas_flash import dispatch
@@ -156,6 +161,7 @@ def _path(operands: Operands, numbers: Numbers, why_not: str | None) -> str:
 def precompile(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    **unknown: Never,
 ) -> None:
     """Compiles what `scaled_dot_product_attention` launches on the direct path for these arguments: the forward and the
     backward, whose plans are kept on disk (docs/torch_bridge.md). Where they are there already, they are only read.
@@ -167,6 +173,8 @@ def precompile(
     Raises:
       RuntimeError: the direct path does not take such a call, or cannot compile it; with the reason.
     """
+    if unknown:
+        raise messages.unknown_keyword(precompile, next(iter(unknown)))
     call = sdpa.prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     device = call.operands.query.device
     if device.type == "meta":
@@ -182,3 +190,6 @@ def precompile(
     problem = attention.problem_of(*call[:2])
     for name in attention.PASSES:
         cache.find(attention.request(problem, name, device), device.index or 0)
+
+
+messages.hide_unknown(explain, precompile)

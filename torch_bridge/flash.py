@@ -111,6 +111,7 @@ def flash_attention(
     """
     if unknown:
         raise messages.unknown_keyword(flash_attention, next(iter(unknown)))
+    messages.require_bool("return_lse", return_lse)
     operands, numbers = prepare(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, causal_offset=causal_offset, window=window,
         softcap=softcap, score=score, sinks=sinks, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
@@ -137,6 +138,7 @@ def prepare(
             query=query, key=key, value=value), "Merge or add axes")
     if sinks is not None:
         lse.check_sinks(sinks, query)
+    messages.require_bool("deterministic", deterministic)
     places = Places(is_causal, causal_offset, window, segment_ids, q_lengths, kv_lengths)
     operands, numbers = places.within(call.operands, call.numbers)
     numbers = numbers._replace(softcap=checked_softcap(softcap), deterministic=numbers.deterministic or deterministic)
@@ -192,9 +194,8 @@ class Places(NamedTuple):
 
     def sides(self, numbers: Numbers) -> tuple[int | None, int | None]:
         """How many keys are seen on each side of the aligned one."""
+        messages.require_bool("is_causal", self.is_causal)
         has_rule = self.is_causal or self.window is not None
-        if not isinstance(self.is_causal, bool):
-            raise TypeError(f"is_causal must be bool, got is_causal={self.is_causal!r}")
         if self.causal_offset is not None and not has_rule:
             raise ValueError("causal_offset needs is_causal=True or a window, got neither. Leave it out, or pass one "
                              "of them.")
@@ -250,12 +251,23 @@ def integers(name: str, given: torch.Tensor, query: torch.Tensor, length: int | 
         raise messages.must(
             f"{name} must hold integers of shape {axes} = {wanted} on {query.device}",
             f"{name}.dtype={given.dtype}, {name}.shape={tuple(given.shape)}, {name}.device={given.device}",
-            "Cast, reshape or move it")
+            "Cast, reshape or move it" if length is not None else _instead_of_a_mask(name, given))
     if given.dtype == torch.int64:
         if is_id and is_on_host(given) and given.numel() and given.max() >= 2**31:
             raise ValueError(f"{name} must be below 2^31, got max({name})={given.max()}. Number the segments from 0.")
         given = given.clamp(-1, 2**31 - 1) if is_id else given.clamp(-_FAR, _FAR)
     return given.to(torch.int32).expand(wanted)
+
+
+def _instead_of_a_mask(name: str, given: torch.Tensor) -> str:
+    """What to do where one number of each batch entry is wanted, for a tensor that may mark each position."""
+    if given.dim() < 2 or given.shape[-1] < 2:
+        return "Cast, reshape or move it"
+    place = "None, :, None" if name == "q_lengths" else "None, None, :"
+    test = "" if given.dtype == torch.bool else " != 0"
+    return (f"A tensor (batch, length) that marks positions is a mask: pass attn_mask=x[:, {place}]{test}, or "
+            f"segment_ids with -1 at padding, to torch_bridge.flash_attention; where those that count come first, "
+            f"(x != 0).sum(1) counts them")
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:

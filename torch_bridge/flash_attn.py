@@ -10,7 +10,7 @@ NotImplementedError that names the argument.
 
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple, Unpack
+from typing import NamedTuple, Never, Unpack
 
 import torch
 
@@ -18,13 +18,13 @@ from torch_bridge import cached, eager, flash, kv_cache, messages, packed, sdpa
 from torch_bridge.arguments import Numbers, Operands
 from torch_bridge.direct import decoding
 from torch_bridge.kv_cache import KVCache, Rotary
+from torch_bridge.options import Options, WindowSize
 
 __all__ = [
     "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache",
 ]
 
-WindowSize = tuple[int, int]
 Returned = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 """out, or with return_attn_probs (out, softmax_lse, None)."""
 
@@ -33,6 +33,7 @@ def flash_attn_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None,
     causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+    **unknown: Never,
 ) -> Returned:
     """Attention of (batch, seqlen, heads, dim), differentiable.
 
@@ -58,7 +59,10 @@ def flash_attn_func(
       RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
       NotImplementedError: alibi_slopes without causal.
     """
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_dense((q, k, v), options, return_attn_probs))
 
 
@@ -66,11 +70,15 @@ def flash_attn_qkvpacked_func(
     qkv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
+    **unknown: Never,
 ) -> Returned:
     """`flash_attn_func` of q, k and v in one tensor (batch, seqlen, 3, heads, dim). Kernels that are launched directly
     read it where it lies; of its gradient see docs/torch_bridge.md, "Packed tensors".
     """
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_qkvpacked_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_dense(packed.parts("qkv", qkv, 5, 3), options, return_attn_probs, (qkv,)))
 
 
@@ -78,9 +86,13 @@ def flash_attn_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
+    **unknown: Never,
 ) -> Returned:
     """`flash_attn_func` of k and v in one tensor (batch, seqlen_k, 2, heads_k, dim): see flash_attn_qkvpacked_func."""
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_kvpacked_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_dense((q, *packed.parts("kv", kv, 5, 2)), options, return_attn_probs, (q, kv)))
 
 
@@ -90,6 +102,7 @@ def flash_attn_varlen_func(
     causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    **unknown: Never,
 ) -> Returned:
     """Attention within each of several packed sequences, differentiable; nothing is padded.
 
@@ -108,10 +121,13 @@ def flash_attn_varlen_func(
     Raises:
       NotImplementedError: block_table; alibi_slopes without causal.
     """
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_varlen_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
     if block_table is not None:
         raise NotImplementedError("flash_attn_varlen_func() does not support block_table: packed keys must be one row "
                                   "of tokens. Use flash_attn_with_kvcache, which takes pages.")
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_varlen((q, k, v), packed.Starts(cu_seqlens_q, cu_seqlens_k), options, return_attn_probs))
 
 
@@ -119,9 +135,13 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0,
     softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+    **unknown: Never,
 ) -> Returned:
     """`flash_attn_varlen_func` of q, k and v in one tensor (total, 3, heads, dim): see `flash_attn_qkvpacked_func`."""
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_varlen_qkvpacked_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_varlen(packed.parts("qkv", qkv, 4, 3), packed.Starts(cu_seqlens, cu_seqlens), options,
                               return_attn_probs, (qkv,)))
 
@@ -131,9 +151,13 @@ def flash_attn_varlen_kvpacked_func(
     max_seqlen_k: int, dropout_p: float = 0, softmax_scale: float | None = None, causal: bool = False,
     window_size: WindowSize = (-1, -1), softcap: float = 0, alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
+    **unknown: Never,
 ) -> Returned:
     """`flash_attn_varlen_func` of k and v in one tensor (total_k, 2, heads_k, dim): see `flash_attn_qkvpacked_func`."""
-    options = _Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_varlen_kvpacked_func, next(iter(unknown)))
+    messages.require_bool("return_attn_probs", return_attn_probs)
+    options = Options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _returned(*_varlen((q, *packed.parts("kv", kv, 4, 2)), packed.Starts(cu_seqlens_q, cu_seqlens_k), options,
                               return_attn_probs, (q, kv)))
 
@@ -146,6 +170,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None, causal: bool = False, window_size: WindowSize = (-1, -1), softcap: float = 0,
     rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
+    **unknown: Never,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention to a cache of keys and values, after k and v, if they are given, were written to it in place.
 
@@ -177,7 +202,11 @@ def flash_attn_with_kvcache(
       RuntimeError, TypeError, ValueError: an argument does not fit, with what must hold.
       NotImplementedError: cache_leftpad with rotary_cos or block_table; alibi_slopes without causal.
     """
-    options = _Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
+    if unknown:
+        raise messages.unknown_keyword(flash_attn_with_kvcache, next(iter(unknown)))
+    if type(return_softmax_lse) is not bool:
+        messages.require_bool("return_softmax_lse", return_softmax_lse)
+    options = Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
     numbers = softmax_scale, causal, window_size, softcap, k is None, v is None, block_table is None
     usual = kv_cache.usual(q, cache, (k, v), cache_seqlens, (rotary_cos, rotary_sin, cache_leftpad, alibi_slopes))
@@ -198,8 +227,13 @@ def flash_attn_with_kvcache(
         return out if found is None else (out, found)
 
 
+messages.hide_unknown(
+    flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func, flash_attn_with_kvcache)
+
+
 def to_cache(
-    q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], options: "_Options",
+    q: torch.Tensor, cache: KVCache, new: tuple[torch.Tensor | None, torch.Tensor | None], options: Options,
     rotary: tuple[torch.Tensor | None, torch.Tensor | None, bool], cache_seqlens: int | torch.Tensor | None,
     leftpad: torch.Tensor | None,
 ) -> "tuple[Cached, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]":
@@ -207,6 +241,7 @@ def to_cache(
     values and their first positions.
     """
     (k, v), (cos, sin, interleaved) = new, rotary
+    messages.require_bool("rotary_interleaved", interleaved)
     if leftpad is not None and (cos is not None or cache.pages is not None):
         other = "block_table" if cos is None else "rotary_cos"
         raise NotImplementedError(f"flash_attn_with_kvcache() does not support cache_leftpad with {other}")
@@ -229,70 +264,12 @@ def cached_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     bound = inspect.signature(flash_attn_with_kvcache).bind(q, k_cache, v_cache, **keywords)
     bound.apply_defaults()
     x = bound.arguments
-    options = _Options(0.0, x["softmax_scale"], x["causal"], x["window_size"], x["softcap"], x["alibi_slopes"], False)
+    options = Options(0.0, x["softmax_scale"], x["causal"], x["window_size"], x["softcap"], x["alibi_slopes"], False)
     with torch.no_grad():
         call, _ = to_cache(q, KVCache(k_cache, v_cache, x["cache_batch_idx"], x["block_table"]), (x["k"], x["v"]),
                            options, (x["rotary_cos"], x["rotary_sin"], x["rotary_interleaved"]), x["cache_seqlens"],
                            x["cache_leftpad"])
     return call
-
-
-class _Options(NamedTuple):
-    """The arguments that all functions have, under flash-attn's names."""
-
-    dropout_p: float
-    softmax_scale: float | None
-    causal: bool
-    window_size: WindowSize
-    softcap: float
-    alibi_slopes: torch.Tensor | None
-    deterministic: bool
-
-    @property
-    def is_local(self) -> bool:
-        """Whether there is a rule of positions."""
-        return self.causal or self.window is not None
-
-    @property
-    def window(self) -> flash.Window | None:
-        given = self.window_size
-        if not isinstance(given, tuple | list) or len(given) != 2 or not all(map(flash.is_integer, given)):
-            raise TypeError(f"window_size must be (left, right), two ints, got window_size={given!r}. Count the keys "
-                            "seen on each side of the aligned one; -1 is no limit.")
-        left, right = (None if side < 0 else side for side in given)
-        return None if left is None and right is None else (left, right)
-
-    @property
-    def is_causal(self) -> bool:
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal must be bool, got causal={self.causal!r}. Pass True or False.")
-        return self.causal
-
-    def places(self, offset: int | torch.Tensor, kv_lengths: torch.Tensor | None = None,
-               segment_ids: flash.SegmentIds | None = None) -> flash.Places:
-        """Which positions attend, the query at i being at the key i + offset."""
-        causal, offset_if_local = self.is_causal, offset if self.is_local else None
-        return flash.Places(causal, offset_if_local, self.window, segment_ids, None, kv_lengths)
-
-    def applied(self, numbers: Numbers) -> Numbers:
-        """The numbers of a call with the soft cap and the kind of gradients."""
-        return numbers._replace(softcap=flash.checked_softcap(self.softcap or None),
-                                deterministic=numbers.deterministic or bool(self.deterministic))
-
-    def slopes(self, batch: int, heads: int) -> torch.Tensor | None:
-        """(batch or 1, heads), None without ALiBi."""
-        if self.alibi_slopes is None:
-            return None
-        messages.require_tensors(alibi_slopes=self.alibi_slopes)
-        if not self.causal and (self.window is None or self.window[1] != 0):
-            raise NotImplementedError(
-                "alibi_slopes needs causal=True, or a window_size whose right is 0: with keys on both sides the bias "
-                "would be an array of seqlen_q * seqlen_k. Pass that as attn_mask to torch_bridge.flash_attention.")
-        slopes = self.alibi_slopes if self.alibi_slopes.dim() == 2 else self.alibi_slopes[None]
-        if slopes.dim() != 2 or slopes.shape[0] not in (1, batch) or slopes.shape[1] != heads:
-            raise messages.must(f"alibi_slopes must be (heads,) = ({heads},), or (batch, heads) = ({batch}, {heads})",
-                                f"alibi_slopes.shape={tuple(self.alibi_slopes.shape)}", "Give one for each head")
-        return slopes.detach()
 
 
 # --- ALiBi -----------------------------------------------------------------------------------------------------------
@@ -314,13 +291,13 @@ def _with_query_bias(lse: torch.Tensor | None, slopes: torch.Tensor, to_last: to
 # --- the three kinds of calls ----------------------------------------------------------------------------------------
 
 
-def _prepared(tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, options: _Options) -> sdpa.Call:
+def _prepared(tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, options: Options) -> sdpa.Call:
     """The checked call of (batch, seqlen, heads, dim)."""
     query, key, value = (x.transpose(1, 2) for x in tensors)
     return sdpa.prepare(query, key, value, bias, options.dropout_p, False, options.softmax_scale, True)
 
 
-def _dense(tensors: Sequence[torch.Tensor], options: _Options, return_lse: bool,
+def _dense(tensors: Sequence[torch.Tensor], options: Options, return_lse: bool,
            whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = tensors
     _check_rank(4, "(batch, seqlen, heads, dim)", q=q, k=k, v=v)
@@ -336,7 +313,7 @@ def _dense(tensors: Sequence[torch.Tensor], options: _Options, return_lse: bool,
     return out.transpose(1, 2), lse
 
 
-def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: _Options, return_lse: bool,
+def _varlen(tensors: Sequence[torch.Tensor], starts: packed.Starts, options: Options, return_lse: bool,
             whole: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = tensors
     _check_rank(3, "(tokens, heads, dim)", q=q, k=k, v=v)
@@ -369,7 +346,7 @@ class Cached(NamedTuple):
     lengths: torch.Tensor  # the new keys included
     new: int  # how many there are
     leftpad: torch.Tensor | None
-    options: _Options
+    options: Options
 
     def check(self) -> None:
         """Raises what `attended` would, so that nothing is written to a cache before."""
@@ -422,7 +399,7 @@ class Cached(NamedTuple):
             shown = torch.arange(cache.length, device=query.device) >= first
             bias = torch.where(shown, 0.0 if bias is None else bias, -torch.inf)
         return (decoding.Call(query, key, value, self.lengths, None if table is None else table.to(torch.int32), bias),
-                decoding.Rules(left, right, flash.checked_softcap(options.softcap or None), options.softmax_scale))
+                decoding.Rules(left, right, options.cap, options.softmax_scale))
 
     def with_lengths(self) -> tuple[Operands, Numbers]:
         """As other kernels take it; rows and pages are copied."""
@@ -463,7 +440,7 @@ def _check_new(cache: KVCache, k: torch.Tensor | None, v: torch.Tensor | None, c
 
 
 def _rotated(rotary: Rotary, q: torch.Tensor, k: torch.Tensor | None, before: torch.Tensor,
-             options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+             options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     assert k is not None
     new, asked = (torch.arange(x.shape[1], device=q.device) for x in (k, q))
     of_q = before[:, None] + (asked if options.is_local else torch.zeros_like(asked))

@@ -6,29 +6,43 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["leading_axes", "mask_shape", "must", "require_tensors", "shapes", "unknown_keyword", "without_unknown"]
+__all__ = ["hide_unknown", "leading_axes", "mask_shape", "must", "require_bool", "require_tensors", "shapes",
+           "unknown_keyword", "without_unknown"]
 
 _OURS = "torch_bridge.flash_attention"
-_INSTEAD = {
-    **dict.fromkeys(("causal", "use_causal_mask"), "is_causal=True"),
-    **dict.fromkeys(("mask", "attention_mask", "bias", "attn_bias"), "attn_mask=..."),
-    **dict.fromkeys(("key_padding_mask", "padding_mask"), "attn_mask=mask[:, None, None, :], True where keys count"),
-    **dict.fromkeys(("dropout", "dropout_rate"), "dropout_p=..."),
-    **dict.fromkeys(("softmax_scale", "scaling", "sm_scale"), "scale=..."),
-    **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), f"{_OURS}(window=(left, right))"),
-    **dict.fromkeys(("softcap", "logits_soft_cap"), f"{_OURS}(softcap=...)"),
-    **dict.fromkeys(("sinks", "s_aux"), f"{_OURS}(sinks=...)"),
-    **dict.fromkeys(("kv_lengths", "seq_lens"), f"{_OURS}(kv_lengths=...)"),
-    "segment_ids": f"{_OURS}(segment_ids=...)",
-    "return_lse": f"{_OURS}(return_lse=True)",
-    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), "torch_bridge.flash_attn.flash_attn_varlen_func"),
-    "alibi_slopes": f"{_OURS}(score=pallas_flash.ALiBi(slopes))",
-    "deterministic": "torch.use_deterministic_algorithms(True)",
-    **dict.fromkeys(("score", "score_mod"), f"{_OURS}(score=...)"),
-    **dict.fromkeys(("dropout_rng", "generator"), "torch.manual_seed"),
-    "layout": "tensors (batch, heads, length, dim): x.transpose(1, 2) of the other order is not copied",
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("causal", "use_causal_mask", "is_causal"), ("is_causal=True", "causal=True")),
+    **dict.fromkeys(("causal_offset", "offset"), (
+        "causal_offset=...", f"{_OURS}(is_causal=True, causal_offset=...)")),
+    **dict.fromkeys(("mask", "attention_mask", "bias", "attn_bias", "attn_mask"), (
+        "attn_mask=...", f"{_OURS}(attn_mask=...)")),
+    **dict.fromkeys(("key_padding_mask", "padding_mask"), (
+        "attn_mask=mask[:, None, None, :], True where keys count",
+        f"{_OURS}(attn_mask=mask[:, None, None, :]), True where keys count")),
+    **dict.fromkeys(("dropout", "dropout_rate"), ("dropout_p=...",)),
+    **dict.fromkeys(("softmax_scale", "scaling", "sm_scale", "scale"), ("scale=...", "softmax_scale=...")),
+    **dict.fromkeys(("window_size", "sliding_window", "local_window_size", "window"), (
+        "window=(left, right)", "window_size=(left, right)", f"{_OURS}(window=(left, right))")),
+    **dict.fromkeys(("softcap", "soft_cap", "logits_soft_cap"), ("softcap=...", f"{_OURS}(softcap=...)")),
+    **dict.fromkeys(("sinks", "s_aux"), ("sinks=...", f"{_OURS}(sinks=...)")),
+    **dict.fromkeys(("kv_lengths", "seq_lens"), ("kv_lengths=...", "cache_seqlens=...", f"{_OURS}(kv_lengths=...)")),
+    "segment_ids": ("segment_ids=...", f"{_OURS}(segment_ids=...)"),
+    **dict.fromkeys(("return_lse", "return_attn_probs", "return_softmax_lse"), (
+        "return_lse=True", "return_attn_probs=True", "return_softmax_lse=True", f"{_OURS}(return_lse=True)")),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), (
+        "cu_seqlens=...", "cu_seqlens_q=...", "torch_bridge.flash_attn.flash_attn_varlen_func")),
+    "alibi_slopes": ("score=pallas_flash.ALiBi(slopes)", f"{_OURS}(score=pallas_flash.ALiBi(slopes))"),
+    "deterministic": ("torch.use_deterministic_algorithms(True)",),
+    **dict.fromkeys(("score", "score_mod"), ("score=...", f"{_OURS}(score=...)")),
+    **dict.fromkeys(("dropout_rng", "generator"), ("torch.manual_seed",)),
+    "layout": ("tensors (batch, heads, length, dim): x.transpose(1, 2) of the other order is not copied",),
 }
-"""Names of arguments in other attention libraries -> what to use here."""
+"""Names of arguments in other attention libraries -> what to use here: the first that is an argument of the function,
+or no argument at all.
+"""
+_OF_FLASH_ATTN = _INSTEAD | {"layout": ("tensors (batch, seqlen, heads, dim), or (tokens, heads, dim) in varlen "
+                                        "functions: x.transpose(1, 2) of the other order is not copied",)}
+"""The same for flash-attn's functions."""
 
 
 def must(clause: str, given: str, do: str) -> RuntimeError:
@@ -58,17 +72,30 @@ def require_tensors(**values: object) -> None:
 def unknown_keyword(function: Callable[..., object], name: str) -> TypeError:
     """The error of a keyword that a function does not have: what to write for it, and what there is."""
     *known, last = without_unknown(function).parameters
-    instead = f" Use {_INSTEAD[name]}." if name in _INSTEAD else ""
-    if function.__name__ == "flash_attention":  # the argument itself, in place of a call that has it
-        instead = re.sub(rf"{re.escape(_OURS)}\((.*)\)\.$", r"\1.", instead)
+    clauses = (_INSTEAD if "query" in known else _OF_FLASH_ATTN).get(name, ())
+    argument = re.compile(r"(\w+)=")
+    here = [clause for clause in clauses if not (found := argument.match(clause)) or found[1] in (*known, last)]
+    instead = f" Use {here[0]}." if here else ""
     return TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{instead} It takes "
                      f"{', '.join(known)} and {last}.")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raises TypeError, as torch does, unless `value` is a bool: Python would take any other object for one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be bool, got {name}={value!r}. Pass True or False.")
 
 
 def without_unknown(function: Callable[..., object]) -> inspect.Signature:
     """The signature of a function without its `**unknown`."""
     signature = inspect.signature(function)
     return signature.replace(parameters=[x for name, x in signature.parameters.items() if name != "unknown"])
+
+
+def hide_unknown(*functions: Callable[..., object]) -> None:
+    """Tells who asks for the signatures of functions nothing of `**unknown`, which is there for its message alone."""
+    for function in functions:
+        function.__signature__ = without_unknown(function)  # type: ignore[attr-defined]
 
 
 def leading_axes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> RuntimeError:

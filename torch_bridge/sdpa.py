@@ -146,7 +146,8 @@ def prepare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_ma
 
 def _number(name: str, value: SupportsFloat) -> float:
     if not isinstance(value, (float, int)):
-        is_single = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
+        is_single = (value.numel() == 1 if isinstance(value, torch.Tensor) else
+                     hasattr(value, "__float__") and getattr(value, "shape", ()) == ())
         if not is_single:
             raise TypeError(f"scaled_dot_product_attention(): argument {name!r} must be float, not "
                             f"{type(value).__name__}, got {name}={value!r}. Pass one number.")

@@ -122,7 +122,7 @@ def context_parallel_attention(
     require_axis_name(axis_name)
     dispatch.require_names(implementation)
     problem = AttentionSpec.of(*(arguments.array(name, x) for name, x in (
-        ("query", query), ("key", key), ("value", value))))
+        ("query", query), ("key", key), ("value", value))), scale=scale, softcap=softcap, dropout_rate=dropout_rate)
     options = Options(axis_name, strategy, load_balance, scale, softcap, dropout_rate, deterministic, implementation,
                       device.current((query, key, value)), return_lse)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))

@@ -42,6 +42,7 @@ def explain_context_parallel(
       device: the `pallas_flash.device.Device` to decide for, such as `device.H200`; None: JAX's default one.
     """
     errors.require_count("num_devices", num_devices, 1, "pass the number of devices along the sequence")
+    errors.require_bool("has_documents", has_documents)
     for name, x in (("query", query), ("key", key), ("value", value)):
         arguments.array(name, x)
     dispatch.require_device(device)

@@ -306,7 +306,7 @@ NUMBERS = {
     **{f"dropout_rate={value!r}": (
         dict(dropout_rate=value), f"dropout_rate must be a Python number in [0, 1], got dropout_rate={value!r}. "
                                   "Pass the probability of dropping an entry.")
-       for value in (-0.1, 1.5, float("nan"), None, "0.1", True)},
+       for value in (-0.1, 1.5, float("nan"), None, "0.1", True, np.ones(3))},
 }
 
 FLAGS = {
@@ -380,6 +380,12 @@ KEYWORDS = {
     (explain, "learnable_sink=None"): "Pass sinks=.",
     (dot_product_attention, "softmax_offset=None"): "Pass sinks=.",
     (dot_product_attention, "causal=True"): "Pass is_causal=True.",
+    **{(call, f"{name}=1"): "Pass mask=Causal(offset=...)."
+       for call in (flash_attention, explain) for name in ("causal_offset", "offset")},
+    **{(dot_product_attention, f"{name}=1"): "Call flash_attention, which takes mask=Causal(offset=...)."
+       for name in ("causal_offset", "offset")},
+    (dot_product_attention, "attn_mask=None"): "Pass mask=array or bias=array.",
+    (dot_product_attention, "attention_mask=None"): "Pass mask=array.",
     (dot_product_attention, "window_size=3"): "Pass local_window_size=(left, right).",
     (dot_product_attention, "kv_lengths=3"): "Pass key_value_seq_lengths=.",
     (dot_product_attention, "broadcast_dropout=True"):
@@ -395,6 +401,12 @@ def test_keywords_of_others(case, do):
     with pytest.raises(TypeError) as error:
         call(**SHAPES, **{name: ast.literal_eval(value)})
     assert str(error.value) == f"{call.__name__}() has no argument `{name}`, got {keyword}. {do}"
+
+
+def test_no_guess_by_likeness_to_a_name_of_another_library():
+    """Regression: `offset` was like softmax_offset, so that sinks were to be passed."""
+    with pytest.raises(TypeError, match=r"no argument `softmax_offsets`, got softmax_offsets=1. It has query, key,"):
+        flash_attention(**SHAPES, softmax_offsets=1)
 
 
 def test_a_flax_layer_with_the_wrong_function():

@@ -552,6 +552,8 @@ WRONG = {
     "pages of no size": (lambda c: cache.empty_paged([[0]], (1, None), 2, 8),
                          r"pages\[1\] must be an integer of at least 0, got pages\[1\]=None"),
     "not integers": (lambda c: cache.Cache(c.key, c.value, np.zeros(2)), "lengths must hold integers"),
+    "lengths that are a mask": (lambda c: cache.Cache(c.key, c.value, np.ones((2, 8), bool)),
+                                r"got lengths.shape=\(2, 8\)\..*is a mask: \(x != 0\).sum\(1\) counts them"),
     "lengths of others": (lambda c: cache.Cache(c.key, c.value, [0]), r"lengths must have shape \(batch,\) = \(2,\)"),
     "unlike": (lambda c: cache.Cache(c.key, c.value[:, :3], [0, 0]), "must be alike but for the last axis"),
     "three axes": (lambda c: cache.Cache(c.key[0], c.value, [0, 0]), "key of a cache must have 4 axes"),

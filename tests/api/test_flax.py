@@ -426,6 +426,31 @@ def test_what_a_function_does_not_take_is_said(message):
 def test_flags_are_flags():
     with pytest.raises(ValueError, match=r"^deterministic_backward must be True or False, got .*='no'"):
         attention_fn(deterministic_backward="no")
+    q = normal(0, (1, LENGTH, HEADS, 8))
+    for name in ("is_causal", "deterministic", "broadcast_dropout"):
+        for value in ("no", "False", 1, None):
+            with pytest.raises(ValueError, match=rf"^{name} must be True or False, got {name}={value!r}\. Pass"):
+                dot_product_attention(q, q, q, **{name: value})
+        assert dot_product_attention(q, q, q, **{name: np.bool_(False)}).shape == q.shape
+
+
+@both_modules
+def test_flags_of_layers_are_flags(module):
+    """Regression: each counted as True. What Flax makes a bool of before it calls (`x and not decode`) is not seen."""
+    layer, x = module(dropout_rate=0.5, broadcast_dropout=False), normal(0, (1, LENGTH, FEATURES))
+    with pytest.raises(ValueError, match=r"^deterministic must be True or False, got deterministic='no'"):
+        layer(layer.params, x, dropout_rng=jax.random.key(0), deterministic="no")
+    layer = module(dropout_rate=0.5, broadcast_dropout="no")
+    with pytest.raises(ValueError, match=r"^broadcast_dropout must be True or False, got broadcast_dropout='no'"):
+        layer(layer.params, x, deterministic=True)
+
+
+@pytest.mark.parametrize("rate", [np.ones(3), "0.5", None], ids=repr)
+def test_a_dropout_rate_is_a_number(rate):
+    """Regression: NumPy's "the truth value of an array is ambiguous"."""
+    q = normal(0, (1, LENGTH, HEADS, 8))
+    with pytest.raises(ValueError, match=r"^dropout_rate must be a Python number in \[0, 1\], got dropout_rate="):
+        dot_product_attention(q, q, q, dropout_rate=rate)
 
 
 def test_functions_of_equal_arguments_are_equal():

@@ -168,6 +168,22 @@ def test_gradients_are_written_into_one_packed_tensor(launched, name):
         torch.testing.assert_close(x.double(), exact, atol=8e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize(("name", "overwritten"), [(name, part) for name in ("qkv", "kv", "qkv of sequences")
+                                                 for part in ("query", "key", "value", "out")])
+def test_autograd_sees_that_a_saved_part_was_overwritten(launched, name, overwritten):
+    """A clone of the tensors or of out, saved in their place, would hide it."""
+    function, shapes = INTO_ONE[name]
+    leaf = leaves(shapes)
+    given = [x * 1 for x in leaf]
+    out = function(*given)
+    total = out.sum()
+    with torch.no_grad():
+        dict(zip(("query", "key", "value", "out"), (*parts_of(given), out), strict=True))[overwritten].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaf)
+    assert launched == ["forward"]
+
+
 def test_only_the_gradient_that_is_needed(launched):
     function, shapes = INTO_ONE["kv"]
     q, kv = leaves(shapes)

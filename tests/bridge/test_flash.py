@@ -291,7 +291,10 @@ X, K = torch.zeros(Q), torch.zeros(KV)
     (dict(segment_ids=torch.zeros(B, L, dtype=torch.int32)), RuntimeError, r"a tuple \(q_ids, kv_ids\)"),
     (dict(segment_ids=(IDS[0], IDS[0])), RuntimeError, r"segment_ids\[1\] must hold integers .*\(2, 7\)"),
     (dict(segment_ids=(IDS[0], IDS[1] + 2**31)), ValueError, r"segment_ids\[1\] must be below 2\^31"),
-    (dict(is_causal=1), TypeError, "is_causal must be bool"),
+    *(({name: value}, TypeError, f"^{name} must be bool, got {name}={value!r}. Pass True or False")
+      for name in ("is_causal", "return_lse", "deterministic") for value in ("no", 1, None)),
+    *(({name: np.ones(3)}, error, rf"{name}'? must be .*, got {name}=array\(\[1., 1., 1.\]\). Pass")
+      for name, error in (("scale", TypeError), ("dropout_p", TypeError), ("softcap", ValueError))),
     (dict(window=(-1, 0)), ValueError, "None, not -1, is no limit"),
     (dict(causal=True), TypeError, r"flash_attention\(\) got an unexpected .*'causal'. Use is_causal=True. It takes"),
     (dict(window_size=(3, 0)), TypeError, r"Use window=\(left, right\)\. It takes query, .* and deterministic"),
@@ -303,9 +306,24 @@ def test_errors(keywords, error, message):
         flash_attention(X, K, K, **keywords)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "length"), [("q_lengths", L), ("kv_lengths", S)])
+def test_a_mask_given_as_lengths(name, length, dtype):
+    """What is written in the message means what was meant; "Cast, reshape or move it" did not."""
+    marked = torch.arange(length) < torch.tensor([[2], [4]])
+    given, tensors = marked.to(dtype), qkv(Q, KV, KV, requires_grad=False)
+    with pytest.raises(RuntimeError, match=rf"{name} must hold integers of shape .* is a mask: pass") as error:
+        flash_attention(*tensors, **{name: given})
+    said = re.search(r"pass attn_mask=(.*), or segment_ids .*, (\(.*\)) counts them", str(error.value))
+    attn_mask, counted = said.groups()
+    wanted = flash_attention(*tensors, **{name: marked.sum(1)})
+    for found in (dict(attn_mask=eval(attn_mask, {"x": given})), {name: eval(counted, {"x": given})}):
+        torch.testing.assert_close(flash_attention(*tensors, **found), wanted)
+
+
 @pytest.mark.parametrize(("function", "keywords", "others"), [
     (flash_attention, flash.Keywords, ("query", "key", "value", "return_lse", "unknown", "return")),
-    (flash_attn.flash_attn_with_kvcache, kv_cache.Keywords, ("q", "k_cache", "v_cache", "return"))])
+    (flash_attn.flash_attn_with_kvcache, kv_cache.Keywords, ("q", "k_cache", "v_cache", "unknown", "return"))])
 def test_keywords_that_are_handed_on_are_those_of_the_function(function, keywords, others):
     """A type checker says what `Keywords` has too much, not what it lacks."""
     hints = get_type_hints(function)

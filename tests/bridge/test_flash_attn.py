@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -365,6 +366,12 @@ def test_signatures_are_those_of_flash_attn(name, expected):
     (dict(cache_leftpad=torch.tensor([0, 1])), "cache_leftpad must hold integers"),
     (dict(window_size=3), "window_size must be"),
     (dict(causal=1), "causal must be bool, got causal=1"),
+    (dict(return_softmax_lse="no"), "return_softmax_lse must be bool, got return_softmax_lse='no'. Pass"),
+    (dict(rotary_interleaved="no"), "rotary_interleaved must be bool, got rotary_interleaved='no'. Pass"),
+    (dict(softmax_scale=np.ones(3)), r"'scale' must be float, not ndarray, got scale=array\("),
+    (dict(softcap=np.ones(3)), r"softcap must be a number .*, got softcap=array\("),
+    (dict(is_causal=True), "got an unexpected keyword argument 'is_causal'. Use causal=True. It takes q, k_cache"),
+    (dict(cache_seqlens=torch.ones(3, ROOM).long()), r"cache_seqlens must hold .* pass attn_mask=x\[:, None, None"),
     (dict(softcap=-1.0), "softcap must be"),
     (dict(softmax_scale=float("nan")), "scale must be"),
 ], ids=str)
@@ -379,6 +386,37 @@ def test_what_does_not_fit_into_the_cache_leaves_it_as_it_was(bad, message):
     with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
         flash_attn_with_kvcache(q, keys, values, k, v, **dict(cache_seqlens=1) | bad)
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+STARTS = torch.tensor([0, 3, 5])
+CALLS = {
+    "flash_attn_func": [(2, 5, H, D), (2, 5, G, D), (2, 5, G, D)], "flash_attn_qkvpacked_func": [(2, 5, 3, H, D)],
+    "flash_attn_kvpacked_func": [(2, 5, H, D), (2, 5, 2, G, D)],
+    "flash_attn_varlen_func": [(5, H, D), (5, G, D), (5, G, D), STARTS, STARTS, 3, 3],
+    "flash_attn_varlen_qkvpacked_func": [(5, 3, H, D), STARTS, 3],
+    "flash_attn_varlen_kvpacked_func": [(5, H, D), (5, 2, G, D), STARTS, STARTS, 3, 3],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_other_kinds(name):
+    """Regression: deterministic="no" was taken for True, a keyword gave Python's own TypeError, an array NumPy's."""
+    args, call = [torch.zeros(x) if isinstance(x, tuple) else x for x in CALLS[name]], getattr(flash_attn, name)
+    for flag in ("causal", "deterministic", "return_attn_probs"):
+        for value in ("no", 1, None):
+            with pytest.raises(TypeError, match=f"^{flag} must be bool, got {flag}={value!r}. Pass True or False"):
+                call(*args, **{flag: value})
+    for number in ("softmax_scale", "dropout_p", "softcap"):
+        with pytest.raises((TypeError, ValueError), match=r"must be .*=array\(\[1., 1., 1.\]\). Pass"):
+            call(*args, **{number: np.ones(3)})
+    for keyword, instead in (("is_causal", "causal=True"), ("window", r"window_size=\(left, right\)"),
+                             ("scale", "softmax_scale="), ("return_lse", "return_attn_probs=True"),
+                             ("sinks", r"torch_bridge.flash_attention\(sinks="),
+                             ("layout", r"tensors \(batch, seqlen,")):
+        found = rf"^{name}\(\) got an unexpected .*{keyword!r}. Use {instead}.* It takes q"
+        with pytest.raises(TypeError, match=found):
+            call(*args, **{keyword: True})
+    assert torch.equal(call(*args, softcap=0.0), call(*args, softcap=np.float32(0)))
 
 
 def test_nothing_is_written_to_an_expanded_cache():

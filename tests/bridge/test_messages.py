@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,20 +27,23 @@ def error(*args, **kwargs):
 @pytest.mark.parametrize(("name", "instead"), [
     ("causal", "is_causal=True"), ("window_size", r"flash_attention\(window=\(left, right\)\)"), ("mask", "attn_mask="),
     ("softmax_scale", "scale="), ("dropout", "dropout_p="), ("key_padding_mask", r"mask\[:, None, None, :\]"),
-    ("softcap", r"flash_attention\(softcap="), ("nonsense", "It takes query")])
+    ("softcap", r"flash_attention\(softcap="), ("nonsense", "It takes query"),
+    ("causal_offset", r"flash_attention\(is_causal=True, causal_offset=")])
 def test_keywords_of_other_functions(name, instead):
     text = error(*qkv(Q, KV, KV), **{name: True})
     assert text.startswith(f"scaled_dot_product_attention() got an unexpected keyword argument {name!r}.")
     assert "Use " in text or name == "nonsense"
-    with pytest.raises(TypeError, match=instead):
-        OURS(*qkv(Q, KV, KV), **{name: True})
+    for call in (OURS, torch_bridge.explain, torch_bridge.precompile):
+        with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) got an unexpected .*{instead}"):
+            call(*qkv(Q, KV, KV), **{name: True})
 
 
 def test_the_signature_is_torchs():
     expected = "query key value attn_mask dropout_p is_causal scale enable_gqa"  # torch's own is in C++
-    parameters = inspect.signature(OURS).parameters
-    assert " ".join(parameters) == expected
-    assert [x.name for x in parameters.values() if x.kind is x.KEYWORD_ONLY] == ["scale", "enable_gqa"]
+    for function in (OURS, torch_bridge.explain, torch_bridge.precompile):
+        parameters = inspect.signature(function).parameters
+        assert " ".join(parameters) == expected
+        assert [x.name for x in parameters.values() if x.kind is x.KEYWORD_ONLY] == ["scale", "enable_gqa"]
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -72,7 +76,7 @@ def test_masks_of_a_batch(shape, written, dtype):
 
 
 @pytest.mark.parametrize("name", ["scale", "dropout_p"])
-@pytest.mark.parametrize("value", ["a", "0.5", 1j, torch.tensor([0.5, 0.2]), [0.5]], ids=repr)
+@pytest.mark.parametrize("value", ["a", "0.5", 1j, torch.tensor([0.5, 0.2]), [0.5], np.ones(3), np.ones(1)], ids=repr)
 def test_numbers(name, value):
     assert f"argument {name!r} must be float, not {type(value).__name__}" in error(*qkv(Q, KV, KV), **{name: value})
 

@@ -425,6 +425,8 @@ BAD = {
     "sinks must have shape (q_heads,) = (4,)": dict(sinks=jnp.zeros(3)),
     "load_balance must be": dict(load_balance="striped"),
     "strategy must be None or one of": dict(strategy="tree"),
+    "dropout_rate must be a Python number in [0, 1], got dropout_rate=array": dict(dropout_rate=np.ones(3)),
+    "scale must be a Python number": dict(scale=np.ones(3)),
     "Mine for a part of a sequence": dict(mask=Mine()),
 }
 

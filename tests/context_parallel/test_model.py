@@ -217,6 +217,8 @@ def test_explain_refuses_what_the_call_refuses():
         pallas_flash.explain_context_parallel(*PART, num_devices=0)
     with pytest.raises(ValueError, match="num_devices must be an integer of at least 1, got num_devices=True"):
         pallas_flash.explain_context_parallel(*PART, num_devices=True)
+    with pytest.raises(ValueError, match="has_documents must be True or False, got has_documents='no'"):
+        pallas_flash.explain_context_parallel(*PART, num_devices=4, has_documents="no")
     with pytest.raises(ValueError, match="query must be an array"):
         pallas_flash.explain_context_parallel([1], *PART[1:], num_devices=4)
     with pytest.raises(ValueError, match=r"device must be a pallas_flash\.device\.Device"):
