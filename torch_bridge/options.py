@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from torch_bridge import flash, messages
@@ -57,8 +58,8 @@ class Options(NamedTuple):
     def cap(self) -> float | None:
         """The soft cap; None for 0, which is none."""
         given = self.softcap
-        is_none = given is None or (getattr(given, "shape", ()) == () and given == 0)
-        return flash.checked_softcap(None if is_none else given)
+        is_array = isinstance(given, torch.Tensor | np.ndarray) and given.ndim > 0  # of no single truth
+        return flash.checked_softcap(None if given is None or (not is_array and given == 0) else given)
 
     def slopes(self, batch: int, heads: int) -> torch.Tensor | None:
         """(batch or 1, heads), None without ALiBi."""
