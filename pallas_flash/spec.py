@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -407,7 +407,7 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], la
             raise errors.invalid(must, show(**shapes), do)
 
 
-def _is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
+def _is_number(x: object, smallest: float = -LARGEST_NUMBER) -> TypeGuard[float]:
     if not isinstance(x, numbers.Real) or isinstance(x, bool):
         return False
     # One of NumPy's would round the bounds to its own type, and warn of it.
@@ -417,7 +417,7 @@ def _is_number(x: object, smallest: float = -LARGEST_NUMBER) -> bool:
 
 def check_dropout_rate(rate: object) -> None:
     """Raises ValueError unless it is a probability, a Python number or one of NumPy's."""
-    if not (_is_number(rate) and isinstance(rate, numbers.Real) and 0 <= float(rate) <= 1):
+    if not (_is_number(rate) and 0 <= rate <= 1):
         raise errors.invalid("dropout_rate must be a Python number in [0, 1]", f"dropout_rate={rate!r}",
                              "pass the probability of dropping an entry")
 

@@ -204,8 +204,7 @@ def flash_attn_with_kvcache(
     """
     if unknown:
         raise messages.unknown_keyword(flash_attn_with_kvcache, next(iter(unknown)))
-    if type(return_softmax_lse) is not bool:
-        messages.require_bool("return_softmax_lse", return_softmax_lse)
+    messages.require_bool("return_softmax_lse", return_softmax_lse)
     options = Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     cache = KVCache(k_cache, v_cache, cache_batch_idx, block_table)
     numbers = softmax_scale, causal, window_size, softcap, k is None, v is None, block_table is None
